@@ -1,0 +1,8 @@
+"""Packages live where their users look for them: `detokenizers` under tools/, the rest at the top."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["megaft", "megaft.*", "evaluate_zero_shot", "evaluate_zero_shot.*"]), "detokenizers"],
+    package_dir={"detokenizers": "tools/detokenizers"},
+)
