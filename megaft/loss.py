@@ -1,0 +1,152 @@
+"""Nats of tokens from hidden states, without full logits.
+
+The last layer's logits are the largest tensor of a language model (GPT-2-XL at 1024 tokens: 0.2 GiB a sequence in
+fp32, and as much again for their gradient). They are computed a chunk of tokens at a time, and in training their
+gradient is taken in the same pass, so that neither ever exists whole and the head's weight, which ZeRO-3 partitions,
+is needed only once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+"""The label of a token that is not scored."""
+
+CHUNK_BYTES = 128 * 2**20
+"""Largest fp32 logits held at once."""
+
+
+def token_nats(
+    logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, "..."]
+) -> Float32[Tensor, "..."]:
+    """Return the cross-entropy of each label: the reference for everything below.
+
+    Args:
+        logits: Scores in any float dtype; position t predicts labels[..., t].
+        labels: Shifted by one already. IGNORE_INDEX marks a token that is not scored.
+
+    Returns:
+        Nats, in float32, since bf16 is too coarse to sum a document; 0.0 at IGNORE_INDEX.
+
+    Raises:
+        IndexError: A label is outside the vocabulary.
+    """
+    flat = F.cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return flat.view(labels.shape)
+
+
+def chunks(num_tokens: int, vocab_size: int) -> list[slice]:
+    """Cut the tokens so that a chunk's fp32 logits stay within CHUNK_BYTES."""
+    tokens = max(1, CHUNK_BYTES // (4 * vocab_size))
+    return [slice(begin, begin + tokens) for begin in range(0, num_tokens, tokens)]
+
+
+class LinearNats(torch.autograd.Function):
+    """Summed nats of `labels` under softmax(hidden @ weight.T + bias); its gradients are ready after forward."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Float[Tensor, "tokens width"],
+        weight: Float[Tensor, "vocab width"],
+        bias: Float[Tensor, " vocab"] | None,
+        labels: Int64[Tensor, " tokens"],
+    ) -> Float32[Tensor, ""]:
+        """Sum the nats; keep d nats / d input of each input that needs it."""
+        wanted = [tensor is not None and needed for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad)]
+        # Weight and bias gradients are sums over chunks, so they are kept in fp32.
+        grads = [
+            torch.zeros_like(tensor, dtype=dtype) if needed else None
+            for tensor, needed, dtype in zip((hidden, weight, bias), wanted, (None, torch.float32, torch.float32))
+        ]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for part in chunks(len(labels), len(weight)):
+            logits = F.linear(hidden[part], weight, bias).float()
+            log_normalizer = logits.logsumexp(-1, keepdim=True)
+            scored = (labels[part] != IGNORE_INDEX).unsqueeze(-1)
+            targets = labels[part].clamp(min=0).unsqueeze(-1)
+            total += ((log_normalizer - logits.gather(-1, targets)) * scored).sum()
+            if any(wanted):
+                # d nats / d logits is softmax minus one-hot.
+                slope = logits.sub_(log_normalizer).exp_()
+                slope.scatter_add_(-1, targets, torch.full_like(slope[:, :1], -1).expand(targets.shape)).mul_(scored)
+                _accumulate(grads, slope, hidden[part], weight, part)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_nats: Float32[Tensor, ""]):
+        """Scale the kept gradients."""
+        scaled = [
+            None if grad is None else grad.float().mul_(grad_nats).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return *scaled, None
+
+
+def _accumulate(grads: list[Tensor | None], slope: Tensor, hidden: Tensor, weight: Tensor, part: slice) -> None:
+    grad_hidden, grad_weight, grad_bias = grads
+    if grad_bias is not None:
+        grad_bias += slope.sum(0)
+    slope = slope.to(hidden.dtype)
+    if grad_hidden is not None:
+        torch.mm(slope, weight, out=grad_hidden[part])
+    if grad_weight is not None:
+        grad_weight += slope.T @ hidden
+
+
+class Head(nn.Module):
+    """The output layer of a language model, from hidden states to nats.
+
+    It owns the very parameters of the model's own output layer, so that DeepSpeed's ZeRO-3 hooks gather them here.
+    """
+
+    def __init__(self, output_layer: nn.Linear, cross_entropy: str = "chunked"):
+        super().__init__()
+        self.weight = output_layer.weight
+        self.bias = output_layer.bias
+        self.liger = _liger() if cross_entropy == "liger" else None
+
+    def forward(
+        self, hidden: Float[Tensor, "batch time width"], labels: Int64[Tensor, "batch time"], per_token: bool = False
+    ) -> Float32[Tensor, "..."]:
+        """Return the summed nats, or with `per_token` (no gradients) those of each label, 0.0 where not scored."""
+        if per_token:
+            return self._per_token(hidden, labels)
+        flat = hidden.flatten(0, 1)
+        if self.liger is not None:
+            return self.liger(self.weight, flat, labels.flatten(), self.bias)
+        return LinearNats.apply(flat, self.weight, self.bias, labels.flatten())
+
+    @torch.no_grad()
+    def _per_token(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        nats = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+        scored = labels != IGNORE_INDEX
+        flat, targets = hidden[scored], labels[scored]  # the head runs on scored positions only
+        parts = [
+            token_nats(F.linear(flat[part], self.weight, self.bias), targets[part])
+            for part in chunks(len(targets), len(self.weight))
+        ]
+        nats[scored] = torch.cat([nats.new_zeros(0), *parts])
+        return nats
+
+
+def _liger():
+    from megaft.errors import ConfigError
+
+    try:
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise ConfigError("model.cross-entropy is liger, but liger-kernel is not there; install megaft[fast].") from error
+    if not torch.cuda.is_available():
+        raise ConfigError("model.cross-entropy is liger, which needs a CUDA device; use chunked here.")
+    return LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32
+    )

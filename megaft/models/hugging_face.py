@@ -1,0 +1,204 @@
+"""transformers' causal language models, as modules that return nats."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float32, Int64
+from torch import Tensor, nn
+
+from megaft.config import LoraConfig, ModelConfig
+from megaft.errors import ConfigError, DataError
+from megaft.loss import Head, token_nats
+
+CausalLM = nn.Module
+"""A transformers `...ForCausalLM`."""
+
+
+class NatsModel(nn.Module):
+    """A language model that returns the nats of its labels instead of logits."""
+
+    def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked"):
+        super().__init__()
+        self.language_model = language_model
+        self.head = Head(language_model.get_output_embeddings(), cross_entropy) if _head_is_linear(language_model) else None
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        labels: Int64[Tensor, "batch time"],
+        document_ids: Int64[Tensor, "batch time"] | None = None,
+        per_token: bool = False,
+    ) -> Float32[Tensor, "..."]:
+        """Return nats of `labels`, which are shifted by one already.
+
+        Args:
+            input_ids: Tokens.
+            labels: The token after each; IGNORE_INDEX where it is not scored.
+            document_ids: Equal numbers mark tokens of one document; attention and positions then stay inside it.
+            per_token: Return each label's nats instead of their sum. Has no gradient.
+        """
+        inside = {} if document_ids is None else within_documents(document_ids)
+        if self.head is None:
+            logits = self.language_model(input_ids=input_ids, use_cache=False, **inside).logits
+            nats = token_nats(logits, labels)
+            return nats.detach() if per_token else nats.sum()
+        hidden = self.language_model.base_model(input_ids=input_ids, use_cache=False, **inside).last_hidden_state
+        return self.head(hidden, labels, per_token)
+
+
+def within_documents(document_ids: Int64[Tensor, "batch time"]) -> dict[str, Tensor]:
+    """Return the attention mask and the positions that keep every document to itself."""
+    time = document_ids.shape[1]
+    steps = torch.arange(time, device=document_ids.device)
+    is_same = document_ids[:, :, None] == document_ids[:, None, :]
+    first = is_same.int().argmax(-1)  # where in the sample each token's document begins
+    causal = steps[:, None] >= steps[None, :]
+    return {"attention_mask": (is_same & causal).unsqueeze(1), "position_ids": steps - first}
+
+
+@torch.no_grad()
+def _head_is_linear(language_model: CausalLM) -> bool:
+    """Try whether logits are just the output layer of the last hidden state: some families scale or cap them."""
+    layer = language_model.get_output_embeddings()
+    if layer is None:
+        return False
+    was_training = language_model.training
+    language_model.eval()
+    ids = torch.arange(8, device=layer.weight.device).unsqueeze(0)
+    hidden = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = language_model(input_ids=ids, use_cache=False).logits
+    language_model.train(was_training)
+    return torch.allclose(F.linear(hidden, layer.weight, layer.bias).float(), logits.float(), rtol=1e-4, atol=1e-4)
+
+
+def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout: float | None = None) -> CausalLM:
+    """Load a pretrained model from a hub name, a folder or a GGUF file.
+
+    Raises:
+        DataError: It is not there, or transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where, options = _location(source)
+    try:
+        config = _load_config(where, options)
+        _set_dropout(config, dropout)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=dtype, attn_implementation="sdpa", **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"model.path is {source}; transformers cannot load it: {_first_line(error)}") from error
+    return _without_quantization(model) if options else model
+
+
+def create_language_model(config_path: str, seed: int, dropout: float | None = None) -> CausalLM:
+    """Initialise a new model from a config.json; the weights are a function of the seed."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config = _load_config(config_path, {})
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error)}") from error
+    _set_dropout(config, dropout)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def build(config: ModelConfig, lora: LoraConfig, seed: int) -> CausalLM:
+    """Return the model a run starts from: loaded or new, with its adapters, in fp32."""
+    if config.path is not None:
+        model = load_language_model(config.path, dropout=config.dropout)
+    else:
+        assert config.from_scratch is not None
+        model = create_language_model(config.from_scratch, seed, config.dropout)
+    if lora.rank:
+        add_adapters(model, lora, seed)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def add_adapters(model: CausalLM, lora: LoraConfig, seed: int) -> None:
+    """Freeze the model and add trainable low-rank adapters, whose values are a function of the seed."""
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    torch.manual_seed(seed)
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise ConfigError(f"lora.target-modules is {lora.target_modules}: {_first_line(error)}") from error
+
+
+def merge_adapters(model: CausalLM) -> CausalLM:
+    """Fold every adapter into its matrix and return the plain model."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    return model
+
+
+def context_limit(model: CausalLM) -> int | None:
+    """Return the longest input the model has positions for, if it has a limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def vocab_size(model: CausalLM) -> int:
+    """Return the number of rows of the input embedding."""
+    return model.get_input_embeddings().num_embeddings
+
+
+def _location(source: str) -> tuple[str, dict[str, str]]:
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DataError(f"model.path is {source}; there is no such file. Give a GGUF file, a folder or a hub name.")
+        return str(path.parent), {"gguf_file": path.name}
+    looks_local = path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise DataError(f"model.path is {source}; there is no such folder. Give a folder, a GGUF file or a hub name.")
+    return source, {}
+
+
+def _load_config(where: str, options: dict[str, str]):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(where, **options)
+
+
+def _set_dropout(config, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    for name, value in config.to_dict().items():
+        if re.search(r"(dropout|pdrop|_drop)$", name) and isinstance(value, int | float):
+            setattr(config, name, dropout)
+
+
+def _without_quantization(model: CausalLM) -> CausalLM:
+    """Return the same weights in a model that `save_pretrained` accepts: one read from GGUF counts as quantized."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = type(model)._from_config(config, dtype=model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.tie_weights()
+    return fresh
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

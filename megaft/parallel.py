@@ -1,0 +1,157 @@
+"""Ranks and groups. The only file that asks for a rank.
+
+One program runs under every launcher: deepspeed and torchrun set RANK, mpirun and srun set variables of their own,
+and plain `python` sets none. `discover` turns any of them into one Topology, `join` starts the process group with it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaft.errors import ConfigError
+
+TIMEOUT = timedelta(minutes=10)
+"""After this long without its peers a collective ends with an error."""
+
+# launcher, the variable that shows it, then its rank, local rank and world size.
+# OpenMPI stands before SLURM because mpirun starts its daemons with srun inside a job.
+LAUNCHERS = (
+    ("torch", "RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    ("mpich", "PMI_RANK", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Where this process stands among the ranks of the run."""
+
+    launcher: str
+    rank: int
+    local_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+
+def discover(environment: Mapping[str, str]) -> Topology:
+    """Read the launcher's environment variables; without any, one process is the whole world."""
+    for launcher, sign, *names in LAUNCHERS:
+        if sign in environment:
+            rank, local_rank, world_size = (_integer(environment, name) for name in names)
+            return Topology(launcher, rank, local_rank, world_size, *_master(launcher, environment))
+    return Topology("python", 0, 0, 1, "127.0.0.1", _free_port())
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    if not value.isdigit():
+        raise ConfigError(
+            f"the launcher's variable {name} is {value!r}; it must be a number of 0 or more. "
+            "Start the ranks with deepspeed, torchrun, srun or mpirun."
+        )
+    return int(value)
+
+
+def _master(launcher: str, environment: Mapping[str, str]) -> tuple[str, int]:
+    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
+        return environment["MASTER_ADDR"], _integer(environment, "MASTER_PORT")
+    if launcher == "torch":
+        raise ConfigError("RANK is set but MASTER_ADDR and MASTER_PORT are not; start the ranks with deepspeed or torchrun.")
+    if launcher == "slurm":
+        # Every task of a job derives the same port, and two jobs on a node hardly ever the same one.
+        return first_host(environment["SLURM_JOB_NODELIST"]), 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
+    return _agree_over_mpi()
+
+
+def first_host(nodelist: str) -> str:
+    """Return the first name of a SLURM node list, such as n07 of n[07-09,12],login."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+    assert match, nodelist
+    return "".join(part or "" for part in match.groups())
+
+
+def _agree_over_mpi() -> tuple[str, int]:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError("started by mpirun, but mpi4py is not there; install megaft[mpi].") from error
+    return MPI.COMM_WORLD.bcast((socket.gethostname(), _free_port()), root=0)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def join(topology: Topology) -> torch.device:
+    """Start the process group through DeepSpeed and return this rank's device."""
+    import deepspeed
+
+    os.environ.update(
+        RANK=str(topology.rank),
+        LOCAL_RANK=str(topology.local_rank),
+        WORLD_SIZE=str(topology.world_size),
+        MASTER_ADDR=topology.master_addr,
+        MASTER_PORT=str(topology.master_port),
+    )
+    # DeepSpeed would compile a shared-memory all-reduce for 90 s; only its inference engine calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", topology.local_rank)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
+    return device
+
+
+def leave() -> None:
+    """Wait for every rank, then end the process group."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+def data_parallel_size() -> int:
+    """How many ranks train on different samples."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def data_parallel_rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this rank writes files and speaks."""
+    return data_parallel_rank() == 0
+
+
+def sum_over_data_ranks(tensor: Tensor) -> Tensor:
+    """Replace `tensor`, on every rank, by its sum over the data-parallel ranks, and return it."""
+    if data_parallel_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if data_parallel_size() > 1:
+        dist.barrier()
