@@ -1,0 +1,73 @@
+"""The `megaft` command. Only the module of the command that was asked for is imported."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+
+import megaft
+from megaft.exit_code import exit_code_of
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Where a command lives, and what it does in one line."""
+
+    summary: str
+    module: str
+    config: str | None
+    """The class whose fields are the flags of `module.main(config)`; None where `main` parses a list itself."""
+
+
+COMMANDS = {
+    "prepare": Command("tokenize text files to disk, once", "megaft.prepare", "PrepareConfig"),
+    "train": Command("finetune a model with DeepSpeed", "megaft.train", None),
+    "generate": Command("continue a text with a model", "megaft.generate", "GenerateConfig"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `megaft COMMAND ...` and return its exit code: 0 done, 2 usage or config, and those of megaft.errors.
+
+    Raises:
+        SystemExit: From the parser of the command's flags: 0 after its help, 2 after a bad flag.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"megaft {megaft.__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"error: {unknown(name)}", file=sys.stderr)
+        return 2
+    return exit_code_of(run, name, rest)
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Import one command's module, parse its flags and run it."""
+    command = COMMANDS[name]
+    program = import_module(command.module)
+    if command.config is None:
+        return program.main(arguments)
+    import tyro
+
+    return program.main(tyro.cli(getattr(program, command.config), prog=f"megaft {name}", args=arguments))
+
+
+def usage() -> str:
+    """Return the table of commands."""
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: megaft COMMAND [flags]", "", *lines, "", "`megaft COMMAND --help` lists a command's flags."]
+    )
+
+
+def unknown(name: str) -> str:
+    """Return what to say about a command that does not exist."""
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean `megaft {close[0]}`?" if close else f"use one of {', '.join(COMMANDS)}."
+    return f"megaft has no command {name!r}; {hint}"

@@ -1,0 +1,34 @@
+"""How a program ends: one message for what the user got wrong, and the exit code of its kind."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megaft.errors import UserError
+
+
+def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = True) -> int:
+    """Run `function`; return its exit code, or the code of the UserError it raised, whose message goes to stderr.
+
+    Ctrl-C gives 130, and a reader of our output that went away (`| head`) 141, as shells count them. Anything else
+    is a bug and keeps its traceback.
+
+    Args:
+        is_main: Whether this rank prints the message.
+    """
+    try:
+        code = function(*arguments)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush complains
+        return 141

@@ -1,0 +1,78 @@
+"""Files that are either the old ones or the new ones, never half of each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from megaft.errors import ConfigError
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return `value` as strict JSON, with every digit of a float.
+
+    JSON has no NaN: a float that is not finite becomes the string "nan", "inf" or "-inf", which `float()` reads back.
+    A path becomes its text.
+
+    Raises:
+        TypeError: A value is none of JSON's types, such as a tensor.
+    """
+    return json.dumps(_finite(value), indent=indent, default=os.fspath, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def naming_disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses inside the block (full, read-only, not ours) into a ConfigError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{path} cannot be written: {reason}. Free space there or name another folder.") from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Wait until the folder's names, such as that of a file just renamed, are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Open a temporary file that takes the place of `path` when the block ends, and is removed when it raises.
+
+    Raises:
+        ConfigError: The disk refuses.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    with naming_disk_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON (see `to_json`): a reader, or a crash, finds the old file or the new one."""
+    with replacing(path) as file:
+        file.write(to_json(value, indent=2) + "\n")

@@ -1,0 +1,210 @@
+"""What a run reports: RUN/metrics.jsonl always, the terminal, and trackers on request; written by the main rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megaft.config import MetricsConfig
+from megaft.files import naming_disk_errors, replacing, to_json
+from megaft.terminal import Terminal
+from megaft.throughput import Mark, Meter
+from megaft.trackers import check_trackers, open_trackers
+
+Row = dict[str, Any]
+
+
+class MetricsFile:
+    """An append-only file of JSON lines, in the order of the steps, each step once.
+
+    A row's `step` counts optimizer steps done, from 1. Values that are not finite are the strings "nan", "inf", "-inf".
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Open for a run that has done `first_step` steps; one that has done none starts an empty file.
+
+        What an earlier attempt wrote of later steps is dropped, and so is a line that a crash cut short.
+
+        Raises:
+            ConfigError: The disk refuses.
+        """
+        self._path = path
+        with replacing(path) as new:
+            if first_step > 0 and path.exists():
+                new.writelines(_lines_up_to(path, first_step))
+        with naming_disk_errors(path):
+            self._file = path.open("a", encoding="utf-8")
+
+    def log(self, row: Row) -> None:
+        """Append a row; it outlives the process from here on."""
+        with naming_disk_errors(self._path):
+            self._file.write(to_json(row) + "\n")
+            self._file.flush()
+
+    def close(self, failed: bool = False) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines_up_to(path: Path, last_step: int) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # cut by a crash in mid-write
+                continue
+            if row["step"] <= last_step:
+                yield line.rstrip("\n") + "\n"
+
+
+class Pending:
+    """Rows whose values are still being computed on the device.
+
+    Reading a CUDA tensor waits for all that is queued, the step just launched included, and the GPU then idles until
+    the next launch. So `push` queues a copy to pinned memory behind the step and gives out the row of the step before,
+    whose copy has long been made. On CPU a row is ready at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waiting: list[tuple[Row, Mark]] = []
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Count the next row's seconds from here."""
+        assert not self._waiting, "drain before restarting the clock"
+        self._last = Mark(self._device)
+
+    def push(self, row: Row) -> list[Row]:
+        """Take a row, in which 0-dim tensors may stand for floats; return the rows that are complete.
+
+        A complete row holds floats, and `seconds` since the row before it or `start_clock`.
+        """
+        copies = {name: _copy_to_host(value) if isinstance(value, Tensor) else value for name, value in row.items()}
+        self._waiting.append((copies, Mark(self._device)))
+        return self._take(len(self._waiting) - (self._device.type == "cuda"))
+
+    def drain(self) -> list[Row]:
+        """Wait for the device and return the rows that were left."""
+        return self._take(len(self._waiting))
+
+    def _take(self, count: int) -> list[Row]:
+        return [self._complete(*self._waiting.pop(0)) for _ in range(count)]
+
+    def _complete(self, row: Row, mark: Mark) -> Row:
+        seconds = mark.seconds_since(self._last)
+        self._last = mark
+        floats = {name: value.item() if isinstance(value, Tensor) else value for name, value in row.items()}
+        return floats | {"seconds": seconds}
+
+
+def _copy_to_host(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    return value.detach().to("cpu", non_blocking=True, copy=True)
+
+
+class Metrics:
+    """The loop's one place to report to. Every rank makes one, with the same arguments but `is_main`."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: MetricsConfig,
+        *,
+        first_step: int,
+        max_steps: int,
+        is_main: bool,
+        meter: Meter,
+        settings: dict[str, Any],
+    ) -> None:
+        """Open the file, the terminal and the trackers, for a run that has done `first_step` steps.
+
+        Args:
+            run_dir: Made where it does not exist.
+            settings: The resolved config, shown by the trackers.
+
+        Raises:
+            ConfigError: A tracker's package is missing (on every rank alike), or the disk refuses.
+        """
+        check_trackers(config)
+        self._meter = meter
+        self._pending = Pending(meter.device)
+        self._sinks = []
+        if is_main:
+            with naming_disk_errors(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+            self._sinks = [
+                MetricsFile(run_dir / "metrics.jsonl", first_step),
+                open_trackers(config, run_dir, settings, first_step),
+                Terminal(first_step, max_steps),
+            ]
+        self._pending.start_clock()
+
+    def step(
+        self,
+        step: int,
+        *,
+        loss: Float[Tensor, ""] | float,
+        grad_norm: Float[Tensor, ""] | float | None,
+        learning_rate: float,
+        tokens_seen: int,
+        tokens: int,
+    ) -> list[Row]:
+        """Report an optimizer step without waiting for it.
+
+        Args:
+            step: Optimizer steps done, this one included.
+            loss: Nats per scored token of the global batch.
+            grad_norm: Before clipping; None where the engine does not tell.
+            tokens_seen: Scored tokens trained on so far, over data ranks.
+            tokens: Input tokens of this step's global batch, scored or not: what throughput counts.
+
+        Returns:
+            The rows that are complete now, on every rank: on CUDA that of the step before.
+        """
+        row = {"step": step, "loss": loss, "tokens_seen": tokens_seen, "learning_rate": learning_rate}
+        return self._log(self._pending.push(row | {"grad_norm": grad_norm, "tokens": tokens}))
+
+    def validation(self, step: int, values: Row) -> None:
+        """Report a validation after `step` optimizer steps."""
+        self.drain()
+        for sink in self._sinks:
+            sink.log({"step": step, "validation": values})
+
+    def drain(self) -> list[Row]:
+        """Wait for the device and report the steps that were left; return them."""
+        return self._log(self._pending.drain())
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keep what happens in the block (validating, saving) out of the throughput; steps before it are reported."""
+        self.drain()
+        yield
+        self._pending.start_clock()
+
+    def close(self, failed: bool = False) -> None:
+        """Report what was left and close everything; trackers are told whether the run failed."""
+        try:
+            self.drain()
+        finally:
+            for sink in self._sinks:
+                sink.close(failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def _log(self, rows: list[Row]) -> list[Row]:
+        for row in rows:
+            row |= self._meter.rates(row.pop("tokens"), row["seconds"])
+            for sink in self._sinks:
+                sink.log(row)
+        return rows

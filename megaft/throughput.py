@@ -1,0 +1,135 @@
+"""How fast a run is: tokens per second, the share of the device's peak, and the memory it took."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's data sheets; the first match holds.
+PEAK_FLOPS = {
+    r"B200": 2250e12,
+    r"H(100|200) NVL": 835e12,
+    r"H100 PCIe": 756e12,
+    r"H100|H200|GH200": 989e12,
+    r"A100": 312e12,
+    r"A10": 125e12,
+    r"L40S": 362e12,
+    r"L4": 121e12,
+    r"RTX A6000": 154.8e12,
+    r"RTX 4090": 165.2e12,
+    r"V100-PCIE": 112e12,
+    r"V100": 125e12,
+    r"T4": 65e12,
+}
+MEASURING_SECONDS = 0.3
+
+
+def flops_per_token(num_parameters: int, num_layers: int, hidden_size: int, context_length: int) -> int:
+    """Return the floating-point operations of training on one token, 6N + 12LdT (PaLM, appendix B).
+
+    Forward and backward of the model as it is: recomputed activations do not count, and a causal mask saves nothing.
+    """
+    return 6 * num_parameters + 12 * num_layers * hidden_size * context_length
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None = None) -> tuple[float, str]:
+    """Return the device's peak in FLOP/s for matrices of `dtype`, and where the figure is from.
+
+    That is `setting` (metrics.peak-flops), the data sheet of a known GPU in half precision, or else a measurement.
+    """
+    if setting is not None:
+        return setting, "metrics.peak-flops"
+    if device.type == "cuda" and _has_tensor_cores_for(device, dtype):
+        name = torch.cuda.get_device_name(device)
+        if (known := data_sheet_flops(name)) is not None:
+            return known, f"data sheet of {name}"
+    return measured_flops(device, dtype), f"measured by multiplying {dtype} matrices on this {device.type}"
+
+
+def data_sheet_flops(name: str) -> float | None:
+    """Return the half-precision peak of the GPU called `name`; None where unknown, as for a slice of one (MIG)."""
+    if "MIG" in name:
+        return None
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)
+
+
+def _has_tensor_cores_for(device: torch.device, dtype: torch.dtype) -> bool:
+    bf16_from = (8, 0)
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= bf16_from)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best FLOP/s of square products of growing size, within about 0.3 s."""
+    best, size, begin = 0.0, 256, time.perf_counter()
+    while size <= 8192:
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        _seconds_of_product(matrix)  # the first one also loads kernels
+        seconds = _seconds_of_product(matrix)
+        best = max(best, 2 * size**3 / seconds)
+        spent = time.perf_counter() - begin
+        if spent + 2 * 8 * seconds > MEASURING_SECONDS:  # two products of twice the size
+            break
+        size *= 2
+    return best
+
+
+def _seconds_of_product(matrix: torch.Tensor) -> float:
+    before = Mark(matrix.device)
+    torch.matmul(matrix, matrix)
+    return Mark(matrix.device).seconds_since(before)
+
+
+class Mark:
+    """A point in the device's work: on CUDA where the queue stands now, elsewhere the time now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._time = time.perf_counter()
+        self._event = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Wait until the device has come to this mark; return the device's seconds since the earlier one."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory this rank has held: allocated by torch on CUDA, resident in the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meter:
+    """Turns tokens and seconds of one step into rates."""
+
+    device: torch.device
+    num_devices: int
+    flops_per_token: float | None
+    """None where the architecture does not tell its layers: MFU is then unknown."""
+    peak_flops: float
+    """Of one device."""
+
+    def rates(self, tokens: int, seconds: float) -> dict[str, float | int | None]:
+        """Return the rates of a step that put `tokens` through all devices, and the peak memory so far.
+
+        `mfu` is model FLOPs utilization (PaLM, appendix B): the FLOP/s of the model over the peak of all devices.
+        """
+        per_device = tokens / seconds / self.num_devices
+        return {
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_device": per_device,
+            "mfu": None if self.flops_per_token is None else per_device * self.flops_per_token / self.peak_flops,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
