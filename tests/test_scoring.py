@@ -1,0 +1,256 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from megaft.errors import ConfigError, DataError
+from megaft.loss import IGNORE_INDEX, token_nats
+from megaft.scoring import Score, score, windows
+
+CPU = torch.device("cpu")
+PREFIX, EOD = 0, 1
+
+
+class Text:
+    def __init__(self, *documents):
+        self.num_documents = len(documents)
+        self.document_offsets = np.array([0, *itertools.accumulate(map(len, documents))])
+        self.tokens = np.array([token for document in documents for token in document], np.uint16)
+
+    def read(self, begin, end):
+        return self.tokens[begin:end]
+
+
+class Rank:
+    """One of `size` ranks that take turns in one process; the last to run sees the sum."""
+
+    def __init__(self, rank, size, total):
+        self.data_parallel_rank, self.data_parallel_size, self.total = lambda: rank, lambda: size, total
+
+    def sum_over_data_ranks(self, tensor):
+        self.total.append(tensor.clone())
+        return torch.stack(self.total).sum(0)
+
+
+class Model:
+    """Counts its forward passes, and remembers their shapes."""
+
+    def __init__(self, model):
+        self.model, self.shapes = model.eval(), []
+
+    def __call__(self, input_ids, labels):
+        self.shapes.append(tuple(input_ids.shape))
+        return token_nats(self.model(input_ids).logits, labels)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {
+        "n_layer": 2,
+        "n_embd": 32,
+        "n_head": 2,
+        "n_positions": 64,
+        "vocab_size": 97,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).eval()
+
+
+def tokens(num_tokens, seed=0):
+    return np.random.default_rng(seed).integers(2, 97, num_tokens).tolist()
+
+
+def run(gpt2, text, context_length=64, stride=64, batch_size=2, **settings):
+    return score(
+        text,
+        Model(gpt2),
+        context_length=context_length,
+        stride=stride,
+        batch_size=batch_size,
+        device=CPU,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "stride", "expected"),  # expected: (begin, scored_from, end)
+    [
+        pytest.param(0, 4, [], id="nothing"),
+        pytest.param(1, 4, [], id="one token predicts nothing"),
+        pytest.param(2, 4, [(0, 1, 2)], id="one target"),
+        pytest.param(5, 4, [(0, 1, 5)], id="exactly one window"),
+        pytest.param(6, 4, [(0, 1, 5), (1, 5, 6)], id="last window reaches back to the full context"),
+        pytest.param(9, 4, [(0, 1, 5), (4, 5, 9)], id="stride = context, full last window"),
+        pytest.param(8, 2, [(0, 1, 5), (2, 5, 7), (3, 7, 8)], id="overlap, short last window"),
+        pytest.param(7, 1, [(0, 1, 5), (1, 5, 6), (2, 6, 7)], id="one token at a time"),
+    ],
+)
+def test_windows(num_tokens, stride, expected):
+    assert list(windows(num_tokens, 4, stride)) == expected
+
+
+@pytest.mark.parametrize(
+    ("stride", "expected"), [(1024, 264), (512, 527), (256, 1053), (128, 2105), (32, 8417)]
+)  # hand arithmetic: 1 + ceil((T - 1 - L) / s), T = WikiText-103 test in GPT-2 BPE
+def test_number_of_windows(stride, expected):
+    assert sum(1 for _ in windows(270_329, 1024, stride)) == expected
+
+
+@given(st.integers(0, 200), st.integers(1, 40), st.data())
+def test_every_token_but_the_first_is_scored_once(num_tokens, context_length, data):
+    stride = data.draw(st.integers(1, context_length))
+    cut = list(windows(num_tokens, context_length, stride))
+    assert [p for w in cut for p in range(w.scored_from, w.end)] == list(range(1, num_tokens))
+    assert all(0 <= w.begin < w.scored_from < w.end and w.end - 1 - w.begin <= context_length for w in cut)
+    assert all(w.end - 1 - w.begin == context_length for w in cut[1:])
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_a_stride_that_skips_tokens_is_refused(stride):
+    with pytest.raises(ConfigError, match=f"stride is {stride}; use 1 to 4"):
+        list(windows(10, 4, stride))
+
+
+def test_a_short_document_costs_transformers_own_loss(gpt2):
+    document = tokens(50)
+    result = run(gpt2, Text(document))
+    ids = torch.tensor([document])
+    assert result.num_scored_tokens == 49
+    assert result.nats == pytest.approx(gpt2(ids, labels=ids).loss.item() * 49, rel=1e-6)
+    assert result.token_nats[0] == 0.0
+
+
+def test_a_prefix_makes_the_first_token_count(gpt2):
+    documents = [tokens(20, 1), tokens(1, 2), tokens(30, 3)]
+    result = run(gpt2, Text(*documents), prefix_id=PREFIX)
+    expected = 0.0
+    for document in documents:
+        ids = torch.tensor([[PREFIX, *document]])
+        expected += gpt2(ids, labels=ids).loss.item() * len(document)
+    assert result.num_scored_tokens == 51
+    assert result.nats == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_trailing_eod_is_left_out(gpt2):
+    documents = [tokens(20, 1), [], tokens(30, 3)]
+    with_eod = run(gpt2, Text(*([*d, EOD] for d in documents)), prefix_id=PREFIX, eod_id=EOD)
+    without = run(gpt2, Text(*documents), prefix_id=PREFIX)
+    assert with_eod == without
+    assert with_eod.num_scored_tokens == 50
+    assert run(gpt2, Text([*tokens(20, 1), EOD]), prefix_id=PREFIX).num_scored_tokens == 21
+
+
+@pytest.mark.parametrize("prefix", [[], [PREFIX]])
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_each_token_sees_the_context_of_its_window(gpt2, stride, prefix):
+    documents = [tokens(23, 1), tokens(5, 2), tokens(30, 3)]
+    expected = []
+    for document in documents:
+        ids = [*prefix, *document]
+        nats = [0.0] * (len(ids) > len(document) or 1)
+        for target in range(1, len(ids)):
+            # The last position that its window scores decides how far back the context reaches.
+            end = 9 if target < 9 else min(len(ids), 9 + math.ceil((target - 8) / stride) * stride)
+            context = torch.tensor([ids[max(0, end - 9) : target]])
+            nats.append(-gpt2(context).logits[0, -1].double().log_softmax(-1)[ids[target]].item())
+        expected += nats[-len(document) :]
+    text = Text(*documents)
+    result = run(gpt2, text, context_length=8, stride=stride, batch_size=3, prefix_id=prefix[0] if prefix else None)
+    assert result.token_nats == pytest.approx(expected, rel=2e-5, abs=1e-5)
+    assert result.nats == pytest.approx(math.fsum(expected), rel=1e-6)
+    assert result.num_scored_tokens == 58 - 3 * (not prefix)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_any_number_of_ranks_gives_the_same_bits(gpt2, size):
+    text = Text(tokens(100, 1), tokens(3, 2), tokens(45, 3))
+    settings = {"context_length": 16, "stride": 5, "prefix_id": PREFIX}
+    alone = run(gpt2, text, **settings)
+    for last in range(size):  # whichever rank ends last has the whole sum
+        total, order = [], [*(r for r in range(size) if r != last), last]
+        together = [run(gpt2, text, **settings, ranks=Rank(r, size, total)) for r in order][-1]
+        assert together.nats.hex() == alone.nats.hex()
+        assert np.array_equal(together.token_nats, alone.token_nats)
+        assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "batch_size", "size", "passes"),
+    [
+        pytest.param(33, 1, 3, 2, id="4 windows on 3 ranks"),
+        pytest.param(33, 1, 1, 4, id="4 windows on 1 rank"),
+        pytest.param(33, 3, 4, 1, id="2 batches on 4 ranks"),
+        pytest.param(41, 2, 2, 2, id="3 batches on 2 ranks"),
+    ],
+)
+def test_ranks_make_equal_passes_of_equal_shape(gpt2, num_tokens, batch_size, size, passes):
+    for rank in range(size):
+        model = Model(gpt2)
+        settings = {"context_length": 8, "stride": 8, "batch_size": batch_size, "device": CPU}
+        score(Text(tokens(num_tokens)), model, **settings, ranks=Rank(rank, size, []))
+        assert model.shapes == [(batch_size, 8)] * passes
+
+
+def test_a_dummy_batch_scores_nothing():
+    seen = []
+
+    def model(input_ids, labels):
+        seen.append(labels.clone())
+        return torch.zeros(labels.shape)
+
+    score(Text(tokens(5)), model, context_length=8, stride=8, batch_size=1, device=CPU, ranks=Rank(1, 2, []))
+    assert len(seen) == 1
+    assert (seen[0] == IGNORE_INDEX).all()
+
+
+def test_a_text_without_a_target_is_refused(gpt2):
+    with pytest.raises(DataError, match="2 documents have no token to score"):
+        run(gpt2, Text([3], []))
+
+
+def test_score_has_every_unit():
+    result = Score(nats=1000.0, num_scored_tokens=250, num_words=200, num_bytes=1100)
+    assert result.as_dict() == pytest.approx(
+        {
+            "nats": 1000.0,
+            "num_scored_tokens": 250,
+            "nats_per_token": 4.0,
+            "perplexity": math.exp(4),
+            "word_perplexity": math.exp(5),
+            "bits_per_byte": 1000 / math.log(2) / 1100,
+        }
+    )
+    # lm-evaluation-harness on GPT-2 124M: 37.38 a word is 0.9769 bits a byte at 241,335 words in 1,290,590 bytes.
+    gpt2_124m = Score(241_335 * math.log(37.38), 1, 241_335, 1_290_590)
+    assert gpt2_124m.word_perplexity == pytest.approx(37.38)
+    assert gpt2_124m.bits_per_byte == pytest.approx(0.9769, abs=5e-5)
+
+
+def test_unknown_units_are_left_out_and_overflow_is_inf():
+    result = Score(nats=1e6, num_scored_tokens=1)
+    assert result.as_dict() == {
+        "nats": 1e6,
+        "num_scored_tokens": 1,
+        "nats_per_token": 1e6,
+        "perplexity": math.inf,
+    }
+    assert math.isnan(Score(math.nan, 1).perplexity)
+
+
+def test_a_trained_model_costs_the_same_in_any_batch(shared):
+    folder = shared / "models/tiny-gpt2-wikitext2"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = (shared / "data/wikitext2/wiki.test.tokens").read_text()[:6000]
+    ids = PreTrainedTokenizerFast.from_pretrained(folder)(text)["input_ids"]
+    settings = {"context_length": 128, "stride": 64, "prefix_id": 50256, "num_words": len(text.split())}
+    results = [run(model, Text(ids), **settings, batch_size=size) for size in (1, 3, 8)]
+    assert [r.nats for r in results] == pytest.approx([results[0].nats] * 3, rel=1e-6)
+    assert results[0].num_scored_tokens == len(ids)
+    assert results[0].perplexity < 1000  # chance is 50,257
