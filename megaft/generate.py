@@ -1,0 +1,144 @@
+"""`megaft generate`: continue texts with a model. Imports no torch until there is something to do."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from megaft.config import require
+from megaft.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: int = 0
+    """Draw from the k most likely tokens only; 0 draws from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that hold this much probability; 1 draws from all."""
+    repetition_penalty: float = 1.0
+    """Makes tokens seen before less likely where above 1; 1 does nothing."""
+
+    def __post_init__(self) -> None:
+        require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            f"temperature is {self.temperature}; use 0 for the most likely token, or for example 0.8.",
+        )
+        require(self.top_k >= 0, f"top-k is {self.top_k}; use 0 for all tokens, or for example 50.")
+        require(0 < self.top_p <= 1, f"top-p is {self.top_p}; use more than 0 and at most 1, for example 0.95.")
+        require(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            f"repetition-penalty is {self.repetition_penalty}; use 1 for none, or for example 1.2.",
+        )
+        require(
+            self.temperature > 0 or (self.top_k == 0 and self.top_p == 1),
+            f"top-k is {self.top_k} and top-p is {self.top_p}, which have no effect at temperature 0; drop them.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """Continue each prompt with a model."""
+
+    model: str
+    """A run's folder, a model folder, a hub name or a GGUF file."""
+    prompt: tuple[str, ...]
+    """One text to continue, or several. Each is continued by itself, from the same seed."""
+    max_new_tokens: int = 100
+    """Tokens after the prompt, unless the model ends the text before. Beyond its context it forgets the oldest."""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+    seed: int = 0
+    """Fixes every draw."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in."""
+    ignore_eos: bool = False
+    """Go on where the model ends the text."""
+    json: bool = False
+    """Print one JSON object a prompt instead of the text."""
+
+    def __post_init__(self) -> None:
+        require(len(self.prompt) > 0, "prompt is empty; give a text to continue.")
+        require(self.max_new_tokens >= 1, f"max-new-tokens is {self.max_new_tokens}; use 1 or more, for example 100.")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}; use 0 or more and less than 2^63.")
+
+
+def main(config: GenerateConfig) -> int:
+    """Print each prompt with its continuation, or a JSON object a line.
+
+    Raises:
+        DataError: The model cannot be loaded, or a prompt has no tokens.
+    """
+    import torch
+
+    from megaft.models.hugging_face import load_language_model
+    from megaft.tokenizer import load_tokenizer
+
+    source = model_source(config.model)
+    tokenizer = load_tokenizer(source)
+    prompts = [tokenizer.encode(prompt) for prompt in config.prompt]
+    if not all(prompts):
+        raise DataError(f"prompt {config.prompt[prompts.index([])]!r} has no tokens; give a text to continue.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_language_model(source, getattr(torch, config.dtype)).eval().to(device)
+    for prompt, ids in zip(config.prompt, prompts, strict=True):
+        row = {"prompt": prompt, **continue_prompt(model, tokenizer, ids, config)}
+        print(json.dumps(row) if config.json else prompt + row["text"], flush=True)
+    return 0
+
+
+def model_source(model: str) -> str:
+    """Return where the model's files are: a run's folder keeps them in export/.
+
+    Raises:
+        DataError: The folder holds no model.
+    """
+    folder = Path(model)
+    if (folder / "export").is_dir():
+        return str(folder / "export")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DataError(
+            f"model is {model}, a folder with neither config.json nor export/; "
+            "give a model's folder, or a run's after it has ended."
+        )
+    return model
+
+
+def continue_prompt(model: Any, tokenizer: Any, prompt_ids: list[int], config: GenerateConfig) -> dict[str, Any]:
+    """Return the continuation's text, tokens and speed. Its seconds include the reading of the prompt."""
+    from megaft.models.hugging_face import context_limit
+    from megaft.sampling import continue_tokens
+
+    begin = time.perf_counter()
+    tokens = list(
+        continue_tokens(
+            model,
+            prompt_ids,
+            max_new_tokens=config.max_new_tokens,
+            settings=config.sampling,
+            seed=config.seed,
+            eos_id=None if config.ignore_eos else tokenizer.eos_id,
+            max_positions=context_limit(model),
+        )
+    )
+    seconds = time.perf_counter() - begin
+    is_ended = not config.ignore_eos and tokens[-1] == tokenizer.eos_id
+    text_ids = prompt_ids + (tokens[:-1] if is_ended else tokens)
+    return {
+        # Decoded behind the prompt: sentencepiece drops the space before a text's first word.
+        "text": tokenizer.decode(text_ids)[len(tokenizer.decode(prompt_ids)) :],
+        "tokens": tokens,
+        "is_ended_by_model": is_ended,
+        "seconds": seconds,
+        "tokens_per_second": len(tokens) / seconds,
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }

@@ -1,0 +1,144 @@
+import math
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.generation import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from megaft.errors import NumericsError
+from megaft.generate import SamplingConfig
+from megaft.sampling import continue_tokens, keep_top_k, keep_top_p, next_token, penalize_repetition
+
+PROMPT = [5, 17, 3, 17]
+GREEDY = SamplingConfig(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 97}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=96, initializer_range=0.3)).eval()
+
+
+def logits_of(seed, size=50):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def run(model, max_new_tokens, settings=GREEDY, seed=0, prompt=PROMPT, **options):
+    options = {"max_new_tokens": max_new_tokens, "settings": settings, "seed": seed, "max_positions": 16, **options}
+    return list(continue_tokens(model, prompt, **options))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("ours", "theirs"),  # transformers' own processors are the reference
+    [
+        *[
+            pytest.param(
+                lambda x, p=p: penalize_repetition(x, [1, 7, 7, 30], p),
+                lambda x, p=p: RepetitionPenaltyLogitsProcessor(p)(torch.tensor([[1, 7, 7, 30]]), x),
+                id=f"repetition penalty {p}",
+            )
+            for p in (0.5, 1.0, 1.3)
+        ],
+        *[
+            pytest.param(lambda x, k=k: keep_top_k(x, k), lambda x, k=k: TopKLogitsWarper(k)(None, x), id=f"top-k {k}")
+            for k in (1, 5, 50, 80)
+        ],
+        *[
+            pytest.param(lambda x, p=p: keep_top_p(x, p), lambda x, p=p: TopPLogitsWarper(p)(None, x), id=f"top-p {p}")
+            for p in (0.01, 0.5, 0.95, 1.0)
+        ],
+    ],
+)
+def test_filters_equal_transformers(seed, ours, theirs):
+    logits = logits_of(seed)
+    before = logits.clone()
+    assert torch.equal(ours(logits), theirs(logits[None].clone())[0])
+    assert torch.equal(logits, before)
+
+
+def test_filters_that_are_off_change_nothing():
+    logits = logits_of(0)
+    for same in (keep_top_k(logits, 0), keep_top_p(logits, 1.0), penalize_repetition(logits, [3], 1.0)):
+        assert torch.equal(same, logits)
+
+
+def test_ties_with_the_last_of_k_stay():
+    assert keep_top_k(torch.tensor([1.0, 2.0, 1.0, 0.0]), 2).isfinite().tolist() == [True, True, True, False]
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 0.99))
+def test_top_p_keeps_the_fewest_tokens_that_hold_p(seed, p):
+    logits = logits_of(seed, 30)
+    kept = logits.double().softmax(-1)[keep_top_p(logits, p).isfinite()]
+    assert kept.sum() >= p - 1e-6
+    assert kept.sum() - kept.min() < p + 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(GREEDY, id="greedy"),
+        pytest.param(SamplingConfig(temperature=0, repetition_penalty=1.5), id="greedy, no repetition"),
+        pytest.param(SamplingConfig(), id="plain"),
+        pytest.param(SamplingConfig(temperature=0.7, top_k=20), id="cool, top-k"),
+        pytest.param(SamplingConfig(temperature=1.5, top_p=0.8), id="hot, top-p"),
+        pytest.param(SamplingConfig(temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.2), id="all"),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_continuation_equals_transformers_generate(gpt2, settings, seed):
+    sampled = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    torch.manual_seed(seed)
+    theirs = gpt2.generate(
+        torch.tensor([PROMPT]),
+        attention_mask=torch.ones(1, len(PROMPT), dtype=torch.int64),
+        max_new_tokens=12,
+        do_sample=settings.temperature > 0,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=None,
+        pad_token_id=0,
+        **(sampled if settings.temperature > 0 else {}),
+    )
+    assert run(gpt2, 12, settings, seed) == theirs[0, len(PROMPT) :].tolist()
+
+
+def test_a_seed_fixes_the_text_and_another_changes_it(gpt2):
+    settings = SamplingConfig()
+    texts = [run(gpt2, 12, settings, seed) for seed in (3, 4)]
+    torch.manual_seed(99)  # the global generator has no say
+    assert run(gpt2, 12, settings, 3) == texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 15, 16, 17, 40])
+def test_a_text_outgrows_the_model_by_dropping_the_older_half(gpt2, prompt_tokens):
+    prompt = [(7 * i) % 97 for i in range(prompt_tokens)]
+    settings = SamplingConfig(temperature=0, repetition_penalty=1.5)
+    ids, begin = list(prompt), max(0, prompt_tokens - 16)
+    for _ in range(40):  # the same window without a cache
+        if len(ids) - begin > 16:
+            begin = len(ids) - 8
+        logits = gpt2(torch.tensor([ids[begin:]])).logits[0, -1].detach()
+        ids.append(next_token(logits, ids, settings, torch.Generator()))
+    assert run(gpt2, 40, settings, prompt=prompt) == ids[prompt_tokens:]
+
+
+def test_a_text_ends_at_eos(gpt2):
+    free = run(gpt2, 12)
+    eos = free[5]
+    assert run(gpt2, 12, eos_id=eos) == free[: free.index(eos) + 1]
+    assert len(run(gpt2, 12, eos_id=None)) == 12
+
+
+def test_tokens_come_one_at_a_time(gpt2):
+    endless = continue_tokens(gpt2, PROMPT, max_new_tokens=10**9, settings=GREEDY, seed=0, max_positions=16)
+    assert list(islice(endless, 3)) == run(gpt2, 3)
+
+
+def test_logits_that_are_not_numbers_are_refused():
+    with pytest.raises(NumericsError, match="not numbers"):
+        next_token(torch.tensor([0.0, math.nan]), [0], GREEDY, torch.Generator())
