@@ -1,0 +1,101 @@
+"""Optimizers by name, their parameter groups, and the learning rate as a function of the step alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from megaft.config import OptimConfig, require
+from megaft.errors import ConfigError
+
+FUSED_ADAMW_DEVICES = ("cuda", "cpu")  # on a CPU three times as fast as the unfused one, and equal to 2.4e-7
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings, which are decayed, then biases and norms, which are not.
+
+    Args:
+        named_parameters: As `module.named_parameters()` gives them. Frozen ones are left out. Under ZeRO-3 a parameter
+            has lost its shape; DeepSpeed keeps it in `ds_shape`.
+        weight_decay: Of the first group.
+
+    Returns:
+        torch's parameter groups, empty ones left out, each with `names` in the order of `params`.
+    """
+    groups = [{"params": [], "names": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            group = groups[0] if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 else groups[1]
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, device_type: str) -> torch.optim.Optimizer:
+    """The optimizer called `config.name`.
+
+    Args:
+        groups: As `parameter_groups` gives them; each says its own weight decay.
+        config: SGD adds weight decay to the gradient (as torch does); the others decay the weights themselves.
+        device_type: Where it updates: "cpu" also on a CUDA machine when ZeRO offloads the optimizer.
+
+    Raises:
+        ConfigError: NVIDIA's apex is asked for and not there.
+    """
+    groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    rate, betas = config.learning_rate, (config.beta1, config.beta2)
+    if config.name == "adamw":
+        fused = device_type in FUSED_ADAMW_DEVICES
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.epsilon, fused=fused)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=config.momentum)
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=rate)
+    return _apex_fused_adam()(groups, lr=rate, betas=betas, eps=config.epsilon, adam_w_mode=True)
+
+
+def _apex_fused_adam() -> Any:
+    """NVIDIA's class; PyPI's `apex` is a toolkit for the Pyramid web framework."""
+    fix = "Build it with --cuda_ext from github.com/NVIDIA/apex, or use optim.name adamw, which is as fast."
+    require(importlib.util.find_spec("apex") is not None, f"optim.name is apex-adamw, but apex is not installed. {fix}")
+    if importlib.util.find_spec("amp_C") is None:  # the CUDA kernels that apex.optimizers loads
+        raise ConfigError(
+            "optim.name is apex-adamw, but the apex installed here is not NVIDIA's with CUDA kernels (no amp_C); "
+            f"`pip install apex` gives another project. {fix}"
+        )
+    return importlib.import_module("apex.optimizers").FusedAdam
+
+
+def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
+    """The learning rate of a step, counted from 0.
+
+    Warm-up: peak * (step + 1) / warmup_steps, so that the first step moves the weights and step warmup_steps - 1 has
+    the peak. Then from the peak at step warmup_steps to final_fraction * peak at step max_steps - 1, along a line or
+    half a cosine (Loshchilov and Hutter 2017, equation 5). Where that is one and the same step it has the peak.
+
+    Raises:
+        ConfigError: The warm-up is longer than the run.
+    """
+    warmup_steps = config.warmup_steps
+    require(
+        warmup_steps <= max_steps,
+        f"optim.warmup-steps is {warmup_steps}, but the run has {max_steps} steps; use {max_steps // 10} or another number "
+        "of at most that.",
+    )
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
+    remaining = {"constant": 1.0, "linear": 1.0 - progress, "cosine": (1.0 + math.cos(math.pi * progress)) / 2.0}
+    floor = 1.0 if config.schedule == "constant" else config.final_fraction
+    return config.learning_rate * (floor + (1.0 - floor) * remaining[config.schedule])
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give every parameter group the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
