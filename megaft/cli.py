@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import megaft
+from megaft.errors import ConfigError
 from megaft.exit_code import exit_code_of
 
 
@@ -34,7 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         SystemExit: From the parser of the command's flags: 0 after its help, 2 after a bad flag.
     """
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    return exit_code_of(dispatch, sys.argv[1:] if arguments is None else arguments)
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Answer for megaft itself, or run the command named first."""
+    name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
         return 0
@@ -42,9 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"megaft {megaft.__version__}")
         return 0
     if name not in COMMANDS:
-        print(f"error: {unknown(name)}", file=sys.stderr)
-        return 2
-    return exit_code_of(run, name, rest)
+        raise ConfigError(unknown(name))
+    return run(name, rest)
 
 
 def run(name: str, arguments: list[str]) -> int:

@@ -20,9 +20,10 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
         is_main: Whether this rank prints the message.
     """
     try:
-        code = function(*arguments)
-        sys.stdout.flush()
-        return code
+        try:
+            return function(*arguments)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr)

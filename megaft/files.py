@@ -43,9 +43,9 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path} cannot be written: {reason}. Free space there or name another folder.") from error
 
 
-def fsync_folder(folder: Path) -> None:
-    """Wait until the folder's names, such as that of a file just renamed, are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names such as that of a file just renamed, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -67,7 +67,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            fsync_folder(path.parent)
+            fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

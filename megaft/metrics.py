@@ -50,7 +50,8 @@ class MetricsFile:
 
     def close(self, failed: bool = False) -> None:
         """Close the file."""
-        self._file.close()
+        with naming_disk_errors(self._path):
+            self._file.close()
 
 
 def _lines_up_to(path: Path, last_step: int) -> Iterator[str]:

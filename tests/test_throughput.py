@@ -1,0 +1,113 @@
+import resource
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaft.throughput import (
+    Mark,
+    Meter,
+    data_sheet_flops,
+    flops_per_token,
+    measured_flops,
+    peak_flops,
+    peak_memory_bytes,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_flops_of_gpt2_xl():
+    # By hand: 6 * 1,557,611,200 + 12 * 48 * 1600 * 1024.
+    assert flops_per_token(1_557_611_200, 48, 1600, 1024) == 10_289_385_600 == 9_345_667_200 + 943_718_400
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),  # names as torch.cuda.get_device_name gives them; peaks from NVIDIA's data sheets
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-16GB", 112),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Some Card 9000", None),
+    ],
+)
+def test_data_sheets(name, tera):
+    assert data_sheet_flops(name) == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "is_known"),
+    [
+        pytest.param(torch.bfloat16, (9, 0), True, id="bf16 on Hopper"),
+        pytest.param(torch.float16, (7, 0), True, id="fp16 on Volta"),
+        pytest.param(torch.bfloat16, (7, 0), False, id="Volta has no bf16"),
+        pytest.param(torch.float32, (9, 0), False, id="the sheet is for half precision"),
+    ],
+)
+def test_which_peak_is_taken(dtype, capability, is_known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("megaft.throughput.measured_flops", lambda device, dtype: 1e12)
+    value, source = peak_flops(torch.device("cuda"), dtype)
+    assert value == (756e12 if is_known else 1e12)
+    assert ("data sheet" if is_known else "measured") in source
+
+
+def test_the_setting_wins_over_every_other_peak():
+    assert peak_flops(CPU, torch.float32, 5e12) == (5e12, "metrics.peak-flops")
+
+
+def test_measuring_a_cpu_is_short_and_plausible():
+    begin = time.perf_counter()
+    flops = measured_flops(CPU, torch.float32)
+    assert time.perf_counter() - begin < 3  # 0.3 s on an idle machine
+    assert 1e8 < flops < 1e14
+
+
+def test_rates():
+    # By hand: 4000 tokens in 2 s on 4 devices; 500 tokens/s * 6e6 FLOP on a device of 1e10 FLOP/s.
+    meter = Meter(device=CPU, num_devices=4, flops_per_token=6e6, peak_flops=1e10)
+    rates = meter.rates(tokens=4000, seconds=2.0)
+    assert rates["tokens_per_second"] == 2000
+    assert rates["tokens_per_second_per_device"] == 500
+    assert rates["mfu"] == pytest.approx(0.3)
+
+
+def test_mfu_is_unknown_where_the_flops_are():
+    assert Meter(device=CPU, num_devices=1, flops_per_token=None, peak_flops=1e12).rates(1, 1.0)["mfu"] is None
+
+
+def test_peak_memory_is_the_most_ever_held():
+    before = peak_memory_bytes(CPU)
+    held_now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    torch.ones(before - held_now + 2**27, dtype=torch.uint8)  # 128 MiB more than ever, let go at once
+    assert 2**26 < peak_memory_bytes(CPU) - before < 2**28
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_marks_measure_the_device_not_the_launch():
+    device = torch.device("cuda")
+    matrix = torch.ones(8192, 8192, device=device, dtype=torch.bfloat16)
+    torch.matmul(matrix, matrix)
+    torch.cuda.synchronize()
+    before, begin = Mark(device), time.perf_counter()
+    for _ in range(20):
+        torch.matmul(matrix, matrix)
+    after, launching = Mark(device), time.perf_counter() - begin
+    seconds = after.seconds_since(before)
+    assert seconds > 2 * launching
+    assert 2 * 8192**3 * 20 / seconds < 1.1 * peak_flops(device, torch.bfloat16)[0]
