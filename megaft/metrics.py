@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from megaft.config import MetricsConfig
@@ -84,9 +84,9 @@ class Pending:
         self._last = Mark(self._device)
 
     def push(self, row: Row) -> list[Row]:
-        """Take a row, in which 0-dim tensors may stand for floats; return the rows that are complete.
+        """Take a row, in which 0-dim tensors may stand for numbers; return the rows that are complete.
 
-        A complete row holds floats, and `seconds` since the row before it or `start_clock`.
+        A complete row holds plain numbers, and `seconds` since the row before it or `start_clock`.
         """
         copies = {name: _copy_to_host(value) if isinstance(value, Tensor) else value for name, value in row.items()}
         self._waiting.append((copies, Mark(self._device)))
@@ -102,11 +102,11 @@ class Pending:
     def _complete(self, row: Row, mark: Mark) -> Row:
         seconds = mark.seconds_since(self._last)
         self._last = mark
-        floats = {name: value.item() if isinstance(value, Tensor) else value for name, value in row.items()}
-        return floats | {"seconds": seconds}
+        numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in row.items()}
+        return numbers | {"seconds": seconds}
 
 
-def _copy_to_host(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def _copy_to_host(value: Tensor) -> Tensor:
     return value.detach().to("cpu", non_blocking=True, copy=True)
 
 
@@ -154,7 +154,7 @@ class Metrics:
         loss: Float[Tensor, ""] | float,
         grad_norm: Float[Tensor, ""] | float | None,
         learning_rate: float,
-        tokens_seen: int,
+        tokens_seen: Int64[Tensor, ""] | int,
         tokens: int,
     ) -> list[Row]:
         """Report an optimizer step without waiting for it.

@@ -7,8 +7,12 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from megaft import parallel
+from megaft.config import MetricsConfig
 
 # Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's data sheets; the first match holds.
 PEAK_FLOPS = {
@@ -120,6 +124,38 @@ class Meter:
     """None where the architecture does not tell its layers: MFU is then unknown."""
     peak_flops: float
     """Of one device."""
+    peak_source: str
+    """Where that figure is from."""
+
+    @classmethod
+    def of(
+        cls,
+        architecture: Any,
+        model: torch.nn.Module,
+        context_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        config: MetricsConfig,
+    ) -> Meter:
+        """Return the meter of a model that trains in `dtype` on as many devices as there are data-parallel ranks.
+
+        Args:
+            architecture: The transformers config.
+            model: Its parameters are counted once where tied, and whole where ZeRO-3 has partitioned them.
+        """
+        flops = None
+        if hasattr(architecture, "num_hidden_layers") and hasattr(architecture, "hidden_size"):
+            num_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
+            shape = architecture.num_hidden_layers, architecture.hidden_size
+            flops = flops_per_token(num_parameters, *shape, context_length)
+        peak, source = peak_flops(device, dtype, config.peak_flops)
+        return cls(
+            device=device,
+            num_devices=parallel.data_parallel_size(),
+            flops_per_token=flops,
+            peak_flops=peak,
+            peak_source=source,
+        )
 
     def rates(self, tokens: int, seconds: float) -> dict[str, float | int | None]:
         """Return the rates of a step that put `tokens` through all devices, and the peak memory so far.

@@ -19,7 +19,7 @@ from megaft.throughput import Meter
 from megaft.trackers import Trackers, check_trackers, flat_numbers, open_trackers
 
 CPU = torch.device("cpu")
-METER = Meter(device=CPU, num_devices=1, flops_per_token=6e6, peak_flops=1e12)
+METER = Meter(device=CPU, num_devices=1, flops_per_token=6e6, peak_flops=1e12, peak_source="")
 
 
 def rows_of(path):

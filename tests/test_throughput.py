@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from megaft.config import MetricsConfig
 from megaft.throughput import (
     Mark,
     Meter,
@@ -79,15 +81,29 @@ def test_measuring_a_cpu_is_short_and_plausible():
 
 def test_rates():
     # By hand: 4000 tokens in 2 s on 4 devices; 500 tokens/s * 6e6 FLOP on a device of 1e10 FLOP/s.
-    meter = Meter(device=CPU, num_devices=4, flops_per_token=6e6, peak_flops=1e10)
+    meter = Meter(device=CPU, num_devices=4, flops_per_token=6e6, peak_flops=1e10, peak_source="")
     rates = meter.rates(tokens=4000, seconds=2.0)
     assert rates["tokens_per_second"] == 2000
     assert rates["tokens_per_second_per_device"] == 500
     assert rates["mfu"] == pytest.approx(0.3)
 
 
+def test_the_meter_of_a_model():
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, n_positions=16)
+    model = GPT2LMHeadModel(config)
+    meter = Meter.of(config, model, 16, torch.float32, CPU, MetricsConfig(peak_flops=5e12))
+    # By hand: 12 d^2 + 13 d weights a layer, 2 d of the last norm, and the embeddings, tied, of 11 words and 16 places.
+    num_parameters = 2 * (12 * 64 + 13 * 8) + 2 * 8 + (11 + 16) * 8
+    assert meter.flops_per_token == 6 * num_parameters + 12 * 2 * 8 * 16
+    assert (meter.num_devices, meter.peak_flops, meter.peak_source) == (1, 5e12, "metrics.peak-flops")
+    assert Meter.of(object(), model, 16, torch.float32, CPU, MetricsConfig(peak_flops=1)).flops_per_token is None
+
+
 def test_mfu_is_unknown_where_the_flops_are():
-    assert Meter(device=CPU, num_devices=1, flops_per_token=None, peak_flops=1e12).rates(1, 1.0)["mfu"] is None
+    assert (
+        Meter(device=CPU, num_devices=1, flops_per_token=None, peak_flops=1e12, peak_source="").rates(1, 1.0)["mfu"]
+        is None
+    )
 
 
 def test_peak_memory_is_the_most_ever_held():
