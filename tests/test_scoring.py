@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from megaft.errors import ConfigError, DataError
 from megaft.loss import IGNORE_INDEX, token_nats
+from megaft.models.hugging_face import NatsModel
 from megaft.scoring import Score, score, windows
 
 CPU = torch.device("cpu")
@@ -208,6 +209,13 @@ def test_a_dummy_batch_scores_nothing():
     score(Text(tokens(5)), model, context_length=8, stride=8, batch_size=1, device=CPU, ranks=Rank(1, 2, []))
     assert len(seen) == 1
     assert (seen[0] == IGNORE_INDEX).all()
+
+
+def test_a_model_that_returns_nats_scores_the_same(gpt2):
+    nats_model = NatsModel(gpt2).eval()
+    text, settings = Text(tokens(40, 1), tokens(7, 2)), {"context_length": 16, "stride": 8, "batch_size": 2}
+    through_head = score(text, lambda ids, labels: nats_model(ids, labels, per_token=True), **settings, device=CPU)
+    assert through_head.token_nats == pytest.approx(run(gpt2, text, **settings).token_nats, rel=1e-5, abs=1e-6)
 
 
 def test_a_text_without_a_target_is_refused(gpt2):
