@@ -25,14 +25,13 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
         weight_decay: Of the first group.
 
     Returns:
-        torch's parameter groups, empty ones left out, each with `names` in the order of `params`.
+        torch's parameter groups, empty ones left out.
     """
-    groups = [{"params": [], "names": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
-    for name, parameter in named_parameters:
+    groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for _, parameter in named_parameters:
         if parameter.requires_grad:
             group = groups[0] if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 else groups[1]
             group["params"].append(parameter)
-            group["names"].append(name)
     return [group for group in groups if group["params"]]
 
 
@@ -47,7 +46,6 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, device
     Raises:
         ConfigError: NVIDIA's apex is asked for and not there.
     """
-    groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
     if config.name == "adamw":
         fused = device_type in FUSED_ADAMW_DEVICES
@@ -61,7 +59,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, device
 
 def _apex_fused_adam() -> Any:
     """NVIDIA's class; PyPI's `apex` is a toolkit for the Pyramid web framework."""
-    fix = "Build it with --cuda_ext from github.com/NVIDIA/apex, or use optim.name adamw, which is as fast."
+    fix = "Build it with --cuda_ext from github.com/NVIDIA/apex, or use optim.name adamw."
     require(importlib.util.find_spec("apex") is not None, f"optim.name is apex-adamw, but apex is not installed. {fix}")
     if importlib.util.find_spec("amp_C") is None:  # the CUDA kernels that apex.optimizers loads
         raise ConfigError(
@@ -84,8 +82,8 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     warmup_steps = config.warmup_steps
     require(
         warmup_steps <= max_steps,
-        f"optim.warmup-steps is {warmup_steps}, but the run has {max_steps} steps; use {max_steps // 10} or another number "
-        "of at most that.",
+        f"optim.warmup-steps is {warmup_steps}, but the run has {max_steps} steps; use at most that, "
+        f"for example {max_steps // 10}.",
     )
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
