@@ -269,7 +269,7 @@ def _positive(config: dict[str, Any], key: str) -> int | None:
 def _fail_batch(config: dict[str, Any], train: int, micro: int, accumulation: int, world_size: int) -> NoReturn:
     given = ", ".join(f"{key} {config[key]}" for key in BATCH_KEYS if config.get(key, "auto") != "auto")
     choices = ", or ".join(
-        f"{BATCH_KEYS[0]} {size} with {BATCH_KEYS[1]} {size // (count * world_size)} (accumulated {count} times)"
+        f"{BATCH_KEYS[0]} {size}, {BATCH_KEYS[1]} {size // (count * world_size)}, {BATCH_KEYS[2]} {count}"
         for size, count in _legal_batches(train, micro, accumulation, world_size)
     )
     rule = f"{BATCH_KEYS[0]} must be {BATCH_KEYS[1]} x {BATCH_KEYS[2]} x ranks"
