@@ -3,6 +3,9 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["megaft", "megaft.*", "evaluate_zero_shot", "evaluate_zero_shot.*"]), "detokenizers"],
+    packages=[
+        *find_packages(include=["megaft", "megaft.*", "evaluate_zero_shot", "evaluate_zero_shot.*"]),
+        "detokenizers",
+    ],
     package_dir={"detokenizers": "tools/detokenizers"},
 )

@@ -133,7 +133,8 @@ class OptimConfig:
         require(self.epsilon > 0, f"optim.epsilon is {self.epsilon}; use a positive number, for example 1e-8.")
         require(self.warmup_steps >= 0, f"optim.warmup-steps is {self.warmup_steps}; use 0 or more, for example 100.")
         require(
-            0 <= self.final_fraction <= 1, f"optim.final-fraction is {self.final_fraction}; use 0 to 1, for example 0.1."
+            0 <= self.final_fraction <= 1,
+            f"optim.final-fraction is {self.final_fraction}; use 0 to 1, for example 0.1.",
         )
 
 
@@ -240,8 +241,12 @@ class TrainConfig:
             f"run.patience is {self.run.patience} but data.valid is not given; patience counts validations.",
         )
         require(
-            self.model.path is not None or self.data.tokenizer is not None or self.lora.rank == 0,
-            "lora.rank needs a pretrained model: give model.path.",
+            self.model.path is not None or self.data.tokenizer is not None,
+            "model.from-scratch brings no tokenizer; give data.tokenizer.",
+        )
+        require(
+            self.model.path is not None or self.lora.rank == 0,
+            f"lora.rank is {self.lora.rank}, but a model from scratch has nothing to adapt; give model.path, or drop lora.rank.",
         )
         stride = self.eval.stride or 1
         require(
@@ -250,11 +255,25 @@ class TrainConfig:
         )
 
     @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer is loaded from."""
+        source = self.data.tokenizer or self.model.path
+        assert source is not None, "checked above"
+        return source
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens of the longest forward pass."""
+        return max(self.data.context_length, self.eval_context_length)
+
+    @property
     def eval_context_length(self) -> int:
+        """Input tokens per window of validation."""
         return self.eval.context_length or self.data.context_length
 
     @property
     def eval_stride(self) -> int:
+        """Tokens scored per later window of validation."""
         return self.eval.stride or max(1, self.eval_context_length // 2)
 
 

@@ -20,9 +20,7 @@ CHUNK_BYTES = 128 * 2**20
 """Largest fp32 logits held at once."""
 
 
-def token_nats(
-    logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, "..."]
-) -> Float32[Tensor, "..."]:
+def token_nats(logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, "..."]) -> Float32[Tensor, "..."]:
     """Return the cross-entropy of each label: the reference for everything below.
 
     Args:
@@ -35,9 +33,7 @@ def token_nats(
     Raises:
         IndexError: A label is outside the vocabulary.
     """
-    flat = F.cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
+    flat = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return flat.view(labels.shape)
 
 
@@ -144,9 +140,9 @@ def _liger():
     try:
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
     except ImportError as error:
-        raise ConfigError("model.cross-entropy is liger, but liger-kernel is not there; install megaft[fast].") from error
+        raise ConfigError(
+            "model.cross-entropy is liger, but liger-kernel is not there; install megaft[fast]."
+        ) from error
     if not torch.cuda.is_available():
         raise ConfigError("model.cross-entropy is liger, which needs a CUDA device; use chunked here.")
-    return LigerFusedLinearCrossEntropyLoss(
-        ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32
-    )
+    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32)

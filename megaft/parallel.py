@@ -72,7 +72,9 @@ def _master(launcher: str, environment: Mapping[str, str]) -> tuple[str, int]:
     if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
         return environment["MASTER_ADDR"], _integer(environment, "MASTER_PORT")
     if launcher == "torch":
-        raise ConfigError("RANK is set but MASTER_ADDR and MASTER_PORT are not; start the ranks with deepspeed or torchrun.")
+        raise ConfigError(
+            "RANK is set but MASTER_ADDR and MASTER_PORT are not; start the ranks with deepspeed or torchrun."
+        )
     if launcher == "slurm":
         # Every task of a job derives the same port, and two jobs on a node hardly ever the same one.
         return first_host(environment["SLURM_JOB_NODELIST"]), 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
@@ -123,9 +125,8 @@ def join(topology: Topology) -> torch.device:
 
 
 def leave() -> None:
-    """Wait for every rank, then end the process group."""
+    """End the process group, if there is one."""
     if dist.is_initialized():
-        barrier()
         dist.destroy_process_group()
 
 
@@ -155,3 +156,10 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if data_parallel_size() > 1:
         dist.barrier()
+
+
+def from_main(value: int) -> int:
+    """Return the main rank's value on every rank."""
+    device = torch.device("cuda") if dist.is_initialized() and dist.get_backend() == "nccl" else torch.device("cpu")
+    tensor = torch.tensor(value if is_main() else 0, dtype=torch.int64, device=device)
+    return int(sum_over_data_ranks(tensor))

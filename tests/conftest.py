@@ -1,6 +1,9 @@
 """What every test may ask for: the real corpora and models, and a small launcher of ranks."""
 
 import os
+import socket
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -17,3 +20,57 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no test data at {folder}; set MEGAFT_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory) -> Path:
+    """The folder of a random two-layer GPT-2 and its tokenizer."""
+    import toy
+
+    folder = tmp_path_factory.mktemp("toy") / "model"
+    toy.make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_texts(tmp_path_factory) -> tuple[Path, Path]:
+    """A text to train on and another to validate on."""
+    import toy
+
+    return toy.make_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """run_ranks(2, function, *args) returns what function(*args) returned on each of 2 CPU ranks.
+
+    The ranks are processes with the environment of a launcher; libraries are imported once, in the fork server.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "transformers", "megaft.train"])
+
+    def run(world_size, function, *args):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        with ProcessPoolExecutor(world_size, mp_context=context) as pool:
+            ranks = [pool.submit(_on_rank, rank, world_size, port, function, args) for rank in range(world_size)]
+        if errors := [error for rank in ranks if (error := rank.exception())]:
+            raise ExceptionGroup(f"{len(errors)} of {world_size} ranks failed", errors)
+        return [rank.result() for rank in ranks]
+
+    return run
+
+
+def _on_rank(rank, world_size, port, function, args):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    return function(*args)

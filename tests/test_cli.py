@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ from megaft.environment import git_state, without_secrets
 from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
 from megaft.exit_code import exit_code_of
 
-HEAVY = ("torch", "transformers", "deepspeed", "numpy", "tokenizers", "megatron")
+HEAVY = {"torch", "transformers", "deepspeed", "tokenizers", "megatron", "datasets"}
 
 
 @pytest.fixture
@@ -50,6 +49,104 @@ def test_nothing_heavy_is_imported_to_answer_at_once(arguments):
         f"try: main({arguments})\n"
         "except SystemExit: pass\n"
         f"print('heavy:', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert done.stdout.endswith("heavy: []\n"), done.stdout + done.stderr
+
+
+def test_help_names_every_command(capsys):
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, command in COMMANDS.items():
+        assert any(line.split() == [name, *command.summary.split()] for line in lines)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megaft {megaft.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        pytest.param("prepair", "did you mean `megaft prepare`?", id="close to one"),
+        pytest.param("xyzzy", "prepare, train, generate", id="close to none"),
+    ],
+)
+def test_unknown_command(name, said, capsys):
+    assert main([name]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert name in streams.err
+    assert said in streams.err
+
+
+def test_flags_become_the_config(fake_command):
+    seen = []
+    fake_command(lambda config: seen.append(config) or 7)
+    assert main(["fake", "--learning-rate", "0.5"]) == 7
+    assert seen == [OptimConfig(learning_rate=0.5)]
+
+
+def test_a_command_may_parse_its_own_arguments(fake_command):
+    seen = []
+    fake_command(lambda arguments: seen.append(arguments) or 0, config=None)
+    assert main(["fake", "--a", "b"]) == 0
+    assert seen == [["--a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        pytest.param(["fake", "--help"], 0, "megaft fake", id="help"),
+        pytest.param(["fake", "--learning-rat", "1"], 2, "--learning-rate", id="unknown flag"),
+        pytest.param(["fake", "--learning-rate", "-1"], 2, "optim.learning-rate is -1", id="refused by the config"),
+    ],
+)
+def test_what_the_parser_answers(arguments, code, said, fake_command, capsys):
+    fake_command(raising(AssertionError("must not run")))
+    with pytest.raises(SystemExit) as exit_of_parser:
+        main(arguments)
+    assert exit_of_parser.value.code == code
+    assert said in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError, 2), (DataError, 3), (CheckpointError, 4), (NumericsError, 5)],
+)
+def test_a_user_error_is_a_message_and_a_code(error, code, fake_command, capsys):
+    fake_command(raising(error("x is 1; use 2.")))
+    assert main(["fake"]) == code
+    assert capsys.readouterr().err == "error: x is 1; use 2.\n"
+
+
+def test_only_the_main_rank_speaks(capsys):
+    assert exit_code_of(raising(DataError("no")), is_main=False) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_interrupt_and_bug(fake_command):
+    fake_command(raising(KeyboardInterrupt()))
+    assert main(["fake"]) == 130
+    fake_command(raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        main(["fake"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unwanted"),
+    [
+        *((arguments, HEAVY | {"tyro", "numpy"}) for arguments in (["--help"], ["--version"], ["prepair"])),
+        *(([name, "--help"], HEAVY) for name in COMMANDS),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_nothing_heavy_is_imported_to_answer_at_once(arguments, unwanted):
+    done = run_python(
+        "import sys\nfrom megaft.cli import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit: pass\n"
+        f"print('heavy:', [name for name in {unwanted} if name in sys.modules])"
     )
     assert done.stdout.endswith("heavy: []\n"), done.stdout + done.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -24,7 +25,9 @@ class NatsModel(nn.Module):
     def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked"):
         super().__init__()
         self.language_model = language_model
-        self.head = Head(language_model.get_output_embeddings(), cross_entropy) if _head_is_linear(language_model) else None
+        self.head = (
+            Head(language_model.get_output_embeddings(), cross_entropy) if _head_is_linear(language_model) else None
+        )
 
     def forward(
         self,
@@ -82,7 +85,9 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
         DataError: It is not there, or transformers cannot read it.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # every rank would draw its own
     where, options = _location(source)
     try:
         config = _load_config(where, options)
@@ -151,6 +156,41 @@ def merge_adapters(model: CausalLM) -> CausalLM:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
     return model
+
+
+def save_adapters(model: CausalLM, folder: Path, base: str | None) -> None:
+    """Write the adapters alone, as PEFT loads them on top of the base model."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    config.save_pretrained(folder)
+    state = get_peft_model_state_dict(model)
+    weights = {f"base_model.model.{name}": values.contiguous() for name, values in state.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+def require_fits(model: CausalLM, tokenizer, longest_input: int) -> None:
+    """Raise when the model has no embedding for a token, or no position for an input."""
+    if tokenizer.vocab_size > vocab_size(model):
+        raise DataError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {vocab_size(model)}; "
+            "use the tokenizer the model was made with."
+        )
+    limit = context_limit(model)
+    if limit is not None and longest_input > limit:
+        raise ConfigError(
+            f"data.context-length or eval.context-length is {longest_input}, but the model has {limit} positions; "
+            f"use {limit} or less."
+        )
+
+
+def architecture(model: CausalLM) -> str:
+    """Return what a checkpoint's parameters depend on: names and shapes of the trained ones, as a hash."""
+    trained = sorted((name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
+    return f"{type(model).__name__} {blake2b(repr(trained).encode(), digest_size=8).hexdigest()}"
 
 
 def context_limit(model: CausalLM) -> int | None:

@@ -1,0 +1,290 @@
+"""Checkpoints: published whole or not at all, read back at any ZeRO stage and world size.
+
+    RUN/checkpoints/step-00000020/
+        rank-00000.safetensors ...  each rank's pieces, keyed kind/name@offset, fp32
+        manifest.json               size and SHA-256 of every file, shapes, and the run's state
+    RUN/checkpoints/latest          the name of the newest
+
+There is no pickle in it. A folder without a manifest whose sizes and hashes hold is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from hashlib import file_digest
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megaft import engine_state, parallel
+from megaft.errors import CheckpointError
+from megaft.files import fsync, replacing, write_json_atomic
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a run knows besides its weights and moments."""
+
+    step: int = 0
+    """Optimizer steps tried."""
+    skipped_steps: int = 0
+    """Those dropped for fp16 overflow."""
+    tokens_seen: int = 0
+    """Scored tokens trained on, over all ranks."""
+    best_step: int | None = None
+    best_nats_per_token: float | None = None
+    validations_since_best: int = 0
+
+    def after_validation(self, nats_per_token: float) -> RunState:
+        """Return the state with this step's validation taken in."""
+        if self.best_nats_per_token is None or nats_per_token < self.best_nats_per_token:
+            return replace(self, best_step=self.step, best_nats_per_token=nats_per_token, validations_since_best=0)
+        return replace(self, validations_since_best=self.validations_since_best + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What must be the same for a checkpoint to continue the same run."""
+
+    global_batch_size: int
+    seed: int
+    data: str
+    tokenizer: str
+    model: str
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Return where the checkpoint after `step` steps lies."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def save(engine, run_dir: Path, state: RunState, identity: Identity, keep_last: int) -> Path:
+    """Publish a checkpoint; every rank calls this and writes its own pieces.
+
+    The files are written beside, hashed, synced, and renamed into place in one step; only then does `latest` name
+    them and are older ones removed, never the best.
+    """
+    final = folder_of(run_dir, state.step)
+    temporary = final.with_name(final.name + ".tmp")
+    if parallel.is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    parallel.barrier()
+    _write_shard(engine, temporary)
+    parallel.barrier()
+    if parallel.is_main():
+        _write_manifest(engine, temporary, state, identity)
+        shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after a resume
+        temporary.rename(final)
+        fsync(final.parent)
+        with replacing(final.parent / "latest") as file:
+            file.write(final.name + "\n")
+        _remove_old(run_dir, keep_last, state.best_step)
+    parallel.barrier()
+    return final
+
+
+def _write_shard(engine, folder: Path) -> None:
+    path = folder / f"rank-{parallel.data_parallel_rank():05d}.safetensors"
+    pieces = {
+        f"{kind}/{name}@{offset}": values.cpu().clone() for name, kind, offset, values in engine_state.collect(engine)
+    }
+    save_file(pieces, path)
+    fsync(path)
+    # Each rank hashes what it wrote; the main one reads the results from the folder, which all ranks share.
+    write_json_atomic(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": _sha256(path)})
+
+
+def _write_manifest(engine, folder: Path, state: RunState, identity: Identity) -> None:
+    files = {}
+    for receipt in sorted(folder.glob("rank-*.json")):
+        files[receipt.with_suffix(".safetensors").name] = json.loads(receipt.read_text())
+        receipt.unlink()
+    manifest = {
+        "format": FORMAT,
+        "state": asdict(state),
+        "identity": asdict(identity),
+        "loss_scale": engine_state.loss_scale_state(engine),
+        "world_size": parallel.data_parallel_size(),
+        "zero_stage": engine_state.stage(engine),
+        "shapes": engine_state.shapes(engine),
+        "files": files,
+    }
+    write_json_atomic(folder / MANIFEST, manifest)
+
+
+def _remove_old(run_dir: Path, keep_last: int, best_step: int | None) -> None:
+    steps = sorted(saved_steps(run_dir))
+    for step in steps[:-keep_last]:
+        if step != best_step:
+            doomed = folder_of(run_dir, step)
+            hidden = doomed.with_name(doomed.name + ".old")
+            doomed.rename(hidden)
+            shutil.rmtree(hidden)
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Return the steps of all published checkpoints, whether or not they still hold."""
+    folders = (run_dir / "checkpoints").glob("step-" + "[0-9]" * 8)
+    return [int(folder.name.removeprefix("step-")) for folder in folders]
+
+
+def find(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint that holds, the same one on every rank; say why newer ones do not.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none holds.
+    """
+    step = _newest_valid_step(run_dir) if parallel.is_main() else 0
+    step = parallel.from_main(step)
+    if step == DAMAGED:
+        raise CheckpointError(
+            f"no checkpoint in {run_dir / 'checkpoints'} holds; put one back, or start over with --run.fresh."
+        )
+    return None if step == NONE else folder_of(run_dir, step)
+
+
+NONE, DAMAGED = -1, -2
+
+
+def _newest_valid_step(run_dir: Path) -> int:
+    steps = sorted(saved_steps(run_dir), reverse=True)
+    for step in steps:
+        folder = folder_of(run_dir, step)
+        try:
+            verify(folder)
+            return step
+        except CheckpointError as error:
+            print(f"skipped {folder.name}: {error}", flush=True)
+    return DAMAGED if steps else NONE
+
+
+def verify(folder: Path) -> dict:
+    """Return the manifest of a checkpoint whose files all have the size and hash it names.
+
+    Raises:
+        CheckpointError: One is missing or different; the message names it.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if path.parent != folder:
+            raise CheckpointError(f"{folder / MANIFEST} names {name}, which is outside the checkpoint.")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing.")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {expected['bytes']}.")
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's.")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict:
+    """Return a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: It is missing, unreadable, or of a format this version does not know.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        known = manifest["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is missing or unreadable; the checkpoint was never finished."
+        ) from error
+    if not known:
+        raise CheckpointError(f"{folder / MANIFEST} has format {manifest['format']}; this megaft reads {FORMAT}.")
+    return manifest
+
+
+def load(engine, folder: Path, identity: Identity) -> RunState:
+    """Put a verified checkpoint into a fresh engine and return the run's state.
+
+    Raises:
+        CheckpointError: It belongs to another run; the message names every difference.
+    """
+    manifest = read_manifest(folder)
+    _require_same_run(folder, manifest["identity"], asdict(identity))
+    state = RunState(**manifest["state"])
+    pieces = Pieces(folder, manifest)
+    engine_state.restore(engine, pieces.read, state.step - state.skipped_steps)
+    engine_state.set_loss_scale_state(engine, manifest["loss_scale"])
+    engine.global_steps, engine.skipped_steps = state.step, state.skipped_steps
+    return state
+
+
+def _require_same_run(folder: Path, saved: dict, now: dict) -> None:
+    differences = [
+        f"{name}: {saved.get(name)} then, {value} now" for name, value in now.items() if saved.get(name) != value
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{folder} belongs to another run ({'; '.join(differences)}). "
+            "Use the settings it was made with, another --run.dir, or --run.fresh to start over."
+        )
+
+
+class Pieces:
+    """The pieces of a checkpoint, read as if every parameter were one flat tensor."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
+        self._spans = defaultdict(list)
+        for name in manifest["files"]:
+            self._index(folder / name)
+
+    def _index(self, path: Path) -> None:
+        try:
+            shard = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+        for key in shard.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+            whole, _, offset = key.rpartition("@")
+            kind, _, name = whole.partition("/")
+            self._spans[name, kind].append((int(offset), shard, key))
+
+    def read(self, name: str, kind: str, offset: int, numel: int) -> Tensor:
+        """Return `numel` elements from `offset` of a flattened parameter's weight or moment.
+
+        Raises:
+            CheckpointError: The checkpoint has no such parameter, or not all of it.
+        """
+        out, found = torch.empty(numel), 0
+        for begin, shard, key in self._spans[name, kind]:
+            piece = shard.get_slice(key)
+            first, last = max(begin, offset), min(begin + piece.get_shape()[0], offset + numel)
+            if first < last:
+                out[first - offset : last - offset] = piece[first - begin : last - begin]
+                found += last - first
+        if found != numel:
+            raise CheckpointError(f"the checkpoint holds {found} of {numel} elements of {kind} of {name}.")
+        return out
+
+    def weight(self, name: str) -> Tensor:
+        """Return a whole parameter in its shape."""
+        shape = self.shapes[name]
+        return self.read(name, engine_state.WEIGHT, 0, shape.numel()).view(shape)
+
+
+def remove_all(run_dir: Path) -> None:
+    """Forget every checkpoint of a run that starts over."""
+    folder = run_dir / "checkpoints"
+    if folder.exists():
+        hidden = folder.with_name(f"checkpoints.{os.getpid()}.old")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()

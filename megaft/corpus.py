@@ -1,0 +1,198 @@
+"""Files -> documents: which files, what a document is in each, and what of it is scored."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Literal
+
+from megaft.errors import DataError
+from megaft.records import Record, Segment
+from megaft.source import BLOCK_BYTES, Source
+
+Unit = Literal["file", "line", "document"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document, detokenized, with the words (by `str.split`) and UTF-8 bytes of its original text."""
+
+    segments: tuple[Segment, ...]
+    num_words: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a document that may be encoded by itself; the counts are its share of the document's."""
+
+    text: str
+    is_scored: bool
+    num_words: int
+    num_bytes: int
+    ends_document: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where the documents of a file are."""
+
+    unit: Unit = "file"
+    text_key: str = "text"
+    prompt_key: str | None = None
+    completion_key: str | None = None
+    messages_key: str | None = None
+    detokenize: Callable[[str], str] | None = None
+    """None leaves the text as it is."""
+    render: Callable[..., str] | None = None
+    """Messages -> text, a tokenizer's apply_chat_template."""
+
+
+def expand(inputs: Iterable[str | Path]) -> list[Path]:
+    """Return the files that the inputs name: files, folders (all below them but hidden ones) and globs, sorted each.
+
+    Raises:
+        DataError: An input names no file.
+    """
+    files: dict[Path, None] = {}
+    for name in map(str, inputs):
+        found = sorted(path for path in _candidates(name) if path.is_file())
+        if not found:
+            raise DataError(f"{name} names no file; give a text or .jsonl file, a folder, or a quoted glob.")
+        files |= dict.fromkeys(found)
+    return list(files)
+
+
+def _candidates(name: str) -> Iterator[Path]:
+    if not Path(name).is_dir():
+        return iter([Path(name)]) if Path(name).exists() else map(Path, glob.glob(name, recursive=True))
+    return (path for path in Path(name).rglob("[!.]*") if not any(map(_is_hidden, path.relative_to(name).parts)))
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".")
+
+
+def documents(source: Source, layout: Layout) -> Iterator[Document]:
+    """Yield the documents of one file; blank ones do not count.
+
+    Raises:
+        DataError: The file has no documents, or a record that cannot be used, named by its line.
+    """
+    read = _records if source.format == ".jsonl" else _texts
+    document = None
+    for segments in read(source, layout):
+        if any(segment.text.strip() for segment in segments):
+            document = _document(segments, layout.detokenize)
+            yield document
+    if document is None:
+        raise DataError(f"{source.path} holds only blank lines; give a file with text.")
+
+
+def pieces(source: Source, layout: Layout, *, may_cut: bool) -> Iterator[Piece]:
+    """Yield the documents of one file in pieces, each to be encoded by itself.
+
+    Args:
+        source: The file.
+        layout: Where its documents are.
+        may_cut: Whether long texts may be cut at spaces (`Tokenizer.cuts_at_spaces`). A file that is one document is
+            then never in memory as a whole, unless it has to be detokenized.
+
+    Raises:
+        DataError: As `documents`.
+    """
+    is_text = source.format != ".jsonl"
+    if may_cut and is_text and layout.unit == "file" and layout.detokenize is None:
+        yield from _streamed(source)
+        return
+    for document in documents(source, layout):
+        yield from _cut_document(document, may_cut=may_cut)
+
+
+def cut(blocks: Iterable[str]) -> Iterator[str]:
+    """Re-cut a text's blocks, each before its last space or newline that follows a non-space; none is empty."""
+    held: list[str] = []
+    for block in blocks:
+        at = _last_cut(block)
+        if at:
+            yield "".join([*held, block[:at]])
+            held = []
+        held.append(block[at:])
+    if rest := "".join(held):
+        yield rest
+
+
+def _last_cut(text: str) -> int:
+    for at in range(len(text) - 1, 0, -1):
+        if text[at] in " \n" and not text[at - 1].isspace():
+            return at
+    return 0
+
+
+def _streamed(source: Source) -> Iterator[Piece]:
+    is_blank = True
+    previous = ""
+    for text in chain(cut(source.blocks()), [None]):
+        if previous:
+            is_blank = is_blank and previous.isspace()
+            yield Piece(previous, True, len(previous.split()), _utf8_bytes(previous), text is None)
+        previous = text
+    if is_blank:
+        raise DataError(f"{source.path} holds only blank lines; give a file with text.")
+
+
+def _cut_document(document: Document, *, may_cut: bool) -> Iterator[Piece]:
+    parts = [
+        (text, segment.is_scored)
+        for segment in document.segments
+        for text in (cut(_slices(segment.text)) if may_cut else [segment.text])
+    ]
+    *first, (text, is_scored) = parts
+    yield from (Piece(*part, num_words=0, num_bytes=0, ends_document=False) for part in first)
+    yield Piece(text, is_scored, document.num_words, document.num_bytes, ends_document=True)
+
+
+def _slices(text: str) -> Iterator[str]:
+    return (text[begin : begin + BLOCK_BYTES] for begin in range(0, len(text), BLOCK_BYTES))
+
+
+def _document(segments: Sequence[Segment], detokenize: Callable[[str], str] | None) -> Document:
+    num_words = sum(len(segment.text.split()) for segment in segments)
+    num_bytes = sum(_utf8_bytes(segment.text) for segment in segments)
+    if detokenize is not None:
+        segments = [Segment(detokenize(segment.text), segment.is_scored) for segment in segments]
+    return Document(tuple(segments), num_words, num_bytes)
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _texts(source: Source, layout: Layout) -> Iterator[list[Segment]]:
+    match layout.unit:
+        case "file":
+            yield [Segment("".join(source.blocks()))]
+        case "line":
+            yield from ([Segment(line)] for line in source.lines())
+        case "document":
+            for is_blank, lines in groupby(source.lines(), key=lambda line: not line.strip()):
+                if not is_blank:
+                    yield [Segment("\n".join(lines))]
+
+
+def _records(source: Source, layout: Layout) -> Iterator[list[Segment]]:
+    for number, line in enumerate(source.lines(), 1):
+        if line.strip():
+            yield _segments(Record(f"{source.path}, line {number}", line), layout)
+
+
+def _segments(record: Record, layout: Layout) -> list[Segment]:
+    if layout.messages_key is not None:
+        assert layout.render is not None
+        return record.conversation(layout.messages_key, layout.render)
+    if layout.prompt_key is not None and layout.completion_key is not None:
+        return [Segment(record.text(layout.prompt_key), False), Segment(record.text(layout.completion_key))]
+    return [Segment(record.text(layout.text_key))]

@@ -1,0 +1,237 @@
+"""Samples and their order.
+
+Sample k of a run is a function of the seed and k alone: not of the number of steps, of ranks, or of resumes. A sample
+is input tokens and their labels, a label being the next token, or IGNORE_INDEX where it is not scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from megaft.errors import ConfigError
+from megaft.indexed import TokenFile
+from megaft.loss import IGNORE_INDEX
+from megaft.permutation import permute
+from megaft.receipt import load_receipt
+
+BLOCK = 64
+"""A blend keeps its weights to within one sample in every run of this many."""
+
+PADDED_TO = 64
+"""Samples of one document are padded to the longest of their micro batch, rounded up to this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a micro batch."""
+
+    input_ids: Int64[np.ndarray, " time"]
+    labels: Int64[np.ndarray, " time"]
+    document_ids: Int64[np.ndarray, " time"]
+
+
+class Corpus(Protocol):
+    """Samples by number, each seen once an epoch."""
+
+    sha256: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class _Tokens:
+    """A prepared dataset: its tokens, and which of them are scored."""
+
+    def __init__(self, prefix: str, context_length: int):
+        receipt = load_receipt(prefix)
+        self.sha256: str = receipt["bin_sha256"]
+        self.context_length = context_length
+        self.tokens = TokenFile(prefix)
+        self.scored = TokenFile(f"{prefix}.scored") if receipt["has_mask"] else None
+
+    def between(self, begin: int, end: int) -> Sample:
+        """Return the sample whose inputs are the tokens from `begin` up to, but not including, the last before `end`."""
+        tokens = self.tokens.read(begin, end).astype(np.int64)
+        labels = tokens[1:]
+        if self.scored is not None:
+            labels = np.where(self.scored.read(begin, end)[1:] != 0, labels, IGNORE_INDEX)
+        documents = np.searchsorted(self.tokens.document_offsets, np.arange(begin, end), side="right")
+        return Sample(tokens[:-1], labels, documents)
+
+
+class Stream(_Tokens):
+    """The corpus as one stream of tokens, cut every context_length; each token but the first is a label once."""
+
+    def __init__(self, prefix: str, context_length: int, attend_within_documents: bool = False):
+        super().__init__(prefix, context_length)
+        self.attend_within_documents = attend_within_documents
+
+    def __len__(self) -> int:
+        return math.ceil((self.tokens.num_tokens - 1) / self.context_length)
+
+    def __getitem__(self, index: int) -> Sample:
+        begin = index * self.context_length
+        sample = self.between(begin, min(begin + self.context_length + 1, self.tokens.num_tokens))
+        if not self.attend_within_documents:
+            return Sample(sample.input_ids, sample.labels, np.zeros_like(sample.input_ids))
+        # Nothing in a document's own context predicts its first token.
+        is_inside = sample.document_ids[1:] == sample.document_ids[:-1]
+        return Sample(sample.input_ids, np.where(is_inside, sample.labels, IGNORE_INDEX), sample.document_ids[:-1])
+
+
+class Documents(_Tokens):
+    """Samples that never leave their document; one longer than the context gives several."""
+
+    def __init__(self, prefix: str, context_length: int):
+        super().__init__(prefix, context_length)
+        targets = np.diff(self.tokens.document_offsets) - 1
+        pieces = -(-np.maximum(targets, 0) // context_length)
+        self.first_sample = np.concatenate([[0], np.cumsum(pieces)])
+
+    def __len__(self) -> int:
+        return int(self.first_sample[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        document = int(np.searchsorted(self.first_sample, index, side="right")) - 1
+        offsets = self.tokens.document_offsets
+        begin = int(offsets[document]) + (index - int(self.first_sample[document])) * self.context_length
+        sample = self.between(begin, min(begin + self.context_length + 1, int(offsets[document + 1])))
+        return Sample(sample.input_ids, sample.labels, np.zeros_like(sample.input_ids))
+
+
+class Samples:
+    """The endless sequence of a run's samples: corpora blended by weight, each epoch of each in an order of its own."""
+
+    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], seed: int):
+        assert len(corpora) == len(weights) > 0
+        for corpus in corpora:
+            if len(corpus) == 0:
+                raise ConfigError("data.train has a dataset without a single token to predict; give a longer text.")
+        self.corpora = corpora
+        self.seed = seed
+        total = sum(Fraction(weight) for weight in weights)
+        cumulative = [sum(Fraction(weight) for weight in weights[:i]) / total for i in range(len(weights))]
+        self.bounds = [*cumulative, Fraction(1)]
+
+    def __getitem__(self, position: int) -> Sample:
+        corpus, number = self.locate(position)
+        epoch, index = divmod(number, len(self.corpora[corpus]))
+        chosen = self.corpora[corpus]
+        return chosen[permute(index, len(chosen), self.seed, chosen.sha256, epoch)]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return which corpus the sample at `position` comes from, and how many came from it before.
+
+        In block b, corpus i takes the slots between floor(b * BLOCK * bound) differences, so that both answers have a
+        closed form; the slots of a block are shuffled.
+        """
+        block, slot = divmod(position, BLOCK)
+        slot = permute(slot, BLOCK, self.seed, "blend", block)
+        for corpus in range(len(self.corpora)):
+            before, after = (self._taken(corpus, number * BLOCK) for number in (block, block + 1))
+            if slot < after - before:
+                return corpus, before + slot
+            slot -= after - before
+        raise AssertionError(position)
+
+    def _taken(self, corpus: int, position: int) -> int:
+        return math.floor(self.bounds[corpus + 1] * position) - math.floor(self.bounds[corpus] * position)
+
+    @property
+    def sha256(self) -> str:
+        """What the order of samples depends on besides the seed."""
+        return " ".join(
+            f"{corpus.sha256}:{len(corpus)}:{bound}" for corpus, bound in zip(self.corpora, self.bounds[1:])
+        )
+
+    def num_steps(self, epochs: float, global_batch_size: int) -> int:
+        """Return how many steps see as many samples as `epochs` passes over every corpus hold."""
+        return max(1, math.ceil(epochs * sum(len(corpus) for corpus in self.corpora) / global_batch_size))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro batch on one rank; rows are padded at the end with labels that are not scored."""
+
+    input_ids: Int64[Tensor, "batch time"]
+    labels: Int64[Tensor, "batch time"]
+    document_ids: Int64[Tensor, "batch time"] | None
+    num_scored: int
+    first_position: int
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what the model takes, on its device."""
+        return tuple(
+            None if tensor is None else tensor.to(device, non_blocking=True)
+            for tensor in (self.input_ids, self.labels, self.document_ids)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the global batch is cut: which of its samples this rank takes, and in which pieces."""
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    rank: int
+    num_ranks: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per step, over all ranks."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.num_ranks
+
+    def first_positions(self, step: int) -> list[int]:
+        """Return where in the sequence of samples each micro batch of this rank begins.
+
+        Piece m of rank r is number m * num_ranks + r of the global batch, so that with one micro-batch size the same
+        pieces exist on any number of ranks.
+        """
+        pieces = range(self.rank, self.gradient_accumulation_steps * self.num_ranks, self.num_ranks)
+        return [step * self.global_batch_size + piece * self.micro_batch_size for piece in pieces]
+
+
+def micro_batches(samples: Samples, step: int, cut: Cut, padded_to: int | None, keep_documents: bool) -> list[Batch]:
+    """Return this rank's micro batches of a step.
+
+    Args:
+        samples: The run's samples.
+        step: Counted from 0.
+        cut: How the step's samples are dealt.
+        padded_to: Row length; None pads to the longest sample, rounded up to a multiple of PADDED_TO.
+        keep_documents: Whether the batch tells the model which tokens are of one document.
+    """
+    return [
+        collate([samples[first + row] for row in range(cut.micro_batch_size)], first, padded_to, keep_documents)
+        for first in cut.first_positions(step)
+    ]
+
+
+def collate(rows: list[Sample], first_position: int, padded_to: int | None, keep_documents: bool) -> Batch:
+    """Stack samples into a batch."""
+    length = padded_to or -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
+
+    def stack(arrays: list[np.ndarray], filler: int) -> Tensor:
+        padded = np.full((len(arrays), length), filler, dtype=np.int64)
+        for row, array in zip(padded, arrays):
+            row[: len(array)] = array
+        return torch.from_numpy(padded)
+
+    labels = stack([row.labels for row in rows], IGNORE_INDEX)
+    return Batch(
+        stack([row.input_ids for row in rows], 0),
+        labels,
+        stack([row.document_ids for row in rows], -1) if keep_documents else None,
+        int((labels != IGNORE_INDEX).sum()),
+        first_position,
+    )

@@ -1,0 +1,88 @@
+"""RUN/export: the trained model as a folder that transformers loads, with a card that says what was measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from megaft import checkpoint
+from megaft.checkpoint import Pieces, RunState
+from megaft.config import TrainConfig
+from megaft.files import fsync
+from megaft.models import hugging_face
+from megaft.tokenizer import Tokenizer
+
+
+def export(config: TrainConfig, state: RunState, tokenizer: Tokenizer, dtype: str) -> Path:
+    """Write the best checkpoint, or the last if there was no validation or it is asked for; return its folder.
+
+    The weights are the ones the engine computed with: fp32 ones rounded to the run's dtype, adapters merged.
+    It reads the checkpoint on one rank, parameter by parameter, and needs no process group.
+    """
+    step = state.step if config.run.export == "last" or state.best_step is None else state.best_step
+    folder = checkpoint.folder_of(config.run.dir, step)
+    model = hugging_face.build(config.model, config.lora, config.run.seed)
+    load_weights(model, folder)
+    final, temporary = config.run.dir / "export", config.run.dir / "export.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    if config.lora.rank:
+        hugging_face.save_adapters(model, temporary / "adapter", config.model.path)
+        model = hugging_face.merge_adapters(model)
+    model.to(getattr(torch, dtype)).save_pretrained(temporary)
+    tokenizer.save(temporary)
+    (temporary / "README.md").write_text(model_card(config, step), encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    fsync(config.run.dir)
+    return final
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Put a checkpoint's fp32 weights into a language model of the run's architecture."""
+    pieces = Pieces(folder, checkpoint.verify(folder))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(pieces.weight(f"language_model.{name}"))
+
+
+def model_card(config: TrainConfig, step: int) -> str:
+    """Return the card: where the model came from and what was measured before and after."""
+    rows = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+    validations = {row["step"]: row["validation"] for row in rows if "validation" in row}
+    base = config.model.path or f"{config.model.from_scratch} (from scratch)"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        f"# {config.run.dir.resolve().name}",
+        "",
+        f"{base}, finetuned for {step} steps with megaft on {' '.join(config.data.train)}; seed {config.run.seed}.",
+        "`config.json` of the run's folder has every setting, and `metrics.jsonl` every step.",
+    ]
+    if validations:
+        lines += [
+            "",
+            *_table({"before": validations.get(0), f"step {step}": validations.get(step)}),
+            "",
+            _protocol(config),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(columns: dict[str, dict | None]) -> list[str]:
+    known = {name: values for name, values in columns.items() if values}
+    quantities = dict.fromkeys(quantity for values in known.values() for quantity in values)
+    rows = [[quantity, *(f"{values[quantity]:.6g}" for values in known.values())] for quantity in quantities]
+    return [f"| {' | '.join(row)} |" for row in (["validation", *known], ["---"] * (len(known) + 1), *rows)]
+
+
+def _protocol(config: TrainConfig) -> str:
+    return (
+        f"Measured on {config.data.valid}: windows of {config.eval_context_length} tokens, stride {config.eval_stride}, "
+        "a prefix token before each document, every token scored once; words and bytes are the original text's."
+    )

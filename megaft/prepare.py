@@ -1,0 +1,258 @@
+"""`megaft prepare`: a corpus -> tokens on disk, with a receipt that says what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import detokenizers
+from tyro.conf import Positional
+
+import megaft
+from megaft.config import require
+from megaft.corpus import Layout, Piece, Unit, expand, pieces
+from megaft.document_writer import DocumentWriter
+from megaft.errors import DataError
+from megaft.files import naming_disk_errors, to_json
+from megaft.progress import reading
+from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
+from megaft.source import Source
+from megaft.tokenizer import AnyTokenizer, load_tokenizer
+
+_BATCH_CHARACTERS = 1 << 22
+_ROUND_TRIP_CHARACTERS = 1 << 20
+_TEXT_SETTINGS = ("unit", "json_key", "prompt_key", "completion_key", "messages_key", "detokenizer", "min_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Tokenize text once, into OUTPUT.bin and OUTPUT.idx (Megatron's format) and a receipt, OUTPUT.json."""
+
+    inputs: Positional[tuple[str, ...]]
+    """Text and .jsonl files, each also as .gz or .zst; folders; quoted globs."""
+    output: Path
+    """Prefix of the files to write."""
+    tokenizer: str
+    """Hub name, folder, GGUF file or sentencepiece .model."""
+    unit: Unit = "file"
+    """What a document is in a text file: the whole file, a line, or lines up to a blank one."""
+    json_key: str = "text"
+    """.jsonl: the key that holds the text."""
+    prompt_key: str | None = None
+    """.jsonl: the key of a prompt, which is not scored; needs --completion-key."""
+    completion_key: str | None = None
+    """.jsonl: the key of the completion, which is scored."""
+    messages_key: str | None = None
+    """.jsonl: the key of a chat, rendered by the tokenizer's template; only what the assistant says is scored."""
+    detokenizer: str = "identity"
+    """Undoes a corpus's word tokenization first: identity, wikitext_megatron or ptb_megatron."""
+    min_tokens: int = 1
+    """Documents with fewer tokens are left out (and counted)."""
+    append_eod: bool = False
+    """End every document with the tokenizer's end-of-sequence token."""
+    workers: int | None = None
+    """Threads that tokenize; by default one a core."""
+    json: bool = False
+    """Print the receipt as one line of JSON, the last on stdout."""
+
+    def __post_init__(self) -> None:
+        names = detokenizers.names()
+        require(len(self.inputs) > 0, "inputs is empty; name a text or .jsonl file, a folder or a glob.")
+        require(self.detokenizer in names, f"detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
+        require(self.min_tokens >= 1, f"min-tokens is {self.min_tokens}; use 1 or more.")
+        require(self.workers is None or self.workers >= 1, f"workers is {self.workers}; use 1 or more.")
+        require(
+            (self.prompt_key is None) == (self.completion_key is None),
+            f"prompt-key is {self.prompt_key} and completion-key {self.completion_key}; give both or neither.",
+        )
+        require(
+            self.messages_key is None or (self.prompt_key is None and self.detokenizer == "identity"),
+            f"messages-key is {self.messages_key}; it goes with neither prompt-key nor a detokenizer. Drop one.",
+        )
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a record may hold tokens that are not scored."""
+        return self.prompt_key is not None or self.messages_key is not None
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Tokenize the inputs and publish the dataset; return its receipt.
+
+    Memory does not grow with the corpus, only with a document that has to be detokenized or whose tokenizer cannot
+    take it in parts.
+
+    Raises:
+        DataError: An input or the tokenizer cannot be used, or nothing is left to write.
+        ConfigError: The output cannot be written.
+    """
+    sources = [Source(path) for path in expand(config.inputs)]
+    _check_keys(config, sources)
+    if config.workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # read at the first batch of the process
+    tokenizer = load_tokenizer(config.tokenizer)
+    with naming_disk_errors(config.output):
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        with publishing(config.output):
+            receipt = _write(config, sources, tokenizer)
+            publish(config.output, receipt)
+    return receipt
+
+
+def ensure_prepared(text_path: Path, prefix: Path, tokenizer_source: str, detokenizer: str = "identity") -> Path:
+    """Prepare one file as one document (or one .jsonl's texts) unless a receipt there says the same was done before.
+
+    Returns:
+        The prefix.
+
+    Raises:
+        DataError, ConfigError: As `prepare`.
+    """
+    config = PrepareConfig(
+        inputs=(str(text_path),), output=Path(prefix), tokenizer=str(tokenizer_source), detokenizer=detokenizer
+    )
+    if not _is_current(config):
+        prepare(config)
+    return config.output
+
+
+def main(config: PrepareConfig) -> int:
+    """Run `megaft prepare`."""
+    receipt = prepare(config)
+    skipped = f" ({receipt['documents_skipped']:,} skipped)" if receipt["documents_skipped"] else ""
+    print(f"{config.output}: {receipt['documents']:,} documents{skipped}, {receipt['tokens']:,} tokens")
+    if config.json:
+        print(to_json(receipt))
+    return 0
+
+
+def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
+    key = config.messages_key or config.prompt_key
+    texts = [source.path for source in sources if source.format != ".jsonl"]
+    if key is not None and texts:
+        raise DataError(f"{texts[0]} is no .jsonl file, so the key {key!r} means nothing in it; prepare it by itself.")
+
+
+def _write(config: PrepareConfig, sources: list[Source], tokenizer: AnyTokenizer) -> dict[str, Any]:
+    eod_id = tokenizer.eos_id if config.append_eod else None
+    if config.append_eod and eod_id is None:
+        raise DataError(f"{config.tokenizer} has no end-of-sequence token to append; drop --append-eod.")
+    writer = DocumentWriter(
+        config.output, tokenizer.vocab_size, has_mask=config.has_mask, min_tokens=config.min_tokens, eod_id=eod_id
+    )
+    layout = _layout(config, tokenizer)
+    stream = (piece for source in sources for piece in pieces(source, layout, may_cut=tokenizer.cuts_at_spaces))
+    round_trip = RoundTrip(tokenizer)
+    with reading(sum(source.path.stat().st_size for source in sources)) as show:
+        for batch, ids in encoded(_batches(stream), tokenizer):
+            for piece, piece_ids in zip(batch, ids, strict=True):
+                round_trip.check(piece.text, piece_ids)
+                writer.add(piece, piece_ids)
+            show(sum(source.num_bytes for source in sources))
+    bin_sha256 = writer.close()
+    if writer.counts.documents == 0:
+        raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
+    return {
+        "format_version": FORMAT_VERSION,
+        "megaft_version": megaft.__version__,
+        "tokenizer": {
+            "source": config.tokenizer,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "round_trip": round_trip.holds,
+        },
+        "eod_id": eod_id,
+        **_text_settings(config),
+        "dtype": writer.dtype.name,
+        "has_mask": config.has_mask,
+        "sources": [source.record() for source in sources],
+        **asdict(writer.counts),
+        "byte_order_marks": sum(source.byte_order_marks for source in sources),
+        "crlfs": sum(source.crlfs for source in sources),
+        "bin_sha256": bin_sha256,
+    }
+
+
+def _layout(config: PrepareConfig, tokenizer: AnyTokenizer) -> Layout:
+    return Layout(
+        unit=config.unit,
+        text_key=config.json_key,
+        prompt_key=config.prompt_key,
+        completion_key=config.completion_key,
+        messages_key=config.messages_key,
+        detokenize=None if config.detokenizer == "identity" else detokenizers.get(config.detokenizer),
+        render=tokenizer.apply_chat_template,
+    )
+
+
+def _text_settings(config: PrepareConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _TEXT_SETTINGS}
+
+
+def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    num_characters = 0
+    for piece in stream:
+        batch.append(piece)
+        num_characters += len(piece.text)
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(batches: Iterable[list[Piece]], tokenizer: AnyTokenizer) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+    """Yield each batch with its ids. One is encoded, without Python's lock, while others are read and written."""
+    queue: deque[tuple[list[Piece], Future[list[list[int]]]]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for batch in batches:
+            queue.append((batch, pool.submit(tokenizer.encode_batch, [piece.text for piece in batch])))
+            if len(queue) == 2:
+                batch, ids = queue.popleft()
+                yield batch, ids.result()
+        for batch, ids in queue:
+            yield batch, ids.result()
+
+
+class RoundTrip:
+    """Whether decoding gives the text back, tried on the first million characters; warns once where it does not."""
+
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
+        self.holds = True
+        self._tokenizer = tokenizer
+        self._left = _ROUND_TRIP_CHARACTERS
+
+    def check(self, text: str, ids: list[int]) -> None:
+        """Check one text, until the first that fails."""
+        if self.holds and self._left > 0:
+            self._left -= len(text)
+            self.holds = self._tokenizer.decode(ids) == text
+            if not self.holds:
+                print("warning: the tokenizer loses text: decoding does not give it back.", file=sys.stderr)
+
+
+def _is_current(config: PrepareConfig) -> bool:
+    try:
+        receipt = load_receipt(config.output)
+    except DataError:
+        return False
+    settings = {"eod_id": None, **_text_settings(config)}
+    paths = expand(config.inputs)
+    return (
+        settings.items() <= receipt.items()
+        and [source["sha256"] for source in receipt["sources"]] == [_sha256(path) for path in paths]
+        and receipt["tokenizer"]["sha256"] == load_tokenizer(config.tokenizer).sha256
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,90 @@
+"""PREFIX.json, the receipt of a prepared dataset: it is written last, so without it there is no dataset."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaft.errors import DataError
+from megaft.files import fsync, write_json_atomic
+from megaft.indexed import idx_bytes, with_suffix
+
+FORMAT_VERSION = 1
+SUFFIXES = (".bin", ".idx", ".scored.bin", ".scored.idx")
+
+
+def load_receipt(prefix: str | Path) -> dict[str, Any]:
+    """Return the receipt of a prepared dataset whose files are all there and as long as it says.
+
+    Raises:
+        DataError: There is no receipt (never prepared, or stopped half way), or a file does not agree with it.
+    """
+    path = with_suffix(prefix, ".json")
+    try:
+        receipt = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{prefix} is no prepared dataset: {path} cannot be read. Run megaft prepare.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); run megaft prepare again.") from error
+    if not isinstance(receipt, dict) or receipt.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{path} is not a receipt of format version {FORMAT_VERSION}; run megaft prepare again.")
+    for suffix, num_bytes in _file_bytes(receipt).items():
+        _check_length(with_suffix(prefix, suffix), num_bytes)
+    return receipt
+
+
+def _file_bytes(receipt: dict[str, Any]) -> dict[str, int]:
+    data, idx = receipt["tokens"] * np.dtype(receipt["dtype"]).itemsize, idx_bytes(receipt["documents"])
+    mask = {".scored.bin": receipt["tokens"], ".scored.idx": idx} if receipt["has_mask"] else {}
+    return {".bin": data, ".idx": idx, **mask}
+
+
+def _check_length(path: Path, expected: int) -> None:
+    actual = path.stat().st_size if path.is_file() else None
+    if actual != expected:
+        found = "is missing" if actual is None else f"has {actual:,} bytes"
+        raise DataError(f"{path} {found} where its receipt says {expected:,} bytes; run megaft prepare again.")
+
+
+def temporary(prefix: Path, suffix: str) -> Path:
+    """Return where a file lies until it is published."""
+    return with_suffix(prefix, f"{suffix}.tmp")
+
+
+@contextmanager
+def publishing(prefix: Path) -> Iterator[None]:
+    """Keep others from writing the same prefix, and remove the temporary files of a run that failed.
+
+    Raises:
+        DataError: Another process is at it.
+    """
+    lock = with_suffix(prefix, ".lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{prefix} is being prepared by another process; wait, or use another --output.") from error
+        try:
+            yield
+        finally:
+            for suffix in SUFFIXES:
+                temporary(prefix, suffix).unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+
+
+def publish(prefix: Path, receipt: dict[str, Any]) -> None:
+    """Give the temporary files, which are on disk, their names; then write the receipt. An older dataset goes first."""
+    with_suffix(prefix, ".json").unlink(missing_ok=True)
+    fsync(prefix.parent)
+    for suffix in SUFFIXES:
+        if temporary(prefix, suffix).exists():
+            temporary(prefix, suffix).replace(with_suffix(prefix, suffix))
+        else:
+            with_suffix(prefix, suffix).unlink(missing_ok=True)
+    write_json_atomic(with_suffix(prefix, ".json"), receipt)

@@ -1,0 +1,135 @@
+"""One input file read as a stream: decompressed, checked, decoded, hashed and counted on the way."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from megaft.errors import DataError
+
+BLOCK_BYTES = 1 << 14
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+}
+
+
+class Source:
+    """A UTF-8 text file, or one compressed as .gz or .zst. Read it once, through `blocks` or `lines`.
+
+    Attributes:
+        num_bytes: Bytes of the file read so far, as they are on disk.
+        byte_order_marks: Byte order marks removed from its beginning: 0 or 1.
+        crlfs: Line ends changed from CRLF to LF.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes = 0
+        self.byte_order_marks = 0
+        self.crlfs = 0
+        self._hash = hashlib.sha256()
+
+    @property
+    def format(self) -> str:
+        """The suffix that counts: `.jsonl` for books.jsonl.gz."""
+        suffixes = self.path.suffixes
+        return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _DECOMPRESSORS else self.path.suffix
+
+    def record(self) -> dict[str, str | int]:
+        """Return what a receipt says of the file, after the last of it was read."""
+        return {"path": str(self.path), "sha256": self._hash.hexdigest(), "bytes": self.num_bytes}
+
+    def lines(self) -> Iterator[str]:
+        """Yield lines without their line end. Only LF and CRLF end a line."""
+        held: list[str] = []
+        for block in self.blocks():
+            first, *rest = block.split("\n")
+            held.append(first)
+            if rest:
+                yield "".join(held)
+                yield from rest[:-1]
+                held = rest[-1:]
+        if last := "".join(held):
+            yield last
+
+    def blocks(self) -> Iterator[str]:
+        """Yield the text in blocks of about BLOCK_BYTES bytes.
+
+        Raises:
+            DataError: The file is missing, empty, damaged, UTF-16, binary, or not UTF-8; with the line and byte offset.
+        """
+        held, offset, line = b"", 0, 1
+        for block in chain(self._decompressed(), [None]):
+            data = held + (block or b"")
+            if offset == 0:
+                if block is not None and len(data) < len(codecs.BOM_UTF8):
+                    held = data
+                    continue
+                offset = self._mark_bytes(data)
+                data = data[offset:]
+            text, used = self._decode(data, offset, line, final=block is None)
+            if block is not None and text.endswith("\r"):  # perhaps half a CRLF
+                text, used = text[:-1], used - 1
+            held, offset, line = data[used:], offset + used, line + text.count("\n")
+            if "\r" in text:
+                self.crlfs += text.count("\r\n")
+                text = text.replace("\r\n", "\n")
+            if text:
+                yield text
+        if offset == 0:
+            raise DataError(f"{self.path} is empty; give a file with text.")
+
+    def _mark_bytes(self, data: bytes) -> int:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{self.path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8.")
+        self.byte_order_marks = int(data.startswith(codecs.BOM_UTF8))
+        return len(codecs.BOM_UTF8) * self.byte_order_marks
+
+    def _decode(self, data: bytes, offset: int, line: int, *, final: bool) -> tuple[str, int]:
+        at = data.find(b"\0")
+        if at >= 0:
+            what = "a NUL byte: the file is binary or UTF-16; give UTF-8 text."
+        else:
+            try:
+                return codecs.utf_8_decode(data, "strict", final)
+            except UnicodeDecodeError as error:
+                at = error.start
+                what = f"{data[at]:#04x}, which is not UTF-8; convert the file, such as with iconv -f LATIN1 -t UTF-8."
+        line += data.count(b"\n", 0, at)
+        raise DataError(f"{self.path}, line {line}, byte offset {offset + at}, is {what}")
+
+    def _raw(self) -> Iterator[bytes]:
+        try:
+            with self.path.open("rb") as file:
+                while data := file.read(BLOCK_BYTES):
+                    self._hash.update(data)
+                    self.num_bytes += len(data)
+                    yield data
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}.") from error
+
+    def _decompressed(self) -> Iterator[bytes]:
+        start = _DECOMPRESSORS.get(self.path.suffix)
+        if start is None:
+            yield from self._raw()
+            return
+        stream = None
+        try:
+            for data in self._raw():
+                while data:
+                    stream = stream or start()
+                    yield stream.decompress(data)
+                    # A file may hold several compressed streams one after the other.
+                    data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+        except (zlib.error, zstandard.ZstdError) as error:
+            raise DataError(f"{self.path} is damaged or not a {self.path.suffix} file: {error}.") from error
+        if stream is not None:
+            raise DataError(f"{self.path} ends in the middle of its compressed data; copy it anew.")

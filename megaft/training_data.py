@@ -1,0 +1,129 @@
+"""From what --data.train and --data.valid name to samples and documents: text files are prepared once, before training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from megaft.config import DataConfig
+from megaft.dataset import Documents, Samples, Stream
+from megaft.errors import ConfigError, DataError, UserError
+from megaft.parallel import Topology
+from megaft.prepare import ensure_prepared
+from megaft.receipt import load_receipt
+from megaft.tokenizer import Tokenizer
+
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A prepared dataset and its share of the samples."""
+
+    prefix: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All that a run reads."""
+
+    train: tuple[Source, ...]
+    valid: Source | None
+
+
+def prepare_sources(config: DataConfig, tokenizer: str, run_dir: Path, topology: Topology) -> Sources:
+    """Return prepared datasets for everything named; text files are tokenized by the main rank while the others wait.
+
+    This comes before the process group exists, whose collectives would time out over a long preparation.
+    """
+    named = [parse_source(name) for name in config.train]
+    if len(named) > 1 and any(weight is None for weight, _ in named):
+        raise ConfigError(
+            f"data.train is {' '.join(config.train)}; several need a weight each, such as 0.7,books 0.3,wiki."
+        )
+
+    def prepared(name: str) -> str:
+        if Path(f"{name}.json").is_file() and Path(f"{name}.idx").is_file():
+            return name
+        return _prepare_text(Path(name), tokenizer, config.detokenizer, run_dir / "data", topology)
+
+    train = tuple(Source(prepared(name), 1.0 if weight is None else weight) for weight, name in named)
+    return Sources(train, Source(prepared(config.valid)) if config.valid else None)
+
+
+def parse_source(text: str) -> tuple[float | None, str]:
+    """Read `PREFIX` or `WEIGHT,PREFIX`."""
+    weight, comma, name = text.partition(",")
+    try:
+        value = float(weight)
+    except ValueError:
+        return None, text
+    if not comma or not name or not 0 < value < float("inf"):
+        raise ConfigError(f"data.train has {text!r}; a pair is WEIGHT,PREFIX with a weight above 0, such as 0.7,books.")
+    return value, name
+
+
+def _prepare_text(path: Path, tokenizer: str, detokenizer: str, folder: Path, topology: Topology) -> str:
+    if not path.is_file():
+        raise DataError(
+            f"{path} is neither a text file nor a prepared prefix ({path}.json and {path}.idx); check the path."
+        )
+    prefix = folder / f"{path.name}-{_fingerprint(path, tokenizer, detokenizer)}"
+    if topology.is_main:
+        return _prepare_for_others(path, prefix, tokenizer, detokenizer)
+    return _wait_for(prefix)
+
+
+def _fingerprint(path: Path, tokenizer: str, detokenizer: str) -> str:
+    """Every rank derives the same name, and another text or tokenizer another one."""
+    status = path.stat()
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer, detokenizer)
+    return blake2b(repr(key).encode(), digest_size=4).hexdigest()
+
+
+def _prepare_for_others(path: Path, prefix: Path, tokenizer: str, detokenizer: str) -> str:
+    failure = Path(f"{prefix}.failed")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    failure.unlink(missing_ok=True)
+    try:
+        return str(ensure_prepared(path, prefix, tokenizer, detokenizer))
+    except UserError as error:
+        failure.write_text(str(error))
+        raise
+
+
+def _wait_for(prefix: Path) -> str:
+    since = time.time()
+    failure = Path(f"{prefix}.failed")
+    while not Path(f"{prefix}.json").exists():
+        if failure.exists() and failure.stat().st_mtime >= since:
+            raise DataError(failure.read_text())
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return str(prefix)
+
+
+def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Samples:
+    """Return the sequence of samples the run trains on."""
+    corpora = [
+        Documents(source.prefix, config.context_length)
+        if config.sample == "document"
+        else Stream(source.prefix, config.context_length, config.attend_within_documents)
+        for source in sources
+    ]
+    return Samples(corpora, [source.weight for source in sources], seed)
+
+
+def require_same_tokenizer(sources: Sources, tokenizer: Tokenizer) -> None:
+    """Raise DataError for a dataset that another tokenizer made."""
+    for source in (*sources.train, *([sources.valid] if sources.valid else [])):
+        made_with = load_receipt(source.prefix)["tokenizer"]
+        if made_with["sha256"] != tokenizer.sha256:
+            raise DataError(
+                f"{source.prefix} was prepared with the tokenizer {made_with['source']} "
+                f"(SHA-256 {made_with['sha256'][:12]}), but the run's has {tokenizer.sha256[:12]}; "
+                "prepare it again with the run's tokenizer, or name that one with --data.tokenizer."
+            )

@@ -1,0 +1,107 @@
+import pytest
+import torch
+from torch import nn
+
+from megaft import loss
+from megaft.loss import IGNORE_INDEX, Head, LinearNats, chunks, token_nats
+
+VOCAB, WIDTH, TOKENS = 101, 16, 37
+
+
+@pytest.fixture
+def example():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator)
+    weight = torch.randn(VOCAB, WIDTH, generator=generator)
+    bias = torch.randn(VOCAB, generator=generator)
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    labels[::5] = IGNORE_INDEX
+    return hidden, weight, bias, labels
+
+
+def grads_of(function, *inputs):
+    inputs = [None if x is None else x.clone().requires_grad_() for x in inputs]
+    value = function(*inputs)
+    (value * 0.3).backward()
+    return [value.detach(), *(x.grad for x in inputs if x is not None)]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 37, 1000])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_chunked_value_and_gradients_are_the_reference(example, monkeypatch, chunk_tokens, has_bias):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_tokens * VOCAB * 4)
+    hidden, weight, bias, labels = example
+    bias = bias if has_bias else None
+    chunked = grads_of(lambda h, w, b: LinearNats.apply(h, w, b, labels), hidden, weight, bias)
+    reference = grads_of(lambda h, w, b: token_nats(nn.functional.linear(h, w, b), labels).sum(), hidden, weight, bias)
+    for ours, theirs in zip(chunked, reference, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+
+
+def test_frozen_weight_gets_no_gradient(example):
+    hidden, weight, _, labels = example
+    hidden.requires_grad_()
+    LinearNats.apply(hidden, weight, None, labels).backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_chunks_cover_all_tokens_within_the_budget(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 10 * 7)
+    parts = chunks(23, 10)
+    assert [i for part in parts for i in range(23)[part]] == list(range(23))
+    assert {len(range(23)[part]) for part in parts} == {7, 2}
+
+
+def test_bf16_nats_are_summed_in_fp32(example):
+    """3,000 nats in bf16 are 16 apart; the sum over bf16 hidden states stays within rounding of the inputs."""
+    hidden, weight, _, labels = (x.repeat(40, 1) if x.dim() == 2 and len(x) == TOKENS else x for x in example)
+    labels = labels.repeat(40)
+    low = [x.bfloat16() for x in (hidden, weight)]
+    exact = token_nats(low[0].float() @ low[1].float().T, labels).sum()
+    nats = LinearNats.apply(*low, None, labels)
+    assert nats.dtype == torch.float32
+    assert abs(nats / exact - 1) < 2e-3
+
+
+def test_per_token_is_the_reference(example):
+    hidden, weight, bias, labels = example
+    layer = nn.Linear(WIDTH, VOCAB)
+    layer.weight.data, layer.bias.data = weight, bias
+    head = Head(layer)
+    per_token = head(hidden[None], labels[None], per_token=True)[0]
+    torch.testing.assert_close(per_token, token_nats(layer(hidden), labels).detach())
+    assert (per_token[labels == IGNORE_INDEX] == 0).all()
+    torch.testing.assert_close(head(hidden[None], labels[None]), per_token.sum())
+
+
+def test_a_label_outside_the_vocabulary_is_an_error(example):
+    hidden, weight, _, labels = example
+    labels[1] = VOCAB
+    with pytest.raises((IndexError, RuntimeError)):
+        LinearNats.apply(hidden, weight, None, labels)
+
+
+def test_all_labels_ignored_cost_nothing(example):
+    hidden, weight, _, labels = example
+    value, grad_hidden, grad_weight = grads_of(
+        lambda h, w: LinearNats.apply(h, w, None, torch.full_like(labels, IGNORE_INDEX)), hidden, weight
+    )
+    assert value == 0
+    assert grad_hidden.abs().max() == grad_weight.abs().max() == 0
+
+
+@pytest.mark.gpu
+def test_liger_is_the_reference(example):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("liger_kernel")
+    hidden, weight, _, labels = (x.cuda() for x in example)
+    layer = nn.Linear(WIDTH, VOCAB, bias=False, device="cuda")
+    layer.weight.data = weight
+    torch.testing.assert_close(
+        Head(layer, "liger")(hidden[None], labels[None]),
+        token_nats(hidden @ weight.T, labels).sum(),
+        rtol=1e-5,
+        atol=1e-4,
+    )

@@ -1,0 +1,70 @@
+import pytest
+
+from megaft.errors import ConfigError
+from megaft.parallel import discover, first_host
+
+MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
+TORCH = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **MASTER}
+SLURM = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NODELIST": "n[07-09,12],login",
+}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+    "OMPI_COMM_WORLD_SIZE": "3",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher", "ranks", "master"),
+    [
+        pytest.param(TORCH, "torch", (3, 1, 4), ("10.0.0.7", 29500), id="deepspeed and torchrun"),
+        pytest.param(SLURM, "slurm", (5, 1, 8), ("n07", 23456), id="srun derives the master from the job"),
+        pytest.param(SLURM | MASTER, "slurm", (5, 1, 8), ("10.0.0.7", 29500), id="a given master wins"),
+        pytest.param(OPENMPI | MASTER, "openmpi", (2, 2, 3), ("10.0.0.7", 29500), id="mpirun"),
+        pytest.param(SLURM | OPENMPI | MASTER, "openmpi", (2, 2, 3), ("10.0.0.7", 29500), id="mpirun inside a job"),
+        pytest.param(SLURM | TORCH, "torch", (3, 1, 4), ("10.0.0.7", 29500), id="deepspeed inside a job"),
+    ],
+)
+def test_discover(environment, launcher, ranks, master):
+    topology = discover(environment)
+    assert topology.launcher == launcher
+    assert (topology.rank, topology.local_rank, topology.world_size) == ranks
+    assert (topology.master_addr, topology.master_port) == master
+
+
+def test_without_a_launcher_one_process_is_the_world():
+    # A batch script's own step has SLURM_PROCID but no SLURM_STEP_ID: python there is one rank.
+    batch_step = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
+    topology = discover(batch_step)
+    assert (topology.rank, topology.world_size, topology.is_main) == (0, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("n07", "n07"),
+        ("n07,n08", "n07"),
+        ("n[07-09,12],login", "n07"),
+        ("rack1-n[3],x", "rack1-n3"),
+        ("a[1-2]-ib", "a1-ib"),
+    ],
+)
+def test_first_host(nodelist, host):
+    assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize("broken", [{"RANK": "x"}, {"WORLD_SIZE": ""}, {"MASTER_PORT": "http"}])
+def test_a_broken_variable_is_named(broken):
+    with pytest.raises(ConfigError, match=next(iter(broken))):
+        discover(TORCH | broken)
+
+
+def test_ranks_without_a_master_are_refused():
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        discover({name: value for name, value in TORCH.items() if name not in MASTER})

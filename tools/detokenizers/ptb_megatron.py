@@ -1,0 +1,28 @@
+"""The Penn Treebank rules of Megatron-LM (its tasks/zeroshot_gpt/detokenizer.py).
+
+They lose information, and the rule for N eats the space before it: `october N with` becomes `october1 with`.
+"""
+
+_RULES = (
+    (" '", "'"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" n't", "n't"),
+    (" N ", "1 "),
+    ("$ 1", "$1"),
+    ("# 1", "#1"),
+)
+
+
+def detokenize(text: str) -> str:
+    """Undo Mikolov's Penn Treebank tokenization as Megatron-LM does, its quirks included.
+
+    Args:
+        text: A whole file.
+
+    Returns:
+        Its text with the rules applied in the published order.
+    """
+    for old, new in _RULES:
+        text = text.replace(old, new)
+    return text

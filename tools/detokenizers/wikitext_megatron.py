@@ -1,0 +1,50 @@
+"""The WikiText rules behind Megatron-LM's published perplexities (its tasks/zeroshot_gpt/detokenizer.py).
+
+They lose information: `a @-@ b` and `a-b` both become `a-b`. Their order matters, and the quote rules pair across
+lines, so that one odd quote changes the rest of the file: give the whole file, not its lines.
+"""
+
+import re
+
+_BEFORE_BRACKETS = (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), *((f" {mark} ", f"{mark} ") for mark in ":;.!?,")
+_BRACKETS = tuple(
+    (re.compile(rf"{opening}\s*([^{closing}]*?)\s*{closing}"), rf"{left}\1{right}")
+    for opening, closing, left, right in (
+        (r"\(", r"\)", "(", ")"),
+        (r"\[", r"\]", "[", "]"),
+        ("{", "}", "{", "}"),
+        ('"', '"', '"', '"'),
+        ("'", "'", "'", "'"),
+    )
+)
+_AFTER_BRACKETS = (
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
+
+
+def detokenize(text: str) -> str:
+    """Undo WikiText's tokenization as Megatron-LM does, its quirks included.
+
+    Args:
+        text: A whole WikiText file.
+
+    Returns:
+        Its text with the rules applied in the published order.
+    """
+    text = text.replace("s '", "s'")
+    # Meant for "' 90s", but the slashes are literal: it all but never matches, and would insert "[0-9]" if it did.
+    text = re.sub(r"/' [0-9]/", "/'[0-9]/", text)
+    for old, new in _BEFORE_BRACKETS:
+        text = text.replace(old, new)
+    for pattern, new in _BRACKETS:
+        text = pattern.sub(new, text)
+    for old, new in _AFTER_BRACKETS:
+        text = text.replace(old, new)
+    return text
