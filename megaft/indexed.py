@@ -80,7 +80,7 @@ def _read_idx(path: Path) -> tuple[np.dtype, Int[np.ndarray, " documents"]]:
     data = np.fromfile(path, np.uint8)
     if len(data) < _HEADER.size:
         raise DataError(f"{path} has {len(data)} bytes, fewer than a header; run megaft prepare again.")
-    magic, version, code, num_sequences, num_indices = _HEADER.unpack(data[: _HEADER.size])
+    magic, version, code, num_sequences, num_indices = _HEADER.unpack(data[: _HEADER.size].tobytes())
     if magic != _MAGIC or version != 1 or code not in _DTYPES:
         raise DataError(f"{path} is not a version 1 Megatron index; run megaft prepare again.")
     if num_indices != num_sequences + 1 or len(data) != idx_bytes(num_sequences):
@@ -115,7 +115,8 @@ class TokenWriter:
 
     def end_document(self) -> None:
         """End the document: all its pieces are one sequence."""
-        self._builder.add_document(np.zeros(0, self.dtype), [self._document_tokens])
+        self._builder.sequence_lengths.append(self._document_tokens)
+        self._builder.end_document()
         self._document_tokens = 0
         self.num_documents += 1
 

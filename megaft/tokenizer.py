@@ -30,8 +30,8 @@ class Tokenizer:
         self._backend: tokenizers.Tokenizer = hugging_face.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.bos_id: int | None = hugging_face.bos_token_id
-        self.eos_id: int | None = hugging_face.eos_token_id
+        self.bos_id = _one_id(hugging_face.bos_token_id)
+        self.eos_id = _one_id(hugging_face.eos_token_id)
 
     @property
     def prefix_id(self) -> int | None:
@@ -57,8 +57,8 @@ class Tokenizer:
         there, and the lookahead in `\\s+(?!\\S)` begins at a white space. Unknown for other pre-tokenizers, for
         normalizers, and for added tokens that swallow the white space after them.
         """
-        pre = self._state["pre_tokenizer"] or {"type": None}
-        steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+        pre: dict[str, Any] = self._state["pre_tokenizer"] or {"type": None}
+        steps: list[dict[str, Any]] = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
         return (
             self._state["normalizer"] is None
             and {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}.items() <= steps[-1].items()
@@ -183,6 +183,10 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)) or path.suffix in (".model", ".gguf"):
         raise DataError(f"there is no tokenizer at {source}; give an existing folder or file, or a hub name.")
     return _from_transformers(str(source))
+
+
+def _one_id(value: object) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _from_folder(folder: Path) -> AnyTokenizer:
