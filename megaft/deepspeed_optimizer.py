@@ -128,7 +128,7 @@ def _read_block(kind: str, block: dict[str, Any]) -> dict[str, tuple[Any, str, b
     for key, (allowed, default) in meaning.only.items():
         value = params.get(key, default)
         if value != allowed:
-            source = "" if key in params else ", DeepSpeed's default"
+            source = "" if key in params else ", DeepSpeed's default,"
             fail(f"{kind}.params.{key}", value, f"that{source} is not offered: give {json.dumps(allowed)}.")
     found = {field: (value, f"{kind}.type", True) for field, value in meaning.sets.items()}
     for key, (field, default) in meaning.takes.items():
