@@ -34,9 +34,9 @@ class ModelConfig:
     dropout: float | None = None
     """Every dropout probability of the model. By default as its own configuration says."""
     activation_checkpointing: bool = False
-    """Keep only each block's input and recompute the block in the backward pass: less memory, about a third more compute."""
+    """Keep only each block's input and compute the block again in the backward pass: a third more work, less memory."""
     cross_entropy: Literal["chunked", "liger"] = "chunked"
-    """How nats are computed without full logits: plain torch in chunks, or Liger's CUDA kernel (needs the [fast] extra)."""
+    """How nats are computed without full logits: torch in chunks, or Liger's CUDA kernel (the [fast] extra)."""
 
     def __post_init__(self) -> None:
         require(
@@ -55,7 +55,7 @@ class LoraConfig:
 
     rank: int = 0
     """Rank of the update of each adapted matrix; 0 trains the whole model."""
-    alpha: float = 16.0
+    alpha: int = 16
     """The update is scaled by alpha / rank."""
     dropout: float = 0.0
     """Dropout probability on the adapter's input."""
@@ -92,7 +92,7 @@ class DataConfig:
         )
         require(
             not (self.attend_within_documents and self.sample == "document"),
-            "data.attend-within-documents has no effect with data.sample document: a sample never leaves its document. Drop one.",
+            "data.attend-within-documents has no effect with data.sample document, whose samples never leave one.",
         )
 
 
@@ -101,7 +101,7 @@ class OptimConfig:
     """The optimizer and its schedule. Biases and norms are never decayed."""
 
     name: Literal["adamw", "sgd", "adafactor", "apex-adamw"] = "adamw"
-    """adamw is torch's (fused where it can be), apex-adamw NVIDIA apex's FusedAdam. adafactor needs ZeRO 0 in fp32."""
+    """adamw is torch's, fused; apex-adamw is NVIDIA apex's FusedAdam; adafactor needs ZeRO 0 in fp32."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -134,7 +134,7 @@ class OptimConfig:
         require(self.warmup_steps >= 0, f"optim.warmup-steps is {self.warmup_steps}; use 0 or more, for example 100.")
         require(
             0 <= self.final_fraction <= 1,
-            f"optim.final-fraction is {self.final_fraction}; use 0 to 1, for example 0.1.",
+            f"optim.final-fraction is {self.final_fraction}; use 0 to 1.",
         )
 
 
@@ -189,7 +189,7 @@ class EvalConfig:
     context_length: int | None = None
     """Input tokens per forward pass. By default data.context-length."""
     stride: int | None = None
-    """Tokens scored per window after the first. Smaller is slower and lowers perplexity. By default half the context."""
+    """Tokens scored per window after the first. Smaller is slower and lowers perplexity. Default: half the context."""
     batch_size: int = 8
     """Windows per forward pass and rank."""
 
@@ -246,7 +246,7 @@ class TrainConfig:
         )
         require(
             self.model.path is not None or self.lora.rank == 0,
-            f"lora.rank is {self.lora.rank}, but a model from scratch has nothing to adapt; give model.path, or drop lora.rank.",
+            f"lora.rank is {self.lora.rank}, but a model from scratch has nothing to adapt; give model.path.",
         )
         stride = self.eval.stride or 1
         require(

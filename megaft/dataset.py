@@ -24,7 +24,7 @@ from megaft.permutation import permute
 from megaft.receipt import load_receipt
 
 BLOCK = 64
-"""A blend keeps its weights to within one sample in every run of this many."""
+"""After every so many samples, each corpus of a blend has given its share of them to within one or two."""
 
 PADDED_TO = 64
 """Samples of one document are padded to the longest of their micro batch, rounded up to this."""
@@ -60,7 +60,7 @@ class _Tokens:
         self.scored = TokenFile(f"{prefix}.scored") if receipt["has_mask"] else None
 
     def between(self, begin: int, end: int) -> Sample:
-        """Return the sample whose inputs are the tokens from `begin` up to, but not including, the last before `end`."""
+        """Return the sample of tokens begin to end - 1: all but the last are inputs, all but the first labels."""
         tokens = self.tokens.read(begin, end).astype(np.int64)
         labels = tokens[1:]
         if self.scored is not None:
@@ -119,9 +119,9 @@ class Samples:
                 raise ConfigError("data.train has a dataset without a single token to predict; give a longer text.")
         self.corpora = corpora
         self.seed = seed
-        total = sum(Fraction(weight) for weight in weights)
-        cumulative = [sum(Fraction(weight) for weight in weights[:i]) / total for i in range(len(weights))]
-        self.bounds = [*cumulative, Fraction(1)]
+        exact = [Fraction(weight) for weight in weights]
+        self.shares = [weight / sum(exact) for weight in exact]
+        self.by_share = sorted(range(len(exact)), key=lambda corpus: -exact[corpus])
 
     def __getitem__(self, position: int) -> Sample:
         corpus, number = self.locate(position)
@@ -132,26 +132,35 @@ class Samples:
     def locate(self, position: int) -> tuple[int, int]:
         """Return which corpus the sample at `position` comes from, and how many came from it before.
 
-        In block b, corpus i takes the slots between floor(b * BLOCK * bound) differences, so that both answers have a
-        closed form; the slots of a block are shuffled.
+        Both have a closed form: a block's slots, shuffled, go to the corpora by how many each has taken at its ends.
         """
         block, slot = divmod(position, BLOCK)
         slot = permute(slot, BLOCK, self.seed, "blend", block)
-        for corpus in range(len(self.corpora)):
-            before, after = (self._taken(corpus, number * BLOCK) for number in (block, block + 1))
+        ends = zip(self.taken(block * BLOCK), self.taken((block + 1) * BLOCK), strict=True)
+        for corpus, (before, after) in enumerate(ends):
             if slot < after - before:
                 return corpus, before + slot
             slot -= after - before
         raise AssertionError(position)
 
-    def _taken(self, corpus: int, position: int) -> int:
-        return math.floor(self.bounds[corpus + 1] * position) - math.floor(self.bounds[corpus] * position)
+    def taken(self, position: int) -> list[int]:
+        """Return how many of the first `position` samples, a multiple of BLOCK, come from each corpus.
+
+        From the largest, each corpus takes its share of what is left, rounded, so that no count ever falls. (The
+        differences of rounded cumulative weights, which are simpler, do fall where a weight is small.)
+        """
+        counts, left, weight_left = [0] * len(self.shares), position, Fraction(1)
+        for corpus in self.by_share:
+            counts[corpus] = math.floor(left * self.shares[corpus] / weight_left + Fraction(1, 2))
+            left -= counts[corpus]
+            weight_left -= self.shares[corpus]
+        return counts
 
     @property
     def sha256(self) -> str:
         """What the order of samples depends on besides the seed."""
         return " ".join(
-            f"{corpus.sha256}:{len(corpus)}:{bound}" for corpus, bound in zip(self.corpora, self.bounds[1:])
+            f"{corpus.sha256}:{len(corpus)}:{share}" for corpus, share in zip(self.corpora, self.shares, strict=True)
         )
 
     def num_steps(self, epochs: float, global_batch_size: int) -> int:
@@ -171,10 +180,8 @@ class Batch:
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what the model takes, on its device."""
-        return tuple(
-            None if tensor is None else tensor.to(device, non_blocking=True)
-            for tensor in (self.input_ids, self.labels, self.document_ids)
-        )
+        documents = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
+        return self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +230,7 @@ def collate(rows: list[Sample], first_position: int, padded_to: int | None, keep
 
     def stack(arrays: list[np.ndarray], filler: int) -> Tensor:
         padded = np.full((len(arrays), length), filler, dtype=np.int64)
-        for row, array in zip(padded, arrays):
+        for row, array in zip(padded, arrays, strict=True):
             row[: len(array)] = array
         return torch.from_numpy(padded)
 

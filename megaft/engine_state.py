@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,11 +54,11 @@ def stage(engine) -> int:
     return engine.zero_optimization_stage()
 
 
-def _place_whole(engine, name: str, parameter: Tensor) -> Place:
+def _place_whole(engine, name: str, parameter: Any) -> Place:
     return Place(name, 0, parameter, 0, parameter.numel())
 
 
-def _place_in_group(engine, name: str, parameter: Tensor) -> Place | None:
+def _place_in_group(engine, name: str, parameter: Any) -> Place | None:
     mapping = parameter._hp_mapping
     if mapping is None:  # this rank's partition has nothing of it
         return None
@@ -66,7 +67,7 @@ def _place_in_group(engine, name: str, parameter: Tensor) -> Place | None:
     return Place(name, mapping.lp_fragment_address.start, owner, address.start, address.numel)
 
 
-def _place_in_sub_group(engine, name: str, parameter: Tensor) -> Place:
+def _place_in_sub_group(engine, name: str, parameter: Any) -> Place:
     zero = engine.optimizer
     sub_group, start, numel = zero.grad_position[zero.get_param_id(parameter)]
     offset = dist.get_rank(parameter.ds_process_group) * numel
@@ -137,10 +138,10 @@ def _make_moments(engine) -> None:
     for owner in owners:
         owner.grad = torch.zeros_like(owner)
     optimizer.step()
-    for owner, grad in zip(owners, kept):
+    for owner, grad in zip(owners, kept, strict=True):
         owner.grad = grad
-    for group, (group["params"], group["lr"]) in zip(optimizer.param_groups, before):
-        pass
+    for group, (parameters, rate) in zip(optimizer.param_groups, before, strict=True):
+        group["params"], group["lr"] = parameters, rate
 
 
 def _set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -159,10 +160,13 @@ def _refresh_compute_weights(engine) -> None:
         zero.update_lp_params()
     elif stage(engine) == 3:
         for compute, master, parts in zip(
-            zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups
+            zero.fp16_partitioned_groups_flat,
+            zero.fp32_partitioned_groups_flat,
+            zero.fp16_partitioned_groups,
+            strict=True,
         ):
             compute.data.copy_(master.data)
-            for part, values in zip(parts, zero.unflatten(compute, parts)):
+            for part, values in zip(parts, zero.unflatten(compute, parts), strict=True):
                 part.data = values.data
 
 

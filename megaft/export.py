@@ -13,10 +13,10 @@ from megaft.checkpoint import Pieces, RunState
 from megaft.config import TrainConfig
 from megaft.files import fsync
 from megaft.models import hugging_face
-from megaft.tokenizer import Tokenizer
+from megaft.tokenizer import AnyTokenizer
 
 
-def export(config: TrainConfig, state: RunState, tokenizer: Tokenizer, dtype: str) -> Path:
+def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype: str) -> Path:
     """Write the best checkpoint, or the last if there was no validation or it is asked for; return its folder.
 
     The weights are the ones the engine computed with: fp32 ones rounded to the run's dtype, adapters merged.
@@ -83,6 +83,7 @@ def _table(columns: dict[str, dict | None]) -> list[str]:
 
 def _protocol(config: TrainConfig) -> str:
     return (
-        f"Measured on {config.data.valid}: windows of {config.eval_context_length} tokens, stride {config.eval_stride}, "
-        "a prefix token before each document, every token scored once; words and bytes are the original text's."
+        f"Measured on {config.data.valid}: windows of {config.eval_context_length} tokens, "
+        f"stride {config.eval_stride}, a prefix token before each document, every token scored once; "
+        "words and bytes are the original text's."
     )

@@ -8,6 +8,8 @@ is needed only once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
@@ -20,7 +22,7 @@ CHUNK_BYTES = 128 * 2**20
 """Largest fp32 logits held at once."""
 
 
-def token_nats(logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, "..."]) -> Float32[Tensor, "..."]:
+def token_nats(logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, ...]) -> Float32[Tensor, ...]:
     """Return the cross-entropy of each label: the reference for everything below.
 
     Args:
@@ -55,12 +57,7 @@ class LinearNats(torch.autograd.Function):
         labels: Int64[Tensor, " tokens"],
     ) -> Float32[Tensor, ""]:
         """Sum the nats; keep d nats / d input of each input that needs it."""
-        wanted = [tensor is not None and needed for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad)]
-        # Weight and bias gradients are sums over chunks, so they are kept in fp32.
-        grads = [
-            torch.zeros_like(tensor, dtype=dtype) if needed else None
-            for tensor, needed, dtype in zip((hidden, weight, bias), wanted, (None, torch.float32, torch.float32))
-        ]
+        grads = _zero_gradients(ctx.needs_input_grad, hidden, weight, bias)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part in chunks(len(labels), len(weight)):
             logits = F.linear(hidden[part], weight, bias).float()
@@ -68,23 +65,28 @@ class LinearNats(torch.autograd.Function):
             scored = (labels[part] != IGNORE_INDEX).unsqueeze(-1)
             targets = labels[part].clamp(min=0).unsqueeze(-1)
             total += ((log_normalizer - logits.gather(-1, targets)) * scored).sum()
-            if any(wanted):
+            if any(ctx.needs_input_grad):
                 # d nats / d logits is softmax minus one-hot.
                 slope = logits.sub_(log_normalizer).exp_()
-                slope.scatter_add_(-1, targets, torch.full_like(slope[:, :1], -1).expand(targets.shape)).mul_(scored)
+                slope.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=slope.dtype)).mul_(scored)
                 _accumulate(grads, slope, hidden[part], weight, part)
         ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        ctx.dtype = hidden.dtype
         return total
 
     @staticmethod
-    def backward(ctx, grad_nats: Float32[Tensor, ""]):
+    def backward(ctx, *grad_outputs: Float32[Tensor, ""]):
         """Scale the kept gradients."""
-        scaled = [
-            None if grad is None else grad.float().mul_(grad_nats).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
-        ]
-        return *scaled, None
+        return *(None if grad is None else (grad * grad_outputs[0]).to(ctx.dtype) for grad in ctx.saved_tensors), None
+
+
+def _zero_gradients(needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    """Gradients of weight and bias are sums over chunks, so they are kept in fp32."""
+    return [
+        torch.zeros_like(hidden) if needed[0] else None,
+        torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
+        torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
+    ]
 
 
 def _accumulate(grads: list[Tensor | None], slope: Tensor, hidden: Tensor, weight: Tensor, part: slice) -> None:
@@ -112,7 +114,7 @@ class Head(nn.Module):
 
     def forward(
         self, hidden: Float[Tensor, "batch time width"], labels: Int64[Tensor, "batch time"], per_token: bool = False
-    ) -> Float32[Tensor, "..."]:
+    ) -> Float32[Tensor, ...]:
         """Return the summed nats, or with `per_token` (no gradients) those of each label, 0.0 where not scored."""
         if per_token:
             return self._per_token(hidden, labels)

@@ -6,6 +6,7 @@ and plain `python` sets none. `discover` turns any of them into one Topology, `j
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -106,6 +107,7 @@ def join(topology: Topology) -> torch.device:
     """Start the process group through DeepSpeed and return this rank's device."""
     import deepspeed
 
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.update(
         RANK=str(topology.rank),
         LOCAL_RANK=str(topology.local_rank),
@@ -122,6 +124,18 @@ def join(topology: Topology) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
     return device
+
+
+def require_supported(dtype: str) -> None:
+    """Raise ConfigError unless this machine's devices compute in `dtype`."""
+    from deepspeed.accelerator import get_accelerator
+
+    supported = [str(kind).removeprefix("torch.") for kind in get_accelerator().supported_dtypes()]
+    if dtype not in supported:
+        raise ConfigError(
+            f"the DeepSpeed JSON asks for {dtype}, but {get_accelerator().device_name()} here supports "
+            f"{', '.join(supported)} only; take one of the JSONs of ds_configs/ for that."
+        )
 
 
 def leave() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -223,11 +224,9 @@ def _from_transformers(source: str, **options: str) -> Tokenizer:
 
     try:
         hugging_face = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"no tokenizer could be loaded from {source}: {reason} Give a folder, or a hub name with a network."
-        ) from error
+    except (OSError, ValueError, KeyError, struct.error) as error:  # the last two from damaged files
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
+        raise DataError(f"no tokenizer could be loaded from {source} ({reason}). Give a whole one.") from error
     if not hugging_face.is_fast:
         raise DataError(f"{source} has no fast tokenizer (tokenizer.json); give its sentencepiece .model file instead.")
     return Tokenizer(hugging_face)

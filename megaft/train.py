@@ -14,6 +14,7 @@ if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import asdict, replace
+from typing import Any
 
 from megaft.config import TrainConfig, parse_train, require
 from megaft.exit_code import exit_code_of
@@ -24,8 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse_train(arguments)  # before the heavy imports, so that --help is instant
     from megaft import parallel
 
-    topology = parallel.discover(os.environ)
-    code = exit_code_of(train, config, topology, is_main=topology.is_main)
+    code = exit_code_of(
+        lambda: train(config, parallel.discover(os.environ)), is_main=os.environ.get("RANK", "0") == "0"
+    )
     parallel.leave()
     return code
 
@@ -58,20 +60,21 @@ def train(config: TrainConfig, topology) -> int:
     tokenizer = load_tokenizer(tokenizer_source)
     require_same_tokenizer(sources, tokenizer)
     samples = open_samples(sources.train, config.data, config.run.seed)
-    max_steps = config.run.max_steps or samples.num_steps(config.run.epochs, setup.global_batch_size)
+    max_steps = config.run.max_steps or samples.num_steps(config.run.epochs or 1, setup.global_batch_size)
     require(
         setup.total_num_steps in (None, max_steps),
-        f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, but the run has {max_steps} steps; "
-        "give one length.",
+        f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, the run {max_steps} steps;"
+        " give one length.",
     )
 
     device = parallel.join(topology)
+    parallel.require_supported(setup.dtype)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed)
     hugging_face.require_fits(language_model, tokenizer, config.longest_input)
     model = hugging_face.NatsModel(language_model, config.model.cross_entropy)
     groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
     optimizer = build_optimizer(groups, setup.optim, device_type="cpu" if setup.offload_optimizer else device.type)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)
+    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
 
     identity = Identity(
         global_batch_size=setup.global_batch_size,
@@ -95,6 +98,7 @@ def train(config: TrainConfig, topology) -> int:
     settings = asdict(config) | {"deepspeed": setup.engine_config, "max_steps": max_steps}
     settings |= {"peak_flops": meter.peak_flops, "peak_flops_source": meter.peak_source}
     if topology.is_main:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
         write_config(config.run.dir, settings)
 
     def save() -> None:
@@ -119,7 +123,7 @@ def train(config: TrainConfig, topology) -> int:
             batches = micro_batches(samples, step, cut, padded_to, config.data.attend_within_documents)
             num_scored = torch.tensor(sum(batch.num_scored for batch in batches), device=device)
             num_scored = parallel.sum_over_data_ranks(num_scored).clamp(min=1)
-            nats = torch.zeros((), dtype=torch.float64, device=device)
+            nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
             for batch in batches:
                 # Dropout is a function of the seed and of which samples these are: the same after a resume and, at
                 # one micro-batch size, on any number of ranks.

@@ -1,4 +1,4 @@
-"""From what --data.train and --data.valid name to samples and documents: text files are prepared once, before training."""
+"""From what --data.train and --data.valid name to samples; a text file is prepared once, before training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megaft.errors import ConfigError, DataError, UserError
 from megaft.parallel import Topology
 from megaft.prepare import ensure_prepared
 from megaft.receipt import load_receipt
-from megaft.tokenizer import Tokenizer
+from megaft.tokenizer import AnyTokenizer
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -69,9 +69,7 @@ def parse_source(text: str) -> tuple[float | None, str]:
 
 def _prepare_text(path: Path, tokenizer: str, detokenizer: str, folder: Path, topology: Topology) -> str:
     if not path.is_file():
-        raise DataError(
-            f"{path} is neither a text file nor a prepared prefix ({path}.json and {path}.idx); check the path."
-        )
+        raise DataError(f"{path} is neither a text file nor a prepared prefix ({path}.json and .idx); check the path.")
     prefix = folder / f"{path.name}-{_fingerprint(path, tokenizer, detokenizer)}"
     if topology.is_main:
         return _prepare_for_others(path, prefix, tokenizer, detokenizer)
@@ -117,7 +115,7 @@ def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Sa
     return Samples(corpora, [source.weight for source in sources], seed)
 
 
-def require_same_tokenizer(sources: Sources, tokenizer: Tokenizer) -> None:
+def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:
     """Raise DataError for a dataset that another tokenizer made."""
     for source in (*sources.train, *([sources.valid] if sources.valid else [])):
         made_with = load_receipt(source.prefix)["tokenizer"]

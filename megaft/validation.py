@@ -8,14 +8,14 @@ from megaft.config import TrainConfig
 from megaft.indexed import TokenFile
 from megaft.receipt import load_receipt
 from megaft.scoring import Score, score
-from megaft.tokenizer import Tokenizer
+from megaft.tokenizer import AnyTokenizer
 from megaft.training_data import Source
 
 
 class Validation:
     """A validation text and how it is scored: a prefix token, then every token of every document once."""
 
-    def __init__(self, source: Source, config: TrainConfig, tokenizer: Tokenizer):
+    def __init__(self, source: Source, config: TrainConfig, tokenizer: AnyTokenizer):
         receipt = load_receipt(source.prefix)
         self.tokens = TokenFile(source.prefix)
         # Of a text with unscored prompts, words and bytes of the scored part alone are not known.

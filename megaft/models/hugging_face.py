@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.loss import Head, token_nats
 
-CausalLM = nn.Module
-"""A transformers `...ForCausalLM`."""
+CausalLM = Any
+"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
 
 
 class NatsModel(nn.Module):
@@ -35,7 +36,7 @@ class NatsModel(nn.Module):
         labels: Int64[Tensor, "batch time"],
         document_ids: Int64[Tensor, "batch time"] | None = None,
         per_token: bool = False,
-    ) -> Float32[Tensor, "..."]:
+    ) -> Float32[Tensor, ...]:
         """Return nats of `labels`, which are shifted by one already.
 
         Args:

@@ -1,0 +1,238 @@
+import gzip
+import json
+import tracemalloc
+from functools import partial
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megaft.corpus import Layout, cut, documents, expand, pieces
+from megaft.errors import DataError
+from megaft.records import Segment
+from megaft.source import BLOCK_BYTES, Source
+from megaft.tokenizer import load_tokenizer
+
+TEXT = " = A = \n one two\n\nthree  é\n \n\nfour"
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def jsonl(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def texts(path, **layout):
+    return ["".join(part.text for part in d.segments) for d in documents(Source(path), Layout(**layout))]
+
+
+UNITS = [
+    pytest.param("file", [TEXT], id="file"),
+    pytest.param("line", [" = A = ", " one two", "three  é", "four"], id="line"),
+    pytest.param("document", [" = A = \n one two", "three  é", "four"], id="document"),
+]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "tokens", "txt.gz", "txt.zst"])
+@pytest.mark.parametrize(("unit", "expected"), UNITS)
+def test_text_files(tmp_path, suffix, unit, expected):
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(suffix.partition(".")[2], bytes)
+    assert texts(write(tmp_path / f"a.{suffix}", pack(TEXT.encode())), unit=unit) == expected
+
+
+def test_several_compressed_streams_in_one_file(tmp_path):
+    assert texts(write(tmp_path / "a.gz", gzip.compress(b"one\n") + gzip.compress(b"two\n"))) == ["one\ntwo\n"]
+
+
+def test_counts_are_of_the_original(tmp_path):
+    (document,) = documents(Source(write(tmp_path / "a", "a @-@ b é\n")), Layout(detokenize=lambda _: "x"))
+    assert (document.num_words, document.num_bytes, document.segments) == (4, 11, (Segment("x"),))
+
+
+RECORDS = [
+    pytest.param({"text": "one"}, {}, [Segment("one")], id="text"),
+    pytest.param({"body": "one"}, {"text_key": "body"}, [Segment("one")], id="another key"),
+    pytest.param(
+        {"q": "1+1=", "a": "2"},
+        {"prompt_key": "q", "completion_key": "a"},
+        [Segment("1+1=", False), Segment("2")],
+        id="prompt and completion",
+    ),
+    pytest.param(
+        {"chat": [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo"), ("user", "go"))]},
+        {"messages_key": "chat"},
+        [Segment("<user>hi\n<assistant>", False), Segment("yo\n"), Segment("<user>go\n", False)],
+        id="chat",
+    ),
+]
+
+
+def render(messages, add_generation_prompt=False):
+    return "".join(f"<{m['role']}>{m['content']}\n" for m in messages) + "<assistant>" * add_generation_prompt
+
+
+@pytest.mark.parametrize(("record", "layout", "expected"), RECORDS)
+def test_jsonl(tmp_path, record, layout, expected):
+    path = write(tmp_path / "a.jsonl", "\n" + jsonl(record) * 2)
+    found = [list(document.segments) for document in documents(Source(path), Layout(render=render, **layout))]
+    assert found == [expected] * 2
+
+
+def test_a_template_that_rewrites_is_refused(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        jsonl({"m": [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": ""}]}),
+    )
+    layout = Layout(messages_key="m", render=lambda messages, add_generation_prompt=False: str(len(messages)))
+    with pytest.raises(DataError, match="line 1: the chat template rewrites earlier turns"):
+        list(documents(Source(path), layout))
+
+
+BAD = [
+    pytest.param("a.txt", b"", "a.txt is empty", id="empty"),
+    pytest.param("a.gz", b"", "a.gz is empty", id="empty .gz"),
+    pytest.param("a.txt", b"\xef\xbb\xbf", "only blank lines", id="only a byte order mark"),
+    pytest.param("a.txt", b" \n\n\t\n", "only blank lines", id="blank"),
+    pytest.param("a.jsonl", b"\n \n", "only blank lines", id="blank .jsonl"),
+    pytest.param("a.txt", b"ab\ncd\n\xe9x", "line 3, byte offset 6, is 0xe9", id="latin-1"),
+    pytest.param("a.txt", b"\xef\xbb\xbfab\ncd\n\xe9x", "line 3, byte offset 9, is 0xe9", id="after a byte order mark"),
+    pytest.param("a.txt", b"a\r\n" * BLOCK_BYTES + b"\xc3", f"line {BLOCK_BYTES + 1}, byte offset 49152", id="far"),
+    pytest.param("a.txt", "ab".encode("utf-16"), "is UTF-16", id="utf-16"),
+    pytest.param("a.txt", "ab".encode("utf-16-be"), "byte offset 0, is a NUL byte", id="utf-16 without a mark"),
+    pytest.param("a.txt", b"ab\nc\0", "line 2, byte offset 4, is a NUL byte", id="binary"),
+    pytest.param("a.gz", gzip.compress(b"abc" * 99)[:-9], "in the middle of its compressed data", id="cut .gz"),
+    pytest.param("a.zst", zstandard.compress(b"abc" * 99)[:-3], "in the middle of its compressed data", id="cut .zst"),
+    pytest.param("a.gz", b"plain text", "damaged or not a .gz", id="no .gz"),
+    pytest.param("a.zst", b"plain text", "damaged or not a .zst", id="no .zst"),
+    pytest.param("a.jsonl", b'{"text": "a"}\n{"text": \n', r"line 2, column \d+: broken JSON", id="broken json"),
+    pytest.param("a.jsonl", b'\n{"body": 1, "id": 2}', "line 2 has no key 'text'; .* 'body', 'id'", id="no key"),
+    pytest.param("a.jsonl", b'{"text": 5}', "line 1: 'text' is a int", id="no string"),
+    pytest.param("a.jsonl", b"[]", "line 1 is a JSON list", id="no object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("may_cut", [True, False])
+@pytest.mark.parametrize(("name", "data", "message"), BAD)
+def test_bad_files(tmp_path, name, data, message, may_cut):
+    with pytest.raises(DataError, match=message) as raised:
+        list(pieces(Source(write(tmp_path / name, data)), Layout(), may_cut=may_cut))
+    assert name in str(raised.value)
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        list(Source(tmp_path / "gone").blocks())
+
+
+def test_marks_and_line_ends(tmp_path):
+    data = b"\xef\xbb\xbf" + b"a\r\n" * BLOCK_BYTES + b"lone\rend\r"
+    source = Source(write(tmp_path / "a.txt", data))
+    assert "".join(source.blocks()) == "a\n" * BLOCK_BYTES + "lone\rend\r"
+    assert (source.byte_order_marks, source.crlfs, source.num_bytes) == (1, BLOCK_BYTES, len(data))
+
+
+def test_expand(tmp_path):
+    for name in ("d/b.txt", "d/a.txt", "d/sub/c.txt", "d/.hidden", "d/.git/x", "z.txt", "y.txt"):
+        write(tmp_path / name, "x")
+    names = [
+        str(path.relative_to(tmp_path)) for path in expand([f"{tmp_path}/*.txt", tmp_path / "d", tmp_path / "z.txt"])
+    ]
+    assert names == ["y.txt", "z.txt", "d/a.txt", "d/b.txt", "d/sub/c.txt"]
+    with pytest.raises(DataError, match="names no file"):
+        expand([tmp_path / "*.jsonl"])
+
+
+SPACES = [
+    " ",
+    "\n",
+    "\t",
+    "\r",
+    "\x0b",
+    "\x1c",
+    "\x85",
+    "\xa0",
+    "\u1680",
+    "\u180e",
+    "\u2028",
+    "\u200b",
+    "\u3000",
+    "\ufeff",
+]
+ODD = [*SPACES, *SPACES[:2] * 8, *"aZ9.'-é中́", "'s", "😀", "<|endoftext|>", "\u0345", "\u2167"]
+
+
+@pytest.fixture(scope="module")
+def gpt2(shared):
+    return load_tokenizer(shared / "data" / "gpt2_bpe")
+
+
+@settings(max_examples=400, deadline=None)
+@given(parts=st.lists(st.sampled_from(ODD) | st.text(max_size=3), max_size=60), width=st.integers(1, 9))
+def test_cutting_changes_no_token(gpt2, parts, width):
+    text = "".join(parts)
+    cuts = list(cut(text[begin : begin + width] for begin in range(0, len(text), width)))
+    assert "".join(cuts) == text
+    assert [i for ids in gpt2.encode_batch(cuts) for i in ids] == gpt2.encode(text)
+    assert sum(len(piece.split()) for piece in cuts) == len(text.split())
+
+
+def test_every_character_may_stand_before_a_cut(gpt2):
+    characters = [chr(code) for code in range(0x3100) if code]
+    pairs = [(f"a{c}", f"{space}b") for c in characters if not c.isspace() for space in " \n"]
+    whole = gpt2.encode_batch([left + right for left, right in pairs])
+    lefts, rights = (gpt2.encode_batch([pair[side] for pair in pairs]) for side in (0, 1))
+    assert whole == [left + right for left, right in zip(lefts, rights, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["books/alice_11-0.txt", "wikitext2/wiki.test.tokens"])
+def test_streamed_file_equals_whole(shared, gpt2, name):
+    path = shared / "data" / name
+    read = partial(pieces, layout=Layout())
+    streamed, (whole,) = list(read(Source(path), may_cut=True)), read(Source(path), may_cut=False)
+    assert len(streamed) > 1
+    assert "".join(piece.text for piece in streamed) == whole.text
+    assert [piece.ends_document for piece in streamed] == [False] * (len(streamed) - 1) + [True]
+    for count in ("num_words", "num_bytes"):
+        assert sum(getattr(piece, count) for piece in streamed) == getattr(whole, count)
+    ids = [i for ids in gpt2.encode_batch([piece.text for piece in streamed]) for i in ids]
+    assert ids == gpt2.encode(whole.text)
+
+
+def test_long_record_is_cut_too(tmp_path):
+    record = {"q": "why? " * BLOCK_BYTES, "a": "so " * BLOCK_BYTES}
+    layout = Layout(prompt_key="q", completion_key="a")
+    found = list(pieces(Source(write(tmp_path / "a.jsonl", jsonl(record))), layout, may_cut=True))
+    for key, is_scored in (("q", False), ("a", True)):
+        assert "".join(piece.text for piece in found if piece.is_scored is is_scored) == record[key]
+    assert max(len(piece.text) for piece in found) <= 2 * BLOCK_BYTES
+    assert (found[-1].num_words, found[-1].num_bytes, found[-1].ends_document) == (
+        2 * BLOCK_BYTES,
+        8 * BLOCK_BYTES,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param("a.txt", Layout(), id="file"),
+        pytest.param("a.txt", Layout(unit="line"), id="line"),
+        pytest.param("a.txt", Layout(unit="document"), id="document"),
+        pytest.param("a.jsonl", Layout(), id="jsonl"),
+    ],
+)
+def test_memory_does_not_grow_with_the_file(tmp_path, name, layout):
+    words = "some words " * 20
+    line = jsonl({"text": words}) if name.endswith("jsonl") else f"{words}\n\n"
+    path = write(tmp_path / name, line * 10_000)
+    tracemalloc.start()
+    num_words = sum(piece.num_words for piece in pieces(Source(path), layout, may_cut=True))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert num_words == 400_000
+    assert peak_bytes < 500_000 < path.stat().st_size

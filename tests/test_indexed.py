@@ -1,0 +1,76 @@
+import struct
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from megaft.errors import DataError
+from megaft.indexed import TokenFile, TokenWriter, idx_bytes
+
+DOCUMENTS = [[[1, 2], [3]], [[]], [[4]], [[5, 6, 7]]]  # in pieces
+
+
+def write(prefix, documents, cardinality):
+    writer = TokenWriter(prefix.with_suffix(".bin"), cardinality=cardinality)
+    for document in documents:
+        for piece in document:
+            writer.add(np.array(piece, np.int64))
+        writer.end_document()
+    writer.close(prefix.with_suffix(".idx"))
+    return prefix
+
+
+@pytest.mark.parametrize(("cardinality", "dtype"), [(None, "uint8"), (65_499, "uint16"), (65_500, "int32")])
+def test_both_readers_agree(tmp_path, cardinality, dtype):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefix = write(tmp_path / "a", DOCUMENTS, cardinality)
+    ours, theirs = TokenFile(prefix), IndexedDataset(str(prefix))
+    assert ours.dtype == theirs.index.dtype == dtype
+    assert (ours.num_documents, ours.num_tokens) == (len(theirs), sum(theirs.sequence_lengths)) == (4, 7)
+    assert ours.document_offsets.tolist() == [0, 3, 3, 4, 7]
+    assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]
+    for i, (begin, end) in enumerate(pairwise(ours.document_offsets)):
+        np.testing.assert_array_equal(ours.read(begin, end), theirs[i])
+    assert ours.read(2, 6).tolist() == [3, 4, 5, 6]
+    assert prefix.with_suffix(".idx").stat().st_size == idx_bytes(4)
+
+
+def test_no_tokens(tmp_path):
+    tokens = TokenFile(write(tmp_path / "a", [[[]]], 9))
+    assert (tokens.num_documents, tokens.num_tokens, tokens.read(0, 0).tolist()) == (1, 0, [])
+
+
+@pytest.mark.parametrize(("begin", "end"), [(-1, 2), (3, 2), (0, 8)])
+def test_outside_the_stream(tmp_path, begin, end):
+    with pytest.raises(IndexError, match="of a stream of 7"):
+        TokenFile(write(tmp_path / "a", DOCUMENTS, 9)).read(begin, end)
+
+
+def overwrite(at, data):
+    return lambda old: old[:at] + data + old[at + len(data) :]
+
+
+DAMAGE = [
+    pytest.param(".idx", overwrite(0, b"X"), "not a version 1 Megatron index", id="magic"),
+    pytest.param(".idx", overwrite(9, b"\2"), "not a version 1 Megatron index", id="version"),
+    pytest.param(".idx", overwrite(17, b"\x09"), "not a version 1 Megatron index", id="dtype code"),
+    pytest.param(".idx", overwrite(18, struct.pack("<Q", 2**40)), "document must be one sequence", id="count"),
+    pytest.param(".idx", lambda old: old[:-1], "document must be one sequence", id="short index"),
+    pytest.param(".idx", lambda old: old[:9], "fewer than a header", id="header only"),
+    pytest.param(".bin", lambda old: old[:-1], "has 13 bytes where .* says 7 tokens of 2 bytes", id="short tokens"),
+    pytest.param(".bin", None, "does not exist", id="no tokens"),
+    pytest.param(".idx", None, "does not exist", id="no index"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "damage", "message"), DAMAGE)
+def test_damage_is_named(tmp_path, suffix, damage, message):
+    path = write(tmp_path / "a", DOCUMENTS, 9).with_suffix(suffix)
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=message) as raised:
+        TokenFile(tmp_path / "a")
+    assert str(path) in str(raised.value)

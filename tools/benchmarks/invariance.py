@@ -1,0 +1,257 @@
+"""Train one small run cut in many ways, and compare every loss and the final weights.
+
+    python tools/benchmarks/invariance.py [--steps 20] [--output docs/invariance.md]
+
+Each cut is micro-batch x accumulation x ranks x ZeRO stage, on CPU ranks joined by gloo. Documents of unequal length,
+one a sample, give every micro batch another number of labels. Cuts of one world size share a launch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import toy
+import tyro
+
+GLOBAL_BATCH_SIZE = 8
+TOLERANCE = 1e-5
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to cut the run."""
+
+    world_size: int
+    micro_batch_size: int
+    zero_stage: int
+    optimizer: str = "adamw"
+    precision: str = "fp32"
+    is_offloaded: bool = False
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches per step and rank."""
+        return GLOBAL_BATCH_SIZE // self.micro_batch_size // self.world_size
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        return "-".join(str(value) for value in asdict(self).values())
+
+    def deepspeed_json(self) -> dict:
+        """The engine's settings."""
+        zero: dict = {"stage": self.zero_stage}
+        if self.zero_stage == 3:
+            zero["stage3_param_persistence_threshold"] = 0  # partition even this model's small parameters
+        if self.is_offloaded:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        settings = {
+            "train_batch_size": GLOBAL_BATCH_SIZE,
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_clipping": 1.0,
+            "zero_optimization": zero,
+        }
+        if self.precision != "fp32":
+            settings[self.precision] = {"enabled": True}
+        if self.precision == "fp16":
+            settings["fp16"]["initial_scale_power"] = 8
+        return settings
+
+
+REFERENCES = {
+    ("adamw", "fp32"): Way(1, 8, 0),
+    ("sgd", "fp32"): Way(1, 8, 0, "sgd"),
+    ("adamw", "bf16"): Way(1, 8, 1, precision="bf16"),
+    ("adamw", "fp16"): Way(1, 8, 1, precision="fp16"),
+}
+"""What each cut of an optimizer and a precision is compared with."""
+
+WAYS = (
+    *REFERENCES.values(),
+    Way(1, 2, 0),
+    Way(1, 1, 1),
+    Way(1, 4, 3),
+    Way(1, 2, 2, is_offloaded=True),
+    Way(1, 2, 2, "sgd"),
+    Way(2, 4, 0),
+    Way(2, 1, 1),
+    Way(2, 2, 2),
+    Way(2, 1, 3),
+    Way(2, 2, 2, is_offloaded=True),
+    Way(2, 2, 3, "sgd"),
+    Way(4, 2, 0),
+    Way(4, 1, 1),
+    Way(4, 2, 2),
+    Way(4, 1, 3),
+    Way(4, 1, 2, "sgd"),
+    Way(2, 2, 1, precision="bf16"),
+    Way(2, 2, 2, precision="bf16"),
+    Way(2, 2, 3, precision="bf16"),
+    Way(2, 2, 1, precision="fp16"),
+    Way(2, 2, 2, precision="fp16"),
+    Way(2, 2, 3, precision="fp16"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How far a cut's run is from the reference's."""
+
+    way: Way
+    first_loss: float
+    last_loss: float
+    loss_difference: float
+    """Largest over all steps, in nats per token."""
+    weight_difference: float
+    """Largest over all elements of all parameters."""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether losses and weights agree to TOLERANCE."""
+        return max(self.loss_difference, self.weight_difference) <= TOLERANCE
+
+
+def make_inputs(folder: Path) -> None:
+    """Write the model, and paragraphs of unequal length as prepared documents."""
+    from megaft.prepare import PrepareConfig, prepare
+
+    toy.make_model(folder / "model")
+    train, _ = toy.make_texts(folder)
+    prepare(
+        PrepareConfig(inputs=(str(train),), output=folder / "train", tokenizer=str(folder / "model"), unit="document")
+    )
+
+
+def run_ways(folder: Path, ways: list[Way], steps: int) -> None:
+    """Train every way in turn in this rank; all have this launch's world size."""
+    from deepspeed.accelerator import get_accelerator
+
+    from megaft import parallel
+    from megaft.config import parse_train
+    from megaft.train import train
+
+    # DeepSpeed asks for a CPU with fp16 instructions; torch computes fp16 without them too, slower.
+    get_accelerator().is_fp16_supported = lambda: True
+    topology = parallel.discover(os.environ)
+    for way in ways:
+        settings = folder / f"{way.name}.json"
+        if topology.is_main:
+            settings.write_text(json.dumps(way.deepspeed_json()))
+        parallel.join(topology)
+        parallel.barrier()
+        train(parse_train(flags(folder, way, steps)), topology)
+    parallel.leave()
+
+
+def flags(folder: Path, way: Way, steps: int) -> list[str]:
+    """The command line of a run."""
+    return [
+        f"--deepspeed_config={folder / way.name}.json",
+        f"--model.path={folder / 'model'}",
+        f"--data.train={folder / 'train'}",
+        "--data.sample=document",
+        "--data.context-length=64",
+        f"--run.dir={folder / way.name}",
+        f"--run.max-steps={steps}",
+        "--run.export=none",
+        f"--optim.name={way.optimizer}",
+        f"--optim.learning-rate={LEARNING_RATE}",
+        "--optim.weight-decay=0.1",
+        "--optim.warmup-steps=2",
+        *(["--optim.momentum=0.9"] if way.optimizer == "sgd" else []),
+    ]
+
+
+def outcomes(folder: Path, ways: tuple[Way, ...], steps: int) -> Iterator[Outcome]:
+    """Compare every finished way with its reference."""
+    for way in ways:
+        reference = REFERENCES[way.optimizer, way.precision]
+        losses, expected = losses_of(folder / way.name), losses_of(folder / reference.name)
+        assert len(losses) == len(expected) == steps, (way, len(losses))
+        weights, expected_weights = weights_of(folder / way.name, steps), weights_of(folder / reference.name, steps)
+        yield Outcome(
+            way,
+            losses[0],
+            losses[-1],
+            max(abs(a - b) for a, b in zip(losses, expected, strict=True)),
+            max(float((weights[name] - expected_weights[name]).abs().max()) for name in expected_weights),
+        )
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    """Return every step's loss."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def weights_of(run_dir: Path, step: int) -> dict:
+    """Return every trained fp32 weight of a checkpoint."""
+    from megaft import checkpoint
+
+    folder = checkpoint.folder_of(run_dir, step)
+    pieces = checkpoint.Pieces(folder, checkpoint.verify(folder))
+    return {name: pieces.weight(name) for name in pieces.shapes}
+
+
+def table(results: list[Outcome]) -> str:
+    """Return the comparison as Markdown."""
+    columns = ("ranks", "micro-batch", "accumulation", "ZeRO", "optimizer", "precision", "first loss", "last loss")
+    head = f"| {' | '.join(columns)} | loss difference | weight difference |"
+    rows = [
+        f"| {r.way.world_size} | {r.way.micro_batch_size} | {r.way.accumulation} | {r.way.zero_stage}"
+        f"{' offload' if r.way.is_offloaded else ''} | {r.way.optimizer} | {r.way.precision} | {r.first_loss:.6f} | "
+        f"{r.last_loss:.6f} | {r.loss_difference:.1e} | {r.weight_difference:.1e} |"
+        for r in results
+    ]
+    return "\n".join([head, "|---" * 10 + "|", *rows])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """Train one small run cut in many ways, and compare every loss and the final weights."""
+
+    steps: int = 20
+    """Optimizer steps of each run."""
+    output: Path | None = None
+    """Write the table here, between the page's two comment lines."""
+    folder: Path | None = None
+    """Where the runs go; given to the ranks of a launch."""
+
+
+def main(arguments: Arguments) -> int:
+    """Launch the ranks of each world size, compare, print."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_inputs(folder)
+        for world_size in sorted({way.world_size for way in WAYS}):
+            command = ["deepspeed", "--num_gpus", str(world_size), __file__, "--folder", str(folder)]
+            subprocess.run([*command, "--steps", str(arguments.steps)], check=True)
+        results = list(outcomes(folder, WAYS, arguments.steps))
+    print(table(results))
+    if arguments.output:
+        write_between_marks(arguments.output, table(results))
+    return 0 if all(result.is_equal for result in results if result.way.precision == "fp32") else 1
+
+
+def write_between_marks(page: Path, content: str) -> None:
+    """Replace what is between the page's `<!-- table -->` and `<!-- end -->`."""
+    before, _, rest = page.read_text().partition("<!-- table -->\n")
+    _, mark, after = rest.partition("<!-- end -->")
+    page.write_text(f"{before}<!-- table -->\n{content}\n{mark}{after}")
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Arguments, args=[a for a in sys.argv[1:] if not a.startswith("--local_rank")])
+    if chosen.folder:  # this is a rank
+        here = [way for way in WAYS if way.world_size == int(os.environ["WORLD_SIZE"])]
+        run_ways(chosen.folder, here, chosen.steps)
+    else:
+        sys.exit(main(chosen))

@@ -1,0 +1,182 @@
+"""What every contestant of the training benchmark runs: the model's shape, the text, the batch, the precision."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import toy
+
+RECIPES = Path(__file__).parents[2] / "ds_configs"
+SEED = 0
+LEARNING_RATE = 1e-4
+WEIGHT_DECAY = 0.01
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+GRADIENT_CLIPPING = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A GPT-2 from scratch, and how it is trained."""
+
+    model: str
+    """Its name in reports."""
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    vocab_size: int = 50_257
+    context_length: int
+    device: Literal["cpu", "cuda"]
+    num_ranks: int
+    micro_batch_size: int
+    accumulation: int = 1
+    """Micro batches per step and rank."""
+    dtype: Literal["fp32", "bf16"]
+    recipe: str
+    """The file of ds_configs that megaft and the Trainer run with; {dtype} is filled in."""
+    dropout: float = 0.0
+    warm_up_steps: int
+    """First steps, which are not counted."""
+    steps: int
+    """Steps after them."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Return the case whose inputs are in `folder`."""
+        return cls(**json.loads((folder / "case.json").read_text()))
+
+    @property
+    def label(self) -> str:
+        """A name for files, such as gpt2-xl-bf16-dropout0.1."""
+        return f"{self.model}-{self.dtype}" + (f"-dropout{self.dropout:g}" if self.dropout else "")
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of a run."""
+        return self.warm_up_steps + self.steps
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per step over all ranks."""
+        return self.micro_batch_size * self.accumulation * self.num_ranks
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Input tokens per step over all ranks."""
+        return self.global_batch_size * self.context_length
+
+    def deepspeed_json(self) -> dict:
+        """Return the recipe with this case's batch.
+
+        What megaft would fill in is spelled out, so that DeepSpeed under the Trainer runs with the very same values.
+
+        Raises:
+            ValueError: The recipe has another precision.
+        """
+        from megaft.config import OptimConfig
+        from megaft.deepspeed_json import read_deepspeed_json, resolve
+
+        raw = read_deepspeed_json(RECIPES / self.recipe.format(dtype=self.dtype))
+        raw |= {
+            "train_batch_size": self.global_batch_size,
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_clipping": GRADIENT_CLIPPING,
+        }
+        setup = resolve(raw, world_size=self.num_ranks, optim=OptimConfig(), has_cuda=self.device == "cuda")
+        if setup.dtype != {"fp32": "float32", "bf16": "bfloat16"}[self.dtype]:
+            raise ValueError(f"dtype is {self.dtype}, but {self.recipe} is for {setup.dtype}; leave --dtype out.")
+        return setup.engine_config
+
+    def flops_per_token(self) -> int:
+        """Return the floating-point operations of training on one token, as megaft counts them."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from megaft.throughput import flops_per_token
+
+        with torch.device("meta"):
+            parameters = AutoModelForCausalLM.from_config(self._architecture()).parameters()
+        num_parameters = sum(parameter.numel() for parameter in parameters)
+        return flops_per_token(num_parameters, self.num_layers, self.hidden_size, self.context_length)
+
+    def _architecture(self):
+        from transformers import GPT2Config
+
+        return GPT2Config(
+            vocab_size=self.vocab_size,
+            n_positions=self.context_length,
+            n_embd=self.hidden_size,
+            n_layer=self.num_layers,
+            n_head=self.num_heads,
+            resid_pdrop=self.dropout,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+
+    def make_inputs(self, folder: Path) -> None:
+        """Write config, tokenizer, prepared text, DeepSpeed JSON and the case itself."""
+        from megaft.prepare import PrepareConfig, prepare
+
+        self._architecture().save_pretrained(folder / "model")
+        text = toy.text()
+        toy.make_tokenizer(folder / "tokenizer", text)
+        # Enough for one epoch, at two to three bytes a token.
+        copies = -(-4 * self.max_steps * self.tokens_per_step // len(text))
+        (folder / "train.txt").write_text(text * copies, encoding="utf-8")
+        tokenizer = str(folder / "tokenizer")
+        prepare(PrepareConfig(inputs=(str(folder / "train.txt"),), output=folder / "train", tokenizer=tokenizer))
+        (folder / "deepspeed.json").write_text(json.dumps(self.deepspeed_json()))
+        (folder / "case.json").write_text(json.dumps(asdict(self)))
+
+
+PRESETS = {
+    "toy": Case(
+        model="toy",
+        num_layers=2,
+        hidden_size=32,
+        num_heads=4,
+        vocab_size=toy.VOCAB_SIZE,
+        context_length=64,
+        device="cpu",
+        num_ranks=2,
+        micro_batch_size=2,
+        accumulation=2,
+        dtype="fp32",
+        recipe="zero1_{dtype}.json",
+        warm_up_steps=1,
+        steps=10,
+    ),
+    "gpt2-124m-cpu": Case(
+        model="gpt2-124m",
+        num_layers=12,
+        hidden_size=768,
+        num_heads=12,
+        context_length=256,
+        device="cpu",
+        num_ranks=2,
+        micro_batch_size=2,
+        dtype="fp32",
+        recipe="zero1_{dtype}.json",
+        warm_up_steps=1,
+        steps=10,
+    ),
+    "gpt2-xl-h100": Case(
+        model="gpt2-xl",
+        num_layers=48,
+        hidden_size=1600,
+        num_heads=25,
+        context_length=1024,
+        device="cuda",
+        num_ranks=1,
+        micro_batch_size=16,
+        dtype="bf16",
+        recipe="gpt2_xl_1x80gb.json",
+        warm_up_steps=3,
+        steps=12,
+    ),
+}

@@ -1,0 +1,73 @@
+"""What the peers of the training benchmark share: their arguments, their samples, and rows as megaft writes them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from train_case import SEED, Case
+
+from megaft import parallel
+from megaft.indexed import TokenFile
+from megaft.metrics import MetricsFile, Pending
+from megaft.models.hugging_face import create_language_model
+from megaft.throughput import peak_memory_bytes
+
+
+def arguments() -> tuple[Case, Path, Path]:
+    """Return the case, the folder with its inputs and the run's folder, from the command line."""
+    folder, run_dir = map(Path, sys.argv[1:])
+    return Case.read(folder), folder, run_dir
+
+
+def new_model(folder: Path) -> torch.nn.Module:
+    """Return transformers' model in fp32 with sdpa attention and the weights that megaft starts from."""
+    return create_language_model(str(folder / "model"), SEED)
+
+
+class Windows(torch.utils.data.Dataset):
+    """The prepared tokens, cut every context_length."""
+
+    def __init__(self, folder: Path, context_length: int) -> None:
+        self._tokens = TokenFile(folder / "train")
+        self._length = context_length
+
+    def __len__(self) -> int:
+        return self._tokens.num_tokens // self._length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        begin = index * self._length
+        ids = torch.from_numpy(self._tokens.read(begin, begin + self._length).astype("int64"))
+        return {"input_ids": ids, "labels": ids}
+
+
+class Recorder:
+    """Rows in RUN/metrics.jsonl with megaft's own clock, which does not wait for the device."""
+
+    def __init__(self, run_dir: Path, device: torch.device) -> None:
+        """Start the clock of the first step."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = MetricsFile(run_dir / "metrics.jsonl", 0) if parallel.is_main() else None
+        self._device = device
+        self._loss = torch.zeros((), device=device)
+        self._pending = Pending(device)
+
+    def add(self, loss: Tensor) -> None:
+        """Take a micro batch's part of the step's loss on this rank."""
+        self._loss = self._loss + loss.detach()
+
+    def step(self, step: int) -> None:
+        """End an optimizer step, counted from 1."""
+        loss = parallel.sum_over_data_ranks(self._loss) / parallel.data_parallel_size()
+        self._log(self._pending.push({"step": step, "loss": loss}))
+        self._loss = torch.zeros((), device=self._device)
+
+    def close(self) -> None:
+        """Write the row that was left."""
+        self._log(self._pending.drain())
+
+    def _log(self, rows: list[dict]) -> None:
+        for row in rows if self._file else []:
+            self._file.log(row | {"peak_memory_bytes": peak_memory_bytes(self._device)})
