@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -121,6 +123,7 @@ class Samples:
         self.seed = seed
         exact = [Fraction(weight) for weight in weights]
         self.shares = [weight / sum(exact) for weight in exact]
+        self._block = lru_cache(maxsize=4)(self._locate_block)
         self.by_share = sorted(range(len(exact)), key=lambda corpus: -exact[corpus])
 
     def __getitem__(self, position: int) -> Sample:
@@ -132,16 +135,17 @@ class Samples:
     def locate(self, position: int) -> tuple[int, int]:
         """Return which corpus the sample at `position` comes from, and how many came from it before.
 
-        Both have a closed form: a block's slots, shuffled, go to the corpora by how many each has taken at its ends.
+        Both are known without a look at earlier blocks, from how many samples each corpus has given by a block's ends.
         """
         block, slot = divmod(position, BLOCK)
-        slot = permute(slot, BLOCK, self.seed, "blend", block)
-        ends = zip(self.taken(block * BLOCK), self.taken((block + 1) * BLOCK), strict=True)
-        for corpus, (before, after) in enumerate(ends):
-            if slot < after - before:
-                return corpus, before + slot
-            slot -= after - before
-        raise AssertionError(position)
+        return self._block(block)[slot]
+
+    def _locate_block(self, block: int) -> list[tuple[int, int]]:
+        before, after = self.taken(block * BLOCK), self.taken((block + 1) * BLOCK)
+        unshuffled = [corpus for corpus, first in enumerate(before) for _ in range(after[corpus] - first)]
+        corpora = [unshuffled[permute(slot, BLOCK, self.seed, "blend", block)] for slot in range(BLOCK)]
+        numbers = [count(first) for first in before]
+        return [(corpus, next(numbers[corpus])) for corpus in corpora]
 
     def taken(self, position: int) -> list[int]:
         """Return how many of the first `position` samples, a multiple of BLOCK, come from each corpus.
