@@ -26,7 +26,7 @@ def test_both_readers_agree(tmp_path, cardinality, dtype):
 
     prefix = write(tmp_path / "a", DOCUMENTS, cardinality)
     ours, theirs = TokenFile(prefix), IndexedDataset(str(prefix))
-    assert ours.dtype == theirs.index.dtype == dtype
+    assert ours.dtype == np.dtype(theirs.index.dtype) == dtype
     assert (ours.num_documents, ours.num_tokens) == (len(theirs), sum(theirs.sequence_lengths)) == (4, 7)
     assert ours.document_offsets.tolist() == [0, 3, 3, 4, 7]
     assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]

@@ -4,16 +4,24 @@ import json
 import signal
 import subprocess
 import sys
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import zstandard
 
+from megaft import tokenizer
 from megaft.errors import ConfigError, DataError
 from megaft.indexed import TokenFile
 from megaft.prepare import PrepareConfig, ensure_prepared, load_receipt, main, prepare
-from megaft.tokenizer import load_tokenizer
+
+load_tokenizer = cache(tokenizer.load_tokenizer)  # loading takes longer than most of these tests
+
+
+@pytest.fixture(autouse=True)
+def _tokenizers_are_loaded_once(monkeypatch):
+    monkeypatch.setattr("megaft.prepare.load_tokenizer", load_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +255,8 @@ def kill_at(owner, name, number):
     setattr(owner, name, dying)
 
 text, tokenizer, *prefixes = sys.argv[1:]
+loaded = prepare.load_tokenizer(tokenizer)
+prepare.load_tokenizer = lambda source: loaded
 for prefix, (owner, name, number) in zip(prefixes, [
     (document_writer.DocumentWriter, "add", 3),
     (pathlib.Path, "replace", 1),
