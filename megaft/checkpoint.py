@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000020/
         rank-00000.safetensors ...  each rank's pieces, keyed kind/name@offset, fp32
-        manifest.json               size and SHA-256 of every file, shapes, and the run's state
+        manifest.json               size and SHA-256 of every file, shapes, the run's state, and its own SHA-256
     RUN/checkpoints/latest          the name of the newest
 
 There is no pickle in it. A folder without a manifest whose sizes and hashes hold is not a checkpoint.
@@ -11,11 +11,12 @@ There is no pickle in it. A folder without a manifest whose sizes and hashes hol
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from megaft import engine_state, parallel
 from megaft.errors import CheckpointError
-from megaft.files import fsync, replacing, write_json_atomic
+from megaft.files import fsync, replacing, to_json, write_json_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -47,7 +48,8 @@ class RunState:
 
     def after_validation(self, nats_per_token: float) -> RunState:
         """Return the state with this step's validation taken in."""
-        if self.best_nats_per_token is None or nats_per_token < self.best_nats_per_token:
+        best = math.inf if self.best_nats_per_token is None else self.best_nats_per_token
+        if nats_per_token < best:  # never where it is not a number
             return replace(self, best_step=self.step, best_nats_per_token=nats_per_token, validations_since_best=0)
         return replace(self, validations_since_best=self.validations_since_best + 1)
 
@@ -120,7 +122,7 @@ def _write_manifest(engine, folder: Path, state: RunState, identity: Identity) -
         "shapes": engine_state.shapes(engine),
         "files": files,
     }
-    write_json_atomic(folder / MANIFEST, manifest)
+    write_json_atomic(folder / MANIFEST, manifest | {"sha256": _manifest_sha256(manifest)})
 
 
 def _remove_old(run_dir: Path, keep_last: int, best_step: int | None) -> None:
@@ -193,7 +195,7 @@ def read_manifest(folder: Path) -> dict:
     """Return a checkpoint's manifest.
 
     Raises:
-        CheckpointError: It is missing, unreadable, or of a format this version does not know.
+        CheckpointError: It is missing, unreadable, damaged, or of a format this version does not know.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -204,7 +206,13 @@ def read_manifest(folder: Path) -> dict:
         ) from error
     if not known:
         raise CheckpointError(f"{folder / MANIFEST} has format {manifest['format']}; this megaft reads {FORMAT}.")
+    if manifest.pop("sha256", None) != _manifest_sha256(manifest):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: its SHA-256 is not the one it names.")
     return manifest
+
+
+def _manifest_sha256(manifest: dict) -> str:
+    return sha256(to_json(manifest).encode()).hexdigest()
 
 
 def load(engine, folder: Path, identity: Identity) -> RunState:

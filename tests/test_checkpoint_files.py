@@ -1,0 +1,271 @@
+import json
+import math
+from dataclasses import asdict
+from hashlib import sha256
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from megaft import checkpoint
+from megaft.checkpoint import Pieces, RunState, find, folder_of, saved_steps, verify
+from megaft.errors import CheckpointError
+
+SHAPES = {"a.weight": [3, 4], "b": [5]}
+
+
+def write_checkpoint(run_dir, step=1, shards=None):
+    """A checkpoint of two parameters in two files; shards maps a file's name to its tensors."""
+    folder = folder_of(run_dir, step)
+    folder.mkdir(parents=True)
+    shards = shards or {
+        "rank-00000.safetensors": {"weight/a.weight@0": torch.arange(7.0), "weight/b@0": torch.ones(5)},
+        "rank-00001.safetensors": {"weight/a.weight@7": torch.arange(7.0, 12.0)},
+    }
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name)
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256((folder / name).read_bytes()).hexdigest()}
+        for name in shards
+    }
+    manifest = {"format": checkpoint.FORMAT, "shapes": SHAPES, "files": files}
+    write_manifest(folder, manifest)
+    return folder
+
+
+def write_manifest(folder, manifest):
+    manifest = manifest | {"sha256": checkpoint._manifest_sha256(manifest)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+# The run's state
+
+
+@pytest.mark.parametrize(
+    ("best", "nats", "expected"),  # expected: best step, best nats, validations since
+    [
+        pytest.param((None, None, 0), 3.0, (7, 3.0, 0), id="the first is the best"),
+        pytest.param((5, 3.0, 2), 2.9, (7, 2.9, 0), id="better"),
+        pytest.param((5, 3.0, 2), 3.0, (5, 3.0, 3), id="as good is no improvement"),
+        pytest.param((5, 3.0, 0), 3.1, (5, 3.0, 1), id="worse"),
+        pytest.param((5, 3.0, 0), math.nan, (5, 3.0, 1), id="not a number"),
+        pytest.param((None, None, 0), math.nan, (None, None, 1), id="not a number is never the best"),
+        pytest.param((None, None, 1), math.inf, (None, None, 2), id="nor is infinity"),
+    ],
+)
+def test_after_validation(best, nats, expected):
+    state = RunState(7, 1, 900, *best).after_validation(nats)
+    assert (state.best_step, state.best_nats_per_token, state.validations_since_best) == expected
+    assert (state.step, state.skipped_steps, state.tokens_seen) == (7, 1, 900)
+    assert RunState(**json.loads(json.dumps(asdict(state)))) == state
+
+
+# Reading pieces
+
+
+@given(data=st.data(), shape=st.lists(st.integers(1, 5), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_range_is_read_from_pieces_cut_anywhere(tmp_path_factory, data, shape):
+    numel = math.prod(shape)
+    whole = torch.arange(float(numel))
+    cuts = sorted({0, numel, *data.draw(st.lists(st.integers(0, numel), max_size=5))})
+    num_shards = data.draw(st.integers(1, 3))
+    shards = {f"rank-{rank:05d}.safetensors": {"weight/other@0": torch.zeros(1)} for rank in range(num_shards)}
+    for begin, end in pairwise(cuts):
+        shard = data.draw(st.sampled_from(sorted(shards)))
+        shards[shard][f"weight/x@{begin}"] = whole[begin:end].clone()
+        shards[shard][f"exp_avg/x@{begin}"] = -whole[begin:end]
+    folder = write_checkpoint(tmp_path_factory.mktemp("run"), shards=shards)
+    pieces = Pieces(folder, {"shapes": {"x": shape}, "files": dict.fromkeys(shards)})
+
+    begin = data.draw(st.integers(0, numel))
+    length = data.draw(st.integers(0, numel - begin))
+    assert torch.equal(pieces.read("x", "weight", begin, length), whole[begin : begin + length])
+    assert torch.equal(pieces.read("x", "exp_avg", begin, length), -whole[begin : begin + length])
+    assert torch.equal(pieces.weight("x"), whole.view(shape))
+
+
+def test_names_and_kinds_are_told_apart(tmp_path):
+    tensors = {
+        "weight/h.1@0": torch.full((2,), 1.0),
+        "weight/h.11@0": torch.full((2,), 2.0),
+        "exp_avg/h.1@0": torch.full((2,), 3.0),
+        "weight/a/b@c@0": torch.full((2,), 4.0),
+    }
+    folder = write_checkpoint(tmp_path, shards={"rank-00000.safetensors": tensors})
+    pieces = Pieces(folder, verify(folder))
+    read = [pieces.read(name, kind, 0, 2)[0] for name, kind in [("h.1", "weight"), ("h.11", "weight")]]
+    assert [*read, pieces.read("h.1", "exp_avg", 0, 2)[0], pieces.read("a/b@c", "weight", 1, 1)[0]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "offset", "numel", "held"),
+    [
+        ("a.weight", "weight", 0, 13, 12),
+        ("a.weight", "exp_avg", 0, 12, 0),
+        ("c", "weight", 2, 3, 0),
+        ("b", "weight", 4, 2, 1),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, name, kind, offset, numel, held):
+    folder = write_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=f"holds {held} of {numel} elements of {kind} of {name}"):
+        Pieces(folder, verify(folder)).read(name, kind, offset, numel)
+
+
+# Verifying
+
+
+def test_a_whole_checkpoint_holds(tmp_path):
+    manifest = verify(write_checkpoint(tmp_path))
+    assert sorted(manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
+
+
+def remove(path):
+    path.unlink()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def append(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "rank-00001.safetensors"])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (remove, "is missing"),
+        (truncate, "bytes; the manifest says"),
+        (append, "bytes; the manifest says"),
+        (flip_a_bit, "is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, file, damage, says):
+    folder = write_checkpoint(tmp_path)
+    damage(folder / file)
+    with pytest.raises(CheckpointError, match=rf"{file} .*{says}"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/rank-00000.safetensors", ".."])
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path, name):
+    folder = write_checkpoint(tmp_path)
+    (folder.parent / "outside").write_bytes(b"x")
+    manifest = checkpoint.read_manifest(folder)
+    manifest["files"][name] = {"bytes": 1, "sha256": "0"}
+    write_manifest(folder, manifest)
+    with pytest.raises(CheckpointError, match=r"outside the checkpoint|missing"):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        pytest.param(None, "never finished", id="none"),
+        pytest.param("", "never finished", id="empty"),
+        pytest.param('{"format": 1, "files": {"rank-0', "never finished", id="cut off"),
+        pytest.param("[]", "never finished", id="a list"),
+        pytest.param("{}", "never finished", id="no format"),
+        pytest.param('{"format": 99}', "has format 99; this megaft reads 1", id="another format"),
+        pytest.param('{"format": 1}', "manifest.json is damaged", id="no files"),
+    ],
+)
+def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path, text, says):
+    folder = write_checkpoint(tmp_path)
+    (folder / "manifest.json").unlink()
+    if text is not None:
+        (folder / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [('"bytes": ', '"bytes": 1'), ("a.weight", "a.weighs"), ("[3, 4]", "[4, 3]")]
+)
+def test_a_changed_manifest_is_found(tmp_path, before, after):
+    folder = write_checkpoint(tmp_path)
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(CheckpointError, match=r"manifest.json is damaged"):
+        verify(folder)
+
+
+def test_a_file_that_is_not_safetensors_is_named(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    (folder / "rank-00001.safetensors").write_bytes(b"pickle?")
+    with pytest.raises(CheckpointError, match=r"rank-00001.safetensors is not a safetensors file"):
+        Pieces(folder, checkpoint.read_manifest(folder))
+
+
+# Finding
+
+
+def test_a_new_run_has_no_checkpoint(tmp_path):
+    assert find(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000003.tmp").mkdir()  # a save that was cut off
+    (tmp_path / "checkpoints" / "step-00000001.old").mkdir()
+    assert find(tmp_path) is None
+    assert saved_steps(tmp_path) == []
+
+
+def test_the_newest_that_holds_is_found(tmp_path, capsys):
+    for step in (2, 10, 9):
+        write_checkpoint(tmp_path, step)
+    assert find(tmp_path) == folder_of(tmp_path, 10)
+    assert capsys.readouterr().out == ""
+    flip_a_bit(folder_of(tmp_path, 10) / "rank-00001.safetensors")
+    (folder_of(tmp_path, 9) / "manifest.json").unlink()
+    assert find(tmp_path) == folder_of(tmp_path, 2)
+    reasons = capsys.readouterr().out.splitlines()
+    assert [reason.split(":")[0] for reason in reasons] == ["skipped step-00000010", "skipped step-00000009"]
+    assert "rank-00001.safetensors is damaged" in reasons[0]
+
+
+def test_when_none_holds_nothing_is_trained_from_scratch(tmp_path):
+    for step in (1, 2):
+        remove(write_checkpoint(tmp_path, step) / "rank-00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* holds; .*--run.fresh"):
+        find(tmp_path)
+
+
+# Keeping
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best", "kept"),
+    [(1, None, [5]), (2, None, [4, 5]), (9, None, [1, 2, 3, 4, 5]), (1, 2, [2, 5]), (2, 4, [4, 5]), (2, 1, [1, 4, 5])],
+)
+def test_old_checkpoints_go_but_never_the_best(tmp_path, keep_last, best, kept):
+    for step in (3, 1, 2, 5, 4):
+        write_checkpoint(tmp_path, step)
+    checkpoint._remove_old(tmp_path, keep_last, best)
+    assert sorted(saved_steps(tmp_path)) == kept
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in kept]
+    verify(folder_of(tmp_path, kept[0]))
+
+
+def test_starting_over_forgets_all(tmp_path):
+    checkpoint.remove_all(tmp_path)
+    write_checkpoint(tmp_path)
+    checkpoint.remove_all(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_is_refused_with_every_difference(tmp_path):
+    then = {"global_batch_size": 8, "seed": 0, "data": "abc", "tokenizer": "t"}
+    with pytest.raises(CheckpointError, match=r"\(seed: 0 then, 1 now; model: None then, m now\)"):
+        checkpoint._require_same_run(tmp_path, then, then | {"seed": 1, "model": "m"})
+    checkpoint._require_same_run(tmp_path, then, dict(then))
