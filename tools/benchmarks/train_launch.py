@@ -111,7 +111,7 @@ def _watch(arguments: list[str], environment: dict[str, str], metrics: Path, out
                 is_over = process.poll() is not None
                 if first is None and (is_over or (metrics.exists() and metrics.stat().st_size)):
                     first = time.perf_counter() - begin
-                if is_over:
+                if is_over and first is not None:
                     return first, process.returncode
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:

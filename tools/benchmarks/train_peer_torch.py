@@ -29,7 +29,9 @@ def join(case: Case, topology: Topology) -> torch.device:
 def micro_batches(samples: Windows, case: Case, topology: Topology, device: torch.device) -> Iterator[dict]:
     """Yield this rank's micro batches, epoch after epoch."""
     sampler = DistributedSampler(samples, topology.world_size, topology.rank, seed=SEED)
-    loader = DataLoader(samples, case.micro_batch_size, sampler=sampler, drop_last=True, pin_memory=device.type != "cpu")
+    loader = DataLoader(
+        samples, case.micro_batch_size, sampler=sampler, drop_last=True, pin_memory=device.type != "cpu"
+    )
     epoch = 0
     while True:
         sampler.set_epoch(epoch)

@@ -1,0 +1,98 @@
+"""The training benchmark: its sums on invented runs, and all contestants on a toy."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import train
+import tyro
+from train_case import PRESETS
+from train_launch import Run, last_error
+from train_report import Report, spread
+
+ENVIRONMENT = {
+    "git": None,
+    "python": "3.11",
+    "packages": {"torch": "2.13"},
+    "cuda": None,
+    "platform": "Linux",
+    "device": "x86_64",
+    "num_cores": 2,
+    "command": ["train.py", "--preset", "toy"],
+}
+CASE = replace(PRESETS["toy"], warm_up_steps=1, steps=3)  # 512 tokens a step on 2 ranks
+
+
+def invented(contestant, seconds, first_loss=6.0, failure=None):
+    return Run(
+        contestant=contestant,
+        seconds_to_first_step=10.0,
+        step_seconds=(99.0, seconds, seconds, 50.0),  # warm-up, two steps, an outlier
+        losses=(first_loss, 5.0),
+        peak_memory_bytes=2**30,
+        peak_flops=1e12 if contestant == "megaft" else None,
+        failure=failure,
+    )
+
+
+def report(*runs):
+    return Report(case=CASE, runs=runs, environment=ENVIRONMENT, flops_per_token=10**9)
+
+
+def test_speeds_are_of_the_median_step_after_warm_up_and_ratios_of_one_repeat():
+    made = report(invented("megaft", 1.0), invented("torch", 2.0), invented("megaft", 2.0), invented("torch", 3.0))
+    assert made.tokens_per_second("megaft") == [256.0, 128.0]
+    assert made.ratios("megaft", "torch") == [2.0, 1.5]
+    assert "| megaft / torch | 1.750 [1.500, 2.000] |" in made.markdown()
+    assert "| 192.0 [128.0, 256.0] | 19.2% | 1.00 GiB |" in made.markdown()
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        pytest.param(invented("torch", 1.0, first_loss=6.04), True, id="other samples"),
+        pytest.param(invented("torch", 1.0, first_loss=3.0), False, id="a loss of another scale"),
+        pytest.param(invented("torch", 1.0, failure="OutOfMemoryError"), False, id="a failure"),
+    ],
+)
+def test_a_report_is_sound_when_all_ran_and_began_alike(other, expected):
+    made = report(invented("megaft", 1.0), other)
+    assert made.is_sound is expected
+    assert ("failed: OutOfMemoryError" in made.markdown()) == (other.failure is not None)
+
+
+def test_spread_of_one_value_is_the_value():
+    assert spread([1.25], ".2f") == "1.25"
+
+
+def test_the_last_error_of_a_log_is_the_cause(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("torch.OutOfMemoryError: CUDA out of memory\n  raise ChildFailedError(\nexits with 1\n")
+    assert last_error(log) == "torch.OutOfMemoryError: CUDA out of memory"
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),  # parameters: 124,439,808 and 1,557,611,200 at 1,024 positions
+    [("gpt2-124m-cpu", 124_439_808 - 768 * 768), ("gpt2-xl-h100", 1_557_611_200)],
+)
+def test_the_shapes_are_those_of_gpt2(preset, parameters):
+    case = PRESETS[preset]
+    attention = 12 * case.num_layers * case.hidden_size * case.context_length
+    assert case.flops_per_token() == 6 * parameters + attention
+
+
+def test_a_precision_that_the_recipe_is_not_for_is_refused():
+    with pytest.raises(ValueError, match="leave --dtype out"):
+        train.Arguments(preset="gpt2-xl-h100", dtype="fp32")
+
+
+@pytest.mark.slow
+def test_all_contestants_train_the_toy_alike(tmp_path):
+    flags = ["--preset", "toy", "--repeats", "1", "--steps", "2", "--results", str(tmp_path)]
+    assert train.main(tyro.cli(train.Arguments, args=flags)) == 0
+    (raw,) = tmp_path.glob("train-toy-fp32_*.json")
+    runs = {run["contestant"]: run for run in json.loads(raw.read_text())["runs"]}
+    assert set(runs) == {"megaft", "trainer", "torch"}
+    # Equal weights, samples, optimizer and clipping: the Trainer's and torch's losses are one and the same.
+    assert runs["trainer"]["losses"] == pytest.approx(runs["torch"]["losses"], abs=1e-4)
+    assert runs["megaft"]["losses"] == pytest.approx(runs["torch"]["losses"], abs=0.05)
