@@ -33,8 +33,12 @@ class DocumentWriter:
         self._prefix, self._min_tokens, self._eod_id = prefix, min_tokens, eod_id
         self._tokens = TokenWriter(temporary(prefix, ".bin"), cardinality=vocab_size)
         self._mask = TokenWriter(temporary(prefix, ".scored.bin"), cardinality=None) if has_mask else None
-        self.dtype = self._tokens.dtype
         self._start_document()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the tokens on disk."""
+        return self._tokens.dtype
 
     def add(self, piece: Piece, ids: Sequence[int]) -> None:
         """Add the next piece of the document, and end it where the piece does."""

@@ -11,7 +11,11 @@ from __future__ import annotations
 import hashlib
 import struct
 import warnings
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64
@@ -95,16 +99,19 @@ class TokenWriter:
     """Writes documents piece by piece through megatron-core's IndexedDatasetBuilder, hashing what it writes."""
 
     def __init__(self, bin_path: Path, *, cardinality: int | None) -> None:
-        """Open `bin_path`. The dtype is the smallest that Megatron has for `cardinality` ids; None is for masks."""
-        with warnings.catch_warnings(action="ignore"):  # about Transformer Engine and apex, which play no part here
-            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self.dtype = np.dtype(np.uint8 if cardinality is None else DType.optimal_dtype(cardinality))
-        self.num_documents = 0
-        self._bin_path = bin_path
-        self._builder = IndexedDatasetBuilder(str(bin_path), self.dtype.type)
+        """Write to `bin_path`. The dtype is the smallest that Megatron has for `cardinality` ids; None is for masks."""
+        self._bin_path, self._cardinality = bin_path, cardinality
         self._hash = hashlib.sha256()
         self._document_tokens = 0
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        """The type of the tokens on disk."""
+        return np.dtype(np.uint8 if self._cardinality is None else _megatron().DType.optimal_dtype(self._cardinality))
+
+    @cached_property
+    def _builder(self) -> Any:
+        return _megatron().IndexedDatasetBuilder(str(self._bin_path), self.dtype.type)
 
     def add(self, tokens: Tokens) -> None:
         """Add tokens to the document."""
@@ -118,7 +125,6 @@ class TokenWriter:
         self._builder.sequence_lengths.append(self._document_tokens)
         self._builder.end_document()
         self._document_tokens = 0
-        self.num_documents += 1
 
     def close(self, idx_path: Path) -> str:
         """Write the index, and both files through to the disk; return the SHA-256 of the tokens."""
@@ -126,3 +132,9 @@ class TokenWriter:
         for path in (self._bin_path, idx_path):
             fsync(path)
         return self._hash.hexdigest()
+
+
+def _megatron() -> ModuleType:
+    # At the first tokens, not before: meanwhile those after them are being encoded.
+    with warnings.catch_warnings(action="ignore"):  # about Transformer Engine and apex, which play no part here
+        return import_module("megatron.core.datasets.indexed_dataset")

@@ -26,7 +26,8 @@ from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
 from megaft.source import Source
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
 
-_BATCH_CHARACTERS = 1 << 22
+_BATCH_CHARACTERS = 1 << 21
+_BATCHES_AHEAD = 8
 _ROUND_TRIP_CHARACTERS = 1 << 20
 _TEXT_SETTINGS = ("unit", "json_key", "prompt_key", "completion_key", "messages_key", "detokenizer", "min_tokens")
 
@@ -210,15 +211,16 @@ def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encoded(batches: Iterable[list[Piece]], tokenizer: AnyTokenizer) -> Iterator[tuple[list[Piece], list[list[int]]]]:
-    """Yield each batch with its ids. One is encoded, without Python's lock, while others are read and written."""
+    """Yield each batch with its ids; some are encoded ahead, without Python's lock, while the caller works."""
     queue: deque[tuple[list[Piece], Future[list[list[int]]]]] = deque()
     with ThreadPoolExecutor(1) as pool:
         for batch in batches:
             queue.append((batch, pool.submit(tokenizer.encode_batch, [piece.text for piece in batch])))
-            if len(queue) == 2:
+            if len(queue) > _BATCHES_AHEAD:
                 batch, ids = queue.popleft()
                 yield batch, ids.result()
-        for batch, ids in queue:
+        while queue:
+            batch, ids = queue.popleft()
             yield batch, ids.result()
 
 

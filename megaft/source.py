@@ -14,7 +14,7 @@ import zstandard
 
 from megaft.errors import DataError
 
-BLOCK_BYTES = 1 << 14
+BLOCK_BYTES = 1 << 13
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),

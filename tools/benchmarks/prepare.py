@@ -28,7 +28,7 @@ import sys
 from tokenizers import Tokenizer
 tokenizer, total = Tokenizer.from_file(sys.argv[1]), 0
 with open(sys.argv[2], encoding="utf-8", newline="") as file:
-    while batch := [block for _ in range(256) if (block := file.read(1 << 14))]:
+    while batch := [block for _ in range(256) if (block := file.read(1 << 13))]:
         total += sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
 print(total)
 """
@@ -56,12 +56,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     text = folder / "text.txt"
     num_bytes = repeat(options.text, text, options.megabytes * 1_000_000)
     vocabulary = save_tokenizer(options.tokenizer, folder)
-    prepare = ["-m", "megaft.cli", "prepare", str(text), "--output", f"{folder}/out", "--tokenizer", options.tokenizer]
-    programs = {"megaft": prepare, "bare": ["-c", BARE_LOOP, str(vocabulary), str(text)]}
+    megaft = str(Path(sys.executable).with_name("megaft"))
+    programs = {
+        "megaft": [megaft, "prepare", str(text), "--output", f"{folder}/out", "--tokenizer", options.tokenizer],
+        "bare": [sys.executable, "-c", BARE_LOOP, str(vocabulary), str(text)],
+    }
     runs = {name: [] for name in programs}
     for _ in range(options.repeats):
-        for name, arguments in programs.items():
-            runs[name].append(timed([sys.executable, *arguments], num_bytes))
+        for name, command in programs.items():
+            runs[name].append(timed(command, num_bytes))
             print(name, runs[name][-1], file=sys.stderr, flush=True)
     tokens = json.loads((folder / "out.json").read_text())["tokens"]
     ratios = [
@@ -133,9 +136,9 @@ def markdown(report: dict[str, Any]) -> str:
         [
             "# megaft prepare beside a bare `encode_batch_fast` loop",
             "",
-            f"{report['bytes'] / 1e6:,.0f} MB, {report['tokens']:,} tokens, {len(ratios)} repeats by turns, whole processes.",
+            f"{report['bytes'] / 1e6:,.0f} MB, {report['tokens']:,} tokens, {len(ratios)} runs each, by turns.",
             "",
-            "| program | MB/s (median, range) | processor s | peak memory |",
+            "| whole process | MB/s (median, range) | processor s | peak memory |",
             "|---|---|---|---|",
             *rows,
             "",
@@ -155,7 +158,8 @@ def row(name: str, runs: list[dict[str, float]]) -> str:
     speeds = [run["megabytes_per_second"] for run in runs]
     cpu = statistics.median(run["cpu_seconds"] for run in runs)
     peak = max(run["peak_memory_bytes"] for run in runs) / 2**30
-    return f"| {name} | {statistics.median(speeds):.2f} ({min(speeds):.2f} to {max(speeds):.2f}) | {cpu:.0f} | {peak:.2f} GiB |"
+    speed = f"{statistics.median(speeds):.2f} ({min(speeds):.2f} to {max(speeds):.2f})"
+    return f"| {name} | {speed} | {cpu:.0f} | {peak:.2f} GiB |"
 
 
 if __name__ == "__main__":
