@@ -98,7 +98,7 @@ class Report:
             f"{case.num_ranks} rank(s), {case.context_length} tokens x micro-batch {case.micro_batch_size} x "
             f"{case.accumulation} accumulation = {case.tokens_per_step:,} tokens a step; {case.dtype}, dropout "
             f"{case.dropout:g}, {case.recipe.format(dtype=case.dtype)}, AdamW {LEARNING_RATE:g} {BETAS} decay "
-            f"{WEIGHT_DECAY}, clipping {GRADIENT_CLIPPING:g}, sdpa attention. {case.steps} steps after "
+            f"{WEIGHT_DECAY}, clipping {GRADIENT_CLIPPING:g}, sdpa attention. {case.steps} step(s) after "
             f"{case.warm_up_steps} of warm-up; {self._num_repeats()} repeat(s), contestants in turn. Median of the "
             "repeats' median steps [least, most]."
         )
@@ -135,9 +135,10 @@ class Report:
         lines = [f"{peak} of {self.peak_flops / 1e12:.3g} TFLOP/s a device." if self.peak_flops else f"{peak}."]
         memory = "allocated by torch" if self.case.device == "cuda" else "resident in the process"
         lines.append(f"Memory is the main rank's, {memory}, up to the last step.")
-        difference = self.first_loss_difference()
-        verdict = "agree" if difference <= FIRST_LOSS_TOLERANCE else "DISAGREE"
-        lines.append(f"First losses {verdict}: within {difference:.4f} nats, on samples of each one's own order.")
+        if len(self.contestants) > 1:
+            difference = self.first_loss_difference()
+            verdict = "agree" if difference <= FIRST_LOSS_TOLERANCE else "DISAGREE"
+            lines.append(f"First losses {verdict}: within {difference:.4f} nats, on samples of each one's own order.")
         lines += [f"{run.contestant} failed: {run.failure}" for run in self.runs if run.failure]
         return "\n".join(f"- {line}" for line in lines)
 
