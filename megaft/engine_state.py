@@ -128,11 +128,10 @@ def restore(engine, read, optimizer_steps: int) -> None:
 def _make_moments(engine) -> None:
     """Let a fresh optimizer create its moments by one step of zero gradients at learning rate zero."""
     optimizer = inner_optimizer(engine)
+    owners = list({id(place.owner): place.owner for place in places(engine)}.values())
     before = [(group["params"], group["lr"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["params"], group["lr"] = [], 0.0
-    # Tensors have no order and no hash by value: identity tells the owners apart.
-    owners = list({id(place.owner): place.owner for place in places(engine)}.values())
     optimizer.param_groups[0]["params"] = owners
     kept = [owner.grad for owner in owners]
     for owner in owners:

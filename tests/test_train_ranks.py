@@ -1,0 +1,193 @@
+"""The laws of training that need several ranks. One launch a world size; every case in it trains a toy model."""
+
+import json
+import os
+from dataclasses import dataclass
+
+import pytest
+
+from megaft import checkpoint
+from megaft.checkpoint import Pieces
+
+pytestmark = pytest.mark.slow
+
+STEPS, CUT_AT = 6, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine, and flags of a run."""
+
+    name: str
+    stage: int
+    precision: str | None = None
+    flags: tuple[str, ...] = ()
+    is_offloaded: bool = False
+    micro_batch_size: int = 1
+
+    def deepspeed_json(self):
+        zero = {"stage": self.stage, **({"stage3_param_persistence_threshold": 0} if self.stage == 3 else {})}
+        if self.is_offloaded:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        precision = {self.precision: {"enabled": True}} if self.precision else {}
+        return {
+            "train_batch_size": 12,
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_clipping": 1.0,
+            "zero_optimization": zero,
+            **precision,
+        }
+
+
+def train_cases(folder, common, cases):
+    """Train each case's list of flags in turn on this rank."""
+    from megaft import parallel
+    from megaft.config import parse_train
+    from megaft.train import train
+
+    topology = parallel.discover(os.environ)
+    for case in cases:
+        settings = folder / f"{case.name}.json"
+        if topology.is_main:
+            settings.write_text(json.dumps(case.deepspeed_json()))
+        parallel.join(topology)
+        parallel.barrier()
+        arguments = [f"--deepspeed_config={settings}", f"--run.dir={folder / case.name.split('@')[0]}", *common]
+        train(parse_train([*arguments, *case.flags]), topology)
+    parallel.leave()
+
+
+@pytest.fixture(scope="module")
+def common(toy_model, toy_texts):
+    train, valid = toy_texts
+    return [
+        f"--model.path={toy_model}",
+        f"--data.train={train}",
+        f"--data.valid={valid}",
+        "--data.context-length=32",
+        "--eval.batch-size=4",
+        "--optim.schedule=constant",
+        "--run.export=none",
+    ]
+
+
+def losses(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"].hex() for row in rows if "loss" in row}
+
+
+def validations(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["validation"] for row in rows if "validation" in row}
+
+
+def shard_hashes(run_dir, step=STEPS):
+    manifest = checkpoint.verify(checkpoint.folder_of(run_dir, step))
+    return {name: file["sha256"] for name, file in manifest["files"].items()}
+
+
+ENGINES = [
+    *(Case(f"fp32-{stage}", stage) for stage in range(4)),
+    *(Case(f"bf16-{stage}", stage, "bf16") for stage in (1, 2, 3)),
+    Case("fp32-2-offload", 2, is_offloaded=True),
+    Case("sgd-1", 1, flags=("--optim.name=sgd", "--optim.momentum=0.9")),
+    Case("adafactor-0", 0, flags=("--optim.name=adafactor",)),
+    Case("lora-1", 1, flags=("--lora.rank=4",)),
+    Case("lora-3", 3, flags=("--lora.rank=4",)),
+    Case("recompute-2", 2, flags=("--model.activation-checkpointing",)),
+]
+
+
+@pytest.fixture(scope="module")
+def resumed(run_ranks, common, tmp_path_factory):
+    """Each engine's run on two ranks with dropout: once whole, and once cut after three steps and continued."""
+    folder = tmp_path_factory.mktemp("resumed")
+    cases = []
+    for engine in ENGINES:
+        flags = (*engine.flags, "--model.dropout=0.1")
+        for name, steps in (("whole", STEPS), ("cut@1", CUT_AT), ("cut@2", STEPS)):
+            values = {**vars(engine), "name": f"{engine.name}-{name}", "flags": (*flags, f"--run.max-steps={steps}")}
+            cases.append(Case(**values))
+    run_ranks(2, train_cases, folder, common, cases)
+    return folder
+
+
+@pytest.mark.parametrize("engine", [engine.name for engine in ENGINES])
+def test_a_resumed_run_is_the_whole_run_bit_for_bit(resumed, engine):
+    whole, cut = resumed / f"{engine}-whole", resumed / f"{engine}-cut"
+    assert len(losses(whole)) == STEPS
+    assert losses(whole) == losses(cut)
+    assert shard_hashes(whole) == shard_hashes(cut)  # weights and moments
+    assert validations(whole)[STEPS] == validations(cut)[STEPS]
+
+
+def test_recomputing_activations_changes_no_loss(resumed):
+    assert losses(resumed / "recompute-2-whole") == losses(resumed / "fp32-2-whole")
+
+
+def test_dropout_is_the_same_at_every_stage(resumed):
+    """Masks are keyed by the samples, so stages differ by rounding only."""
+    first, *others = (losses(resumed / f"fp32-{stage}-whole") for stage in range(4))
+    for other in others:
+        assert [float.fromhex(x) for x in other.values()] == pytest.approx(
+            [float.fromhex(x) for x in first.values()], abs=1e-5
+        )
+
+
+@pytest.fixture(scope="module")
+def on_three_ranks(run_ranks, common, tmp_path_factory):
+    """The same runs on one rank and on three; 4 batches of validation windows do not divide by 3."""
+    cases = [
+        Case("stage3", 3, flags=("--run.max-steps=2", "--optim.learning-rate=0", "--run.validate-every=1")),
+        Case("stage1", 1, flags=("--run.max-steps=2", "--model.dropout=0.1")),
+    ]
+    folders = {}
+    for world_size in (1, 3):
+        folders[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
+        run_ranks(world_size, train_cases, folders[world_size], common, cases)
+    return folders
+
+
+def test_validation_is_the_same_bits_on_three_ranks_at_stage_3(on_three_ranks):
+    one, three = (validations(on_three_ranks[world] / "stage3") for world in (1, 3))
+    assert set(one) == {0, 1, 2}
+    assert one == three
+
+
+def test_learning_rate_zero_changes_nothing(on_three_ranks):
+    measured = validations(on_three_ranks[3] / "stage3")
+    assert measured[0] == measured[1] == measured[2]
+
+
+def test_with_one_micro_batch_size_dropout_is_exact_on_any_number_of_ranks(on_three_ranks):
+    one, three = (losses(on_three_ranks[world] / "stage1") for world in (1, 3))
+    assert [float.fromhex(x) for x in three.values()] == pytest.approx(
+        [float.fromhex(x) for x in one.values()], abs=1e-5
+    )
+
+
+def test_a_checkpoint_of_two_ranks_continues_on_one(resumed, run_ranks, common, tmp_path_factory):
+    """Another stage and another number of ranks: the format knows neither."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("elastic")
+    shutil.copytree(resumed / "fp32-2-whole", folder / "elastic")
+    shutil.rmtree(checkpoint.folder_of(folder / "elastic", STEPS))
+    shutil.copytree(
+        checkpoint.folder_of(resumed / "fp32-2-cut", CUT_AT), checkpoint.folder_of(folder / "elastic", CUT_AT)
+    )
+    case = Case("elastic", 3, flags=("--model.dropout=0.1", f"--run.max-steps={STEPS}"))
+    run_ranks(1, train_cases, folder, common, [case])
+    whole, continued = losses(resumed / "fp32-2-whole"), losses(folder / "elastic")
+    assert set(continued) == set(whole)
+    for step, loss in continued.items():
+        assert float.fromhex(loss) == pytest.approx(float.fromhex(whole[step]), abs=1e-5)
+    weights = [
+        Pieces(path, checkpoint.verify(path))
+        for path in (
+            checkpoint.folder_of(folder / "elastic", STEPS),
+            checkpoint.folder_of(resumed / "fp32-2-whole", STEPS),
+        )
+    ]
+    for name in weights[0].shapes:
+        assert (weights[0].weight(name) - weights[1].weight(name)).abs().max() < 1e-5

