@@ -17,6 +17,8 @@ from megaft.receipt import load_receipt
 from megaft.tokenizer import AnyTokenizer
 
 SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_OF_DOUBT = 60
+"""Ranks start this close together: a failure found before and still there after is of this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,12 @@ def _prepare_for_others(path: Path, prefix: Path, tokenizer: str, detokenizer: s
 
 
 def _wait_for(prefix: Path) -> str:
-    since = time.time()
     failure = Path(f"{prefix}.failed")
+    began = time.time()
     while not Path(f"{prefix}.json").exists():
-        if failure.exists() and failure.stat().st_mtime >= since:
+        # An earlier run's failure is older than we are, and the main rank soon removes it.
+        is_ours = failure.exists() and (failure.stat().st_mtime >= began or time.time() >= began + SECONDS_OF_DOUBT)
+        if is_ours:
             raise DataError(failure.read_text())
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return str(prefix)

@@ -1,0 +1,200 @@
+import os
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megaft import training_data
+from megaft.config import DataConfig
+from megaft.dataset import Documents, Stream
+from megaft.errors import ConfigError, DataError
+from megaft.indexed import TokenFile
+from megaft.parallel import Topology
+from megaft.receipt import load_receipt
+from megaft.tokenizer import load_tokenizer
+from megaft.training_data import Source, open_samples, parse_source, prepare_sources, require_same_tokenizer
+
+MAIN = Topology("test", rank=0, local_rank=0, world_size=2, master_addr="", master_port=0)
+OTHER = replace(MAIN, rank=1, local_rank=1)
+
+
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch):
+    monkeypatch.setattr(training_data, "SECONDS_BETWEEN_LOOKS", 0.01)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The cat sat on the mat.\n\nThe dog did not.\n" * 20)
+    return path
+
+
+def prepare(tmp_path, toy_model, *train, topology=MAIN, **settings):
+    config = DataConfig(train=tuple(map(str, train)), **settings)
+    return prepare_sources(config, str(toy_model), tmp_path / "run", topology)
+
+
+def in_thread(function, *arguments, **settings):
+    """Start the call elsewhere; what is returned waits for its result or its error."""
+    outcome = []
+
+    def call():
+        try:
+            outcome.append(function(*arguments, **settings))
+        except DataError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+
+    def result():
+        thread.join(timeout=20)
+        assert outcome, "still waiting"
+        return outcome[0]
+
+    return result
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("books", (None, "books")),
+        ("0.7,books", (0.7, "books")),
+        ("3,data/a b.txt", (3.0, "data/a b.txt")),
+        ("1e-3,x", (1e-3, "x")),
+        ("a,b.txt", (None, "a,b.txt")),
+        ("0.5,a,b.txt", (0.5, "a,b.txt")),
+        (",books", (None, ",books")),
+        ("./2024", (None, "./2024")),
+    ],
+)
+def test_parse_source(named, expected):
+    assert parse_source(named) == expected
+
+
+@pytest.mark.parametrize("named", ["0,books", "-1,books", "nan,books", "inf,books", "0.7,", "0.7"])
+def test_a_bad_pair_is_refused(named):
+    with pytest.raises(ConfigError, match=rf"data.train has '{named}'; a pair is WEIGHT,PREFIX"):
+        parse_source(named)
+
+
+def test_several_need_a_weight_each(tmp_path, toy_model, text):
+    with pytest.raises(ConfigError, match=r"several need a weight each, such as 0.7,books 0.3,wiki"):
+        prepare(tmp_path, toy_model, f"0.5,{text}", text)
+
+
+def test_a_text_is_tokenized_as_one_document(tmp_path, toy_model, text):
+    sources = prepare(tmp_path, toy_model, text, valid=str(text))
+    (train,) = sources.train
+    assert train.weight == 1.0
+    assert sources.valid == Source(train.prefix)
+    tokens = TokenFile(train.prefix)
+    assert tokens.num_documents == 1
+    assert load_tokenizer(toy_model).decode(tokens.read(0, tokens.num_tokens).tolist()) == text.read_text()
+
+
+def test_a_text_is_prepared_once(tmp_path, toy_model, text, monkeypatch):
+    first = prepare(tmp_path, toy_model, text)
+    written = os.stat(f"{first.train[0].prefix}.bin").st_mtime_ns
+    assert prepare(tmp_path, toy_model, text) == first
+    assert os.stat(f"{first.train[0].prefix}.bin").st_mtime_ns == written
+    text.write_text("Another text.")
+    assert prepare(tmp_path, toy_model, text) != first
+
+
+def test_the_detokenizer_is_applied(tmp_path, toy_model, text):
+    text.write_text("It cost 1 @,@ 000 dollars .\n")
+    (plain,) = prepare(tmp_path, toy_model, text).train
+    (undone,) = prepare(tmp_path, toy_model, text, detokenizer="wikitext_megatron").train
+    assert plain.prefix != undone.prefix
+    tokens = TokenFile(undone.prefix)
+    assert "1,000" in load_tokenizer(toy_model).decode(tokens.read(0, tokens.num_tokens).tolist())
+
+
+def test_prepared_prefixes_are_taken_as_they_are(tmp_path, toy_model, text):
+    (source,) = prepare(tmp_path, toy_model, text).train
+    sources = prepare(tmp_path, toy_model, f"0.25,{source.prefix}", f"0.75,{text}", valid=source.prefix)
+    assert sources.train == (Source(source.prefix, 0.25), Source(source.prefix, 0.75))
+    assert sources.valid == Source(source.prefix)
+
+
+@pytest.mark.parametrize("topology", [MAIN, OTHER])
+def test_a_missing_file_is_named_on_every_rank(tmp_path, toy_model, topology):
+    with pytest.raises(DataError, match=r"nowhere.txt is neither a text file nor a prepared prefix"):
+        prepare(tmp_path, toy_model, tmp_path / "nowhere.txt", topology=topology)
+
+
+def test_other_ranks_wait_for_the_main_one(tmp_path, toy_model, text):
+    waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
+    time.sleep(0.1)
+    assert not (tmp_path / "run").exists(), "only the main rank writes"
+    sources = prepare(tmp_path, toy_model, text)
+    assert waiting() == sources
+
+
+def test_other_ranks_see_the_failure(tmp_path, toy_model, text):
+    text.write_bytes(b"no text: \xff\xfe\xfa")
+    waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
+    with pytest.raises(DataError) as error:
+        prepare(tmp_path, toy_model, text)
+    assert str(waiting()) == str(error.value)
+
+
+def test_a_failure_just_before_a_rank_looks_is_seen_after_a_while(tmp_path, toy_model, text, monkeypatch):
+    text.write_bytes(b"no text: \xff\xfe\xfa")
+    with pytest.raises(DataError) as error:
+        prepare(tmp_path, toy_model, text)
+    monkeypatch.setattr(training_data, "SECONDS_OF_DOUBT", 0.1)
+    assert str(in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)()) == str(error.value)
+
+
+def test_the_failure_of_an_earlier_run_is_not_this_runs(tmp_path, toy_model, text):
+    prefix = prepare(tmp_path, toy_model, text).train[0].prefix
+    for suffix in (".json", ".bin", ".idx"):
+        os.remove(f"{prefix}{suffix}")
+    with open(f"{prefix}.failed", "w") as file:
+        file.write("the disk was full")
+    os.utime(f"{prefix}.failed", (0, 0))
+    waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
+    time.sleep(0.1)
+    assert prepare(tmp_path, toy_model, text) == waiting()
+    assert not os.path.exists(f"{prefix}.failed")
+
+
+@pytest.mark.parametrize(("sample", "kind"), [("stream", Stream), ("document", Documents)])
+def test_open_samples(tmp_path, toy_model, text, sample, kind):
+    prefix = prepare(tmp_path, toy_model, text).train[0].prefix
+    config = DataConfig(train=("unused",), context_length=16, sample=sample)
+    samples = open_samples([Source(prefix, 3.0), Source(prefix)], config, seed=4)
+    assert [type(corpus) for corpus in samples.corpora] == [kind, kind]
+    assert samples.taken(64) == [48, 16]
+    assert samples[0].input_ids.dtype == np.int64
+    assert samples.seed == 4
+
+
+def test_attention_within_documents_is_passed_on(tmp_path, toy_model, text):
+    prefix = prepare(tmp_path, toy_model, text).train[0].prefix
+    config = DataConfig(train=("unused",), attend_within_documents=True)
+    (corpus,) = open_samples([Source(prefix)], config, seed=0).corpora
+    assert isinstance(corpus, Stream)
+    assert corpus.attend_within_documents
+
+
+@pytest.mark.parametrize("role", ["train", "valid"])
+def test_data_of_another_tokenizer_is_refused(tmp_path, toy_model, text, role):
+    import toy
+
+    toy.make_tokenizer(tmp_path / "another", "An altogether different text, for different merges." * 9)
+    another, own = load_tokenizer(tmp_path / "another"), load_tokenizer(toy_model)
+    theirs = prepare_sources(DataConfig(train=(str(text),)), str(tmp_path / "another"), tmp_path / "a", MAIN).train[0]
+    ours = prepare(tmp_path, toy_model, text).train[0]
+    sources = training_data.Sources(*({"train": ((theirs,), ours), "valid": ((ours,), theirs)}[role]))
+    with pytest.raises(DataError, match=f"{theirs.prefix} was prepared with the tokenizer .*another") as error:
+        require_same_tokenizer(sources, own)
+    assert another.sha256[:12] in str(error.value)
+    assert own.sha256[:12] in str(error.value)
+    require_same_tokenizer(training_data.Sources((ours,), None), own)
+    assert load_receipt(ours.prefix)["tokenizer"]["sha256"] == own.sha256
