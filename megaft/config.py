@@ -212,6 +212,12 @@ class MetricsConfig:
     peak_flops: float | None = None
     """The device's dense peak in FLOP/s, for MFU. By default known for common GPUs, measured elsewhere."""
 
+    def __post_init__(self) -> None:
+        require(
+            self.peak_flops is None or 0 < self.peak_flops < math.inf,
+            f"metrics.peak-flops is {self.peak_flops}; use a finite number above 0, for example 989e12.",
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:

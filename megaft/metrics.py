@@ -155,7 +155,7 @@ class Metrics:
         grad_norm: Float[Tensor, ""] | float | None,
         learning_rate: float,
         tokens_seen: Int64[Tensor, ""] | int,
-        tokens: int,
+        tokens: Int64[Tensor, ""] | int,
     ) -> list[Row]:
         """Report an optimizer step without waiting for it.
 

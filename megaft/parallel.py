@@ -130,10 +130,12 @@ def require_supported(dtype: str) -> None:
     """Raise ConfigError unless this machine's devices compute in `dtype`."""
     from deepspeed.accelerator import get_accelerator
 
-    supported = [str(kind).removeprefix("torch.") for kind in get_accelerator().supported_dtypes()]
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    supported = [str(kind).removeprefix("torch.") for kind in accelerator.supported_dtypes()]
     if dtype not in supported:
         raise ConfigError(
-            f"the DeepSpeed JSON asks for {dtype}, but {get_accelerator().device_name()} here supports "
+            f"the DeepSpeed JSON asks for {dtype}, but {accelerator.device_name()} here supports "
             f"{', '.join(supported)} only; take one of the JSONs of ds_configs/ for that."
         )
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Started as a script, its own folder is first on sys.path, where our modules would hide libraries' names.
 if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
-from megaft.config import TrainConfig, parse_train, require
+from megaft.config import TrainConfig, parse_train
 from megaft.exit_code import exit_code_of
+
+if TYPE_CHECKING:
+    from megaft.parallel import Topology
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,107 +28,50 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse_train(arguments)  # before the heavy imports, so that --help is instant
     from megaft import parallel
 
-    code = exit_code_of(
-        lambda: train(config, parallel.discover(os.environ)), is_main=os.environ.get("RANK", "0") == "0"
-    )
+    is_main = os.environ.get("RANK", "0") == "0"
+    code = exit_code_of(lambda: train(config, parallel.discover(os.environ)), is_main=is_main)
     parallel.leave()
     return code
 
 
-def train(config: TrainConfig, topology) -> int:
-    """Run training from its newest checkpoint to its end, then export."""
-    import deepspeed
+def train(config: TrainConfig, topology: Topology) -> int:
+    """Run from the newest checkpoint to the end, then export."""
     import torch
 
     from megaft import checkpoint, engine_state, parallel
-    from megaft.checkpoint import Identity, RunState
-    from megaft.dataset import Cut, micro_batches
-    from megaft.deepspeed_json import read_deepspeed_json, resolve
-    from megaft.environment import write_config
+    from megaft.assemble import assemble
+    from megaft.dataset import micro_batches
     from megaft.export import export
     from megaft.guard import require_finite
     from megaft.metrics import Metrics
-    from megaft.models import hugging_face
-    from megaft.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
-    from megaft.throughput import Meter
-    from megaft.tokenizer import load_tokenizer
-    from megaft.training_data import open_samples, prepare_sources, require_same_tokenizer
-    from megaft.validation import Validation
+    from megaft.optim import learning_rate, set_learning_rate
 
-    has_cuda = torch.cuda.is_available()
-    raw = read_deepspeed_json(config.deepspeed_config)
-    setup = resolve(raw, world_size=topology.world_size, optim=config.optim, has_cuda=has_cuda)
-    tokenizer_source = config.tokenizer_source
-    sources = prepare_sources(config.data, tokenizer_source, config.run.dir, topology)
-    tokenizer = load_tokenizer(tokenizer_source)
-    require_same_tokenizer(sources, tokenizer)
-    samples = open_samples(sources.train, config.data, config.run.seed)
-    max_steps = config.run.max_steps or samples.num_steps(config.run.epochs or 1, setup.global_batch_size)
-    require(
-        setup.total_num_steps in (None, max_steps),
-        f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, the run {max_steps} steps;"
-        " give one length.",
-    )
-
-    device = parallel.join(topology)
-    parallel.require_supported(setup.dtype)
-    language_model = hugging_face.build(config.model, config.lora, config.run.seed)
-    hugging_face.require_fits(language_model, tokenizer, config.longest_input)
-    if config.data.attend_within_documents:
-        hugging_face.require_keeps_documents_apart(language_model)
-    identity = Identity(
-        global_batch_size=setup.global_batch_size,
-        seed=config.run.seed,
-        data=samples.sha256,
-        tokenizer=tokenizer.sha256,
-        model=hugging_face.architecture(language_model),
-    )
-    model = hugging_face.NatsModel(language_model, config.model.cross_entropy)
-    groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
-    optimizer = build_optimizer(groups, setup.optim, device_type="cpu" if setup.offload_optimizer else device.type)
-    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
-
-    if config.run.fresh and topology.is_main:
-        checkpoint.remove_all(config.run.dir)
-    newest = checkpoint.find(config.run.dir)
-    state = checkpoint.load(engine, newest, identity) if newest else RunState()
+    run = assemble(config, topology)
+    engine, device, state, validation = run.engine, run.device, run.state, run.validation
     tokens_seen = torch.tensor(state.tokens_seen, device=device)
-
-    cut = Cut(setup.micro_batch_size, setup.gradient_accumulation_steps, topology.rank, topology.world_size)
     padded_to = config.data.context_length if config.data.sample == "stream" else None
-    validation = Validation(sources.valid, config, tokenizer) if sources.valid else None
-    meter = Meter.of(
-        language_model.config, model, config.data.context_length, getattr(torch, setup.dtype), device, config.metrics
-    )
-    settings = asdict(config) | {"deepspeed": setup.engine_config, "max_steps": max_steps}
-    settings |= {"peak_flops": meter.peak_flops, "peak_flops_source": meter.peak_source}
-    if topology.is_main:
-        config.run.dir.mkdir(parents=True, exist_ok=True)
-        write_config(config.run.dir, settings)
-
-    def save() -> None:
-        checkpoint.save(engine, config.run.dir, state, identity, config.run.keep_last)
 
     with Metrics(
         config.run.dir,
         config.metrics,
         first_step=state.step,
-        max_steps=max_steps,
+        max_steps=run.max_steps,
         is_main=topology.is_main,
-        meter=meter,
-        settings=settings,
+        meter=run.meter,
+        settings=run.settings,
     ) as metrics:
         if validation and state.step == 0:
             with metrics.pause():
                 metrics.validation(0, validation(engine, device).as_dict())
 
         engine.train()
-        for step in range(state.step, max_steps):
-            step_rate = learning_rate(step, setup.optim, max_steps)
+        while not is_over(config, state, run.max_steps):
+            step = state.step
+            step_rate = learning_rate(step, run.setup.optim, run.max_steps)
             set_learning_rate(engine.optimizer, step_rate)
-            batches = micro_batches(samples, step, cut, padded_to, config.data.attend_within_documents)
-            num_scored = torch.tensor(sum(batch.num_scored for batch in batches), device=device)
-            num_scored = parallel.sum_over_data_ranks(num_scored).clamp(min=1)
+            batches = micro_batches(run.samples, step, run.cut, padded_to, config.data.attend_within_documents)
+            counts = [sum(batch.num_scored for batch in batches), sum(batch.input_ids.numel() for batch in batches)]
+            num_scored, num_tokens = parallel.sum_over_data_ranks(torch.tensor(counts, device=device)).clamp(min=1)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
             for batch in batches:
                 # Dropout is a function of the seed and of which samples these are: the same after a resume and, at
@@ -136,37 +82,39 @@ def train(config: TrainConfig, topology) -> int:
                 engine.backward(batch_nats * (topology.world_size / num_scored), scale_wrt_gas=False)
                 grad_norm = engine_state.step(engine)  # weights move on the last micro batch only
                 nats += batch_nats.detach()
-            loss = parallel.sum_over_data_ranks(nats) / num_scored
             tokens_seen = tokens_seen + num_scored
             state = replace(state, step=step + 1, skipped_steps=engine.skipped_steps)
             rows = metrics.step(
-                step + 1,
-                loss=loss,
+                state.step,
+                loss=parallel.sum_over_data_ranks(nats) / num_scored,
                 grad_norm=grad_norm,
                 learning_rate=step_rate,
                 tokens_seen=tokens_seen,
-                tokens=setup.global_batch_size * config.data.context_length,
+                tokens=num_tokens,
             )
             require_finite(rows, config.run.dir)
 
-            is_last = step + 1 == max_steps
-            if validation and (is_last or is_due(step + 1, config.run.validate_every)):
+            is_last = state.step == run.max_steps
+            if validation and (is_last or is_due(state.step, config.run.validate_every)):
                 with metrics.pause():
                     score = validation(engine, device)
-                    metrics.validation(step + 1, score.as_dict())
+                    metrics.validation(state.step, score.as_dict())
                     state = state.after_validation(score.nats_per_token)
-            is_last = is_last or 0 < config.run.patience <= state.validations_since_best
-            if is_last or state.best_step == step + 1 or is_due(step + 1, config.run.save_every):
+            is_best = state.best_step == state.step
+            if is_best or is_over(config, state, run.max_steps) or is_due(state.step, config.run.save_every):
                 with metrics.pause():
                     state = replace(state, tokens_seen=int(tokens_seen))
-                    save()
-            if is_last:
-                break
+                    checkpoint.save(engine, config.run.dir, state, run.identity, config.run.keep_last)
 
     parallel.barrier()
     if topology.is_main and config.run.export != "none":
-        export(config, state, tokenizer, setup.dtype)
+        export(config, state, run.tokenizer, run.setup.dtype)
     return 0
+
+
+def is_over(config: TrainConfig, state, max_steps: int) -> bool:
+    """Whether the last step is done, or patience has run out."""
+    return state.step >= max_steps or 0 < config.run.patience <= state.validations_since_best
 
 
 def is_due(step: int, every: int) -> bool:

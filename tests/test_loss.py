@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -105,3 +108,30 @@ def test_liger_is_the_reference(example):
         rtol=1e-5,
         atol=1e-4,
     )
+
+
+MEMORY_SCRIPT = """
+import resource, sys, torch
+from megaft.loss import LinearNats, token_nats
+torch.set_num_threads(1)
+hidden = torch.randn(2048, 64, requires_grad=True)
+weight = torch.randn(50257, 64, requires_grad=True)
+labels = torch.randint(0, 50257, (2048,))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "chunked":
+    LinearNats.apply(hidden, weight, None, labels).backward()
+else:
+    token_nats(hidden @ weight.T, labels).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_peak_memory_is_below_full_logits():
+    """2,048 tokens of GPT-2's vocabulary are 392 MiB of fp32 logits; the full loss holds them and their gradients."""
+    kibibytes = {
+        kind: int(subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, kind], capture_output=True, check=True).stdout)
+        for kind in ("chunked", "full")
+    }
+    assert kibibytes["full"] > 392 * 1024
+    assert kibibytes["chunked"] < 392 * 1024
+    assert kibibytes["chunked"] < kibibytes["full"] / 2

@@ -1,0 +1,133 @@
+"""Everything a run is made of, built in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import deepspeed
+import torch
+
+from megaft import checkpoint, parallel
+from megaft.checkpoint import Identity, RunState
+from megaft.config import TrainConfig, require
+from megaft.dataset import Cut, Samples
+from megaft.deepspeed_json import Resolved, read_deepspeed_json, resolve
+from megaft.environment import write_config
+from megaft.models import hugging_face
+from megaft.optim import build_optimizer, parameter_groups
+from megaft.parallel import Topology
+from megaft.throughput import Meter
+from megaft.tokenizer import AnyTokenizer, load_tokenizer
+from megaft.trackers import check_trackers
+from megaft.training_data import open_samples, prepare_sources, require_same_tokenizer
+from megaft.validation import Validation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What the loop works with."""
+
+    engine: Any
+    device: torch.device
+    setup: Resolved
+    samples: Samples
+    cut: Cut
+    validation: Validation | None
+    tokenizer: AnyTokenizer
+    meter: Meter
+    identity: Identity
+    state: RunState
+    """Of the checkpoint the run continues from, or a new run's."""
+    max_steps: int
+    settings: dict[str, Any]
+    """As resolved, for RUN/config.json and the trackers."""
+
+
+def assemble(config: TrainConfig, topology: Topology) -> Parts:
+    """Check settings, prepare data, then join the other ranks, build the engine and load the newest checkpoint."""
+    check_trackers(config.metrics)
+    raw = read_deepspeed_json(config.deepspeed_config)
+    has_cuda = torch.cuda.is_available()
+    setup = resolve(raw, world_size=topology.world_size, optim=config.optim, has_cuda=has_cuda)
+    sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, topology)
+    tokenizer = load_tokenizer(config.tokenizer_source)
+    require_same_tokenizer(sources, tokenizer)
+    samples = open_samples(sources.train, config.data, config.run.seed)
+    max_steps = _max_steps(config, setup, samples)
+
+    device = parallel.join(topology)
+    parallel.require_supported(setup.dtype)
+    language_model = hugging_face.build(config.model, config.lora, config.run.seed)
+    hugging_face.require_fits(language_model, tokenizer, config.longest_input)
+    if config.data.attend_within_documents:
+        hugging_face.require_keeps_documents_apart(language_model)
+    identity = Identity(
+        global_batch_size=setup.global_batch_size,
+        seed=config.run.seed,
+        data=samples.sha256,
+        tokenizer=tokenizer.sha256,
+        model=hugging_face.architecture(language_model),
+    )
+    engine = _engine(language_model, config, setup, device)
+    meter = Meter.of(
+        language_model.config,
+        engine.module,
+        config.data.context_length,
+        getattr(torch, setup.dtype),
+        device,
+        config.metrics,
+    )
+    settings = asdict(replace(config, optim=setup.optim)) | {
+        "deepspeed": setup.engine_config,
+        "max_steps": max_steps,
+        "peak_flops": meter.peak_flops,
+        "peak_flops_source": meter.peak_source,
+    }
+    if topology.is_main:
+        _announce(config, setup, settings)
+    return Parts(
+        engine=engine,
+        device=device,
+        setup=setup,
+        samples=samples,
+        cut=Cut(setup.micro_batch_size, setup.gradient_accumulation_steps, topology.rank, topology.world_size),
+        validation=Validation(sources.valid, config, tokenizer) if sources.valid else None,
+        tokenizer=tokenizer,
+        meter=meter,
+        identity=identity,
+        state=_state(config, engine, identity),
+        max_steps=max_steps,
+        settings=settings,
+    )
+
+
+def _max_steps(config: TrainConfig, setup: Resolved, samples: Samples) -> int:
+    max_steps = config.run.max_steps or samples.num_steps(config.run.epochs or 1, setup.global_batch_size)
+    require(
+        setup.total_num_steps in (None, max_steps),
+        f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, the run {max_steps} steps;"
+        " give one length.",
+    )
+    return max_steps
+
+
+def _engine(language_model: Any, config: TrainConfig, setup: Resolved, device: torch.device) -> Any:
+    model = hugging_face.NatsModel(language_model, config.model.cross_entropy)
+    groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
+    optimizer = build_optimizer(groups, setup.optim, device_type="cpu" if setup.offload_optimizer else device.type)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
+
+
+def _announce(config: TrainConfig, setup: Resolved, settings: dict[str, Any]) -> None:
+    config.run.dir.mkdir(parents=True, exist_ok=True)
+    if config.run.fresh:
+        checkpoint.remove_all(config.run.dir)
+    write_config(config.run.dir, settings)
+    for note in setup.notes:
+        print(note, flush=True)
+
+
+def _state(config: TrainConfig, engine: Any, identity: Identity) -> RunState:
+    newest = checkpoint.find(config.run.dir)
+    return checkpoint.load(engine, newest, identity) if newest else RunState()

@@ -1,0 +1,107 @@
+"""`megaft/train.py` as its users start it: each launcher trains the same toy run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+PROGRAM = str(ROOT / "megaft" / "train.py")
+
+LAUNCHERS = {
+    "python": [sys.executable, PROGRAM],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29611", PROGRAM],
+    "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port=29612", PROGRAM],
+    "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, PROGRAM],
+}
+
+
+@pytest.fixture(scope="module")
+def run_under(toy_model, toy_texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launchers")
+    settings = folder / "zero1.json"
+    settings.write_text(
+        json.dumps(
+            {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}},
+        )
+    )
+    train, valid = toy_texts
+
+    def run(launcher, *flags):
+        command = [
+            *LAUNCHERS[launcher],
+            f"--deepspeed_config={settings}",
+            f"--model.path={toy_model}",
+            f"--data.train={train}",
+            f"--data.valid={valid}",
+            "--data.context-length=32",
+            f"--run.dir={folder / launcher}",
+            "--run.max-steps=2",
+            "--run.export=none",
+            *flags,
+        ]
+        # In a folder of its own: nothing may be found by the current directory.
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=dict(os.environ), check=False)
+        return done, folder / launcher
+
+    return run
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reference(run_under):
+    done, run_dir = run_under("python")
+    assert done.returncode == 0, done.stderr
+    return rows(run_dir)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
+def test_every_launcher_trains_the_same(run_under, reference, launcher):
+    if shutil.which(LAUNCHERS[launcher][0]) is None:
+        pytest.skip(f"{launcher} is not installed")
+    done, run_dir = run_under(launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours = rows(run_dir)
+    assert [row["step"] for row in ours] == [row["step"] for row in reference] == [0, 1, 2, 2]
+    for row, expected in zip(ours, reference, strict=True):
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert ours[0]["validation"] == reference[0]["validation"]
+
+
+def test_a_row_has_every_metric(reference):
+    expected = {
+        *("step", "loss", "tokens_seen", "learning_rate", "grad_norm"),
+        *("tokens_per_second", "mfu", "peak_memory_bytes", "seconds"),
+    }
+    assert expected <= set(reference[1])
+    assert reference[1]["tokens_seen"] == 4 * 32
+    assert set(reference[-1]) == {"step", "validation"}
+    assert {"nats_per_token", "perplexity", "word_perplexity", "bits_per_byte"} <= set(reference[-1]["validation"])
+
+
+def test_what_a_user_gets_wrong_is_said_once_without_a_traceback(run_under):
+    done, _ = run_under("deepspeed", "--data.valid=missing.txt")
+    assert done.returncode == 3
+    output = done.stdout + done.stderr
+    assert output.count("missing.txt is neither a text file nor a prepared prefix") == 1
+    assert "Traceback" not in output
+
+
+def test_a_library_first_on_the_path_is_not_hidden(run_under, tmp_path):
+    """Started as a script, megaft/ would be first on sys.path; its modules must not stand in for libraries."""
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "--deepspeed-config" in done.stdout
