@@ -1,0 +1,286 @@
+"""One launch trains three toy models on one rank; what they wrote is compared with plain torch and transformers."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megaft import checkpoint
+from megaft.checkpoint import Pieces, RunState, folder_of
+from megaft.config import parse_train
+from megaft.errors import CheckpointError
+from megaft.export import export, load_weights, model_card
+from megaft.loss import IGNORE_INDEX
+from megaft.models import hugging_face
+from megaft.parallel import Topology
+from megaft.tokenizer import load_tokenizer
+from megaft.training_data import open_samples, prepare_sources
+
+STEPS, CLIP, WEIGHT_DECAY, EPSILON = 3, 0.5, 0.1, 1e-5
+RATES = [0.5e-3, 1e-3, 1e-3]  # two steps of warm-up to 1e-3, then the cosine's first step
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+def deepspeed_json(**settings):
+    return {
+        "train_batch_size": 6,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": 0},
+        **settings,
+    }
+
+
+def train_all(argument_lists):
+    from megaft import parallel
+    from megaft.train import train
+
+    topology = parallel.discover(os.environ)
+    for arguments in argument_lists:
+        train(parse_train(arguments), topology)
+    parallel.leave()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, toy_model, toy_texts, run_ranks):
+    """The flags of each run, by name, after it has run."""
+    folder = tmp_path_factory.mktemp("runs")
+    train, valid = toy_texts
+    # Documents of every length, so that micro batches score different numbers of tokens.
+    text = train.read_text()
+    documents = [text[begin : begin + 7 * (1 + begin % 29)] for begin in range(0, 20_000, 500)]
+    train = folder / "train.jsonl"
+    train.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    (folder / "llama").mkdir()
+    (folder / "llama" / "config.json").write_text(json.dumps(LLAMA))
+
+    cases = {
+        "full": (deepspeed_json(), [f"--model.path={toy_model}", "--run.validate-every=1"]),
+        "adapters": (deepspeed_json(), [f"--model.path={toy_model}", "--lora.rank=4", "--optim.learning-rate=0.05"]),
+        "half": (
+            deepspeed_json(zero_optimization={"stage": 1}, bf16={"enabled": True}),
+            [f"--model.from-scratch={folder / 'llama'}", f"--data.tokenizer={toy_model}", "--run.export=last"],
+        ),
+    }
+    common = [
+        f"--data.train={train}",
+        f"--data.valid={valid}",
+        "--data.sample=document",
+        "--data.context-length=32",
+        f"--optim.weight-decay={WEIGHT_DECAY}",
+        f"--optim.epsilon={EPSILON}",
+        "--optim.warmup-steps=2",
+        f"--run.max-steps={STEPS}",
+        "--run.save-every=1",
+        f"--run.keep-last={STEPS}",
+    ]
+    flags = {}
+    for name, (settings, own) in cases.items():
+        (folder / f"{name}.json").write_text(json.dumps(settings))
+        rate = [] if name == "adapters" else [f"--optim.learning-rate={max(RATES)}"]
+        flags[name] = [
+            f"--deepspeed_config={folder / f'{name}.json'}",
+            f"--run.dir={folder / name}",
+            *common,
+            *rate,
+            *own,
+        ]
+    run_ranks(1, train_all, list(flags.values()))
+    return flags
+
+
+@pytest.fixture
+def config(runs, request):
+    return parse_train(runs[request.param])
+
+
+def of(*names):
+    return pytest.mark.parametrize("config", names, indirect=True)
+
+
+def rows_of(config, key):
+    rows = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def saved_model(config, step):
+    """The weights of a checkpoint in a model as transformers makes it."""
+    model = hugging_face.build(config.model, config.lora, config.run.seed)
+    load_weights(model, folder_of(config.run.dir, step))
+    return model.eval()
+
+
+def state_of(config, step=STEPS):
+    return RunState(**checkpoint.read_manifest(folder_of(config.run.dir, step))["state"])
+
+
+def exported(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def logits_of(model):
+    ids = torch.randint(0, 512, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+# Training is plain torch
+
+
+@of("full")
+def test_three_steps_are_those_of_plain_torch(config):
+    """The loss is all nats of the global batch over all its scored tokens: one batch, no padding, torch's own AdamW.
+
+    Epsilon is 1e-5: the key bias of attention has a gradient of zero but for rounding, which AdamW's usual 1e-8 would
+    turn into steps of any size.
+    """
+    topology = Topology("test", 0, 0, 1, "", 0)
+    sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, topology)
+    samples = open_samples(sources.train, config.data, config.run.seed)
+    model = hugging_face.load_language_model(str(config.model.path)).train()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=EPSILON)
+    for step in range(STEPS):
+        nats, num_scored = torch.zeros(()), 0
+        for position in range(step * 6, step * 6 + 6):
+            labels = torch.from_numpy(samples[position].labels)
+            logits = model(input_ids=torch.from_numpy(samples[position].input_ids)[None]).logits[0]
+            nats = nats + F.cross_entropy(logits, labels, reduction="sum")
+            num_scored += int((labels != IGNORE_INDEX).sum())
+        optimizer.zero_grad()
+        (nats / num_scored).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = RATES[step]
+        optimizer.step()
+
+        assert rows_of(config, "loss")[step + 1] == pytest.approx(nats.item() / num_scored, rel=1e-6)
+        assert rows_of(config, "grad_norm")[step + 1] == pytest.approx(norm.item(), rel=1e-5)
+        assert norm > CLIP, "clipping is tried"
+        ours = dict(saved_model(config, step + 1).named_parameters())
+        for name, theirs in model.named_parameters():
+            torch.testing.assert_close(ours[name], theirs, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# What is exported
+
+
+@of("full", "adapters", "half")
+def test_the_export_is_the_trained_model(config):
+    from transformers import AutoModelForCausalLM
+
+    folder = config.run.dir / "export"
+    model, tokenizer = exported(folder)
+    state = state_of(config)
+    trained = saved_model(config, STEPS if config.run.export == "last" else state.best_step)
+    dtype = torch.bfloat16 if config.run.dir.name == "half" else torch.float32
+    assert model.dtype == dtype
+    for parameter in trained.parameters():  # not buffers: frequencies of rotary positions stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    torch.testing.assert_close(logits_of(model), logits_of(trained), rtol=1e-5, atol=1e-5)
+    own = load_tokenizer(config.tokenizer_source)
+    assert tokenizer.encode("The cat sat.", add_special_tokens=False) == own.encode("The cat sat.")
+    assert load_tokenizer(folder).sha256 == own.sha256
+    if config.model.path:
+        untrained = AutoModelForCausalLM.from_pretrained(config.model.path)
+        assert not torch.allclose(logits_of(model).float(), logits_of(untrained), atol=1e-3)
+
+
+@of("half")
+def test_what_was_untied_stays_untied(config):
+    weights = exported(config.run.dir / "export")[0].state_dict()
+    assert not torch.equal(weights["model.embed_tokens.weight"], weights["lm_head.weight"])
+
+
+@of("full")
+def test_what_was_tied_stays_tied(config):
+    weights = exported(config.run.dir / "export")[0].state_dict()
+    assert weights["transformer.wte.weight"].data_ptr() == weights["lm_head.weight"].data_ptr()
+
+
+@of("full")
+@pytest.mark.parametrize(
+    ("wanted", "best", "expected"), [("best", 1, 1), ("best", 2, 2), ("best", None, 3), ("last", 1, 3)]
+)
+def test_best_and_last(config, wanted, best, expected):
+    config = replace(config, run=replace(config.run, export=wanted))
+    state = replace(state_of(config), best_step=best)
+    folder = export(config, state, load_tokenizer(config.tokenizer_source), "float32")
+    model, _ = exported(folder)
+    pieces = Pieces(folder_of(config.run.dir, expected), checkpoint.verify(folder_of(config.run.dir, expected)))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, pieces.weight(f"language_model.{name}")), name
+    assert f"finetuned for {expected} steps" in (folder / "README.md").read_text()
+    assert not (config.run.dir / "export.tmp").exists()
+
+
+@of("full")
+def test_the_state_remembers_the_best_validation(config):
+    nats = {step: validation["nats_per_token"] for step, validation in rows_of(config, "validation").items() if step}
+    assert set(nats) == {1, 2, 3}
+    assert state_of(config).best_step == min(nats, key=lambda step: nats[step])
+    assert state_of(config).best_nats_per_token == min(nats.values())
+
+
+@of("adapters")
+def test_adapters_are_merged_and_also_there_alone(config):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    merged, _ = exported(config.run.dir / "export")
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    alone = PeftModel.from_pretrained(base, config.run.dir / "export" / "adapter")
+    torch.testing.assert_close(logits_of(merged), logits_of(alone), rtol=1e-5, atol=1e-5)
+    shapes = checkpoint.read_manifest(folder_of(config.run.dir, STEPS))["shapes"]
+    assert all("lora_" in name for name in shapes), "a checkpoint holds what trains"
+
+
+@of("full")
+def test_the_card_has_what_was_measured(config):
+    card = model_card(config, step=2)
+    measured = rows_of(config, "validation")
+    assert "| validation | before | step 2 |" in card
+    assert {"perplexity", "word_perplexity", "bits_per_byte"} <= measured[0].keys() == measured[2].keys()
+    for quantity in measured[0]:
+        assert f"| {quantity} | {measured[0][quantity]:.6g} | {measured[2][quantity]:.6g} |" in card
+    assert "windows of 32 tokens, stride 16" in card
+    assert f"{config.model.path}, finetuned for 2 steps" in card
+    assert "seed 0" in card
+
+
+@of("half")
+def test_the_card_of_a_model_from_scratch_says_so(config):
+    assert "(from scratch), finetuned for 3 steps" in (config.run.dir / "export" / "README.md").read_text()
+
+
+@of("full")
+def test_a_damaged_checkpoint_is_not_exported(config):
+    path = folder_of(config.run.dir, 1) / "rank-00000.safetensors"
+    whole = path.read_bytes()
+    before = (config.run.dir / "export" / "README.md").read_text()
+    try:
+        path.write_bytes(whole[:-1])
+        with pytest.raises(CheckpointError, match=r"rank-00000.safetensors has"):
+            export(config, replace(state_of(config), best_step=1), load_tokenizer(config.tokenizer_source), "float32")
+    finally:
+        path.write_bytes(whole)
+    assert (config.run.dir / "export" / "README.md").read_text() == before
