@@ -77,8 +77,13 @@ def model_card(config: TrainConfig, step: int) -> str:
 def _table(columns: dict[str, dict | None]) -> list[str]:
     known = {name: values for name, values in columns.items() if values}
     quantities = dict.fromkeys(quantity for values in known.values() for quantity in values)
-    rows = [[quantity, *(f"{values[quantity]:.6g}" for values in known.values())] for quantity in quantities]
+    rows = [[quantity, *(_shown(values[quantity]) for values in known.values())] for quantity in quantities]
     return [f"| {' | '.join(row)} |" for row in (["validation", *known], ["---"] * (len(known) + 1), *rows)]
+
+
+def _shown(value: float | int | str) -> str:
+    """A float in six digits; a count in all of its own, and what is not finite as JSON has it."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _protocol(config: TrainConfig) -> str:

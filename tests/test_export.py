@@ -1,8 +1,10 @@
 """One launch trains three toy models on one rank; what they wrote is compared with plain torch and transformers."""
 
 import json
+import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,11 +262,43 @@ def test_the_card_has_what_was_measured(config):
     measured = rows_of(config, "validation")
     assert "| validation | before | step 2 |" in card
     assert {"perplexity", "word_perplexity", "bits_per_byte"} <= measured[0].keys() == measured[2].keys()
-    for quantity in measured[0]:
+    for quantity in measured[0].keys() - {"num_scored_tokens"}:
         assert f"| {quantity} | {measured[0][quantity]:.6g} | {measured[2][quantity]:.6g} |" in card
+    assert f"| num_scored_tokens | {measured[0]['num_scored_tokens']} |" in card
     assert "windows of 32 tokens, stride 16" in card
     assert f"{config.model.path}, finetuned for 2 steps" in card
     assert "seed 0" in card
+
+
+@of("full")
+def test_a_card_shows_counts_in_full_and_what_is_not_finite(config, tmp_path):
+    values = {"num_scored_tokens": 12_345_678, "perplexity": "inf", "nats_per_token": 1234.56789}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "validation": values}) + "\n")
+    card = model_card(replace(config, run=replace(config.run, dir=tmp_path)), step=2)
+    for row in ("| num_scored_tokens | 12345678 |", "| perplexity | inf |", "| nats_per_token | 1234.57 |"):
+        assert row in card
+
+
+@of("full")
+def test_the_exported_model_scores_what_was_measured(config):
+    """Windows of 32 tokens, each 16 further, by transformers alone: every token of the text scored once."""
+    folder = export(config, state_of(config), load_tokenizer(config.tokenizer_source), "float32")
+    model, tokenizer = exported(folder)
+    text = Path(str(config.data.valid)).read_text()
+    ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)])
+    nats, scored_until = 0.0, 0
+    while scored_until < len(ids) - 1:
+        end = min(max(32, scored_until + 16), len(ids) - 1)
+        window = ids[max(0, end - 32) : end + 1]
+        with torch.no_grad():
+            logits = model(input_ids=window[None, :-1]).logits[0, scored_until - end :]
+        nats += F.cross_entropy(logits, window[scored_until - end :], reduction="sum").item()
+        scored_until = end
+    measured = rows_of(config, "validation")[state_of(config).best_step]
+    assert measured["num_scored_tokens"] == len(ids) - 1
+    assert measured["nats"] == pytest.approx(nats, rel=1e-6)
+    assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-6)
+    assert measured["word_perplexity"] == pytest.approx(math.exp(nats / len(text.split())), rel=1e-5)
 
 
 @of("half")
