@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import MODELS, VOCAB, logits_of, make_config, make_model
 from torch import nn
 
 from megaft.config import LoraConfig, ModelConfig
@@ -13,51 +14,6 @@ from megaft.errors import ConfigError, DataError
 from megaft.loss import IGNORE_INDEX, token_nats
 from megaft.models import hugging_face
 from megaft.models.hugging_face import NatsModel
-
-VOCAB = 61
-TINY = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
-LLAMA = TINY | {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-GPT2 = TINY | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-# name: model type, settings, whether the head is linear
-MODELS = {
-    "gpt2": ("gpt2", GPT2, True),
-    "llama": ("llama", LLAMA | {"tie_word_embeddings": False}, True),
-    "phi with a head bias": ("phi", LLAMA | {"num_key_value_heads": 4}, True),
-    "gptj with a head bias": ("gptj", GPT2 | {"rotary_dim": 4, "tie_word_embeddings": False}, True),
-    "qwen3": ("qwen3", LLAMA, True),
-    "gemma2 with capped logits": ("gemma2", LLAMA | {"query_pre_attn_scalar": 8}, False),
-    "mistral with a sliding window": ("mistral", LLAMA | {"sliding_window": 3}, True),
-    "bloom": ("bloom", TINY | {"hidden_size": 32, "n_layer": 2, "n_head": 4}, True),
-    "granite with scaled logits": ("granite", LLAMA | {"logits_scaling": 4.0}, False),
-}
-
-
-def make_config(model_type, settings):
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(model_type, **settings)
-
-
-def make_model(name="gpt2", **changes):
-    from transformers import AutoModelForCausalLM
-
-    model_type, settings, _ = MODELS[name]
-    torch.manual_seed(0)
-    config = make_config(model_type, settings | changes)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, and large enough that a softcap is felt
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +26,6 @@ def saved_gpt2(tmp_path_factory):
 @pytest.fixture
 def tokens():
     return torch.randint(0, VOCAB, (3, 21), generator=torch.Generator().manual_seed(1))
-
-
-def logits_of(model, input_ids):
-    with torch.no_grad():
-        return model.eval()(input_ids=input_ids).logits
 
 
 # Nats instead of logits
@@ -239,87 +190,6 @@ def test_gguf(tmp_path, tokens, monkeypatch):
     assert torch.equal(logits, logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), tokens))
 
 
-# Adapters
-
-
-def adapted(model, **settings):
-    hugging_face.add_adapters(model, LoraConfig(rank=4, **settings), seed=0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at first, so that training starts from the model itself
-                assert not parameter.any()
-                parameter.normal_(std=0.1)
-    return model
-
-
-TARGETS = [("gpt2", ()), ("gpt2", ("c_attn", "c_fc")), ("llama", ()), ("llama", ("q_proj", "down_proj"))]
-
-
-@pytest.mark.parametrize(("name", "targets"), TARGETS)
-def test_only_adapters_train(name, targets, tokens):
-    model = adapted(make_model(name), target_modules=targets)
-    NatsModel(model)(tokens[:, :-1], tokens[:, 1:]).backward()
-    for parameter_name, parameter in model.named_parameters():
-        assert parameter.requires_grad == ("lora_" in parameter_name) == (parameter.grad is not None)
-        assert parameter.grad is None or parameter.grad.any()
-
-
-@pytest.mark.parametrize(("name", "targets"), TARGETS)
-def test_merged_adapters_give_the_same_logits_in_a_plain_model(name, targets, tokens, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    plain = make_model(name)
-    model = adapted(make_model(name), target_modules=targets)
-    logits = logits_of(model, tokens)
-    assert not torch.allclose(logits, logits_of(plain, tokens), atol=1e-2)
-    merged = hugging_face.merge_adapters(model)
-    torch.testing.assert_close(logits_of(merged, tokens), logits, rtol=1e-5, atol=1e-5)
-    assert merged.state_dict().keys() == plain.state_dict().keys()
-    merged.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), logits_of(merged, tokens))
-
-
-@pytest.mark.parametrize(("name", "targets"), TARGETS)
-def test_peft_loads_saved_adapters(name, targets, tokens, tmp_path):
-    from peft import PeftModel
-
-    model = adapted(make_model(name), target_modules=targets)
-    hugging_face.save_adapters(model, tmp_path / "adapter", base="some/base")
-    theirs = PeftModel.from_pretrained(make_model(name), tmp_path / "adapter")
-    assert torch.equal(logits_of(theirs, tokens), logits_of(model, tokens))
-    assert (
-        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
-    )
-
-
-def test_an_adapter_on_the_head_counts(tokens):
-    """At first it is zero, so that only its kind tells it from a plain layer."""
-    model = make_model("llama")
-    hugging_face.add_adapters(model, LoraConfig(rank=2, target_modules=("lm_head",)), seed=0)
-    nats_model = NatsModel(model)
-    torch.nn.init.normal_(model.get_parameter("lm_head.lora_B.default.weight"))
-    nats = nats_model(tokens[:, :-1], tokens[:, 1:])
-    torch.testing.assert_close(nats, token_nats(logits_of(model, tokens[:, :-1]), tokens[:, 1:]).sum())
-    nats.backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
-
-
-def test_adapters_are_a_function_of_the_seed():
-    def weights(seed):
-        model = make_model()
-        hugging_face.add_adapters(model, LoraConfig(rank=2), seed)
-        return nn.utils.parameters_to_vector(p for p in model.parameters() if p.requires_grad)
-
-    assert torch.equal(weights(1), weights(1))
-    assert not torch.equal(weights(1), weights(2))
-
-
-def test_a_target_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match=r"^lora.target-modules is .*no_such_layer.*$") as error:
-        hugging_face.add_adapters(make_model(), LoraConfig(rank=2, target_modules=("no_such_layer",)), seed=0)
-    assert "\n" not in str(error.value)
-
-
 # Errors: one line each that names the value
 
 
@@ -446,5 +316,7 @@ def test_a_context_above_the_positions_is_refused(name):
 def test_the_architecture_is_what_a_checkpoint_depends_on():
     same = hugging_face.architecture(make_model())
     assert hugging_face.architecture(make_model(attn_pdrop=0.7)) == same
-    others = [make_model(n_layer=1), make_model(vocab_size=99), make_model("llama"), adapted(make_model())]
+    adapted = make_model()
+    hugging_face.add_adapters(adapted, LoraConfig(rank=2), seed=0)
+    others = [make_model(n_layer=1), make_model(vocab_size=99), make_model("llama"), adapted]
     assert len({same, *map(hugging_face.architecture, others)}) == 5
