@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, train, export; return the exit code."""
     config = parse_train(arguments)  # before the heavy imports, so that --help is instant
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
     from megaft import parallel
 
     is_main = os.environ.get("RANK", "0") == "0"

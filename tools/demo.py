@@ -22,7 +22,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "runs" / "demo"
 PROMPT = "The with statement is used to"
-STEPS = 40
+STEPS = 16
 
 
 def main() -> int:
@@ -66,9 +66,8 @@ def finetune(model: Path, train: Path, valid: Path) -> None:
     if not ranks:
         ranks = 2
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // ranks))}
-    launcher = Path(sys.executable).with_name("deepspeed")
     command = [
-        str(launcher),
+        program("deepspeed"),
         f"--num_gpus={ranks}",
         "megaft/train.py",
         "--deepspeed_config=ds_configs/demo.json",
@@ -86,11 +85,16 @@ def finetune(model: Path, train: Path, valid: Path) -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
+def program(name: str) -> str:
+    """Return a program of the environment this runs in."""
+    return str(Path(sys.executable).with_name(name))
+
+
 def sample(model: str) -> str:
     """Return the model's continuation of PROMPT."""
-    command = [sys.executable, "-m", "megaft.cli", "generate", "--model", model, "--prompt", PROMPT, "--json"]
+    command = [program("megaft"), "generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens=40"]
     done = subprocess.run(
-        [*command, "--max-new-tokens=40", "--temperature=0"], cwd=ROOT, capture_output=True, text=True, check=True
+        [*command, "--temperature=0", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])["text"]
 
