@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -100,39 +100,13 @@ def _exp(nats: float) -> float:
         return math.inf
 
 
-@runtime_checkable
 class Documents(Protocol):
     """A text in tokens: document d is read(document_offsets[d], document_offsets[d + 1])."""
 
-    @property
-    def num_documents(self) -> int:
-        """How many documents there are; there is one offset more."""
-        ...
-
-    @property
-    def document_offsets(self) -> np.ndarray:
-        """Where each document begins, in tokens of the text, and where the last one ends."""
-        ...
+    document_offsets: np.ndarray
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Tokens begin to end - 1 of the text."""
-        ...
-
-
-@runtime_checkable
-class DataRanks(Protocol):
-    """What scoring asks of `megaft.parallel`: batch i belongs to data rank i % data_parallel_size."""
-
-    def data_parallel_rank(self) -> int:
-        """Which rank this is; the ranks of one tensor-parallel group share it."""
-        ...
-
-    def data_parallel_size(self) -> int:
-        """How many ranks the batches are dealt to."""
-        ...
-
-    def sum_over_data_ranks(self, tensor: Tensor) -> Tensor:
-        """Replace `tensor` by its sum over the ranks, and return it."""
         ...
 
 
@@ -148,7 +122,6 @@ def score(
     eod_id: int | None = None,
     num_words: int | None = None,
     num_bytes: int | None = None,
-    ranks: DataRanks = parallel,
 ) -> Score:
     """Score a text on all data ranks together; each returns the same bits, whatever their number.
 
@@ -167,7 +140,6 @@ def score(
         eod_id: Left out where it is a document's last token: the preparation put it there, not the author.
         num_words: Words of the original text.
         num_bytes: UTF-8 bytes of the original text.
-        ranks: Which batches are ours, and the sum over all.
 
     Raises:
         DataError: The text has no token to score.
@@ -175,20 +147,19 @@ def score(
     num_scored_tokens = 0
     nats = np.zeros(int(documents.document_offsets[-1]))
     rows = _rows(documents, context_length, stride, prefix_id, eod_id)
-    while deal := list(islice(rows, batch_size * ranks.data_parallel_size())):
+    while deal := list(islice(rows, batch_size * parallel.data_parallel_size())):
         num_scored_tokens += sum(row.window.end - row.window.scored_from for row in deal)
-        ours = deal[ranks.data_parallel_rank() * batch_size :][:batch_size]
+        ours = deal[parallel.data_parallel_rank() * batch_size :][:batch_size]
         inputs, labels = _batch(documents, ours, prefix_id, batch_size, context_length)
         with torch.no_grad():
             batch_nats = token_nats(inputs.to(device), labels.to(device)).cpu()
         for row, row_nats in zip(ours, batch_nats.numpy(), strict=False):
             nats[row.places] = row_nats[row.window.columns]
     if num_scored_tokens == 0:
-        raise DataError(
-            f"{documents.num_documents} documents have no token to score; give a text of two words or more."
-        )
+        num_documents = len(documents.document_offsets) - 1
+        raise DataError(f"{num_documents} documents have no token to score; give a text of two words or more.")
     # Each place is filled on one rank and 0.0 on the others, so this sum rounds nothing.
-    nats = ranks.sum_over_data_ranks(torch.from_numpy(nats).to(device)).cpu().numpy()
+    nats = parallel.sum_over_data_ranks(torch.from_numpy(nats).to(device)).cpu().numpy()
     return Score(math.fsum(nats), num_scored_tokens, num_words, num_bytes, nats)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from megaft import scoring
 from megaft.errors import ConfigError, DataError
 from megaft.loss import IGNORE_INDEX, token_nats
 from megaft.models.hugging_face import NatsModel
@@ -19,7 +20,6 @@ PREFIX, EOD = 0, 1
 
 class Text:
     def __init__(self, *documents):
-        self.num_documents = len(documents)
         self.document_offsets = np.array([0, *itertools.accumulate(map(len, documents))])
         self.tokens = np.array([token for document in documents for token in document], np.uint16)
 
@@ -170,13 +170,15 @@ def test_each_token_sees_the_context_of_its_window(gpt2, stride, prefix):
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_any_number_of_ranks_gives_the_same_bits(gpt2, size):
+def test_any_number_of_ranks_gives_the_same_bits(gpt2, size, monkeypatch):
     text = Text(tokens(100, 1), tokens(3, 2), tokens(45, 3))
     settings = {"context_length": 16, "stride": 5, "prefix_id": PREFIX}
     alone = run(gpt2, text, **settings)
     for last in range(size):  # whichever rank ends last has the whole sum
         total, order = [], [*(r for r in range(size) if r != last), last]
-        together = [run(gpt2, text, **settings, ranks=Rank(r, size, total)) for r in order][-1]
+        for rank in order:
+            monkeypatch.setattr(scoring, "parallel", Rank(rank, size, total))
+            together = run(gpt2, text, **settings)
         assert together.nats.hex() == alone.nats.hex()
         assert np.array_equal(together.token_nats, alone.token_nats)
         assert together == alone
@@ -191,22 +193,24 @@ def test_any_number_of_ranks_gives_the_same_bits(gpt2, size):
         pytest.param(41, 2, 2, 2, id="3 batches on 2 ranks"),
     ],
 )
-def test_ranks_make_equal_passes_of_equal_shape(gpt2, num_tokens, batch_size, size, passes):
+def test_ranks_make_equal_passes_of_equal_shape(gpt2, num_tokens, batch_size, size, passes, monkeypatch):
     for rank in range(size):
         model = Model(gpt2)
         settings = {"context_length": 8, "stride": 8, "batch_size": batch_size, "device": CPU}
-        score(Text(tokens(num_tokens)), model, **settings, ranks=Rank(rank, size, []))
+        monkeypatch.setattr(scoring, "parallel", Rank(rank, size, []))
+        score(Text(tokens(num_tokens)), model, **settings)
         assert model.shapes == [(batch_size, 8)] * passes
 
 
-def test_a_dummy_batch_scores_nothing():
+def test_a_dummy_batch_scores_nothing(monkeypatch):
     seen = []
 
     def model(input_ids, labels):
         seen.append(labels.clone())
         return torch.zeros(labels.shape)
 
-    score(Text(tokens(5)), model, context_length=8, stride=8, batch_size=1, device=CPU, ranks=Rank(1, 2, []))
+    monkeypatch.setattr(scoring, "parallel", Rank(1, 2, []))
+    score(Text(tokens(5)), model, context_length=8, stride=8, batch_size=1, device=CPU)
     assert len(seen) == 1
     assert (seen[0] == IGNORE_INDEX).all()
 
