@@ -7,22 +7,10 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megaft.config import MetricsConfig
 from megaft.errors import ConfigError
-
-
-class Tracker(Protocol):
-    """Somewhere else that numbers go."""
-
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Send the numbers of a step."""
-        ...
-
-    def close(self, failed: bool) -> None:
-        """Send what is left."""
-        ...
 
 
 class WandbTracker:
@@ -83,9 +71,9 @@ class Trackers:
     """The trackers that still work."""
 
     def __init__(self) -> None:
-        self._trackers: dict[str, Tracker] = {}
+        self._trackers: dict[str, Any] = {}
 
-    def open(self, name: str, make: Callable[..., Tracker], *arguments: Any) -> None:
+    def open(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
         """Add the tracker that `make` returns, unless it fails."""
         self._try(name, lambda: self._trackers.__setitem__(name, make(*arguments)))
 
@@ -101,7 +89,7 @@ class Trackers:
         for name, tracker in list(self._trackers.items()):
             self._try(name, tracker.close, failed)
 
-    def _try(self, name: str, call: Callable[..., None], *arguments: Any) -> None:
+    def _try(self, name: str, call: Callable[..., Any], *arguments: Any) -> None:
         try:
             call(*arguments)
         # Whatever a tracker does wrong (network, login, quota, a bug of its own), weeks of training do not end for it.
@@ -134,12 +122,7 @@ def check_trackers(config: MetricsConfig) -> None:
 
 
 def open_trackers(config: MetricsConfig, run_dir: Path, settings: dict[str, Any], first_step: int) -> Trackers:
-    """Return the trackers asked for, for a run that has done `first_step` steps.
-
-    Raises:
-        ConfigError: A package is missing. Any other failure is a warning.
-    """
-    check_trackers(config)
+    """Return the trackers asked for, for a run that has done `first_step` steps. A failure is a warning."""
     trackers = Trackers()
     if config.wandb:
         trackers.open("wandb", WandbTracker, config.wandb_project, run_dir, settings, first_step)
