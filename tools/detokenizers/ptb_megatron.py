@@ -4,13 +4,8 @@ They lose information, and the rule for N eats the space before it: `october N w
 """
 
 _RULES = (
-    (" '", "'"),
-    (" \n", "\n"),
-    ("\n ", "\n"),
-    (" n't", "n't"),
-    (" N ", "1 "),
-    ("$ 1", "$1"),
-    ("# 1", "#1"),
+    *((" '", "'"), (" \n", "\n"), ("\n ", "\n"), (" n't", "n't")),
+    *((" N ", "1 "), ("$ 1", "$1"), ("# 1", "#1")),
 )
 
 
