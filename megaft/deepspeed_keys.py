@@ -52,12 +52,7 @@ BLOCK_KEYS = {  # what may stand inside a block
         *("ratio", "super_offload", "cpuadam_cores_perc"),
     ),
     "zero_optimization.offload_param": (
-        "device",
-        "nvme_path",
-        "buffer_count",
-        "buffer_size",
-        "max_in_cpu",
-        "pin_memory",
+        *("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
     ),
 }
 HOLDS_STRINGS = ("device", "nvme_path", "leaf_module")  # keys of those blocks whose values are not numbers or booleans
@@ -90,7 +85,7 @@ REFUSED = {  # top-level keys that DeepSpeed knows and megaft does not run
     "elasticity": f"{REMOVED}, and megaft resumes on another number of GPUs by itself",
     "weight_quantization": "it is for inference",
     "hybrid_engine": "it is for generation inside reinforcement learning",
-    "autotuning": "it restarts the program with other settings: use `megaft estimate` to choose them",
+    "autotuning": "it restarts the program with other settings: choose a file of ds_configs/",
     "pipeline": PARALLEL,
     "tensor_parallel": PARALLEL,
     "expert_parallel": PARALLEL,
@@ -141,11 +136,8 @@ FILLED_IN = {  # unless the JSON gives them
     "timers.throughput.enabled": False,  # it waits for the GPU at every step; megaft times steps itself
 }
 
-KNOWN_KEYS = tuple(
-    dict.fromkeys(
-        (*BATCH_KEYS, *PASSED_ON, *REFUSED, "optimizer", "scheduler", *(key for key in ONLY if "." not in key))
-    )
-)
+TOP_LEVEL_ONLY = (key for key in ONLY if "." not in key)
+KNOWN_KEYS = (*BATCH_KEYS, *PASSED_ON, *REFUSED, "optimizer", "scheduler", *TOP_LEVEL_ONLY)
 
 
 def fail(path: str, value: Any, rule: str) -> NoReturn:
