@@ -8,19 +8,22 @@ of the same size and takes their ids; it decodes, counts, hashes and writes noth
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import tyro
+from train_report import cpu_name, spread, table
+
+from megaft.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 BARE_LOOP = """
@@ -34,35 +37,45 @@ print(total)
 """
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """Time `megaft prepare` beside a bare loop over `tokenizers`."""
+
+    text: tyro.conf.Positional[Path]
+    """Repeated to --megabytes."""
+    tokenizer: str
+    """A folder with tokenizer.json, or what megaft prepare takes."""
+    megabytes: int = 50
+    """Size of the text that is tokenized."""
+    repeats: int = 3
+    """Runs of each program."""
+    hardware: str = f"cpu{os.cpu_count()}"
+    """A name for the result files."""
+
+
+def main(arguments: Arguments) -> None:
     """Run the comparison, and write results/prepare_HARDWARE_YYYYMM.json and .md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", type=Path, help="repeated to --megabytes")
-    parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json, or what megaft prepare takes")
-    parser.add_argument("--megabytes", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--hardware", default=f"cpu{os.cpu_count()}", help="a name for the result files")
-    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(options, Path(folder))
-    stem = RESULTS / f"prepare_{options.hardware}_{datetime.now(UTC):%Y%m}"
+        report = measure(arguments, Path(folder))
+    stem = RESULTS / f"prepare_{arguments.hardware}_{datetime.now(UTC):%Y%m}"
+    RESULTS.mkdir(exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     stem.with_suffix(".md").write_text(markdown(report))
     print(markdown(report))
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run both programs by turns, `options.repeats` times each."""
+def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
+    """Run both programs by turns, `arguments.repeats` times each."""
     text = folder / "text.txt"
-    num_bytes = repeat(options.text, text, options.megabytes * 1_000_000)
-    vocabulary = save_tokenizer(options.tokenizer, folder)
+    num_bytes = repeat(arguments.text, text, arguments.megabytes * 1_000_000)
+    vocabulary = save_tokenizer(arguments.tokenizer, folder)
     megaft = str(Path(sys.executable).with_name("megaft"))
     programs = {
-        "megaft": [megaft, "prepare", str(text), "--output", f"{folder}/out", "--tokenizer", options.tokenizer],
+        "megaft": [megaft, "prepare", str(text), "--output", f"{folder}/out", "--tokenizer", arguments.tokenizer],
         "bare": [sys.executable, "-c", BARE_LOOP, str(vocabulary), str(text)],
     }
     runs = {name: [] for name in programs}
-    for _ in range(options.repeats):
+    for _ in range(arguments.repeats):
         for name, command in programs.items():
             runs[name].append(timed(command, num_bytes))
             print(name, runs[name][-1], file=sys.stderr, flush=True)
@@ -71,7 +84,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ours["megabytes_per_second"] / theirs["megabytes_per_second"]
         for ours, theirs in zip(runs["megaft"], runs["bare"], strict=True)
     ]
-    return {**environment(), "bytes": num_bytes, "tokens": tokens, "runs": runs, "ratios": ratios}
+    return {
+        "environment": environment(),
+        "processor": cpu_name(),
+        "bytes": num_bytes,
+        "tokens": tokens,
+        "runs": runs,
+        "ratios": ratios,
+    }
 
 
 def repeat(source: Path, target: Path, num_bytes: int) -> int:
@@ -104,63 +124,36 @@ def timed(command: list[str], num_bytes: int) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS)
-    return {
-        "command": f"python tools/benchmarks/prepare.py {' '.join(map(short, sys.argv[1:]))}",
-        "commit": commit.stdout.strip(),
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("megaft", "tokenizers", "transformers", "megatron-core", "torch")},
-    }
-
-
-def short(argument: str) -> str:
-    """Return an argument without the folders only this machine has."""
-    return "/".join(Path(argument).parts[-2:]) if "/" in argument else argument
-
-
-def processor() -> str:
-    """Return the processor's name, as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def markdown(report: dict[str, Any]) -> str:
     """Return the report as a page."""
-    ratios = report["ratios"]
-    rows = [row(name, runs) for name, runs in report["runs"].items()]
+    where, num_runs = report["environment"], len(report["ratios"])
+    command = " ".join(map(short, where["command"][1:]))
+    header = ("whole process", "MB/s, median [least, most]", "processor s", "peak memory")
     return "\n".join(
         [
-            "# megaft prepare beside a bare `encode_batch_fast` loop",
-            "",
-            f"{report['bytes'] / 1e6:,.0f} MB, {report['tokens']:,} tokens, {len(ratios)} runs each, by turns.",
-            "",
-            "| whole process | MB/s (median, range) | processor s | peak memory |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            f"megaft / bare: **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
-            "",
-            f"- command: `{report['command']}`",
-            f"- commit: {report['commit']}",
-            f"- hardware: {report['processor']}, {report['cores']} cores",
-            f"- versions: {', '.join(f'{name} {number}' for name, number in report['versions'].items())}",
-            "",
+            "# megaft prepare beside a bare `encode_batch_fast` loop\n",
+            f"{report['bytes'] / 1e6:,.0f} MB, {report['tokens']:,} tokens, {num_runs} runs each, by turns.\n",
+            table(header, (row(name, runs) for name, runs in report["runs"].items())),
+            f"\nmegaft / bare: {spread(report['ratios'], '.2f')}\n",
+            f"- command: `python tools/benchmarks/prepare.py {command}`",
+            f"- commit: {where['git'] and where['git']['commit']}",
+            f"- hardware: {report['processor']}, {where['num_cores']} cores",
+            f"- versions: {', '.join(f'{name} {number}' for name, number in where['packages'].items())}\n",
         ]
     )
 
 
-def row(name: str, runs: list[dict[str, float]]) -> str:
+def short(argument: str) -> str:
+    """Return an argument without the folders only one machine has."""
+    return "/".join(Path(argument).parts[-2:]) if "/" in argument else argument
+
+
+def row(name: str, runs: list[dict[str, float]]) -> tuple[str, ...]:
     """Return one program's line of the table."""
-    speeds = [run["megabytes_per_second"] for run in runs]
     cpu = statistics.median(run["cpu_seconds"] for run in runs)
     peak = max(run["peak_memory_bytes"] for run in runs) / 2**30
-    speed = f"{statistics.median(speeds):.2f} ({min(speeds):.2f} to {max(speeds):.2f})"
-    return f"| {name} | {speed} | {cpu:.0f} | {peak:.2f} GiB |"
+    return name, spread([run["megabytes_per_second"] for run in runs], ".2f"), f"{cpu:.0f}", f"{peak:.2f} GiB"
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Arguments))
