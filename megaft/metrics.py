@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megaft.config import MetricsConfig
 from megaft.files import naming_disk_errors, replacing, to_json
+from megaft.guard import require_finite
 from megaft.terminal import Terminal
 from megaft.throughput import Mark, Meter
 from megaft.trackers import check_trackers, open_trackers
@@ -134,6 +135,7 @@ class Metrics:
             ConfigError: A tracker's package is missing (on every rank alike), or the disk refuses.
         """
         check_trackers(config)
+        self._run_dir = run_dir
         self._meter = meter
         self._pending = Pending(meter.device)
         self._sinks = []
@@ -184,8 +186,12 @@ class Metrics:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Keep what happens in the block (validating, saving) out of the throughput; steps before it are reported."""
-        self.drain()
+        """Keep what happens in the block (validating, saving) out of the throughput; steps before it are reported.
+
+        Raises:
+            NumericsError: The loss of one of them is not finite: its weights are neither validated nor saved.
+        """
+        require_finite(self.drain(), self._run_dir)
         yield
         self._pending.start_clock()
 

@@ -11,11 +11,11 @@ import torch
 
 from megaft import metrics as metrics_module
 from megaft.config import MetricsConfig
-from megaft.errors import ConfigError
+from megaft.errors import ConfigError, NumericsError
 from megaft.files import to_json, write_json_atomic
 from megaft.metrics import Metrics, MetricsFile, Pending
 from megaft.terminal import Terminal
-from megaft.throughput import Meter
+from megaft.throughput import Mark, Meter
 from megaft.trackers import Trackers, check_trackers, flat_numbers, open_trackers
 
 CPU = torch.device("cpu")
@@ -162,6 +162,16 @@ def test_a_run_is_written_row_by_row(tmp_path, capsys):
         *("step", "loss", "tokens_seen", "learning_rate", "grad_norm", "seconds", "peak_memory_bytes"),
         *("tokens_per_second", "tokens_per_second_per_device", "mfu"),
     }
+
+
+def test_a_loss_read_late_is_checked_before_anything_is_saved(tmp_path, monkeypatch, capsys):
+    waits = Pending._take
+    monkeypatch.setattr(Pending, "push", lambda self, row: self._waiting.append((row, Mark(CPU))) or waits(self, 0))
+    with open_metrics(tmp_path) as metrics:
+        assert report(metrics, 1, loss=math.nan) == []  # as on CUDA, where a row comes a step late
+        with pytest.raises(NumericsError, match="the loss of step 1 is nan"), metrics.pause():
+            pytest.fail("it was saved")
+    assert rows_of(tmp_path / "metrics.jsonl")[0]["loss"] == "nan"
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
