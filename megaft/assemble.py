@@ -66,6 +66,9 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         global_batch_size=setup.global_batch_size,
         seed=config.run.seed,
         data=samples.sha256,
+        context_length=config.data.context_length,
+        sample=config.data.sample,
+        attend_within_documents=config.data.attend_within_documents,
         tokenizer=tokenizer.sha256,
         model=hugging_face.architecture(language_model),
     )

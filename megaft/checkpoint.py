@@ -61,6 +61,9 @@ class Identity:
     global_batch_size: int
     seed: int
     data: str
+    context_length: int
+    sample: str
+    attend_within_documents: bool
     tokenizer: str
     model: str
 

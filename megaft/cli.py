@@ -18,14 +18,15 @@ class Command:
 
     summary: str
     module: str
+    """Its `main` runs the command."""
     config: str | None
-    """The class whose fields are the flags of `module.main(config)`; None where `main` parses a list itself."""
+    """module:class of what `main` takes, whose fields are the flags; None where `main` parses a list itself."""
 
 
 COMMANDS = {
-    "prepare": Command("tokenize text files to disk, once", "megaft.prepare", "PrepareConfig"),
+    "prepare": Command("tokenize text files to disk, once", "megaft.prepare", "megaft.config:PrepareConfig"),
     "train": Command("finetune a model with DeepSpeed", "megaft.train", None),
-    "generate": Command("continue a text with a model", "megaft.generate", "GenerateConfig"),
+    "generate": Command("continue a text with a model", "megaft.generate", "megaft.generate:GenerateConfig"),
 }
 
 
@@ -53,14 +54,15 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Import one command's module, parse its flags and run it."""
+    """Parse a command's flags, then import its module, perhaps a heavy one, and run it."""
     command = COMMANDS[name]
-    program = import_module(command.module)
     if command.config is None:
-        return program.main(arguments)
+        return import_module(command.module).main(arguments)
     import tyro
 
-    return program.main(tyro.cli(getattr(program, command.config), prog=f"megaft {name}", args=arguments))
+    module, _, config_class = command.config.partition(":")
+    config = tyro.cli(getattr(import_module(module), config_class), prog=f"megaft {name}", args=arguments)
+    return import_module(command.module).main(config)
 
 
 def usage() -> str:

@@ -1,21 +1,16 @@
-"""Tokens on disk in Megatron's .bin/.idx format: a writer over megatron-core's builder, and a light reader.
+"""Tokens on disk in Megatron's .bin/.idx format.
 
 Every document is one sequence. PREFIX.bin holds the tokens of all documents one after the other. PREFIX.idx holds the
 magic, version (uint64), dtype code (uint8), number of sequences and of document indices (uint64 each), then lengths
 in tokens (int32), offsets in bytes (int64) and document indices (int64): megatron/core/datasets/indexed_dataset.py.
-The reader is our own because importing megatron.core takes every rank about five seconds.
+Byte for byte what megatron-core's IndexedDatasetBuilder writes, and ours because importing that takes five seconds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-import warnings
-from functools import cached_property
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64
@@ -26,6 +21,7 @@ from megaft.files import fsync
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\0\0"
 _DTYPES = dict(enumerate(("u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"), 1))
+_UINT16_BELOW = 65_500  # ids, as in megatron-core's DType.optimal_dtype
 
 Tokens = Int[np.ndarray, " tokens"]
 
@@ -96,45 +92,45 @@ def _read_idx(path: Path) -> tuple[np.dtype, Int[np.ndarray, " documents"]]:
 
 
 class TokenWriter:
-    """Writes documents piece by piece through megatron-core's IndexedDatasetBuilder, hashing what it writes."""
+    """Writes documents piece by piece, hashing what it writes."""
 
     def __init__(self, bin_path: Path, *, cardinality: int | None) -> None:
         """Write to `bin_path`. The dtype is the smallest that Megatron has for `cardinality` ids; None is for masks."""
-        self._bin_path, self._cardinality = bin_path, cardinality
+        self.dtype = np.dtype("u1" if cardinality is None else "u2" if cardinality < _UINT16_BELOW else "i4")
+        self._file = bin_path.open("wb")
         self._hash = hashlib.sha256()
-        self._document_tokens = 0
-
-    @cached_property
-    def dtype(self) -> np.dtype:
-        """The type of the tokens on disk."""
-        return np.dtype(np.uint8 if self._cardinality is None else _megatron().DType.optimal_dtype(self._cardinality))
-
-    @cached_property
-    def _builder(self) -> Any:
-        return _megatron().IndexedDatasetBuilder(str(self._bin_path), self.dtype.type)
+        self._lengths = [0]
 
     def add(self, tokens: Tokens) -> None:
         """Add tokens to the document."""
         data = tokens.astype(self.dtype, copy=False).tobytes()
-        self._builder.data_file.write(data)
+        self._file.write(data)
         self._hash.update(data)
-        self._document_tokens += len(tokens)
+        self._lengths[-1] += len(tokens)
 
     def end_document(self) -> None:
-        """End the document: all its pieces are one sequence."""
-        self._builder.sequence_lengths.append(self._document_tokens)
-        self._builder.end_document()
-        self._document_tokens = 0
+        """End the document: all its pieces are one sequence.
+
+        Raises:
+            DataError: It is longer than Megatron's format can say.
+        """
+        if self._lengths[-1] > np.iinfo(np.int32).max:
+            raise DataError(
+                f"a document has {self._lengths[-1]:,} tokens; Megatron's format holds {np.iinfo(np.int32).max:,}. "
+                "Prepare with --unit document or line."
+            )
+        self._lengths.append(0)
 
     def close(self, idx_path: Path) -> str:
         """Write the index, and both files through to the disk; return the SHA-256 of the tokens."""
-        self._builder.finalize(str(idx_path))
-        for path in (self._bin_path, idx_path):
+        lengths = np.array(self._lengths[:-1], np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+        offsets = ends - lengths.astype(np.int64) * self.dtype.itemsize
+        code = next(code for code, name in _DTYPES.items() if np.dtype(name) == self.dtype)
+        header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1)
+        indices = np.arange(len(lengths) + 1, dtype=np.int64)
+        idx_path.write_bytes(header + lengths.tobytes() + offsets.tobytes() + indices.tobytes())
+        self._file.close()
+        for path in (Path(self._file.name), idx_path):
             fsync(path)
         return self._hash.hexdigest()
-
-
-def _megatron() -> ModuleType:
-    # At the first tokens, not before: meanwhile those after them are being encoded.
-    with warnings.catch_warnings(action="ignore"):  # about Transformer Engine and apex, which play no part here
-        return import_module("megatron.core.datasets.indexed_dataset")

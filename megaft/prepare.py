@@ -8,16 +8,15 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import detokenizers
-from tyro.conf import Positional
 
 import megaft
-from megaft.config import require
-from megaft.corpus import Layout, Piece, Unit, expand, pieces
+from megaft.config import PrepareConfig
+from megaft.corpus import Layout, Piece, expand, pieces
 from megaft.document_writer import DocumentWriter
 from megaft.errors import DataError
 from megaft.files import naming_disk_errors, to_json
@@ -30,58 +29,6 @@ _BATCH_CHARACTERS = 1 << 21
 _BATCHES_AHEAD = 8
 _ROUND_TRIP_CHARACTERS = 1 << 20
 _TEXT_SETTINGS = ("unit", "json_key", "prompt_key", "completion_key", "messages_key", "detokenizer", "min_tokens")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareConfig:
-    """Tokenize text once, into OUTPUT.bin and OUTPUT.idx (Megatron's format) and a receipt, OUTPUT.json."""
-
-    inputs: Positional[tuple[str, ...]]
-    """Text and .jsonl files, each also as .gz or .zst; folders; quoted globs."""
-    output: Path
-    """Prefix of the files to write."""
-    tokenizer: str
-    """Hub name, folder, GGUF file or sentencepiece .model."""
-    unit: Unit = "file"
-    """What a document is in a text file: the whole file, a line, or lines up to a blank one."""
-    json_key: str = "text"
-    """.jsonl: the key that holds the text."""
-    prompt_key: str | None = None
-    """.jsonl: the key of a prompt, which is not scored; needs --completion-key."""
-    completion_key: str | None = None
-    """.jsonl: the key of the completion, which is scored."""
-    messages_key: str | None = None
-    """.jsonl: the key of a chat, rendered by the tokenizer's template; only what the assistant says is scored."""
-    detokenizer: str = "identity"
-    """Undoes a corpus's word tokenization first: identity, wikitext_megatron or ptb_megatron."""
-    min_tokens: int = 1
-    """Documents with fewer tokens are left out (and counted)."""
-    append_eod: bool = False
-    """End every document with the tokenizer's end-of-sequence token."""
-    workers: int | None = None
-    """Threads that tokenize; by default one a core."""
-    json: bool = False
-    """Print the receipt as one line of JSON, the last on stdout."""
-
-    def __post_init__(self) -> None:
-        names = detokenizers.names()
-        require(len(self.inputs) > 0, "inputs is empty; name a text or .jsonl file, a folder or a glob.")
-        require(self.detokenizer in names, f"detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
-        require(self.min_tokens >= 1, f"min-tokens is {self.min_tokens}; use 1 or more.")
-        require(self.workers is None or self.workers >= 1, f"workers is {self.workers}; use 1 or more.")
-        require(
-            (self.prompt_key is None) == (self.completion_key is None),
-            f"prompt-key is {self.prompt_key} and completion-key {self.completion_key}; give both or neither.",
-        )
-        require(
-            self.messages_key is None or (self.prompt_key is None and self.detokenizer == "identity"),
-            f"messages-key is {self.messages_key}; it goes with neither prompt-key nor a detokenizer. Drop one.",
-        )
-
-    @property
-    def has_mask(self) -> bool:
-        """Whether a record may hold tokens that are not scored."""
-        return self.prompt_key is not None or self.messages_key is not None
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from megaft.environment import git_state, without_secrets
 from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
 from megaft.exit_code import exit_code_of
 
-HEAVY = {"torch", "transformers", "deepspeed", "tokenizers", "megatron", "datasets"}
+HEAVY = {"torch", "transformers", "deepspeed", "tokenizers", "megatron", "datasets", "numpy"}
 
 
 @pytest.fixture
 def fake_command(monkeypatch):
     """`megaft fake`, whose main is set by the test and whose flags are OptimConfig's."""
 
-    def install(function, config="OptimConfig"):
+    def install(function, config="megaft.config:OptimConfig"):
         module = SimpleNamespace(OptimConfig=OptimConfig, main=function)
         monkeypatch.setitem(sys.modules, "fake_program", module)
         monkeypatch.setitem(COMMANDS, "fake", Command("a stand-in", "fake_program", config))
@@ -41,7 +41,7 @@ def run_python(code, **kwargs):
 @pytest.mark.parametrize(
     ("arguments", "unwanted"),
     [
-        *((arguments, HEAVY | {"tyro", "numpy"}) for arguments in (["--help"], ["--version"], ["prepair"])),
+        *((arguments, HEAVY | {"tyro"}) for arguments in (["--help"], ["--version"], ["prepair"])),
         *(([name, "--help"], HEAVY) for name in COMMANDS),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -141,7 +141,7 @@ def test_a_closed_pipe_is_quiet(arguments):
     program = (
         "import sys, types; from megaft import cli; from megaft.config import OptimConfig\n"
         "sys.modules['fake'] = types.SimpleNamespace(OptimConfig=OptimConfig, main=print)\n"
-        "cli.COMMANDS['fake'] = cli.Command('', 'fake', 'OptimConfig')\n"
+        "cli.COMMANDS['fake'] = cli.Command('', 'fake', 'megaft.config:OptimConfig')\n"
         f"sys.exit(cli.main({arguments}))"
     )
     reading, writing = os.pipe()

@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from megaft.errors import DataError
 from megaft.indexed import TokenFile, TokenWriter, idx_bytes
@@ -34,6 +35,28 @@ def test_both_readers_agree(tmp_path, cardinality, dtype):
         np.testing.assert_array_equal(ours.read(begin, end), theirs[i])
     assert ours.read(2, 6).tolist() == [3, 4, 5, 6]
     assert prefix.with_suffix(".idx").stat().st_size == idx_bytes(4)
+
+
+@pytest.mark.parametrize(("cardinality", "dtype"), [(None, np.uint8), (65_499, np.uint16), (65_500, np.int32)])
+def test_the_files_are_those_of_megatron_core(tmp_path, cardinality, dtype):
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    ours, theirs = write(tmp_path / "ours", DOCUMENTS, cardinality), tmp_path / "theirs"
+    assert cardinality is None or DType.optimal_dtype(cardinality) is dtype
+    builder = IndexedDatasetBuilder(str(theirs.with_suffix(".bin")), dtype)
+    for pieces in DOCUMENTS:
+        tokens = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(str(theirs.with_suffix(".idx")))
+    for suffix in (".bin", ".idx"):
+        assert ours.with_suffix(suffix).read_bytes() == theirs.with_suffix(suffix).read_bytes()
+
+
+def test_a_document_longer_than_the_format_can_say(tmp_path):
+    writer = TokenWriter(tmp_path / "a.bin", cardinality=9)
+    writer._lengths[-1] = 2**31
+    with pytest.raises(DataError, match=r"2,147,483,648 tokens; .* --unit"):
+        writer.end_document()
 
 
 def test_no_tokens(tmp_path):

@@ -242,7 +242,6 @@ def test_damage_is_refused(run, tmp_path, suffix, damage, message):
 
 KILLED = """
 import os, pathlib, signal, sys
-import megatron.core.datasets.indexed_dataset
 from megaft import document_writer, prepare
 
 def kill_at(owner, name, number):

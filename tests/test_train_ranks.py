@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -72,13 +73,19 @@ def common(toy_model, toy_texts):
 
 
 def losses(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"].hex() for row in rows if "loss" in row}
+    return {row["step"]: row["loss"].hex() for row in rows(run_dir) if "loss" in row}
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def grad_norms(run_dir):
+    return [row["grad_norm"] for row in rows(run_dir) if "loss" in row]
 
 
 def validations(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["validation"] for row in rows if "validation" in row}
+    return {row["step"]: row["validation"] for row in rows(run_dir) if "validation" in row}
 
 
 def shard_hashes(run_dir, step=STEPS):
@@ -134,6 +141,14 @@ def test_dropout_is_the_same_at_every_stage(resumed):
         )
 
 
+def test_every_stage_tells_the_same_gradient_norm(resumed):
+    """Stage 0's is ours, from the gradients; the others are DeepSpeed's."""
+    first, *others = (grad_norms(resumed / f"fp32-{stage}-whole") for stage in range(4))
+    assert len(first) == STEPS
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def on_three_ranks(run_ranks, common, tmp_path_factory):
     """The same runs on one rank and on three; 4 batches of validation windows do not divide by 3."""
@@ -168,8 +183,6 @@ def test_with_one_micro_batch_size_dropout_is_exact_on_any_number_of_ranks(on_th
 
 def test_a_checkpoint_of_two_ranks_continues_on_one(resumed, run_ranks, common, tmp_path_factory):
     """Another stage and another number of ranks: the format knows neither."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("elastic")
     shutil.copytree(resumed / "fp32-2-whole", folder / "elastic")
     shutil.rmtree(checkpoint.folder_of(folder / "elastic", STEPS))
