@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import count
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Sample:
     document_ids: Int64[np.ndarray, " time"]
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """Samples by number, each seen once an epoch."""
 
@@ -67,8 +68,7 @@ class _Tokens:
         labels = tokens[1:]
         if self.scored is not None:
             labels = np.where(self.scored.read(begin, end)[1:] != 0, labels, IGNORE_INDEX)
-        documents = np.searchsorted(self.tokens.document_offsets, np.arange(begin, end), side="right")
-        return Sample(tokens[:-1], labels, documents)
+        return Sample(tokens[:-1], labels, np.zeros_like(labels))
 
 
 class Stream(_Tokens):
@@ -83,12 +83,14 @@ class Stream(_Tokens):
 
     def __getitem__(self, index: int) -> Sample:
         begin = index * self.context_length
-        sample = self.between(begin, min(begin + self.context_length + 1, self.tokens.num_tokens))
+        end = min(begin + self.context_length + 1, self.tokens.num_tokens)
+        sample = self.between(begin, end)
         if not self.attend_within_documents:
-            return Sample(sample.input_ids, sample.labels, np.zeros_like(sample.input_ids))
+            return sample
+        documents = np.searchsorted(self.tokens.document_offsets, np.arange(begin, end), side="right")
         # Nothing in a document's own context predicts its first token.
-        is_inside = sample.document_ids[1:] == sample.document_ids[:-1]
-        return Sample(sample.input_ids, np.where(is_inside, sample.labels, IGNORE_INDEX), sample.document_ids[:-1])
+        is_inside = documents[1:] == documents[:-1]
+        return Sample(sample.input_ids, np.where(is_inside, sample.labels, IGNORE_INDEX), documents[:-1])
 
 
 class Documents(_Tokens):
@@ -107,8 +109,7 @@ class Documents(_Tokens):
         document = int(np.searchsorted(self.first_sample, index, side="right")) - 1
         offsets = self.tokens.document_offsets
         begin = int(offsets[document]) + (index - int(self.first_sample[document])) * self.context_length
-        sample = self.between(begin, min(begin + self.context_length + 1, int(offsets[document + 1])))
-        return Sample(sample.input_ids, sample.labels, np.zeros_like(sample.input_ids))
+        return self.between(begin, min(begin + self.context_length + 1, int(offsets[document + 1])))
 
 
 class Samples:

@@ -70,7 +70,7 @@ class DocumentWriter:
     def _write(self, tokens: Tokens, is_scored: bool) -> None:
         self._tokens.add(tokens)
         if self._mask:
-            self._mask.add(np.full(len(tokens), is_scored))
+            self._mask.add(np.full(len(tokens), is_scored, np.uint8))
         self.counts.tokens += len(tokens)
         self.counts.scored_tokens += len(tokens) * is_scored
 

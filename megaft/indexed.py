@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int64, Integer
 
 from megaft.errors import DataError
 from megaft.files import fsync
@@ -23,7 +23,7 @@ _MAGIC = b"MMIDIDX\0\0"
 _DTYPES = dict(enumerate(("u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"), 1))
 _UINT16_BELOW = 65_500  # ids, as in megatron-core's DType.optimal_dtype
 
-Tokens = Int[np.ndarray, " tokens"]
+Tokens = Integer[np.ndarray, " tokens"]
 
 
 def idx_bytes(num_documents: int) -> int:

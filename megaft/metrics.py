@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -203,7 +203,7 @@ class Metrics:
             for sink in self._sinks:
                 sink.close(failed)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

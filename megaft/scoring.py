@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -100,6 +100,7 @@ def _exp(nats: float) -> float:
         return math.inf
 
 
+@runtime_checkable
 class Documents(Protocol):
     """A text in tokens: document d is read(document_offsets[d], document_offsets[d + 1])."""
 

@@ -3,10 +3,16 @@
 import os
 import socket
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Calls made in the tests' own process are checked against the shapes and dtypes that annotations give; ranks run as ever.
+TENSORS = ("dataset", "indexed", "loss", "models", "sampling", "scoring")
+if parent_process() is None:
+    install_import_hook([f"megaft.{name}" for name in TENSORS], "type_checker.checked")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

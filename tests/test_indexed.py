@@ -32,7 +32,7 @@ def test_both_readers_agree(tmp_path, cardinality, dtype):
     assert ours.document_offsets.tolist() == [0, 3, 3, 4, 7]
     assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]
     for i, (begin, end) in enumerate(pairwise(ours.document_offsets)):
-        np.testing.assert_array_equal(ours.read(begin, end), theirs[i])
+        np.testing.assert_array_equal(ours.read(int(begin), int(end)), theirs[i])
     assert ours.read(2, 6).tolist() == [3, 4, 5, 6]
     assert prefix.with_suffix(".idx").stat().st_size == idx_bytes(4)
 

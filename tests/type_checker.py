@@ -1,0 +1,5 @@
+"""What checks annotations in tests; an int will do for a float."""
+
+from beartype import BeartypeConf, beartype
+
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
