@@ -56,7 +56,7 @@ def discover(environment: Mapping[str, str]) -> Topology:
         if sign in environment:
             rank, local_rank, world_size = (_integer(environment, name) for name in names)
             return Topology(launcher, rank, local_rank, world_size, *_master(launcher, environment))
-    return Topology("python", 0, 0, 1, "127.0.0.1", _free_port())
+    return Topology("python", 0, 0, 1, "127.0.0.1", free_port())
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:
@@ -94,10 +94,11 @@ def _agree_over_mpi() -> tuple[str, int]:
         from mpi4py import MPI
     except ImportError as error:
         raise ConfigError("started by mpirun, but mpi4py is not there; install megaft[mpi].") from error
-    return MPI.COMM_WORLD.bcast((socket.gethostname(), _free_port()), root=0)
+    return MPI.COMM_WORLD.bcast((socket.gethostname(), free_port()), root=0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing on this machine listens to."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -1,7 +1,6 @@
 """What every test may ask for: the real corpora and models, and a small launcher of ranks."""
 
 import os
-import socket
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-# Calls made in the tests' own process are checked against the shapes and dtypes that annotations give; ranks run as ever.
+# Calls in the tests' own process are checked against the shapes and dtypes that annotations give; ranks run as ever.
 TENSORS = ("dataset", "indexed", "loss", "models", "sampling", "scoring")
 if parent_process() is None:
     install_import_hook([f"megaft.{name}" for name in TENSORS], "type_checker.checked")
@@ -52,13 +51,13 @@ def run_ranks():
 
     The ranks are processes with the environment of a launcher; libraries are imported once, in the fork server.
     """
+    from megaft.parallel import free_port
+
     context = get_context("forkserver")
     context.set_forkserver_preload(["deepspeed", "transformers", "megaft.train"])
 
     def run(world_size, function, *args):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = free_port()
         with ProcessPoolExecutor(world_size, mp_context=context) as pool:
             ranks = [pool.submit(_on_rank, rank, world_size, port, function, args) for rank in range(world_size)]
         if errors := [error for rank in ranks if (error := rank.exception())]:

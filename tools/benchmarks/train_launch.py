@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from train_case import BETAS, EPSILON, LEARNING_RATE, SEED, WEIGHT_DECAY, Case
+
+from megaft.parallel import free_port
 
 Contestant = Literal["megaft", "trainer", "torch"]
 HERE = Path(__file__).parent
@@ -42,7 +43,7 @@ def command(contestant: Contestant, case: Case, folder: Path, run_dir: Path) -> 
     """Return the launch: the deepspeed launcher, and torchrun for the plain loop."""
     ranks = str(case.num_ranks)
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", ranks]
-    deepspeed += ["--master_port", str(_free_port())]
+    deepspeed += ["--master_port", str(free_port())]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     return {
         "megaft": [*deepspeed, str(MEGAFT), *_megaft_flags(case, folder, run_dir)],
@@ -69,12 +70,6 @@ def _megaft_flags(case: Case, folder: Path, run_dir: Path) -> list[str]:
         f"--optim.beta2={BETAS[1]}",
         f"--optim.epsilon={EPSILON}",
     ]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def launch(contestant: Contestant, case: Case, folder: Path, run_dir: Path) -> Run:
