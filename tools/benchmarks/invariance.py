@@ -139,7 +139,9 @@ def run_ways(folder: Path, ways: list[Way], steps: int) -> None:
     from megaft.train import train
 
     # DeepSpeed asks for a CPU with fp16 instructions; torch computes fp16 without them too, slower.
-    get_accelerator().is_fp16_supported = lambda: True
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    accelerator.is_fp16_supported = lambda: True
     topology = parallel.discover(os.environ)
     for way in ways:
         settings = folder / f"{way.name}.json"
