@@ -88,7 +88,9 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         "peak_flops_source": meter.peak_source,
     }
     if topology.is_main:
-        _announce(config, setup, settings)
+        _start_folder(config, settings)
+        for note in setup.notes:
+            print(note, flush=True)
     return Parts(
         engine=engine,
         device=device,
@@ -122,13 +124,11 @@ def _engine(language_model: Any, config: TrainConfig, setup: Resolved, device: t
     return deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
 
 
-def _announce(config: TrainConfig, setup: Resolved, settings: dict[str, Any]) -> None:
+def _start_folder(config: TrainConfig, settings: dict[str, Any]) -> None:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     if config.run.fresh:
         checkpoint.remove_all(config.run.dir)
     write_config(config.run.dir, settings)
-    for note in setup.notes:
-        print(note, flush=True)
 
 
 def _state(config: TrainConfig, engine: Any, identity: Identity) -> RunState:

@@ -82,7 +82,7 @@ def save(engine, run_dir: Path, state: RunState, identity: Identity, keep_last: 
     final = folder_of(run_dir, state.step)
     temporary = final.with_name(final.name + ".tmp")
     if parallel.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
+        _sweep(final.parent)
         temporary.mkdir(parents=True)
     parallel.barrier()
     _write_shard(engine, temporary)
@@ -126,6 +126,12 @@ def _write_manifest(engine, folder: Path, state: RunState, identity: Identity) -
         "files": files,
     }
     write_json_atomic(folder / MANIFEST, manifest | {"sha256": _manifest_sha256(manifest)})
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed save or removal left behind."""
+    for leftover in (*folder.glob("*.tmp"), *folder.glob("*.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove_old(run_dir: Path, keep_last: int, best_step: int | None) -> None:

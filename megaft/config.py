@@ -65,6 +65,12 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"lora.rank is {self.rank}; use 0 for none, or for example 8.")
+        require(self.alpha > 0, f"lora.alpha is {self.alpha}; use a number above 0, for example 16.")
+        require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; use 0 or more and less than 1.")
+        require(
+            self.rank > 0 or (self.alpha, self.dropout, self.target_modules) == (16, 0, ()),
+            "lora.rank is 0, so the other lora settings have no effect; give lora.rank, for example 8.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +224,10 @@ class MetricsConfig:
             self.peak_flops is None or 0 < self.peak_flops < math.inf,
             f"metrics.peak-flops is {self.peak_flops}; use a finite number above 0, for example 989e12.",
         )
+        require(
+            self.wandb or self.wandb_project == "megaft",
+            f"metrics.wandb-project is {self.wandb_project}, but metrics.wandb is off; switch it on.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,6 +252,10 @@ class TrainConfig:
         require(
             has_validation or self.run.validate_every == 0,
             f"run.validate-every is {self.run.validate_every} but data.valid is not given; give both or neither.",
+        )
+        require(
+            has_validation or self.eval == EvalConfig(),
+            "eval settings have no effect without a text to validate on; give data.valid, or drop them.",
         )
         require(
             has_validation or self.run.patience == 0,

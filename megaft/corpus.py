@@ -9,11 +9,16 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from megaft.errors import DataError
 from megaft.records import Record, Segment
 from megaft.source import BLOCK_BYTES, Source
 
 Unit = Literal["file", "line", "document"]
+
+_IS_SPACE = np.array([byte < 128 and chr(byte).isspace() for byte in range(256)])
+_WIDE_SPACES = [space for code in range(128, 0x3001) if (space := chr(code)).isspace()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,7 @@ def _streamed(source: Source) -> Iterator[Piece]:
     for text in chain(cut(source.blocks()), [None]):
         if previous:
             is_blank = is_blank and previous.isspace()
-            yield Piece(previous, True, len(previous.split()), _utf8_bytes(previous), text is None)
+            yield Piece(previous, True, *count(previous), text is None)
         previous = text
     if is_blank:
         raise DataError(f"{source.path} holds only blank lines; give a file with text.")
@@ -160,15 +165,20 @@ def _slices(text: str) -> Iterator[str]:
 
 
 def _document(segments: Sequence[Segment], detokenize: Callable[[str], str] | None) -> Document:
-    num_words = sum(len(segment.text.split()) for segment in segments)
-    num_bytes = sum(_utf8_bytes(segment.text) for segment in segments)
+    num_words, num_bytes = map(sum, zip(*(count(segment.text) for segment in segments), strict=True))
     if detokenize is not None:
         segments = [Segment(detokenize(segment.text), segment.is_scored) for segment in segments]
     return Document(tuple(segments), num_words, num_bytes)
 
 
-def _utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
+def count(text: str) -> tuple[int, int]:
+    """Return the words, as len(text.split()), and the UTF-8 bytes of a text, without making the words."""
+    data = text.encode()
+    if any(space in text for space in _WIDE_SPACES):
+        return len(text.split()), len(data)
+    is_space = _IS_SPACE[np.frombuffer(data, np.uint8)]
+    begins = is_space[:-1] & ~is_space[1:]
+    return int(np.count_nonzero(begins)) + int(len(data) > 0 and not is_space[0]), len(data)
 
 
 def _texts(source: Source, layout: Layout) -> Iterator[list[Segment]]:

@@ -184,9 +184,13 @@ class Batch:
     first_position: int
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what the model takes, on its device."""
-        documents = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
-        return self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), documents
+        """Return what the model takes, on its device; from pinned memory, so that nothing waits for a GPU."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        documents = None if self.document_ids is None else moved(self.document_ids)
+        return moved(self.input_ids), moved(self.labels), documents
 
 
 @dataclass(frozen=True, slots=True)

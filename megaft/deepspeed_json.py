@@ -302,7 +302,9 @@ def largest_micro_batch_size(global_batch_size: int, at_most: int, world_size: i
 
 def _fill_in(config: dict[str, Any], batch: tuple[int, int, int], notes: list[str]) -> None:
     config |= zip(BATCH_KEYS, batch, strict=True)
-    missing = {path: value for path, value in FILLED_IN.items() if _get(config, path) is None}
+    # Stage 1 in bf16 always skips a step whose gradient is not finite; stages 2 and 3 must be told to.
+    wanted = FILLED_IN | ({"bf16.check_grad_overflow": True} if _get(config, "bf16.enabled") else {})
+    missing = {path: value for path, value in wanted.items() if _get(config, path) is None}
     for path, value in missing.items():
         *blocks, key = path.split(".")
         block = config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +39,9 @@ class DocumentWriter:
         """The type of the tokens on disk."""
         return self._tokens.dtype
 
-    def add(self, piece: Piece, ids: Sequence[int]) -> None:
+    def add(self, piece: Piece, ids: Tokens) -> None:
         """Add the next piece of the document, and end it where the piece does."""
-        self._held.append((np.array(ids, self.dtype), piece.is_scored))
+        self._held.append((ids, piece.is_scored))
         self._num_tokens += len(ids)
         self._num_words += piece.num_words
         self._num_bytes += piece.num_bytes

@@ -158,6 +158,7 @@ class Metrics:
         learning_rate: float,
         tokens_seen: Int64[Tensor, ""] | int,
         tokens: Int64[Tensor, ""] | int,
+        skipped_steps: int = 0,
     ) -> list[Row]:
         """Report an optimizer step without waiting for it.
 
@@ -167,12 +168,15 @@ class Metrics:
             grad_norm: Before clipping; None where the engine does not tell.
             tokens_seen: Scored tokens trained on so far, over data ranks.
             tokens: Input tokens of this step's global batch, scored or not: what throughput counts.
+            skipped_steps: Steps dropped so far because their gradient was not finite.
 
         Returns:
             The rows that are complete now, on every rank: on CUDA that of the step before.
         """
         row = {"step": step, "loss": loss, "tokens_seen": tokens_seen, "learning_rate": learning_rate}
-        return self._log(self._pending.push(row | {"grad_norm": grad_norm, "tokens": tokens}))
+        return self._log(
+            self._pending.push(row | {"grad_norm": grad_norm, "skipped_steps": skipped_steps, "tokens": tokens})
+        )
 
     def validation(self, step: int, values: Row) -> None:
         """Report a validation after `step` optimizer steps."""

@@ -59,6 +59,12 @@ def discover(environment: Mapping[str, str]) -> Topology:
     return Topology("python", 0, 0, 1, "127.0.0.1", free_port())
 
 
+def is_main_of(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the one that speaks, told without asking the others."""
+    ranks = [environment.get(rank) for _, sign, rank, *_ in LAUNCHERS if sign in environment]
+    return not ranks or ranks[0] == "0"
+
+
 def _integer(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "")
     if not value.isdigit():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import detokenizers
+import numpy as np
 
 import megaft
 from megaft.config import PrepareConfig
@@ -20,6 +21,7 @@ from megaft.corpus import Layout, Piece, expand, pieces
 from megaft.document_writer import DocumentWriter
 from megaft.errors import DataError
 from megaft.files import naming_disk_errors, to_json
+from megaft.indexed import Tokens
 from megaft.progress import reading
 from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
 from megaft.source import Source
@@ -157,12 +159,17 @@ def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def encoded(batches: Iterable[list[Piece]], tokenizer: AnyTokenizer) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+def encoded(batches: Iterable[list[Piece]], tokenizer: AnyTokenizer) -> Iterator[tuple[list[Piece], list[Tokens]]]:
     """Yield each batch with its ids; some are encoded ahead, without Python's lock, while the caller works."""
-    queue: deque[tuple[list[Piece], Future[list[list[int]]]]] = deque()
+    queue: deque[tuple[list[Piece], Future[list[Tokens]]]] = deque()
+
+    def encode(batch: list[Piece]) -> list[Tokens]:
+        # Lists of millions of ids would be walked again and again by the garbage collector.
+        return [np.fromiter(ids, np.int32, len(ids)) for ids in tokenizer.encode_batch([piece.text for piece in batch])]
+
     with ThreadPoolExecutor(1) as pool:
         for batch in batches:
-            queue.append((batch, pool.submit(tokenizer.encode_batch, [piece.text for piece in batch])))
+            queue.append((batch, pool.submit(encode, batch)))
             if len(queue) > _BATCHES_AHEAD:
                 batch, ids = queue.popleft()
                 yield batch, ids.result()
@@ -179,11 +186,11 @@ class RoundTrip:
         self._tokenizer = tokenizer
         self._left = _ROUND_TRIP_CHARACTERS
 
-    def check(self, text: str, ids: list[int]) -> None:
+    def check(self, text: str, ids: Tokens) -> None:
         """Check one text, until the first that fails."""
         if self.holds and self._left > 0:
             self._left -= len(text)
-            self.holds = self._tokenizer.decode(ids) == text
+            self.holds = self._tokenizer.decode(ids.tolist()) == text
             if not self.holds:
                 print("warning: the tokenizer loses text: decoding does not give it back.", file=sys.stderr)
 

@@ -31,6 +31,10 @@ class Record:
             ) from error
         if not isinstance(fields, dict):
             raise DataError(f"{where} is a JSON {type(fields).__name__}; every line must be an object.")
+        if r"\ud" in line.lower() and not _is_unicode(fields):
+            raise DataError(
+                f"{where} escapes half of a surrogate pair (\\ud800 to \\udfff); write the character itself."
+            )
         self._fields: dict[str, Any] = fields
 
     def text(self, key: str) -> str:
@@ -72,6 +76,14 @@ class Record:
         if not text.startswith(beginning):
             raise DataError(f"{self._where}: the chat template rewrites earlier turns; use prompt and completion keys.")
         return text.removeprefix(beginning)
+
+
+def _is_unicode(fields: dict[str, Any]) -> bool:
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_message(message: object) -> bool:

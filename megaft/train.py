@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
     from megaft import parallel
 
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = parallel.is_main_of(os.environ)
     code = exit_code_of(lambda: train(config, parallel.discover(os.environ)), is_main=is_main)
     parallel.leave()
     return code
@@ -72,7 +72,8 @@ def train(config: TrainConfig, topology: Topology) -> int:
             set_learning_rate(engine.optimizer, step_rate)
             batches = micro_batches(run.samples, step, run.cut, padded_to, config.data.attend_within_documents)
             counts = [sum(batch.num_scored for batch in batches), sum(batch.input_ids.numel() for batch in batches)]
-            num_scored, num_tokens = parallel.sum_over_data_ranks(torch.tensor(counts, device=device)).clamp(min=1)
+            counts = torch.tensor(counts).to(device, non_blocking=True)
+            num_scored, num_tokens = parallel.sum_over_data_ranks(counts).clamp(min=1)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
             for batch in batches:
                 # Dropout is a function of the seed and of which samples these are: the same after a resume and, at
@@ -80,7 +81,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 torch.manual_seed(dropout_seed(config.run.seed, batch.first_position))
                 batch_nats = engine(*batch.to(device))
                 # DeepSpeed averages gradients over ranks; undo that, and divide by the tokens of the global batch.
-                engine.backward(batch_nats * (topology.world_size / num_scored), scale_wrt_gas=False)
+                engine.backward(batch_nats * (parallel.data_parallel_size() / num_scored), scale_wrt_gas=False)
                 grad_norm = engine_state.step(engine)  # weights move on the last micro batch only
                 nats += batch_nats.detach()
             tokens_seen = tokens_seen + num_scored
@@ -92,6 +93,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 learning_rate=step_rate,
                 tokens_seen=tokens_seen,
                 tokens=num_tokens,
+                skipped_steps=state.skipped_steps,
             )
             require_finite(rows, config.run.dir)
 

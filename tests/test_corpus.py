@@ -1,5 +1,6 @@
 import gzip
 import json
+import sys
 import tracemalloc
 from functools import partial
 
@@ -8,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaft.corpus import Layout, cut, documents, expand, pieces
+from megaft.corpus import Layout, count, cut, documents, expand, pieces
 from megaft.errors import DataError
 from megaft.records import Segment
 from megaft.source import BLOCK_BYTES, Source
@@ -197,8 +198,8 @@ def test_streamed_file_equals_whole(shared, gpt2, name):
     assert len(streamed) > 1
     assert "".join(piece.text for piece in streamed) == whole.text
     assert [piece.ends_document for piece in streamed] == [False] * (len(streamed) - 1) + [True]
-    for count in ("num_words", "num_bytes"):
-        assert sum(getattr(piece, count) for piece in streamed) == getattr(whole, count)
+    for name in ("num_words", "num_bytes"):
+        assert sum(getattr(piece, name) for piece in streamed) == getattr(whole, name)
     ids = [i for ids in gpt2.encode_batch([piece.text for piece in streamed]) for i in ids]
     assert ids == gpt2.encode(whole.text)
 
@@ -236,3 +237,20 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name, layout):
     tracemalloc.stop()
     assert num_words == 400_000
     assert peak_bytes < 500_000 < path.stat().st_size
+
+
+@given(
+    st.text(
+        alphabet=st.one_of(
+            st.sampled_from(" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u2028\u3000é\u2013a"),
+            st.characters(codec="utf-8"),
+        )
+    )
+)
+def test_counts_are_those_of_split_and_encode(text):
+    assert count(text) == (len(text.split()), len(text.encode()))
+
+
+def test_every_space_python_splits_at_is_counted_so():
+    """No code point above the table is white space."""
+    assert not any(chr(code).isspace() for code in range(0x3001, sys.maxunicode + 1))

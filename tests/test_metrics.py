@@ -160,7 +160,7 @@ def test_a_run_is_written_row_by_row(tmp_path, capsys):
     assert second["tokens_seen"] == 180
     assert set(first) == {
         *("step", "loss", "tokens_seen", "learning_rate", "grad_norm", "seconds", "peak_memory_bytes"),
-        *("tokens_per_second", "tokens_per_second_per_device", "mfu"),
+        *("tokens_per_second", "tokens_per_second_per_device", "mfu", "skipped_steps"),
     }
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from megaft.errors import ConfigError
-from megaft.parallel import discover, first_host
+from megaft.parallel import discover, first_host, is_main_of
 
 MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
 TORCH = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **MASTER}
@@ -68,3 +68,11 @@ def test_a_broken_variable_is_named(broken):
 def test_ranks_without_a_master_are_refused():
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         discover({name: value for name, value in TORCH.items() if name not in MASTER})
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_main"),
+    [({}, True), (TORCH, False), (TORCH | {"RANK": "0"}, True), (SLURM, False), (SLURM | {"SLURM_PROCID": "0"}, True)],
+)
+def test_who_speaks_is_known_before_the_ranks_meet(environment, is_main):
+    assert is_main_of(environment) is is_main
