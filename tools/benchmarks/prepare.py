@@ -23,8 +23,6 @@ from typing import Any
 import tyro
 from train_report import cpu_name, spread, table
 
-from megaft.environment import environment
-
 RESULTS = Path(__file__).parent / "results"
 BARE_LOOP = """
 import sys
@@ -56,7 +54,11 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Run the comparison, and write results/prepare_HARDWARE_YYYYMM.json and .md."""
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(arguments, Path(folder))
+        measured = measure(arguments, Path(folder))
+    # Not before: it imports torch, and Linux counts a parent's memory as its child's peak.
+    from megaft.environment import environment
+
+    report = {"environment": environment(), "processor": cpu_name(), **measured}
     stem = RESULTS / f"prepare_{arguments.hardware}_{datetime.now(UTC):%Y%m}"
     RESULTS.mkdir(exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
@@ -84,14 +86,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
         ours["megabytes_per_second"] / theirs["megabytes_per_second"]
         for ours, theirs in zip(runs["megaft"], runs["bare"], strict=True)
     ]
-    return {
-        "environment": environment(),
-        "processor": cpu_name(),
-        "bytes": num_bytes,
-        "tokens": tokens,
-        "runs": runs,
-        "ratios": ratios,
-    }
+    return {"bytes": num_bytes, "tokens": tokens, "runs": runs, "ratios": ratios}
 
 
 def repeat(source: Path, target: Path, num_bytes: int) -> int:
