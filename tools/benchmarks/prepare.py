@@ -23,6 +23,8 @@ from typing import Any
 import tyro
 from train_report import cpu_name, spread, table
 
+from megaft.environment import environment
+
 RESULTS = Path(__file__).parent / "results"
 BARE_LOOP = """
 import sys
@@ -55,9 +57,6 @@ def main(arguments: Arguments) -> None:
     """Run the comparison, and write results/prepare_HARDWARE_YYYYMM.json and .md."""
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(arguments, Path(folder))
-    # Not before: it imports torch, and Linux counts a parent's memory as its child's peak.
-    from megaft.environment import environment
-
     report = {"environment": environment(), "processor": cpu_name(), **measured}
     stem = RESULTS / f"prepare_{arguments.hardware}_{datetime.now(UTC):%Y%m}"
     RESULTS.mkdir(exist_ok=True)
@@ -123,13 +122,14 @@ def markdown(report: dict[str, Any]) -> str:
     """Return the report as a page."""
     where, num_runs = report["environment"], len(report["ratios"])
     command = " ".join(map(short, where["command"][1:]))
-    header = ("whole process", "MB/s, median [least, most]", "processor s", "peak memory")
+    header = ("whole process", "MB/s, median [least, most]", "processor s", "peak memory, at most")
     return "\n".join(
         [
             "# megaft prepare beside a bare `encode_batch_fast` loop\n",
             f"{report['bytes'] / 1e6:,.0f} MB, {report['tokens']:,} tokens, {num_runs} runs each, by turns.\n",
             table(header, (row(name, runs) for name, runs in report["runs"].items())),
             f"\nmegaft / bare: {spread(report['ratios'], '.2f')}\n",
+            "Linux starts a child's peak at its parent's, here the 0.2 GiB of the script that measures.\n",
             f"- command: `python tools/benchmarks/prepare.py {command}`",
             f"- commit: {where['git'] and where['git']['commit']}",
             f"- hardware: {report['processor']}, {where['num_cores']} cores",
