@@ -57,7 +57,9 @@ def main(arguments: Arguments) -> None:
     """Run the comparison, and write results/prepare_HARDWARE_YYYYMM.json and .md."""
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(arguments, Path(folder))
-    report = {"environment": environment(), "processor": cpu_name(), **measured}
+    where = environment()
+    where["command"] = list(map(short, where["command"]))
+    report = {"environment": where, "processor": cpu_name(), **measured}
     stem = RESULTS / f"prepare_{arguments.hardware}_{datetime.now(UTC):%Y%m}"
     RESULTS.mkdir(exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
@@ -121,7 +123,7 @@ def timed(command: list[str], num_bytes: int) -> dict[str, float]:
 def markdown(report: dict[str, Any]) -> str:
     """Return the report as a page."""
     where, num_runs = report["environment"], len(report["ratios"])
-    command = " ".join(map(short, where["command"][1:]))
+    command = " ".join(where["command"][1:])
     header = ("whole process", "MB/s, median [least, most]", "processor s", "peak memory, at most")
     return "\n".join(
         [
