@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float32
 from torch import Tensor
 
@@ -70,7 +69,7 @@ def _place_in_group(engine, name: str, parameter: Any) -> Place | None:
 def _place_in_sub_group(engine, name: str, parameter: Any) -> Place:
     zero = engine.optimizer
     sub_group, start, numel = zero.grad_position[zero.get_param_id(parameter)]
-    offset = dist.get_rank(parameter.ds_process_group) * numel
+    offset = parallel.data_parallel_rank() * numel
     # The last rank's partition is padded.
     return Place(
         name, offset, zero.fp32_partitioned_groups_flat[sub_group], start, min(numel, parameter.ds_numel - offset)
@@ -94,15 +93,20 @@ def shapes(engine) -> dict[str, list[int]]:
 def collect(engine) -> Iterator[tuple[str, str, int, Tensor]]:
     """Yield (name, kind, offset, values) of what this rank has to write: every piece exactly once over all ranks."""
     is_replicated = stage(engine) == 0
-    state = inner_optimizer(engine).state
     for number, place in enumerate(places(engine)):
-        if is_replicated and number % parallel.data_parallel_size() != parallel.data_parallel_rank():
-            continue
-        yield place.name, WEIGHT, place.offset, place.within(place.owner)
-        for kind, moment in state[place.owner].items():
-            if torch.is_tensor(moment) and kind != "step":
-                values = place.within(moment) if moment.numel() == place.owner.numel() else moment.view(-1)
+        is_ours = number % parallel.data_parallel_size() == parallel.data_parallel_rank()
+        if is_ours or not is_replicated:
+            for kind, values in _tensors(engine, place):
                 yield place.name, kind, place.offset, values
+
+
+def _tensors(engine, place: Place) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weight and each moment of a place as flat views."""
+    yield WEIGHT, place.within(place.owner)
+    for kind, moment in inner_optimizer(engine).state[place.owner].items():
+        if torch.is_tensor(moment) and kind != "step":
+            # Adafactor, at stage 0 only, has moments of other shapes than the parameter's.
+            yield kind, place.within(moment) if moment.numel() == place.owner.numel() else moment.view(-1)
 
 
 def restore(engine, read, optimizer_steps: int) -> None:
@@ -114,13 +118,9 @@ def restore(engine, read, optimizer_steps: int) -> None:
         optimizer_steps: Steps the moments have seen (Adam's bias correction).
     """
     _make_moments(engine)
-    state = inner_optimizer(engine).state
     for place in places(engine):
-        place.within(place.owner).copy_(read(place.name, WEIGHT, place.offset, place.numel))
-        for kind, moment in state[place.owner].items():
-            if torch.is_tensor(moment) and kind != "step":
-                values = place.within(moment) if moment.numel() == place.owner.numel() else moment.view(-1)
-                values.copy_(read(place.name, kind, place.offset, values.numel()))
+        for kind, values in _tensors(engine, place):
+            values.copy_(read(place.name, kind, place.offset, values.numel()))
     _set_optimizer_steps(inner_optimizer(engine), optimizer_steps)
     _refresh_compute_weights(engine)
 

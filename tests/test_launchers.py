@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megaft.parallel import free_port
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -17,8 +19,8 @@ PROGRAM = str(ROOT / "megaft" / "train.py")
 
 LAUNCHERS = {
     "python": [sys.executable, PROGRAM],
-    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29611", PROGRAM],
-    "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", "--master-port=29612", PROGRAM],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", PROGRAM],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", PROGRAM],
     "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, PROGRAM],
 }
 
