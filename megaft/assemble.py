@@ -50,6 +50,8 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     raw = read_deepspeed_json(config.deepspeed_config)
     has_cuda = torch.cuda.is_available()
     setup = resolve(raw, world_size=topology.world_size, optim=config.optim, has_cuda=has_cuda)
+    if config.model.path is not None:
+        hugging_face.require_there(config.model.path)
     sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, topology)
     tokenizer = load_tokenizer(config.tokenizer_source)
     require_same_tokenizer(sources, tokenizer)
@@ -62,6 +64,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     hugging_face.require_fits(language_model, tokenizer, config.longest_input)
     if config.data.attend_within_documents:
         hugging_face.require_keeps_documents_apart(language_model)
+    validation = Validation(sources.valid, config, tokenizer) if sources.valid else None
     identity = Identity(
         global_batch_size=setup.global_batch_size,
         seed=config.run.seed,
@@ -71,6 +74,10 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         attend_within_documents=config.data.attend_within_documents,
         tokenizer=tokenizer.sha256,
         model=hugging_face.architecture(language_model),
+        dropout=config.model.dropout,
+        optim=asdict(setup.optim),
+        schedule_steps=None if setup.optim.schedule == "constant" else max_steps,
+        validation=validation.name if validation else None,
     )
     engine = _engine(language_model, config, setup, device)
     meter = Meter.of(
@@ -97,7 +104,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         setup=setup,
         samples=samples,
         cut=Cut(setup.micro_batch_size, setup.gradient_accumulation_steps, topology.rank, topology.world_size),
-        validation=Validation(sources.valid, config, tokenizer) if sources.valid else None,
+        validation=validation,
         tokenizer=tokenizer,
         meter=meter,
         identity=identity,
@@ -133,4 +140,9 @@ def _start_folder(config: TrainConfig, settings: dict[str, Any]) -> None:
 
 def _state(config: TrainConfig, engine: Any, identity: Identity) -> RunState:
     newest = checkpoint.find(config.run.dir)
-    return checkpoint.load(engine, newest, identity) if newest else RunState()
+    if newest is None:
+        return RunState()
+    state = checkpoint.load(engine, newest, identity)
+    if parallel.is_main():
+        print(f"continues from {newest}, after {state.step} steps", flush=True)
+    return state

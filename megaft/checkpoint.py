@@ -16,8 +16,9 @@ import os
 import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from megaft import engine_state, parallel
 from megaft.errors import CheckpointError
-from megaft.files import fsync, replacing, to_json, write_json_atomic
+from megaft.files import fsync, replacing, sha256_of, to_json, write_json_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -66,6 +67,11 @@ class Identity:
     attend_within_documents: bool
     tokenizer: str
     model: str
+    dropout: float | None
+    optim: dict[str, Any]
+    schedule_steps: int | None
+    """The run's steps, where the learning rate depends on them."""
+    validation: str | None
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -107,7 +113,7 @@ def _write_shard(engine, folder: Path) -> None:
     save_file(pieces, path)
     fsync(path)
     # Each rank hashes what it wrote; the main one reads the results from the folder, which all ranks share.
-    write_json_atomic(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": _sha256(path)})
+    write_json_atomic(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": sha256_of(path)})
 
 
 def _write_manifest(engine, folder: Path, state: RunState, identity: Identity) -> None:
@@ -195,7 +201,7 @@ def verify(folder: Path) -> dict:
             raise CheckpointError(f"{path} is missing.")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {expected['bytes']}.")
-        if _sha256(path) != expected["sha256"]:
+        if sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's.")
     return manifest
 
@@ -300,8 +306,3 @@ def remove_all(run_dir: Path) -> None:
         hidden = folder.with_name(f"checkpoints.{os.getpid()}.old")
         folder.rename(hidden)
         shutil.rmtree(hidden)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()

@@ -19,6 +19,6 @@ def require_finite(rows: Iterable[dict[str, Any]], run_dir: Path) -> None:
         if not math.isfinite(row["loss"]):
             raise NumericsError(
                 f"the loss of step {row['step']} is {row['loss']} (learning rate {row['learning_rate']:.3g}, "
-                f"gradient norm {row['grad_norm']}). The newest checkpoint in {run_dir}/checkpoints is from before it; "
+                f"gradient norm {row['grad_norm']}). Checkpoints in {run_dir}/checkpoints are from before it; "
                 "lower optim.learning-rate, or look at that step's samples."
             )

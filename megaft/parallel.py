@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -115,6 +116,7 @@ def join(topology: Topology) -> torch.device:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     os.environ.update(
         RANK=str(topology.rank),
         LOCAL_RANK=str(topology.local_rank),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections import deque
@@ -20,7 +19,7 @@ from megaft.config import PrepareConfig
 from megaft.corpus import Layout, Piece, expand, pieces
 from megaft.document_writer import DocumentWriter
 from megaft.errors import DataError
-from megaft.files import naming_disk_errors, to_json
+from megaft.files import naming_disk_errors, sha256_of, to_json
 from megaft.indexed import Tokens
 from megaft.progress import reading
 from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
@@ -204,11 +203,6 @@ def _is_current(config: PrepareConfig) -> bool:
     paths = expand(config.inputs)
     return (
         settings.items() <= receipt.items()
-        and [source["sha256"] for source in receipt["sources"]] == [_sha256(path) for path in paths]
+        and [source["sha256"] for source in receipt["sources"]] == [sha256_of(path) for path in paths]
         and receipt["tokenizer"]["sha256"] == load_tokenizer(config.tokenizer).sha256
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

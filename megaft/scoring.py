@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from megaft import parallel
@@ -66,6 +66,11 @@ class Score:
     """UTF-8 bytes of the original text."""
     token_nats: Float64[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
     """Nats of each token of the text, in its order; 0.0 where a token is not scored."""
+
+    def of(self, is_scored: Bool[np.ndarray, " tokens"]) -> Score:
+        """Return the score of some of the text's tokens, of which no words or bytes are known."""
+        assert self.token_nats is not None
+        return Score(math.fsum(self.token_nats[is_scored]), int(is_scored.sum()))
 
     @property
     def nats_per_token(self) -> float:

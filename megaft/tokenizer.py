@@ -226,7 +226,11 @@ def _from_transformers(source: str, **options: str) -> Tokenizer:
         hugging_face = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, struct.error) as error:  # the last two from damaged files
         reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
-        raise DataError(f"no tokenizer could be loaded from {source} ({reason}). Give a whole one.") from error
+        where = "" if Path(source).exists() else " There is no such folder here, so it was taken for a hub name."
+        raise DataError(
+            f"no tokenizer could be loaded from {source} ({reason}).{where} Give a folder with a tokenizer, or a hub "
+            "name where there is a network."
+        ) from error
     if not hugging_face.is_fast:
         raise DataError(f"{source} has no fast tokenizer (tokenizer.json); give its sentencepiece .model file instead.")
     return Tokenizer(hugging_face)

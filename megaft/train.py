@@ -111,7 +111,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
 
     parallel.barrier()
     if topology.is_main and config.run.export != "none":
-        export(config, state, run.tokenizer, run.setup.dtype)
+        print(f"model: {export(config, state, run.tokenizer, run.setup.dtype)}", flush=True)
     return 0
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from jaxtyping import Bool
 
 from megaft.config import TrainConfig
+from megaft.errors import DataError
 from megaft.indexed import TokenFile
 from megaft.receipt import load_receipt
 from megaft.scoring import Score, score
@@ -13,28 +16,35 @@ from megaft.training_data import Source
 
 
 class Validation:
-    """A validation text and how it is scored: a prefix token, then every token of every document once."""
+    """A validation text and how it is scored: a prefix token, then every token of every document once.
+
+    Of prompts and completions, or of chats, only what training scores counts; of other texts all but the
+    end-of-document tokens that their preparation appended.
+    """
 
     def __init__(self, source: Source, config: TrainConfig, tokenizer: AnyTokenizer):
         receipt = load_receipt(source.prefix)
         self.tokens = TokenFile(source.prefix)
         # Of a text with unscored prompts, words and bytes of the scored part alone are not known.
-        is_all_scored = receipt["scored_tokens"] == receipt["tokens"]
+        has_mask = receipt["has_mask"]
+        self.is_scored = _scored_tokens(source.prefix, self.tokens, tokenizer.prefix_id) if has_mask else None
         self.options = {
             "context_length": config.eval_context_length,
             "stride": config.eval_stride,
             "batch_size": config.eval.batch_size,
             "prefix_id": tokenizer.prefix_id,
-            "eod_id": receipt["eod_id"],
-            "num_words": receipt["words"] if is_all_scored else None,
-            "num_bytes": receipt["bytes"] if is_all_scored else None,
+            "eod_id": None if has_mask else receipt["eod_id"],
+            "num_words": None if has_mask else receipt["words"],
+            "num_bytes": None if has_mask else receipt["bytes"],
         }
+        self.name = f"{receipt['bin_sha256']}, windows of {config.eval_context_length}, stride {config.eval_stride}"
+        """What makes two scores comparable."""
 
     def __call__(self, engine, device: torch.device) -> Score:
         """Score the text with the engine's weights of now; every rank calls this and gets the same score."""
         engine.eval()
         try:
-            return score(
+            whole = score(
                 self.tokens,
                 lambda input_ids, labels: engine(input_ids, labels, per_token=True),
                 device=device,
@@ -42,3 +52,14 @@ class Validation:
             )
         finally:
             engine.train()
+        return whole if self.is_scored is None else whole.of(self.is_scored)
+
+
+def _scored_tokens(prefix: str, tokens: TokenFile, prefix_id: int | None) -> Bool[np.ndarray, " tokens"]:
+    """Return which tokens training scores; without a prefix token nothing predicts a document's first."""
+    is_scored = TokenFile(f"{prefix}.scored").read(0, tokens.num_tokens) != 0
+    if prefix_id is None:
+        is_scored[tokens.document_offsets[:-1]] = False
+    if not is_scored.any():
+        raise DataError(f"{prefix} has no scored token to validate on; give data.valid a text with completions.")
+    return is_scored

@@ -256,6 +256,11 @@ def vocab_size(model: CausalLM) -> int:
     return model.get_input_embeddings().num_embeddings
 
 
+def require_there(source: str) -> None:
+    """Raise DataError for what looks like a path and is not there; a hub name is found out later."""
+    _location(source)
+
+
 def _location(source: str) -> tuple[str, dict[str, str]]:
     path = Path(source)
     if path.suffix == ".gguf":
