@@ -107,3 +107,22 @@ def test_a_library_first_on_the_path_is_not_hidden(run_under, tmp_path):
     )
     assert done.returncode == 0
     assert "--deepspeed-config" in done.stdout
+
+
+def test_a_run_continues_with_its_own_settings_only(run_under, reference):
+    """Another learning rate or validation window would make its rows and its best checkpoint mean two things."""
+    done, run_dir = run_under("python", "--optim.learning-rate=3e-3", "--eval.stride=8", "--run.max-steps=3")
+    assert done.returncode == 4
+    for setting in (
+        "optim: ",
+        "'learning_rate': 0.003",
+        "validation: ",
+        "schedule_steps: 2 then, 3 now",
+        "--run.fresh",
+    ):
+        assert setting in done.stderr
+    assert rows(run_dir) == reference
+    done, run_dir = run_under("python")
+    assert done.returncode == 0
+    assert "after 2 steps" in done.stdout
+    assert rows(run_dir) == reference

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+import torch
+
+from megaft.config import PrepareConfig, parse_train
+from megaft.errors import DataError
+from megaft.indexed import TokenFile
+from megaft.prepare import prepare
+from megaft.tokenizer import load_tokenizer
+from megaft.training_data import Source
+from megaft.validation import Validation
+
+RECORDS = [{"q": "one two three", "a": " four five"}, {"q": "six", "a": " seven"}]
+
+
+class Engine:
+    """One nat a label, wherever there is one."""
+
+    def __call__(self, input_ids, labels, per_token):
+        assert per_token
+        return (labels >= 0).float()
+
+    def eval(self):
+        pass
+
+    def train(self):
+        pass
+
+
+@pytest.fixture
+def validate(toy_model, tmp_path):
+    def run(**options):
+        records = tmp_path / "records.jsonl"
+        records.write_text("\n".join(map(json.dumps, RECORDS)))
+        prefix = tmp_path / "valid"
+        prepare(PrepareConfig(inputs=(str(records),), output=prefix, tokenizer=str(toy_model), **options))
+        flags = (
+            "--deepspeed-config j --data.train t --data.valid v --run.dir r --run.max-steps 1 --data.context-length 8"
+        )
+        config = parse_train([*flags.split(), "--model.path", str(toy_model)])
+        tokenizer = load_tokenizer(str(toy_model))
+        return Validation(Source(str(prefix)), config, tokenizer)(Engine(), torch.device("cpu")), tokenizer, prefix
+
+    return run
+
+
+def test_only_completions_count_as_in_training(validate):
+    score, tokenizer, prefix = validate(prompt_key="q", completion_key="a", append_eod=True)
+    completions = sum(len(tokenizer.encode(record["a"])) for record in RECORDS)
+    assert score.nats == score.num_scored_tokens == completions + 2  # and the end of each, which training scores too
+    assert TokenFile(prefix).num_tokens > score.num_scored_tokens
+    assert (score.word_perplexity, score.bits_per_byte) == (None, None)
+
+
+def test_of_plain_text_every_token_counts_but_those_appended(validate):
+    score, tokenizer, _ = validate(json_key="q", append_eod=True)
+    assert score.nats == sum(len(tokenizer.encode(record["q"])) for record in RECORDS)
+    assert score.num_words == 4
+
+
+def test_a_text_with_nothing_scored_is_refused(validate, monkeypatch):
+    monkeypatch.setitem(RECORDS[0], "a", "")
+    monkeypatch.setitem(RECORDS[1], "a", "")
+    with pytest.raises(DataError, match="no scored token"):
+        validate(prompt_key="q", completion_key="a")
