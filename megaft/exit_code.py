@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from megaft.errors import UserError
+
+SECONDS_FOR_MAIN = 20.0
 
 
 def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = True) -> int:
@@ -17,7 +20,7 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
     is a bug and keeps its traceback.
 
     Args:
-        is_main: Whether this rank prints the message.
+        is_main: Whether this rank prints the message at once; another one waits for the main rank to have done so.
     """
     try:
         try:
@@ -25,8 +28,11 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
         finally:
             sys.stdout.flush()
     except UserError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
+        if not is_main:
+            # Most mistakes are found by every rank, and the first to leave makes the launcher end the others: the main
+            # rank speaks and leaves first. Who is still here after that found something of its own.
+            time.sleep(SECONDS_FOR_MAIN)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

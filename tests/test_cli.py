@@ -123,9 +123,13 @@ def test_a_user_error_is_a_message_and_a_code(error, code, fake_command, capsys)
     assert capsys.readouterr().err == "error: x is 1; use 2.\n"
 
 
-def test_only_the_main_rank_speaks(capsys):
-    assert exit_code_of(raising(DataError("no")), is_main=False) == 3
-    assert capsys.readouterr().err == ""
+def test_the_main_rank_speaks_first(capsys, monkeypatch):
+    waits = []
+    monkeypatch.setattr("time.sleep", lambda seconds: waits.append((seconds, capsys.readouterr().err)))
+    assert exit_code_of(raising(DataError("no")), is_main=True) == 3
+    assert (waits, capsys.readouterr().err) == ([], "error: no\n")
+    assert exit_code_of(raising(DataError("alone")), is_main=False) == 3
+    assert (waits, capsys.readouterr().err) == ([(20.0, "")], "error: alone\n")
 
 
 def test_interrupt_and_bug(fake_command):
