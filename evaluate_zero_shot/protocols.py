@@ -1,0 +1,302 @@
+"""Protocols as data: what each published system counts when it says "perplexity".
+
+A protocol says how a text becomes token windows and how nats become a number. Nothing here computes: `evaluate` reads
+the fields, `describe` prints them, and `differences` compares two of them field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+Detokenizer = Literal["invertible", "megatron", "openai", "none"]
+LastWord = Literal["strict", "last-token", "lm-eval", "stop-word"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """How a system turns a corpus and a model into a number."""
+
+    name: str
+    title: str
+    source: str
+    """Where the definition is published."""
+    text: Literal["tokens", "raw", "rows"]
+    """The word-tokenized file, the raw one, or the raw one as the rows of its public dataset, a blank line between."""
+    scope: Literal["stream", "document"]
+    """What is detokenized and tokenized at once, and what windows never leave: the whole file, or each document."""
+    detokenizer: Detokenizer
+    """Which rules undo the corpus's tokenization, where the corpus has such rules."""
+    has_prefix: bool
+    """Whether the tokenizer's beginning-of-text token stands before each scope, so that the first token is scored."""
+    context_length: int | None
+    """Tokens of a window; None: as many as the model has positions for."""
+    stride: int | None
+    """Tokens from a window to the next; None: the context length."""
+    window: Literal["inputs", "tokens"] = "inputs"
+    """What `context_length` counts: the model's inputs, or the window's tokens, the last of which is only a target."""
+    first: Literal["full", "stride"] = "full"
+    """Whether the first window scores all its targets, or as many as a later one."""
+    last: Literal["short", "extended"]
+    """Whether the last window has a shorter context, or begins earlier to have a full one."""
+    weighting: Literal["tokens", "windows"] = "tokens"
+    """Whether perplexity's mean runs over tokens, or over windows weighted by their labels minus one."""
+    words: Literal["whitespace", "original tokens", "whitespace, per document", "spaces"]
+    """What divides the nats in the word perplexity."""
+    exponent_limit: float | None = None
+    """Largest nats per unit before exp."""
+    last_word: LastWord | None = None
+    """LAMBADA: what is predicted, and from what context; None: the system has no such task."""
+    has_cloze: bool = False
+    """Whether the system chooses among candidates, as the Children's Book Test asks."""
+    note: str
+    """What else must be known to compare its numbers."""
+
+
+_ALL = (
+    Protocol(
+        name="megaft",
+        title="megaft",
+        source="docs/evaluation.md",
+        text="tokens",
+        scope="document",
+        detokenizer="invertible",
+        has_prefix=True,
+        context_length=None,
+        stride=None,
+        last="extended",
+        words="whitespace",
+        last_word="lm-eval",
+        has_cloze=True,
+        note="Every token of every document is scored once behind a prefix token, and the detokenizer can be undone, so "
+        "that the nats are those of the original text; bits per byte compares across tokenizers. A smaller stride is "
+        "asked for with --stride and named beside the number.",
+    ),
+    Protocol(
+        name="megatron",
+        title="Megatron-LM zeroshot_gpt",
+        source="NVIDIA/Megatron-LM tasks/zeroshot_gpt (removed in fb13c1de, 2025-07); arXiv:1909.08053 section 5.3",
+        text="tokens",
+        scope="stream",
+        detokenizer="megatron",
+        has_prefix=False,
+        context_length=1024,
+        stride=32,
+        last="short",
+        words="original tokens",
+        exponent_limit=20.0,
+        last_word="strict",
+        note="Its adjusted perplexity is the word perplexity here: exp(nats / (T - 1) * (T - 1) / (T_o - 1)), T tokens "
+        "after the detokenizer and T_o = len(text.strip().split(' ')) before. Non-overlapping: --stride 1024. Run "
+        "data-parallel, the original repeats its first windows; here none is repeated.",
+    ),
+    Protocol(
+        name="lm-eval",
+        title="lm-evaluation-harness",
+        source="EleutherAI/lm-evaluation-harness 0.4.13: tasks wikitext and lambada_openai, get_rolling_token_windows",
+        text="raw",
+        scope="document",
+        detokenizer="megatron",
+        has_prefix=True,
+        context_length=None,
+        stride=None,
+        last="extended",
+        words="whitespace, per document",
+        last_word="lm-eval",
+        note="Words are len(re.split(r'\\s+', page)), two more a page than whitespace words; bytes and words are those "
+        "of the page before detokenizing. In half precision the original sums in half precision; here in float64.",
+    ),
+    Protocol(
+        name="lm-eval-megatron",
+        title="lm-evaluation-harness, megatron_lm backend",
+        source="EleutherAI/lm-evaluation-harness 0.4.13: lm_eval/models/megatron_lm.py",
+        text="raw",
+        scope="document",
+        detokenizer="megatron",
+        has_prefix=True,
+        context_length=None,
+        stride=None,
+        window="tokens",
+        last="extended",
+        words="whitespace, per document",
+        last_word="lm-eval",
+        note="As lm-eval, in windows of one input less.",
+    ),
+    Protocol(
+        name="hf-docs",
+        title="Hugging Face documentation, perplexity of fixed-length models",
+        source="huggingface/transformers docs/source/en/perplexity.md",
+        text="rows",
+        scope="stream",
+        detokenizer="none",
+        has_prefix=False,
+        context_length=None,
+        stride=512,
+        window="tokens",
+        last="short",
+        weighting="windows",
+        words="whitespace",
+        note="Perplexity per token: comparable within one tokenizer only. With stride = context one token a window is "
+        "never scored. Each window's mean counts as often as it has labels, minus one.",
+    ),
+    Protocol(
+        name="fairseq",
+        title="fairseq eval_lm",
+        source="facebookresearch/fairseq fairseq_cli/eval_lm.py, fairseq/data/lm_context_window_dataset.py",
+        text="tokens",
+        scope="stream",
+        detokenizer="none",
+        has_prefix=True,
+        context_length=1024,
+        stride=512,
+        first="stride",
+        last="short",
+        words="original tokens",
+        note="Stride is tokens_per_sample minus context_window. Reported as 2 ** (bits per token); users renormalise "
+        "to words. The recipe of Megatron-11B detokenizes with sacremoses, which is not done here.",
+    ),
+    Protocol(
+        name="lm-finetuning",
+        title="lm-finetuning",
+        source="the GPT-2 finetuning notes: Megatron's adjusted perplexity over non-overlapping chunks",
+        text="tokens",
+        scope="stream",
+        detokenizer="megatron",
+        has_prefix=False,
+        context_length=1024,
+        stride=None,
+        window="tokens",
+        last="short",
+        words="original tokens",
+        note="A chunk's first token is never scored; the mean over scored tokens is stretched to all by the formula. "
+        "The original also averages batch means, scores padding and counts special tokens; none of it is done here.",
+    ),
+    Protocol(
+        name="gpt2-paper",
+        title="GPT-2 paper, as far as it is known",
+        source="Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 3.1",
+        text="tokens",
+        scope="stream",
+        detokenizer="invertible",
+        has_prefix=False,
+        context_length=1024,
+        stride=32,
+        last="short",
+        words="original tokens",
+        last_word="stop-word",
+        has_cloze=True,
+        note="Stated: invertible detokenizers, nats per canonical unit, a stop-word filter for LAMBADA. Not published: "
+        "the detokenizers, the stop words, context, stride and prefix; those here are Megatron's, which followed it. "
+        "Nobody is known to have reproduced its WikiText-103 figures.",
+    ),
+    Protocol(
+        name="ralm",
+        title="In-Context RALM, without retrieval",
+        source="AI21Labs/in-context-ralm eval_lm.py; arXiv:2302.00083",
+        text="raw",
+        scope="stream",
+        detokenizer="none",
+        has_prefix=False,
+        context_length=1024,
+        stride=4,
+        window="tokens",
+        last="short",
+        words="spaces",
+        note="Nats are divided by text.count(' ').",
+    ),
+    Protocol(
+        name="olmo",
+        title="catwalk, OLMo-Eval and Paloma",
+        source="allenai/OLMo-Eval; Paloma, arXiv:2312.10523",
+        text="tokens",
+        scope="document",
+        detokenizer="none",
+        has_prefix=True,
+        context_length=None,
+        stride=None,
+        last="extended",
+        words="whitespace",
+        note="Windows as in lm-eval, on text as it is; bits per byte over all documents is the figure to compare.",
+    ),
+)
+
+PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({protocol.name: protocol for protocol in _ALL})
+
+_PHRASES: dict[str, dict[Any, str]] = {
+    "text": {
+        "tokens": "the word-tokenized file",
+        "raw": "the raw file",
+        "rows": "the rows of the raw file, a blank line between them",
+    },
+    "scope": {"stream": "the whole file as one stream", "document": "each document for itself"},
+    "detokenizer": {
+        "invertible": "invertible rules",
+        "megatron": "Megatron-LM's rules, which lose information",
+        "openai": "OpenAI's rules, which lose information",
+        "none": "none",
+    },
+    "has_prefix": {True: "before each scope; every token is scored", False: "none; the first token is not scored"},
+    "context_length": {None: "the model's own"},
+    "stride": {None: "the context length"},
+    "window": {"inputs": "inputs of the model", "tokens": "tokens, the last of which is only a target"},
+    "first": {"full": "scores all its targets", "stride": "scores one stride"},
+    "last": {"short": "has the context that is left", "extended": "begins earlier, with a full context"},
+    "weighting": {"tokens": "over tokens", "windows": "over windows, weighted by their labels minus one"},
+    "words": {
+        "whitespace": "len(text.split())",
+        "original tokens": "len(text.strip().split(' ')) - 1",
+        "whitespace, per document": "len(re.split(r'\\s+', page)), summed",
+        "spaces": "text.count(' ')",
+    },
+    "exponent_limit": {None: "none"},
+    "last_word": {
+        None: "not defined",
+        "strict": "the last word, every token of it the first choice, after the stripped text before it",
+        "last-token": "the last token only",
+        "lm-eval": "the last word with its space, after the text before it",
+        "stop-word": "as strict, where no stop word can be chosen",
+    },
+    "has_cloze": {True: "candidate and rest of the sentence, given the context", False: "not defined"},
+}
+
+_LABELS = {
+    "text": "Text",
+    "scope": "Scope",
+    "detokenizer": "Detokenizer",
+    "has_prefix": "Prefix token",
+    "context_length": "Context length",
+    "stride": "Stride",
+    "window": "The context length counts",
+    "first": "First window",
+    "last": "Last window",
+    "weighting": "Mean",
+    "words": "Words",
+    "exponent_limit": "Largest exponent",
+    "last_word": "LAMBADA",
+    "has_cloze": "Children's Book Test",
+}
+
+
+def statements(protocol: Protocol) -> dict[str, str]:
+    """Return every field that decides the number, as label and phrase."""
+    values = asdict(protocol)
+    return {label: _PHRASES[field].get(values[field], str(values[field])) for field, label in _LABELS.items()}
+
+
+def describe(protocol: Protocol) -> str:
+    """Return the whole definition as text."""
+    width = max(map(len, _LABELS.values()))
+    rows = [f"  {label:<{width}}  {phrase}" for label, phrase in statements(protocol).items()]
+    return "\n".join([f"{protocol.name}: {protocol.title}", f"  {protocol.source}", "", *rows, "", protocol.note])
+
+
+def differences(ours: Protocol, theirs: Protocol) -> list[str]:
+    """Return what the two do differently, a sentence a field: ours first."""
+    phrases = statements(theirs)
+    return [
+        f"{label}: {phrase}; there {phrases[label]}"
+        for label, phrase in statements(ours).items()
+        if phrase != phrases[label]
+    ]
