@@ -33,8 +33,8 @@ class Protocol:
     """Whether the tokenizer's beginning-of-text token stands before each scope, so that the first token is scored."""
     context_length: int | None
     """Tokens of a window; None: as many as the model has positions for."""
-    stride: int | None
-    """Tokens from a window to the next; None: the context length."""
+    stride: int | Literal["context", "half"]
+    """Tokens from a window to the next; or the context length, or half of it."""
     window: Literal["inputs", "tokens"] = "inputs"
     """What `context_length` counts: the model's inputs, or the window's tokens, the last of which is only a target."""
     first: Literal["full", "stride"] = "full"
@@ -65,14 +65,14 @@ _ALL = (
         detokenizer="invertible",
         has_prefix=True,
         context_length=None,
-        stride=None,
+        stride="half",
         last="extended",
         words="whitespace",
         last_word="lm-eval",
         has_cloze=True,
-        note="Every token of every document is scored once behind a prefix token, and the detokenizer can be undone, so "
-        "that the nats are those of the original text; bits per byte compares across tokenizers. A smaller stride is "
-        "asked for with --stride and named beside the number.",
+        note="Every token of every document is scored once behind a prefix token, and the detokenizer can be undone, "
+        "so that the nats are those of the original text; bits per byte compares across tokenizers. Training validates "
+        "by it.",
     ),
     Protocol(
         name="megatron",
@@ -101,7 +101,7 @@ _ALL = (
         detokenizer="megatron",
         has_prefix=True,
         context_length=None,
-        stride=None,
+        stride="context",
         last="extended",
         words="whitespace, per document",
         last_word="lm-eval",
@@ -117,7 +117,7 @@ _ALL = (
         detokenizer="megatron",
         has_prefix=True,
         context_length=None,
-        stride=None,
+        stride="context",
         window="tokens",
         last="extended",
         words="whitespace, per document",
@@ -166,7 +166,7 @@ _ALL = (
         detokenizer="megatron",
         has_prefix=False,
         context_length=1024,
-        stride=None,
+        stride="context",
         window="tokens",
         last="short",
         words="original tokens",
@@ -215,7 +215,7 @@ _ALL = (
         detokenizer="none",
         has_prefix=True,
         context_length=None,
-        stride=None,
+        stride="context",
         last="extended",
         words="whitespace",
         note="Windows as in lm-eval, on text as it is; bits per byte over all documents is the figure to compare.",
@@ -239,7 +239,7 @@ _PHRASES: dict[str, dict[Any, str]] = {
     },
     "has_prefix": {True: "before each scope; every token is scored", False: "none; the first token is not scored"},
     "context_length": {None: "the model's own"},
-    "stride": {None: "the context length"},
+    "stride": {"context": "the context length", "half": "half the context length"},
     "window": {"inputs": "inputs of the model", "tokens": "tokens, the last of which is only a target"},
     "first": {"full": "scores all its targets", "stride": "scores one stride"},
     "last": {"short": "has the context that is left", "extended": "begins earlier, with a full context"},

@@ -163,7 +163,7 @@ def find(run_dir: Path) -> Path | None:
         CheckpointError: There are checkpoints, and none holds.
     """
     step = _newest_valid_step(run_dir) if parallel.is_main() else 0
-    step = parallel.from_main(step)
+    step = int(parallel.from_main(torch.tensor(step)))
     if step == DAMAGED:
         raise CheckpointError(
             f"no checkpoint in {run_dir / 'checkpoints'} holds; put one back, or start over with --run.fresh."

@@ -183,8 +183,8 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_main(value: int) -> int:
-    """Return the main rank's value on every rank."""
-    device = torch.device("cuda") if dist.is_initialized() and dist.get_backend() == "nccl" else torch.device("cpu")
-    tensor = torch.tensor(value if is_main() else 0, dtype=torch.int64, device=device)
-    return int(sum_over_data_ranks(tensor))
+def from_main(tensor: Tensor) -> Tensor:
+    """Return the main rank's integers on every rank, as a tensor of the host."""
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    mine = tensor if is_main() else torch.zeros_like(tensor)
+    return sum_over_data_ranks(mine.to(device)).cpu()

@@ -7,20 +7,27 @@ each token go to its own place in one array, and the sum runs over that array: t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from itertools import count, groupby, pairwise
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from megaft import parallel
 from megaft.config import require
 from megaft.errors import DataError
 from megaft.loss import IGNORE_INDEX
+
+TokenScorer = Callable[[Tensor, Tensor], Tensor]
+"""The model, in evaluation mode: (input_ids, labels), both Int64 "batch time", to Float32 "quantity batch time".
+
+Labels are shifted already, and cost 0.0 where they are IGNORE_INDEX. The first quantity is the nats of each label; the
+second, where there is one, is 1.0 where the label was the model's first choice.
+"""
 
 
 class Window(NamedTuple):
@@ -36,22 +43,41 @@ class Window(NamedTuple):
         return slice(self.scored_from - self.begin - 1, self.end - self.begin - 1)
 
 
-def windows(num_tokens: int, context_length: int, stride: int) -> Iterator[Window]:
-    """Yield windows that score every token but the first exactly once.
+def windows(
+    num_tokens: int,
+    context_length: int,
+    stride: int,
+    *,
+    first: Literal["full", "stride"] = "full",
+    last: Literal["short", "extended"] = "extended",
+) -> Iterator[Window]:
+    """Yield windows of at most `context_length` inputs that score every token but the first exactly once.
 
-    The first window scores all its targets; each later one scores `stride` new tokens, the last perhaps fewer, behind a
-    full left context. The windows of lm-evaluation-harness's `get_rolling_token_windows`, whose `context_len` is
-    context_length - stride + 1.
+    The defaults are the windows of lm-evaluation-harness's `get_rolling_token_windows`, whose `context_len` is
+    context_length - stride + 1. With last="short" they are those of Megatron-LM's `tasks/zeroshot_gpt`, and a stride of
+    context_length + 1 makes chunks, whose first tokens are not scored.
+
+    Args:
+        num_tokens: Length of the token list.
+        context_length: Most input tokens of a window.
+        stride: Tokens scored per window after the first.
+        first: The first window scores all its targets, or as many as a later one.
+        last: The last window keeps the context that its stride leaves it, or begins earlier to have a full one.
 
     Raises:
-        ConfigError: A stride above the context length would leave tokens unscored.
+        ConfigError: A larger stride would leave tokens unscored.
     """
-    require(1 <= stride <= context_length, f"stride is {stride}; use 1 to {context_length} (the context length).")
-    if num_tokens > 1:
-        yield Window(0, 1, min(num_tokens, context_length + 1))
-    for scored_from in range(context_length + 1, num_tokens, stride):
-        end = min(scored_from + stride, num_tokens)
-        yield Window(end - 1 - context_length, scored_from, end)
+    largest = context_length + (last == "short")
+    require(1 <= stride <= largest, f"stride is {stride}; use 1 to {largest} with this context length.")
+    scored_from = 1
+    for nominal_end in count(1 + (context_length if first == "full" else stride), stride):
+        end = min(nominal_end, num_tokens)
+        begin = max(0, (nominal_end if last == "short" else end) - 1 - context_length)
+        scored_from = max(scored_from, begin + 1)
+        if scored_from >= end:
+            return
+        yield Window(begin, scored_from, end)
+        scored_from = end
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +92,8 @@ class Score:
     """UTF-8 bytes of the original text."""
     token_nats: Float64[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
     """Nats of each token of the text, in its order; 0.0 where a token is not scored."""
+    is_first_choice: Bool[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
+    """Where a token was scored and the model said that it was its first choice."""
 
     def of(self, is_scored: Bool[np.ndarray, " tokens"]) -> Score:
         """Return the score of some of the text's tokens, of which no words or bytes are known."""
@@ -80,12 +108,17 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(nats / tokens); comparable within one tokenizer only."""
-        return _exp(self.nats_per_token)
+        return exp(self.nats_per_token)
 
     @property
     def word_perplexity(self) -> float | None:
         """exp(nats / words), where the words are known."""
-        return _exp(self.nats / self.num_words) if self.num_words else None
+        return exp(self.nats / self.num_words) if self.num_words else None
+
+    @property
+    def byte_perplexity(self) -> float | None:
+        """exp(nats / bytes), where the bytes are known."""
+        return exp(self.nats / self.num_bytes) if self.num_bytes else None
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -98,7 +131,8 @@ class Score:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-def _exp(nats: float) -> float:
+def exp(nats: float) -> float:
+    """Return e to the `nats`, inf where that is too large for a float."""
     try:
         return math.exp(nats)
     except OverflowError:
@@ -116,60 +150,7 @@ class Documents(Protocol):
         ...
 
 
-def score(
-    documents: Documents,
-    token_nats: Callable[[Tensor, Tensor], Tensor],
-    *,
-    context_length: int,
-    stride: int,
-    batch_size: int,
-    device: torch.device,
-    prefix_id: int | None = None,
-    eod_id: int | None = None,
-    num_words: int | None = None,
-    num_bytes: int | None = None,
-) -> Score:
-    """Score a text on all data ranks together; each returns the same bits, whatever their number.
-
-    Every rank makes the same number of forward passes, all of one shape: under ZeRO-3 an uneven deal hangs, and a
-    matmul of another shape may round otherwise. A rank without a batch passes one with nothing to score.
-
-    Args:
-        documents: The text; its tokens are read as they are needed.
-        token_nats: The model, in evaluation mode: (input_ids, labels), both Int64 "batch time", to the nats of each
-            label in Float32 "batch time". Labels are shifted already; IGNORE_INDEX costs 0.0.
-        context_length: Input tokens per row of a forward pass.
-        stride: Tokens scored per window after a document's first.
-        batch_size: Windows per forward pass and rank.
-        device: Where the model computes.
-        prefix_id: Stands before each document, so that its first token is scored too. None leaves that one unscored.
-        eod_id: Left out where it is a document's last token: the preparation put it there, not the author.
-        num_words: Words of the original text.
-        num_bytes: UTF-8 bytes of the original text.
-
-    Raises:
-        DataError: The text has no token to score.
-    """
-    num_scored_tokens = 0
-    nats = np.zeros(int(documents.document_offsets[-1]))
-    rows = _rows(documents, context_length, stride, prefix_id, eod_id)
-    while deal := list(islice(rows, batch_size * parallel.data_parallel_size())):
-        num_scored_tokens += sum(row.window.end - row.window.scored_from for row in deal)
-        ours = deal[parallel.data_parallel_rank() * batch_size :][:batch_size]
-        inputs, labels = _batch(documents, ours, prefix_id, batch_size, context_length)
-        with torch.no_grad():
-            batch_nats = token_nats(inputs.to(device), labels.to(device)).cpu()
-        for row, row_nats in zip(ours, batch_nats.numpy(), strict=False):
-            nats[row.places] = row_nats[row.window.columns]
-    if num_scored_tokens == 0:
-        num_documents = len(documents.document_offsets) - 1
-        raise DataError(f"{num_documents} documents have no token to score; give a text of two words or more.")
-    # Each place is filled on one rank and 0.0 on the others, so this sum rounds nothing.
-    nats = parallel.sum_over_data_ranks(torch.from_numpy(nats).to(device)).cpu().numpy()
-    return Score(math.fsum(nats), num_scored_tokens, num_words, num_bytes, nats)
-
-
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """A window of a document whose position p is token first + p of the text; a prefix counts as position 0."""
 
     first: int
@@ -177,26 +158,175 @@ class _Row(NamedTuple):
 
     @property
     def places(self) -> slice:
+        """Where in the text its targets are."""
         return slice(self.first + self.window.scored_from, self.first + self.window.end)
 
+    @property
+    def num_inputs(self) -> int:
+        """Columns that the row needs in a batch."""
+        return self.window.end - self.window.begin - 1
 
-def _rows(
-    documents: Documents, context_length: int, stride: int, prefix_id: int | None, eod_id: int | None
-) -> Iterator[_Row]:
+    @property
+    def num_targets(self) -> int:
+        """Tokens that the row scores."""
+        return self.window.end - self.window.scored_from
+
+
+def rows_of(
+    documents: Documents,
+    cut: Callable[[int], Iterable[Window]],
+    *,
+    prefix_id: int | None = None,
+    eod_id: int | None = None,
+) -> list[Row]:
+    """Cut every document into windows.
+
+    Args:
+        documents: The text.
+        cut: From a number of tokens to windows, as `windows` is.
+        prefix_id: Stands before each document, so that its first token is scored too. None leaves that one unscored.
+        eod_id: Left out where it is a document's last token: the preparation put it there, not the author.
+    """
+    rows = []
     for begin, end in pairwise(map(int, documents.document_offsets)):
         if end > begin and eod_id is not None and documents.read(end - 1, end)[0] == eod_id:
             end -= 1
         first = begin if prefix_id is None else begin - 1
-        for window in windows(end - first, context_length, stride):
-            yield _Row(first, window)
+        rows += [Row(first, window) for window in cut(end - first)]
+    return rows
 
 
-def _batch(
-    documents: Documents, rows: list[_Row], prefix_id: int | None, batch_size: int, context_length: int
+def batches_of(rows: Sequence[Row], tokens_per_batch: int) -> list[list[Row]]:
+    """Group rows of about one shape, the longest first, so that little of a batch is padding.
+
+    A pure function of the rows: what is computed together does not depend on the ranks, and so neither do its bits.
+
+    Args:
+        rows: In any order.
+        tokens_per_batch: Most input tokens of a batch, padding included; a longer row makes a batch of its own.
+    """
+
+    def magnitude(row: Row) -> int:
+        return row.num_targets.bit_length()  # the last layer and the head run on as many columns as the widest row has
+
+    batches = []
+    for _, alike in groupby(sorted(rows, key=lambda row: (-magnitude(row), -row.num_inputs)), magnitude):
+        group = list(alike)
+        while group:
+            num_rows = max(1, tokens_per_batch // group[0].num_inputs)
+            batches.append(group[:num_rows])
+            group = group[num_rows:]
+    return batches
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Keeps what batches have cost, so that an interrupted evaluation continues."""
+
+    finished: Mapping[int, np.ndarray]
+    """By a batch's number, Float32 "quantity targets": what an earlier evaluation kept; the main rank's counts."""
+
+    def keep(self, number: int, values: np.ndarray) -> None:
+        """Keep a batch, in the order of its rows and their targets."""
+        ...
+
+
+def score(
+    documents: Documents,
+    rows: Sequence[Row],
+    model: TokenScorer,
+    *,
+    tokens_per_batch: int,
+    device: torch.device,
+    prefix_id: int | None = None,
+    num_words: int | None = None,
+    num_bytes: int | None = None,
+    keeper: Keeper | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Score:
+    """Score a text on all data ranks together; each returns the same bits, whatever their number.
+
+    Every rank makes the same number of forward passes: under ZeRO-3 an uneven deal hangs. A rank without a batch
+    passes one token with nothing to score.
+
+    Args:
+        documents: The text; its tokens are read as they are needed.
+        rows: Its windows, from `rows_of`.
+        model: What computes nats.
+        tokens_per_batch: Most input tokens of a forward pass.
+        device: Where the model computes.
+        prefix_id: The prefix that `rows` have.
+        num_words: Words of the original text.
+        num_bytes: UTF-8 bytes of the original text.
+        keeper: Has finished batches, and is given those finished here.
+        progress: Called with the input tokens, without padding, that all ranks together have just finished.
+
+    Raises:
+        DataError: The text has no token to score.
+    """
+    if not rows:
+        num_documents = len(documents.document_offsets) - 1
+        raise DataError(f"{num_documents} documents have no token to score; give a text of two words or more.")
+    batches = batches_of(rows, tokens_per_batch)
+    values = np.zeros((2, int(documents.document_offsets[-1])))
+    waiting = _fill_with_finished(values, batches, keeper)
+    progress(sum(row.num_inputs for batch in batches for row in batch) - _num_inputs(batches, waiting))
+    for deal in _deals(waiting, parallel.data_parallel_size()):
+        ours = deal[parallel.data_parallel_rank() :][:1]
+        batch = batches[ours[0]] if ours else []
+        found = _values_of(documents, batch, model, device, prefix_id)
+        _put(values, batch, found)
+        if keeper is not None and ours:
+            keeper.keep(ours[0], found)
+        progress(_num_inputs(batches, deal))
+    # Each place is filled on one rank and 0.0 on the others, so this sum rounds nothing.
+    nats, choices = parallel.sum_over_data_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
+    num_scored_tokens = sum(row.num_targets for row in rows)
+    return Score(math.fsum(nats), num_scored_tokens, num_words, num_bytes, nats, choices > 0)
+
+
+def _deals(numbers: list[int], size: int) -> Iterator[list[int]]:
+    for begin in range(0, len(numbers), size):
+        yield numbers[begin : begin + size]
+
+
+def _num_inputs(batches: list[list[Row]], numbers: Iterable[int]) -> int:
+    return sum(row.num_inputs for number in numbers for row in batches[number])
+
+
+def _fill_with_finished(values: np.ndarray, batches: list[list[Row]], keeper: Keeper | None) -> list[int]:
+    """Put the main rank's finished batches in their places, and return the numbers of the others on every rank."""
+    is_finished = torch.zeros(len(batches), dtype=torch.int64)
+    if keeper is not None and parallel.is_main():
+        for number, found in keeper.finished.items():
+            _put(values, batches[number], found)
+            is_finished[number] = 1
+    is_finished = parallel.from_main(is_finished)
+    return [number for number in range(len(batches)) if not is_finished[number]]
+
+
+def _put(values: np.ndarray, batch: list[Row], found: np.ndarray) -> None:
+    begin = 0
+    for row in batch:
+        values[: len(found), row.places] = found[:, begin : begin + row.num_targets]
+        begin += row.num_targets
+
+
+@torch.no_grad()
+def _values_of(
+    documents: Documents, batch: list[Row], model: TokenScorer, device: torch.device, prefix_id: int | None
+) -> Float32[np.ndarray, "quantity targets"]:
+    """Run the model on a batch and return what its targets cost, row by row."""
+    inputs, labels = (tensor.to(device) for tensor in _tensors(documents, batch, prefix_id))
+    return model(inputs, labels)[:, labels != IGNORE_INDEX].cpu().numpy()
+
+
+def _tensors(
+    documents: Documents, batch: list[Row], prefix_id: int | None
 ) -> tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]:
-    inputs = np.zeros((batch_size, context_length), np.int64)
+    inputs = np.zeros((max(1, len(batch)), max((row.num_inputs for row in batch), default=1)), np.int64)
     labels = np.full_like(inputs, IGNORE_INDEX)
-    for i, (first, window) in enumerate(rows):
+    for i, (first, window) in enumerate(batch):
         if prefix_id is not None and window.begin == 0:
             tokens = np.concatenate([[prefix_id], documents.read(first + 1, first + window.end)])
         else:

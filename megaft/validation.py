@@ -10,7 +10,7 @@ from megaft.config import TrainConfig
 from megaft.errors import DataError
 from megaft.indexed import TokenFile
 from megaft.receipt import load_receipt
-from megaft.scoring import Score, score
+from megaft.scoring import Score, rows_of, score, windows
 from megaft.tokenizer import AnyTokenizer
 from megaft.training_data import Source
 
@@ -28,12 +28,15 @@ class Validation:
         # Of a text with unscored prompts, words and bytes of the scored part alone are not known.
         has_mask = receipt["has_mask"]
         self.is_scored = _scored_tokens(source.prefix, self.tokens, tokenizer.prefix_id) if has_mask else None
+        self.prefix_id = tokenizer.prefix_id
+        self.rows = rows_of(
+            self.tokens,
+            lambda num_tokens: windows(num_tokens, config.eval_context_length, config.eval_stride),
+            prefix_id=self.prefix_id,
+            eod_id=None if has_mask else receipt["eod_id"],
+        )
         self.options = {
-            "context_length": config.eval_context_length,
-            "stride": config.eval_stride,
-            "batch_size": config.eval.batch_size,
-            "prefix_id": tokenizer.prefix_id,
-            "eod_id": None if has_mask else receipt["eod_id"],
+            "tokens_per_batch": config.eval.batch_size * config.eval_context_length,
             "num_words": None if has_mask else receipt["words"],
             "num_bytes": None if has_mask else receipt["bytes"],
         }
@@ -46,8 +49,10 @@ class Validation:
         try:
             whole = score(
                 self.tokens,
-                lambda input_ids, labels: engine(input_ids, labels, per_token=True),
+                self.rows,
+                lambda input_ids, labels: engine(input_ids, labels, per_token=True).unsqueeze(0),
                 device=device,
+                prefix_id=self.prefix_id,
                 **self.options,
             )
         finally:

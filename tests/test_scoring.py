@@ -12,7 +12,7 @@ from megaft import scoring
 from megaft.errors import ConfigError, DataError
 from megaft.loss import IGNORE_INDEX, token_nats
 from megaft.models.hugging_face import NatsModel
-from megaft.scoring import Score, score, windows
+from megaft.scoring import Row, Score, Window, batches_of, rows_of, score, windows
 
 CPU = torch.device("cpu")
 PREFIX, EOD = 0, 1
@@ -33,9 +33,14 @@ class Rank:
     def __init__(self, rank, size, total):
         self.data_parallel_rank, self.data_parallel_size, self.total = lambda: rank, lambda: size, total
 
+        self.is_main = lambda: rank == 0
+
     def sum_over_data_ranks(self, tensor):
         self.total.append(tensor.clone())
         return torch.stack(self.total).sum(0)
+
+    def from_main(self, tensor):
+        return tensor
 
 
 class Model:
@@ -46,7 +51,7 @@ class Model:
 
     def __call__(self, input_ids, labels):
         self.shapes.append(tuple(input_ids.shape))
-        return token_nats(self.model(input_ids).logits, labels)
+        return token_nats(self.model(input_ids).logits, labels).unsqueeze(0)
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +73,11 @@ def tokens(num_tokens, seed=0):
     return np.random.default_rng(seed).integers(2, 97, num_tokens).tolist()
 
 
-def run(gpt2, text, context_length=64, stride=64, batch_size=2, **settings):
-    return score(
-        text,
-        Model(gpt2),
-        context_length=context_length,
-        stride=stride,
-        batch_size=batch_size,
-        device=CPU,
-        **settings,
-    )
+def run(model, text, context_length=64, stride=64, batch_size=2, prefix_id=None, eod_id=None, **settings):
+    rows = rows_of(text, lambda n: windows(n, context_length, stride), prefix_id=prefix_id, eod_id=eod_id)
+    model = Model(model) if isinstance(model, GPT2LMHeadModel) else model
+    size = batch_size * context_length
+    return score(text, rows, model, tokens_per_batch=size, device=CPU, prefix_id=prefix_id, **settings)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,34 @@ def test_every_token_but_the_first_is_scored_once(num_tokens, context_length, da
     assert all(w.end - 1 - w.begin == context_length for w in cut[1:])
 
 
-@pytest.mark.parametrize("stride", [0, 5])
-def test_a_stride_that_skips_tokens_is_refused(stride):
-    with pytest.raises(ConfigError, match=f"stride is {stride}; use 1 to 4"):
-        list(windows(10, 4, stride))
+@pytest.mark.parametrize(
+    ("num_tokens", "stride", "first", "expected"),  # expected: (begin, scored_from, end)
+    [
+        pytest.param(8, 2, "full", [(0, 1, 5), (2, 5, 7), (4, 7, 8)], id="Megatron: the last window keeps its place"),
+        pytest.param(8, 2, "stride", [(0, 1, 3), (0, 3, 5), (2, 5, 7), (4, 7, 8)], id="fairseq: the first one too"),
+        pytest.param(11, 5, "full", [(0, 1, 5), (5, 6, 10)], id="chunks: token 5 is not scored, 10 is alone"),
+        pytest.param(12, 5, "full", [(0, 1, 5), (5, 6, 10), (10, 11, 12)], id="chunks, short last one"),
+    ],
+)
+def test_other_systems_windows(num_tokens, stride, first, expected):
+    assert list(windows(num_tokens, 4, stride, first=first, last="short")) == expected
+
+
+@pytest.mark.parametrize(("stride", "last", "largest"), [(0, "extended", 4), (5, "extended", 4), (6, "short", 5)])
+def test_a_stride_that_skips_tokens_is_refused(stride, last, largest):
+    with pytest.raises(ConfigError, match=f"stride is {stride}; use 1 to {largest}"):
+        list(windows(10, 4, stride, last=last))
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1), st.integers(1, 100))
+def test_batches_hold_every_row_once(sizes, tokens_per_batch):
+    rows = [Row(i, Window(0, max(1, inputs - targets), inputs + 1)) for i, (inputs, targets) in enumerate(sizes)]
+    batches = batches_of(rows, tokens_per_batch)
+    assert sorted(row for batch in batches for row in batch) == sorted(rows)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(row.num_inputs for row in batch) <= tokens_per_batch
+        targets = [row.num_targets for row in batch]
+        assert max(targets) < 2 * min(targets)
 
 
 def test_a_short_document_costs_transformers_own_loss(gpt2):
@@ -193,13 +217,12 @@ def test_any_number_of_ranks_gives_the_same_bits(gpt2, size, monkeypatch):
         pytest.param(41, 2, 2, 2, id="3 batches on 2 ranks"),
     ],
 )
-def test_ranks_make_equal_passes_of_equal_shape(gpt2, num_tokens, batch_size, size, passes, monkeypatch):
+def test_ranks_make_equal_numbers_of_passes(gpt2, num_tokens, batch_size, size, passes, monkeypatch):
     for rank in range(size):
         model = Model(gpt2)
-        settings = {"context_length": 8, "stride": 8, "batch_size": batch_size, "device": CPU}
         monkeypatch.setattr(scoring, "parallel", Rank(rank, size, []))
-        score(Text(tokens(num_tokens)), model, **settings)
-        assert model.shapes == [(batch_size, 8)] * passes
+        run(model, Text(tokens(num_tokens)), context_length=8, stride=8, batch_size=batch_size)
+        assert len(model.shapes) == passes
 
 
 def test_a_dummy_batch_scores_nothing(monkeypatch):
@@ -207,18 +230,44 @@ def test_a_dummy_batch_scores_nothing(monkeypatch):
 
     def model(input_ids, labels):
         seen.append(labels.clone())
-        return torch.zeros(labels.shape)
+        return torch.zeros(1, *labels.shape)
 
     monkeypatch.setattr(scoring, "parallel", Rank(1, 2, []))
-    score(Text(tokens(5)), model, context_length=8, stride=8, batch_size=1, device=CPU)
+    run(model, Text(tokens(5)), context_length=8, stride=8, batch_size=1)
     assert len(seen) == 1
     assert (seen[0] == IGNORE_INDEX).all()
+
+
+class Memory:
+    """Keeps batches in memory, and stops the evaluation after so many."""
+
+    def __init__(self, stop_after=None):
+        self.finished, self.stop_after = {}, stop_after
+
+    def keep(self, number, values):
+        self.finished[number] = values
+        if len(self.finished) == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_evaluation_continues_with_the_same_bits(gpt2):
+    text, settings = Text(tokens(100, 1), tokens(30, 2)), {"context_length": 16, "stride": 4, "batch_size": 2}
+    undisturbed = run(gpt2, text, **settings)
+    memory, model, done = Memory(stop_after=5), Model(gpt2), []
+    with pytest.raises(KeyboardInterrupt):
+        run(model, text, keeper=memory, **settings)
+    memory.stop_after = None
+    continued = run(model, text, keeper=memory, progress=done.append, **settings)
+    assert continued.nats.hex() == undisturbed.nats.hex()
+    assert len(model.shapes) == len(memory.finished)  # no batch twice
+    rows = rows_of(text, lambda n: windows(n, 16, 4))
+    assert sum(done) == sum(row.num_inputs for row in rows)
 
 
 def test_a_model_that_returns_nats_scores_the_same(gpt2):
     nats_model = NatsModel(gpt2).eval()
     text, settings = Text(tokens(40, 1), tokens(7, 2)), {"context_length": 16, "stride": 8, "batch_size": 2}
-    through_head = score(text, lambda ids, labels: nats_model(ids, labels, per_token=True), **settings, device=CPU)
+    through_head = run(lambda ids, labels: nats_model(ids, labels, per_token=True)[None], text, **settings)
     assert through_head.token_nats == pytest.approx(run(gpt2, text, **settings).token_nats, rel=1e-5, abs=1e-6)
 
 
