@@ -31,6 +31,8 @@ class Protocol:
     """Which rules undo the corpus's tokenization, where the corpus has such rules."""
     has_prefix: bool
     """Whether the tokenizer's beginning-of-text token stands before each scope, so that the first token is scored."""
+    has_prompt_prefix: bool = False
+    """Whether it also stands before the context of LAMBADA and of the Children's Book Test."""
     context_length: int | None
     """Tokens of a window; None: as many as the model has positions for."""
     stride: int | Literal["context", "half"]
@@ -43,7 +45,7 @@ class Protocol:
     """Whether the last window has a shorter context, or begins earlier to have a full one."""
     weighting: Literal["tokens", "windows"] = "tokens"
     """Whether perplexity's mean runs over tokens, or over windows weighted by their labels minus one."""
-    words: Literal["whitespace", "original tokens", "whitespace, per document", "spaces"]
+    words: Literal["whitespace", "original tokens", "original tokens, less one", "whitespace, per document", "spaces"]
     """What divides the nats in the word perplexity."""
     exponent_limit: float | None = None
     """Largest nats per unit before exp."""
@@ -64,6 +66,7 @@ _ALL = (
         scope="document",
         detokenizer="invertible",
         has_prefix=True,
+        has_prompt_prefix=True,
         context_length=None,
         stride="half",
         last="extended",
@@ -85,7 +88,7 @@ _ALL = (
         context_length=1024,
         stride=32,
         last="short",
-        words="original tokens",
+        words="original tokens, less one",
         exponent_limit=20.0,
         last_word="strict",
         note="Its adjusted perplexity is the word perplexity here: exp(nats / (T - 1) * (T - 1) / (T_o - 1)), T tokens "
@@ -150,12 +153,13 @@ _ALL = (
         detokenizer="none",
         has_prefix=True,
         context_length=1024,
-        stride=512,
+        stride=32,
         first="stride",
         last="short",
         words="original tokens",
-        note="Stride is tokens_per_sample minus context_window. Reported as 2 ** (bits per token); users renormalise "
-        "to words. The recipe of Megatron-11B detokenizes with sacremoses, which is not done here.",
+        note="Stride is tokens_per_sample minus context_window; 1024 and 992 are those of the recipe for Megatron-11B, which "
+        "renormalises 2 ** (bits per token) to words. The recipe also detokenizes with sacremoses, and fairseq ends each line "
+        "with a token of its own instead of a newline; neither is done here.",
     ),
     Protocol(
         name="lm-finetuning",
@@ -169,7 +173,7 @@ _ALL = (
         stride="context",
         window="tokens",
         last="short",
-        words="original tokens",
+        words="original tokens, less one",
         note="A chunk's first token is never scored; the mean over scored tokens is stretched to all by the formula. "
         "The original also averages batch means, scores padding and counts special tokens; none of it is done here.",
     ),
@@ -179,23 +183,23 @@ _ALL = (
         source="Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 3.1",
         text="tokens",
         scope="stream",
-        detokenizer="invertible",
+        detokenizer="openai",
         has_prefix=False,
         context_length=1024,
         stride=32,
         last="short",
-        words="original tokens",
+        words="original tokens, less one",
         last_word="stop-word",
         has_cloze=True,
-        note="Stated: invertible detokenizers, nats per canonical unit, a stop-word filter for LAMBADA. Not published: "
-        "the detokenizers, the stop words, context, stride and prefix; those here are Megatron's, which followed it. "
-        "Nobody is known to have reproduced its WikiText-103 figures.",
+        note="Stated: invertible detokenizers, nats per canonical unit, a stop-word filter for LAMBADA. Said by its author "
+        "later: stride 32. Not published: the detokenizers, the stop words, the prefix; those here are ours. Nobody is "
+        "known to have reproduced its WikiText-103 figures; its LAMBADA accuracies come nearest to last-token accuracy.",
     ),
     Protocol(
         name="ralm",
         title="In-Context RALM, without retrieval",
         source="AI21Labs/in-context-ralm eval_lm.py; arXiv:2302.00083",
-        text="raw",
+        text="tokens",
         scope="stream",
         detokenizer="none",
         has_prefix=False,
@@ -217,7 +221,7 @@ _ALL = (
         context_length=None,
         stride="context",
         last="extended",
-        words="whitespace",
+        words="whitespace, per document",
         note="Windows as in lm-eval, on text as it is; bits per byte over all documents is the figure to compare.",
     ),
 )
@@ -234,10 +238,11 @@ _PHRASES: dict[str, dict[Any, str]] = {
     "detokenizer": {
         "invertible": "invertible rules",
         "megatron": "Megatron-LM's rules, which lose information",
-        "openai": "OpenAI's rules, which lose information",
+        "openai": "OpenAI's rules where they are published, else invertible ones",
         "none": "none",
     },
     "has_prefix": {True: "before each scope; every token is scored", False: "none; the first token is not scored"},
+    "has_prompt_prefix": {True: "before the context", False: "none"},
     "context_length": {None: "the model's own"},
     "stride": {"context": "the context length", "half": "half the context length"},
     "window": {"inputs": "inputs of the model", "tokens": "tokens, the last of which is only a target"},
@@ -246,7 +251,8 @@ _PHRASES: dict[str, dict[Any, str]] = {
     "weighting": {"tokens": "over tokens", "windows": "over windows, weighted by their labels minus one"},
     "words": {
         "whitespace": "len(text.split())",
-        "original tokens": "len(text.strip().split(' ')) - 1",
+        "original tokens": "len(text.strip().split(' '))",
+        "original tokens, less one": "len(text.strip().split(' ')) - 1",
         "whitespace, per document": "len(re.split(r'\\s+', page)), summed",
         "spaces": "text.count(' ')",
     },
@@ -266,6 +272,7 @@ _LABELS = {
     "scope": "Scope",
     "detokenizer": "Detokenizer",
     "has_prefix": "Prefix token",
+    "has_prompt_prefix": "Prefix token of a prompt",
     "context_length": "Context length",
     "stride": "Stride",
     "window": "The context length counts",
