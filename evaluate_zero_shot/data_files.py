@@ -1,0 +1,194 @@
+"""Finds the file a task scores, says by its hash what it is, and reads it exactly."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from evaluate_zero_shot import hub_files
+from evaluate_zero_shot.cbt import first_questions
+from evaluate_zero_shot.known_files import KNOWN
+from evaluate_zero_shot.pages import lines
+from evaluate_zero_shot.tasks import Files, Task, Text
+from megaft.errors import DataError
+
+FULL_BYTES, TEST_BYTES = 100_000_000, 5_000_000
+"""enwik8 and text8: the whole, and its conventional test part."""
+
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file to score.
+
+    Attributes:
+        sha256: Of its content, decompressed where it is a .gz or .zst.
+        name: What it is, such as "WikiText-103 test"; None where no published hash fits: another file or a damaged one.
+    """
+
+    path: Path
+    sha256: str
+    name: str | None
+
+
+def find_data(
+    task: Task,
+    text: Text,
+    data: Path | None,
+    environment: Mapping[str, str],
+    load_rows: hub_files.LoadRows = hub_files.load_rows,
+) -> DataFile:
+    """Return the file a task scores: from `data`, else from $MEGAFT_DATA, the cache, or the hub.
+
+    With several ranks, call it on one first: what comes from the hub is written to the cache, ~/.cache/megaft/data.
+
+    Args:
+        task: The task.
+        text: Whether the word-tokenized or the raw text is wanted. A file named by `data` is taken as it is.
+        data: The file, or a folder that holds it under one of the names in the task's files, also as .gz or .zst.
+        environment: Of the process: MEGAFT_DATA, HF_HUB_OFFLINE, HF_DATASETS_OFFLINE, XDG_CACHE_HOME.
+        load_rows: What asks the hub.
+
+    Raises:
+        DataError: There is no such file, it cannot be read, or it is known as another task's.
+    """
+    if data is not None and not data.is_dir():
+        return _checked(data, task)
+    files = task.wanted(text)
+    if files is None:
+        raise DataError(f"--task {task.name} scores a file of yours; name it with --data FILE.")
+    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaft" / "data"
+    folders = [data] if data is not None else [*_data_folder(environment), cache]
+    path = next((path for folder in folders for path in _candidates(folder, files) if path.is_file()), None)
+    if path is None:
+        path = cache / files.paths[0]
+        hub_files.write_file(_hub_rows(task, files, folders, data, environment, load_rows), path, task)
+    return _checked(path, task)
+
+
+def _data_folder(environment: Mapping[str, str]) -> list[Path]:
+    folder = environment.get("MEGAFT_DATA")
+    if folder and not Path(folder).is_dir():
+        raise DataError(f"MEGAFT_DATA is {folder}, which is no folder; name a folder of data files, or unset it.")
+    return [Path(folder)] if folder else []
+
+
+def _candidates(folder: Path, files: Files) -> list[Path]:
+    return [folder / f"{path}{suffix}" for path in files.paths for suffix in ("", ".gz", ".zst")]
+
+
+def _hub_rows(
+    task: Task,
+    files: Files,
+    folders: list[Path],
+    data: Path | None,
+    environment: Mapping[str, str],
+    load_rows: hub_files.LoadRows,
+) -> list[str]:
+    reason = ""
+    if data is None and files.hub is not None:
+        variable = hub_files.offline(environment)
+        try:
+            if variable is None:
+                return list(load_rows(*files.hub))
+            reason = f"; {variable} keeps it from {files.hub[0]}"
+        except OSError as error:
+            reason = f"; {files.hub[0]} cannot be had ({error})"
+    raise DataError(
+        f"There is no {files.name} for --task {task.name} in {' or '.join(map(str, folders))}{reason}. Looked for "
+        f"{', '.join(files.paths)}, also as .gz and .zst. Get it from {files.origin}; name the file or its folder with "
+        "--data, or the folder with $MEGAFT_DATA."
+    )
+
+
+def _checked(path: Path, task: Task) -> DataFile:
+    sha256 = hashlib.sha256(_content(path)).hexdigest()
+    known = KNOWN.get(sha256)
+    if known is not None and task.files is not None and task.name not in known.tasks:
+        raise DataError(
+            f"{path} is {known.name} (SHA-256 {sha256[:8]}), which --task {task.name} does not score; use --task "
+            f"{known.tasks[0]} for it, or get {task.files.name} from {task.files.origin}."
+        )
+    return DataFile(path, sha256, known.name if known else None)
+
+
+def read_text(file: DataFile, task: Task, limit_lines: int | None) -> str:
+    r"""Return a file's text as it is, \r\n kept; only a byte order mark at its beginning is left out, and not counted.
+
+    Args:
+        file: The file; .gz and .zst are decompressed.
+        task: Its task. Of the whole enwik8 or text8 only the test part is read, as their description says.
+        limit_lines: For trials, only the first lines: rows of LAMBADA, questions of the Children's Book Test.
+
+    Raises:
+        DataError: The file cannot be read, is empty, damaged, blank, UTF-16, binary, or not UTF-8; with the offset.
+    """
+    data = _content(file.path)
+    begin = _test_begin(data) if task.name in {"enwik8", "text8"} and len(data) == FULL_BYTES else 0
+    text = _decoded(data, begin, file.path)
+    if limit_lines is not None:
+        text = first_questions(text, limit_lines) if task.kind == "cloze" else "".join(lines(text)[:limit_lines])
+    if not text.strip():
+        part = "" if limit_lines is None else f" in its first {limit_lines} lines"
+        raise DataError(f"{file.path} holds only blank lines{part}; give a file with text, or read more of it.")
+    return text
+
+
+def _test_begin(data: bytes) -> int:
+    begin = len(data) - TEST_BYTES
+    while data[begin] & 0xC0 == 0x80:  # inside a character
+        begin += 1
+    return begin
+
+
+def _content(path: Path) -> bytes:
+    try:
+        data = _decompressed(path.read_bytes(), path.suffix)
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"{path} is damaged or not a {path.suffix} file: {error}.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    if not data:
+        raise DataError(f"{path} is empty; give a file with text.")
+    return data
+
+
+def _decompressed(data: bytes, suffix: str) -> bytes:
+    start = _DECOMPRESSORS.get(suffix)
+    if start is None:
+        return data
+    parts: list[bytes] = []
+    while data:  # a file may hold several compressed streams one after the other
+        stream = start()
+        parts.append(stream.decompress(data))
+        if not stream.eof:
+            raise EOFError("it ends in the middle of its compressed data")
+        data = stream.unused_data
+    return b"".join(parts)
+
+
+def _decoded(data: bytes, begin: int, path: Path) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8.")
+    if data.startswith(codecs.BOM_UTF8):
+        begin = max(begin, len(codecs.BOM_UTF8))
+    at = data.find(b"\0", begin)
+    if at < 0:
+        try:
+            return data[begin:].decode()
+        except UnicodeDecodeError as error:
+            at = begin + error.start
+    byte = "a NUL byte: the file is binary" if data[at] == 0 else f"{data[at]:#04x}, which is not UTF-8"
+    line = data.count(b"\n", 0, at) + 1
+    raise DataError(f"{path}, line {line}, byte offset {at}, is {byte}; give UTF-8 text (iconv -f LATIN1 -t UTF-8).")

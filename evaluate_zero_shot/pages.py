@@ -1,0 +1,78 @@
+"""Where a text's documents begin: lm-evaluation-harness's pages, the hub's rows, and documents that lose nothing."""
+
+from __future__ import annotations
+
+import io
+
+from evaluate_zero_shot.tasks import Task
+
+
+def lines(text: str) -> list[str]:
+    r"""Return the lines with their ends. Only \n ends a line, unlike in `str.splitlines`."""
+    return list(io.StringIO(text, newline="\n"))
+
+
+def wikitext_pages(text: str) -> list[str]:
+    r"""Return the pages of EleutherAI/wikitext_document_level, which lm-evaluation-harness scores.
+
+    A page begins at every line that reads `= Title =`, even inside a formula, and lines are joined by \n again: what
+    stands before the first title, and the newline before every other, are lost. On wiki.test.raw that makes 62 pages of
+    241,335 words, as len(re.split(r"\s+", page)), and 1,290,527 bytes (of 1,290,590): the denominators behind published
+    lm-eval figures, since ln(word_perplexity) / (ln 2 * bits_per_byte) of the pairs in EleutherAI/lm-evaluation-harness
+    issue 806 (Llama-2-7B: 8.792073612124492, 0.5864857250704371) is 1,290,527 / 241,335 to all digits.
+    """
+    pages: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if _is_title(line):
+            pages.append([])
+        pages[-1].append(line)
+    joined = ["\n".join(page) for page in pages]
+    return [page for page in joined[:-1] if page.strip()] + joined[-1:]
+
+
+def hf_rows(text: str) -> str:
+    r"""Return "\n\n".join(rows) of the text's rows in Salesforce/wikitext: its lines with their \n, blank ones empty.
+
+    What the example in transformers' perplexity.md tokenizes: 287,644 GPT-2 tokens of wiki.test.raw.
+    """
+    return "\n\n".join(line if line.strip() else "" for line in lines(text))
+
+
+def documents(text: str, task: Task) -> list[str]:
+    """Return the task's documents: pages, lines, or the text. Joined they are the text; none is blank, unless all is.
+
+    Pages are the articles: a title stands between blank lines, which leaves out the formulas and table heads that
+    `wikitext_pages` takes for titles. WikiText-2 then has its 600, 60 and 60 articles (Merity et al. 2016, table 1).
+    """
+    match task.unit:
+        case "file":
+            return [text] if text else []
+        case "line":
+            rows = lines(text)
+            return _cut(rows, [bool(row.strip()) for row in rows])
+        case "page":
+            rows = lines(text)
+            return _cut(rows, [_is_title(row) and _stands_alone(rows, at) for at, row in enumerate(rows)])
+
+
+def _is_title(line: str) -> bool:
+    """Whether lm-eval's loader sees the title of an article: `= Title =`, where a section's has more signs."""
+    line = line.replace("= = =", "===").replace("= =", "==").strip()
+    return line.startswith("= ") and line.endswith(" =")
+
+
+def _stands_alone(rows: list[str], at: int) -> bool:
+    return not any(row.strip() for row in [*rows[max(at - 1, 0) : at], *rows[at + 1 : at + 2]])
+
+
+def _cut(rows: list[str], begins: list[bool]) -> list[str]:
+    """Join rows into documents; one begins where it may and the document before has more than blanks."""
+    cut: list[list[str]] = [[]]
+    is_blank = True
+    for row, may_begin in zip(rows, begins, strict=True):
+        if may_begin and not is_blank:
+            cut.append([])
+            is_blank = True
+        is_blank = is_blank and not row.strip()
+        cut[-1].append(row)
+    return ["".join(document) for document in cut if document]
