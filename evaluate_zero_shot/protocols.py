@@ -25,8 +25,9 @@ class Protocol:
     """Where the definition is published."""
     text: Literal["tokens", "raw", "rows"]
     """The word-tokenized file, the raw one, or the raw one as the rows of its public dataset, a blank line between."""
-    scope: Literal["stream", "document"]
-    """What is detokenized and tokenized at once, and what windows never leave: the whole file, or each document."""
+    scope: Literal["stream", "document", "page"]
+    """What is detokenized and tokenized at once, and what windows never leave: the whole file, each document, or each
+    page as lm-evaluation-harness cuts them out of WikiText."""
     detokenizer: Detokenizer
     """Which rules undo the corpus's tokenization, where the corpus has such rules."""
     has_prefix: bool
@@ -100,7 +101,7 @@ _ALL = (
         title="lm-evaluation-harness",
         source="EleutherAI/lm-evaluation-harness 0.4.13: tasks wikitext and lambada_openai, get_rolling_token_windows",
         text="raw",
-        scope="document",
+        scope="page",
         detokenizer="megatron",
         has_prefix=True,
         context_length=None,
@@ -116,7 +117,7 @@ _ALL = (
         title="lm-evaluation-harness, megatron_lm backend",
         source="EleutherAI/lm-evaluation-harness 0.4.13: lm_eval/models/megatron_lm.py",
         text="raw",
-        scope="document",
+        scope="page",
         detokenizer="megatron",
         has_prefix=True,
         context_length=None,
@@ -157,9 +158,9 @@ _ALL = (
         first="stride",
         last="short",
         words="original tokens",
-        note="Stride is tokens_per_sample minus context_window; 1024 and 992 are those of the recipe for Megatron-11B, which "
-        "renormalises 2 ** (bits per token) to words. The recipe also detokenizes with sacremoses, and fairseq ends each line "
-        "with a token of its own instead of a newline; neither is done here.",
+        note="Stride is tokens_per_sample minus context_window; 1024 and 992 are those of the recipe for Megatron-11B, "
+        "which renormalises 2 ** (bits per token) to words. The recipe also detokenizes with sacremoses, and fairseq "
+        "ends each line with a token of its own instead of a newline; neither is done here.",
     ),
     Protocol(
         name="lm-finetuning",
@@ -191,9 +192,10 @@ _ALL = (
         words="original tokens, less one",
         last_word="stop-word",
         has_cloze=True,
-        note="Stated: invertible detokenizers, nats per canonical unit, a stop-word filter for LAMBADA. Said by its author "
-        "later: stride 32. Not published: the detokenizers, the stop words, the prefix; those here are ours. Nobody is "
-        "known to have reproduced its WikiText-103 figures; its LAMBADA accuracies come nearest to last-token accuracy.",
+        note="Stated: invertible detokenizers, nats per canonical unit, a stop-word filter for LAMBADA. Said by an "
+        "author later: stride 32. Not published: the detokenizers, the stop words, the prefix; those here are ours. "
+        "Nobody is known to have reproduced its WikiText-103 figures; its LAMBADA accuracies come nearest to those of "
+        "the last token.",
     ),
     Protocol(
         name="ralm",
@@ -215,7 +217,7 @@ _ALL = (
         title="catwalk, OLMo-Eval and Paloma",
         source="allenai/OLMo-Eval; Paloma, arXiv:2312.10523",
         text="tokens",
-        scope="document",
+        scope="page",
         detokenizer="none",
         has_prefix=True,
         context_length=None,
@@ -234,7 +236,11 @@ _PHRASES: dict[str, dict[Any, str]] = {
         "raw": "the raw file",
         "rows": "the rows of the raw file, a blank line between them",
     },
-    "scope": {"stream": "the whole file as one stream", "document": "each document for itself"},
+    "scope": {
+        "stream": "the whole file as one stream",
+        "document": "each document for itself",
+        "page": "each page for itself, as lm-eval cuts WikiText",
+    },
     "detokenizer": {
         "invertible": "invertible rules",
         "megatron": "Megatron-LM's rules, which lose information",

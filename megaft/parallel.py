@@ -126,13 +126,18 @@ def join(topology: Topology) -> torch.device:
     )
     # DeepSpeed would compile a shared-memory all-reduce for 90 s; only its inference engine calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", topology.local_rank)
-        torch.cuda.set_device(device)
+    device = device_of(topology)
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
     return device
+
+
+def device_of(topology: Topology) -> torch.device:
+    """Return where this rank computes, and make it the current CUDA device if it is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(topology.local_rank)
+    return torch.device("cuda", topology.local_rank)
 
 
 def require_supported(dtype: str) -> None:

@@ -21,7 +21,7 @@ from megaft.document_writer import DocumentWriter
 from megaft.errors import DataError
 from megaft.files import naming_disk_errors, sha256_of, to_json
 from megaft.indexed import Tokens
-from megaft.progress import reading
+from megaft.progress import counting
 from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
 from megaft.source import Source
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
@@ -99,7 +99,7 @@ def _write(config: PrepareConfig, sources: list[Source], tokenizer: AnyTokenizer
     layout = _layout(config, tokenizer)
     stream = (piece for source in sources for piece in pieces(source, layout, may_cut=tokenizer.cuts_at_spaces))
     round_trip = RoundTrip(tokenizer)
-    with reading(sum(source.path.stat().st_size for source in sources)) as show:
+    with counting(sum(source.path.stat().st_size for source in sources), "bytes") as show:
         for batch, ids in encoded(_batches(stream), tokenizer):
             for piece, piece_ids in zip(batch, ids, strict=True):
                 round_trip.check(piece.text, piece_ids)

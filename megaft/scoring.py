@@ -259,7 +259,7 @@ def score(
         num_words: Words of the original text.
         num_bytes: UTF-8 bytes of the original text.
         keeper: Has finished batches, and is given those finished here.
-        progress: Called with the input tokens, without padding, that all ranks together have just finished.
+        progress: Called with the input tokens, without padding, that all ranks together have finished so far.
 
     Raises:
         DataError: The text has no token to score.
@@ -270,7 +270,8 @@ def score(
     batches = batches_of(rows, tokens_per_batch)
     values = np.zeros((2, int(documents.document_offsets[-1])))
     waiting = _fill_with_finished(values, batches, keeper)
-    progress(sum(row.num_inputs for batch in batches for row in batch) - _num_inputs(batches, waiting))
+    done = sum(row.num_inputs for row in rows) - _num_inputs(batches, waiting)
+    progress(done)
     for deal in _deals(waiting, parallel.data_parallel_size()):
         ours = deal[parallel.data_parallel_rank() :][:1]
         batch = batches[ours[0]] if ours else []
@@ -278,7 +279,8 @@ def score(
         _put(values, batch, found)
         if keeper is not None and ours:
             keeper.keep(ours[0], found)
-        progress(_num_inputs(batches, deal))
+        done += _num_inputs(batches, deal)
+        progress(done)
     # Each place is filled on one rank and 0.0 on the others, so this sum rounds nothing.
     nats, choices = parallel.sum_over_data_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
     num_scored_tokens = sum(row.num_targets for row in rows)

@@ -1,0 +1,75 @@
+"""`python -m evaluate_zero_shot`: score language models by named protocols, and write a report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import product
+from typing import TYPE_CHECKING
+
+from evaluate_zero_shot.config import EvaluateConfig, parse
+from evaluate_zero_shot.protocols import PROTOCOLS, describe
+from evaluate_zero_shot.tasks import TASKS
+from megaft.errors import ConfigError
+from megaft.exit_code import exit_code_of
+
+if TYPE_CHECKING:
+    from megaft.parallel import Topology
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code, of megaft.errors."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--describe"]:
+        return exit_code_of(explain, arguments[1:])
+    config = parse(arguments)  # before the heavy imports, so that --help is instant
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
+    from megaft import parallel
+
+    is_main = parallel.is_main_of(os.environ)
+    code = exit_code_of(lambda: run(config, parallel.discover(os.environ)), is_main=is_main)
+    parallel.leave()
+    return code
+
+
+def explain(names: list[str]) -> int:
+    """Print what protocols and tasks are; without names all of them."""
+    for name in names or [*PROTOCOLS, *TASKS]:
+        if name in PROTOCOLS:
+            print(describe(PROTOCOLS[name]), end="\n\n")
+        elif name in TASKS:
+            print(f"{name}: {TASKS[name].title}\n{TASKS[name].description}", end="\n\n")
+        else:
+            raise ConfigError(f"{name!r} is no protocol ({', '.join(PROTOCOLS)}) and no task ({', '.join(TASKS)}).")
+    return 0
+
+
+def run(config: EvaluateConfig, topology: Topology) -> int:
+    """Evaluate every model on every task by every protocol and stride; results.json grows with each."""
+    from evaluate_zero_shot import report, results
+    from evaluate_zero_shot.evaluate import evaluate
+    from evaluate_zero_shot.plan import find_all_data, trial_of
+    from evaluate_zero_shot.subject import load
+    from megaft import parallel
+
+    is_alone = topology.world_size == 1 and not config.partition  # then DeepSpeed need not be imported
+    device = parallel.device_of(topology) if is_alone else parallel.join(topology)
+    data = find_all_data(config, os.environ)  # what is missing is said before any model is loaded
+    done = []
+    for source in config.model:
+        subject = load(source, config, device)
+        for task, protocol, stride in product(config.tasks, config.protocols, config.strides):
+            trial = trial_of(config, subject, TASKS[task], PROTOCOLS[protocol], stride, data[task, protocol])
+            done.append(evaluate(subject, trial, config.output))
+            if parallel.is_main():
+                results.write(config.output, done)
+                print(results.summary(done[-1]), flush=True)
+    if parallel.is_main():
+        report.write(config.output)
+        print(f"report: {config.output / 'report.html'}")
+    parallel.barrier()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

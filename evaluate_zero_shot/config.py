@@ -1,0 +1,82 @@
+"""The settings of an evaluation. Imports no torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from evaluate_zero_shot.protocols import PROTOCOLS
+from evaluate_zero_shot.tasks import TASKS
+from megaft.config import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Score language models zero-shot by named protocols, and write a report.
+
+    The same command continues an interrupted evaluation. Ranks come from `deepspeed --module`, `torchrun -m` or `srun`.
+    """
+
+    model: tuple[str, ...]
+    """Hub names, folders, GGUF files or run folders; several make one table."""
+    task: str = "wikitext103"
+    """One or several, with commas; `--describe TASK` explains one."""
+    protocol: str = "megaft"
+    """One or several, with commas; `--describe PROTOCOL` prints a definition."""
+    data: Path | None = None
+    """The task's file, or a folder that has it. By default $MEGAFT_DATA, else the hub through `datasets`."""
+    context_length: int | None = None
+    """Tokens of a window. By default the protocol's, or all that the model has positions for."""
+    stride: str | None = None
+    """Tokens from a window to the next; several, with commas, make a sweep. By default the protocol's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; cross-entropy and sums never use less than float32."""
+    output: Path = Path("evaluation")
+    """Folder of results.json, report.md, report.html and the finished windows."""
+    limit: int | None = None
+    """Only the first lines (LAMBADA: rows, CBT: questions) of the data, for a trial; the report says so."""
+    tokens_per_batch: int | None = None
+    """Input tokens of a forward pass. By default a function of model, context length and kind of device."""
+    partition: bool = False
+    """Spread the weights over the ranks (ZeRO-3), for models larger than a device."""
+
+    def __post_init__(self) -> None:
+        require(len(self.model) > 0, "model is empty; give a hub name, a folder, a GGUF file or a run's folder.")
+        for name in self.tasks:
+            require(name in TASKS, f"task {name!r} is unknown; use one of {', '.join(TASKS)}.")
+        for name in self.protocols:
+            require(name in PROTOCOLS, f"protocol {name!r} is unknown; use one of {', '.join(PROTOCOLS)}.")
+        require(
+            self.stride is None or all(part.isdecimal() and int(part) for part in self.stride.split(",")),
+            f"stride is {self.stride!r}; use a number of 1 or more, or several with commas, such as 32,256,1024.",
+        )
+        for name in ("context_length", "limit", "tokens_per_batch"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name.replace('_', '-')} is {value}; use 1 or more.")
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return self.task.split(",")
+
+    @property
+    def protocols(self) -> list[str]:
+        """Names of the protocols."""
+        return self.protocol.split(",")
+
+    @property
+    def strides(self) -> list[int] | list[None]:
+        """Strides asked for; [None] is the protocol's own."""
+        return [None] if self.stride is None else [int(part) for part in self.stride.split(",")]
+
+
+def parse(arguments: list[str] | None = None) -> EvaluateConfig:
+    """The command line of `python -m evaluate_zero_shot`; exits with 2 and the rule on a bad one."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # The deepspeed launcher appends --local_rank=N; the environment is what counts.
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    return tyro.cli(EvaluateConfig, args=arguments, prog="evaluate_zero_shot")

@@ -1,0 +1,122 @@
+"""One model on one task under one protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluate_zero_shot import figures
+from evaluate_zero_shot.data_files import DataFile
+from evaluate_zero_shot.geometry import Geometry
+from evaluate_zero_shot.kept import KeptBatches
+from evaluate_zero_shot.prepared import Prepared
+from evaluate_zero_shot.results import Result
+from evaluate_zero_shot.subject import Subject
+from evaluate_zero_shot.tasks import Task
+from megaft import parallel
+from megaft.environment import without_secrets
+from megaft.progress import counting
+from megaft.scoring import Score, score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What it is evaluated on, and how."""
+
+    task: Task
+    cut: Geometry
+    data: DataFile
+    limit_lines: int | None
+    prepared: Prepared
+    tokens_per_batch: int
+    """Most input tokens of a forward pass."""
+
+
+def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
+    """Score a task on all ranks, and count it by the protocol's rules.
+
+    Args:
+        subject: Whose result it is.
+        trial: What it is evaluated on.
+        output: Folder that keeps finished windows.
+    """
+    begin = time.perf_counter()
+    found = _score(subject, trial, output)
+    seconds = time.perf_counter() - begin
+    prepared, protocol, headline = trial.prepared, trial.cut.protocol, trial.task.headline
+    values = figures.figures(found, prepared, protocol)
+    return Result(
+        model=without_secrets(subject.source),
+        model_name=Path(subject.source).name,
+        num_parameters=subject.scorer.num_parameters,
+        model_sha256=subject.sha256,
+        tokenizer_sha256=subject.tokenizer.sha256,
+        task=trial.task.name,
+        task_title=trial.task.title,
+        protocol=protocol.name,
+        detokenizer=prepared.detokenizer,
+        data_file=trial.data.path.name,
+        data_name=trial.data.name,
+        data_sha256=trial.data.sha256,
+        limit_lines=trial.limit_lines,
+        context_length=trial.cut.context_length,
+        stride=trial.cut.stride,
+        is_protocol_default=trial.cut.is_own,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        tokens_per_batch=trial.tokens_per_batch,
+        num_tokenized_tokens=len(prepared.tokens.tokens),
+        num_original_tokens=prepared.num_original_tokens,
+        num_words=prepared.num_words,
+        num_bytes=prepared.num_bytes,
+        num_documents=len(prepared.tokens.document_offsets) - 1,
+        headline=headline,
+        confidence_interval_95=figures.interval(headline, values[headline], found, prepared),
+        positions=figures.positions(found, prepared.rows, trial.cut.num_inputs),
+        seconds=seconds,
+        tokens_per_second=found.num_scored_tokens / seconds,
+        world_size=parallel.data_parallel_size(),
+        device=torch.cuda.get_device_name() if subject.device.type == "cuda" else subject.device.type,
+        command=[without_secrets(argument) for argument in sys.argv],
+        **values,
+        **figures.segments(found, prepared),
+    )
+
+
+def _score(subject: Subject, trial: Trial, output: Path) -> Score:
+    prepared = trial.prepared
+    model = subject.scorer.asked(with_choices=prepared.is_prompted, banned=prepared.banned)
+    folder = output / "windows" / _key(subject, trial)
+    what = f"{Path(subject.source).name}, {trial.task.name}, {trial.cut.protocol.name}, stride {trial.cut.stride}:"
+    num_inputs = sum(row.num_inputs for row in prepared.rows)
+    with counting(num_inputs, "tokens", what, is_shown=parallel.is_main()) as progress:
+        return score(
+            prepared.tokens,
+            prepared.rows,
+            model,
+            tokens_per_batch=trial.tokens_per_batch,
+            device=subject.device,
+            prefix_id=prepared.prefix_id,
+            num_words=prepared.num_words,
+            num_bytes=prepared.num_bytes,
+            keeper=KeptBatches(folder, parallel.data_parallel_rank()),
+            progress=progress,
+        )
+
+
+def _key(subject: Subject, trial: Trial) -> str:
+    """Return a hash of everything that decides what a batch costs: the very tokens and windows, model, batch shape."""
+    prepared = trial.prepared
+    digest = hashlib.sha256()
+    rows = np.array([(row.first, *row.window) for row in prepared.rows], np.int64)
+    for part in (prepared.tokens.tokens, rows, np.array(prepared.banned, np.int64)):
+        digest.update(len(part).to_bytes(8, "little") + part.tobytes())
+    device = subject.device.type
+    rest = (subject.sha256, subject.dtype, device, torch.__version__, trial.tokens_per_batch, prepared.prefix_id)
+    digest.update(repr((*rest, trial.task.kind)).encode())
+    return digest.hexdigest()[:16]

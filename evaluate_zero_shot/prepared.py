@@ -1,0 +1,206 @@
+"""A task as one model sees it under one protocol: tokens, windows, and what the nats are divided by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import detokenizers
+import numpy as np
+
+from evaluate_zero_shot import cbt, counts, lambada, pages
+from evaluate_zero_shot.data_files import DataFile, read_text
+from evaluate_zero_shot.geometry import Geometry
+from evaluate_zero_shot.protocols import LastWord, Protocol
+from evaluate_zero_shot.tasks import Task
+from megaft.config import require
+from megaft.errors import DataError
+from megaft.scoring import Row, Window, rows_of
+from megaft.tokenizer import AnyTokenizer
+
+
+class TokenText:
+    """Documents in tokens, in memory."""
+
+    def __init__(self, documents: Sequence[Sequence[int]]) -> None:
+        self.document_offsets = np.array([0, *itertools.accumulate(map(len, documents))], np.int64)
+        self.tokens = np.fromiter(itertools.chain.from_iterable(documents), np.int64, self.document_offsets[-1])
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Tokens begin to end - 1."""
+        return self.tokens[begin:end]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What is scored, and the counts of the original text."""
+
+    detokenizer: str
+    tokens: TokenText
+    rows: list[Row]
+    prefix_id: int | None = None
+    num_original_tokens: int
+    num_words: int | None
+    """What nats are divided by in the word perplexity."""
+    num_bytes: int | None
+    document_words: tuple[int, ...] | None = None
+    """Words of each document, where documents are scored one by one."""
+    is_prompted: bool = False
+    """Whether each document is a prompt with a target, right or wrong."""
+    banned: tuple[int, ...] = ()
+    """Tokens that no model may choose first: LAMBADA's stop words."""
+    options_per_question: int | None = None
+    """How many documents in a row are the options of one question; None: a document is right or wrong by itself."""
+    answers: tuple[int, ...] = ()
+    """The right option of each question."""
+
+
+def prepare(
+    task: Task, protocol: Protocol, data: DataFile, limit_lines: int | None, tokenizer: AnyTokenizer, cut: Geometry
+) -> Prepared:
+    """Read a task's data and cut it into windows.
+
+    Raises:
+        ConfigError: The protocol has no such task.
+        DataError: The data are not what the task needs.
+    """
+    text = read_text(data, task, limit_lines)
+    detokenizer = detokenizer_of(task, protocol)
+    if task.kind == "text":
+        return _text(text, task, protocol, detokenizer, tokenizer, cut)
+    if task.kind == "last-word":
+        variant = task.last_word or protocol.last_word
+        require(
+            variant is not None,
+            f"protocol {protocol.name} does not define task {task.name}; use lambada-lm-eval or lambada-strict, or "
+            "another protocol.",
+        )
+        assert variant is not None
+        return _last_words(lambada.rows(text, data.path), variant, protocol, detokenizer, tokenizer, cut)
+    require(protocol.has_cloze, f"protocol {protocol.name} does not define task {task.name}; use megaft.")
+    return _cloze(cbt.questions(text, data.path), protocol, detokenizer, tokenizer, cut)
+
+
+def detokenizer_of(task: Task, protocol: Protocol) -> str:
+    """Return the name of the protocol's rules for the task's corpus; identity where it has none."""
+    corpus = task.corpus
+    invertible = corpus if corpus in detokenizers.names() else "identity"
+    if protocol.detokenizer in ("none", "invertible"):
+        return "identity" if protocol.detokenizer == "none" else invertible
+    published = f"{corpus}_{protocol.detokenizer}"
+    fallback = invertible if protocol.detokenizer == "openai" else "identity"
+    return published if published in detokenizers.names() else fallback
+
+
+def _text(
+    text: str, task: Task, protocol: Protocol, detokenizer: str, tokenizer: AnyTokenizer, cut: Geometry
+) -> Prepared:
+    is_wikitext = task.corpus == "wikitext"
+    if protocol.scope == "stream":
+        documents = [pages.hf_rows(text) if protocol.text == "rows" and is_wikitext else text]
+    elif protocol.scope == "page" and is_wikitext:
+        documents = pages.wikitext_pages(text)
+    else:
+        documents = pages.documents(text, task)
+    detokenize = detokenizers.get(detokenizer)
+    tokens = TokenText([tokenizer.encode(detokenize(document)) for document in documents])
+    prefix_id = _prefix(tokenizer, protocol) if protocol.has_prefix else None
+    return Prepared(
+        detokenizer=detokenizer,
+        tokens=tokens,
+        rows=rows_of(tokens, cut.windows, prefix_id=prefix_id),
+        prefix_id=prefix_id,
+        num_original_tokens=counts.num_original_tokens(text),
+        num_words=counts.word_divisor(protocol, text, documents),
+        num_bytes=sum(map(counts.num_bytes, documents if protocol.scope == "page" else [text])),
+        document_words=tuple(map(counts.num_words, documents)) if len(documents) > 1 else None,
+    )
+
+
+def _last_words(
+    rows: Sequence[str],
+    variant: LastWord,
+    protocol: Protocol,
+    detokenizer: str,
+    tokenizer: AnyTokenizer,
+    cut: Geometry,
+) -> Prepared:
+    detokenize = detokenizers.get(detokenizer)
+    items = lambada.items([detokenize(row) for row in rows], variant)
+    encode = _jointly if variant == "lm-eval" else _apart
+    pairs = [encode(tokenizer, item.context, item.target) for item in items]
+    tokens, windows = _prompts(pairs, protocol, tokenizer, cut)
+    return Prepared(
+        detokenizer=detokenizer,
+        tokens=tokens,
+        rows=windows,
+        num_original_tokens=sum(counts.num_original_tokens(row) for row in rows),
+        num_words=len(items),
+        is_prompted=True,
+        num_bytes=sum(counts.num_bytes(item.target) for item in items) or None,
+        banned=tuple(sorted(lambada.stop_tokens(tokenizer.encode))) if variant == "stop-word" else (),
+    )
+
+
+def _cloze(
+    questions: Sequence[cbt.Question], protocol: Protocol, detokenizer: str, tokenizer: AnyTokenizer, cut: Geometry
+) -> Prepared:
+    options = [cbt.options(question) for question in questions]
+    widths = {len(choices) for choices in options}
+    if len(widths) > 1:
+        raise DataError(f"questions have {min(widths)} to {max(widths)} candidates; each needs the same number.")
+    pairs = [_jointly(tokenizer, context, continuation) for choices in options for context, continuation in choices]
+    tokens, rows = _prompts(pairs, protocol, tokenizer, cut)
+    return Prepared(
+        detokenizer=detokenizer,
+        tokens=tokens,
+        rows=rows,
+        num_original_tokens=len(questions),
+        num_words=None,
+        num_bytes=None,
+        is_prompted=True,
+        options_per_question=widths.pop(),
+        answers=tuple(question.answer for question in questions),
+    )
+
+
+def _jointly(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
+    """Tokenize both as one text and part them after the context's tokens, as lm-evaluation-harness does."""
+    stripped = context.rstrip()
+    whole = tokenizer.encode(context + target)
+    split = len(tokenizer.encode(stripped))
+    return whole[:split], whole[split:]
+
+
+def _apart(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
+    """Tokenize each by itself, as Megatron-LM does; without a target it is the context's last token."""
+    ids = tokenizer.encode(context)
+    return (ids, tokenizer.encode(target)) if target else (ids[:-1], ids[-1:])
+
+
+def _prompts(
+    pairs: Sequence[tuple[list[int], list[int]]], protocol: Protocol, tokenizer: AnyTokenizer, cut: Geometry
+) -> tuple[TokenText, list[Row]]:
+    """Return a document and a row a pair: only the target is scored, and a context too long loses its beginning."""
+    documents, rows, offset = [], [], 0
+    for context, target in pairs:
+        if protocol.has_prompt_prefix or not context:
+            context = [_prefix(tokenizer, protocol), *context]
+        end = len(context) + len(target)
+        begin = max(0, end - 1 - cut.num_inputs)
+        if not target or begin >= len(context):
+            raise DataError(f"a target of {len(target)} tokens does not fit a context length of {cut.context_length}.")
+        documents.append([*context, *target])
+        rows.append(Row(offset, Window(begin, len(context), end)))
+        offset += end
+    return TokenText(documents), rows
+
+
+def _prefix(tokenizer: AnyTokenizer, protocol: Protocol) -> int:
+    if tokenizer.prefix_id is None:
+        raise DataError(
+            f"protocol {protocol.name} puts a prefix token before text, but the tokenizer has neither a beginning- nor "
+            "an end-of-sequence token; use a protocol without one, such as megatron."
+        )
+    return tokenizer.prefix_id

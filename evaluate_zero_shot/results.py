@@ -1,0 +1,134 @@
+"""results.json: one entry a figure, with all that is needed to check it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluate_zero_shot.protocols import PROTOCOLS
+from megaft.environment import environment
+from megaft.errors import DataError
+from megaft.files import write_json_atomic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One model on one task under one protocol: an entry of results.json."""
+
+    model: str
+    """As the user named it."""
+    model_name: str
+    """Its last part."""
+    num_parameters: int
+    model_sha256: str
+    """Over the names and contents of the files the model was loaded from."""
+    tokenizer_sha256: str
+    task: str
+    task_title: str
+    protocol: str
+    detokenizer: str
+    data_file: str
+    data_name: str | None
+    """Which published file it is by SHA-256; None for any other."""
+    data_sha256: str
+    limit_lines: int | None
+    """Only the first lines were scored: no figure to publish."""
+    context_length: int
+    stride: int
+    is_protocol_default: bool
+    """Whether context length and stride are the protocol's own."""
+    dtype: str
+    tokens_per_batch: int
+    nats: float
+    """Negative log-likelihood of every scored token, summed."""
+    num_scored_tokens: int
+    num_tokenized_tokens: int
+    num_original_tokens: int
+    """len(text.strip().split(" ")): Megatron-LM's T_o."""
+    num_words: int | None
+    """What divides the nats in word_perplexity, by the protocol's rule."""
+    num_bytes: int | None
+    """UTF-8 bytes of the original text."""
+    num_documents: int
+    headline: str
+    """Which of the next five stands for the task."""
+    perplexity: float
+    word_perplexity: float | None
+    byte_perplexity: float | None
+    bits_per_byte: float | None
+    accuracy: float | None
+    """A share, 0 to 1."""
+    confidence_interval_95: dict[str, Any] | None
+    """{"quantity", "low", "high", "method"} of the headline."""
+    positions: list[tuple[int, int, float]]
+    """By position in the window: first position, scored tokens, their nats."""
+    segments: list[tuple[int, float]]
+    """In text order: scored tokens, their nats."""
+    segment_unit: str
+    """What a segment is: "document", "documents" (some together) or "block"."""
+    seconds: float
+    """Of scoring alone."""
+    tokens_per_second: float
+    """Scored tokens, over all ranks."""
+    world_size: int
+    device: str
+    command: list[str]
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What a later result of the same kind replaces."""
+        return tuple(asdict(self)[name] for name in _IDENTITY)
+
+
+_IDENTITY = ("model", "task", "protocol", "context_length", "stride", "dtype", "limit_lines")
+
+
+def write(folder: Path, results: list[Result]) -> None:
+    """Write results.json, keeping what earlier commands left there of other models, tasks, protocols or strides.
+
+    Raises:
+        ConfigError: The disk refuses.
+        DataError: What is there is no results.json.
+    """
+    ours = {result.identity for result in results}
+    earlier = [row for row in load(folder) if tuple(row[name] for name in _IDENTITY) not in ours]
+    rows = [*earlier, *map(asdict, results)]
+    found = environment()
+    value = {
+        "results": rows,
+        "protocols": {name: asdict(PROTOCOLS[name]) for name in sorted({row["protocol"] for row in rows})},
+        "environment": found,
+        "command": found["command"],
+    }
+    write_json_atomic(folder / "results.json", value)
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of results.json, none where there is no such file.
+
+    Raises:
+        DataError: It is not one of ours.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+        if any(name not in row for row in rows for name in _IDENTITY):
+            raise KeyError("an entry lacks a field")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a results file of megaft ({error}); move it away or give another --output."
+        ) from error
+    return rows
+
+
+def summary(result: Result) -> str:
+    """Return a result in a line."""
+    names = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
+    ordered = sorted(names, key=lambda name: name != result.headline)
+    values = [f"{name} {value:.4f}" for name in ordered if (value := getattr(result, name)) is not None]
+    how = f"{result.protocol}, context {result.context_length}, stride {result.stride}"
+    return f"{result.model_name}  {result.task}  {how}:  {'  '.join(values)}  ({result.seconds:.1f} s)"
