@@ -3,6 +3,13 @@
 They lose information, and the rule for N eats the space before it: `october N with` becomes `october1 with`.
 """
 
+SOURCE = "Penn Treebank as Megatron-LM reads it"
+
+QUIRKS = (
+    *(("do n't", "don't"), ("it 's", "it's"), ("october N with", "october1 with"), ("$ N with", "$1 with")),
+    *(("a \nb", "a\nb"), ("# 1", "#1")),
+)
+
 _RULES = (
     *((" '", "'"), (" \n", "\n"), ("\n ", "\n"), (" n't", "n't")),
     *((" N ", "1 "), ("$ 1", "$1"), ("# 1", "#1")),

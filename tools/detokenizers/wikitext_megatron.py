@@ -6,6 +6,14 @@ lines, so that one odd quote changes the rest of the file: give the whole file, 
 
 import re
 
+SOURCE = "WikiText as Megatron-LM, lm-eval and lighteval read it; needs the whole file, its quotes pair across lines"
+
+QUIRKS = (
+    *(("a @-@ b", "a-b"), ("1 @,@ 000", "1,000"), ("a , b", "a, b"), ("boys ' x", "boys' x"), ("( a )", "(a)")),
+    *(("x 's y", "x's y"), ("a \nb", "a\nb"), ("5 N 7", "5 1 7"), ("5 ° C", "5°C"), ("= = a", "== a")),
+    *(('x " a\n" y', 'x "a" y'), ("' a '", "'a'")),
+)
+
 _BEFORE_BRACKETS = (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), *((f" {mark} ", f"{mark} ") for mark in ":;.!?,")
 _BRACKETS = tuple(
     (re.compile(rf"{opening}\s*([^{closing}]*?)\s*{closing}"), rf"{left}\1{right}")

@@ -1,0 +1,66 @@
+"""`python -m detokenizers NAME [--invert] < in > out`, `--list`, `NAME --check FILE`: bytes in, bytes out."""
+
+import argparse
+import os
+import sys
+
+import detokenizers
+from detokenizers._check import report
+from detokenizers._text import decode, encode, read
+
+_BAD_USE, _BAD_FILE = 2, 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return 0, or 1 if a checked file does not round-trip, 2 for bad use and 3 for a bad file."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except ValueError as error:
+        print(f"detokenizers: {error}", file=sys.stderr)
+        return _BAD_USE
+    except BrokenPipeError:  # the reader has gone; what is left in the buffer must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"detokenizers: {error.filename or 'standard input'}: {error.strerror}", file=sys.stderr)
+        return _BAD_FILE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m detokenizers", description="Undo a corpus's word tokenization.")
+    parser.add_argument("name", nargs="?", help=f"one of {', '.join(detokenizers.names())}")
+    parser.add_argument("--invert", action="store_true", help="give the corpus back from its text")
+    parser.add_argument("--list", action="store_true", help="tell what each is for, and what it cannot tell apart")
+    parser.add_argument(
+        "--check",
+        metavar="FILE",
+        help="tell whether FILE round-trips and where published rules collide in it; without a name, for every corpus",
+    )
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.list:
+        print("\n".join(map(_describe, detokenizers.names())), flush=True)
+        return 0
+    if options.check is not None:
+        names = [options.name] if options.name else filter(detokenizers.is_invertible, detokenizers.names())
+        verdicts = [report(name, options.check) for name in names]
+        return int(not all(verdicts))
+    if options.name is None:
+        raise ValueError(f"a name is missing; use one of {', '.join(detokenizers.names())}, or --list.")
+    for text in detokenizers.stream(options.name, invert=options.invert)(decode(read(sys.stdin.buffer))):
+        sys.stdout.buffer.write(encode(text))
+    sys.stdout.buffer.flush()
+    return 0
+
+
+def _describe(name: str) -> str:
+    kind = "invertible" if detokenizers.is_invertible(name) else "lossy"
+    same = "; ".join(f"{one!r} = {other!r}" for one, other in detokenizers.quirks(name))
+    return f"{name:18} {kind:10}  {detokenizers.source(name)}" + (f". Makes the same: {same}" if same else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

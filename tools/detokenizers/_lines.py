@@ -1,0 +1,133 @@
+"""The law behind the invertible detokenizers: a word is changed only where the retokenizer gives the same tokens back.
+
+A corpus brings three functions. `mark_joints` turns the spaces of a line that look superfluous into `JOINT`, `spell`
+gives a token as it reads inside a word, and `split` is the retokenizer of one word: a word of the text to its tokens
+with spaces between them. The first two may be wrong anywhere: what they propose is tried against `split` word by word,
+and where it does not come back, the tokens stay apart, or the word gets an escape mark. So the inverse is exact for
+every string, and the rules decide only how natural the text reads.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+MARK = "\u2060"
+"""The escape mark (word joiner): the word after it is one token as it stands."""
+VERBATIM = MARK * 2
+"""At the start of a line: the line stands as it is."""
+UNFRAMED = f"{MARK} "
+"""At the start of a text: its lines have no space at either end."""
+JOINT = "\n"
+"""Where `mark_joints` would close a space; no line holds one."""
+
+_LONGEST_LINE = 2**20  # characters; a longer line stands as it is, so that memory stays constant
+_LONGEST_TRIAL = 16  # tokens tried as one word, once the whole run failed; keeps time linear
+_SPECIAL = re.compile(r"(?<![^ ])\w*+[^ \w][^ ]*+")  # a word of anything but letters and digits, which all stay
+
+
+class Lines:
+    """Detokenizes and retokenizes a corpus line by line, in constant memory.
+
+    Args:
+        mark_joints: A line without its newline -> the same line with `JOINT` for some of its spaces.
+        spell: A token -> how it reads in the text.
+        split: A word of the text, without spaces -> its tokens with a space between them. It is not asked about
+            words that hold only letters, digits and underscores: those are one token.
+        framed: The corpus has a space at both ends of its lines, which the text has not.
+        longest_line: Characters; longer lines stand as they are.
+    """
+
+    def __init__(
+        self,
+        mark_joints: Callable[[str], str],
+        spell: Callable[[str], str],
+        split: Callable[[str], str],
+        *,
+        framed: bool,
+        longest_line: int = _LONGEST_LINE,
+    ) -> None:
+        self._mark_joints = mark_joints
+        self._spell = spell
+        self._split = split
+        self._framed = framed
+        self._longest_line = longest_line
+
+    def detokenize(self, chunks: Iterable[str]) -> Iterator[str]:
+        """Yield the natural text of a corpus given in pieces of any length."""
+        framed = None
+        for line, newline, part in _lines(chunks, self._longest_line):
+            if framed is None:
+                framed = self._framed and not (part == "whole" and newline and not _has_frame(line))
+                if self._framed and not framed:
+                    yield UNFRAMED
+            if part == "whole":
+                yield self._natural(line, framed and newline != "")
+            else:
+                yield VERBATIM + line if part == "start" else line
+            yield newline
+
+    def retokenize(self, chunks: Iterable[str]) -> Iterator[str]:
+        """Yield the corpus again; the exact inverse of `detokenize`, and some corpus for any other text."""
+        framed = None
+        for line, newline, part in _lines(chunks, 2 * self._longest_line + 4):  # a mark a word at most, and one flag
+            if framed is None:
+                framed = self._framed and not line.startswith(UNFRAMED)
+                line = line.removeprefix(UNFRAMED) if self._framed else line
+            if part == "whole" and not line.startswith(VERBATIM):
+                yield self._corpus(line, framed and newline != "")
+            else:
+                yield line if part == "rest" else line.removeprefix(VERBATIM)
+            yield newline
+
+    def _natural(self, line: str, framed: bool) -> str:
+        if framed and not _has_frame(line):
+            return VERBATIM + line
+        natural = _SPECIAL.sub(self._words, self._mark_joints(line[1:-1] if framed else line))
+        return VERBATIM + line if natural.startswith(VERBATIM) else natural
+
+    def _corpus(self, line: str, framed: bool) -> str:
+        if not framed:
+            return self._tokens(line)
+        return f" {self._tokens(line)} " if line else " "
+
+    def _tokens(self, line: str) -> str:
+        return _SPECIAL.sub(lambda word: word[0][1:] if word[0][0] == MARK else self._split(word[0]), line)
+
+    def _words(self, run: re.Match[str]) -> str:
+        """Return a run of tokens with joints between them as few words that the retokenizer undoes."""
+        tokens = run[0].split(JOINT)
+        if (word := self._word(tokens)) is not None:
+            return word
+        words, start = [], 0
+        while start < len(tokens):
+            for end in range(min(len(tokens), start + _LONGEST_TRIAL), start, -1):
+                if (word := self._word(tokens[start:end])) is not None:
+                    break
+            else:
+                end, word = start + 1, tokens[start]
+                word = word if self._tokens(word) == word else MARK + word
+            words.append(word)
+            start = end
+        return " ".join(words)
+
+    def _word(self, tokens: list[str]) -> str | None:
+        word = "".join(map(self._spell, tokens))
+        return word if self._tokens(word) == " ".join(tokens) else None
+
+
+def _has_frame(line: str) -> bool:
+    """Return whether a line is blank or has a space at both ends, so that both may be left out."""
+    return line == " " or (len(line) > 2 and line[0] == " " == line[-1])
+
+
+def _lines(chunks: Iterable[str], longest: int) -> Iterator[tuple[str, str, str]]:
+    """Yield (line, newline, part): part is "whole", or "start" and "rest" for the pieces of a line too long."""
+    rest, inside = "", False
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            yield line, "\n", "rest" if inside else "start" if len(line) > longest else "whole"
+            inside = False
+        if inside or len(rest) > longest:
+            yield rest, "", "rest" if inside else "start"
+            rest, inside = "", True
+    yield rest, "", "rest" if inside else "whole"

@@ -1,0 +1,14 @@
+"""What OpenAI did to LAMBADA before it scored GPT-2 (its authors in github.com/openai/gpt-2, issue 131)."""
+
+SOURCE = "LAMBADA as OpenAI scored it with GPT-2"
+
+QUIRKS = (("“a” b", '"a" b'), (" a b\n", "a b"))
+
+
+def detokenize(text: str) -> str:
+    """Return a passage with straight double quotes, without space around it, after a newline.
+
+    Args:
+        text: One passage, not a file of them.
+    """
+    return "\n" + text.replace("“", '"').replace("”", '"').strip()

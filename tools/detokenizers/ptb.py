@@ -1,0 +1,46 @@
+"""Mikolov's Penn Treebank, invertibly: as Megatron-LM's text, but N stays N, and `retokenize` gives the corpus back."""
+
+import re
+
+from detokenizers._lines import Lines
+
+SOURCE = "Penn Treebank as Mikolov prepared it: lower case, no punctuation, N for numbers"
+
+_CLITIC = r"n't|'(?:s|re|ve|m|ll|d)?"
+_JOINTS = re.compile(rf" (?=(?:{_CLITIC})(?: |$))|(?<= [$#]) (?=N )")
+_NEGATION = re.compile(r"(?<=.)n't$")
+_APOSTROPHE = re.compile(r"(?<=.)(?='(?:s|re|ve|m|ll|d)?$)")
+_CURRENCY = re.compile(r"^([$#])(?=N)")
+
+
+def _mark_joints(line: str) -> str:
+    return _JOINTS.sub("\n", line)
+
+
+def _spell(token: str) -> str:
+    return token.replace("\\/", "/")
+
+
+def _split(word: str) -> str:
+    word = _APOSTROPHE.sub(" ", _NEGATION.sub(" n't", _CURRENCY.sub(r"\1 ", word)))
+    return word.replace("/", "\\/")
+
+
+LINES = Lines(_mark_joints, _spell, _split, framed=True)
+
+
+def detokenize(text: str) -> str:
+    r"""Return the Penn Treebank as ordinary text: `do n't`, `it 's` and `$ N` lose their space, `\/` its backslash.
+
+    Args:
+        text: Any string; lines are taken one by one.
+
+    Returns:
+        The text; a word or line that the rules would not give back carries U+2060 before it.
+    """
+    return "".join(LINES.detokenize([text]))
+
+
+def retokenize(text: str) -> str:
+    """Return x for detokenize(x), whatever x is."""
+    return "".join(LINES.retokenize([text]))
