@@ -63,9 +63,12 @@ def find_data(
     Raises:
         DataError: There is no such file, it cannot be read, or it is known as another task's.
     """
+    files = task.wanted(text)
+    if data is not None and not data.exists():
+        wanted = f"{files.name} or a folder that holds it" if files else "a UTF-8 text file"
+        raise DataError(f"--data {data} does not exist; name {wanted}.")
     if data is not None and not data.is_dir():
         return _checked(data, task)
-    files = task.wanted(text)
     if files is None:
         raise DataError(f"--task {task.name} scores a file of yours; name it with --data FILE.")
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaft" / "data"

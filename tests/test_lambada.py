@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluate_zero_shot.lambada import STOP_WORDS, Item, items, rows, stop_tokens
+from megaft.errors import DataError
+
+VARIANTS = ["strict", "last-token", "lm-eval", "stop-word"]
+PASSAGES = st.text(" \n\tab.é'", min_size=1).filter(lambda text: len(text.split()) > 1)
+
+
+@pytest.fixture(scope="module")
+def passages(shared):
+    path = shared / "data/lambada/lambada_test.jsonl"
+    return rows(path.read_bytes().decode(), path)
+
+
+@pytest.fixture(scope="module")
+def gpt2(shared):
+    transformers = pytest.importorskip("transformers")
+    return transformers.GPT2TokenizerFast.from_pretrained(shared / "data/gpt2_bpe")
+
+
+def encode(tokenizer):
+    return lambda text: tokenizer(text)["input_ids"]
+
+
+def test_the_real_file(passages, gpt2):
+    tokens = [len(ids) for ids in gpt2(passages)["input_ids"]]
+    assert (len(passages), sum(tokens), max(tokens)) == (5_153, 430_230, 224)
+    targets = gpt2([item.target for item in items(passages, "strict")])["input_ids"]
+    assert round(100 * sum(len(ids) > 1 for ids in targets) / len(targets), 1) == 22.1
+
+
+def test_strict_and_lm_eval_differ_where_a_line_break_comes_before_the_word(passages):
+    pairs = zip(items(passages, "strict"), items(passages, "lm-eval"), strict=True)
+    assert sum(strict != lm_eval for strict, lm_eval in pairs) == 7
+
+
+@pytest.mark.parametrize(
+    ("variant", "row", "expected"),
+    [
+        pytest.param("strict", "He said  hello", Item("He said", " hello"), id="strict"),
+        pytest.param(
+            "strict", "\nto be or to  ", Item("to be or", " to"), id="strict strips, and takes the last place"
+        ),
+        pytest.param("strict", "a\nb", Item("a", " b"), id="strict: any white space parts words"),
+        pytest.param("last-token", " to be ", Item(" to be ", ""), id="last token: as it is"),
+        pytest.param("lm-eval", "He said hello", Item("He said", " hello"), id="lm-eval"),
+        pytest.param("lm-eval", "He\nsaid hello\nyou", Item("He\nsaid", " hello\nyou"), id="lm-eval: spaces only"),
+        pytest.param("lm-eval", "He said  hello", Item("He said", "  hello"), id="lm-eval: spaces go to the target"),
+        pytest.param("lm-eval", "a\nb", Item("", " a\nb"), id="lm-eval: no context without a space"),
+        pytest.param("stop-word", "\nto be  or to", Item("\nto be  or", " to"), id="stop-word keeps OpenAI's newline"),
+    ],
+)
+def test_items(variant, row, expected):
+    assert items([row], variant) == [expected]
+
+
+@given(PASSAGES)
+def test_laws_of_the_variants(row):
+    strict, last_token, lm_eval, stop_word = (items([row], variant)[0] for variant in VARIANTS)
+    assert last_token.context == row
+    assert f"{strict.context}{strict.target}".split() == row.split()
+    assert f"{stop_word.context}{stop_word.target}".split() == row.split()
+    assert lm_eval.context == lm_eval.context.rstrip()
+    assert lm_eval.context + lm_eval.target == (row if " " in row else f" {row}")
+
+
+@given(st.lists(PASSAGES, max_size=5))
+def test_rows_are_what_was_written(texts):
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    assert rows(content, Path("x.jsonl")) == texts
+    assert rows(content.replace("\n", "\r\n\r\n"), Path("x.jsonl")) == texts
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        pytest.param('{"text": "a b', r"x.jsonl, line 2, column 10: broken JSON", id="broken"),
+        pytest.param('["a b"]', r"x.jsonl, line 2 is a JSON list; every line must be an object", id="no object"),
+        pytest.param('{"txt": "a b"}', r"x.jsonl, line 2 has no key 'text'; its keys are 'txt'", id="other key"),
+        pytest.param('{"text": 3}', r"x.jsonl, line 2: 'text' is a int; it must be a string", id="no string"),
+        pytest.param(
+            '{"text": "one "}', r"x.jsonl, line 2: the text 'one ' has no last word after others", id="a word"
+        ),
+        pytest.param('{"text": " "}', r"x.jsonl, line 2: .* a passage has two words or more", id="blank"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(line, message):
+    with pytest.raises(DataError, match=message):
+        rows(f'{{"text": "a b"}}\n{line}\n', Path("x.jsonl"))
+
+
+def test_stop_words_are_plain_words_once():
+    assert len(set(STOP_WORDS)) == len(STOP_WORDS) > 100
+    assert all(word.isalpha() and word.islower() for word in STOP_WORDS)
+
+
+def test_stop_tokens_are_whole_words_with_their_space(gpt2):
+    barred = stop_tokens(encode(gpt2))
+    assert {gpt2.decode([token]) for token in barred} <= {f" {word}" for word in STOP_WORDS}
+    assert encode(gpt2)(" the")[0] in barred
+    assert encode(gpt2)(" theme")[0] not in barred
+    assert stop_tokens(lambda text: list(text.encode())) == frozenset()
