@@ -12,9 +12,10 @@ import numpy as np
 
 from megaft.files import naming_disk_errors
 
-_HEADER = struct.Struct("<4sIIII")
-"""Mark, number of the batch, quantities, targets, CRC-32 of the values."""
-_MARK = b"nats"
+_HEADER = struct.Struct("<III")
+"""Number of the batch, quantities, targets."""
+_CHECKSUM = struct.Struct("<I")
+"""CRC-32 of the header and of the values after it."""
 
 
 class KeptBatches:
@@ -33,19 +34,18 @@ class KeptBatches:
 
     def keep(self, number: int, values: np.ndarray) -> None:
         """Append a batch: Float32 "quantity targets"."""
-        data = values.astype("<f4").tobytes()
-        header = _HEADER.pack(_MARK, number, *values.shape, zlib.crc32(data))
+        record = _HEADER.pack(number, *values.shape) + values.astype("<f4").tobytes()
         with naming_disk_errors(self._path), self._path.open("ab") as file:
-            file.write(header + data)
+            file.write(record + _CHECKSUM.pack(zlib.crc32(record)))
 
 
 def _records(data: bytes) -> Iterator[tuple[int, np.ndarray]]:
-    offset = 0
-    while offset + _HEADER.size <= len(data):
-        mark, number, num_quantities, num_targets, checksum = _HEADER.unpack_from(data, offset)
-        offset += _HEADER.size
-        values = data[offset : offset + 4 * num_quantities * num_targets]
-        if mark != _MARK or zlib.crc32(values) != checksum:
+    begin = 0
+    while begin + _HEADER.size <= len(data):
+        number, num_quantities, num_targets = _HEADER.unpack_from(data, begin)
+        end = begin + _HEADER.size + 4 * num_quantities * num_targets
+        record, checksum = data[begin:end], data[end : end + _CHECKSUM.size]
+        if checksum != _CHECKSUM.pack(zlib.crc32(record)):
             return
-        offset += len(values)
-        yield number, np.frombuffer(values, "<f4").reshape(num_quantities, num_targets)
+        yield number, np.frombuffer(record, "<f4", offset=_HEADER.size).reshape(num_quantities, num_targets)
+        begin = end + _CHECKSUM.size
