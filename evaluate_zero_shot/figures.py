@@ -22,7 +22,7 @@ FEWEST_DOCUMENTS = 10
 
 def figures(found: Score, prepared: Prepared, protocol: Protocol) -> dict[str, Any]:
     """Return what results.json says of a score, from `nats` to `accuracy`."""
-    if prepared.answers:
+    if prepared.num_options:
         found = _right_options(found, prepared)
     limit = protocol.exponent_limit or math.inf
     per_token = _mean_nats(found, prepared.rows, protocol)
@@ -41,10 +41,10 @@ def figures(found: Score, prepared: Prepared, protocol: Protocol) -> dict[str, A
 def _right_options(found: Score, prepared: Prepared) -> Score:
     """Of questions with options, only the right one's nats are the text's."""
     assert found.token_nats is not None
-    assert prepared.options_per_question is not None
+    begins = np.cumsum([0, *prepared.num_options[:-1]])
     is_ours = np.zeros(len(found.token_nats), bool)
-    for question, answer in enumerate(prepared.answers):
-        is_ours[prepared.rows[question * prepared.options_per_question + answer].places] = True
+    for row in begins + prepared.answers:
+        is_ours[prepared.rows[row].places] = True
     right = found.of(is_ours)
     return Score(right.nats, right.num_scored_tokens, None, None, found.token_nats, found.is_first_choice)
 
@@ -75,10 +75,11 @@ def right_ones(found: Score, prepared: Prepared) -> np.ndarray:
         return np.zeros(0, bool)
     assert found.token_nats is not None
     assert found.is_first_choice is not None
-    if prepared.options_per_question is None:
+    if not prepared.num_options:
         return np.array([found.is_first_choice[row.places].all() for row in prepared.rows])
     nats = np.array([found.token_nats[row.places].sum() for row in prepared.rows])
-    return nats.reshape(-1, prepared.options_per_question).argmin(1) == np.array(prepared.answers)
+    by_question = np.split(nats, np.cumsum(prepared.num_options[:-1]))
+    return np.array([options.argmin() for options in by_question]) == prepared.answers
 
 
 def interval(headline: str, value: float, found: Score, prepared: Prepared) -> dict[str, Any] | None:

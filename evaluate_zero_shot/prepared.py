@@ -50,8 +50,8 @@ class Prepared:
     """Whether each document is a prompt with a target, right or wrong."""
     banned: tuple[int, ...] = ()
     """Tokens that no model may choose first: LAMBADA's stop words."""
-    options_per_question: int | None = None
-    """How many documents in a row are the options of one question; None: a document is right or wrong by itself."""
+    num_options: tuple[int, ...] = ()
+    """How many documents in a row are the options of each question; empty: a prompt is right or wrong by itself."""
     answers: tuple[int, ...] = ()
     """The right option of each question."""
 
@@ -147,9 +147,6 @@ def _cloze(
     questions: Sequence[cbt.Question], protocol: Protocol, detokenizer: str, tokenizer: AnyTokenizer, cut: Geometry
 ) -> Prepared:
     options = [cbt.options(question) for question in questions]
-    widths = {len(choices) for choices in options}
-    if len(widths) > 1:
-        raise DataError(f"questions have {min(widths)} to {max(widths)} candidates; each needs the same number.")
     pairs = [_jointly(tokenizer, context, continuation) for choices in options for context, continuation in choices]
     tokens, rows = _prompts(pairs, protocol, tokenizer, cut)
     return Prepared(
@@ -160,7 +157,7 @@ def _cloze(
         num_words=None,
         num_bytes=None,
         is_prompted=True,
-        options_per_question=widths.pop(),
+        num_options=tuple(map(len, options)),
         answers=tuple(question.answer for question in questions),
     )
 

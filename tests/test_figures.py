@@ -79,7 +79,7 @@ def test_a_prompt_is_right_when_all_its_target_is():
 
 
 def test_of_questions_the_cheapest_option_is_chosen_and_the_right_one_counted():
-    item = prepared([[1], [2], [3], [4]], is_prompted=True, options_per_question=2, answers=(0, 0), num_words=None)
+    item = prepared([[1], [2], [3], [4]], is_prompted=True, num_options=(2, 2), answers=(0, 0), num_words=None)
     ours = figures.figures(found([1, 2, 4, 3]), item, PROTOCOLS["megaft"])
     assert ours["accuracy"] == 0.5  # the first question is right, of the second option 1 is cheaper
     assert (ours["nats"], ours["num_scored_tokens"]) == (5, 2)
