@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Z = 1.959963984540054
 """The 97.5 % point of the normal distribution."""
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float] | None:
+def ratio_interval(numerators: ArrayLike, denominators: ArrayLike) -> tuple[float, float] | None:
     """Return the interval of sum(numerators) / sum(denominators) over independent units, such as nats per word.
 
     The variance of a ratio estimate by linearization: Cochran, Sampling Techniques (3rd ed., 1977), equation 6.13.

@@ -1,0 +1,215 @@
+"""`python -m evaluate_zero_shot` from its command line to results.json."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluate_zero_shot import evaluate as evaluate_module
+from evaluate_zero_shot.__main__ import main
+from evaluate_zero_shot.kept import KeptBatches
+from megaft.parallel import free_port
+
+BIN = Path(sys.executable).parent
+CUT = ["--context-length=32", "--stride=16"]
+
+
+@pytest.fixture(scope="module")
+def trial(toy_model, toy_texts):
+    """Flags that score a text with a toy model."""
+    return [f"--model={toy_model}", "--task=text", f"--data={toy_texts[1]}", *CUT]
+
+
+def results(output):
+    return json.loads((output / "results.json").read_text())["results"]
+
+
+def run(*flags, output):
+    assert main([*map(str, flags), f"--output={output}"]) == 0
+    return results(output)
+
+
+@pytest.fixture(scope="module")
+def alone(trial, tmp_path_factory):
+    return run(*trial, output=tmp_path_factory.mktemp("alone"))[0]
+
+
+def test_one_command_leaves_results_and_a_report(trial, alone, tmp_path, capsys):
+    (result,) = run(*trial, output=tmp_path)
+    assert result["nats"].hex() == alone["nats"].hex()
+    text = Path(trial[2].removeprefix("--data=")).read_text()
+    assert (result["num_words"], result["num_bytes"]) == (len(text.split()), len(text.encode()))
+    assert result["num_scored_tokens"] == result["num_tokenized_tokens"]  # behind a prefix every token counts
+    assert (result["is_protocol_default"], result["data_name"], result["accuracy"]) == (False, None, None)
+    assert result["confidence_interval_95"]["low"] < result["bits_per_byte"] < result["confidence_interval_95"]["high"]
+    assert (tmp_path / "report.md").is_file()
+    assert (tmp_path / "report.html").is_file()
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_validation_in_training_says_the_same_number(trial, toy_model, toy_texts, alone, tmp_path):
+    import torch
+
+    from megaft.config import PrepareConfig, parse_train
+    from megaft.models.hugging_face import NatsModel, load_language_model
+    from megaft.prepare import prepare
+    from megaft.tokenizer import load_tokenizer
+    from megaft.training_data import Source
+    from megaft.validation import Validation
+
+    prefix = tmp_path / "valid"
+    prepare(PrepareConfig(inputs=(str(toy_texts[1]),), output=prefix, tokenizer=str(toy_model), append_eod=True))
+    flags = "--deepspeed-config j --data.train t --data.valid v --run.dir r --run.max-steps 1 --data.context-length 32"
+    config = parse_train([*flags.split(), "--model.path", str(toy_model)])
+    validation = Validation(Source(str(prefix)), config, load_tokenizer(str(toy_model)))
+    score = validation(NatsModel(load_language_model(str(toy_model))), torch.device("cpu"))
+    assert score.num_scored_tokens == alone["num_scored_tokens"]
+    for name in ("nats", "perplexity", "word_perplexity", "bits_per_byte"):
+        assert getattr(score, name) == pytest.approx(alone[name], rel=1e-6)
+
+
+def test_a_killed_evaluation_computes_no_window_twice(trial, alone, tmp_path, monkeypatch):
+    kept = []
+
+    class Killed(KeptBatches):
+        def keep(self, number, values):
+            super().keep(number, values)
+            kept.append(number)
+            if len(kept) == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_module, "KeptBatches", Killed)
+    flags = [*trial, "--tokens-per-batch=64"]
+    assert main([*flags, f"--output={tmp_path}"]) == 130
+    assert not (tmp_path / "results.json").exists()
+    (result,) = run(*flags, output=tmp_path)
+    assert len(kept) == len(set(kept)) > 3
+    undisturbed = run(*flags, output=tmp_path / "undisturbed")[0]
+    assert result["nats"].hex() == undisturbed["nats"].hex()
+    assert result["nats"] == pytest.approx(alone["nats"], rel=1e-6)  # in batches of another size
+
+
+def test_kept_windows_serve_no_other_model_text_or_stride(trial, toy_texts, tmp_path):
+    run(*trial, output=tmp_path)
+    folders = set((tmp_path / "windows").iterdir())
+    run(*trial, output=tmp_path)
+    assert set((tmp_path / "windows").iterdir()) == folders
+    for flag in ("--stride=8", f"--data={toy_texts[0]}", "--dtype=bfloat16", "--tokens-per-batch=64"):
+        run(*trial, flag, "--limit=20", output=tmp_path)
+        more = set((tmp_path / "windows").iterdir())
+        assert len(more) == len(folders) + 1, flag
+        folders = more
+
+
+def test_results_of_other_commands_stay(trial, tmp_path):
+    run(*trial, output=tmp_path)
+    both = run(*trial, "--stride=8,16", "--protocol=megaft,megatron", output=tmp_path)
+    assert [(row["protocol"], row["stride"]) for row in both] == [
+        *(("megaft", 8), ("megaft", 16)),
+        *(("megatron", 8), ("megatron", 16)),
+    ]
+    assert len(run(*trial, "--limit=3", output=tmp_path)) == 5  # a trial does not replace the whole
+
+
+def test_several_models_make_one_table(trial, toy_model, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(toy_model, other / "export")  # as a finished training run leaves its model
+    rows = run(trial[0], other, *trial[1:], output=tmp_path / "out")
+    assert [row["model_name"] for row in rows] == ["model", "run"]
+    assert rows[0]["model_sha256"] == rows[1]["model_sha256"]
+    assert rows[0]["nats"] == rows[1]["nats"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--task=wikitext"], 2, "task 'wikitext' is unknown"),
+        (["--protocol=megatron-lm"], 2, "protocol 'megatron-lm' is unknown"),
+        (["--stride=0"], 2, "stride is '0'"),
+        (["--stride=16,"], 2, "stride is '16,'"),
+        (["--limit=0"], 2, "limit is 0"),
+        (["--stride=33"], 2, "stride is 33; use 1 to 32"),
+        (["--context-length=4096"], 2, "the model has 128 positions"),
+        (["--data=/nowhere/file.txt"], 3, "/nowhere/file.txt"),
+        (["--model=/nowhere/model"], 3, "/nowhere/model"),
+        (["--task=lambada", "--protocol=hf-docs"], 3, "JSON"),
+        (["--output=/dev/null/x"], 2, "/dev/null"),
+    ],
+)
+def test_mistakes_are_named(trial, flags, code, message, capsys, tmp_path):
+    try:
+        found = main([*trial, f"--output={tmp_path}", *flags])
+    except SystemExit as exit:  # the parser's own
+        found = exit.code
+    shown = capsys.readouterr().err
+    assert found == code
+    assert message in " ".join(shown.replace("│", " ").split())
+    assert "Traceback" not in shown
+
+
+def test_another_programs_results_are_not_overwritten(trial, tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"results": {"wikitext": 1}}')
+    assert main([*trial, f"--output={tmp_path}"]) == 3
+    assert "not a results file" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == '{"results": {"wikitext": 1}}'
+
+
+def test_describe_prints_protocols_and_tasks(capsys):
+    assert main(["--describe", "megatron", "lambada"]) == 0
+    shown = capsys.readouterr().out
+    assert "adjusted perplexity" in shown
+    assert "5,153 passages" in shown
+    assert main(["--describe", "nothing"]) == 2
+
+
+def on_rank(*flags):
+    return main(list(flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_more_ranks_give_the_same_bits(run_ranks, trial, alone, tmp_path, world_size):
+    assert run_ranks(world_size, on_rank, *trial, f"--output={tmp_path}") == [0] * world_size
+    (result,) = results(tmp_path)
+    assert result["nats"].hex() == alone["nats"].hex()
+    assert (result["positions"], result["segments"]) == (alone["positions"], alone["segments"])
+    assert result["world_size"] == world_size
+
+
+@pytest.mark.slow
+def test_a_model_spread_over_three_ranks_scores_four_windows(run_ranks, trial, tmp_path):
+    flags = [*trial, "--limit=3", "--tokens-per-batch=32"]
+    (whole,) = run(*flags, output=tmp_path / "whole")
+    assert run_ranks(3, on_rank, *flags, "--partition", f"--output={tmp_path}") == [0] * 3
+    (result,) = results(tmp_path)
+    assert result["nats"] == pytest.approx(whole["nats"], rel=1e-6)
+
+
+LAUNCHERS = {
+    "python": [sys.executable, "-m"],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus=2", "--module"],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_gives_the_same_bits(trial, alone, tmp_path, launcher):
+    command = LAUNCHERS[launcher]
+    if launcher == "deepspeed":
+        command = [command[0], f"--master_port={free_port()}", *command[1:]]
+    done = subprocess.run(
+        [*command, "evaluate_zero_shot", *trial, "--output=out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(tmp_path / "out")[0]["nats"].hex() == alone["nats"].hex()
+    assert done.stdout.count("bits_per_byte") == 1  # one rank speaks
