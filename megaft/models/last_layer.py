@@ -1,4 +1,4 @@
-"""Hidden states of scored positions only: in the last layer nothing but keys and values runs on the others.
+"""Language models below their output layer, at scored positions: of the others the last layer needs keys and values.
 
 A window of stride 32 scores 32 of its 1024 positions. Every layer but the last needs all of them, as keys and values
 of the next; the last layer's queries, its output projection, its MLP and the final norm serve the scored ones alone.
@@ -44,9 +44,9 @@ class AnyTrunk(nn.Module):
 class GPT2Trunk(nn.Module):
     """GPT-2 below its output layer."""
 
-    def __init__(self, language_model: GPT2LMHeadModel):
+    def __init__(self, language_model: Any):
         super().__init__()
-        self.base = language_model.transformer
+        self.base: Any = language_model.transformer
         self.last = GPT2LastLayer(self.base.h[-1])
 
     def forward(
@@ -76,14 +76,14 @@ class GPT2LastLayer(nn.Module):
         normed = self.layer.ln_1(hidden)
         columns = query_columns(is_scored)
         queries = self._project(normed if columns is None else at(normed, columns), slice(0, width))
-        keys, values = self._project(normed, slice(width, None)).split(width, dim=-1)
-        heads = [states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in (queries, keys, values)]
-        attended = attend(*heads, columns, attention.scaling)
+        keys, values = self._project(normed, slice(width, None)).chunk(2, dim=1)
+        attended = attend(queries, keys, values, columns, attention.scaling)
         hidden = hidden[is_scored] + attention.c_proj(of_scored(attended, columns, is_scored))
         return hidden + self.layer.mlp(self.layer.ln_2(hidden))
 
     def _project(self, states: Tensor, part: slice) -> Tensor:
-        return torch.addmm(self.bias[part], states.flatten(0, 1), self.weight[:, part]).unflatten(0, states.shape[:2])
+        projected = torch.addmm(self.bias[part], states.flatten(0, 1), self.weight[:, part])
+        return projected.view(*states.shape[:2], -1, self.layer.attn.head_dim).transpose(1, 2)
 
 
 class LlamaTrunk(nn.Module):
@@ -91,13 +91,16 @@ class LlamaTrunk(nn.Module):
 
     def __init__(self, language_model: Any):
         super().__init__()
-        self.base = language_model.model
+        self.base: Any = language_model.model
         self.last = LlamaLastLayer(self.base.layers[-1])
+        self.window = getattr(language_model.config, "sliding_window", None)
 
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "scored width"]:
         """Return the hidden states of the scored positions, row by row."""
+        if self.window is not None and input_ids.shape[1] > self.window:  # a mask is needed then
+            return self.base(input_ids=input_ids, use_cache=False).last_hidden_state[is_scored]
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         hidden = self.base.embed_tokens(input_ids)
         rotation = self.base.rotary_emb(hidden, position_ids=positions)
@@ -137,27 +140,14 @@ class LlamaLastLayer(nn.Module):
         return (heads if norm is None else norm(heads)).transpose(1, 2)
 
 
-def trunk(language_model: Any, context_length: int | None = None) -> nn.Module:
-    """Return the cheapest module that gives a model's hidden states of scored positions.
-
-    Args:
-        language_model: A causal language model of transformers.
-        context_length: The longest input there will be; a window of attention that is wider plays no part.
-    """
+def fast_trunk(language_model: Any) -> GPT2Trunk | LlamaTrunk | None:
+    """Return the trunk that saves the last layer's work, if the architecture is known to have such a layer."""
     if language_model.config._attn_implementation != "sdpa":  # others take a mask for causality
-        return AnyTrunk(language_model)
-    if type(language_model) is GPT2LMHeadModel and type(language_model.transformer.h[-1].attn.c_attn) is Conv1D:
+        return None
+    family = type(language_model)
+    if family is GPT2LMHeadModel and type(language_model.transformer.h[-1].attn.c_attn) is Conv1D:  # no adapter
         return GPT2Trunk(language_model)
-    if type(language_model) in LLAMA_LIKE and _attends_to_all(language_model.config):
-        return LlamaTrunk(language_model)
-    return AnyTrunk(language_model)
-
-
-def _attends_to_all(config: Any) -> bool:
-    """Whether no layer has a sliding window."""
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
-    has_window = config.model_type == "mistral" and config.sliding_window is not None
-    return not has_window and set(layer_types) == {"full_attention"}
+    return LlamaTrunk(language_model) if family in LLAMA_LIKE else None
 
 
 def query_columns(is_scored: Bool[Tensor, "batch time"]) -> Int64[Tensor, "batch queries"] | None:

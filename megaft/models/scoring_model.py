@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 
 from megaft.loss import IGNORE_INDEX, chunks, token_nats
-from megaft.models.hugging_face import CausalLM, NatsModel
-from megaft.models.last_layer import trunk
+from megaft.models.hugging_face import CausalLM, NatsModel, context_limit, load_language_model, vocab_size
+from megaft.models.last_layer import AnyTrunk, fast_trunk
 
 
 class ScoringModel(nn.Module):
@@ -20,39 +23,164 @@ class ScoringModel(nn.Module):
     def __init__(self, language_model: CausalLM, *, with_choices: bool = False, banned: Sequence[int] = ()) -> None:
         super().__init__()
         self.language_model = language_model.eval()
-        head = NatsModel(language_model).head
-        self.with_choices = with_choices
-        self.trunk = trunk(language_model)
-        self.head = ScoringHead(head.weight, head.bias)
-        self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64), persistent=False)
+        self.trunk, output_layer = _taken_apart(language_model)
+        self.head = ScoringHead(output_layer, with_choices, banned)
 
     @torch.no_grad()
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
     ) -> Float32[Tensor, "quantity batch time"]:
-        """Return the nats of each label and, with choices, 1.0 where it is the model's first choice.
+        """Return the nats of each label; and with choices, whether it is the largest of the logits.
 
         Args:
-            input_ids: Tokens, rows filled up on the right.
-            labels: The token after each; IGNORE_INDEX where it is not scored, and both quantities are 0.0 there.
+            input_ids: Tokens; rows are filled up on the right.
+            labels: The token after each. IGNORE_INDEX marks one that is not scored; every quantity is 0.0 there.
         """
         is_scored = labels != IGNORE_INDEX
-        hidden = self.trunk(input_ids, is_scored)
-        nats = self.head(hidden, labels[is_scored])
-        quantities = torch.zeros(1 + self.with_choices, *labels.shape, device=labels.device)
-        quantities[:, is_scored] = nats
+        is_first = is_scored.cumsum(1)[is_scored] == 1
+        scored = self.head(self.trunk(input_ids, is_scored), labels[is_scored], is_first)
+        quantities = scored.new_zeros(len(scored), *labels.shape)
+        quantities[:, is_scored] = scored
         return quantities
 
 
 class ScoringHead(nn.Module):
-    def __init__(self, weight, bias):
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
+    """The output layer, a chunk of tokens at a time.
 
-    def forward(self, hidden: Float[Tensor, "scored width"], labels: Int64[Tensor, " scored"]):
-        parts = [
-            token_nats(F.linear(hidden[part], self.weight, self.bias), labels[part])[None]
-            for part in chunks(len(labels), len(self.weight))
-        ]
-        return torch.cat([hidden.new_zeros(1, 0, dtype=torch.float32), *parts], dim=1)
+    It owns the very parameters of the model's own output layer, so that ZeRO-3's hooks gather them here.
+    """
+
+    banned: Tensor
+    weight: Tensor | None
+
+    def __init__(self, output_layer: nn.Linear | None, with_choices: bool, banned: Sequence[int]):
+        super().__init__()
+        self.weight = None if output_layer is None else output_layer.weight
+        self.bias = None if output_layer is None else output_layer.bias
+        self.with_choices = with_choices
+        self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64), persistent=False)
+
+    def forward(
+        self,
+        states: Float[Tensor, "scored width"],
+        labels: Int64[Tensor, " scored"],
+        is_first: Bool[Tensor, " scored"],
+    ) -> Float32[Tensor, "quantity scored"]:
+        """Return the quantities of ScoringModel; banned tokens are no choice where `is_first`."""
+        num_logits = states.shape[1] if self.weight is None else len(self.weight)
+        quantities = torch.zeros(1 + self.with_choices, len(labels), device=labels.device)
+        for part in chunks(len(labels), num_logits):
+            logits = states[part] if self.weight is None else F.linear(states[part], self.weight, self.bias)
+            quantities[0, part] = token_nats(logits, labels[part])
+            if self.with_choices:
+                quantities[1, part] = (self._choices(logits, is_first[part]) == labels[part]).float()
+        return quantities
+
+    def _choices(self, logits: Tensor, is_first: Tensor) -> Tensor:
+        choices = logits.argmax(-1)
+        if len(self.banned) and is_first.any():
+            choices[is_first] = logits[is_first].index_fill(-1, self.banned, -torch.inf).argmax(-1)
+        return choices
+
+
+class LogitsTrunk(nn.Module):
+    """A whole model, for families that scale or cap their logits."""
+
+    def __init__(self, language_model: CausalLM):
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "scored vocab"]:
+        """Return the logits of the scored positions, row by row; no column is computed that no row scores."""
+        columns = is_scored.any(0).nonzero().squeeze(1)
+        logits = self.language_model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits
+        return logits[is_scored[:, columns]]
+
+
+def _taken_apart(language_model: CausalLM) -> tuple[nn.Module, nn.Linear | None]:
+    """Return what gives states of scored positions, and the layer from states to logits unless they are that."""
+    output_layer = language_model.get_output_embeddings()
+    if type(output_layer) is nn.Linear and (trunk := fast_trunk(language_model)):
+        return trunk, output_layer
+    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in language_model.parameters())
+    if not is_partitioned and NatsModel(language_model).head is not None:  # found by trial
+        return AnyTrunk(language_model), output_layer
+    return LogitsTrunk(language_model), None
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """A loaded ScoringModel, called as that is, and what must be known of it to batch a text for it."""
+
+    model: Callable[[Tensor, Tensor], Tensor]
+    config: Any
+    """transformers' configuration of the language model."""
+    num_parameters: int
+    context_limit: int | None
+    vocab_size: int
+    dtype: torch.dtype
+
+    def __call__(
+        self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
+    ) -> Float32[Tensor, "quantity batch time"]:
+        """Return the quantities of ScoringModel."""
+        return self.model(input_ids, labels)
+
+
+def load_scoring_model(
+    source: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_partitioned: bool = False,
+    with_choices: bool = False,
+    banned: Sequence[int] = (),
+) -> Scorer:
+    """Load a model to score with.
+
+    Raises:
+        DataError: It is not there, or transformers cannot read it.
+    """
+    language_model = load_language_model(source, dtype)
+    fuse_activations(language_model)
+    model = ScoringModel(language_model, with_choices=with_choices, banned=banned).to(device)
+    return Scorer(
+        model=model,
+        config=language_model.config,
+        num_parameters=sum(parameter.numel() for parameter in language_model.parameters()),
+        context_limit=context_limit(language_model),
+        vocab_size=vocab_size(language_model),
+        dtype=dtype,
+    )
+
+
+def fuse_activations(language_model: CausalLM) -> None:
+    """Compute GPT-2's GELU in one pass over memory, where transformers' own formula takes eight; the same function."""
+    for module in language_model.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+ACTIVATION_BYTES = 8 * 2**30
+"""What a CUDA device may spend on the activations of a layer."""
+
+CPU_TOKENS = 2048
+"""Tokens whose activations stay in memory that malloc keeps, measured with GPT-2 124M and SmolLM2 135M."""
+
+KNOWN_HEADS = {"gpt2", "llama", "mistral", "qwen2", "qwen3"}
+"""Model types whose logits never exist but for a chunk of tokens."""
+
+
+def tokens_per_batch(model_config: Any, context_length: int, device_type: str, dtype: torch.dtype) -> int:
+    """Return how many tokens a forward pass may hold; at least one row of them."""
+    if device_type == "cpu":
+        return max(context_length, CPU_TOKENS)
+    config = model_config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    num_values = 8 * config.hidden_size + 4 * inner
+    if config.model_type not in KNOWN_HEADS:
+        num_values += 2 * config.vocab_size
+    return max(context_length, ACTIVATION_BYTES // (num_values * dtype.itemsize))
