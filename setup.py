@@ -8,4 +8,5 @@ setup(
         "detokenizers",
     ],
     package_dir={"detokenizers": "tools/detokenizers"},
+    package_data={"evaluate_zero_shot": ["published.json", "templates/*"]},
 )

@@ -1,0 +1,163 @@
+"""results.json as a report to read: report.md and one self-contained report.html.
+
+`python -m evaluate_zero_shot.report DIR` makes both again from DIR/results.json. Nothing else is read but the figures
+others published and the definitions of the protocols.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from evaluate_zero_shot import formats, sections
+from evaluate_zero_shot.plots import SIZE
+from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
+from evaluate_zero_shot.published import load
+from evaluate_zero_shot.tasks import TASKS
+from megaft.errors import ConfigError, DataError
+from megaft.exit_code import exit_code_of
+from megaft.files import replacing
+
+TEMPLATES = Path(__file__).with_name("templates")
+REQUIRED = ("model_name", "task", "protocol")
+OPTIONAL = (
+    *("model", "num_parameters", "model_sha256", "tokenizer_sha256", "task_title", "detokenizer", "data_file"),
+    *("data_name", "data_sha256", "limit_lines", "context_length", "stride", "dtype", "tokens_per_batch"),
+    *("is_protocol_default", "nats", "num_scored_tokens", "num_tokenized_tokens", "num_original_tokens", "num_words"),
+    *("num_bytes", "num_documents", "headline", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"),
+    *("accuracy", "confidence_interval_95", "positions", "segments", "segment_unit", "seconds", "tokens_per_second"),
+    *("world_size", "device", "command"),
+)
+"""What a result may lack; the report shows a dash there."""
+METRICS = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
+_MARKDOWN = re.compile(r"[\\`*|\[\]<>&~$]|(?<!\w)_|_(?!\w)")
+
+
+def write(folder: Path) -> None:
+    """Write folder/report.md and folder/report.html from folder/results.json.
+
+    Raises:
+        DataError: results.json is missing, damaged, or written by another version.
+        ConfigError: The disk refuses.
+    """
+    content = _view(folder / "results.json")
+    for name in ("report.md", "report.html"):
+        text = _jinja(is_html=name.endswith("html")).get_template(f"{name}.jinja").render(content)
+        with replacing(folder / name) as file:
+            file.write(text)
+
+
+def _view(path: Path) -> dict[str, Any]:
+    """Return what the templates print."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        results = _named([_complete(entry, content) for entry in content["results"]])
+        protocols = {one["protocol"]: _protocol(one["protocol"], content.get("protocols") or {}) for one in results}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a results.json of this version: {error!r}. Evaluate again.") from error
+    return {
+        "results": results,
+        "models": sections.provenance(results, "name", "num_parameters", "dtype", "tokenizer_sha256", "model_sha256"),
+        "data": sections.provenance(results, "task", "detokenizer", "data_file", "data_sha256"),
+        "summary": sections.summary(results),
+        "tasks": sections.tasks(results, protocols, load()),
+        "illustrations": sections.grouped(sections.illustrations(results), lambda one: (one.heading, one.note)),
+        "protocols": [(protocol, statements(protocol)) for protocol in protocols.values()],
+        "environment": list(_flat(content.get("environment") or {})),
+        "commands": list(dict.fromkeys(_command(one["command"]) for one in results if one["command"])),
+    }
+
+
+def _complete(entry: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result with every field; KeyError where a required one lacks, or its task is none of ours."""
+    optional = dict.fromkeys(OPTIONAL) | {"task_title": TASKS[entry["task"]].title, "command": content.get("command")}
+    return optional | {key: entry[key] for key in REQUIRED} | dict(entry)
+
+
+def _named(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the results with the name of their model, or its path where two models share a name."""
+    models = sections.grouped(results, lambda one: one["model_name"])
+    shared = {name for name, found in models.items() if len({one["model"] for one in found}) > 1}
+    return [one | {"name": str(one["model" if one["model_name"] in shared else "model_name"])} for one in results]
+
+
+def _protocol(name: str, recorded: Mapping[str, Any]) -> Protocol:
+    """Return the definition by which it was measured, which is not always today's."""
+    return Protocol(**recorded[name]) if name in recorded else PROTOCOLS[name]
+
+
+def _command(words: Sequence[str]) -> str:
+    """Return the words for a shell, the module by its name instead of its path."""
+    is_module = words[0].endswith("evaluate_zero_shot/__main__.py")
+    return shlex.join(["python", "-m", "evaluate_zero_shot", *words[1:]] if is_module else words)
+
+
+def _flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Return names and values, those of inner mappings behind the outer name."""
+    for name, value in environment.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} ")
+        elif name != "command":  # shown by itself
+            yield f"{prefix}{name}", formats.MISSING if value is None else str(value)
+
+
+def _jinja(*, is_html: bool) -> Environment:
+    """Return an environment in which everything printed is escaped for its format."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=is_html,
+        finalize=None if is_html else _for_markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    made.globals |= {
+        "css": Markup(css),
+        "css_digest": digest,
+        "titles": formats.TITLES,
+        "metrics": METRICS,
+        "plot_size": SIZE,
+    }
+    made.globals |= {"run_name": sections.run_name, "window": sections.window}
+    made.filters |= {"written": formats.written, "counted": formats.counted, "code_block": _code_block}
+    return made
+
+
+def _for_markdown(value: object) -> str:
+    """Return text that Markdown shows as it is, in one line of a table."""
+    if isinstance(value, Markup):
+        return value
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(str(value).split()))
+
+
+def _code_block(text: str) -> Markup:
+    return Markup("".join(f"    {line}\n" for line in text.splitlines()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the reports of the folder named."""
+    match sys.argv[1:] if arguments is None else arguments:
+        case [folder] if not folder.startswith("-"):
+            write(Path(folder))
+            return 0
+        case ["-h" | "--help"]:
+            print(__doc__)
+            return 0
+    raise ConfigError("usage: python -m evaluate_zero_shot.report DIR, where DIR/results.json is")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

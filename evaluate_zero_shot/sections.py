@@ -1,0 +1,200 @@
+"""What the report shows, arranged by task: plain values that both templates print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from evaluate_zero_shot import plots
+from evaluate_zero_shot.comparison import Comparison, compare, published_task
+from evaluate_zero_shot.formats import MISSING, TITLES, counted, number, written
+from evaluate_zero_shot.plots import Plot
+from evaluate_zero_shot.protocols import Protocol
+from evaluate_zero_shot.published import QUANTITIES, Figure
+from evaluate_zero_shot.tasks import TASKS
+
+Result = Mapping[str, Any]
+"""An entry of results.json, every field present; `name` is what its model is called here."""
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """One way of measuring beside one source: the reasons hold for all models in it."""
+
+    run: str
+    title: str
+    """Of the source, in a few words."""
+    source: str
+    metric: str
+    reasons: tuple[str, ...]
+    comparisons: Sequence[Comparison]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One metric of a task: a row a model, a column a way of measuring it or a source."""
+
+    metric: str
+    runs: Sequence[str]
+    sources: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What was measured of a task, and what others published of it."""
+
+    title: str
+    tables: Sequence[Table]
+    pairings: Sequence[Pairing]
+    others: Sequence[Figure]
+    """Published for models that were not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Illustration:
+    """A plot under its heading."""
+
+    heading: str
+    title: str
+    note: str
+    plot: Plot | None
+
+
+def window(result: Result) -> str:
+    """Return context / stride; a dash where the task has no windows."""
+    has_windows = TASKS[result["task"]].kind == "text"
+    return f"{counted(result['context_length'])} / {counted(result['stride'])}" if has_windows else MISSING
+
+
+def run_name(result: Result) -> str:
+    """Return how a result was measured: the protocol, and its window where it has one."""
+    return ", ".join(part for part in (result["protocol"], window(result)) if part != MISSING)
+
+
+def summary(results: Sequence[Result]) -> dict[tuple[str, str, str, tuple[str, ...]], list[Result]]:
+    """Return the results by task, way of measuring, data file, and what each reader must know of them."""
+    return grouped(results, lambda one: (_task_title(one), run_name(one), _data(one), warnings(one)))
+
+
+def warnings(result: Result) -> tuple[str, ...]:
+    """Return what keeps a result from being the one its protocol and task name."""
+    limit = result["limit_lines"]
+    return (
+        *(["unknown file"] if result["data_name"] is None else []),
+        *([f"first {limit:,} lines only"] if limit is not None else []),
+        *([] if result["is_protocol_default"] else ["not the protocol's own context or stride"]),
+    )
+
+
+def provenance(results: Sequence[Result], *fields: str) -> list[tuple[Any, ...]]:
+    """Return what the results have of the fields, each combination once."""
+    return list(dict.fromkeys(tuple(one[field] for field in fields) for one in results))
+
+
+def _data(result: Result) -> str:
+    return str(result["data_name"] or result["data_file"] or MISSING)
+
+
+def tasks(results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Iterable[Figure]) -> list[Task]:
+    """Return each task's results beside the figures published for it, in the order they were measured."""
+    published = grouped(figures, lambda figure: figure.task)
+    by_task = grouped(results, lambda result: result["task"])
+    return [_task(found, protocols, published.get(published_task(task), [])) for task, found in by_task.items()]
+
+
+def _task(results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Sequence[Figure]) -> Task:
+    comparisons = [
+        compare(result, protocols[result["protocol"]], figure)
+        for result in results
+        for figure in figures
+        if figure.model.is_model(result["model_name"], result["num_parameters"])
+    ]
+    shown = [one for one in comparisons if one.measured is not None]
+    pairs = grouped(
+        shown, lambda one: (run_name(one.result), one.figure.title, one.figure.source, one.figure.metric, one.reasons)
+    )
+    measured = {id(one.figure) for one in comparisons}
+    return Task(
+        _task_title(results[0]),
+        _tables(results, [one.figure for one in shown]),
+        [Pairing(*key, found) for key, found in pairs.items()],
+        [figure for figure in figures if id(figure) not in measured],
+    )
+
+
+def _tables(results: Sequence[Result], figures: Sequence[Figure]) -> list[Table]:
+    """Return the comparative tables of several models, one for each main figure of the task."""
+    metrics = dict.fromkeys(result["headline"] for result in results if result["headline"])
+    has_several = len({result["name"] for result in results}) > 1
+    return [_table(metric, results, figures) for metric in metrics if has_several]
+
+
+def _table(metric: str, results: Sequence[Result], figures: Sequence[Figure]) -> Table:
+    cells = {(one["name"], run_name(one)): written(one[metric], metric) for one in results if one[metric] is not None}
+    runs = dict.fromkeys(run for _, run in cells)
+    found = [figure for figure in figures if QUANTITIES[figure.metric] == metric]
+    sources = dict.fromkeys(figure.title for figure in found)
+    for result in results:
+        theirs = [one for one in found if one.model.is_model(result["model_name"], result["num_parameters"])]
+        cells |= {(result["name"], figure.title): figure.printed for figure in theirs}
+    names = dict.fromkeys(result["name"] for result in results)
+    rows = {name: [cells.get((name, column), MISSING) for column in (*runs, *sources)] for name in names}
+    return Table(metric, list(runs), list(sources), rows)
+
+
+def illustrations(results: Sequence[Result]) -> list[Illustration]:
+    """Return the plots: stride sweeps where several strides were asked for, then by position, then by segment."""
+    sweeps = grouped(results, lambda one: (one["task"], one["protocol"], one["context_length"], one["headline"]))
+    runs = grouped(results, lambda one: (one["task"], run_name(one)))
+    made = [*map(_sweep, sweeps.values()), *map(_by_position, runs.values()), *map(_by_segment, runs.values())]
+    return [one for one in made if one.plot is not None]
+
+
+def _sweep(results: Sequence[Result]) -> Illustration:
+    metric = results[0]["headline"]
+    lines: dict[str, dict[int, float]] = {}
+    for one in results:
+        if metric and window(one) != MISSING and (value := number(one[metric])) is not None:
+            lines.setdefault(one["name"], {})[one["stride"]] = value
+    title = f"{_task_title(results[0])}, {results[0]['protocol']}, context {results[0]['context_length']}"
+    note = "The main figure by stride. A smaller stride gives each token more context, and is another protocol."
+    return Illustration("Stride sweep", title, note, plots.by_stride(lines, TITLES.get(metric, str(metric))))
+
+
+def _by_position(results: Sequence[Result]) -> Illustration:
+    bins = {one["name"]: one["positions"] for one in results if one["positions"]}
+    note = "Mean nats per scored token by its place in the window. Where few windows score, few tokens are averaged."
+    plot = plots.by_position(bins, results[0]["context_length"] or 0)
+    return Illustration("By position in the window", _run_title(results[0]), note, plot)
+
+
+def _by_segment(results: Sequence[Result]) -> Illustration:
+    segments = {one["name"]: one["segments"] for one in results if one["segments"]}
+    unit = str(results[0]["segment_unit"] or "segment")
+    note = "Mean nats per scored token of documents, or of equal blocks of a single one, in the order of the text."
+    label = (
+        f"a few {unit} together, in the order of the text"
+        if unit.endswith("s")
+        else f"{unit}, in the order of the text"
+    )
+    return Illustration("Along the text", _run_title(results[0]), note, plots.by_segment(segments, label))
+
+
+def _task_title(result: Result) -> str:
+    return str(result["task_title"] or result["task"])
+
+
+def _run_title(result: Result) -> str:
+    return f"{_task_title(result)}, {run_name(result)}"
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return the items by key, keys and items in their order."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
