@@ -65,9 +65,9 @@ class Illustration:
 
 
 def window(result: Result) -> str:
-    """Return context / stride; a dash where the task has no windows."""
+    """Return context/stride; a dash where the task has no windows."""
     has_windows = TASKS[result["task"]].kind == "text"
-    return f"{counted(result['context_length'])} / {counted(result['stride'])}" if has_windows else MISSING
+    return f"{counted(result['context_length'])}/{counted(result['stride'])}" if has_windows else MISSING
 
 
 def run_name(result: Result) -> str:
@@ -86,7 +86,11 @@ def warnings(result: Result) -> tuple[str, ...]:
     return (
         *(["unknown file"] if result["data_name"] is None else []),
         *([f"first {limit:,} lines only"] if limit is not None else []),
-        *([] if result["is_protocol_default"] else ["not the protocol's own context or stride"]),
+        *(
+            []
+            if result["is_protocol_default"] or window(result) == MISSING
+            else ["not the protocol's own context or stride"]
+        ),
     )
 
 
