@@ -5,8 +5,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[
         *find_packages(include=["megaft", "megaft.*", "evaluate_zero_shot", "evaluate_zero_shot.*"]),
+        "evaluate_zero_shot.templates",
         "detokenizers",
     ],
     package_dir={"detokenizers": "tools/detokenizers"},
-    package_data={"evaluate_zero_shot": ["published.json", "templates/*"]},
+    package_data={"evaluate_zero_shot": ["published.json"], "evaluate_zero_shot.templates": ["*"]},
 )
