@@ -125,8 +125,9 @@ class Scorer:
     def __call__(
         self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
     ) -> Float32[Tensor, "quantity batch time"]:
-        """Return the quantities of ScoringModel."""
-        return self.model(input_ids, labels)
+        """Return the quantities of ScoringModel. Of a partitioned model every rank calls this, with equal shapes."""
+        with torch.no_grad():  # around the engine too, which otherwise waits for a backward pass
+            return self.model(input_ids, labels)
 
 
 def load_scoring_model(
@@ -140,20 +141,62 @@ def load_scoring_model(
 ) -> Scorer:
     """Load a model to score with.
 
+    Args:
+        source: Hub name, folder or GGUF file.
+        dtype: What the model computes in; cross-entropy is in float32 always.
+        device: Where it computes.
+        is_partitioned: Give each rank of the process group a part of every weight, through DeepSpeed's ZeRO-3. Only
+            rank 0 reads the weights, into a mapping of the file. A GGUF file is unpacked whole in the host memory of
+            every rank first.
+        with_choices: Return a second quantity, 1.0 where the label is the largest of the logits.
+        banned: Token ids that are no choice at the first scored position of a row.
+
     Raises:
         DataError: It is not there, or transformers cannot read it.
     """
-    language_model = load_language_model(source, dtype)
+    load = _load_partitioned if is_partitioned else load_language_model
+    language_model = load(source, dtype)
     fuse_activations(language_model)
-    model = ScoringModel(language_model, with_choices=with_choices, banned=banned).to(device)
+    model = ScoringModel(language_model, with_choices=with_choices, banned=banned)
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in language_model.parameters()]
     return Scorer(
-        model=model,
+        model=_engine(model.to(device), dtype) if is_partitioned else model.to(device),
         config=language_model.config,
-        num_parameters=sum(parameter.numel() for parameter in language_model.parameters()),
+        num_parameters=sum(sizes),
         context_limit=context_limit(language_model),
         vocab_size=vocab_size(language_model),
         dtype=dtype,
     )
+
+
+def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    if source.endswith(".gguf"):  # transformers fills such a model's weights outside ZeRO's hooks
+        language_model = load_language_model(source, dtype)
+        deepspeed.zero.Init(module=language_model, config_dict_or_path=_deepspeed_config(dtype))
+        return language_model
+    loads_partitioned = HfDeepSpeedConfig(_deepspeed_config(dtype))  # as long as this object lives
+    language_model = load_language_model(source, dtype)
+    del loads_partitioned
+    return language_model
+
+
+def _engine(model: ScoringModel, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    import deepspeed
+
+    engine = deepspeed.initialize(model=model, config=_deepspeed_config(dtype))[0]
+    engine.eval()
+    return engine
+
+
+def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one, and scoring has no use for it
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype is torch.bfloat16},
+    }
 
 
 def fuse_activations(language_model: CausalLM) -> None:
