@@ -20,7 +20,7 @@ JOINT = "\n"
 """Where `mark_joints` would close a space; no line holds one."""
 
 _LONGEST_LINE = 2**20  # characters; a longer line stands as it is, so that memory stays constant
-_LONGEST_TRIAL = 16  # tokens tried as one word, once the whole run failed; keeps time linear
+_LONGEST_TRIAL = 6  # tokens tried as one word, once the whole run failed; keeps time linear
 _SPECIAL = re.compile(r"(?<![^ ])\w*+[^ \w][^ ]*+")  # a word of anything but letters and digits, which all stay
 
 

@@ -7,10 +7,10 @@ from detokenizers._lines import Lines
 SOURCE = "Penn Treebank as Mikolov prepared it: lower case, no punctuation, N for numbers"
 
 _CLITIC = r"n't|'(?:s|re|ve|m|ll|d)?"
-_JOINTS = re.compile(rf" (?=(?:{_CLITIC})(?: |$))|(?<= [$#]) (?=N )")
+_JOINTS = re.compile(rf" (?=(?:{_CLITIC})(?: |$))|(?<=[$#]) (?=N(?: |$))")
 _NEGATION = re.compile(r"(?<=.)n't$")
 _APOSTROPHE = re.compile(r"(?<=.)(?='(?:s|re|ve|m|ll|d)?$)")
-_CURRENCY = re.compile(r"^([$#])(?=N)")
+_CURRENCY = re.compile(r"(?<=[$#])(?=N$)")
 
 
 def _mark_joints(line: str) -> str:
@@ -22,7 +22,7 @@ def _spell(token: str) -> str:
 
 
 def _split(word: str) -> str:
-    word = _APOSTROPHE.sub(" ", _NEGATION.sub(" n't", _CURRENCY.sub(r"\1 ", word)))
+    word = _APOSTROPHE.sub(" ", _NEGATION.sub(" n't", _CURRENCY.sub(" ", word)))
     return word.replace("/", "\\/")
 
 
