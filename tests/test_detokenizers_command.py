@@ -53,7 +53,8 @@ def test_list():
     assert [line.split()[:2] for line in lines] == [
         [name, "invertible" if name in INVERTIBLE else "lossy"] for name in detokenizers.names()
     ]
-    (megatron,) = [line for line in lines if line.startswith("wikitext_megatron")]
+    megatron = run("wikitext_megatron", "--list").stdout.decode()
+    assert megatron.splitlines() == [lines[2]]
     assert "Makes the same: 'a @-@ b' = 'a-b'; '1 @,@ 000' = '1,000'" in megatron
 
 

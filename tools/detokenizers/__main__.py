@@ -30,9 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m detokenizers", description="Undo a corpus's word tokenization.")
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(detokenizers.names())}")
-    parser.add_argument("--invert", action="store_true", help="give the corpus back from its text")
-    parser.add_argument("--list", action="store_true", help="tell what each is for, and what it cannot tell apart")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--invert", action="store_true", help="give the corpus back from its text")
+    what.add_argument("--list", action="store_true", help="tell what each is for, and what it cannot tell apart")
+    what.add_argument(
         "--check",
         metavar="FILE",
         help="tell whether FILE round-trips and where published rules collide in it; without a name, for every corpus",
@@ -42,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     if options.list:
-        print("\n".join(map(_describe, detokenizers.names())), flush=True)
+        names = [options.name] if options.name else detokenizers.names()
+        print("\n".join(map(_describe, names)), flush=True)
         return 0
     if options.check is not None:
         names = [options.name] if options.name else filter(detokenizers.is_invertible, detokenizers.names())

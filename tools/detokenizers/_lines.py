@@ -19,7 +19,6 @@ UNFRAMED = f"{MARK} "
 JOINT = "\n"
 """Where `mark_joints` would close a space; no line holds one."""
 
-_LONGEST_LINE = 2**20  # characters; a longer line stands as it is, so that memory stays constant
 _LONGEST_TRIAL = 6  # tokens tried as one word, once the whole run failed; keeps time linear
 _SPECIAL = re.compile(r"(?<![^ ])\w*+[^ \w][^ ]*+")  # a word of anything but letters and digits, which all stay
 
@@ -33,8 +32,10 @@ class Lines:
         split: A word of the text, without spaces -> its tokens with a space between them. It is not asked about
             words that hold only letters, digits and underscores: those are one token.
         framed: The corpus has a space at both ends of its lines, which the text has not.
-        longest_line: Characters; longer lines stand as they are.
     """
+
+    longest_line = 2**20
+    """Characters; a longer line stands as it is, so that memory stays constant."""
 
     def __init__(
         self,
@@ -43,18 +44,16 @@ class Lines:
         split: Callable[[str], str],
         *,
         framed: bool,
-        longest_line: int = _LONGEST_LINE,
     ) -> None:
         self._mark_joints = mark_joints
         self._spell = spell
         self._split = split
         self._framed = framed
-        self._longest_line = longest_line
 
     def detokenize(self, chunks: Iterable[str]) -> Iterator[str]:
         """Yield the natural text of a corpus given in pieces of any length."""
         framed = None
-        for line, newline, part in _lines(chunks, self._longest_line):
+        for line, newline, part in _lines(chunks, self.longest_line):
             if framed is None:
                 framed = self._framed and not (part == "whole" and newline and not _has_frame(line))
                 if self._framed and not framed:
@@ -68,7 +67,7 @@ class Lines:
     def retokenize(self, chunks: Iterable[str]) -> Iterator[str]:
         """Yield the corpus again; the exact inverse of `detokenize`, and some corpus for any other text."""
         framed = None
-        for line, newline, part in _lines(chunks, 2 * self._longest_line + 4):  # a mark a word at most, and one flag
+        for line, newline, part in _lines(chunks, 2 * self.longest_line + 4):  # a mark a word at most, and one flag
             if framed is None:
                 framed = self._framed and not line.startswith(UNFRAMED)
                 line = line.removeprefix(UNFRAMED) if self._framed else line
