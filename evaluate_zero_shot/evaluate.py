@@ -90,7 +90,7 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
 
 def _score(subject: Subject, trial: Trial, output: Path) -> Score:
     prepared = trial.prepared
-    model = subject.scorer.asked(with_choices=prepared.is_prompted, banned=prepared.banned)
+    model = subject.scorer.ask(with_choices=prepared.is_prompted, banned=prepared.banned)
     folder = output / "windows" / _key(subject, trial)
     what = f"{Path(subject.source).name}, {trial.task.name}, {trial.cut.protocol.name}, stride {trial.cut.stride}:"
     num_inputs = sum(row.num_inputs for row in prepared.rows)

@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 
 from evaluate_zero_shot.config import EvaluateConfig
 from megaft import parallel
+from megaft.errors import DataError
 from megaft.files import sha256_of
 from megaft.generate import model_source
 from megaft.models.scoring_model import Scorer, load_scoring_model
@@ -42,7 +43,11 @@ def load(source: str, config: EvaluateConfig, device: torch.device) -> Subject:
     path, dtype = model_source(source), getattr(torch, config.dtype)
     tokenizer = load_tokenizer(path)
     scorer = load_scoring_model(path, dtype=dtype, device=device, is_partitioned=config.partition)
-    scorer.require_fits(tokenizer)
+    if tokenizer.vocab_size > scorer.vocab_size:
+        raise DataError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {scorer.vocab_size}; "
+            "use the tokenizer the model was made with."
+        )
     return Subject(source=source, sha256=_sha256(path), scorer=scorer, dtype=dtype, device=device, tokenizer=tokenizer)
 
 

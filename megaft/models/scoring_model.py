@@ -115,6 +115,7 @@ class Scorer:
     """A loaded ScoringModel, called as that is, and what must be known of it to batch a text for it."""
 
     model: Callable[[Tensor, Tensor], Tensor]
+    head: ScoringHead
     config: Any
     """transformers' configuration of the language model."""
     num_parameters: int
@@ -128,6 +129,12 @@ class Scorer:
         """Return the quantities of ScoringModel. Of a partitioned model every rank calls this, with equal shapes."""
         with torch.no_grad():  # around the engine too, which otherwise waits for a backward pass
             return self.model(input_ids, labels)
+
+    def ask(self, *, with_choices: bool, banned: Sequence[int] = ()) -> Scorer:
+        """Return this scorer, which from now on tells choices or not, as ScoringModel does."""
+        self.head.with_choices = with_choices
+        self.head.banned = torch.tensor(banned, dtype=torch.int64, device=self.head.banned.device)
+        return self
 
 
 def load_scoring_model(
@@ -161,6 +168,7 @@ def load_scoring_model(
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in language_model.parameters()]
     return Scorer(
         model=_engine(model.to(device), dtype) if is_partitioned else model.to(device),
+        head=model.head,
         config=language_model.config,
         num_parameters=sum(sizes),
         context_limit=context_limit(language_model),
