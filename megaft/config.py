@@ -319,7 +319,7 @@ class PrepareConfig:
     messages_key: str | None = None
     """.jsonl: the key of a chat, rendered by the tokenizer's template; only what the assistant says is scored."""
     detokenizer: str = "identity"
-    """Undoes a corpus's word tokenization first: identity, wikitext_megatron or ptb_megatron."""
+    """Undoes a corpus's word tokenization first: wikitext, ptb, 1bw or another of `python -m detokenizers --list`."""
     min_tokens: int = 1
     """Documents with fewer tokens are left out (and counted)."""
     append_eod: bool = False

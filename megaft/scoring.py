@@ -7,7 +7,7 @@ each token go to its own place in one array, and the sum runs over that array: t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, groupby, pairwise
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -223,7 +223,7 @@ def batches_of(rows: Sequence[Row], tokens_per_batch: int) -> list[list[Row]]:
 class Keeper(Protocol):
     """Keeps what batches have cost, so that an interrupted evaluation continues."""
 
-    finished: Mapping[int, np.ndarray]
+    finished: dict[int, np.ndarray]
     """By a batch's number, Float32 "quantity targets": what an earlier evaluation kept; the main rank's counts."""
 
     def keep(self, number: int, values: np.ndarray) -> None:

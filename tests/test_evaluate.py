@@ -136,7 +136,8 @@ def test_several_models_make_one_table(trial, toy_model, tmp_path):
         (["--context-length=4096"], 2, "the model has 128 positions"),
         (["--data=/nowhere/file.txt"], 3, "/nowhere/file.txt"),
         (["--model=/nowhere/model"], 3, "/nowhere/model"),
-        (["--task=lambada", "--protocol=hf-docs"], 3, "JSON"),
+        (["--task=lambada", "--protocol=hf-docs"], 2, "protocol hf-docs does not define task lambada"),
+        (["--task=lambada"], 3, "line 1, column 1: broken JSON"),
         (["--output=/dev/null/x"], 2, "/dev/null"),
     ],
 )

@@ -189,7 +189,7 @@ def test_command_prints_the_receipt_last(source, tmp_path, capsys):
 
 BAD_SETTINGS = [
     pytest.param({"inputs": ()}, "inputs is empty", id="no input"),
-    pytest.param({"detokenizer": "ptb"}, "detokenizer is 'ptb'; use one of identity, ptb_megatron", id="detokenizer"),
+    pytest.param({"detokenizer": "ptb3"}, "detokenizer is 'ptb3'; use one of identity, wikitext", id="detokenizer"),
     pytest.param({"min_tokens": 0}, "min-tokens is 0; use 1 or more", id="min tokens"),
     pytest.param({"workers": 0}, "workers is 0; use 1 or more", id="workers"),
     pytest.param({"prompt_key": "q"}, "give both or neither", id="prompt alone"),

@@ -23,6 +23,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import rotate_half
 from transformers.pytorch_utils import Conv1D
 
+from megaft.models.packed import PackedLinear
+
 LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 """Their decoder layers differ in biases and in norms of queries and keys only."""
 
@@ -66,23 +68,35 @@ class GPT2LastLayer(nn.Module):
     def __init__(self, layer: Any):
         super().__init__()
         self.layer = layer
-        self.weight, self.bias = layer.attn.c_attn.weight, layer.attn.c_attn.bias
+        self.weight: Any = layer.attn.c_attn.weight
+        self.bias: Any = layer.attn.c_attn.bias
+        self.parts = (slice(0, len(self.weight)), slice(len(self.weight), None))
+        self.packed: nn.ModuleList | None = None
+
+    def pack(self) -> None:
+        """Use packed matrices from now on."""
+        self.packed = nn.ModuleList(PackedLinear(self.weight[:, part].T, self.bias[part]) for part in self.parts)
+        self.weight = self.bias = None
 
     def forward(
         self, hidden: Float[Tensor, "batch time width"], is_scored: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "scored width"]:
         """Return the layer's output at the scored positions."""
-        attention, width = self.layer.attn, hidden.shape[-1]
+        attention = self.layer.attn
         normed = self.layer.ln_1(hidden)
         columns = query_columns(is_scored)
-        queries = self._project(normed if columns is None else at(normed, columns), slice(0, width))
-        keys, values = self._project(normed, slice(width, None)).chunk(2, dim=1)
+        queries = self._project(normed if columns is None else at(normed, columns), 0)
+        keys, values = self._project(normed, 1).chunk(2, dim=1)
         attended = attend(queries, keys, values, columns, attention.scaling)
         hidden = hidden[is_scored] + attention.c_proj(of_scored(attended, columns, is_scored))
         return hidden + self.layer.mlp(self.layer.ln_2(hidden))
 
-    def _project(self, states: Tensor, part: slice) -> Tensor:
-        projected = torch.addmm(self.bias[part], states.flatten(0, 1), self.weight[:, part])
+    def _project(self, states: Tensor, index: int) -> Tensor:
+        if self.packed is not None:
+            projected = self.packed[index](states)
+        else:
+            part = self.parts[index]
+            projected = torch.addmm(self.bias[part], states.flatten(0, 1), self.weight[:, part])
         return projected.view(*states.shape[:2], -1, self.layer.attn.head_dim).transpose(1, 2)
 
 

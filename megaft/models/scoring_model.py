@@ -14,7 +14,8 @@ from transformers.activations import NewGELUActivation
 
 from megaft.loss import IGNORE_INDEX, chunks, token_nats
 from megaft.models.hugging_face import CausalLM, NatsModel, context_limit, load_language_model, vocab_size
-from megaft.models.last_layer import AnyTrunk, fast_trunk
+from megaft.models.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
+from megaft.models.packed import PackedLinear, can_pack, pack_linears
 
 
 class ScoringModel(nn.Module):
@@ -25,6 +26,15 @@ class ScoringModel(nn.Module):
         self.language_model = language_model.eval()
         self.trunk, output_layer = _taken_apart(language_model)
         self.head = ScoringHead(output_layer, with_choices, banned)
+
+    def pack(self) -> None:
+        """Use packed matrices from now on, if the architecture is known."""
+        if isinstance(self.trunk, GPT2Trunk | LlamaTrunk):
+            assert self.head.weight is not None
+            self.head.packed = PackedLinear(self.head.weight, self.head.bias)
+            if isinstance(self.trunk, GPT2Trunk):
+                self.trunk.last.pack()
+            pack_linears(self.trunk)
 
     @torch.no_grad()
     def forward(
@@ -57,6 +67,7 @@ class ScoringHead(nn.Module):
         super().__init__()
         self.weight = None if output_layer is None else output_layer.weight
         self.bias = None if output_layer is None else output_layer.bias
+        self.packed: PackedLinear | None = None
         self.with_choices = with_choices
         self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64), persistent=False)
 
@@ -70,11 +81,16 @@ class ScoringHead(nn.Module):
         num_logits = states.shape[1] if self.weight is None else len(self.weight)
         quantities = torch.zeros(1 + self.with_choices, len(labels), device=labels.device)
         for part in chunks(len(labels), num_logits):
-            logits = states[part] if self.weight is None else F.linear(states[part], self.weight, self.bias)
+            logits = self._logits(states[part])
             quantities[0, part] = token_nats(logits, labels[part])
             if self.with_choices:
                 quantities[1, part] = (self._choices(logits, is_first[part]) == labels[part]).float()
         return quantities
+
+    def _logits(self, states: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed(states)
+        return states if self.weight is None else F.linear(states, self.weight, self.bias)
 
     def _choices(self, logits: Tensor, is_first: Tensor) -> Tensor:
         choices = logits.argmax(-1)
@@ -166,13 +182,16 @@ def load_scoring_model(
     fuse_activations(language_model)
     model = ScoringModel(language_model, with_choices=with_choices, banned=banned)
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in language_model.parameters()]
+    vocabulary = vocab_size(language_model)
+    if can_pack(dtype, device) and not is_partitioned:
+        model.pack()
     return Scorer(
         model=_engine(model.to(device), dtype) if is_partitioned else model.to(device),
         head=model.head,
         config=language_model.config,
         num_parameters=sum(sizes),
         context_limit=context_limit(language_model),
-        vocab_size=vocab_size(language_model),
+        vocab_size=vocabulary,
         dtype=dtype,
     )
 
