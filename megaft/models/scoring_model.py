@@ -80,7 +80,7 @@ class ScoringHead(nn.Module):
         """Return the quantities of ScoringModel; banned tokens are no choice where `is_first`."""
         num_logits = states.shape[1] if self.weight is None else len(self.weight)
         quantities = torch.zeros(1 + self.with_choices, len(labels), device=labels.device)
-        for part in chunks(len(labels), num_logits):
+        for part in chunks(len(labels), num_logits, labels.device):
             logits = self._logits(states[part])
             quantities[0, part] = token_nats(logits, labels[part])
             if self.with_choices:
