@@ -106,15 +106,10 @@ def flops(case: Case, shape: Shape, rows: list[tuple[int, int]], context_length:
     whole = sum(shape.whole(inputs) for inputs, _ in rows)
     by_kind = {
         "megaft": sum(shape.scored(*row) for row in rows),
-        "megatron": _with_surplus(case, shape, rows, context_length),
+        "megatron": len(rows) * shape.whole(context_length),
         "padded": len(rows) * shape.whole(context_length),
     }
     return {name: by_kind.get(name, whole) for name in case.contestants}  # lm-eval, without its padding
-
-
-def _with_surplus(case: Case, shape: Shape, rows: list[tuple[int, int]], context_length: int) -> int:
-    num_targets = sum(targets for _, targets in rows)
-    return -(-num_targets // (case.stride or context_length)) * shape.whole(context_length)
 
 
 def make_model(name: str, folder: Path, tokenizer: Path | None) -> None:
