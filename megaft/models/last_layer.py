@@ -70,7 +70,8 @@ class GPT2LastLayer(nn.Module):
         self.layer = layer
         self.weight: Any = layer.attn.c_attn.weight
         self.bias: Any = layer.attn.c_attn.bias
-        self.parts = (slice(0, len(self.weight)), slice(len(self.weight), None))
+        width = layer.attn.embed_dim  # the weight itself may be in parts, on other ranks
+        self.parts = (slice(0, width), slice(width, None))
         self.packed: nn.ModuleList | None = None
 
     def pack(self) -> None:
