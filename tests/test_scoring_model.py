@@ -341,10 +341,11 @@ def test_three_ranks_with_a_third_each_score_as_one_with_all(trained, tmp_path, 
             assert gathered == 0  # straight after loading
             assert held == pytest.approx(num_parameters * dtype.itemsize / 3, rel=0.01)
             expected = quantities_of(scorer, rank)
-            if source == phi:  # in parts, no trial can tell that its head is linear: logits of more columns are made
-                torch.testing.assert_close(torch.tensor(quantities), torch.tensor(expected), rtol=1e-6, atol=0)
-            else:
+            if dtype == torch.bfloat16:
                 assert quantities == expected
+            else:  # a whole model on a CPU multiplies packed matrices, which round otherwise
+                for ours, theirs in zip(quantities, expected, strict=True):
+                    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-6, atol=1e-5)
     torch.set_num_threads(threads)
 
 
