@@ -14,6 +14,7 @@ from evaluate_zero_shot.__main__ import main
 from evaluate_zero_shot.lambada import STOP_WORDS
 
 TOLERANCE = 1e-6
+slow = pytest.mark.slow
 FILES = {
     "wikitext103": "wikitext103/wiki.test.tokens",
     "wikitext2": "wikitext2/wiki.test.tokens",
@@ -83,16 +84,16 @@ def require_equal(result, reference):
 
 WINDOWS = [
     pytest.param(128, 32, 30, id="overlap"),
-    pytest.param(128, 128, 30, id="no overlap"),
+    pytest.param(128, 128, 30, id="no overlap", marks=slow),
     pytest.param(1024, 32, 14, id="the paper's"),
     pytest.param(1024, 256, 30, id="1024 by 256"),
-    pytest.param(1024, 1024, 30, id="1024 by 1024"),
-    pytest.param(1024, 32, 8, id="shorter than a window"),
+    pytest.param(1024, 1024, 30, id="1024 by 1024", marks=slow),
+    pytest.param(1024, 32, 8, id="shorter than a window", marks=slow),
 ]
 
 
 @pytest.mark.parametrize(("context_length", "stride", "num_lines"), WINDOWS)
-@pytest.mark.parametrize("corpus", ["wikitext103", "wikitext2"])
+@pytest.mark.parametrize("corpus", ["wikitext103", pytest.param("wikitext2", marks=slow)])
 def test_megatron(tiny, shared, beginning, evaluate, corpus, context_length, stride, num_lines):
     path, text = beginning(corpus, num_lines)
     result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags(corpus, "megatron", path, context_length, stride))
@@ -104,7 +105,7 @@ def as_loaded(pages):
     return [*(page.removesuffix("\n") for page in pages[:-1]), pages[-1]]
 
 
-@pytest.mark.parametrize("context_length", [64, 256, 1024])
+@pytest.mark.parametrize("context_length", [64, pytest.param(256, marks=slow), pytest.param(1024, marks=slow)])
 def test_lm_eval(tiny, shared, short_pages, evaluate, context_length):
     path, pages = short_pages("raw", 4)
     result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext2", "lm-eval", path, context_length))
@@ -112,13 +113,17 @@ def test_lm_eval(tiny, shared, short_pages, evaluate, context_length):
     assert result["num_documents"] == 4
 
 
+@slow
 def test_olmo(tiny, shared, short_pages, evaluate):
     path, pages = short_pages("wikitext2", 2)
     result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext2", "olmo", path, 256))
     require_equal(result, references.lm_eval(tiny, as_loaded(pages), 256, detokenize=str))
 
 
-@pytest.mark.parametrize(("context_length", "stride"), [(128, 64), (128, 128), (256, 32), (1024, 512)])
+@pytest.mark.parametrize(
+    ("context_length", "stride"),
+    [(128, 64), *(pytest.param(*pair, marks=slow) for pair in [(128, 128), (256, 32), (1024, 512)])],
+)
 def test_megaft(tiny, shared, short_pages, evaluate, context_length, stride):
     path, pages = short_pages("wikitext103", 2)
     result = evaluate(
@@ -128,13 +133,17 @@ def test_megaft(tiny, shared, short_pages, evaluate, context_length, stride):
     assert result["num_documents"] == 2
 
 
+@slow
 def test_megaft_on_penn_treebank(tiny, shared, beginning, evaluate):
     path, text = beginning("ptb", 30)
     result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("ptb", "megaft", path, 256))
     require_equal(result, references.megaft(tiny, [text], detokenizers.get("ptb"), 256, 128))
 
 
-@pytest.mark.parametrize(("context_length", "stride"), [(128, 32), (128, 128), (1024, 32), (1024, 512), (1024, 1024)])
+@pytest.mark.parametrize(
+    ("context_length", "stride"),
+    [(128, 32), *(pytest.param(*pair, marks=slow) for pair in [(128, 128), (1024, 32), (1024, 512), (1024, 1024)])],
+)
 def test_hf_docs(tiny, shared, beginning, evaluate, context_length, stride):
     path, text = beginning("raw", 14)
     result = evaluate(
@@ -143,7 +152,10 @@ def test_hf_docs(tiny, shared, beginning, evaluate, context_length, stride):
     require_equal(result, references.hf_docs(tiny, references.rows_joined(text), context_length, stride))
 
 
-@pytest.mark.parametrize(("tokens_per_sample", "context_window"), [(128, 96), (128, 0), (1024, 896), (512, 400)])
+@pytest.mark.parametrize(
+    ("tokens_per_sample", "context_window"),
+    [(128, 96), *(pytest.param(*pair, marks=slow) for pair in [(128, 0), (1024, 896), (512, 400)])],
+)
 def test_fairseq(tiny, shared, beginning, evaluate, tokens_per_sample, context_window):
     path, text = beginning("wikitext103", 14)
     block = tokens_per_sample - context_window
@@ -153,13 +165,14 @@ def test_fairseq(tiny, shared, beginning, evaluate, tokens_per_sample, context_w
     require_equal(result, references.fairseq(tiny, text, tokens_per_sample, context_window))
 
 
+@slow
 def test_in_context_ralm(tiny, shared, beginning, evaluate):
     path, text = beginning("wikitext103", 6)
     result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext103", "ralm", path, 256))
     require_equal(result, references.ralm(tiny, text, 256, 4))
 
 
-@pytest.mark.parametrize("context_length", [255, 1024])
+@pytest.mark.parametrize("context_length", [255, pytest.param(1024, marks=slow)])
 def test_lm_finetuning(tiny, shared, beginning, evaluate, context_length):
     path, text = beginning("wikitext2", 60)
     result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext2", "lm-finetuning", path, context_length))
@@ -221,14 +234,14 @@ def smollm2(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@slow
 def test_smollm2(smollm2, shared, short_pages, evaluate):
     path, pages = short_pages("raw", 2)
     result = evaluate(smollm2, *flags("wikitext2", "lm-eval", path, 512))
     require_equal(result, references.lm_eval(Reference(smollm2), as_loaded(pages), 512))
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("task", ["lambada-strict", "lambada-lm-eval"])
 def test_smollm2_on_lambada(smollm2, beginning, evaluate, task):
     path, lines = beginning("lambada", 16)
