@@ -1,6 +1,6 @@
 """Time zero-shot evaluation beside Megatron-LM's loop and lm-evaluation-harness: same model, text and number.
 
-    python tools/benchmarks/evaluate_vs_peers.py --preset gpt2-124m-cpu [--data ../shared/data] [--quick]
+    python tools/benchmarks/evaluate_vs_peers.py --preset gpt2-124m-cpu [--data CORPORA] [--quick]
 
 FLOPs predict first; then every contestant runs in a process of its own, in turn, repeat after repeat. The page goes to
 stdout and, with the raw figures beside it, to tools/benchmarks/results. Fails where the numbers found do not agree.
