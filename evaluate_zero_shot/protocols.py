@@ -94,7 +94,7 @@ _ALL = (
         last_word="strict",
         note="Its adjusted perplexity is the word perplexity here: exp(nats / (T - 1) * (T - 1) / (T_o - 1)), T tokens "
         "after the detokenizer and T_o = len(text.strip().split(' ')) before. Non-overlapping: --stride 1024. Run "
-        "data-parallel, the original repeats its first windows; here none is repeated.",
+        "data-parallel, the original repeats a few windows; here none is repeated.",
     ),
     Protocol(
         name="lm-eval",
@@ -176,7 +176,8 @@ _ALL = (
         last="short",
         words="original tokens, less one",
         note="A chunk's first token is never scored; the mean over scored tokens is stretched to all by the formula. "
-        "The original also averages batch means, scores padding and counts special tokens; none of it is done here.",
+        "The original also averages batch means, scores padding and, in its later form, puts a special token before each "
+        "chunk and counts it; none of it is done here.",
     ),
     Protocol(
         name="gpt2-paper",
