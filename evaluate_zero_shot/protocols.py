@@ -176,8 +176,8 @@ _ALL = (
         last="short",
         words="original tokens, less one",
         note="A chunk's first token is never scored; the mean over scored tokens is stretched to all by the formula. "
-        "The original also averages batch means, scores padding and, in its later form, puts a special token before each "
-        "chunk and counts it; none of it is done here.",
+        "The original also averages batch means, scores padding and, in its later form, puts a special token before "
+        "each chunk and counts it; none of it is done here.",
     ),
     Protocol(
         name="gpt2-paper",
