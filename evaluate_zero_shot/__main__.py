@@ -48,22 +48,29 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     """Evaluate every model on every task by every protocol and stride; results.json grows with each."""
     from evaluate_zero_shot import report, results
     from evaluate_zero_shot.evaluate import evaluate
+    from evaluate_zero_shot.geometry import geometry
     from evaluate_zero_shot.plan import find_all_data, trial_of
     from evaluate_zero_shot.subject import load
     from megaft import parallel
 
     is_alone = topology.world_size == 1 and not config.partition  # then DeepSpeed need not be imported
+    # What is missing is said before any model is loaded; what the hub has is fetched once, while the others join.
+    data = find_all_data(config, os.environ) if topology.is_main else None
     device = parallel.device_of(topology) if is_alone else parallel.join(topology)
-    data = find_all_data(config, os.environ)  # what is missing is said before any model is loaded
+    data = data or find_all_data(config, os.environ)
+    combinations = list(product(config.tasks, config.protocols, config.strides))
     done = []
     for source in config.model:
         subject = load(source, config, device)
-        for task, protocol, stride in product(config.tasks, config.protocols, config.strides):
+        for _, protocol, stride in combinations:  # what does not fit the model is said before hours are spent on it
+            geometry(PROTOCOLS[protocol], subject.scorer.context_limit, config.context_length, stride)
+        for task, protocol, stride in combinations:
             trial = trial_of(config, subject, TASKS[task], PROTOCOLS[protocol], stride, data[task, protocol])
             done.append(evaluate(subject, trial, config.output))
             if parallel.is_main():
                 results.write(config.output, done)
                 print(results.summary(done[-1]), flush=True)
+        del subject  # before the next model takes its place in memory
     if parallel.is_main():
         report.write(config.output)
         print(f"report: {config.output / 'report.html'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,9 @@ class EvaluateConfig:
             require(name in TASKS, f"task {name!r} is unknown; use one of {', '.join(TASKS)}.")
         for name in self.protocols:
             require(name in PROTOCOLS, f"protocol {name!r} is unknown; use one of {', '.join(PROTOCOLS)}.")
+        for task, protocol in product(self.tasks, self.protocols):
+            able = [name for name in PROTOCOLS if TASKS[task].is_defined_by(PROTOCOLS[name])]
+            require(protocol in able, f"protocol {protocol} does not define task {task}; use {' or '.join(able)}.")
         require(
             self.stride is None or all(part.isdecimal() and int(part) for part in self.stride.split(",")),
             f"stride is {self.stride!r}; use a number of 1 or more, or several with commas, such as 32,256,1024.",

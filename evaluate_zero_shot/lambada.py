@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from evaluate_zero_shot.protocols import LastWord
 from megaft.errors import DataError
 from megaft.records import Record
 
@@ -57,7 +57,7 @@ def _passage(line: str, where: str) -> str:
     return passage
 
 
-def items(rows: Sequence[str], variant: Literal["strict", "last-token", "lm-eval", "stop-word"]) -> list[Item]:
+def items(rows: Sequence[str], variant: LastWord) -> list[Item]:
     """Return what each passage gives and asks.
 
     Args:

@@ -36,7 +36,7 @@ def trial_of(
     """Return a task in a model's tokens and windows.
 
     Raises:
-        ConfigError: The protocol has no such task, or its windows do not fit the model.
+        ConfigError: The protocol's windows do not fit the model.
         DataError: The data are not what the task needs.
     """
     cut = geometry(protocol, subject.scorer.context_limit, config.context_length, stride)

@@ -14,7 +14,6 @@ from evaluate_zero_shot.data_files import DataFile, read_text
 from evaluate_zero_shot.geometry import Geometry
 from evaluate_zero_shot.protocols import LastWord, Protocol
 from evaluate_zero_shot.tasks import Task
-from megaft.config import require
 from megaft.errors import DataError
 from megaft.scoring import Row, Window, rows_of
 from megaft.tokenizer import AnyTokenizer
@@ -62,23 +61,17 @@ def prepare(
     """Read a task's data and cut it into windows.
 
     Raises:
-        ConfigError: The protocol has no such task.
         DataError: The data are not what the task needs.
     """
+    assert task.is_defined_by(protocol)
     text = read_text(data, task, limit_lines)
     detokenizer = detokenizer_of(task, protocol)
     if task.kind == "text":
         return _text(text, task, protocol, detokenizer, tokenizer, cut)
     if task.kind == "last-word":
         variant = task.last_word or protocol.last_word
-        require(
-            variant is not None,
-            f"protocol {protocol.name} does not define task {task.name}; use lambada-lm-eval or lambada-strict, or "
-            "another protocol.",
-        )
         assert variant is not None
         return _last_words(lambada.rows(text, data.path), variant, protocol, detokenizer, tokenizer, cut)
-    require(protocol.has_cloze, f"protocol {protocol.name} does not define task {task.name}; use megaft.")
     return _cloze(cbt.questions(text, data.path), protocol, detokenizer, tokenizer, cut)
 
 
@@ -163,10 +156,12 @@ def _cloze(
 
 
 def _jointly(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
-    """Tokenize both as one text and part them after the context's tokens, as lm-evaluation-harness does."""
-    stripped = context.rstrip()
+    """Tokenize both as one text and part them after the context's tokens, as lm-evaluation-harness does.
+
+    The context ends without white space: that belongs to the target.
+    """
     whole = tokenizer.encode(context + target)
-    split = len(tokenizer.encode(stripped))
+    split = len(tokenizer.encode(context))
     return whole[:split], whole[split:]
 
 

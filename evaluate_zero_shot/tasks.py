@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from evaluate_zero_shot.protocols import LastWord, Protocol
+
 Text = Literal["tokens", "raw"]
 
 
@@ -36,7 +38,7 @@ class Task:
     corpus: Literal["wikitext", "ptb", "lambada", "1bw", "text8", "identity"]
     """Whose word tokenization the text has: the family of detokenizers."""
     kind: Literal["text", "last-word", "cloze"] = "text"
-    last_word: Literal["strict", "last-token", "lm-eval", "stop-word"] | None = None
+    last_word: LastWord | None = None
     """LAMBADA: what is predicted (see `lambada`); None leaves it to the protocol."""
     headline: Literal["word_perplexity", "bits_per_byte", "accuracy"]
     files: Files | None
@@ -50,6 +52,12 @@ class Task:
     def wanted(self, text: Text) -> Files | None:
         """Return the files of one text of this task: the raw one only where it is asked for and exists."""
         return self.raw_files if text == "raw" and self.raw_files is not None else self.files
+
+    def is_defined_by(self, protocol: Protocol) -> bool:
+        """Whether the protocol says how to score it; any text, every protocol does."""
+        if self.kind == "cloze":
+            return protocol.has_cloze
+        return self.kind == "text" or (self.last_word or protocol.last_word) is not None
 
 
 _WIKITEXT_RAW = Files(
@@ -88,7 +96,7 @@ def _wikitext(number: int) -> Task:
     )
 
 
-def _lambada(last_word: Literal["strict", "last-token", "lm-eval", "stop-word"] | None, target: str) -> Task:
+def _lambada(last_word: LastWord | None, target: str) -> Task:
     return Task(
         name="lambada" if last_word is None else f"lambada-{last_word}",
         title="LAMBADA test" if last_word is None else f"LAMBADA test, {last_word}",

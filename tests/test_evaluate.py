@@ -137,6 +137,8 @@ def test_several_models_make_one_table(trial, toy_model, tmp_path):
         (["--data=/nowhere/file.txt"], 3, "/nowhere/file.txt"),
         (["--model=/nowhere/model"], 3, "/nowhere/model"),
         (["--task=lambada", "--protocol=hf-docs"], 2, "protocol hf-docs does not define task lambada"),
+        (["--task=text,lambada-strict,lambada", "--protocol=megaft,hf-docs"], 2, "does not define task lambada; use"),
+        (["--task=cbt-cn", "--protocol=lm-eval"], 2, "does not define task cbt-cn; use megaft or gpt2-paper"),
         (["--task=lambada"], 3, "line 1, column 1: broken JSON"),
         (["--output=/dev/null/x"], 2, "/dev/null"),
     ],
@@ -150,6 +152,12 @@ def test_mistakes_are_named(trial, flags, code, message, capsys, tmp_path):
     assert found == code
     assert message in " ".join(shown.replace("│", " ").split())
     assert "Traceback" not in shown
+
+
+def test_all_windows_are_tried_on_the_model_before_the_first_is_scored(trial, tmp_path, capsys):
+    assert main([*trial, "--stride=16,32,33", f"--output={tmp_path}"]) == 2
+    assert "stride is 33" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_programs_results_are_not_overwritten(trial, tmp_path, capsys):
