@@ -1,0 +1,70 @@
+"""Counts of published corpora that must come out: of the files as they are, and in GPT-2's tokens."""
+
+import re
+
+import detokenizers
+import pytest
+
+from evaluate_zero_shot import counts, pages
+from megaft.tokenizer import load_tokenizer
+
+WIKITEXT103 = "wikitext103/wiki.test.tokens"
+WIKITEXT2 = "wikitext2/wiki.test.tokens"
+RAW = "wikitext2_raw/wiki.test.raw"
+
+
+@pytest.fixture(scope="module")
+def read(shared):
+    return lambda name: (shared / "data" / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def num_tokens(shared):
+    tokenizer = load_tokenizer(shared / "data/gpt2_bpe")
+    return lambda *texts: sum(map(len, tokenizer.encode_batch(texts)))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "original_tokens", "lines"),
+    [
+        (WIKITEXT103, 241_211, 245_566, 4_358),  # 245,566 is the published one (Megatron-LM)
+        (WIKITEXT2, 241_211, 245_566, 4_358),
+        (RAW, 241_211, 245_570, 4_358),
+        ("ptb/ptb.test.txt", None, 82_429, None),
+    ],
+)
+def test_words_and_original_tokens(read, name, words, original_tokens, lines):
+    text = read(name)
+    assert counts.num_original_tokens(text) == original_tokens
+    assert words is None or (counts.num_words(text), text.count("\n")) == (words, lines)
+
+
+def test_the_published_pair_of_wikitext103_is_of_the_stripped_text(read, num_tokens):
+    detokenize = detokenizers.get("wikitext_megatron")
+    text = read(WIKITEXT103)
+    assert num_tokens(detokenize(text)) == 270_330
+    assert num_tokens(detokenize(text.strip())) == 270_329
+
+
+def test_what_is_detokenized_at_once_changes_the_count(read, num_tokens):
+    detokenize = detokenizers.get("wikitext_megatron")
+    text = read(RAW)
+    assert num_tokens(detokenize(text)) == 272_045
+    _, *whole_pages = re.split(r"(?m)^(?= = [^=].*[^=] = $)", text)
+    assert len(whole_pages) == 62
+    assert num_tokens(*map(detokenize, whole_pages)) == 272_082
+    assert num_tokens(*map(detokenize, pages.wikitext_pages(text))) == 272_031  # without the newlines between pages
+    assert num_tokens(*map(detokenize, pages.lines(text))) == 276_263
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk", "expected"),  # chunks of lm-finetuning's notes
+    [
+        (WIKITEXT2, 255, 1_160),
+        ("wikitext2/wiki.valid.tokens", 256, 1_010),
+        (WIKITEXT103, 255, 1_118),
+        pytest.param("wikitext2/wiki.train.tokens", 256, 9_563, marks=pytest.mark.slow),
+    ],
+)
+def test_number_of_chunks(read, num_tokens, name, chunk, expected):
+    assert num_tokens(read(name)) // chunk == expected
