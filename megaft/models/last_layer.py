@@ -108,14 +108,11 @@ class LlamaTrunk(nn.Module):
         super().__init__()
         self.base: Any = language_model.model
         self.last = LlamaLastLayer(self.base.layers[-1])
-        self.window = getattr(language_model.config, "sliding_window", None)
 
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "scored width"]:
         """Return the hidden states of the scored positions, row by row."""
-        if self.window is not None and input_ids.shape[1] > self.window:  # a mask is needed then
-            return self.base(input_ids=input_ids, use_cache=False).last_hidden_state[is_scored]
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         hidden = self.base.embed_tokens(input_ids)
         rotation = self.base.rotary_emb(hidden, position_ids=positions)
@@ -158,6 +155,9 @@ class LlamaLastLayer(nn.Module):
 def fast_trunk(language_model: Any) -> GPT2Trunk | LlamaTrunk | None:
     """Return the trunk that saves the last layer's work, if the architecture is known to have such a layer."""
     if language_model.config._attn_implementation != "sdpa":  # others take a mask for causality
+        return None
+    # A mask is needed then. Leaving this to each batch would hang under ZeRO-3, whose ranks must call the same modules.
+    if getattr(language_model.config, "sliding_window", None) is not None:
         return None
     family = type(language_model)
     if family is GPT2LMHeadModel and type(language_model.transformer.h[-1].attn.c_attn) is Conv1D:  # no adapter
