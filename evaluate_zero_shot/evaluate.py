@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 
 from evaluate_zero_shot import figures
 from evaluate_zero_shot.data_files import DataFile
@@ -22,7 +23,7 @@ from evaluate_zero_shot.tasks import Task
 from megaft import parallel
 from megaft.environment import without_secrets
 from megaft.progress import counting
-from megaft.scoring import Score, score
+from megaft.scoring import Score, batches_of, score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +47,9 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         trial: What it is evaluated on.
         output: Folder that keeps finished windows.
     """
+    keeper = KeptBatches(output / "windows" / _key(subject, trial), parallel.data_parallel_rank())
     begin = time.perf_counter()
-    found = _score(subject, trial, output)
+    found = _score(subject, trial, keeper)
     seconds = time.perf_counter() - begin
     prepared, protocol, headline = trial.prepared, trial.cut.protocol, trial.task.headline
     values = figures.figures(found, prepared, protocol)
@@ -79,7 +81,7 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         confidence_interval_95=figures.interval(headline, values[headline], found, prepared),
         positions=figures.positions(found, prepared.rows, trial.cut.num_inputs),
         seconds=seconds,
-        tokens_per_second=found.num_scored_tokens / seconds,
+        tokens_per_second=None if keeper.finished else found.num_scored_tokens / seconds,
         world_size=parallel.data_parallel_size(),
         device=torch.cuda.get_device_name() if subject.device.type == "cuda" else subject.device.type,
         command=[without_secrets(argument) for argument in sys.argv],
@@ -88,10 +90,9 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
     )
 
 
-def _score(subject: Subject, trial: Trial, output: Path) -> Score:
+def _score(subject: Subject, trial: Trial, keeper: KeptBatches) -> Score:
     prepared = trial.prepared
     model = subject.scorer.ask(with_choices=prepared.is_prompted, banned=prepared.banned)
-    folder = output / "windows" / _key(subject, trial)
     what = f"{Path(subject.source).name}, {trial.task.name}, {trial.cut.protocol.name}, stride {trial.cut.stride}:"
     num_inputs = sum(row.num_inputs for row in prepared.rows)
     with counting(num_inputs, "tokens", what, is_shown=parallel.is_main()) as progress:
@@ -104,19 +105,19 @@ def _score(subject: Subject, trial: Trial, output: Path) -> Score:
             prefix_id=prepared.prefix_id,
             num_words=prepared.num_words,
             num_bytes=prepared.num_bytes,
-            keeper=KeptBatches(folder, parallel.data_parallel_rank()),
+            keeper=keeper,
             progress=progress,
         )
 
 
 def _key(subject: Subject, trial: Trial) -> str:
-    """Return a hash of everything that decides what a batch costs: the very tokens and windows, model, batch shape."""
+    """Return a hash of everything that decides what a batch costs: the very tokens and batches, model and libraries."""
     prepared = trial.prepared
     digest = hashlib.sha256()
-    rows = np.array([(row.first, *row.window) for row in prepared.rows], np.int64)
+    batches = enumerate(batches_of(prepared.rows, trial.tokens_per_batch))
+    rows = np.array([(number, row.first, *row.window) for number, batch in batches for row in batch], np.int64)
     for part in (prepared.tokens.tokens, rows, np.array(prepared.banned, np.int64)):
         digest.update(len(part).to_bytes(8, "little") + part.tobytes())
-    device = subject.device.type
-    rest = (subject.sha256, subject.dtype, device, torch.__version__, trial.tokens_per_batch, prepared.prefix_id)
-    digest.update(repr((*rest, trial.task.kind)).encode())
+    made_by = (subject.sha256, subject.dtype, subject.device.type, torch.__version__, transformers.__version__)
+    digest.update(repr((*made_by, prepared.prefix_id, prepared.is_prompted)).encode())
     return digest.hexdigest()[:16]

@@ -63,7 +63,7 @@ def _mean_nats(found: Score, rows: Sequence[Row], protocol: Protocol) -> float:
 def _nats_per_word(found: Score, prepared: Prepared, protocol: Protocol) -> float | None:
     if not prepared.num_words:
         return None
-    if protocol.words == "original tokens, less one" and prepared.document_words is None and not prepared.is_prompted:
+    if protocol.words == "original tokens, less one" and not prepared.is_prompted:
         # Megatron-LM's adjusted perplexity: the mean over scored tokens, times T - 1 over T_o - 1.
         return found.nats_per_token * (len(prepared.tokens.tokens) - 1) / prepared.num_words
     return found.nats / prepared.num_words
@@ -82,8 +82,8 @@ def right_ones(found: Score, prepared: Prepared) -> np.ndarray:
     return np.array([options.argmin() for options in by_question]) == prepared.answers
 
 
-def interval(headline: str, value: float, found: Score, prepared: Prepared) -> dict[str, Any] | None:
-    """Return the 95 % interval of the headline figure.
+def interval(headline: str, value: float | None, found: Score, prepared: Prepared) -> dict[str, Any] | None:
+    """Return the 95 % interval of the headline figure; None where that is not defined, or there is nothing to vary.
 
     Documents, or a hundred blocks where there are few, count as independent samples of such text.
     """
@@ -95,7 +95,7 @@ def interval(headline: str, value: float, found: Score, prepared: Prepared) -> d
     if unit == "document" and prepared.document_words is not None:
         weights = np.array(prepared.document_words)
     bounds = ratio_interval(nats, weights)
-    if bounds is None or not found.nats:
+    if value is None or bounds is None or not found.nats:
         return None
     shares = [bound / (nats.sum() / weights.sum()) for bound in bounds]
     is_exponential = headline != "bits_per_byte"

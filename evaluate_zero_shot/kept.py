@@ -19,7 +19,7 @@ _CHECKSUM = struct.Struct("<I")
 
 
 class KeptBatches:
-    """What batches have cost, in one folder a key: each rank appends to a file of its own, and any number may read.
+    """What batches have cost, in one folder a key: each rank appends to a file of its own, and the first reads all.
 
     A record that was cut off or damaged is computed again.
     """
@@ -28,7 +28,7 @@ class KeptBatches:
         self.finished: dict[int, np.ndarray] = {}
         with naming_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(folder.glob("*.nats")):
+            for path in sorted(folder.glob("*.nats")) if rank == 0 else ():
                 self.finished.update(_records(path.read_bytes()))
         self._path = folder / f"{rank:05d}-{time.time_ns()}.nats"
 

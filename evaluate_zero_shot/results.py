@@ -69,9 +69,9 @@ class Result:
     segment_unit: str
     """What a segment is: "document", "documents" (some together) or "block"."""
     seconds: float
-    """Of scoring alone."""
-    tokens_per_second: float
-    """Scored tokens, over all ranks."""
+    """Of scoring alone, by the command that finished it."""
+    tokens_per_second: float | None
+    """Scored tokens, over all ranks; None where an earlier command had scored some of them."""
     world_size: int
     device: str
     command: list[str]
@@ -79,7 +79,7 @@ class Result:
     @property
     def identity(self) -> tuple[Any, ...]:
         """What a later result of the same kind replaces."""
-        return tuple(asdict(self)[name] for name in _IDENTITY)
+        return tuple(getattr(self, name) for name in _IDENTITY)
 
 
 _IDENTITY = ("model", "task", "protocol", "context_length", "stride", "dtype", "limit_lines")

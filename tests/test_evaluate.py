@@ -46,6 +46,7 @@ def test_one_command_leaves_results_and_a_report(trial, alone, tmp_path, capsys)
     assert result["num_scored_tokens"] == result["num_tokenized_tokens"]  # behind a prefix every token counts
     assert (result["is_protocol_default"], result["data_name"], result["accuracy"]) == (False, None, None)
     assert result["confidence_interval_95"]["low"] < result["bits_per_byte"] < result["confidence_interval_95"]["high"]
+    assert result["tokens_per_second"] > 0
     assert (tmp_path / "report.md").is_file()
     assert (tmp_path / "report.html").is_file()
     assert "bits_per_byte" in capsys.readouterr().out
@@ -88,6 +89,7 @@ def test_a_killed_evaluation_computes_no_window_twice(trial, alone, tmp_path, mo
     assert not (tmp_path / "results.json").exists()
     (result,) = run(*flags, output=tmp_path)
     assert len(kept) == len(set(kept)) > 3
+    assert result["tokens_per_second"] is None  # some were scored before
     undisturbed = run(*flags, output=tmp_path / "undisturbed")[0]
     assert result["nats"].hex() == undisturbed["nats"].hex()
     assert result["nats"] == pytest.approx(alone["nats"], rel=1e-6)  # in batches of another size

@@ -124,3 +124,11 @@ def test_the_interval_of_a_perplexity_is_around_it():
     interval = figures.interval("word_perplexity", value, score, item)
     assert interval["low"] < value < interval["high"] < 2 * value
     assert "30 documents" in interval["method"]
+
+
+def test_what_is_not_defined_has_no_interval():
+    item = prepared([[1] * 6], prefix_id=None, num_words=0)  # one word: Megatron divides by none
+    score = found([0, 2, 2, 2, 2, 2], num_scored=5)
+    value = figures.figures(score, item, PROTOCOLS["megatron"])["word_perplexity"]
+    assert value is None
+    assert figures.interval("word_perplexity", value, score, item) is None
