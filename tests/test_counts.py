@@ -54,7 +54,7 @@ def test_what_is_detokenized_at_once_changes_the_count(read, num_tokens):
     assert len(whole_pages) == 62
     assert num_tokens(*map(detokenize, whole_pages)) == 272_082
     assert num_tokens(*map(detokenize, pages.wikitext_pages(text))) == 272_031  # without the newlines between pages
-    assert num_tokens(*map(detokenize, pages.lines(text))) == 276_263
+    assert num_tokens("\n".join(map(detokenize, text.split("\n")))) == 276_263  # rules that stay within a line
 
 
 @pytest.mark.parametrize(
