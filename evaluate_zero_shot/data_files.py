@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import zstandard
 
 from evaluate_zero_shot import hub_files
 from evaluate_zero_shot.cbt import first_questions
@@ -18,14 +13,10 @@ from evaluate_zero_shot.known_files import KNOWN
 from evaluate_zero_shot.pages import lines
 from evaluate_zero_shot.tasks import Files, Task, Text
 from megaft.errors import DataError
+from megaft.source import Source
 
 FULL_BYTES, TEST_BYTES = 100_000_000, 5_000_000
 """enwik8 and text8: the whole, and its conventional test part."""
-
-_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
-    ".gz": lambda: zlib.decompressobj(wbits=31),
-    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +128,11 @@ def read_text(file: DataFile, task: Task, limit_lines: int | None) -> str:
     Raises:
         DataError: The file cannot be read, is empty, damaged, blank, UTF-16, binary, or not UTF-8; with the offset.
     """
-    data = _content(file.path)
-    begin = _test_begin(data) if task.name in {"enwik8", "text8"} and len(data) == FULL_BYTES else 0
-    text = _decoded(data, begin, file.path)
+    data, source = _content(file.path), Source(file.path)
+    begin = source.mark_bytes(data)
+    if task.name in {"enwik8", "text8"} and len(data) == FULL_BYTES:
+        begin = _test_begin(data)
+    text, _ = source.decode(data[begin:], begin, 1 + data.count(b"\n", 0, begin), final=True)
     if limit_lines is not None:
         text = first_questions(text, limit_lines) if task.kind == "cloze" else "".join(lines(text)[:limit_lines])
     if not text.strip():
@@ -156,42 +149,7 @@ def _test_begin(data: bytes) -> int:
 
 
 def _content(path: Path) -> bytes:
-    try:
-        data = _decompressed(path.read_bytes(), path.suffix)
-    except (EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path} is damaged or not a {path.suffix} file: {error}.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    data = b"".join(Source(path).content())
     if not data:
         raise DataError(f"{path} is empty; give a file with text.")
     return data
-
-
-def _decompressed(data: bytes, suffix: str) -> bytes:
-    start = _DECOMPRESSORS.get(suffix)
-    if start is None:
-        return data
-    parts: list[bytes] = []
-    while data:  # a file may hold several compressed streams one after the other
-        stream = start()
-        parts.append(stream.decompress(data))
-        if not stream.eof:
-            raise EOFError("it ends in the middle of its compressed data")
-        data = stream.unused_data
-    return b"".join(parts)
-
-
-def _decoded(data: bytes, begin: int, path: Path) -> str:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8.")
-    if data.startswith(codecs.BOM_UTF8):
-        begin = max(begin, len(codecs.BOM_UTF8))
-    at = data.find(b"\0", begin)
-    if at < 0:
-        try:
-            return data[begin:].decode()
-        except UnicodeDecodeError as error:
-            at = begin + error.start
-    byte = "a NUL byte: the file is binary" if data[at] == 0 else f"{data[at]:#04x}, which is not UTF-8"
-    line = data.count(b"\n", 0, at) + 1
-    raise DataError(f"{path}, line {line}, byte offset {at}, is {byte}; give UTF-8 text (iconv -f LATIN1 -t UTF-8).")

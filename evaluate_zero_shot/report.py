@@ -23,6 +23,7 @@ from evaluate_zero_shot import formats, sections
 from evaluate_zero_shot.plots import SIZE
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
 from evaluate_zero_shot.published import load
+from evaluate_zero_shot.results import Result
 from evaluate_zero_shot.tasks import TASKS
 from megaft.errors import ConfigError, DataError
 from megaft.exit_code import exit_code_of
@@ -30,15 +31,7 @@ from megaft.files import replacing
 
 TEMPLATES = Path(__file__).with_name("templates")
 REQUIRED = ("model_name", "task", "protocol")
-OPTIONAL = (
-    *("model", "num_parameters", "model_sha256", "tokenizer_sha256", "task_title", "detokenizer", "data_file"),
-    *("data_name", "data_sha256", "limit_lines", "context_length", "stride", "dtype", "tokens_per_batch"),
-    *("is_protocol_default", "nats", "num_scored_tokens", "num_tokenized_tokens", "num_original_tokens", "num_words"),
-    *("num_bytes", "num_documents", "headline", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"),
-    *("accuracy", "confidence_interval_95", "positions", "segments", "segment_unit", "seconds", "tokens_per_second"),
-    *("world_size", "device", "command"),
-)
-"""What a result may lack; the report shows a dash there."""
+"""What a result must have; for anything else that it lacks the report shows a dash."""
 METRICS = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
 _MARKDOWN = re.compile(r"[\\`*|\[\]<>&~$]|(?<!\w)_|_(?!\w)")
 
@@ -80,7 +73,10 @@ def _view(path: Path) -> dict[str, Any]:
 
 def _complete(entry: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result with every field; KeyError where a required one lacks, or its task is none of ours."""
-    optional = dict.fromkeys(OPTIONAL) | {"task_title": TASKS[entry["task"]].title, "command": content.get("command")}
+    optional = dict.fromkeys(Result.__slots__) | {
+        "task_title": TASKS[entry["task"]].title,
+        "command": content.get("command"),
+    }
     return optional | {key: entry[key] for key in REQUIRED} | dict(entry)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from evaluate_zero_shot.protocols import PROTOCOLS
-from megaft.environment import environment
 from megaft.errors import DataError
 from megaft.files import write_json_atomic
 
@@ -92,6 +91,8 @@ def write(folder: Path, results: list[Result]) -> None:
         ConfigError: The disk refuses.
         DataError: What is there is no results.json.
     """
+    from megaft.environment import environment  # imports torch, which a report does without
+
     ours = {result.identity for result in results}
     earlier = [row for row in load(folder) if tuple(row[name] for name in _IDENTITY) not in ours]
     rows = [*earlier, *map(asdict, results)]

@@ -67,15 +67,15 @@ class Source:
             DataError: The file is missing, empty, damaged, UTF-16, binary, or not UTF-8; with the line and byte offset.
         """
         held, offset, line = b"", 0, 1
-        for block in chain(self._decompressed(), [None]):
+        for block in chain(self.content(), [None]):
             data = held + (block or b"")
             if offset == 0:
                 if block is not None and len(data) < len(codecs.BOM_UTF8):
                     held = data
                     continue
-                offset = self._mark_bytes(data)
+                offset = self.mark_bytes(data)
                 data = data[offset:]
-            text, used = self._decode(data, offset, line, final=block is None)
+            text, used = self.decode(data, offset, line, final=block is None)
             if block is not None and text.endswith("\r"):  # perhaps half a CRLF
                 text, used = text[:-1], used - 1
             held, offset, line = data[used:], offset + used, line + text.count("\n")
@@ -87,13 +87,19 @@ class Source:
         if offset == 0:
             raise DataError(f"{self.path} is empty; give a file with text.")
 
-    def _mark_bytes(self, data: bytes) -> int:
+    def mark_bytes(self, data: bytes) -> int:
+        """Return the length of the byte order mark at the file's beginning; DataError where it is one of UTF-16."""
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{self.path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8.")
         self.byte_order_marks = int(data.startswith(codecs.BOM_UTF8))
         return len(codecs.BOM_UTF8) * self.byte_order_marks
 
-    def _decode(self, data: bytes, offset: int, line: int, *, final: bool) -> tuple[str, int]:
+    def decode(self, data: bytes, offset: int, line: int, *, final: bool) -> tuple[str, int]:
+        """Return the text of bytes at an offset and line of the file, and how many were used: not half a character.
+
+        Raises:
+            DataError: They are binary or not UTF-8; or, where these are the `final` ones, end inside a character.
+        """
         at = data.find(b"\0")
         if at >= 0:
             what = "a NUL byte: the file is binary or UTF-16; give UTF-8 text."
@@ -116,7 +122,12 @@ class Source:
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror}.") from error
 
-    def _decompressed(self) -> Iterator[bytes]:
+    def content(self) -> Iterator[bytes]:
+        """Yield the file's bytes, decompressed; read it by this or by `blocks`.
+
+        Raises:
+            DataError: The file is missing or damaged.
+        """
         start = _DECOMPRESSORS.get(self.path.suffix)
         if start is None:
             yield from self._raw()

@@ -32,11 +32,9 @@ def text_of(path, task="text", limit_lines=None):
         pytest.param("a.txt", b"a\0b", "a.txt, line 1, byte offset 1, is a NUL byte: the file is binary", id="binary"),
         pytest.param("a.txt", "ab".encode("utf-16"), "a.txt is UTF-16; convert it: iconv", id="UTF-16"),
         pytest.param("a.gz", b"plain", "a.gz is damaged or not a .gz file", id="no gzip"),
-        pytest.param("a.gz", gzip.compress(b"abc" * 99)[:-9], "a.gz is damaged .* in the middle", id="gzip cut short"),
+        pytest.param("a.gz", gzip.compress(b"abc" * 99)[:-9], "a.gz ends in the middle", id="gzip cut short"),
         pytest.param("a.zst", b"plain", "a.zst is damaged or not a .zst file", id="no zstandard"),
-        pytest.param(
-            "a.zst", zstandard.compress(b"abc" * 99)[:-4], "a.zst is damaged .* in the middle", id="zst cut short"
-        ),
+        pytest.param("a.zst", zstandard.compress(b"abc" * 99)[:-4], "a.zst ends in the middle", id="zst cut short"),
         pytest.param("a.gz", gzip.compress(b""), "a.gz is empty", id="gzip of nothing"),
     ],
 )

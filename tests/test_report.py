@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
@@ -206,12 +206,6 @@ def test_no_result_is_said(tmp_path):
 def test_fields_that_may_lack_do(tmp_path):
     html, _ = made(tmp_path, [{"model_name": "m", "task": "ptb", "protocol": "olmo"}])
     assert "unknown file" in Page(html).words.lower()
-
-
-def test_every_field_of_a_result_is_known_to_the_report():
-    from evaluate_zero_shot.results import Result
-
-    assert {field.name for field in fields(Result)} <= {*report.REQUIRED, *report.OPTIONAL}
 
 
 def test_models_of_one_name_are_told_apart_by_their_paths(tmp_path):
