@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from evaluate_zero_shot.protocols import LastWord
 from megaft.errors import DataError
@@ -30,8 +30,7 @@ that the answer ends a sentence. OpenAI's list is not published; this one is our
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """A context, perhaps empty, and the text to predict after it. An empty target: the context's own last token."""
 
     context: str
@@ -99,7 +98,7 @@ def stop_tokens(encode: Callable[[str], Sequence[int]]) -> frozenset[int]:
     """Return the tokens that are a space and a whole stop word; one of several tokens bars none.
 
     Args:
-        encode: Text -> token ids, without special tokens.
+        encode: A space and a word -> its token ids inside a text.
     """
     encoded = [encode(f" {word}") for word in STOP_WORDS]
     return frozenset(ids[0] for ids in encoded if len(ids) == 1)

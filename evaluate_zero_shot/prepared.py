@@ -121,9 +121,8 @@ def _last_words(
 ) -> Prepared:
     detokenize = detokenizers.get(detokenizer)
     items = lambada.items([detokenize(row) for row in rows], variant)
-    encode = _jointly if variant == "lm-eval" else _apart
-    pairs = [encode(tokenizer, item.context, item.target) for item in items]
-    tokens, windows = _prompts(pairs, protocol, tokenizer, cut)
+    tokens, windows = _prompts([parted(tokenizer, *item) for item in items], protocol, tokenizer, cut)
+    stop_tokens = lambada.stop_tokens(lambda word: parted(tokenizer, "a", word)[1])
     return Prepared(
         detokenizer=detokenizer,
         tokens=tokens,
@@ -132,7 +131,7 @@ def _last_words(
         num_words=len(items),
         is_prompted=True,
         num_bytes=sum(counts.num_bytes(item.target) for item in items) or None,
-        banned=tuple(sorted(lambada.stop_tokens(tokenizer.encode))) if variant == "stop-word" else (),
+        banned=tuple(sorted(stop_tokens)) if variant == "stop-word" else (),
     )
 
 
@@ -140,7 +139,7 @@ def _cloze(
     questions: Sequence[cbt.Question], protocol: Protocol, detokenizer: str, tokenizer: AnyTokenizer, cut: Geometry
 ) -> Prepared:
     options = [cbt.options(question) for question in questions]
-    pairs = [_jointly(tokenizer, context, continuation) for choices in options for context, continuation in choices]
+    pairs = [parted(tokenizer, *option) for option in itertools.chain.from_iterable(options)]
     tokens, rows = _prompts(pairs, protocol, tokenizer, cut)
     return Prepared(
         detokenizer=detokenizer,
@@ -155,20 +154,20 @@ def _cloze(
     )
 
 
-def _jointly(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
+def parted(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
     """Tokenize both as one text and part them after the context's tokens, as lm-evaluation-harness does.
 
-    The context ends without white space: that belongs to the target.
+    Megatron-LM tokenizes each by itself. In GPT-2's tokens that is the same; sentencepiece would put a token of its own
+    before the target, which no model expects.
+
+    Args:
+        tokenizer: Of the model.
+        context: Text without white space at its end: that belongs to the target.
+        target: What follows; empty for the context's own last token.
     """
     whole = tokenizer.encode(context + target)
-    split = len(tokenizer.encode(context))
+    split = len(tokenizer.encode(context)) if target else -1
     return whole[:split], whole[split:]
-
-
-def _apart(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
-    """Tokenize each by itself, as Megatron-LM does; without a target it is the context's last token."""
-    ids = tokenizer.encode(context)
-    return (ids, tokenizer.encode(target)) if target else (ids[:-1], ids[-1:])
 
 
 def _prompts(

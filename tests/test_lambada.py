@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluate_zero_shot.lambada import STOP_WORDS, Item, items, rows, stop_tokens
+from evaluate_zero_shot.prepared import parted
 from megaft.errors import DataError
+from megaft.tokenizer import load_tokenizer
 
 VARIANTS = ["strict", "last-token", "lm-eval", "stop-word"]
 PASSAGES = st.text(" \n\tab.é'", min_size=1).filter(lambda text: len(text.split()) > 1)
@@ -106,3 +108,29 @@ def test_stop_tokens_are_whole_words_with_their_space(gpt2):
     assert encode(gpt2)(" the")[0] in barred
     assert encode(gpt2)(" theme")[0] not in barred
     assert stop_tokens(lambda text: list(text.encode())) == frozenset()
+
+
+def test_a_target_has_the_tokens_it_has_inside_its_text(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(  # as Llama's: no space is lost, and one stands before every text
+        sentence_iterator=iter(["the cat sat on the mat and the dog sat on the log"] * 9),
+        model_prefix=str(tmp_path / "spaced"),
+        vocab_size=40,
+        model_type="bpe",
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    tokenizer = load_tokenizer(tmp_path / "spaced.model")
+    context, target = parted(tokenizer, "the cat sat on", " the")
+    assert tokenizer.encode("the cat sat on the") == [*context, *target]
+    assert len(target) == 1 < len(tokenizer.encode(" the"))
+    assert parted(tokenizer, "the cat", "") == (tokenizer.encode("the cat")[:-1], tokenizer.encode("the cat")[-1:])
+
+
+@pytest.mark.parametrize("variant", ["strict", "stop-word", "lm-eval"])
+def test_of_gpt2s_tokens_megatron_makes_the_same_by_tokenizing_apart(passages, shared, variant):
+    tokenizer = load_tokenizer(shared / "data/gpt2_bpe")
+    for context, target in items(passages[:1000], variant):
+        assert parted(tokenizer, context, target) == (tokenizer.encode(context), tokenizer.encode(target))
