@@ -137,7 +137,6 @@ class Scorer:
     num_parameters: int
     context_limit: int | None
     vocab_size: int
-    dtype: torch.dtype
 
     def __call__(
         self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
@@ -147,7 +146,12 @@ class Scorer:
             return self.model(input_ids, labels)
 
     def ask(self, *, with_choices: bool, banned: Sequence[int] = ()) -> Scorer:
-        """Return this scorer, which from now on tells choices or not, as ScoringModel does."""
+        """Return this scorer, which from now on tells choices or not, as ScoringModel does.
+
+        Args:
+            with_choices: Return a second quantity, 1.0 where the label is the largest of the logits.
+            banned: Token ids that are no choice at the first scored position of a row.
+        """
         self.head.with_choices = with_choices
         self.head.banned = torch.tensor(banned, dtype=torch.int64, device=self.head.banned.device)
         return self
@@ -159,10 +163,8 @@ def load_scoring_model(
     dtype: torch.dtype,
     device: torch.device,
     is_partitioned: bool = False,
-    with_choices: bool = False,
-    banned: Sequence[int] = (),
 ) -> Scorer:
-    """Load a model to score with.
+    """Load a model to score with; it tells no choices until asked.
 
     Args:
         source: Hub name, folder or GGUF file.
@@ -171,8 +173,6 @@ def load_scoring_model(
         is_partitioned: Give each rank of the process group a part of every weight, through DeepSpeed's ZeRO-3. Only
             rank 0 reads the weights, into a mapping of the file. A GGUF file is unpacked whole in the host memory of
             every rank first.
-        with_choices: Return a second quantity, 1.0 where the label is the largest of the logits.
-        banned: Token ids that are no choice at the first scored position of a row.
 
     Raises:
         DataError: It is not there, or transformers cannot read it.
@@ -180,9 +180,8 @@ def load_scoring_model(
     load = _load_partitioned if is_partitioned else load_language_model
     language_model = load(source, dtype)
     fuse_activations(language_model)
-    model = ScoringModel(language_model, with_choices=with_choices, banned=banned)
+    model = ScoringModel(language_model)
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in language_model.parameters()]
-    vocabulary = vocab_size(language_model)
     if can_pack(dtype, device) and not is_partitioned:
         model.pack()
     return Scorer(
@@ -191,8 +190,7 @@ def load_scoring_model(
         config=language_model.config,
         num_parameters=sum(sizes),
         context_limit=context_limit(language_model),
-        vocab_size=vocabulary,
-        dtype=dtype,
+        vocab_size=vocab_size(language_model),
     )
 
 
