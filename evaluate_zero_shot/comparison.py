@@ -94,6 +94,8 @@ def _protocol_reasons(result: Mapping[str, Any], ours: Protocol, figure: Figure)
             yield sentence
     if kind == "text":
         yield from _window_reasons(result, figure, theirs)
+    elif not result["is_protocol_default"]:
+        yield f"Context length: {result['context_length']}, too short for some prompts"
 
 
 def _window_reasons(result: Mapping[str, Any], figure: Figure, theirs: Protocol) -> Iterator[str]:

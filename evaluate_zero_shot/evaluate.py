@@ -69,7 +69,7 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         limit_lines=trial.limit_lines,
         context_length=trial.cut.context_length,
         stride=trial.cut.stride,
-        is_protocol_default=trial.cut.is_own,
+        is_protocol_default=trial.cut.is_own or prepared.has_whole_prompts,
         dtype=str(subject.dtype).removeprefix("torch."),
         tokens_per_batch=trial.tokens_per_batch,
         num_tokenized_tokens=len(prepared.tokens.tokens),

@@ -54,6 +54,11 @@ class Prepared:
     answers: tuple[int, ...] = ()
     """The right option of each question."""
 
+    @property
+    def has_whole_prompts(self) -> bool:
+        """Whether these are prompts, of which none lost its beginning to the context length."""
+        return self.is_prompted and not any(row.window.begin for row in self.rows)
+
 
 def prepare(
     task: Task, protocol: Protocol, data: DataFile, limit_lines: int | None, tokenizer: AnyTokenizer, cut: Geometry

@@ -37,7 +37,7 @@ class Result:
     context_length: int
     stride: int
     is_protocol_default: bool
-    """Whether context length and stride are the protocol's own."""
+    """Whether context length and stride are the protocol's own, or cut nothing off: of prompts no stride does."""
     dtype: str
     tokens_per_batch: int
     nats: float

@@ -86,11 +86,7 @@ def warnings(result: Result) -> tuple[str, ...]:
     return (
         *(["unknown file"] if result["data_name"] is None else []),
         *([f"first {limit:,} lines only"] if limit is not None else []),
-        *(
-            []
-            if result["is_protocol_default"] or window(result) == MISSING
-            else ["not the protocol's own context or stride"]
-        ),
+        *([] if result["is_protocol_default"] else ["not the protocol's own context or stride"]),
     )
 
 

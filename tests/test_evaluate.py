@@ -117,6 +117,15 @@ def test_results_of_other_commands_stay(trial, tmp_path):
     assert len(run(*trial, "--limit=3", output=tmp_path)) == 5  # a trial does not replace the whole
 
 
+@pytest.mark.parametrize(("flag", "is_own"), [("--stride=3", True), ("--context-length=16", False)])
+def test_prompts_that_are_cut_off_are_not_the_protocols(toy_model, tmp_path, flag, is_own):
+    data = tmp_path / "lambada_test.jsonl"
+    data.write_text(json.dumps({"text": "The ship sailed far over the sea " * 3}) + "\n")
+    flags = [f"--model={toy_model}", "--task=lambada", f"--data={data}", "--context-length=64", flag]
+    (result,) = run(*flags, output=tmp_path / "out")
+    assert result["is_protocol_default"] is is_own
+
+
 def test_several_models_make_one_table(trial, toy_model, tmp_path):
     other = tmp_path / "run"
     shutil.copytree(toy_model, other / "export")  # as a finished training run leaves its model

@@ -160,6 +160,13 @@ def harness(**changed):
         pytest.param(lambada(), LAMBADA, SAME, None, id="accuracy is a share in both"),
         pytest.param(lambada(context_length=224, stride=1), LAMBADA, SAME, None, id="prompts have no windows"),
         pytest.param(
+            lambada(context_length=32, is_protocol_default=False),
+            LAMBADA,
+            OTHER,
+            "Context length: 32",
+            id="cut prompts",
+        ),
+        pytest.param(
             lambada() | {"task": "lambada-lm-eval"}, LAMBADA, SAME, None, id="the variant that is the protocol's own"
         ),
         pytest.param(

@@ -165,7 +165,7 @@ def test_stride_sweep_is_shown_when_there_are_several(tmp_path, strides):
     ("changed", "warning"),
     [
         ({}, None),
-        ({"is_protocol_default": False, "task": "lambada"}, None),  # which has no windows
+        ({"is_protocol_default": False, "task": "lambada"}, "not the protocol's own context or stride"),  # cut prompts
         ({"data_name": None}, "unknown file"),
         ({"limit_lines": 200}, "first 200 lines only"),
         ({"is_protocol_default": False, "stride": 64}, "not the protocol's own context or stride"),
