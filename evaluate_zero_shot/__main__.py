@@ -12,6 +12,7 @@ from evaluate_zero_shot.protocols import PROTOCOLS, describe
 from evaluate_zero_shot.tasks import TASKS
 from megaft.errors import ConfigError
 from megaft.exit_code import exit_code_of
+from megaft.files import naming_disk_errors
 
 if TYPE_CHECKING:
     from megaft.parallel import Topology
@@ -52,12 +53,18 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from evaluate_zero_shot.plan import find_all_data, trial_of
     from evaluate_zero_shot.subject import load
     from megaft import parallel
+    from megaft.generate import model_source
+    from megaft.tokenizer import load_tokenizer
 
     is_alone = topology.world_size == 1 and not config.partition  # then DeepSpeed need not be imported
     # What is missing is said before any model is loaded; what the hub has is fetched once, while the others join.
     data = find_all_data(config, os.environ) if topology.is_main else None
     device = parallel.device_of(topology) if is_alone else parallel.join(topology)
     data = data or find_all_data(config, os.environ)
+    for source in config.model:  # a name mistyped is said now, not when its turn comes
+        load_tokenizer(model_source(source))
+    with naming_disk_errors(config.output):
+        config.output.mkdir(parents=True, exist_ok=True)
     combinations = list(product(config.tasks, config.protocols, config.strides))
     done = []
     for source in config.model:

@@ -19,6 +19,7 @@ from megaft.config import require
 class EvaluateConfig:
     """Score language models zero-shot by named protocols, and write a report.
 
+    `--describe [NAME ...]`, alone on the line, explains protocols and tasks.
     The same command continues an interrupted evaluation. Ranks come from `deepspeed --module`, `torchrun -m` or `srun`.
     """
 

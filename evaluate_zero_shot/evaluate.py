@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from evaluate_zero_shot.results import Result
 from evaluate_zero_shot.subject import Subject
 from evaluate_zero_shot.tasks import Task
 from megaft import parallel
-from megaft.environment import without_secrets
+from megaft.environment import environment, without_secrets
 from megaft.progress import counting
 from megaft.scoring import Score, batches_of, score
 
@@ -51,7 +50,8 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
     begin = time.perf_counter()
     found = _score(subject, trial, keeper)
     seconds = time.perf_counter() - begin
-    prepared, protocol, headline = trial.prepared, trial.cut.protocol, trial.task.headline
+    prepared, protocol, made_with = trial.prepared, trial.cut.protocol, environment()
+    headline = protocol.headline if protocol.headline and not prepared.is_prompted else trial.task.headline
     values = figures.figures(found, prepared, protocol)
     return Result(
         model=without_secrets(subject.source),
@@ -84,7 +84,8 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         tokens_per_second=None if keeper.finished else found.num_scored_tokens / seconds,
         world_size=parallel.data_parallel_size(),
         device=torch.cuda.get_device_name() if subject.device.type == "cuda" else subject.device.type,
-        command=[without_secrets(argument) for argument in sys.argv],
+        command=made_with.pop("command"),
+        environment=made_with,
         **values,
         **figures.segments(found, prepared),
     )

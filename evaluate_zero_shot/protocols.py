@@ -48,6 +48,8 @@ class Protocol:
     """Whether perplexity's mean runs over tokens, or over windows weighted by their labels minus one."""
     words: Literal["whitespace", "original tokens", "original tokens, less one", "whitespace, per document", "spaces"]
     """What divides the nats in the word perplexity."""
+    headline: Literal["perplexity"] | None = None
+    """What it reports of a text; None: the task's usual figure."""
     exponent_limit: float | None = None
     """Largest nats per unit before exp."""
     last_word: LastWord | None = None
@@ -142,8 +144,10 @@ _ALL = (
         last="short",
         weighting="windows",
         words="whitespace",
+        headline="perplexity",
         note="Perplexity per token: comparable within one tokenizer only. With stride = context one token a window is "
-        "never scored. Each window's mean counts as often as it has labels, minus one.",
+        "never scored, and bits per byte are of the scored tokens alone. Each window's mean counts as often as it has "
+        "labels, minus one.",
     ),
     Protocol(
         name="fairseq",
@@ -175,7 +179,8 @@ _ALL = (
         window="tokens",
         last="short",
         words="original tokens, less one",
-        note="A chunk's first token is never scored; the mean over scored tokens is stretched to all by the formula. "
+        note="A chunk's first token is never scored; the mean over scored tokens is stretched to all by the formula, "
+        "in word perplexity alone. "
         "The original also averages batch means, scores padding and, in its later form, puts a special token before "
         "each chunk and counts it; none of it is done here.",
     ),

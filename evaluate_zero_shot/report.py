@@ -66,7 +66,7 @@ def _view(path: Path) -> dict[str, Any]:
         "tasks": sections.tasks(results, protocols, load()),
         "illustrations": sections.grouped(sections.illustrations(results), lambda one: (one.heading, one.note)),
         "protocols": [(protocol, statements(protocol)) for protocol in protocols.values()],
-        "environment": list(_flat(content.get("environment") or {})),
+        "environment": _environment(results),
         "commands": list(dict.fromkeys(_command(one["command"]) for one in results if one["command"])),
     }
 
@@ -76,15 +76,22 @@ def _complete(entry: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str,
     optional = dict.fromkeys(Result.__slots__) | {
         "task_title": TASKS[entry["task"]].title,
         "command": content.get("command"),
+        "environment": content.get("environment"),
     }
     return optional | {key: entry[key] for key in REQUIRED} | dict(entry)
 
 
 def _named(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results with the name of their model, or its path where two models share a name."""
-    models = sections.grouped(results, lambda one: one["model_name"])
-    shared = {name for name, found in models.items() if len({one["model"] for one in found}) > 1}
-    return [one | {"name": str(one["model" if one["model_name"] in shared else "model_name"])} for one in results]
+    """Return the results with their model's name: its path where two share one, its hash too where weights changed."""
+    paths = sections.grouped(results, lambda one: one["model_name"])
+    shared = {name for name, found in paths.items() if len({one["model"] for one in found}) > 1}
+    weights = sections.grouped(results, lambda one: one["model"])
+    changed = {path for path, found in weights.items() if len({one["model_sha256"] for one in found}) > 1}
+    names = [str(one["model" if one["model_name"] in shared else "model_name"]) for one in results]
+    return [
+        one | {"name": f"{name} ({str(one['model_sha256'])[:8]})" if one["model"] in changed else name}
+        for one, name in zip(results, names, strict=True)
+    ]
 
 
 def _protocol(name: str, recorded: Mapping[str, Any]) -> Protocol:
@@ -96,6 +103,13 @@ def _command(words: Sequence[str]) -> str:
     """Return the words for a shell, the module by its name instead of its path."""
     is_module = words[0].endswith("evaluate_zero_shot/__main__.py")
     return shlex.join(["python", "-m", "evaluate_zero_shot", *words[1:]] if is_module else words)
+
+
+def _environment(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return names and values; where results were made with different ones, all of them."""
+    pairs = dict.fromkeys(pair for one in results for pair in _flat(one["environment"] or {}))
+    values = sections.grouped(pairs, lambda pair: pair[0])
+    return [(name, "; ".join(value for _, value in found)) for name, found in values.items()]
 
 
 def _flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

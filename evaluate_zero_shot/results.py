@@ -74,6 +74,8 @@ class Result:
     world_size: int
     device: str
     command: list[str]
+    environment: dict[str, Any]
+    """Versions, commit and hardware, from megaft.environment."""
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -81,27 +83,27 @@ class Result:
         return tuple(getattr(self, name) for name in _IDENTITY)
 
 
-_IDENTITY = ("model", "task", "protocol", "context_length", "stride", "dtype", "limit_lines")
+_IDENTITY = (
+    *("model", "model_sha256", "task", "data_sha256", "protocol"),
+    *("context_length", "stride", "dtype", "limit_lines"),
+)
 
 
 def write(folder: Path, results: list[Result]) -> None:
-    """Write results.json, keeping what earlier commands left there of other models, tasks, protocols or strides.
+    """Write results.json, keeping what earlier commands left there of other models, data, protocols or windows.
 
     Raises:
         ConfigError: The disk refuses.
         DataError: What is there is no results.json.
     """
-    from megaft.environment import environment  # imports torch, which a report does without
-
     ours = {result.identity for result in results}
     earlier = [row for row in load(folder) if tuple(row[name] for name in _IDENTITY) not in ours]
     rows = [*earlier, *map(asdict, results)]
-    found = environment()
     value = {
         "results": rows,
         "protocols": {name: asdict(PROTOCOLS[name]) for name in sorted({row["protocol"] for row in rows})},
-        "environment": found,
-        "command": found["command"],
+        "environment": rows[-1]["environment"],
+        "command": rows[-1]["command"],
     }
     write_json_atomic(folder / "results.json", value)
 

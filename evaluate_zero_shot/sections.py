@@ -10,7 +10,7 @@ from evaluate_zero_shot import plots
 from evaluate_zero_shot.comparison import Comparison, compare, published_task
 from evaluate_zero_shot.formats import MISSING, TITLES, counted, number, written
 from evaluate_zero_shot.plots import Plot
-from evaluate_zero_shot.protocols import Protocol
+from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
 from evaluate_zero_shot.published import QUANTITIES, Figure
 from evaluate_zero_shot.tasks import TASKS
 
@@ -71,8 +71,9 @@ def window(result: Result) -> str:
 
 
 def run_name(result: Result) -> str:
-    """Return how a result was measured: the protocol, and its window where it has one."""
-    return ", ".join(part for part in (result["protocol"], window(result)) if part != MISSING)
+    """Return how a result was measured: the protocol, its window where it has one, and less than float32."""
+    precision = result["dtype"] if result["dtype"] not in (None, "float32") else MISSING
+    return ", ".join(part for part in (result["protocol"], window(result), precision) if part != MISSING)
 
 
 def summary(results: Sequence[Result]) -> dict[tuple[str, str, str, tuple[str, ...]], list[Result]]:
@@ -84,10 +85,19 @@ def warnings(result: Result) -> tuple[str, ...]:
     """Return what keeps a result from being the one its protocol and task name."""
     limit = result["limit_lines"]
     return (
-        *(["unknown file"] if result["data_name"] is None else []),
+        *(["unknown file"] if result["data_name"] is None and TASKS[result["task"]].files else []),
+        *(["not the protocol's text"] if _is_other_text(result) else []),
         *([f"first {limit:,} lines only"] if limit is not None else []),
         *([] if result["is_protocol_default"] else ["not the protocol's own context or stride"]),
     )
+
+
+def _is_other_text(result: Result) -> bool:
+    """Whether a corpus with a word-tokenized and a raw file was read as the one that the protocol does not score."""
+    name = result["data_name"]
+    if TASKS[result["task"]].raw_files is None or name is None:
+        return False
+    return (" raw " in name) != (PROTOCOLS[result["protocol"]].text != "tokens")
 
 
 def provenance(results: Sequence[Result], *fields: str) -> list[tuple[Any, ...]]:
@@ -102,8 +112,8 @@ def _data(result: Result) -> str:
 def tasks(results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Iterable[Figure]) -> list[Task]:
     """Return each task's results beside the figures published for it, in the order they were measured."""
     published = grouped(figures, lambda figure: figure.task)
-    by_task = grouped(results, lambda result: result["task"])
-    return [_task(found, protocols, published.get(published_task(task), [])) for task, found in by_task.items()]
+    by_task = grouped(results, lambda result: (result["task"], _task_title(result)))
+    return [_task(found, protocols, published.get(published_task(task), [])) for (task, _), found in by_task.items()]
 
 
 def _task(results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Sequence[Figure]) -> Task:
@@ -148,8 +158,8 @@ def _table(metric: str, results: Sequence[Result], figures: Sequence[Figure]) ->
 
 def illustrations(results: Sequence[Result]) -> list[Illustration]:
     """Return the plots: stride sweeps where several strides were asked for, then by position, then by segment."""
-    sweeps = grouped(results, lambda one: (one["task"], one["protocol"], one["context_length"], one["headline"]))
-    runs = grouped(results, lambda one: (one["task"], run_name(one)))
+    sweeps = grouped(results, lambda one: (_task_title(one), one["protocol"], one["context_length"], one["headline"]))
+    runs = grouped(results, lambda one: (_task_title(one), run_name(one)))
     made = [*map(_sweep, sweeps.values()), *map(_by_position, runs.values()), *map(_by_segment, runs.values())]
     return [one for one in made if one.plot is not None]
 
@@ -166,7 +176,7 @@ def _sweep(results: Sequence[Result]) -> Illustration:
 
 
 def _by_position(results: Sequence[Result]) -> Illustration:
-    bins = {one["name"]: one["positions"] for one in results if one["positions"]}
+    bins = {one["name"]: one["positions"] for one in results if one["positions"] and window(one) != MISSING}
     note = "Mean nats per scored token by its place in the window. Where few windows score, few tokens are averaged."
     plot = plots.by_position(bins, results[0]["context_length"] or 0)
     return Illustration("By position in the window", _run_title(results[0]), note, plot)
@@ -185,7 +195,8 @@ def _by_segment(results: Sequence[Result]) -> Illustration:
 
 
 def _task_title(result: Result) -> str:
-    return str(result["task_title"] or result["task"])
+    title = str(result["task_title"] or result["task"])
+    return title if TASKS[result["task"]].files else f"{title} {result['data_file']}"  # any file may be one's own text
 
 
 def _run_title(result: Result) -> str:

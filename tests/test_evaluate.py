@@ -115,6 +115,12 @@ def test_results_of_other_commands_stay(trial, tmp_path):
         *(("megatron", 8), ("megatron", 16)),
     ]
     assert len(run(*trial, "--limit=3", output=tmp_path)) == 5  # a trial does not replace the whole
+    other = tmp_path / "other.txt"
+    other.write_text("Another text, of a few words.")
+    assert [row["data_file"] for row in run(*trial, f"--data={other}", output=tmp_path)][-2:] == [
+        "valid.txt",
+        "other.txt",
+    ]
 
 
 @pytest.mark.parametrize(("flag", "is_own"), [("--stride=3", True), ("--context-length=16", False)])
@@ -124,6 +130,12 @@ def test_prompts_that_are_cut_off_are_not_the_protocols(toy_model, tmp_path, fla
     flags = [f"--model={toy_model}", "--task=lambada", f"--data={data}", "--context-length=64", flag]
     (result,) = run(*flags, output=tmp_path / "out")
     assert result["is_protocol_default"] is is_own
+
+
+def test_a_protocol_of_tokens_reports_perplexity_per_token(trial, tmp_path):
+    (row,) = run(*trial, "--protocol=hf-docs", output=tmp_path)
+    assert row["headline"] == row["confidence_interval_95"]["quantity"] == "perplexity"
+    assert row["environment"]["packages"]["torch"]
 
 
 def test_several_models_make_one_table(trial, toy_model, tmp_path):
@@ -147,6 +159,7 @@ def test_several_models_make_one_table(trial, toy_model, tmp_path):
         (["--context-length=4096"], 2, "the model has 128 positions"),
         (["--data=/nowhere/file.txt"], 3, "/nowhere/file.txt"),
         (["--model=/nowhere/model"], 3, "/nowhere/model"),
+        (["--model", "{model}", "gpt2-typo"], 3, "gpt2-typo"),
         (["--task=lambada", "--protocol=hf-docs"], 2, "protocol hf-docs does not define task lambada"),
         (["--task=text,lambada-strict,lambada", "--protocol=megaft,hf-docs"], 2, "does not define task lambada; use"),
         (["--task=cbt-cn", "--protocol=lm-eval"], 2, "does not define task cbt-cn; use megaft or gpt2-paper"),
@@ -156,6 +169,7 @@ def test_several_models_make_one_table(trial, toy_model, tmp_path):
 )
 def test_mistakes_are_named(trial, flags, code, message, capsys, tmp_path):
     try:
+        flags = [flag.format(model=trial[0].removeprefix("--model=")) for flag in flags]
         found = main([*trial, f"--output={tmp_path}", *flags])
     except SystemExit as exit:  # the parser's own
         found = exit.code
@@ -163,6 +177,7 @@ def test_mistakes_are_named(trial, flags, code, message, capsys, tmp_path):
     assert found == code
     assert message in " ".join(shown.replace("│", " ").split())
     assert "Traceback" not in shown
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_all_windows_are_tried_on_the_model_before_the_first_is_scored(trial, tmp_path, capsys):

@@ -167,6 +167,9 @@ def test_stride_sweep_is_shown_when_there_are_several(tmp_path, strides):
         ({}, None),
         ({"is_protocol_default": False, "task": "lambada"}, "not the protocol's own context or stride"),  # cut prompts
         ({"data_name": None}, "unknown file"),
+        ({"data_name": None, "task": "text"}, None),  # a text of one's own
+        ({"data_name": "WikiText raw test"}, "not the protocol's text"),
+        ({"data_name": "WikiText raw test", "protocol": "lm-eval"}, None),
         ({"limit_lines": 200}, "first 200 lines only"),
         ({"is_protocol_default": False, "stride": 64}, "not the protocol's own context or stride"),
     ],
@@ -175,6 +178,7 @@ def test_what_is_not_as_named_is_said(tmp_path, changed, warning):
     html, markdown = made(tmp_path, [result(**changed)])
     for text in (Page(html).words.lower(), markdown):
         found = [one for one in ("unknown file", "lines only", "protocol's own context") if one in text]
+        found += ["not the protocol's text"] if "not the protocol's text" in text else []
         assert found == ([] if warning is None else [one for one in found if one in warning])
         assert warning is None or warning in text
 
@@ -211,6 +215,14 @@ def test_fields_that_may_lack_do(tmp_path):
 def test_models_of_one_name_are_told_apart_by_their_paths(tmp_path):
     html, _ = made(tmp_path, [result(model="runs/a/export"), result(model="runs/b/export")])
     assert "runs/a/export, runs/b/export on WikiText-103" in Page(html).words
+
+
+def test_precision_and_weights_tell_results_apart(tmp_path):
+    half = result(dtype="bfloat16")
+    html, markdown = made(tmp_path, [result(), half, result(model_sha256="c" * 64)])
+    for text in (Page(html).words, markdown):
+        assert "megatron, 1,024/32, bfloat16" in text
+        assert "gpt2 (cccccccc)" in text
 
 
 def test_a_definition_that_changed_since_is_another_protocol(tmp_path):
