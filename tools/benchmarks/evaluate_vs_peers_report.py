@@ -27,8 +27,8 @@ WHY = {
     "pages": "Every token of a page is scored but where a window is extended left, so that FLOPs alone save next to "
     "nothing; the rest is packed products, and logits that stay in chunks, where the peer makes them whole and takes "
     "log_softmax and argmax of them all.",
-    "padded": "What is missing to the prediction is overhead: short rows make small products, which do fewer FLOPs a "
-    "second than batches of 8 whole contexts.",
+    "padded": "Rows of a length together instead of padding; packed products, whose gain outweighs that short rows "
+    "make small ones; and no logits that nobody asked for.",
     "lambada": "Packed products, rows of a length together, and no log_softmax or argmax of logits nobody asked for.",
 }
 
