@@ -46,6 +46,7 @@ def test_the_published_pair_of_wikitext103_is_of_the_stripped_text(read, num_tok
     assert num_tokens(detokenize(text.strip())) == 270_329
 
 
+@pytest.mark.slow
 def test_what_is_detokenized_at_once_changes_the_count(read, num_tokens):
     detokenize = detokenizers.get("wikitext_megatron")
     text = read(RAW)

@@ -180,6 +180,7 @@ COUNTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "file", "megatron", "num_tokens", "num_marks"), COUNTS)
 def test_reads_like_natural_text(shared, name, file, megatron, num_tokens, num_marks):
     text = (shared / "data" / file).read_bytes().decode()

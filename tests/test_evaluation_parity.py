@@ -14,6 +14,8 @@ from references import Reference
 from evaluate_zero_shot.__main__ import main
 from evaluate_zero_shot.lambada import STOP_WORDS
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-6
 slow = pytest.mark.slow
 FILES = {

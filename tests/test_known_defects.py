@@ -46,6 +46,7 @@ def on_rank(*flags):
     return main(list(flags))
 
 
+@pytest.mark.slow
 def test_megatron_repeats_windows_under_data_parallelism():
     num_targets = 272_044  # wiki.test.raw in GPT-2 BPE after Megatron's rules, less one
     num_windows = math.ceil(num_targets / 32)

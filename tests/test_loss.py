@@ -128,6 +128,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_below_full_logits():
     """2,048 tokens of GPT-2's vocabulary are 392 MiB of fp32 logits; the full loss holds them and their gradients."""
     kibibytes = {

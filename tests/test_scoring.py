@@ -305,6 +305,7 @@ def test_unknown_units_are_left_out_and_overflow_is_inf():
     assert math.isnan(Score(math.nan, 1).perplexity)
 
 
+@pytest.mark.slow
 def test_a_trained_model_costs_the_same_in_any_batch(shared):
     folder = shared / "models/tiny-gpt2-wikitext2"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -326,6 +326,7 @@ def quantities_of(scorer, rank):
     return [scorer(*make_batch(SCORED[deal[rank]], seed=rank)).tolist() for deal in DEALS + DEALS]
 
 
+@pytest.mark.slow
 def test_three_ranks_with_a_third_each_score_as_one_with_all(trained, tmp_path, run_ranks):
     llama, phi = (save_model(tmp_path / name, name) for name in ("llama", "phi with a head bias"))
     models = [(trained, torch.float32), (trained, torch.bfloat16), (llama, torch.float32), (phi, torch.float32)]
@@ -358,6 +359,7 @@ def score_narrow_and_wide(source):
     return nats
 
 
+@pytest.mark.slow
 def test_ranks_need_not_agree_whether_a_batch_is_wider_than_the_models_window(tmp_path, run_ranks):
     narrow_first, wide_first = run_ranks(
         2, score_narrow_and_wide, save_model(tmp_path / "model", "mistral with a sliding window")
