@@ -27,10 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
     from megaft import parallel
 
-    is_main = parallel.is_main_of(os.environ)
-    code = exit_code_of(lambda: run(config, parallel.discover(os.environ)), is_main=is_main)
-    parallel.leave()
-    return code
+    return parallel.exit_code_on_ranks(lambda topology: run(config, topology))
 
 
 def explain(names: list[str]) -> int:

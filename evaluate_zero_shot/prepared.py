@@ -127,7 +127,8 @@ def _last_words(
     detokenize = detokenizers.get(detokenizer)
     items = lambada.items([detokenize(row) for row in rows], variant)
     tokens, windows = _prompts([parted(tokenizer, *item) for item in items], protocol, tokenizer, cut)
-    stop_tokens = lambada.stop_tokens(lambda word: parted(tokenizer, "a", word)[1])
+    is_filtered = variant == "stop-word"
+    stop_tokens = lambada.stop_tokens(lambda word: parted(tokenizer, "a", word)[1]) if is_filtered else ()
     return Prepared(
         detokenizer=detokenizer,
         tokens=tokens,
@@ -136,7 +137,7 @@ def _last_words(
         num_words=len(items),
         is_prompted=True,
         num_bytes=sum(counts.num_bytes(item.target) for item in items) or None,
-        banned=tuple(sorted(stop_tokens)) if variant == "stop-word" else (),
+        banned=tuple(sorted(stop_tokens)),
     )
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaft.errors import ConfigError
+from megaft.exit_code import exit_code_of
 
 TIMEOUT = timedelta(minutes=10)
 """After this long without its peers a collective ends with an error."""
@@ -158,6 +159,13 @@ def leave() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
+    """Run a program as the rank that the launcher made of this process; return its exit code, with no group left."""
+    code = exit_code_of(lambda: program(discover(os.environ)), is_main=is_main_of(os.environ))
+    leave()
+    return code
 
 
 def data_parallel_size() -> int:

@@ -17,7 +17,6 @@ if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
 from dataclasses import replace
 
 from megaft.config import TrainConfig, parse_train
-from megaft.exit_code import exit_code_of
 
 if TYPE_CHECKING:
     from megaft.parallel import Topology
@@ -29,10 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
     from megaft import parallel
 
-    is_main = parallel.is_main_of(os.environ)
-    code = exit_code_of(lambda: train(config, parallel.discover(os.environ)), is_main=is_main)
-    parallel.leave()
-    return code
+    return parallel.exit_code_on_ranks(lambda topology: train(config, topology))
 
 
 def train(config: TrainConfig, topology: Topology) -> int:
