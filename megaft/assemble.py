@@ -9,7 +9,6 @@ import deepspeed
 import torch
 
 from megaft import checkpoint, parallel
-from megaft.checkpoint import Identity, RunState
 from megaft.config import TrainConfig, require
 from megaft.dataset import Cut, Samples
 from megaft.deepspeed_json import Resolved, read_deepspeed_json, resolve
@@ -17,6 +16,7 @@ from megaft.environment import write_config
 from megaft.models import hugging_face
 from megaft.optim import build_optimizer, parameter_groups
 from megaft.parallel import Topology
+from megaft.run_state import Identity, RunState
 from megaft.throughput import Meter
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.trackers import check_trackers

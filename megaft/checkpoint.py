@@ -11,67 +11,23 @@ There is no pickle in it. A folder without a manifest whose sizes and hashes hol
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from megaft import engine_state, parallel
 from megaft.errors import CheckpointError
 from megaft.files import fsync, replacing, sha256_of, to_json, write_json_atomic
+from megaft.pieces import Pieces
+from megaft.run_state import Identity, RunState
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """What a run knows besides its weights and moments."""
-
-    step: int = 0
-    """Optimizer steps tried."""
-    skipped_steps: int = 0
-    """Those dropped for fp16 overflow."""
-    tokens_seen: int = 0
-    """Scored tokens trained on, over all ranks."""
-    best_step: int | None = None
-    best_nats_per_token: float | None = None
-    validations_since_best: int = 0
-
-    def after_validation(self, nats_per_token: float) -> RunState:
-        """Return the state with this step's validation taken in."""
-        best = math.inf if self.best_nats_per_token is None else self.best_nats_per_token
-        if nats_per_token < best:  # never where it is not a number
-            return replace(self, best_step=self.step, best_nats_per_token=nats_per_token, validations_since_best=0)
-        return replace(self, validations_since_best=self.validations_since_best + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What must be the same for a checkpoint to continue the same run."""
-
-    global_batch_size: int
-    seed: int
-    data: str
-    context_length: int
-    sample: str
-    attend_within_documents: bool
-    tokenizer: str
-    model: str
-    dropout: float | None
-    optim: dict[str, Any]
-    schedule_steps: int | None
-    """The run's steps, where the learning rate depends on them."""
-    validation: str | None
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -238,7 +194,7 @@ def load(engine, folder: Path, identity: Identity) -> RunState:
     """
     manifest = read_manifest(folder)
     _require_same_run(folder, manifest["identity"], asdict(identity))
-    state = RunState(**manifest["state"])
+    state = RunState.from_json(manifest["state"])
     pieces = Pieces(folder, manifest)
     engine_state.restore(engine, pieces.read, state.step - state.skipped_steps)
     engine_state.set_loss_scale_state(engine, manifest["loss_scale"])
@@ -255,48 +211,6 @@ def _require_same_run(folder: Path, saved: dict, now: dict) -> None:
             f"{folder} belongs to another run ({'; '.join(differences)}). "
             "Use the settings it was made with, another --run.dir, or --run.fresh to start over."
         )
-
-
-class Pieces:
-    """The pieces of a checkpoint, read as if every parameter were one flat tensor."""
-
-    def __init__(self, folder: Path, manifest: dict):
-        self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
-        self._spans = defaultdict(list)
-        for name in manifest["files"]:
-            self._index(folder / name)
-
-    def _index(self, path: Path) -> None:
-        try:
-            shard = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-        for key in shard.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
-            whole, _, offset = key.rpartition("@")
-            kind, _, name = whole.partition("/")
-            self._spans[name, kind].append((int(offset), shard, key))
-
-    def read(self, name: str, kind: str, offset: int, numel: int) -> Tensor:
-        """Return `numel` elements from `offset` of a flattened parameter's weight or moment.
-
-        Raises:
-            CheckpointError: The checkpoint has no such parameter, or not all of it.
-        """
-        out, found = torch.empty(numel), 0
-        for begin, shard, key in self._spans[name, kind]:
-            piece = shard.get_slice(key)
-            first, last = max(begin, offset), min(begin + piece.get_shape()[0], offset + numel)
-            if first < last:
-                out[first - offset : last - offset] = piece[first - begin : last - begin]
-                found += last - first
-        if found != numel:
-            raise CheckpointError(f"the checkpoint holds {found} of {numel} elements of {kind} of {name}.")
-        return out
-
-    def weight(self, name: str) -> Tensor:
-        """Return a whole parameter in its shape."""
-        shape = self.shapes[name]
-        return self.read(name, engine_state.WEIGHT, 0, shape.numel()).view(shape)
 
 
 def remove_all(run_dir: Path) -> None:

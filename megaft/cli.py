@@ -24,7 +24,7 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command("tokenize text files to disk, once", "megaft.prepare", "megaft.config:PrepareConfig"),
+    "prepare": Command("tokenize text files to disk, once", "megaft.prepare", "megaft.prepare_config:PrepareConfig"),
     "train": Command("finetune a model with DeepSpeed", "megaft.train", None),
     "generate": Command("continue a text with a model", "megaft.generate", "megaft.generate:GenerateConfig"),
 }

@@ -1,4 +1,4 @@
-"""The settings of training and of preparing its data: one dataclass a room, one flag a field.
+"""The settings of training: one dataclass a room, one flag a field.
 
 The DeepSpeed JSON owns batch sizes, precision, ZeRO and clipping (see `deepspeed_json`); everything else is here.
 Nothing in this file imports torch, so `--help` answers at once.
@@ -10,12 +10,14 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import detokenizers
 import tyro
 
 from megaft.errors import ConfigError
+
+# What a resumed run can be allowed to change; the other parts of its identity have no override.
+CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
 
 
 def require(rule_holds: bool, message: str) -> None:
@@ -159,14 +161,12 @@ class RunConfig:
     """Fixes the order of samples, new weights and dropout."""
     validate_every: int = 0
     """Steps between validations; 0 validates at step 0 and at the end only."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end only (and where validation improves)."""
-    keep_last: int = 2
-    """Checkpoints kept, besides the best one."""
     patience: int = 0
     """Stop after this many validations without improvement; 0 never does."""
     export: Literal["best", "last", "none"] = "best"
     """Which checkpoint becomes RUN/export: the best by validation, or the last."""
+    max_minutes: float | None = None
+    """Save and end with exit code 75 (requeue me) after the step in which so many minutes since the start are over."""
     fresh: bool = False
     """Start over: checkpoints and metrics of an earlier run in the folder are removed."""
 
@@ -183,10 +183,72 @@ class RunConfig:
             self.epochs is None or (math.isfinite(self.epochs) and self.epochs > 0),
             f"run.epochs is {self.epochs}; use a number above 0, for example 1.",
         )
-        for name in ("validate_every", "save_every", "patience", "seed"):
+        require(
+            self.max_minutes is None or self.max_minutes > 0,
+            f"run.max-minutes is {self.max_minutes}; use a number above 0, for example 230.",
+        )
+        for name in ("validate_every", "patience", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"run.{name.replace('_', '-')} is {value}; use 0 or more.")
-        require(self.keep_last >= 1, f"run.keep-last is {self.keep_last}; use 1 or more, for example 2.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which are kept. The best by validation always is."""
+
+    every: int = 0
+    """Steps between checkpoints; 0 saves at the end only (and where validation improves)."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Keep also those whose step is a multiple of this; 0 keeps no more."""
+    in_background: Annotated[bool, tyro.conf.arg(name="async")] = False
+    """Copy the state to host memory and write it while training goes on."""
+    allow_changed: tuple[str, ...] = ()
+    """What a resumed run may do otherwise than its checkpoint says, by the name the refusal gives it, such as data."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every is {self.every}; use 0 or more.")
+        require(self.keep_last >= 1, f"checkpoint.keep-last is {self.keep_last}; use 1 or more, for example 2.")
+        require(self.keep_every >= 0, f"checkpoint.keep-every is {self.keep_every}; use 0 or more.")
+        require(
+            set(self.allow_changed) <= CHANGEABLE,
+            f"checkpoint.allow-changed is {' '.join(self.allow_changed)}; use some of {' '.join(sorted(CHANGEABLE))}.",
+        )
+
+
+Policy = Literal["ignore", "stop", "skip", "rewind"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardConfig:
+    """What happens when a step goes wrong; RUN/events.jsonl records each case.
+
+    stop ends the run with exit code 5; skip leaves the weights as they were before the step; rewind goes back to the
+    last checkpoint and leaves the step's samples out.
+    """
+
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """For a loss or gradient norm that is not finite."""
+    spike: Policy = "ignore"
+    """For a loss or gradient norm far above the recent ones."""
+    spike_deviations: float = 8.0
+    """How far above: robust standard deviations (1.4826 times the median distance) from the median of the window."""
+    spike_window: int = 128
+    """Steps that are compared with; a quarter of them must be there first."""
+    max_overflows: int = 20
+    """fp16 overflows in a row after which the run stops."""
+    max_rewinds: int = 10
+    """Rewinds after which the run stops."""
+
+    def __post_init__(self) -> None:
+        require(
+            math.isfinite(self.spike_deviations) and self.spike_deviations > 0,
+            f"guard.spike-deviations is {self.spike_deviations}; use a finite number above 0, for example 8.",
+        )
+        for name, least in (("spike_window", 8), ("max_overflows", 1), ("max_rewinds", 1)):
+            value = getattr(self, name)
+            require(value >= least, f"guard.{name.replace('_', '-')} is {value}; use {least} or more.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,6 +308,8 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         has_validation = self.data.valid is not None
@@ -296,58 +360,6 @@ class TrainConfig:
     def eval_stride(self) -> int:
         """Tokens scored per later window of validation."""
         return self.eval.stride or max(1, self.eval_context_length // 2)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareConfig:
-    """Tokenize text once, into OUTPUT.bin and OUTPUT.idx (Megatron's format) and a receipt, OUTPUT.json."""
-
-    inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Text and .jsonl files, each also as .gz or .zst; folders; quoted globs."""
-    output: Path
-    """Prefix of the files to write."""
-    tokenizer: str
-    """Hub name, folder, GGUF file or sentencepiece .model."""
-    unit: Literal["file", "line", "document"] = "file"
-    """What a document is in a text file: the whole file, a line, or lines up to a blank one."""
-    json_key: str = "text"
-    """.jsonl: the key that holds the text."""
-    prompt_key: str | None = None
-    """.jsonl: the key of a prompt, which is not scored; needs --completion-key."""
-    completion_key: str | None = None
-    """.jsonl: the key of the completion, which is scored."""
-    messages_key: str | None = None
-    """.jsonl: the key of a chat, rendered by the tokenizer's template; only what the assistant says is scored."""
-    detokenizer: str = "identity"
-    """Undoes a corpus's word tokenization first: wikitext, ptb, 1bw or another of `python -m detokenizers --list`."""
-    min_tokens: int = 1
-    """Documents with fewer tokens are left out (and counted)."""
-    append_eod: bool = False
-    """End every document with the tokenizer's end-of-sequence token."""
-    workers: int | None = None
-    """Threads that tokenize; by default one a core."""
-    json: bool = False
-    """Print the receipt as one line of JSON, the last on stdout."""
-
-    def __post_init__(self) -> None:
-        names = detokenizers.names()
-        require(len(self.inputs) > 0, "inputs is empty; name a text or .jsonl file, a folder or a glob.")
-        require(self.detokenizer in names, f"detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
-        require(self.min_tokens >= 1, f"min-tokens is {self.min_tokens}; use 1 or more.")
-        require(self.workers is None or self.workers >= 1, f"workers is {self.workers}; use 1 or more.")
-        require(
-            (self.prompt_key is None) == (self.completion_key is None),
-            f"prompt-key is {self.prompt_key} and completion-key {self.completion_key}; give both or neither.",
-        )
-        require(
-            self.messages_key is None or (self.prompt_key is None and self.detokenizer == "identity"),
-            f"messages-key is {self.messages_key}; it goes with neither prompt-key nor a detokenizer. Drop one.",
-        )
-
-    @property
-    def has_mask(self) -> bool:
-        """Whether a record may hold tokens that are not scored."""
-        return self.prompt_key is not None or self.messages_key is not None
 
 
 def parse_train(arguments: list[str] | None = None) -> TrainConfig:

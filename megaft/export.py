@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from megaft import checkpoint
-from megaft.checkpoint import Pieces, RunState
 from megaft.config import TrainConfig
 from megaft.files import fsync
 from megaft.models import hugging_face
+from megaft.pieces import Pieces
+from megaft.run_state import RunState
 from megaft.tokenizer import AnyTokenizer
 
 

@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaft.errors import ConfigError
+from megaft.errors import ConfigError, UserError
 from megaft.exit_code import exit_code_of
 
 TIMEOUT = timedelta(minutes=10)
@@ -194,6 +195,35 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if data_parallel_size() > 1:
         dist.barrier()
+
+
+def max_over_ranks(values: list[int]) -> list[int]:
+    """Return the largest value of each place over all ranks. It runs on the host and waits for no GPU."""
+    if data_parallel_size() == 1:
+        return values
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
+    return tensor.tolist()
+
+
+@cache
+def _host_group(world: object) -> dist.ProcessGroup | None:
+    """A group of all ranks that computes on the host, made once a process group (whose end ends it)."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise on every rank where any has an error: its own where a rank has one.
+
+    Raises:
+        UserError: With the exit code of the error, so that whichever rank leaves first gives the launcher that one.
+    """
+    worst, where = max_over_ranks([error.exit_code if error else 0, data_parallel_rank() if error else -1])
+    if error:
+        raise error
+    if worst:
+        kind = next(kind for kind in UserError.__subclasses__() if kind.exit_code == worst)
+        raise kind(f"rank {where} could not go on; its own message says why.")
 
 
 def from_main(tensor: Tensor) -> Tensor:

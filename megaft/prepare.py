@@ -15,12 +15,12 @@ import detokenizers
 import numpy as np
 
 import megaft
-from megaft.config import PrepareConfig
 from megaft.corpus import Layout, Piece, expand, pieces
 from megaft.document_writer import DocumentWriter
 from megaft.errors import DataError
 from megaft.files import naming_disk_errors, sha256_of, to_json
 from megaft.indexed import Tokens
+from megaft.prepare_config import PrepareConfig
 from megaft.progress import counting
 from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
 from megaft.source import Source

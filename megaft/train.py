@@ -100,10 +100,10 @@ def train(config: TrainConfig, topology: Topology) -> int:
                     metrics.validation(state.step, score.as_dict())
                     state = state.after_validation(score.nats_per_token)
             is_best = state.best_step == state.step
-            if is_best or is_over(config, state, run.max_steps) or is_due(state.step, config.run.save_every):
+            if is_best or is_over(config, state, run.max_steps) or is_due(state.step, config.checkpoint.every):
                 with metrics.pause():
                     state = replace(state, tokens_seen=int(tokens_seen))
-                    checkpoint.save(engine, config.run.dir, state, run.identity, config.run.keep_last)
+                    checkpoint.save(engine, config.run.dir, state, run.identity, config.checkpoint.keep_last)
 
     parallel.barrier()
     if topology.is_main and config.run.export != "none":

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megaft import checkpoint
-from megaft.checkpoint import Pieces, RunState, find, folder_of, saved_steps, verify
+from megaft.checkpoint import find, folder_of, saved_steps, verify
 from megaft.errors import CheckpointError
+from megaft.pieces import Pieces
+from megaft.run_state import RunState
 
 SHAPES = {"a.weight": [3, 4], "b": [5]}
 
@@ -57,10 +59,10 @@ def write_manifest(folder, manifest):
     ],
 )
 def test_after_validation(best, nats, expected):
-    state = RunState(7, 1, 900, *best).after_validation(nats)
+    state = RunState(7, 1, 900, 28, ((3, 5),), *best).after_validation(nats)
     assert (state.best_step, state.best_nats_per_token, state.validations_since_best) == expected
     assert (state.step, state.skipped_steps, state.tokens_seen) == (7, 1, 900)
-    assert RunState(**json.loads(json.dumps(asdict(state)))) == state
+    assert RunState.from_json(json.loads(json.dumps(asdict(state)))) == state
 
 
 # Reading pieces

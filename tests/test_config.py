@@ -41,7 +41,7 @@ def test_underscores_are_accepted():
         ({"run__epochs": "1"}, "exactly one of the two"),
         ({"run__max_steps": "0"}, "run.max-steps is 0"),
         ({"run__max_steps": None, "run__epochs": "0"}, "run.epochs is 0.0"),
-        ({"run__keep_last": "0"}, "run.keep-last is 0"),
+        ({"checkpoint__keep_last": "0"}, "checkpoint.keep-last is 0"),
         ({"run__patience": "2"}, "data.valid is not given"),
         ({"run__validate_every": "2"}, "data.valid is not given"),
         ({"eval__stride": "9"}, "give data.valid"),

@@ -55,9 +55,10 @@ def test_one_command_leaves_results_and_a_report(trial, alone, tmp_path, capsys)
 def test_validation_in_training_says_the_same_number(trial, toy_model, toy_texts, alone, tmp_path):
     import torch
 
-    from megaft.config import PrepareConfig, parse_train
+    from megaft.config import parse_train
     from megaft.models.hugging_face import NatsModel, load_language_model
     from megaft.prepare import prepare
+    from megaft.prepare_config import PrepareConfig
     from megaft.tokenizer import load_tokenizer
     from megaft.training_data import Source
     from megaft.validation import Validation

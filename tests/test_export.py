@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from megaft import checkpoint
-from megaft.checkpoint import Pieces, RunState, folder_of
+from megaft.checkpoint import folder_of
 from megaft.config import parse_train
 from megaft.errors import CheckpointError
 from megaft.export import export, load_weights, model_card
 from megaft.loss import IGNORE_INDEX
 from megaft.models import hugging_face
 from megaft.parallel import Topology
+from megaft.pieces import Pieces
+from megaft.run_state import RunState
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import open_samples, prepare_sources
 
@@ -86,8 +88,8 @@ def runs(tmp_path_factory, toy_model, toy_texts, run_ranks):
         f"--optim.epsilon={EPSILON}",
         "--optim.warmup-steps=2",
         f"--run.max-steps={STEPS}",
-        "--run.save-every=1",
-        f"--run.keep-last={STEPS}",
+        "--checkpoint.every=1",
+        f"--checkpoint.keep-last={STEPS}",
     ]
     flags = {}
     for name, (settings, own) in cases.items():
@@ -126,7 +128,7 @@ def saved_model(config, step):
 
 
 def state_of(config, step=STEPS):
-    return RunState(**checkpoint.read_manifest(folder_of(config.run.dir, step))["state"])
+    return RunState.from_json(checkpoint.read_manifest(folder_of(config.run.dir, step))["state"])
 
 
 def exported(folder):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from megaft import checkpoint
-from megaft.checkpoint import Pieces
+from megaft.pieces import Pieces
 
 pytestmark = pytest.mark.slow
 

@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 
-from megaft.config import PrepareConfig, parse_train
+from megaft.config import parse_train
 from megaft.errors import DataError
 from megaft.indexed import TokenFile
 from megaft.prepare import prepare
+from megaft.prepare_config import PrepareConfig
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import Source
 from megaft.validation import Validation

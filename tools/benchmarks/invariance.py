@@ -121,7 +121,8 @@ class Outcome:
 
 def make_inputs(folder: Path) -> None:
     """Write the model, and paragraphs of unequal length as prepared documents."""
-    from megaft.prepare import PrepareConfig, prepare
+    from megaft.prepare import prepare
+    from megaft.prepare_config import PrepareConfig
 
     toy.make_model(folder / "model")
     train, _ = toy.make_texts(folder)
@@ -197,9 +198,10 @@ def losses_of(run_dir: Path) -> list[float]:
 def weights_of(run_dir: Path, step: int) -> dict:
     """Return every trained fp32 weight of a checkpoint."""
     from megaft import checkpoint
+    from megaft.pieces import Pieces
 
     folder = checkpoint.folder_of(run_dir, step)
-    pieces = checkpoint.Pieces(folder, checkpoint.verify(folder))
+    pieces = Pieces(folder, checkpoint.verify(folder))
     return {name: pieces.weight(name) for name in pieces.shapes}
 
 

@@ -120,7 +120,8 @@ class Case:
 
     def make_inputs(self, folder: Path) -> None:
         """Write config, tokenizer, prepared text, DeepSpeed JSON and the case itself."""
-        from megaft.prepare import PrepareConfig, prepare
+        from megaft.prepare import prepare
+        from megaft.prepare_config import PrepareConfig
 
         self._architecture().save_pretrained(folder / "model")
         text = toy.text()

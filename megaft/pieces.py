@@ -1,0 +1,55 @@
+"""The pieces of a checkpoint, whichever rank wrote them, read by parameter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megaft.engine_state import WEIGHT
+from megaft.errors import CheckpointError
+
+
+class Pieces:
+    """The pieces of a checkpoint, read as if every parameter were one flat tensor."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
+        self._spans = defaultdict(list)
+        for name in manifest["files"]:
+            self._index(folder / name)
+
+    def _index(self, path: Path) -> None:
+        try:
+            shard = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+        for key in shard.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+            whole, _, offset = key.rpartition("@")
+            kind, _, name = whole.partition("/")
+            self._spans[name, kind].append((int(offset), shard, key))
+
+    def read(self, name: str, kind: str, offset: int, numel: int) -> Tensor:
+        """Return `numel` elements from `offset` of a flattened parameter's weight or moment.
+
+        Raises:
+            CheckpointError: The checkpoint has no such parameter, or not all of it.
+        """
+        out, found = torch.empty(numel), 0
+        for begin, shard, key in self._spans[name, kind]:
+            piece = shard.get_slice(key)
+            first, last = max(begin, offset), min(begin + piece.get_shape()[0], offset + numel)
+            if first < last:
+                out[first - offset : last - offset] = piece[first - begin : last - begin]
+                found += last - first
+        if found != numel:
+            raise CheckpointError(f"the checkpoint holds {found} of {numel} elements of {kind} of {name}.")
+        return out
+
+    def weight(self, name: str) -> Tensor:
+        """Return a whole parameter in its shape."""
+        shape = self.shapes[name]
+        return self.read(name, WEIGHT, 0, shape.numel()).view(shape)

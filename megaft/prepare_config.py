@@ -1,0 +1,64 @@
+"""The settings of preparing data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import detokenizers
+import tyro
+
+from megaft.config import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Tokenize text once, into OUTPUT.bin and OUTPUT.idx (Megatron's format) and a receipt, OUTPUT.json."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Text and .jsonl files, each also as .gz or .zst; folders; quoted globs."""
+    output: Path
+    """Prefix of the files to write."""
+    tokenizer: str
+    """Hub name, folder, GGUF file or sentencepiece .model."""
+    unit: Literal["file", "line", "document"] = "file"
+    """What a document is in a text file: the whole file, a line, or lines up to a blank one."""
+    json_key: str = "text"
+    """.jsonl: the key that holds the text."""
+    prompt_key: str | None = None
+    """.jsonl: the key of a prompt, which is not scored; needs --completion-key."""
+    completion_key: str | None = None
+    """.jsonl: the key of the completion, which is scored."""
+    messages_key: str | None = None
+    """.jsonl: the key of a chat, rendered by the tokenizer's template; only what the assistant says is scored."""
+    detokenizer: str = "identity"
+    """Undoes a corpus's word tokenization first: wikitext, ptb, 1bw or another of `python -m detokenizers --list`."""
+    min_tokens: int = 1
+    """Documents with fewer tokens are left out (and counted)."""
+    append_eod: bool = False
+    """End every document with the tokenizer's end-of-sequence token."""
+    workers: int | None = None
+    """Threads that tokenize; by default one a core."""
+    json: bool = False
+    """Print the receipt as one line of JSON, the last on stdout."""
+
+    def __post_init__(self) -> None:
+        names = detokenizers.names()
+        require(len(self.inputs) > 0, "inputs is empty; name a text or .jsonl file, a folder or a glob.")
+        require(self.detokenizer in names, f"detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
+        require(self.min_tokens >= 1, f"min-tokens is {self.min_tokens}; use 1 or more.")
+        require(self.workers is None or self.workers >= 1, f"workers is {self.workers}; use 1 or more.")
+        require(
+            (self.prompt_key is None) == (self.completion_key is None),
+            f"prompt-key is {self.prompt_key} and completion-key {self.completion_key}; give both or neither.",
+        )
+        require(
+            self.messages_key is None or (self.prompt_key is None and self.detokenizer == "identity"),
+            f"messages-key is {self.messages_key}; it goes with neither prompt-key nor a detokenizer. Drop one.",
+        )
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a record may hold tokens that are not scored."""
+        return self.prompt_key is not None or self.messages_key is not None
