@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaft.errors import DataError
+from megaft.foreign import require_inert
 
 if TYPE_CHECKING:
     import tokenizers
@@ -222,6 +223,7 @@ def _check_json(path: Path) -> None:
 def _from_transformers(source: str, **options: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    require_inert("tokenizer", source)
     try:
         hugging_face = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, struct.error) as error:  # the last two from damaged files

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
+from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
 
 CausalLM = Any
@@ -119,6 +120,7 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
 
     logging.disable_progress_bar()  # every rank would draw its own
     where, options = _location(source)
+    require_inert("model.path", where)
     try:
         config = _load_config(where, options)
         _set_dropout(config, dropout)
@@ -130,6 +132,7 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=False,
+            weights_only=True,
             **options,
         )
     except LOAD_ERRORS as error:
@@ -155,6 +158,7 @@ def create_language_model(config_path: str, seed: int, dropout: float | None = N
     """Initialise a new model from a config.json; the weights are a function of the seed."""
     from transformers import AutoModelForCausalLM
 
+    require_inert("model.from-scratch", config_path)
     try:
         config = _load_config(config_path, {})
         _set_dropout(config, dropout)

@@ -1,0 +1,92 @@
+"""What the files of a model or tokenizer that came from elsewhere may not ask for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megaft.errors import DataError
+
+FILES = (
+    *("config.json", "tokenizer_config.json", "adapter_config.json"),
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
+)
+_KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation")
+
+
+def require_inert(setting: str, source: str | Path) -> None:
+    """Refuse a model or tokenizer whose files name code, kernels or files elsewhere, before transformers reads them.
+
+    transformers has had holes here (CVE-2026-4372), and asks or warns where a run on many ranks needs an error.
+
+    Args:
+        setting: What the user named it by, for the message.
+        source: A folder, a hub name, or the path of a config.json.
+
+    Raises:
+        DataError: A file asks for such a thing, which the message names.
+    """
+    for path in _files(source):
+        if fault := _fault(path):
+            raise DataError(f"{setting} is {source}; its {path.name} {fault}")
+
+
+def _files(source: str | Path) -> list[Path]:
+    from transformers.utils import cached_file
+
+    if Path(source).is_file():
+        return [Path(source)]
+    quietly = {
+        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    try:
+        found = [cached_file(str(source), name, **quietly) for name in FILES]
+    except OSError:  # there is no such model, and loading it says so
+        return []
+    return [Path(path) for path in found if path is not None]
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # transformers cannot read it either, and says so
+    if path.name == "adapter_config.json":
+        return "is of an adapter, whose base may lie anywhere; merge the two and give the whole model."
+    for key, value in _pairs(content):
+        if key == "auto_map" and value:
+            return (
+                f"has auto_map {json.dumps(value)}, code to run, and megaft runs none that comes with a model; "
+                "where transformers has the architecture itself, remove the entry in a copy of the model."
+            )
+        if _KERNEL_KEY.match(key) and _names_a_kernel(key, value):
+            return (
+                f"has {key} {json.dumps(value)}, which may be code on the hub; remove the entry in a copy of the model."
+            )
+    if path.name.endswith(".index.json"):
+        return _outside(content)
+    return None
+
+
+def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value, at any depth."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield str(key), item
+        yield from _pairs(item)
+
+
+def _names_a_kernel(key: str, value: Any) -> bool:
+    """The private keys are transformers' own, and false or null where it wrote them; the public one may say "sdpa"."""
+    return bool(value) and not isinstance(value, bool) and (key.startswith("_") or "/" in str(value))
+
+
+def _outside(index: Any) -> str | None:
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    for name in weight_map.values() if isinstance(weight_map, dict) else ():
+        if Path(str(name)).name != name:
+            return f"names {json.dumps(name)}, which is not a file beside it; copy the model anew."
+    return None
