@@ -27,6 +27,7 @@ COMMANDS = {
     "prepare": Command("tokenize text files to disk, once", "megaft.prepare", "megaft.prepare_config:PrepareConfig"),
     "train": Command("finetune a model with DeepSpeed", "megaft.train", None),
     "generate": Command("continue a text with a model", "megaft.generate", "megaft.generate:GenerateConfig"),
+    "submit": Command("fill in a batch script and hand it to SLURM", "megaft.submit", None),
 }
 
 
@@ -78,3 +79,7 @@ def unknown(name: str) -> str:
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean `megaft {close[0]}`?" if close else f"use one of {', '.join(COMMANDS)}."
     return f"megaft has no command {name!r}; {hint}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""`megaft submit`: fill in one of the batch scripts of slurm/ and hand it to SLURM, or print it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tyro
+
+from megaft.config import parse_train, require
+from megaft.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+_SIXTY = r"[0-5]?\d"
+WALLTIME = re.compile(
+    rf"\d+ | \d+:{_SIXTY} | \d+:{_SIXTY}:{_SIXTY} | \d+-(?:[01]?\d|2[0-3])(?::{_SIXTY}){{0,2}}", re.VERBOSE
+)
+DIRECTIVE = re.compile(r"#SBATCH\s+--([\w-]+)(?:[=\s]\s*(.*))?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmitConfig:
+    """Fill in a batch script and submit it: `megaft submit [flags] SCRIPT -- what its program takes`.
+
+    Flags that are not given keep what the script says.
+    """
+
+    script: tyro.conf.Positional[str]
+    """A recipe of slurm/, such as finetune_1node, or the path of a batch script."""
+    print: bool = False
+    """Print the script instead of submitting it."""
+    nodes: int | None = None
+    """How many nodes."""
+    gpus_per_node: int | None = None
+    """GPUs, and ranks, on each node; 0 for nodes without."""
+    ntasks_per_node: int | None = None
+    """Ranks on each node, where they are not its GPUs."""
+    cpus_per_task: int | None = None
+    """Cores for each rank."""
+    time: str | None = None
+    """Time limit, after which the job goes back into the queue: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS."""
+    partition: str | None = None
+    """Partition, one of `sinfo`'s."""
+    account: str | None = None
+    """Account that pays."""
+    job_name: str | None = None
+    """Name in the queue."""
+    array: str | None = None
+    """For finetune_sweep: lines of the file of flags, such as 1-6%2 (two at a time)."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("ntasks_per_node", 1), ("cpus_per_task", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= least, f"{_flag(name)} is {value}; use {least} or more.")
+        for field in fields(self):
+            require_one_line(_flag(field.name), str(getattr(self, field.name)))
+        require(
+            self.time is None
+            or (WALLTIME.fullmatch(self.time) is not None and re.search("[1-9]", self.time) is not None),
+            f"time is {self.time!r}; use MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, for example 12:00:00.",
+        )
+
+    def directives(self) -> dict[str, str]:
+        """Return the #SBATCH options that were given, and their values."""
+        names = [field.name for field in fields(self) if field.name not in ("script", "print")]
+        given = {_flag(name): str(value) for name in names if (value := getattr(self, name)) is not None}
+        if self.gpus_per_node:
+            given.setdefault("ntasks-per-node", str(self.gpus_per_node))  # one rank a GPU
+        return given
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command: flags, `--`, and what the script's program takes. Return the exit code, sbatch's own too.
+
+    Raises:
+        ConfigError: A value or the script cannot be used, or SLURM does not have what is asked for.
+    """
+    ours, program_flags = _split(arguments)
+    config = tyro.cli(SubmitConfig, args=ours, prog="megaft submit")
+    path = find_script(config.script)
+    if path.name in ("finetune_1node.sbatch", "finetune_multinode.sbatch"):
+        parse_train(program_flags)  # a wrong flag is said now, not when the job's turn has come
+    text = fill_in(read_script(path), config.directives(), program_flags)
+    require_resources(directives_of(text))
+    if config.print:
+        print(text, end="")
+        return 0
+    require(shutil.which("sbatch") is not None, "sbatch is not installed here; use --print, and submit where it is.")
+    return subprocess.run(["sbatch"], input=text, text=True, check=False).returncode
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def require_one_line(name: str, value: str) -> None:
+    """Raise ConfigError if the value would end its line in a batch script, or the script itself."""
+    require(
+        not re.search(r"[\n\r\0]", value),
+        f"{name} is {value!r}; a batch script's value is one line of text. Take the line break or NUL out.",
+    )
+
+
+def find_script(name: str) -> Path:
+    """Return the path of a recipe of slurm/, or `name` itself where it is a file.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    candidates = (Path(name), ROOT / "slurm" / f"{name}.sbatch", ROOT / "slurm" / name)
+    found = [path for path in candidates if path.is_file()]
+    recipes = sorted(path.stem for path in (ROOT / "slurm").glob("*.sbatch"))
+    require(bool(found), f"{name} is neither a batch script nor a recipe; use one of {', '.join(recipes)}, or a path.")
+    return found[0]
+
+
+def read_script(path: Path) -> str:
+    """Return the text of a batch script.
+
+    Raises:
+        ConfigError: It is not UTF-8 text that starts with #!, or has Windows line ends, which bash cannot run.
+    """
+    content = path.read_bytes()
+    line = content[: content.find(b"\r")].count(b"\n") + 1
+    require(
+        b"\r" not in content, f"{path}:{line} ends in CR LF, which bash cannot run; mend it: sed -i 's/\\r$//' {path}"
+    )
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} has a byte at {error.start} that is not UTF-8; a batch script is text.") from error
+    require(text.startswith("#!") and "\0" not in text, f"{path} is no script; its first line must be #!/bin/bash.")
+    return text
+
+
+def directives_of(text: str) -> dict[str, str]:
+    """Return the `#SBATCH --option=value` lines of a script; the last of an option counts, as for sbatch."""
+    found = [match for line in text.splitlines() if (match := DIRECTIVE.match(line))]
+    return {match[1]: "".join(shlex.split(match[2] or "", comments=True)) for match in found}
+
+
+def fill_in(text: str, directives: dict[str, str], program_flags: list[str]) -> str:
+    """Return the script with these directives in the place of its own, and the program's flags in its first line.
+
+    It also says where this megaft and this Python are, so it can be submitted from any folder. Every value is quoted.
+    """
+    for flag in program_flags:
+        require_one_line("a flag", flag)
+    lines = [line for line in text.splitlines() if _option(line) not in directives]
+    end = max((number for number, line in enumerate(lines, 1) if _option(line)), default=1)
+    given = [item for item in directives.items() if item != ("gpus-per-node", "0")]  # without a GPU: no directive
+    ours = [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in given]
+    start = [f"export MEGAFT_HOME={shlex.quote(str(ROOT))} PYTHON={shlex.quote(sys.executable)}"]
+    flags = [f"set -- {shlex.join(program_flags)}"] if program_flags else []
+    return "\n".join([*lines[:end], *ours, *start, *flags, *lines[end:]]) + "\n"
+
+
+def _option(line: str) -> str | None:
+    match = DIRECTIVE.match(line)
+    return match and match[1]
+
+
+def require_resources(asked: dict[str, str]) -> None:
+    """Raise ConfigError if `sinfo` is here and knows no such partition, or one with fewer nodes or GPUs than asked."""
+    if shutil.which("sinfo") is None:
+        return
+    command = ["sinfo", "--noheader", "--format=%P %D %G"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print("sinfo does not answer: nodes, GPUs and partition are not checked.", file=sys.stderr)
+        return
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    names = [name.rstrip("*") for name, *_ in rows]
+    default = next((name.rstrip("*") for name, *_ in rows if name.endswith("*")), names[0] if names else "")
+    wanted = asked.get("partition", default)
+    require(wanted in names, f"partition is {wanted}; use one of {', '.join(dict.fromkeys(names))}.")
+    here = [(int(nodes), _gpus(gres)) for name, nodes, gres in rows if name.rstrip("*") == wanted]
+    num_nodes = sum(nodes for nodes, _ in here)
+    _require_at_most("nodes", asked, num_nodes, wanted)
+    _require_at_most("gpus-per-node", asked, max(gpus for _, gpus in here), wanted)
+
+
+def _require_at_most(name: str, asked: dict[str, str], most: int, partition: str) -> None:
+    value = asked.get(name, "")
+    require(
+        not value.isdigit() or int(value) <= most,
+        f"{name} is {value}; partition {partition} has {most}. Use {most} or less, or another partition.",
+    )
+
+
+def _gpus(gres: str) -> int:
+    return sum(int(number) for number in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))

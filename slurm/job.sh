@@ -1,0 +1,58 @@
+# shellcheck shell=bash
+# What the batch scripts beside this file share. They source it: sbatch runs a copy of a script from another folder.
+set -euo pipefail
+
+MEGAFT_HOME=${MEGAFT_HOME:-$SLURM_SUBMIT_DIR}
+PYTHON=${PYTHON:-$MEGAFT_HOME/.venv/bin/python} # the one `make demo` made, or any that has megaft's requirements
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes are often offline: fetch on the login node first
+
+# run_tasks WORDS...: `python WORDS...` once a task, as many as the job has; counts `signals`.
+# Ranks come from SLURM's own variables. A task that fails ends the others, and SIGUSR1 to this script reaches all.
+# Since SLURM 22.05 srun gives a task one core unless told; the job's --cpus-per-task is not enough.
+run_tasks() {
+    srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 "$PYTHON" "$@" &
+    local code=0 seen=-1 step=$!
+    signals=0
+    trap 'signals=$((signals + 1)); kill -USR1 "$step" || true' USR1
+    while [ "$seen" -lt "$signals" ]; do # a signal ends `wait` early; the step then still runs
+        seen=$signals code=0
+        wait "$step" || code=$?
+    done
+    return "$code"
+}
+
+# requeue: put this job back into the queue, under its own number, which ends it here.
+requeue() {
+    echo "$SLURM_JOB_NAME: back into the queue" >&2
+    if scontrol requeue "$SLURM_JOB_ID"; then sleep 60; fi
+}
+
+# run_dir_of FLAGS...: the value of the last --run.dir.
+run_dir_of() {
+    local word previous='' run_dir=''
+    for word in "$@"; do
+        if [ "$previous" = --run.dir ]; then run_dir=$word; fi
+        case $word in --run.dir=*) run_dir=${word#*=} ;; esac
+        previous=$word
+    done
+    if [ -z "$run_dir" ]; then
+        echo "error: --run.dir is not among the flags; give the run a folder, such as --run.dir runs/first." >&2
+        return 2
+    fi
+    echo "$run_dir"
+}
+
+# finetune FLAGS...: train; where training asks for it (exit code 75), requeue the job, which then continues the run.
+# srun's own code cannot say so: the first task to end with 75 makes srun end the others, and it shows their 143.
+finetune() {
+    local ended code=0
+    ended=$(run_dir_of "$@")/ended.json
+    rm -f "$ended" # of the job's last turn
+    run_tasks "$MEGAFT_HOME/megaft/train.py" "$@" || code=$?
+    if [ "$code" -ne 0 ] && [ -f "$ended" ]; then
+        code=$(sed -n 's/.*"code": *\([0-9]*\).*/\1/p' "$ended")
+    fi
+    if [ "$code" -eq 75 ]; then requeue; fi
+    exit "$code"
+}

@@ -1,0 +1,175 @@
+"""A real SLURM on this machine: munged, slurmctld and one slurmd a node, in a folder and on ports of their own."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megaft.parallel import free_port
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+NODES = ("n1", "n2", "n3")
+"""n1 and n2 are partition main, n2 and n3 partition spare: a node can be lost that main does not need."""
+
+CONFIG = """\
+ClusterName=megaft
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=2
+CredType=cred/munge
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+ReturnToService=2
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmdSpoolDir={folder}/spool/%n
+StateSaveLocation={folder}/state
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+SchedulerType=sched/builtin
+SchedulerParameters=batch_sched_delay=0,sched_interval=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MinJobAge=600
+KillWait=20
+OverTimeLimit=0
+JobRequeue=1
+GresTypes=gpu
+SlurmdParameters=config_overrides
+{nodes}
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP DefaultTime=5
+PartitionName=spare Nodes=n2,n3 MaxTime=60 State=UP DefaultTime=5
+"""
+NODE = (
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
+    "CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:2"
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A folder with a running SLURM, and how to ask it."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, *command, **kwargs):
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, **kwargs)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def job(self, number):
+        """The fields of `scontrol show job`."""
+        words = self.run("scontrol", "--oneliner", "show", "job", str(number)).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A running Cluster; its daemons are ended by pid, and its folder goes with them."""
+    missing = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path=_path()) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge)")
+    if os.geteuid() != 0:
+        pytest.skip("SLURM's daemons must be started by root")
+    folder = Path(tempfile.mkdtemp(prefix="megaft-slurm-"))  # munge wants every folder above its socket open to all
+    try:
+        with _running(folder) as running:
+            yield running
+    finally:
+        shutil.rmtree(folder)
+
+
+def _path():
+    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+@contextmanager
+def _running(folder):
+    _configure(folder)
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+    cluster, daemons = Cluster(folder, environment), []
+    try:
+        for command in _commands(folder):
+            daemons.append(_start(command, folder / f"{len(daemons)}-{command[0]}.out", environment))
+            if command[0] == "munged":
+                _wait_for(lambda: (folder / "munge" / "socket").exists(), folder)
+        _wait_for(lambda: _num_idle(environment) == len(NODES), folder)
+        yield cluster
+        cluster.run("scancel", "--user=root", "--signal=KILL", "--full")
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(timeout=30)
+
+
+def _configure(folder):
+    folder.chmod(0o755)
+    for name in ("munge", "state", *(f"spool/{name}" for name in NODES)):
+        (folder / name).mkdir(parents=True)
+    (folder / "munge").chmod(0o755)
+    key = folder / "munge" / "key"
+    key.touch(mode=0o600)
+    key.write_bytes(os.urandom(1024))
+    nodes = "\n".join(NODE.format(name=name, port=free_port()) for name in NODES)
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, port=free_port(), nodes=nodes))
+    for name in ("gpu0", "gpu1"):
+        (folder / name).touch()
+    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu[0-1]\n")
+
+
+def _commands(folder):
+    munge = folder / "munge"
+    yield [
+        *("munged", "--foreground", "--num-threads=2", f"--key-file={munge}/key", f"--socket={munge}/socket"),
+        *(f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={munge}/log"),
+    ]
+    yield ["slurmctld", "-D", "-f", str(folder / "slurm.conf")]
+    for name in NODES:
+        yield ["slurmd", "-D", "-N", name, "-f", str(folder / "slurm.conf")]
+
+
+def _start(command, output_path, environment):
+    with output_path.open("w") as output:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _num_idle(environment):
+    done = subprocess.run(
+        ["sinfo", "--Node", "--noheader", "--format=%N %t"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return len({line.split()[0] for line in done.stdout.splitlines() if line.endswith(" idle")})
+
+
+def _wait_for(is_there, folder, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not is_there():
+        if time.monotonic() > deadline:
+            logs = [f"{path.name}: {path.read_text()[-2000:]}" for path in sorted(folder.glob("*.out"))]
+            raise TimeoutError(f"SLURM did not start in {seconds} s\n" + "\n".join(logs))
+        time.sleep(0.1)
