@@ -20,7 +20,8 @@ from evaluate_zero_shot.results import Result
 from evaluate_zero_shot.subject import Subject
 from evaluate_zero_shot.tasks import Task
 from megaft import parallel
-from megaft.environment import environment, without_secrets
+from megaft.environment import environment
+from megaft.masking import without_secrets
 from megaft.progress import counting
 from megaft.scoring import Score, batches_of, score
 

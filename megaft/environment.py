@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -15,21 +14,21 @@ import torch
 
 import megaft
 from megaft.files import write_json_atomic
+from megaft.masking import masked
 
 PACKAGES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "megatron-core", "sentencepiece", "safetensors", "numpy"),
     *("peft", "accelerate", "gguf", "liger-kernel", "apex", "mpi4py", "wandb", "tensorboard"),
 )
-SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
 
 
 def write_config(run_dir: Path, settings: dict[str, Any]) -> None:
-    """Write RUN/config.json: the resolved settings and the environment.
+    """Write RUN/config.json: the resolved settings and the environment, without secrets.
 
     Raises:
         ConfigError: The disk refuses.
     """
-    write_json_atomic(run_dir / "config.json", {"settings": settings, "environment": environment()})
+    write_json_atomic(run_dir / "config.json", {"settings": masked(settings), "environment": environment()})
 
 
 def environment() -> dict[str, Any]:
@@ -43,7 +42,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "num_cores": os.cpu_count(),
-        "command": [without_secrets(argument) for argument in sys.argv],
+        "command": masked(sys.argv),
     }
 
 
@@ -72,11 +71,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit yet
         return None
     return done.stdout.strip()
-
-
-def without_secrets(argument: str) -> str:
-    """Return the argument without the password of a URL and without the value of any secret environment variable."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 8:
-            argument = argument.replace(value, "***")
-    return re.sub(r"://[^/@\s]+@", "://***@", argument)

@@ -11,6 +11,7 @@ import torch
 from megaft import checkpoint
 from megaft.config import TrainConfig
 from megaft.files import fsync
+from megaft.masking import without_secrets
 from megaft.models import hugging_face
 from megaft.pieces import Pieces
 from megaft.run_state import RunState
@@ -34,7 +35,7 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
         model = hugging_face.merge_adapters(model)
     model.to(getattr(torch, dtype)).save_pretrained(temporary)
     tokenizer.save(temporary)
-    (temporary / "README.md").write_text(model_card(config, step), encoding="utf-8")
+    (temporary / "README.md").write_text(without_secrets(model_card(config, step)), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     fsync(config.run.dir)

@@ -14,6 +14,7 @@ import numpy as np
 from megaft.errors import DataError
 from megaft.files import fsync, write_json_atomic
 from megaft.indexed import idx_bytes, with_suffix
+from megaft.masking import masked
 
 FORMAT_VERSION = 1
 SUFFIXES = (".bin", ".idx", ".scored.bin", ".scored.idx")
@@ -87,4 +88,4 @@ def publish(prefix: Path, receipt: dict[str, Any]) -> None:
             temporary(prefix, suffix).replace(with_suffix(prefix, suffix))
         else:
             with_suffix(prefix, suffix).unlink(missing_ok=True)
-    write_json_atomic(with_suffix(prefix, ".json"), receipt)
+    write_json_atomic(with_suffix(prefix, ".json"), masked(receipt))

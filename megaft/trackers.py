@@ -11,6 +11,7 @@ from typing import Any
 
 from megaft.config import MetricsConfig
 from megaft.errors import ConfigError
+from megaft.masking import masked
 
 
 class WandbTracker:
@@ -25,8 +26,9 @@ class WandbTracker:
             resume="allow",
             name=run_dir.resolve().name,
             dir=run_dir,
-            config=settings,
-            settings=wandb.Settings(console="off", save_code=False),  # nothing but numbers and settings leaves
+            config=masked(settings),
+            # Nothing but numbers and settings leaves: not what is printed, no code, no command, host or user.
+            settings=wandb.Settings(console="off", save_code=False, x_disable_meta=True),
         )
         # Its own step only grows; after going back to a checkpoint ours does not.
         self._run.define_metric("*", step_metric="step")

@@ -8,7 +8,7 @@ import pytest
 import megaft
 from megaft.cli import COMMANDS, Command, main
 from megaft.config import OptimConfig
-from megaft.environment import git_state, without_secrets
+from megaft.environment import git_state
 from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
 from megaft.exit_code import exit_code_of
 
@@ -173,10 +173,3 @@ def test_git_state_is_of_this_checkout_only(tmp_path):
     (tmp_path / "a").write_text("2")
     assert git_state(tmp_path) == clean | {"is_dirty": True}
     assert git_state(tmp_path / "inner") is None
-
-
-def test_secrets_are_left_out_of_the_command(monkeypatch):
-    monkeypatch.setenv("SOME_API_KEY", "canary-0123456789")
-    assert without_secrets("--x=canary-0123456789") == "--x=***"
-    assert without_secrets("https://me:word@host/path@2") == "https://***@host/path@2"
-    assert without_secrets("--data.tokenizer=gpt2") == "--data.tokenizer=gpt2"

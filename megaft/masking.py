@@ -1,0 +1,28 @@
+"""What leaves a secret out of whatever a run writes down."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
+LEAST_LENGTH = 8
+"""Characters of a value that may be one: a shorter one would be found in words that are none."""
+
+
+def without_secrets(text: str) -> str:
+    """Return the text without the password of a URL and without the value of any secret environment variable."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= LEAST_LENGTH:
+            text = text.replace(value, "***")
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def masked(value: Any) -> Any:
+    """Return settings, nested as they are, with every text and path without secrets."""
+    if isinstance(value, dict):
+        return {key: masked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item) for item in value]
+    return without_secrets(os.fspath(value)) if isinstance(value, str | os.PathLike) else value
