@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from evaluate_zero_shot.data_files import DataFile, read_text
 from evaluate_zero_shot.geometry import Geometry
 from evaluate_zero_shot.protocols import LastWord, Protocol
 from evaluate_zero_shot.tasks import Task
+from megaft import parallel
 from megaft.errors import DataError
 from megaft.scoring import Row, Window, rows_of
 from megaft.tokenizer import AnyTokenizer
@@ -72,7 +74,10 @@ def prepare(
     text = read_text(data, task, limit_lines)
     detokenizer = detokenizer_of(task, protocol)
     if task.kind == "text":
-        return _text(text, task, protocol, detokenizer, tokenizer, cut)
+        prepared = _text(text, task, protocol, detokenizer, tokenizer, cut)
+        if not prepared.rows:
+            raise DataError(f"{data.path} has no token that protocol {protocol.name} scores; give a longer text.")
+        return prepared
     if task.kind == "last-word":
         variant = task.last_word or protocol.last_word
         assert variant is not None
@@ -102,7 +107,8 @@ def _text(
     else:
         documents = pages.documents(text, task)
     detokenize = detokenizers.get(detokenizer)
-    tokens = TokenText([tokenizer.encode(detokenize(document)) for document in documents])
+    texts = [detokenize(document) for document in documents]
+    tokens = TokenText([tokenizer.encode(text) for text in texts])
     prefix_id = _prefix(tokenizer, protocol) if protocol.has_prefix else None
     return Prepared(
         detokenizer=detokenizer,
@@ -111,9 +117,24 @@ def _text(
         prefix_id=prefix_id,
         num_original_tokens=counts.num_original_tokens(text),
         num_words=counts.word_divisor(protocol, text, documents),
-        num_bytes=sum(map(counts.num_bytes, documents if protocol.scope == "page" else [text])),
+        num_bytes=sum(map(counts.num_bytes, documents if protocol.scope == "page" else [text]))
+        if _gives_back(tokenizer, texts, tokens)
+        else None,
         document_words=tuple(map(counts.num_words, documents)) if len(documents) > 1 else None,
     )
+
+
+def _gives_back(tokenizer: AnyTokenizer, texts: Sequence[str], tokens: TokenText) -> bool:
+    """Whether decoding gives the texts back. If not, the nats are not of their bytes, and figures by byte flatter."""
+    ends = itertools.pairwise(tokens.document_offsets)
+    if all(tokenizer.decode(tokens.read(*end).tolist()) == text for text, end in zip(texts, ends, strict=True)):
+        return True
+    if parallel.is_main():
+        print(
+            "warning: the tokenizer loses text: decoding does not give it back, so no figure by bytes is given.",
+            file=sys.stderr,
+        )
+    return False
 
 
 def _last_words(

@@ -48,7 +48,8 @@ class TokenFile:
 
     document_offsets: Int64[np.ndarray, " documents+1"]
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, vocab_size: int | None = None) -> None:
+        """Open the pair. Where `vocab_size` is given, no larger token is ever read."""
         idx, data = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (idx, data):
             if not path.is_file():
@@ -64,16 +65,25 @@ class TokenFile:
             )
         is_empty = self.num_tokens == 0  # an empty file cannot be mapped
         self._tokens = np.zeros(0, self.dtype) if is_empty else np.memmap(data, self.dtype, mode="r")
+        self._data, self._vocab_size = data, vocab_size
 
     def read(self, begin: int, end: int) -> Tokens:
         """Return tokens begin to end of the concatenated documents, as a view of the file.
 
         Raises:
             IndexError: The range is not inside the stream.
+            DataError: A token is not in the vocabulary; to a model on a GPU it would be a crash without a name.
         """
         if not 0 <= begin <= end <= self.num_tokens:
             raise IndexError(f"tokens {begin} to {end} of a stream of {self.num_tokens}")
-        return self._tokens[begin:end]
+        tokens = self._tokens[begin:end]
+        if self._vocab_size is not None and tokens.max(initial=0) >= self._vocab_size:
+            at = int(tokens.argmax())
+            raise DataError(
+                f"{self._data}, token {begin + at:,} is {tokens[at]}, but the vocabulary has {self._vocab_size}; "
+                "run megaft prepare again."
+            )
+        return tokens
 
 
 def _read_idx(path: Path) -> tuple[np.dtype, Int[np.ndarray, " documents"]]:

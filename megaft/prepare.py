@@ -105,6 +105,7 @@ def _write(config: PrepareConfig, sources: list[Source], tokenizer: AnyTokenizer
                 round_trip.check(piece.text, piece_ids)
                 writer.add(piece, piece_ids)
             show(sum(source.num_bytes for source in sources))
+    _tell_changes(sources)
     bin_sha256 = writer.close()
     if writer.counts.documents == 0:
         raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
@@ -127,6 +128,14 @@ def _write(config: PrepareConfig, sources: list[Source], tokenizer: AnyTokenizer
         "crlfs": sum(source.crlfs for source in sources),
         "bin_sha256": bin_sha256,
     }
+
+
+def _tell_changes(sources: list[Source]) -> None:
+    for source in sources:
+        if source.byte_order_marks:
+            print(f"warning: {source.path} begins with a byte order mark, which is left out.", file=sys.stderr)
+        if source.crlfs:
+            print(f"warning: {source.path} has {source.crlfs:,} line ends CRLF, which became LF.", file=sys.stderr)
 
 
 def _layout(config: PrepareConfig, tokenizer: AnyTokenizer) -> Layout:

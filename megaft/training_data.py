@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+
 from megaft.config import DataConfig
 from megaft.dataset import Documents, Samples, Stream
 from megaft.errors import ConfigError, DataError, UserError
+from megaft.indexed import TokenFile
 from megaft.parallel import Topology
 from megaft.prepare import ensure_prepared
 from megaft.receipt import load_receipt
@@ -116,7 +119,25 @@ def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Sa
         else Stream(source.prefix, config.context_length, config.attend_within_documents)
         for source in sources
     ]
+    for source, corpus in zip(sources, corpora, strict=True):
+        if len(corpus) == 0:
+            raise DataError(f"{source.prefix} has no document of two tokens or more; give data.train a longer text.")
     return Samples(corpora, [source.weight for source in sources], seed)
+
+
+def notes_on_lengths(sources: Sequence[Source], config: DataConfig) -> list[str]:
+    """Return how many documents are longer than the context, and how long the longest is; a sentence a dataset."""
+    if config.sample == "stream":
+        return []
+    notes = []
+    for source in sources:
+        lengths = np.diff(TokenFile(source.prefix).document_offsets) - 1
+        num_longer, longest = int((lengths > config.context_length).sum()), int(lengths.max(initial=0))
+        notes.append(
+            f"{source.prefix}: {num_longer:,} of {len(lengths):,} documents are longer than data.context-length, "
+            f"{config.context_length}, and are cut; the longest has {longest:,} tokens to predict."
+        )
+    return notes
 
 
 def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:

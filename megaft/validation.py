@@ -24,7 +24,7 @@ class Validation:
 
     def __init__(self, source: Source, config: TrainConfig, tokenizer: AnyTokenizer):
         receipt = load_receipt(source.prefix)
-        self.tokens = TokenFile(source.prefix)
+        self.tokens = TokenFile(source.prefix, receipt["tokenizer"]["vocab_size"])
         # Of a text with unscored prompts, words and bytes of the scored part alone are not known.
         has_mask = receipt["has_mask"]
         self.is_scored = _scored_tokens(source.prefix, self.tokens, tokenizer.prefix_id) if has_mask else None
@@ -35,10 +35,12 @@ class Validation:
             prefix_id=self.prefix_id,
             eod_id=None if has_mask else receipt["eod_id"],
         )
+        if not self.rows:
+            raise DataError(f"{source.prefix} has no token to validate on; give data.valid a longer text.")
         self.options = {
             "tokens_per_batch": config.eval.batch_size * config.eval_context_length,
             "num_words": None if has_mask else receipt["words"],
-            "num_bytes": None if has_mask else receipt["bytes"],
+            "num_bytes": None if has_mask or not receipt["tokenizer"]["round_trip"] else receipt["bytes"],
         }
         self.name = f"{receipt['bin_sha256']}, windows of {config.eval_context_length}, stride {config.eval_stride}"
         """What makes two scores comparable."""

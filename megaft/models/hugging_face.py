@@ -18,6 +18,7 @@ from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
+from megaft.models.weight_files import require_weights
 
 CausalLM = Any
 """A transformers `...ForCausalLM`, whose attributes differ from family to family."""
@@ -121,6 +122,8 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     logging.disable_progress_bar()  # every rank would draw its own
     where, options = _location(source)
     require_inert("model.path", where)
+    if not options and Path(where).is_dir():
+        require_weights(Path(where))
     try:
         config = _load_config(where, options)
         _set_dropout(config, dropout)
