@@ -3,31 +3,37 @@
     RUN/checkpoints/step-00000020/
         rank-00000.safetensors ...  each rank's pieces, keyed kind/name@offset, fp32
         manifest.json               size and SHA-256 of every file, shapes, the run's state, and its own SHA-256
-    RUN/checkpoints/latest          the name of the newest
+    RUN/checkpoints/latest          the name of the newest; only a hint
 
-There is no pickle in it. A folder without a manifest whose sizes and hashes hold is not a checkpoint.
+There is no pickle in it. A folder without a manifest whose sizes and hashes hold is not a checkpoint. `saver` writes
+them; here they are found, verified and read.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
+from typing import Any, TypeVar
 
 from megaft import engine_state, parallel
-from megaft.errors import CheckpointError
-from megaft.files import fsync, replacing, sha256_of, to_json, write_json_atomic
+from megaft.config import CHANGEABLE
+from megaft.errors import CheckpointError, UserError
+from megaft.files import sha256_of, to_json
 from megaft.pieces import Pieces
 from megaft.run_state import Identity, RunState
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+# A checkpoint that the same step, saved again, is about to replace is one as well, until it has.
+NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
+
+T = TypeVar("T")
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -35,182 +41,232 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save(engine, run_dir: Path, state: RunState, identity: Identity, keep_last: int) -> Path:
-    """Publish a checkpoint; every rank calls this and writes its own pieces.
-
-    The files are written beside, hashed, synced, and renamed into place in one step; only then does `latest` name
-    them and are older ones removed, never the best.
-    """
-    final = folder_of(run_dir, state.step)
-    temporary = final.with_name(final.name + ".tmp")
-    if parallel.is_main():
-        _sweep(final.parent)
-        temporary.mkdir(parents=True)
-    parallel.barrier()
-    _write_shard(engine, temporary)
-    parallel.barrier()
-    if parallel.is_main():
-        _write_manifest(engine, temporary, state, identity)
-        shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after a resume
-        temporary.rename(final)
-        fsync(final.parent)
-        with replacing(final.parent / "latest") as file:
-            file.write(final.name + "\n")
-        _remove_old(run_dir, keep_last, state.best_step)
-    parallel.barrier()
-    return final
-
-
-def _write_shard(engine, folder: Path) -> None:
-    path = folder / f"rank-{parallel.data_parallel_rank():05d}.safetensors"
-    pieces = {
-        f"{kind}/{name}@{offset}": values.cpu().clone() for name, kind, offset, values in engine_state.collect(engine)
-    }
-    save_file(pieces, path)
-    fsync(path)
-    # Each rank hashes what it wrote; the main one reads the results from the folder, which all ranks share.
-    write_json_atomic(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": sha256_of(path)})
-
-
-def _write_manifest(engine, folder: Path, state: RunState, identity: Identity) -> None:
-    files = {}
-    for receipt in sorted(folder.glob("rank-*.json")):
-        files[receipt.with_suffix(".safetensors").name] = json.loads(receipt.read_text())
-        receipt.unlink()
-    manifest = {
-        "format": FORMAT,
-        "state": asdict(state),
-        "identity": asdict(identity),
-        "loss_scale": engine_state.loss_scale_state(engine),
-        "world_size": parallel.data_parallel_size(),
-        "zero_stage": engine_state.stage(engine),
-        "shapes": engine_state.shapes(engine),
-        "files": files,
-    }
-    write_json_atomic(folder / MANIFEST, manifest | {"sha256": _manifest_sha256(manifest)})
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a killed save or removal left behind."""
-    for leftover in (*folder.glob("*.tmp"), *folder.glob("*.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _remove_old(run_dir: Path, keep_last: int, best_step: int | None) -> None:
-    steps = sorted(saved_steps(run_dir))
-    for step in steps[:-keep_last]:
-        if step != best_step:
-            doomed = folder_of(run_dir, step)
-            hidden = doomed.with_name(doomed.name + ".old")
-            doomed.rename(hidden)
-            shutil.rmtree(hidden)
+def published(folder: Path) -> list[Path]:
+    """Return the checkpoints in RUN/checkpoints, oldest first, whether or not they still hold."""
+    found = {path: match for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))}
+    return sorted(found, key=lambda path: (found[path][1], found[path][2] is None, path.name))
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Return the steps of all published checkpoints, whether or not they still hold."""
-    folders = (run_dir / "checkpoints").glob("step-" + "[0-9]" * 8)
-    return [int(folder.name.removeprefix("step-")) for folder in folders]
+    """Return the steps of all published checkpoints, rising, whether or not they still hold."""
+    return [step_of(path) for path in published(run_dir / "checkpoints")]
 
 
-def find(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint that holds, the same one on every rank; say why newer ones do not.
+def step_of(folder: Path) -> int:
+    """Return the step after which a checkpoint was saved."""
+    return int(folder.name[len("step-") :][:8])
+
+
+def together(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function on every rank; where one raises a UserError, all do, so that none waits for another."""
+    result, error = None, None
+    try:
+        result = function(*arguments)
+    except UserError as caught:
+        error = caught
+    parallel.raise_together(error)
+    return result  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The checkpoint to continue from, and what was passed over."""
+
+    folder: Path | None
+    """None where the run is new."""
+    skipped: tuple[tuple[str, str], ...]
+    """Name and reason of what does not hold, and of a pointer that names something else."""
+
+
+def find(run_dir: Path) -> Found:
+    """Return the newest checkpoint that holds, the same one on every rank; print why newer ones do not.
+
+    Every rank hashes its share of the files.
 
     Raises:
-        CheckpointError: There are checkpoints, and none holds.
+        CheckpointError: There are checkpoints, or a pointer to one, and none holds.
     """
-    step = _newest_valid_step(run_dir) if parallel.is_main() else 0
-    step = int(parallel.from_main(torch.tensor(step)))
-    if step == DAMAGED:
-        raise CheckpointError(
-            f"no checkpoint in {run_dir / 'checkpoints'} holds; put one back, or start over with --run.fresh."
-        )
-    return None if step == NONE else folder_of(run_dir, step)
+    folder, skipped = run_dir / "checkpoints", []
+    candidates = published(folder) if parallel.is_main() else []
+    while name := _agreed(candidates.pop().name if candidates else ""):
+        reason = _agreed(_damage(folder / name))
+        if not reason:
+            break
+        skipped.append((name, reason))
+    skipped += [entry for entry in [("latest", _agreed(_stray_pointer(folder, name)))] if entry[1]]
+    if parallel.is_main():
+        for what, reason in skipped:
+            print(f"skipped {what}: {reason}", flush=True)
+    if skipped and not name:
+        raise CheckpointError(f"no checkpoint in {folder} holds; put one back, or start over with --run.fresh.")
+    return Found(folder / name if name else None, tuple(skipped))
 
 
-NONE, DAMAGED = -1, -2
+AGREED_BYTES = 1000
 
 
-def _newest_valid_step(run_dir: Path) -> int:
-    steps = sorted(saved_steps(run_dir), reverse=True)
-    for step in steps:
-        folder = folder_of(run_dir, step)
+def _agreed(text: str) -> str:
+    """Return, on every rank, the text of the last rank that has one."""
+    speaker = parallel.max_over_ranks([parallel.data_parallel_rank() if text else -1])[0]
+    mine = text.encode() if speaker == parallel.data_parallel_rank() else b""
+    agreed = parallel.max_over_ranks([*mine[:AGREED_BYTES].ljust(AGREED_BYTES, b"\0")])
+    return bytes(agreed).rstrip(b"\0").decode(errors="replace")
+
+
+def _damage(folder: Path) -> str:
+    """Return what is wrong with this rank's share of a checkpoint."""
+    try:
+        verify(folder, parallel.data_parallel_rank(), parallel.data_parallel_size())
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def _stray_pointer(folder: Path, found: str) -> str:
+    """Return what is wrong with `latest`, on the main rank."""
+    if not parallel.is_main() or not folder.is_dir():
+        return ""
+    try:
+        named = (folder / "latest").read_text(errors="replace").strip()[:80]
+    except OSError:
+        named = None
+    if named == (found or None):
+        return ""
+    there = ", ".join(path.name for path in published(folder)) or "no checkpoints"
+    return f"it {'is missing' if named is None else f'names {named!r}'}; {found or 'none'} is taken of {there}."
+
+
+def peek(run_dir: Path) -> dict[str, Any] | None:
+    """Return the manifest of the newest checkpoint that has a readable one, hashing no other file.
+
+    It asks no other rank, so it can be called before they have joined.
+    """
+    for folder in reversed(published(run_dir / "checkpoints")):
         try:
-            verify(folder)
-            return step
-        except CheckpointError as error:
-            print(f"skipped {folder.name}: {error}", flush=True)
-    return DAMAGED if steps else NONE
+            return read_manifest(folder)
+        except CheckpointError:
+            continue  # `find` says why
+    return None
 
 
-def verify(folder: Path) -> dict:
+def verify(folder: Path, share: int = 0, num_shares: int = 1) -> dict[str, Any]:
     """Return the manifest of a checkpoint whose files all have the size and hash it names.
+
+    Args:
+        folder: The checkpoint's.
+        share: Only every `num_shares`-th file is hashed, from this one.
+        num_shares: By default every file is.
 
     Raises:
         CheckpointError: One is missing or different; the message names it.
     """
     manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
+    for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
         path = folder / name
-        if path.parent != folder:
+        if name in ("", "..") or Path(name).name != name or path.is_symlink():
             raise CheckpointError(f"{folder / MANIFEST} names {name}, which is outside the checkpoint.")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing.")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {expected['bytes']}.")
-        if sha256_of(path) != expected["sha256"]:
+        require_size(path, expected["bytes"])
+        if number % num_shares == share and _sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's.")
     return manifest
 
 
-def read_manifest(folder: Path) -> dict:
+def require_size(path: Path, num_bytes: int) -> None:
+    """Raise CheckpointError unless a file is there and has so many bytes."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    if path.stat().st_size != num_bytes:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {num_bytes}.")
+
+
+def _sha256_of(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest.
 
     Raises:
         CheckpointError: It is missing, unreadable, damaged, or of a format this version does not know.
     """
+    path = folder / MANIFEST
+    if folder.is_symlink() or path.is_symlink():
+        raise CheckpointError(f"{folder} is or holds a symbolic link; move the checkpoint itself there.")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(path.read_text())
         known = manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / MANIFEST} is missing or unreadable; the checkpoint was never finished."
-        ) from error
+        raise CheckpointError(f"{path} is missing or unreadable; the checkpoint was never finished.") from error
     if not known:
-        raise CheckpointError(f"{folder / MANIFEST} has format {manifest['format']}; this megaft reads {FORMAT}.")
+        raise CheckpointError(f"{path} has format {manifest['format']}; this megaft reads {FORMAT}.")
     if manifest.pop("sha256", None) != _manifest_sha256(manifest):
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: its SHA-256 is not the one it names.")
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one it names.")
     return manifest
 
 
-def _manifest_sha256(manifest: dict) -> str:
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """Return the contents of manifest.json, which names its own SHA-256."""
+    return to_json(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2) + "\n"
+
+
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return sha256(to_json(manifest).encode()).hexdigest()
 
 
-def load(engine, folder: Path, identity: Identity) -> RunState:
-    """Put a verified checkpoint into a fresh engine and return the run's state.
+def load(engine: Any, folder: Path, identity: Identity, allow_changed: Collection[str] = ()) -> RunState:
+    """Put a verified checkpoint into an engine, fresh or in the middle of a run, and return the run's state.
+
+    Each rank reads its own pieces and no others.
 
     Raises:
-        CheckpointError: It belongs to another run; the message names every difference.
+        CheckpointError: It belongs to another run (the message names every difference), or it cannot be read.
     """
-    manifest = read_manifest(folder)
-    _require_same_run(folder, manifest["identity"], asdict(identity))
-    state = RunState.from_json(manifest["state"])
-    pieces = Pieces(folder, manifest)
-    engine_state.restore(engine, pieces.read, state.step - state.skipped_steps)
-    engine_state.set_loss_scale_state(engine, manifest["loss_scale"])
+    state, loss_scale = together(_load, engine, folder, identity, allow_changed)
+    engine_state.refresh(engine)
+    engine_state.set_loss_scale_state(engine, loss_scale)
     engine.global_steps, engine.skipped_steps = state.step, state.skipped_steps
     return state
 
 
-def _require_same_run(folder: Path, saved: dict, now: dict) -> None:
-    differences = [
-        f"{name}: {saved.get(name)} then, {value} now" for name, value in now.items() if saved.get(name) != value
-    ]
-    if differences:
+def _load(engine, folder: Path, identity: Identity, allow_changed: Collection[str]) -> tuple[RunState, dict]:
+    manifest = read_manifest(folder)
+    require_same_run(folder, manifest["identity"], asdict(identity), allow_changed)
+    state = RunState.from_json(manifest["state"])
+    engine_state.restore(engine, Pieces(folder, manifest).read, state.step - state.skipped_steps)
+    engine_state.check_settings(engine, identity.optim["weight_decay"])
+    return state, manifest["loss_scale"]
+
+
+def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> None:
+    """Compare the identity in a manifest with this run's; print the differences that are allowed.
+
+    Raises:
+        CheckpointError: There are others; the message names every one.
+    """
+    now = json.loads(to_json(now))
+    changed = {
+        name: _difference(name, saved.get(name), value) for name, value in now.items() if saved.get(name) != value
+    }
+    refused = [name for name in changed if name not in allowed]
+    if refused:
+        changeable = [name for name in refused if name in CHANGEABLE]
+        allow = f"--checkpoint.allow-changed {' '.join([*allowed, *changeable])}, " if changeable else ""
         raise CheckpointError(
-            f"{folder} belongs to another run ({'; '.join(differences)}). "
-            "Use the settings it was made with, another --run.dir, or --run.fresh to start over."
+            f"{folder} belongs to another run ({'; '.join(changed[name] for name in refused)}). "
+            f"Use the settings it was made with, {allow}another --run.dir, or --run.fresh to start over."
         )
+    if changed and parallel.is_main():
+        print(f"continues {folder} although {'; '.join(changed.values())}", flush=True)
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        return "; ".join(_difference(f"{name}.{key}", then.get(key), now.get(key)) for key in keys)
+    return f"{name}: {then} then, {now} now"
 
 
 def remove_all(run_dir: Path) -> None:

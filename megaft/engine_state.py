@@ -7,8 +7,9 @@ saving and loading are the same few lines for all of them, and no rank ever gath
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from megaft import parallel
+from megaft.optim import parameter_groups
 
 WEIGHT = "weight"
 """The kind of the fp32 weight itself; the other kinds are the optimizer's names of its moments."""
@@ -92,6 +94,7 @@ def shapes(engine) -> dict[str, list[int]]:
 
 def collect(engine) -> Iterator[tuple[str, str, int, Tensor]]:
     """Yield (name, kind, offset, values) of what this rank has to write: every piece exactly once over all ranks."""
+    _ensure_moments(engine)
     is_replicated = stage(engine) == 0
     for number, place in enumerate(places(engine)):
         is_ours = number % parallel.data_parallel_size() == parallel.data_parallel_rank()
@@ -109,26 +112,55 @@ def _tensors(engine, place: Place) -> Iterator[tuple[str, Tensor]]:
             yield kind, place.within(moment) if moment.numel() == place.owner.numel() else moment.view(-1)
 
 
-def restore(engine, read, optimizer_steps: int) -> None:
-    """Overwrite weights and moments on this rank.
+def restore(engine, read: Callable[[str, str, int, int], Tensor], optimizer_steps: int) -> None:
+    """Overwrite this rank's fp32 weights and moments; `refresh` must follow on all ranks.
 
     Args:
-        engine: A fresh engine of any stage and world size.
+        engine: An engine of any stage and world size, fresh or between two steps.
         read: `read(name, kind, offset, numel)` returns that piece as fp32.
         optimizer_steps: Steps the moments have seen (Adam's bias correction).
     """
-    _make_moments(engine)
+    _ensure_moments(engine)
     for place in places(engine):
         for kind, values in _tensors(engine, place):
             values.copy_(read(place.name, kind, place.offset, values.numel()))
     _set_optimizer_steps(inner_optimizer(engine), optimizer_steps)
-    _refresh_compute_weights(engine)
 
 
-def _make_moments(engine) -> None:
-    """Let a fresh optimizer create its moments by one step of zero gradients at learning rate zero."""
+def check_settings(engine, weight_decay: float) -> None:
+    """Assert that every group steps as it was built to, every parameter in its own, and that no states share a step.
+
+    DeepSpeed's own universal checkpoints merge groups at stage 3 (seen in 0.19.8).
+    """
+    optimizer = inner_optimizer(engine)
+    shared = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "weight_decay")}
+    for group in optimizer.param_groups:
+        assert shared.items() <= group.items(), f"a parameter group has {group}, not {shared}"
+    for wanted in parameter_groups(engine.module.named_parameters(), weight_decay):
+        decays = {optimizer.param_groups[index]["weight_decay"] for index in _group_indices(engine, wanted["params"])}
+        assert decays <= {wanted["weight_decay"]}, f"groups decay by {decays}, not by {wanted['weight_decay']}"
+    steps = [state["step"].data_ptr() for state in optimizer.state.values() if torch.is_tensor(state.get("step"))]
+    assert len(set(steps)) == len(steps), "two states share a step"
+
+
+def _group_indices(engine, parameters: list[Any]) -> set[int]:
+    """Return which of the optimizer's groups step the parameters, of those this rank has a part of."""
+    zero = engine.optimizer
+    if stage(engine) == 3:
+        return {zero.sub_group_to_group_id[zero.grad_position[zero.get_param_id(one)][0]] for one in parameters}
+    if stage(engine) > 0:
+        return {one._hp_mapping.param_group_index for one in parameters if one._hp_mapping is not None}
+    ids = {id(one) for one in parameters}
+    groups = inner_optimizer(engine).param_groups
+    return {index for index, group in enumerate(groups) if not ids.isdisjoint(map(id, group["params"]))}
+
+
+def _ensure_moments(engine) -> None:
+    """Let an optimizer that has not stepped create its moments, by a step of zero gradients at learning rate zero."""
     optimizer = inner_optimizer(engine)
     owners = list({id(place.owner): place.owner for place in places(engine)}.values())
+    if all(optimizer.state.get(owner) for owner in owners):
+        return
     before = [(group["params"], group["lr"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["params"], group["lr"] = [], 0.0
@@ -141,6 +173,7 @@ def _make_moments(engine) -> None:
         owner.grad = grad
     for group, (parameters, rate) in zip(optimizer.param_groups, before, strict=True):
         group["params"], group["lr"] = parameters, rate
+    _set_optimizer_steps(optimizer, 0)
 
 
 def _set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -152,12 +185,13 @@ def _set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
             group["step"] = steps
 
 
-def _refresh_compute_weights(engine) -> None:
-    """Copy the fp32 weights into those the forward pass uses."""
+def refresh(engine) -> None:
+    """Copy the fp32 weights into those the forward pass uses, on all ranks together."""
     zero = engine.optimizer
     if stage(engine) in (1, 2):
         zero.update_lp_params()
     elif stage(engine) == 3:
+        zero._partition_all_parameters()  # what was gathered, and stays so between steps, has the old weights
         for compute, master, parts in zip(
             zero.fp16_partitioned_groups_flat,
             zero.fp32_partitioned_groups_flat,
@@ -167,20 +201,43 @@ def _refresh_compute_weights(engine) -> None:
             compute.data.copy_(master.data)
             for part, values in zip(parts, zero.unflatten(compute, parts), strict=True):
                 part.data = values.data
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def step(engine) -> float | Tensor | None:
+def step(engine, is_wanted: Callable[[float], bool] | None = None) -> float | Tensor | None:
     """Take the engine's step; return the norm of the whole batch's gradient before clipping.
 
     On any but the last micro batch of a step the engine only counts, and what is returned has no meaning. At stage 0
     DeepSpeed tells no norm, but the gradients are whole and still there before its step.
+
+    Args:
+        engine: The engine, after its backward pass.
+        is_wanted: Asked with the norm before weights move; where it says no they stay, and the step counts as skipped.
     """
     norm = None
     if stage(engine) == 0 and engine.is_gradient_accumulation_boundary():
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-    engine.step()
+    if is_wanted is None or not engine.is_gradient_accumulation_boundary():
+        engine.step()
+    else:
+        _step_if(engine, cache(lambda: is_wanted(float(engine.optimizer._global_grad_norm if norm is None else norm))))
     return engine.get_global_grad_norm() if norm is None else norm
+
+
+def _step_if(engine, is_wanted: Callable[[], bool]) -> None:
+    """Take the engine's step with an optimizer that asks first; under ZeRO it steps once a group of parameters."""
+    optimizer = inner_optimizer(engine)
+    really_step = optimizer.step
+    optimizer.step = lambda *args, **kwargs: really_step(*args, **kwargs) if is_wanted() else None
+    skipped_before = engine.skipped_steps
+    try:
+        engine.step()
+    finally:
+        del optimizer.step
+    if engine.skipped_steps == skipped_before and not is_wanted():
+        engine.skipped_steps += 1
 
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -198,3 +255,15 @@ def set_loss_scale_state(engine, state: dict[str, float | int]) -> None:
     """Put back what `loss_scale_state` returned."""
     for field, value in state.items():
         setattr(engine.optimizer.loss_scaler, field, value)
+
+
+def keep_loss_scale_at_floor(engine) -> None:
+    """Let an overflow at the smallest loss scale be one more skipped step: the guard ends the run, with a message."""
+    if hasattr(scaler := getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+
+
+def is_loss_scale_at_floor(engine) -> bool:
+    """Whether the fp16 loss scale can fall no further."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return engine.fp16_enabled() and getattr(scaler, "cur_scale", None) == getattr(scaler, "min_scale", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -21,16 +22,18 @@ class Pieces:
         self._spans = defaultdict(list)
         for name in manifest["files"]:
             self._index(folder / name)
+        for spans in self._spans.values():
+            spans.sort(key=itemgetter(0))
 
     def _index(self, path: Path) -> None:
         try:
             shard = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-        for key in shard.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
-            whole, _, offset = key.rpartition("@")
-            kind, _, name = whole.partition("/")
-            self._spans[name, kind].append((int(offset), shard, key))
+            for key in shard.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+                whole, _, offset = key.rpartition("@")
+                kind, _, name = whole.partition("/")
+                self._spans[name, kind].append((int(offset), shard, key))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a safetensors file of ours: {error}") from error
 
     def read(self, name: str, kind: str, offset: int, numel: int) -> Tensor:
         """Return `numel` elements from `offset` of a flattened parameter's weight or moment.
@@ -41,9 +44,9 @@ class Pieces:
         out, found = torch.empty(numel), 0
         for begin, shard, key in self._spans[name, kind]:
             piece = shard.get_slice(key)
-            first, last = max(begin, offset), min(begin + piece.get_shape()[0], offset + numel)
-            if first < last:
-                out[first - offset : last - offset] = piece[first - begin : last - begin]
+            first, last = max(begin, offset + found), min(begin + piece.get_shape()[0], offset + numel)
+            if first == offset + found and first < last:
+                out[found : found + last - first] = piece[first - begin : last - begin]
                 found += last - first
         if found != numel:
             raise CheckpointError(f"the checkpoint holds {found} of {numel} elements of {kind} of {name}.")
