@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: demo test test-fast lint types check format clean
+.PHONY: demo test test-fast lint types check format lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py
@@ -32,6 +32,14 @@ check: lint types test
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What SECURITY.md says to install where every file must be the known one.
+lock:
+	$(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/python -m pip install --quiet uv==0.13.9
+	$(VENV)/lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --all-extras --python-version 3.11 \
+		--python-platform x86_64-unknown-linux-gnu --constraint constraints.txt --custom-compile-command "make lock" \
+		--output-file requirements.lock pyproject.toml
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megaft needs Python 3.11 or newer: make PYTHON=python3.11")'

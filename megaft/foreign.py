@@ -14,13 +14,14 @@ FILES = (
     *("config.json", "tokenizer_config.json", "adapter_config.json"),
     *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
 )
+_CODE_KEYS = ("auto_map", "trust_remote_code")
 _KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation")
 
 
 def require_inert(setting: str, source: str | Path) -> None:
     """Refuse a model or tokenizer whose files name code, kernels or files elsewhere, before transformers reads them.
 
-    transformers has had holes here (CVE-2026-4372), and asks or warns where a run on many ranks needs an error.
+    transformers has had holes here (CVE-2026-4372, CVE-2026-5241), and asks or warns where many ranks need an error.
 
     Args:
         setting: What the user named it by, for the message.
@@ -57,15 +58,13 @@ def _fault(path: Path) -> str | None:
     if path.name == "adapter_config.json":
         return "is of an adapter, whose base may lie anywhere; merge the two and give the whole model."
     for key, value in _pairs(content):
-        if key == "auto_map" and value:
+        if key in _CODE_KEYS and value:
             return (
-                f"has auto_map {json.dumps(value)}, code to run, and megaft runs none that comes with a model; "
+                f"has {key} {json.dumps(value)}, and megaft runs no code that comes with a model; "
                 "where transformers has the architecture itself, remove the entry in a copy of the model."
             )
         if _KERNEL_KEY.match(key) and _names_a_kernel(key, value):
-            return (
-                f"has {key} {json.dumps(value)}, which may be code on the hub; remove the entry in a copy of the model."
-            )
+            return f"has {key} {json.dumps(value)}, which may be code on the hub; remove the entry in a copy of it."
     if path.name.endswith(".index.json"):
         return _outside(content)
     return None

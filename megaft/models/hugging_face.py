@@ -18,6 +18,7 @@ from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
+from megaft.masking import without_secrets
 from megaft.models.weight_files import require_weights
 
 CausalLM = Any
@@ -225,7 +226,7 @@ def save_adapters(model: CausalLM, folder: Path, base: str | None) -> None:
 
     folder.mkdir(parents=True)
     config = model.peft_config["default"]
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path = base and without_secrets(base)
     config.save_pretrained(folder)
     state = get_peft_model_state_dict(model)
     weights = {f"base_model.model.{name}": values.contiguous() for name, values in state.items()}
