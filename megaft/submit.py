@@ -101,6 +101,14 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
+def seconds_of(limit: str) -> int:
+    """Return the seconds of a walltime, which SLURM reads as M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, _, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    parts = parts if days or len(parts) == 3 else [0, *parts]
+    return 86_400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+
+
 def _flag(name: str) -> str:
     return name.replace("_", "-")
 
@@ -173,23 +181,27 @@ def _option(line: str) -> str | None:
 
 
 def require_resources(asked: dict[str, str]) -> None:
-    """Raise ConfigError if `sinfo` is here and knows no such partition, or one with fewer nodes or GPUs than asked."""
+    """Raise ConfigError if `sinfo` is here and knows no such partition, or it has less than what is asked for."""
     if shutil.which("sinfo") is None:
         return
-    command = ["sinfo", "--noheader", "--format=%P %D %G"]
+    command = ["sinfo", "--noheader", "--format=%P %D %l %G"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         print("sinfo does not answer: nodes, GPUs and partition are not checked.", file=sys.stderr)
         return
-    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
     names = [name.rstrip("*") for name, *_ in rows]
     default = next((name.rstrip("*") for name, *_ in rows if name.endswith("*")), names[0] if names else "")
     wanted = asked.get("partition", default)
     require(wanted in names, f"partition is {wanted}; use one of {', '.join(dict.fromkeys(names))}.")
-    here = [(int(nodes), _gpus(gres)) for name, nodes, gres in rows if name.rstrip("*") == wanted]
-    num_nodes = sum(nodes for nodes, _ in here)
-    _require_at_most("nodes", asked, num_nodes, wanted)
-    _require_at_most("gpus-per-node", asked, max(gpus for _, gpus in here), wanted)
+    here = [(int(nodes), limit, _gpus(gres)) for name, nodes, limit, gres in rows if name.rstrip("*") == wanted]
+    _require_at_most("nodes", asked, sum(nodes for nodes, *_ in here), wanted)
+    _require_at_most("gpus-per-node", asked, max(gpus for *_, gpus in here), wanted)
+    time, limit = asked.get("time", ""), here[0][1]
+    require(
+        not (WALLTIME.fullmatch(time) and WALLTIME.fullmatch(limit)) or seconds_of(time) <= seconds_of(limit),
+        f"time is {time}; partition {wanted} gives {limit} at most. Use that or less; the rest is done in more turns.",
+    )
 
 
 def _require_at_most(name: str, asked: dict[str, str], most: int, partition: str) -> None:

@@ -43,16 +43,17 @@ run_dir_of() {
     echo "$run_dir"
 }
 
-# finetune FLAGS...: train; where training asks for it (exit code 75), requeue the job, which then continues the run.
-# srun's own code cannot say so: the first task to end with 75 makes srun end the others, and it shows their 143.
+# finetune FLAGS...: train; where training asks for it (RUN/ended.json says 75), requeue the job, which then goes on.
+# srun's own code cannot tell. The first task to end makes srun end the others, and it shows the highest code of all:
+# 143 where all were to end with 75; and 75, of tasks that were still starting, where one had a mistake to report.
 finetune() {
     local ended code=0
     ended=$(run_dir_of "$@")/ended.json
     rm -f "$ended" # of the job's last turn
     run_tasks "$MEGAFT_HOME/megaft/train.py" "$@" || code=$?
-    if [ "$code" -ne 0 ] && [ -f "$ended" ]; then
+    if [ -f "$ended" ]; then
         code=$(sed -n 's/.*"code": *\([0-9]*\).*/\1/p' "$ended")
+        if [ "$code" -eq 75 ]; then requeue; fi
     fi
-    if [ "$code" -eq 75 ]; then requeue; fi
     exit "$code"
 }

@@ -16,6 +16,8 @@ from megaft.parallel import free_port
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("n1", "n2", "n3")
 """n1 and n2 are partition main, n2 and n3 partition spare: a node can be lost that main does not need."""
+GPUS = [f"gpu{number}" for number in range(8)]
+"""Of each node; to SLURM any file is one."""
 
 CONFIG = """\
 ClusterName=megaft
@@ -55,7 +57,7 @@ PartitionName=spare Nodes=n2,n3 MaxTime=60 State=UP DefaultTime=5
 """
 NODE = (
     "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
-    "CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:2"
+    "CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:{num_gpus}"
 )
 
 
@@ -125,11 +127,11 @@ def _configure(folder):
     key = folder / "munge" / "key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(1024))
-    nodes = "\n".join(NODE.format(name=name, port=free_port()) for name in NODES)
+    nodes = "\n".join(NODE.format(name=name, port=free_port(), num_gpus=len(GPUS)) for name in NODES)
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, port=free_port(), nodes=nodes))
-    for name in ("gpu0", "gpu1"):
+    for name in GPUS:
         (folder / name).touch()
-    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu[0-1]\n")
+    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu[0-{len(GPUS) - 1}]\n")
 
 
 def _commands(folder):

@@ -109,6 +109,14 @@ def test_walltime(time_limit, is_accepted, programs, capsys):
 
 
 @pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:01", 7201), ("2-12", 216_000), ("1-0:30", 88_200), ("1-00:00:02", 86_402)],
+)
+def test_seconds_of_a_walltime(limit, seconds):
+    assert submit.seconds_of(limit) == seconds
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         pytest.param(["--job-name=a\n#SBATCH --uid=0"], "job-name is 'a\\n#SBATCH --uid=0'", id="newline"),
@@ -149,7 +157,7 @@ def test_a_script_that_cannot_run_is_refused(content, said, programs, tmp_path, 
     assert said in submitted(capsys, "--print", str(tmp_path / "s.sbatch"), code=2)
 
 
-SINFO = "echo 'main* 2 gpu:a100:4(S:0-1)'; echo 'main* 3 gpu:2'; echo 'cpu 9 (null)'"
+SINFO = "echo 'main* 2 1-00:00:00 gpu:a100:4(S:0-1)'; echo 'main* 3 1-00:00:00 gpu:2'; echo 'cpu 9 infinite (null)'"
 
 
 @pytest.mark.parametrize(
@@ -160,6 +168,8 @@ SINFO = "echo 'main* 2 gpu:a100:4(S:0-1)'; echo 'main* 3 gpu:2'; echo 'cpu 9 (nu
         pytest.param(["--gpus-per-node=8"], "gpus-per-node is 8; partition main has 4.", id="too many GPUs"),
         pytest.param(["--partition=cpu", "--gpus-per-node=0", "--nodes=9"], None, id="another partition"),
         pytest.param(["--partition=cpu"], "gpus-per-node is 4; partition cpu has 0.", id="the script's own number"),
+        pytest.param(["--time=24:00:00"], None, id="as long as there is"),
+        pytest.param(["--time=1-0:00:01"], "partition main gives 1-00:00:00 at most.", id="too long"),
         pytest.param(["--partition=gpu"], "partition is gpu; use one of main, cpu.", id="unknown partition"),
     ],
 )
@@ -211,6 +221,7 @@ def start_job(programs, tmp_path, monkeypatch):
         pytest.param(93, 143, 93, False, id="stopped by the user"),
         pytest.param(5, 5, 5, False, id="not finite"),
         pytest.param(None, 137, 137, False, id="killed"),
+        pytest.param(None, 75, 75, False, id="a rank's 75 is not the run's"),
     ],
 )
 def test_how_training_ends_decides(ended, rank_code, code, is_requeued, start_job, tmp_path):
