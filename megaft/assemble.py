@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 
-from megaft import checkpoint, parallel
+from megaft import checkpoint, engine_state, parallel
 from megaft.config import TrainConfig, require
 from megaft.dataset import Cut, Samples
 from megaft.deepspeed_json import Resolved, read_deepspeed_json, resolve
 from megaft.environment import write_config
+from megaft.events import Events, job, record_end
+from megaft.guard import Guard
 from megaft.models import hugging_face
 from megaft.optim import build_optimizer, parameter_groups
 from megaft.parallel import Topology
 from megaft.run_state import Identity, RunState
+from megaft.saver import Saver
 from megaft.throughput import Meter
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.trackers import check_trackers
-from megaft.training_data import open_samples, prepare_sources, require_same_tokenizer
+from megaft.training_data import notes_on_lengths, open_samples, prepare_sources, require_same_tokenizer
 from megaft.validation import Validation
 
 
@@ -28,6 +32,7 @@ from megaft.validation import Validation
 class Parts:
     """What the loop works with."""
 
+    config: TrainConfig
     engine: Any
     device: torch.device
     setup: Resolved
@@ -37,11 +42,23 @@ class Parts:
     tokenizer: AnyTokenizer
     meter: Meter
     identity: Identity
+    saver: Saver
+    guard: Guard
+    events: Events
     state: RunState
     """Of the checkpoint the run continues from, or a new run's."""
     max_steps: int
     settings: dict[str, Any]
     """As resolved, for RUN/config.json and the trackers."""
+
+    def end(self, state: RunState, exit_code: int, reason: str) -> int:
+        """Leave the reason in the run's folder and return the exit code."""
+        if parallel.is_main():
+            record_end(self.config.run.dir, exit_code, reason)
+            self.events.record("end", state.step, exit_code=exit_code, reason=reason)
+            if exit_code:
+                print(reason, flush=True)
+        return exit_code
 
 
 def assemble(config: TrainConfig, topology: Topology) -> Parts:
@@ -49,7 +66,13 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     check_trackers(config.metrics)
     raw = read_deepspeed_json(config.deepspeed_config)
     has_cuda = torch.cuda.is_available()
-    setup = resolve(raw, world_size=topology.world_size, optim=config.optim, has_cuda=has_cuda)
+    setup = resolve(
+        raw,
+        world_size=topology.world_size,
+        optim=config.optim,
+        has_cuda=has_cuda,
+        resumed_batch_size=_resumed_batch_size(config),
+    )
     if config.model.path is not None:
         hugging_face.require_there(config.model.path)
     sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, topology)
@@ -58,7 +81,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     samples = open_samples(sources.train, config.data, config.run.seed)
     max_steps = _max_steps(config, setup, samples)
 
-    device = parallel.join(topology)
+    device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
     parallel.require_supported(setup.dtype)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed)
     hugging_face.require_fits(language_model, tokenizer, config.longest_input)
@@ -94,11 +117,15 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         "peak_flops": meter.peak_flops,
         "peak_flops_source": meter.peak_source,
     }
+    events = Events(config.run.dir, topology.is_main)
     if topology.is_main:
         _start_folder(config, settings)
-        for note in setup.notes:
+        for note in (*setup.notes, *notes_on_lengths(sources.train, config.data)):
             print(note, flush=True)
+    engine_state.keep_loss_scale_at_floor(engine)
+    state = _state(config, engine, identity, events)
     return Parts(
+        config=config,
         engine=engine,
         device=device,
         setup=setup,
@@ -108,10 +135,18 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         tokenizer=tokenizer,
         meter=meter,
         identity=identity,
-        state=_state(config, engine, identity),
+        saver=Saver(config.run.dir, identity, config.checkpoint),
+        guard=Guard(config.guard, state.guard, has_loss_scale=setup.dtype == "float16"),
+        events=events,
+        state=state,
         max_steps=max_steps,
         settings=settings,
     )
+
+
+def _resumed_batch_size(config: TrainConfig) -> int | None:
+    newest = None if config.run.fresh else checkpoint.peek(config.run.dir)
+    return newest["identity"]["global_batch_size"] if newest else None
 
 
 def _max_steps(config: TrainConfig, setup: Resolved, samples: Samples) -> int:
@@ -138,11 +173,15 @@ def _start_folder(config: TrainConfig, settings: dict[str, Any]) -> None:
     write_config(config.run.dir, settings)
 
 
-def _state(config: TrainConfig, engine: Any, identity: Identity) -> RunState:
-    newest = checkpoint.find(config.run.dir)
-    if newest is None:
-        return RunState()
-    state = checkpoint.load(engine, newest, identity)
-    if parallel.is_main():
-        print(f"continues from {newest}, after {state.step} steps", flush=True)
+def _state(config: TrainConfig, engine: Any, identity: Identity, events: Events) -> RunState:
+    found = checkpoint.find(config.run.dir)
+    for name, reason in found.skipped:
+        events.record("skipped checkpoint", 0, name=name, reason=reason)
+    state = RunState()
+    if found.folder is not None:
+        state = checkpoint.load(engine, found.folder, identity, config.checkpoint.allow_changed)
+        if parallel.is_main():
+            print(f"continues from {found.folder}, after {state.step} steps", flush=True)
+    parallel.together(events.require_progress, state.step)
+    events.record("start", state.step, **job(), world_size=parallel.data_parallel_size())
     return state

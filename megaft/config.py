@@ -167,6 +167,8 @@ class RunConfig:
     """Which checkpoint becomes RUN/export: the best by validation, or the last."""
     max_minutes: float | None = None
     """Save and end with exit code 75 (requeue me) after the step in which so many minutes since the start are over."""
+    timeout_minutes: float = 10.0
+    """End with exit code 75 when other ranks have not been heard of for so long. Longer than any validation or save."""
     fresh: bool = False
     """Start over: checkpoints and metrics of an earlier run in the folder are removed."""
 
@@ -186,6 +188,10 @@ class RunConfig:
         require(
             self.max_minutes is None or self.max_minutes > 0,
             f"run.max-minutes is {self.max_minutes}; use a number above 0, for example 230.",
+        )
+        require(
+            math.isfinite(self.timeout_minutes) and self.timeout_minutes > 0,
+            f"run.timeout-minutes is {self.timeout_minutes}; use a finite number above 0, for example 10.",
         )
         for name in ("validate_every", "patience", "seed"):
             value = getattr(self, name)

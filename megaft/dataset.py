@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megaft.errors import ConfigError
 from megaft.indexed import TokenFile
+from megaft.left_out import Ranges, whole_position
 from megaft.loss import IGNORE_INDEX
 from megaft.permutation import permute
 from megaft.receipt import load_receipt
@@ -59,7 +60,7 @@ class _Tokens:
         receipt = load_receipt(prefix)
         self.sha256: str = receipt["bin_sha256"]
         self.context_length = context_length
-        self.tokens = TokenFile(prefix)
+        self.tokens = TokenFile(prefix, receipt["tokenizer"]["vocab_size"])
         self.scored = TokenFile(f"{prefix}.scored") if receipt["has_mask"] else None
 
     def between(self, begin: int, end: int) -> Sample:
@@ -207,30 +208,34 @@ class Cut:
         """Samples per step, over all ranks."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_ranks
 
-    def first_positions(self, step: int) -> list[int]:
-        """Return where in the sequence of samples each micro batch of this rank begins.
+    def first_positions(self, position: int) -> list[int]:
+        """Return where in the sequence of samples each micro batch of this rank begins, in a step from `position` on.
 
         Piece m of rank r is number m * num_ranks + r of the global batch, so that with one micro-batch size the same
         pieces exist on any number of ranks.
         """
         pieces = range(self.rank, self.gradient_accumulation_steps * self.num_ranks, self.num_ranks)
-        return [step * self.global_batch_size + piece * self.micro_batch_size for piece in pieces]
+        return [position + piece * self.micro_batch_size for piece in pieces]
 
 
-def micro_batches(samples: Samples, step: int, cut: Cut, padded_to: int | None, keep_documents: bool) -> list[Batch]:
+def micro_batches(
+    samples: Samples, position: int, left_out: Ranges, cut: Cut, padded_to: int | None, keep_documents: bool
+) -> list[Batch]:
     """Return this rank's micro batches of a step.
 
     Args:
         samples: The run's samples.
-        step: Counted from 0.
+        position: Samples taken by the steps before.
+        left_out: Samples of the whole sequence that the run does without.
         cut: How the step's samples are dealt.
         padded_to: Row length; None pads to the longest sample, rounded up to a multiple of PADDED_TO.
         keep_documents: Whether the batch tells the model which tokens are of one document.
     """
-    return [
-        collate([samples[first + row] for row in range(cut.micro_batch_size)], first, padded_to, keep_documents)
-        for first in cut.first_positions(step)
-    ]
+    batches = []
+    for first in cut.first_positions(position):
+        chosen = [whole_position(first + row, left_out) for row in range(cut.micro_batch_size)]
+        batches.append(collate([samples[place] for place in chosen], chosen[0], padded_to, keep_documents))
+    return batches
 
 
 def collate(rows: list[Sample], first_position: int, padded_to: int | None, keep_documents: bool) -> Batch:

@@ -90,7 +90,14 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ConfigError(f"{constant} is not JSON; write a finite number.")
 
 
-def resolve(raw: dict[str, Any], *, world_size: int, optim: OptimConfig, has_cuda: bool) -> Resolved:
+def resolve(
+    raw: dict[str, Any],
+    *,
+    world_size: int,
+    optim: OptimConfig,
+    has_cuda: bool,
+    resumed_batch_size: int | None = None,
+) -> Resolved:
     """Check a DeepSpeed JSON and say what it means.
 
     Args:
@@ -98,6 +105,8 @@ def resolve(raw: dict[str, Any], *, world_size: int, optim: OptimConfig, has_cud
         world_size: Data-parallel ranks.
         optim: The command line's settings. A block of the JSON that says otherwise wins over a default only.
         has_cuda: Whether the ranks have CUDA devices.
+        resumed_batch_size: Global batch of a run that continues, perhaps on another number of ranks: the micro-batch
+            falls to the largest that divides.
 
     Raises:
         ConfigError: Anything DeepSpeed would refuse, ignore, or run as something else than it says.
@@ -112,6 +121,8 @@ def resolve(raw: dict[str, Any], *, world_size: int, optim: OptimConfig, has_cud
     _check_precision(stage, dtype)
     optim, total_num_steps = translate_blocks(config, optim, notes)
     check_optimizer(optim, stage, dtype, has_cuda and not offloads)
+    if resumed_batch_size is not None:
+        _fall_to_dividing_micro_batch(config, resumed_batch_size, world_size, notes)
     batch = _batch_sizes(config, world_size, notes)
     _fill_in(config, batch, notes)
     return Resolved(
@@ -255,6 +266,18 @@ def _batch_sizes(config: dict[str, Any], world_size: int, notes: list[str]) -> t
     if train != micro * accumulation * world_size:
         _fail_batch(config, train, max(micro, 1), max(accumulation, 1), world_size)
     return train, micro, accumulation
+
+
+def _fall_to_dividing_micro_batch(
+    config: dict[str, Any], resumed_batch_size: int, world_size: int, notes: list[str]
+) -> None:
+    train, micro, accumulation = (_positive(config, key) for key in BATCH_KEYS)
+    train = train or resumed_batch_size
+    asked = micro or max(1, train // ((accumulation or 1) * world_size))
+    size = largest_micro_batch_size(train, asked, world_size)
+    config |= zip(BATCH_KEYS, (train, size, "auto"), strict=True)
+    if size != asked:
+        notes.append(f"{BATCH_KEYS[1]} falls from {asked} to {size}, to cut {train} evenly over {world_size} ranks.")
 
 
 def _positive(config: dict[str, Any], key: str) -> int | None:

@@ -230,12 +230,12 @@ def _step_if(engine, is_wanted: Callable[[], bool]) -> None:
     """Take the engine's step with an optimizer that asks first; under ZeRO it steps once a group of parameters."""
     optimizer = inner_optimizer(engine)
     really_step = optimizer.step
-    optimizer.step = lambda *args, **kwargs: really_step(*args, **kwargs) if is_wanted() else None
+    vars(optimizer)["step"] = lambda *args, **kwargs: really_step(*args, **kwargs) if is_wanted() else None
     skipped_before = engine.skipped_steps
     try:
         engine.step()
     finally:
-        del optimizer.step
+        del vars(optimizer)["step"]
     if engine.skipped_steps == skipped_before and not is_wanted():
         engine.skipped_steps += 1
 
@@ -259,7 +259,8 @@ def set_loss_scale_state(engine, state: dict[str, float | int]) -> None:
 
 def keep_loss_scale_at_floor(engine) -> None:
     """Let an overflow at the smallest loss scale be one more skipped step: the guard ends the run, with a message."""
-    if hasattr(scaler := getattr(engine.optimizer, "loss_scaler", None), "raise_error_at_min_scale"):
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None:
         scaler.raise_error_at_min_scale = False
 
 

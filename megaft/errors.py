@@ -1,8 +1,11 @@
 """What a user can get wrong, and the exit code each kind ends the program with."""
 
 
-class UserError(ValueError):
-    """Names the setting or file, its value, the rule, and a value that works. Shown without a traceback."""
+class UserError(Exception):
+    """Names the setting or file, its value, the rule, and a value that works. Shown as one line, without a traceback.
+
+    No ValueError: tyro would take it for one of its own, and break it into a box.
+    """
 
     exit_code = 2
 
@@ -24,6 +27,18 @@ class CheckpointError(UserError):
 
 
 class NumericsError(UserError):
-    """A loss or gradient that is not finite."""
+    """A loss or gradient that is not finite, or that the guard was told to stop at."""
 
     exit_code = 5
+
+
+class NoProgressError(UserError):
+    """A job that is requeued again and again gets no further."""
+
+    exit_code = 93
+
+
+class LostPeerError(UserError):
+    """Another rank ended or hangs. The same command continues from the last checkpoint, so requeue it."""
+
+    exit_code = 75

@@ -10,6 +10,9 @@ from typing import Any
 
 from megaft.errors import UserError
 
+REQUEUE, DO_NOT_REQUEUE = 75, 93
+"""What batch scripts look for: saved and to be continued; ended on purpose or without hope."""
+
 SECONDS_FOR_MAIN = 20.0
 
 

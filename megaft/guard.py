@@ -1,24 +1,144 @@
-"""What stops a run that has gone wrong."""
+"""What watches the numbers of a run: not finite, far above what they were, or overflowing again and again.
+
+A decision is a function of the steps before it alone, and what it compares with is in the checkpoint, so every rank,
+and a resumed run, decides the same.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-from megaft.errors import NumericsError
+from megaft.config import GuardConfig
+
+MAD_TO_DEVIATION = 1.4826
+"""A normal distribution's standard deviation over its median absolute deviation (Rousseeuw & Croux 1993, eq. 1.3)."""
+
+SMALLEST_DEVIATION = 0.01
+"""Of the median: what hardly varies must not turn a small change into a spike."""
 
 
-def require_finite(rows: Iterable[dict[str, Any]], run_dir: Path) -> None:
-    """Raise NumericsError for a step whose loss is not finite; no later step is worth its time.
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """A step gone wrong, and what is decided about it."""
 
-    An fp16 overflow is not one: its loss is finite, and the engine skips the step.
-    """
-    for row in rows:
-        if not math.isfinite(row["loss"]):
-            raise NumericsError(
-                f"the loss of step {row['step']} is {row['loss']} (learning rate {row['learning_rate']:.3g}, "
-                f"gradient norm {row['grad_norm']}). Checkpoints in {run_dir}/checkpoints are from before it; "
-                "lower optim.learning-rate, or look at that step's samples."
-            )
+    event: str
+    step: int
+    decision: str
+    loss: float
+    grad_norm: float
+
+    def __str__(self) -> str:
+        return f"{self.event} at step {self.step} (loss {self.loss:.6g}, gradient norm {self.grad_norm:.6g})"
+
+
+class Guard:
+    """Judges every step by its loss and gradient norm, once, in order."""
+
+    def __init__(self, config: GuardConfig, state: dict[str, Any], *, has_loss_scale: bool) -> None:
+        """Go on from the `state` of a checkpoint; an empty one is a new run's.
+
+        Args:
+            has_loss_scale: Whether a gradient that overflows is how the engine finds its fp16 loss scale.
+        """
+        self._config = config
+        self._has_loss_scale = has_loss_scale
+        self.restore(state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to the `state` of a checkpoint."""
+        size = self._config.spike_window
+        self._losses = deque(map(float, state.get("losses", ())), size)
+        self._grad_norms = deque(map(float, state.get("grad_norms", ())), size)
+        self._overflows: int = state.get("overflows", 0)
+        self._skipped_steps: int = state.get("skipped_steps", 0)
+        self.rewinds: int = state.get("rewinds", 0)
+        self._judged: set[int] = set()
+        self._troubles: list[Trouble] = []
+
+    def state(self) -> dict[str, Any]:
+        """Return what later decisions depend on, as JSON values."""
+        return {
+            "losses": list(self._losses),
+            "grad_norms": list(self._grad_norms),
+            "overflows": self._overflows,
+            "skipped_steps": self._skipped_steps,
+            "rewinds": self.rewinds,
+        }
+
+    @property
+    def decides_before_the_step(self) -> bool:
+        """Whether a step may be skipped, so that its numbers are needed before the weights move."""
+        return "skip" in (self._config.non_finite, self._config.spike)
+
+    def judge(self, rows: Iterable[dict[str, Any]], *, is_scale_at_floor: bool = False) -> list[Trouble]:
+        """Take in steps; return what was wrong since the last call, up to the first that ends or rewinds the run.
+
+        Args:
+            rows: step, loss, grad_norm, and the run's skipped_steps after it, of each step.
+            is_scale_at_floor: Whether the fp16 loss scale can fall no further.
+        """
+        for row in rows:
+            if row["step"] in self._judged:  # before its weights moved
+                self._judged.remove(row["step"])
+                self._skipped_steps = row["skipped_steps"]
+            elif all(trouble.decision == "skip" for trouble in self._troubles):
+                self._judge(row["step"], row["loss"], row["grad_norm"], row["skipped_steps"], is_scale_at_floor)
+        troubles, self._troubles = self._troubles, []
+        return troubles
+
+    def wants(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Take in a step whose weights have not moved yet, which did not overflow; return whether they may."""
+        self._judged.add(step)
+        before = len(self._troubles)
+        self._judge(step, loss, grad_norm, self._skipped_steps, False)
+        return len(self._troubles) == before
+
+    def _judge(
+        self, step: int, loss: float, grad_norm: float | None, skipped_steps: int, is_scale_at_floor: bool
+    ) -> None:
+        grad_norm = math.nan if grad_norm is None else grad_norm
+        overflowed = skipped_steps > self._skipped_steps
+        self._skipped_steps = skipped_steps
+        self._overflows = self._overflows + 1 if overflowed else 0
+        event, decision = self._name(loss, grad_norm, overflowed, is_scale_at_floor)
+        if event is not None:
+            self._troubles.append(Trouble(event, step, decision, loss, grad_norm))
+        elif not overflowed:
+            self._losses.append(loss)
+            self._grad_norms.append(grad_norm)
+
+    def _name(self, loss: float, grad_norm: float, overflowed: bool, is_scale_at_floor: bool) -> tuple[str | None, str]:
+        if not math.isfinite(loss):
+            return "non-finite loss", self._config.non_finite
+        if overflowed and self._has_loss_scale:
+            if is_scale_at_floor:
+                return "overflow at the smallest loss scale", "stop"
+            return ("overflow streak", "stop") if self._overflows >= self._config.max_overflows else (None, "")
+        if overflowed or not math.isfinite(grad_norm):
+            return "non-finite gradient", self._config.non_finite
+        if self._config.spike != "ignore":
+            for name, value, window in (
+                ("loss", loss, self._losses),
+                ("gradient norm", grad_norm, self._grad_norms),
+            ):
+                if self._is_spike(value, window):
+                    return f"{name} spike", self._config.spike
+        return None, ""
+
+    def _is_spike(self, value: float, window: deque[float]) -> bool:
+        if 4 * len(window) < self._config.spike_window:
+            return False
+        return value > median(window) + self._config.spike_deviations * robust_deviation(window)
+
+
+def robust_deviation(values: Iterable[float]) -> float:
+    """Return a standard deviation that outliers do not move: 1.4826 times the median distance from the median."""
+    values = list(values)
+    middle = median(values)
+    spread = MAD_TO_DEVIATION * median(abs(value - middle) for value in values)
+    return max(spread, SMALLEST_DEVIATION * abs(middle))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megaft.config import MetricsConfig
 from megaft.files import naming_disk_errors, replacing, to_json
-from megaft.guard import require_finite
 from megaft.terminal import Terminal
 from megaft.throughput import Mark, Meter
 from megaft.trackers import check_trackers, open_trackers
@@ -37,11 +36,19 @@ class MetricsFile:
             ConfigError: The disk refuses.
         """
         self._path = path
-        with replacing(path) as new:
-            if first_step > 0 and path.exists():
-                new.writelines(_lines_up_to(path, first_step))
-        with naming_disk_errors(path):
-            self._file = path.open("a", encoding="utf-8")
+        self._open(first_step)
+
+    def _open(self, step: int) -> None:
+        with replacing(self._path) as new:
+            if step > 0 and self._path.exists():
+                new.writelines(_lines_up_to(self._path, step))
+        with naming_disk_errors(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`."""
+        self.close()
+        self._open(step)
 
     def log(self, row: Row) -> None:
         """Append a row; it outlives the process from here on."""
@@ -135,15 +142,15 @@ class Metrics:
             ConfigError: A tracker's package is missing (on every rank alike), or the disk refuses.
         """
         check_trackers(config)
-        self._run_dir = run_dir
         self._meter = meter
         self._pending = Pending(meter.device)
-        self._sinks = []
+        self._sinks, self._file = [], None
         if is_main:
             with naming_disk_errors(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = MetricsFile(run_dir / "metrics.jsonl", first_step)
             self._sinks = [
-                MetricsFile(run_dir / "metrics.jsonl", first_step),
+                self._file,
                 open_trackers(config, run_dir, settings, first_step),
                 Terminal(first_step, max_steps),
             ]
@@ -190,14 +197,17 @@ class Metrics:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Keep what happens in the block (validating, saving) out of the throughput; steps before it are reported.
-
-        Raises:
-            NumericsError: The loss of one of them is not finite: its weights are neither validated nor saved.
-        """
-        require_finite(self.drain(), self._run_dir)
+        """Keep what happens in the block (validating, saving) out of the throughput; steps before it are reported."""
+        self.drain()
         yield
         self._pending.start_clock()
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`; trackers show them until they come again."""
+        self.drain()
+        self._pending.start_clock()
+        if self._file:
+            self._file.rewind(step)
 
     def close(self, failed: bool = False) -> None:
         """Report what was left and close everything; trackers are told whether the run failed."""

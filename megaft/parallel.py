@@ -15,16 +15,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaft.errors import ConfigError, UserError
+from megaft.errors import ConfigError, LostPeerError, UserError
 from megaft.exit_code import exit_code_of
 
+T = TypeVar("T")
+
 TIMEOUT = timedelta(minutes=10)
-"""After this long without its peers a collective ends with an error."""
+"""By default, after this long without its peers a collective ends with an error."""
 
 # launcher, the variable that shows it, then its rank, local rank and world size.
 # OpenMPI stands before SLURM because mpirun starts its daemons with srun inside a job.
@@ -113,8 +116,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def join(topology: Topology) -> torch.device:
-    """Start the process group through DeepSpeed and return this rank's device."""
+def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
+    """Start the process group through DeepSpeed, whose collectives wait no longer; return this rank's device."""
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -130,8 +133,31 @@ def join(topology: Topology) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = device_of(topology)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
+    if not dist.is_initialized():
+        _meet(topology, backend, timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return device
+
+
+def _meet(topology: Topology, backend: str, timeout: timedelta) -> None:
+    """Start torch's process group, which DeepSpeed then takes; ConfigError where not all ranks come together."""
+    variable = "MEGAFT_RENDEZVOUS_SECONDS"  # how long ranks that start late are waited for
+    seconds = _integer(os.environ, variable) if variable in os.environ else int(TIMEOUT.total_seconds())
+    where = f"{topology.master_addr}:{topology.master_port} (MASTER_ADDR and MASTER_PORT)"
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"{where} is in use by another program; choose another port, {free_port()} is free."
+            ) from error
+        joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
+        missing = f"{int(joined[2]) - int(joined[1])} of {joined[2]} ranks are" if joined else "rank 0 is"
+        raise ConfigError(
+            f"rank {topology.rank} waited {seconds} seconds at {where}, and {missing} missing. Look why in their own "
+            f"messages, or whether that address is reached from every node; {variable} sets how long to wait."
+        ) from error
 
 
 def device_of(topology: Topology) -> torch.device:
@@ -164,7 +190,22 @@ def leave() -> None:
 
 def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
     """Run a program as the rank that the launcher made of this process; return its exit code, with no group left."""
-    code = exit_code_of(lambda: program(discover(os.environ)), is_main=is_main_of(os.environ))
+    return exit_code_of(lambda: _run_and_leave(program, discover(os.environ)), is_main=is_main_of(os.environ))
+
+
+def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> int:
+    try:
+        code = program(topology)
+    except UserError:
+        leave()
+        raise
+    except RuntimeError as error:  # leaving could wait for the lost one
+        if not any(sign in str(error) for sign in ("gloo/", "NCCL")):
+            raise
+        raise LostPeerError(
+            f"rank {topology.rank} lost its peers ({str(error).splitlines()[0].rpartition('] ')[2]}): another rank "
+            "ended, or hangs; its own message says why. The same command continues from the last checkpoint."
+        ) from error
     leave()
     return code
 
@@ -207,7 +248,7 @@ def max_over_ranks(values: list[int]) -> list[int]:
 
 
 @cache
-def _host_group(world: object) -> dist.ProcessGroup | None:
+def _host_group(world: object) -> Any:
     """A group of all ranks that computes on the host, made once a process group (whose end ends it)."""
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
 
@@ -224,6 +265,17 @@ def raise_together(error: UserError | None) -> None:
     if worst:
         kind = next(kind for kind in UserError.__subclasses__() if kind.exit_code == worst)
         raise kind(f"rank {where} could not go on; its own message says why.")
+
+
+def together(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function on every rank; where one raises a UserError, all do, so that none waits for another."""
+    result, error = None, None
+    try:
+        result = function(*arguments)
+    except UserError as caught:
+        error = caught
+    raise_together(error)
+    return cast(T, result)
 
 
 def from_main(tensor: Tensor) -> Tensor:

@@ -16,19 +16,33 @@ if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
 
 from dataclasses import replace
 
+from megaft import stop
 from megaft.config import TrainConfig, parse_train
 
 if TYPE_CHECKING:
     from megaft.parallel import Topology
+    from megaft.run_state import RunState
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, train, export; return the exit code."""
-    config = parse_train(arguments)  # before the heavy imports, so that --help is instant
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & {*arguments}:
+        parse_train(arguments)  # before the heavy imports, so that it is instant
+    stop.listen()  # and signals are not lost while they last
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
     from megaft import parallel
 
-    return parallel.exit_code_on_ranks(lambda topology: train(config, topology))
+    return parallel.exit_code_on_ranks(lambda topology: run(parse_train(arguments), topology))
+
+
+def run(config: TrainConfig, topology: Topology) -> int:
+    """Hold the run's folder while training; a second job on it is refused, and why this one ended is written there."""
+    from megaft.events import recording_errors
+    from megaft.lock import locked
+
+    with locked(config.run.dir, topology.is_main), recording_errors(config.run.dir, topology.is_main):
+        return train(config, topology)
 
 
 def train(config: TrainConfig, topology: Topology) -> int:
@@ -39,14 +53,17 @@ def train(config: TrainConfig, topology: Topology) -> int:
     from megaft.assemble import assemble
     from megaft.dataset import micro_batches
     from megaft.export import export
-    from megaft.guard import require_finite
     from megaft.metrics import Metrics
     from megaft.optim import learning_rate, set_learning_rate
+    from megaft.recovery import recovered
 
     run = assemble(config, topology)
     engine, device, state, validation = run.engine, run.device, run.state, run.validation
+    guard, saver, events = run.guard, run.saver, run.events
+    stops = stop.Stops(config.run.dir, config.run.max_minutes, topology.is_main)
     tokens_seen = torch.tensor(state.tokens_seen, device=device)
     padded_to = config.data.context_length if config.data.sample == "stream" else None
+    request = None
 
     with Metrics(
         config.run.dir,
@@ -60,28 +77,43 @@ def train(config: TrainConfig, topology: Topology) -> int:
         if validation and state.step == 0:
             with metrics.pause():
                 metrics.validation(0, validation(engine, device).as_dict())
+        if state.step == 0 and "rewind" in (config.guard.non_finite, config.guard.spike):
+            with metrics.pause():
+                saver.save(engine, state)  # something to go back to
 
         engine.train()
-        while not is_over(config, state, run.max_steps):
-            step = state.step
-            step_rate = learning_rate(step, run.setup.optim, run.max_steps)
+        while not is_over(config, state, run.max_steps) and not (request and request.exit_code):
+            step_rate = learning_rate(state.step, run.setup.optim, run.max_steps)
             set_learning_rate(engine.optimizer, step_rate)
-            batches = micro_batches(run.samples, step, run.cut, padded_to, config.data.attend_within_documents)
+            batches = micro_batches(
+                run.samples, state.position, state.left_out, run.cut, padded_to, config.data.attend_within_documents
+            )
             counts = [sum(batch.num_scored for batch in batches), sum(batch.input_ids.numel() for batch in batches)]
             counts = torch.tensor(counts).to(device, non_blocking=True)
             num_scored, num_tokens = parallel.sum_over_data_ranks(counts).clamp(min=1)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
+
+            def is_wanted(norm: float, step=state.step + 1, nats=nats, num_scored=num_scored) -> bool:
+                loss = float(parallel.sum_over_data_ranks(nats.clone()) / num_scored)
+                return guard.wants(step, loss, norm)
+
             for batch in batches:
                 # Dropout is a function of the seed and of which samples these are: the same after a resume and, at
                 # one micro-batch size, on any number of ranks.
                 torch.manual_seed(dropout_seed(config.run.seed, batch.first_position))
                 batch_nats = engine(*batch.to(device))
+                nats += batch_nats.detach()
                 # DeepSpeed averages gradients over ranks; undo that, and divide by the tokens of the global batch.
                 engine.backward(batch_nats * (parallel.data_parallel_size() / num_scored), scale_wrt_gas=False)
-                grad_norm = engine_state.step(engine)  # weights move on the last micro batch only
-                nats += batch_nats.detach()
+                # Weights move on the last micro batch only.
+                grad_norm = engine_state.step(engine, is_wanted if guard.decides_before_the_step else None)
             tokens_seen = tokens_seen + num_scored
-            state = replace(state, step=step + 1, skipped_steps=engine.skipped_steps)
+            state = replace(
+                state,
+                step=state.step + 1,
+                position=state.position + run.cut.global_batch_size,
+                skipped_steps=engine.skipped_steps,
+            )
             rows = metrics.step(
                 state.step,
                 loss=parallel.sum_over_data_ranks(nats) / num_scored,
@@ -91,27 +123,45 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 tokens=num_tokens,
                 skipped_steps=state.skipped_steps,
             )
-            require_finite(rows, config.run.dir)
 
+            *asked, is_writing = parallel.max_over_ranks([*stops.seen(), int(not saver.is_written)])
+            request = stops.request(*asked)
             is_last = state.step == run.max_steps
-            if validation and (is_last or is_due(state.step, config.run.validate_every)):
+            validates = validation is not None and (is_last or is_due(state.step, config.run.validate_every))
+            saves = request or is_last or is_due(state.step, config.checkpoint.every)
+            if validates or saves:
+                rows += metrics.drain()  # nothing is validated or saved before all that led to it was judged
+            reached = state.step
+            for trouble in guard.judge(rows, is_scale_at_floor=engine_state.is_loss_scale_at_floor(engine)):
+                state = recovered(run, trouble, state)
+            if state.step < reached:
+                tokens_seen = torch.tensor(state.tokens_seen, device=device)
+                metrics.rewind(state.step)
+                continue
+            if saver.is_pending and not is_writing:
+                saver.publish()
+
+            if validation and validates:
                 with metrics.pause():
                     score = validation(engine, device)
                     metrics.validation(state.step, score.as_dict())
                     state = state.after_validation(score.nats_per_token)
-            is_best = state.best_step == state.step
-            if is_best or is_over(config, state, run.max_steps) or is_due(state.step, config.checkpoint.every):
+            if saves or state.best_step == state.step or is_over(config, state, run.max_steps):
                 with metrics.pause():
-                    state = replace(state, tokens_seen=int(tokens_seen))
-                    checkpoint.save(engine, config.run.dir, state, run.identity, config.checkpoint.keep_last)
+                    state = replace(state, tokens_seen=int(tokens_seen), guard=guard.state())
+                    saver.save(engine, state)
+                    events.record("checkpoint", state.step, blocking_seconds=round(saver.blocking_seconds, 3))
+        saver.publish()
 
     parallel.barrier()
+    if request and request.exit_code and not is_over(config, state, run.max_steps):
+        return run.end(state, request.exit_code, f"{request.reason} after step {state.step}; saved")
     if topology.is_main and config.run.export != "none":
         print(f"model: {export(config, state, run.tokenizer, run.setup.dtype)}", flush=True)
-    return 0
+    return run.end(state, 0, f"done, after step {state.step}")
 
 
-def is_over(config: TrainConfig, state, max_steps: int) -> bool:
+def is_over(config: TrainConfig, state: RunState, max_steps: int) -> bool:
     """Whether the last step is done, or patience has run out."""
     return state.step >= max_steps or 0 < config.run.patience <= state.validations_since_best
 

@@ -55,6 +55,7 @@ def write_dataset(prefix, documents, scored=None):
         "documents": len(documents),
         "dtype": "uint16",
         "has_mask": scored is not None,
+        "tokenizer": {"vocab_size": 1 << 16},
         "bin_sha256": digests[0],
     }
     write_json_atomic(prefix.with_name(f"{prefix.name}.json"), receipt)
@@ -202,15 +203,15 @@ def test_the_identity_of_an_order_tells_corpora_weights_and_lengths_apart():
 def test_a_step_is_the_same_samples_in_every_cut(step, micro_batch_size, accumulation, num_ranks):
     cuts = [Cut(micro_batch_size, accumulation, rank, num_ranks) for rank in range(num_ranks)]
     assert {cut.global_batch_size for cut in cuts} == {8}
-    assert {len(cut.first_positions(step)) for cut in cuts} == {accumulation}
-    positions = [first + row for cut in cuts for first in cut.first_positions(step) for row in range(micro_batch_size)]
+    assert {len(cut.first_positions(step * 8)) for cut in cuts} == {accumulation}
+    positions = [first + row for cut in cuts for first in cut.first_positions(step * 8) for row in range(micro_batch_size)]
     assert sorted(positions) == list(range(step * 8, (step + 1) * 8))
 
 
 def test_one_micro_batch_size_gives_the_same_pieces_on_any_number_of_ranks():
     """So dropout, seeded by a piece's first position, is the same too."""
     pieces = [
-        sorted(p for rank in range(ranks) for p in Cut(2, 8 // ranks, rank, ranks).first_positions(3))
+        sorted(p for rank in range(ranks) for p in Cut(2, 8 // ranks, rank, ranks).first_positions(24))
         for ranks in (1, 2, 4, 8)
     ]
     assert all(other == pieces[0] for other in pieces)
@@ -219,7 +220,7 @@ def test_one_micro_batch_size_gives_the_same_pieces_on_any_number_of_ranks():
 def test_micro_batches_are_the_samples_of_their_positions(tmp_path):
     corpus = Stream(write_dataset(tmp_path / "a", cut_documents([40, 3])), 4)
     samples = Samples([corpus], [1], seed=2)
-    first, second = micro_batches(samples, 1, Cut(2, 2, 1, 2), padded_to=4, keep_documents=False)
+    first, second = micro_batches(samples, 8, (), Cut(2, 2, 1, 2), padded_to=4, keep_documents=False)
     assert (first.first_position, second.first_position) == (10, 14)
     for batch in (first, second):
         assert batch.document_ids is None
@@ -227,6 +228,19 @@ def test_micro_batches_are_the_samples_of_their_positions(tmp_path):
             sample = samples[batch.first_position + row]
             assert batch.input_ids[row, : len(sample.input_ids)].tolist() == sample.input_ids.tolist()
             assert batch.labels[row, : len(sample.labels)].tolist() == sample.labels.tolist()
+
+
+def test_what_is_left_out_makes_room_for_the_samples_after_it(tmp_path):
+    samples = Samples([Stream(write_dataset(tmp_path / "a", cut_documents([60])), 4)], [1], seed=2)
+
+    def seen(left_out):
+        batches = [micro_batches(samples, step * 2, left_out, Cut(2, 1, 0, 1), 4, False)[0] for step in range(5)]
+        return [row.tolist() for batch in batches for row in batch.input_ids], [b.first_position for b in batches]
+
+    (whole, _), (rest, first_positions) = seen(()), seen(((2, 4), (5, 6)))
+    assert rest[:2] == whole[:2]
+    assert rest[2:7] == [whole[4], *whole[6:]]
+    assert first_positions == [0, 4, 7, 9, 11]  # what dropout is keyed by
 
 
 # A stream of tokens

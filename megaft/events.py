@@ -1,0 +1,73 @@
+"""RUN/events.jsonl: the audit trail of a run, what happened and what was decided; and RUN/ended.json, why it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megaft.errors import NoProgressError, UserError
+from megaft.files import naming_disk_errors, to_json, write_json_atomic
+
+
+STARTS_WITHOUT_PROGRESS = 3
+"""As many starts of a requeued job at one step are enough."""
+
+
+class Events:
+    """Appends to the audit trail, on the main rank only. Nothing is ever taken out of it, unlike metrics."""
+
+    def __init__(self, run_dir: Path, is_main: bool) -> None:
+        self._path = run_dir / "events.jsonl" if is_main else None
+
+    def record(self, event: str, step: int, **details: Any) -> None:
+        """Write what happened after `step` steps; it is on disk when this returns."""
+        if self._path is None:
+            return
+        row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **details}
+        with naming_disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(to_json(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+    def require_progress(self, step: int) -> None:
+        """Raise NoProgressError, on the main rank, where SLURM restarts this job and it stands where it stood thrice."""
+        if self._path is None or "SLURM_RESTART_COUNT" not in os.environ or not self._path.exists():
+            return
+        rows = [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
+        starts = [row["step"] for row in rows if row["event"] == "start"][-STARTS_WITHOUT_PROGRESS:]
+        if starts == [step] * STARTS_WITHOUT_PROGRESS:
+            raise NoProgressError(
+                f"the job started {STARTS_WITHOUT_PROGRESS} times at step {step} and never got to its next checkpoint; "
+                "it is not requeued again. Look at its log, give it more time, or save more often (checkpoint.every)."
+            )
+
+
+def job() -> dict[str, str | int]:
+    """Return which process this is, as messages about a folder in use name it."""
+    environment = {"job": "SLURM_JOB_ID", "restarts": "SLURM_RESTART_COUNT"}
+    named = {key: os.environ[name] for key, name in environment.items() if name in os.environ}
+    return {"host": socket.gethostname(), "pid": os.getpid(), **named}
+
+
+@contextmanager
+def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
+    """Write the reason into RUN/ended.json when the block ends with a UserError: launchers' codes are unreliable."""
+    try:
+        yield
+    except UserError as error:
+        if is_main:
+            record_end(run_dir, error.exit_code, str(error))
+        raise
+
+
+def record_end(run_dir: Path, exit_code: int, reason: str) -> None:
+    """Write RUN/ended.json, where there is such a run."""
+    if run_dir.is_dir():
+        write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": reason})

@@ -1,0 +1,57 @@
+"""What is done about a step gone wrong: end the run, do without the step, or go back and do without its samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megaft import checkpoint
+from megaft.assemble import Parts
+from megaft.errors import NumericsError
+from megaft.guard import Trouble
+from megaft.left_out import leave_out, whole_ranges
+from megaft.run_state import RunState
+
+
+def recovered(run: Parts, trouble: Trouble, state: RunState) -> RunState:
+    """Record a step gone wrong and return the state to go on from: the same, or the last checkpoint's.
+
+    Raises:
+        NumericsError: The run is to stop there, or has gone back too often.
+    """
+    size = run.cut.global_batch_size
+    begin = state.position - (state.step - trouble.step + 1) * size
+    samples = whole_ranges(begin, begin + size, state.left_out)
+    run.events.record(
+        trouble.event,
+        trouble.step,
+        decision=trouble.decision,
+        loss=trouble.loss,
+        grad_norm=trouble.grad_norm,
+        samples=samples,
+    )
+    if trouble.decision == "skip":
+        return state
+    if trouble.decision == "stop" or run.guard.rewinds >= run.config.guard.max_rewinds:
+        raise NumericsError(_stopped(run, trouble, samples))
+    return _gone_back(run, leave_out(state.left_out, samples))
+
+
+def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:
+    run.saver.publish()
+    folder = checkpoint.find(run.config.run.dir).folder
+    assert folder, "one was written before the first step"
+    rewinds = run.guard.rewinds + 1
+    state = replace(checkpoint.load(run.engine, folder, run.identity), left_out=left_out)
+    run.guard.restore(state.guard | {"rewinds": rewinds})
+    run.events.record("rewind", state.step, left_out=left_out)
+    return state
+
+
+def _stopped(run: Parts, trouble: Trouble, samples: tuple[tuple[int, int], ...]) -> str:
+    steps = [step for step in checkpoint.saved_steps(run.config.run.dir) if step < trouble.step]
+    last = f"the last checkpoint before it is step {max(steps)}" if steps else "there is no checkpoint before it"
+    return (
+        f"{trouble}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; {last}. "
+        f"{f'The run went back {run.guard.rewinds} times already (guard.max-rewinds). ' if run.guard.rewinds else ''}"
+        "Lower optim.learning-rate, look at those samples, or let guard.non-finite or guard.spike be skip or rewind."
+    )

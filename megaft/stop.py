@@ -1,0 +1,73 @@
+"""What ends a run before its last step, or saves it in between: signals, the clock, and files in its folder.
+
+Imported before the heavy libraries, and imports none of them: importing torch takes seconds, in which a signal would
+kill the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaft.exit_code import DO_NOT_REQUEUE, REQUEUE
+
+STARTED = time.monotonic()
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+_received: list[int] = []
+_is_training = False
+
+
+def listen() -> None:
+    """Note signals from here on instead of dying of them; any number of them is noted as the first one."""
+    for number in SIGNALS:
+        signal.signal(number, _note)
+
+
+def _note(number: int, _: object) -> None:
+    # SIGTERM is also how launchers end the peers of a rank that failed. Before the first step nothing is to be saved.
+    if number == signal.SIGTERM and not _is_training:
+        os._exit(REQUEUE)
+    _received.append(number)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of all ranks after a step."""
+
+    to_save: bool
+    exit_code: int | None
+    """What to end with; None goes on."""
+    reason: str
+
+
+class Stops:
+    """This rank's view of what may end the run."""
+
+    def __init__(self, run_dir: Path, max_minutes: float | None, is_main: bool) -> None:
+        global _is_training
+        _is_training = True
+        self._max_seconds = float("inf") if max_minutes is None else 60 * max_minutes
+        # One rank looks for the files, so that no two ranks see different ones.
+        self._files = (run_dir / "STOP", run_dir / "SAVE") if is_main else ()
+
+    def seen(self) -> list[int]:
+        """Return [signal, whether time is up, whether STOP is there, whether SAVE is], for the largest over ranks."""
+        is_late = time.monotonic() - STARTED >= self._max_seconds
+        files = [int(path.exists()) for path in self._files] or [0, 0]
+        return [next(iter(_received), 0), int(is_late), *files]
+
+    def request(self, number: int, is_late: int, to_stop: int, to_save: int) -> Request | None:
+        """Return what the ranks were asked for, together; files that asked are taken away."""
+        for path in self._files:
+            path.unlink(missing_ok=True)
+        if number:
+            return Request(True, REQUEUE, signal.Signals(number).name)
+        if is_late:
+            return Request(True, REQUEUE, "run.max-minutes is over")
+        if to_stop:
+            return Request(True, DO_NOT_REQUEUE, "the file STOP")
+        return Request(True, None, "the file SAVE") if to_save else None
