@@ -14,7 +14,6 @@ from typing import Any
 from megaft.errors import NoProgressError, UserError
 from megaft.files import naming_disk_errors, to_json, write_json_atomic
 
-
 STARTS_WITHOUT_PROGRESS = 3
 """As many starts of a requeued job at one step are enough."""
 
@@ -34,7 +33,6 @@ class Events:
             file.write(to_json(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
 
     def require_progress(self, step: int) -> None:
         """Raise NoProgressError, on the main rank, where SLURM restarts this job and it stands where it stood thrice."""

@@ -130,7 +130,7 @@ GUARDED = [
     *(guarded(f"nan-rewind-{stage}", NAN, "--guard.non-finite=rewind", zero_stage=stage) for stage in range(4)),
     guarded("huge-rewind", HUGE, "--guard.spike=rewind"),
     guarded("huge-stop", HUGE, "--guard.spike=stop"),
-    guarded("nan-bf16", NAN, "--guard.non-finite=skip", bf16={"enabled": True}),
+    guarded("nan-skip-bf16", NAN, "--guard.non-finite=skip", bf16={"enabled": True}),
 ]
 
 
@@ -240,8 +240,6 @@ def test_after_a_rewind_the_samples_are_left_out_and_the_steps_before_are_the_sa
 
 def test_a_rewound_run_is_the_same_at_every_stage(watched):
     folder, _ = watched
-    first, *others = (
-        [row["loss"] for row in rows(folder / f"nan-rewind-{stage}")] for stage in range(4)
-    )
+    first, *others = ([row["loss"] for row in rows(folder / f"nan-rewind-{stage}")] for stage in range(4))
     for other in others:
         assert other == pytest.approx(first, abs=1e-5)
