@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import pairwise
@@ -8,10 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save as safetensors
 from safetensors.torch import save_file
 
 from megaft import checkpoint
-from megaft.checkpoint import find, folder_of, saved_steps, verify
+from megaft.checkpoint import Found, find, folder_of, peek, saved_steps, verify
 from megaft.errors import CheckpointError
 from megaft.pieces import Pieces
 from megaft.run_state import RunState
@@ -35,12 +37,12 @@ def write_checkpoint(run_dir, step=1, shards=None):
     }
     manifest = {"format": checkpoint.FORMAT, "shapes": SHAPES, "files": files}
     write_manifest(folder, manifest)
+    (folder.parent / "latest").write_text(f"{folder.name}\n")
     return folder
 
 
 def write_manifest(folder, manifest):
-    manifest = manifest | {"sha256": checkpoint._manifest_sha256(manifest)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(checkpoint.manifest_text(manifest))
 
 
 # The run's state
@@ -177,11 +179,11 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path, name):
     [
         pytest.param(None, "never finished", id="none"),
         pytest.param("", "never finished", id="empty"),
-        pytest.param('{"format": 1, "files": {"rank-0', "never finished", id="cut off"),
+        pytest.param('{"format": 2, "files": {"rank-0', "never finished", id="cut off"),
         pytest.param("[]", "never finished", id="a list"),
         pytest.param("{}", "never finished", id="no format"),
-        pytest.param('{"format": 99}', "has format 99; this megaft reads 1", id="another format"),
-        pytest.param('{"format": 1}', "manifest.json is damaged", id="no files"),
+        pytest.param('{"format": 99}', "has format 99; this megaft reads 2", id="another format"),
+        pytest.param('{"format": 2}', "manifest.json is damaged", id="no files"),
     ],
 )
 def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path, text, says):
@@ -193,9 +195,7 @@ def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path, text, says):
         verify(folder)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [('"bytes": ', '"bytes": 1'), ("a.weight", "a.weighs"), ("[3, 4]", "[4, 3]")]
-)
+@pytest.mark.parametrize(("before", "after"), [('"bytes": ', '"bytes": 1'), ("a.weight", "a.weighs"), ("5\n", "6\n")])
 def test_a_changed_manifest_is_found(tmp_path, before, after):
     folder = write_checkpoint(tmp_path)
     path = folder / "manifest.json"
@@ -206,34 +206,85 @@ def test_a_changed_manifest_is_found(tmp_path, before, after):
 
 def test_a_file_that_is_not_safetensors_is_named(tmp_path):
     folder = write_checkpoint(tmp_path)
-    (folder / "rank-00001.safetensors").write_bytes(b"pickle?")
-    with pytest.raises(CheckpointError, match=r"rank-00001.safetensors is not a safetensors file"):
-        Pieces(folder, checkpoint.read_manifest(folder))
+    for damage in (b"pickle?", safetensors({"weight/b@x": torch.ones(1)}), None):
+        (folder / "rank-00001.safetensors").unlink()
+        if damage is not None:
+            (folder / "rank-00001.safetensors").write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"rank-00001.safetensors is not a safetensors file"):
+            Pieces(folder, checkpoint.read_manifest(folder))
+
+
+def test_nothing_is_read_through_symbolic_links(tmp_path):
+    folder = write_checkpoint(tmp_path / "run")
+    outside = write_checkpoint(tmp_path / "outside")
+    (folder / "rank-00001.safetensors").unlink()
+    (folder / "rank-00001.safetensors").symlink_to(outside / "rank-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"names rank-00001.safetensors, which is outside the checkpoint"):
+        verify(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to(outside / "manifest.json")
+    folder_of(tmp_path / "run", 2).symlink_to(outside)
+    for linked in (folder, folder_of(tmp_path / "run", 2)):
+        with pytest.raises(CheckpointError, match="is or holds a symbolic link"):
+            verify(linked)
+
+
+@pytest.mark.parametrize("spans", [{0: 3, 1: 2}, {0: 2, 3: 3}, {1: 5}])
+def test_five_elements_that_are_not_each_of_the_five_are_no_parameter(tmp_path, spans):
+    tensors = {f"weight/b@{begin}": torch.ones(numel) for begin, numel in spans.items()}
+    folder = write_checkpoint(tmp_path, shards={"rank-00000.safetensors": tensors})
+    with pytest.raises(CheckpointError, match="of 5 elements of weight of b"):
+        Pieces(folder, verify(folder)).read("b", "weight", 0, 5)
 
 
 # Finding
 
 
 def test_a_new_run_has_no_checkpoint(tmp_path):
-    assert find(tmp_path) is None
+    assert find(tmp_path) == Found(None, ())
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000003.tmp").mkdir()  # a save that was cut off
     (tmp_path / "checkpoints" / "step-00000001.old").mkdir()
-    assert find(tmp_path) is None
-    assert saved_steps(tmp_path) == []
+    assert find(tmp_path) == Found(None, ())
+    assert (saved_steps(tmp_path), peek(tmp_path)) == ([], None)
 
 
 def test_the_newest_that_holds_is_found(tmp_path, capsys):
-    for step in (2, 10, 9):
+    for step in (2, 9, 10):
         write_checkpoint(tmp_path, step)
-    assert find(tmp_path) == folder_of(tmp_path, 10)
+    assert find(tmp_path) == Found(folder_of(tmp_path, 10), ())
     assert capsys.readouterr().out == ""
     flip_a_bit(folder_of(tmp_path, 10) / "rank-00001.safetensors")
     (folder_of(tmp_path, 9) / "manifest.json").unlink()
-    assert find(tmp_path) == folder_of(tmp_path, 2)
-    reasons = capsys.readouterr().out.splitlines()
-    assert [reason.split(":")[0] for reason in reasons] == ["skipped step-00000010", "skipped step-00000009"]
-    assert "rank-00001.safetensors is damaged" in reasons[0]
+    found = find(tmp_path)
+    assert found.folder == folder_of(tmp_path, 2)
+    assert [name for name, _ in found.skipped] == ["step-00000010", "step-00000009", "latest"]
+    assert capsys.readouterr().out.splitlines() == [f"skipped {name}: {reason}" for name, reason in found.skipped]
+    reasons = dict(found.skipped)
+    assert "rank-00001.safetensors is damaged" in reasons["step-00000010"]
+    assert "it names 'step-00000010'; step-00000002 is taken of step-00000002, step-0" in reasons["latest"]
+
+
+@pytest.mark.parametrize(
+    ("pointer", "says"),
+    [
+        pytest.param(None, "it is missing", id="none"),
+        pytest.param("", "it names ''", id="empty"),
+        pytest.param("step-00000009\n", "it names 'step-00000009'", id="naming nothing"),
+        pytest.param("step-00000001\n", "it names 'step-00000001'", id="an older one"),
+        pytest.param("../../other/checkpoints/step-00000001", "it names '../../other", id="outside"),
+    ],
+)
+def test_the_pointer_is_only_a_hint(tmp_path, pointer, says):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    if pointer is not None:
+        (tmp_path / "checkpoints" / "latest").write_text(pointer)
+    found = find(tmp_path)
+    assert found.folder == folder_of(tmp_path, 2)
+    assert found.skipped[0][1].startswith(says)
+    assert found.skipped[0][1].endswith("; step-00000002 is taken of step-00000001, step-00000002.")
 
 
 def test_when_none_holds_nothing_is_trained_from_scratch(tmp_path):
@@ -241,22 +292,27 @@ def test_when_none_holds_nothing_is_trained_from_scratch(tmp_path):
         remove(write_checkpoint(tmp_path, step) / "rank-00000.safetensors")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* holds; .*--run.fresh"):
         find(tmp_path)
+    for step in (1, 2):
+        shutil.rmtree(folder_of(tmp_path, step))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* holds; .*--run.fresh"):  # latest names one
+        find(tmp_path)
 
 
-# Keeping
+def test_one_about_to_be_replaced_counts_until_it_is(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    second = write_checkpoint(tmp_path, 2)
+    aside = second.rename(second.with_name("step-00000002.replaced-17"))
+    assert find(tmp_path).folder == aside
+    assert write_checkpoint(tmp_path, 2) == find(tmp_path).folder
 
 
-@pytest.mark.parametrize(
-    ("keep_last", "best", "kept"),
-    [(1, None, [5]), (2, None, [4, 5]), (9, None, [1, 2, 3, 4, 5]), (1, 2, [2, 5]), (2, 4, [4, 5]), (2, 1, [1, 4, 5])],
-)
-def test_old_checkpoints_go_but_never_the_best(tmp_path, keep_last, best, kept):
-    for step in (3, 1, 2, 5, 4):
+def test_a_glance_at_the_newest_reads_no_more_than_a_manifest(tmp_path):
+    for step in (1, 2, 3):
         write_checkpoint(tmp_path, step)
-    checkpoint._remove_old(tmp_path, keep_last, best)
-    assert sorted(saved_steps(tmp_path)) == kept
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in kept]
-    verify(folder_of(tmp_path, kept[0]))
+    (folder_of(tmp_path, 3) / "manifest.json").write_text("{")
+    for path in folder_of(tmp_path, 2).glob("rank-*"):
+        path.unlink()
+    assert (peek(tmp_path) or {}) == checkpoint.read_manifest(folder_of(tmp_path, 2))
 
 
 def test_starting_over_forgets_all(tmp_path):
@@ -264,10 +320,3 @@ def test_starting_over_forgets_all(tmp_path):
     write_checkpoint(tmp_path)
     checkpoint.remove_all(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_another_run_is_refused_with_every_difference(tmp_path):
-    then = {"global_batch_size": 8, "seed": 0, "data": "abc", "tokenizer": "t"}
-    with pytest.raises(CheckpointError, match=r"\(seed: 0 then, 1 now; model: None then, m now\)"):
-        checkpoint._require_same_run(tmp_path, then, then | {"seed": 1, "model": "m"})
-    checkpoint._require_same_run(tmp_path, then, dict(then))

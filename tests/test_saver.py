@@ -1,0 +1,274 @@
+"""Publishing checkpoints: what is on disk at every moment, what is kept, and what happens when the disk refuses."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+from itertools import count
+
+import pytest
+import torch
+from plain_engine import IDENTITY, PlainEngine, save, save_killed
+from safetensors.torch import load_file
+
+from megaft import checkpoint, saver
+from megaft.checkpoint import find, folder_of, load, saved_steps, verify
+from megaft.config import CheckpointConfig
+from megaft.errors import CheckpointError
+from megaft.run_state import RunState
+from megaft.shard import write_shard
+
+MODES = [pytest.param(False, id="sync"), pytest.param(True, id="async")]
+
+
+def fill_of(folder):
+    engine = PlainEngine(fill=-1.0)
+    load(engine, folder, IDENTITY)
+    return engine.fill
+
+
+def names(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+# One file
+
+
+@pytest.mark.parametrize("lengths", [[], [1], [3, 0, 5], [1 << 20, 7]])
+def test_a_shard_is_what_safetensors_reads(tmp_path, lengths):
+    tensors = {f"weight/a.{i}@{i}": torch.randn(numel) for i, numel in enumerate(lengths)}
+    path = tmp_path / "shard"
+    num_bytes, digest = write_shard(path, list(tensors.items()))
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert (num_bytes, digest.hex()) == (path.stat().st_size, checkpoint.sha256_of(path))
+    with pytest.raises(FileExistsError):
+        write_shard(path, [])
+
+
+# A whole checkpoint
+
+
+@pytest.mark.parametrize("is_background", MODES)
+def test_a_saved_state_is_found_and_loaded(tmp_path, is_background):
+    state = RunState(7, 1, 900, 28, ((3, 5),), 7, 2.5, 0, {"rewinds": 1})
+    engine = PlainEngine(fill=0.5)
+    mine = saver.Saver(tmp_path, IDENTITY, CheckpointConfig(in_background=is_background))
+    mine.save(engine, state)
+    assert (mine.is_pending, mine.is_written or is_background) == (is_background, True)
+    with torch.no_grad():
+        engine.module.weight.fill_(9.0)  # training goes on
+    mine.publish()
+    assert (mine.is_pending, mine.is_written) == (False, True)
+    assert (mine.written_bytes, mine.blocking_seconds > 0) == (4 * 3 * 42, True)
+    found = find(tmp_path)
+    assert (found.folder, found.skipped) == (folder_of(tmp_path, 7), ())
+    fresh = PlainEngine()
+    assert load(fresh, found.folder, IDENTITY) == state
+    assert (fresh.fill, fresh.global_steps, fresh.skipped_steps) == (0.5, 7, 1)
+    assert [s["step"].item() for s in fresh.optimizer.state.values()] == [6.0, 6.0]
+    manifest = verify(found.folder)
+    assert (manifest["world_size"], manifest["zero_stage"]) == (1, 0)
+    assert manifest["versions"].keys() == {"megaft", "torch", "deepspeed"}
+    assert names(tmp_path) == ["latest", "step-00000007"]
+
+
+def test_in_the_background_the_same_bytes_are_written(tmp_path):
+    for name, is_background in (("sync", False), ("async", True)):
+        save(tmp_path / name, 3, 0.25, in_background=is_background).publish()
+    one, other = (folder_of(tmp_path / name, 3) for name in ("sync", "async"))
+    for file in one.iterdir():
+        assert file.read_bytes() == (other / file.name).read_bytes()
+
+
+def test_without_memory_for_a_copy_training_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "available_memory", lambda: 10)
+    mine = save(tmp_path, 1, 0.5, in_background=True)
+    assert (mine.is_pending, mine.is_written) == (True, True)
+    mine.publish()
+    assert fill_of(find(tmp_path).folder) == 0.5
+
+
+def test_a_save_publishes_the_one_before(tmp_path):
+    mine = save(tmp_path, 1, 0.5, in_background=True)
+    assert saved_steps(tmp_path) == []
+    assert "step 1\n" in (tmp_path / "checkpoints" / "SAVING").read_text()
+    mine.save(PlainEngine(0.75), RunState(step=2))
+    assert saved_steps(tmp_path) == [1]
+    mine.publish()
+    mine.publish()
+    assert [fill_of(folder_of(tmp_path, step)) for step in saved_steps(tmp_path)] == [0.5, 0.75]
+
+
+def test_memory_is_told():
+    assert 1 << 24 < saver.available_memory() < 1 << 50
+
+
+# Killed at every boundary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_background", MODES)
+@pytest.mark.parametrize("step", [pytest.param(2, id="a new step"), pytest.param(1, id="the same step again")])
+def test_a_killed_save_leaves_the_old_or_the_new(tmp_path, step, is_background):
+    settings = {"keep_last": 1, "in_background": is_background}
+    save(tmp_path / "before", 1, 0.5).publish()
+    outcomes = []
+    for at in count(1):
+        run_dir = tmp_path / str(at)
+        shutil.copytree(tmp_path / "before", run_dir)
+        exit_code = save_killed(run_dir, step, 0.75, at, settings)
+        found = find(run_dir).folder
+        assert (checkpoint.peek(run_dir) or {})["state"]["step"] == checkpoint.step_of(found)
+        outcomes.append(fill_of(found))
+        assert checkpoint.step_of(found) == (step if outcomes[-1] == 0.75 else 1)
+        save(run_dir, 3, 1.0, keep_last=1)  # the run goes on
+        assert (names(run_dir), fill_of(find(run_dir).folder)) == (["latest", "step-00000003"], 1.0)
+        if exit_code == 0:
+            break
+        assert exit_code == -signal.SIGKILL
+    assert len(outcomes) > 20
+    assert outcomes == sorted(outcomes)  # first the old one, then the new one
+    assert {*outcomes} == {0.5, 0.75}
+
+
+# Keeping
+
+
+@pytest.mark.parametrize(
+    ("settings", "best", "kept"),
+    [
+        ({"keep_last": 1}, None, [5]),
+        ({"keep_last": 2}, None, [4, 5]),
+        ({"keep_last": 9}, None, [0, 1, 2, 3, 4, 5]),
+        ({"keep_last": 1}, 2, [2, 5]),
+        ({"keep_last": 2}, 4, [4, 5]),
+        ({"keep_last": 2}, 1, [1, 4, 5]),
+        ({"keep_last": 1, "keep_every": 2}, None, [0, 2, 4, 5]),
+        ({"keep_last": 1, "keep_every": 3}, 1, [0, 1, 3, 5]),
+    ],
+)
+def test_old_checkpoints_go_but_never_the_best(tmp_path, settings, best, kept):
+    mine = saver.Saver(tmp_path, IDENTITY, CheckpointConfig(**settings))
+    for step in range(6):
+        mine.save(PlainEngine(step), RunState(step=step, best_step=best if best is not None and best <= step else None))
+    assert saved_steps(tmp_path) == kept
+    assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in kept)]
+    assert [fill_of(folder_of(tmp_path, step)) for step in kept] == kept
+
+
+def test_a_run_that_went_back_forgets_what_came_after_and_keeps_what_it_has(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, step, keep_last=3)
+    (folder_of(tmp_path, 3) / "manifest.json").unlink()
+    assert find(tmp_path).folder == folder_of(tmp_path, 2)
+    save(tmp_path, 2, 0.5, keep_last=1)
+    assert saved_steps(tmp_path) == [2]
+    assert fill_of(folder_of(tmp_path, 2)) == 0.5
+
+
+# The disk refuses
+
+
+def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    save(tmp_path, 1, 0.5)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002.tmp cannot be written: 1,000 bytes are free, and it needs"
+    ):
+        save(tmp_path, 2, 0.75)
+    assert names(tmp_path) == ["latest", "step-00000001"]
+    assert fill_of(find(tmp_path).folder) == 0.5
+
+
+@pytest.mark.parametrize("is_background", MODES)
+@pytest.mark.parametrize("number", range(1, 7))
+def test_an_input_output_error_leaves_the_last_checkpoint(tmp_path, monkeypatch, number, is_background):
+    save(tmp_path, 1, 0.5)
+    really_fsync, calls = os.fsync, count(1)
+
+    def fsync(descriptor):
+        if next(calls) == number:
+            raise OSError(errno.EIO, "Input/output error")
+        really_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002.* cannot be written: Input/output error.*last checkpoint"
+    ):
+        save(tmp_path, 2, 0.75, keep_last=1, in_background=is_background).publish()
+    assert 1 in saved_steps(tmp_path)
+    assert not [name for name in names(tmp_path) if name.startswith(("SAVING", "step-00000002.tmp"))]
+    assert fill_of(find(tmp_path).folder) == (0.75 if 2 in saved_steps(tmp_path) else 0.5)
+    save(tmp_path, 3, 1.0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB; it can be filled, and made read-only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("is_background", MODES)
+def test_a_full_disk_leaves_the_last_checkpoint(small_disk, monkeypatch, is_background):
+    settings = CheckpointConfig(in_background=is_background)
+    mine = saver.Saver(small_disk, IDENTITY, settings)
+    mine.save(PlainEngine(0.5), RunState(step=1))
+    mine.publish()
+    usage = shutil.disk_usage(small_disk)._replace(free=1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # another job takes the room after we looked
+    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors cannot be written: No space left on device"):
+        (mine.save(PlainEngine(0.75, width=600), RunState(step=2)), mine.publish())
+    assert names(small_disk) == ["latest", "step-00000001"]
+    assert fill_of(find(small_disk).folder) == 0.5
+    mine.save(PlainEngine(0.75), RunState(step=2))
+    mine.publish()
+    assert fill_of(find(small_disk).folder) == 0.75
+
+
+def test_a_read_only_disk_is_named(small_disk):
+    save(small_disk, 1, 0.5)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match=r"step-00000002.tmp cannot be written: Read-only file system"):
+        save(small_disk, 2, 0.75)
+    assert fill_of(find(small_disk).folder) == 0.5
+
+
+# Another run's
+
+
+def test_another_run_is_refused_unless_the_change_is_allowed(tmp_path, capsys):
+    save(tmp_path, 1, 0.5)
+    folder = folder_of(tmp_path, 1)
+    saved = json.loads(json.dumps(checkpoint.asdict(IDENTITY)))
+    now = saved | {"seed": 1, "data": "e", "optim": saved["optim"] | {"learning_rate": 2e-3}}
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.require_same_run(folder, saved, now, ())
+    message = str(refused.value)
+    assert "(seed: 0 then, 1 now; data: d then, e now; optim.learning_rate: 0.001 then, 0.002 now)" in message
+    assert "--checkpoint.allow-changed data optim" in message
+    with pytest.raises(CheckpointError, match=r"\(seed: 0 then, 1 now\)\. Use the settings it was made with, another"):
+        checkpoint.require_same_run(folder, saved, now, ("data", "optim"))
+    checkpoint.require_same_run(folder, saved, now, ("data", "optim", "seed"))
+    assert "although seed: 0 then, 1 now; data" in capsys.readouterr().out
+    checkpoint.require_same_run(folder, saved, saved, ())
+    assert capsys.readouterr().out == ""
+
+
+def test_groups_that_step_otherwise_than_they_were_built_to_are_found(tmp_path):
+    save(tmp_path, 1, 0.5)
+    for change in ({"weight_decay": 0.0}, {"eps": 1e-3}):
+        engine = PlainEngine()
+        engine.optimizer.param_groups[0].update(change)
+        with pytest.raises(AssertionError):
+            load(engine, folder_of(tmp_path, 1), IDENTITY)
