@@ -23,11 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--describe"]:
         return exit_code_of(explain, arguments[1:])
-    config = parse(arguments)  # before the heavy imports, so that --help is instant
+    if {"-h", "--help"} & {*arguments}:
+        parse(arguments)  # before the heavy imports, so that it is instant
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
     from megaft import parallel
 
-    return parallel.exit_code_on_ranks(lambda topology: run(config, topology))
+    return parallel.exit_code_on_ranks(lambda topology: run(parse(arguments), topology))
 
 
 def explain(names: list[str]) -> int:

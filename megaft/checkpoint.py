@@ -98,7 +98,10 @@ def find(run_dir: Path) -> Found:
         for what, reason in skipped:
             print(f"skipped {what}: {reason}", flush=True)
     if skipped and not name:
-        raise CheckpointError(f"no checkpoint in {folder} holds; put one back, or start over with --run.fresh.")
+        newest = ": ".join(skipped[0])
+        raise CheckpointError(
+            f"no checkpoint in {folder} holds; {newest} Put one back, or start over with --run.fresh."
+        )
     return Found(folder / name if name else None, tuple(skipped))
 
 

@@ -40,7 +40,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
     Raises:
         DataError: An input or the tokenizer cannot be used, or nothing is left to write.
-        ConfigError: The output cannot be written.
+        ConfigError: The output cannot be written, or another process is at it.
     """
     sources = [Source(path) for path in expand(config.inputs)]
     _check_keys(config, sources)

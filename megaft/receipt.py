@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import numpy as np
 from megaft.errors import DataError
 from megaft.files import fsync, write_json_atomic
 from megaft.indexed import idx_bytes, with_suffix
+from megaft.lock import locked
 from megaft.masking import masked
 
 FORMAT_VERSION = 1
@@ -63,20 +63,14 @@ def publishing(prefix: Path) -> Iterator[None]:
     """Keep others from writing the same prefix, and remove the temporary files of a run that failed.
 
     Raises:
-        DataError: Another process is at it.
+        ConfigError: Another process is at it.
     """
-    lock = with_suffix(prefix, ".lock")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{prefix} is being prepared by another process; wait, or use another --output.") from error
+    with locked(prefix, file=with_suffix(prefix, ".lock")):
         try:
             yield
         finally:
             for suffix in SUFFIXES:
                 temporary(prefix, suffix).unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
 
 
 def publish(prefix: Path, receipt: dict[str, Any]) -> None:

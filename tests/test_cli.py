@@ -102,7 +102,6 @@ def test_a_command_may_parse_its_own_arguments(fake_command):
     [
         pytest.param(["fake", "--help"], 0, "megaft fake", id="help"),
         pytest.param(["fake", "--learning-rat", "1"], 2, "--learning-rate", id="unknown flag"),
-        pytest.param(["fake", "--learning-rate", "-1"], 2, "optim.learning-rate is -1", id="refused by the config"),
     ],
 )
 def test_what_the_parser_answers(arguments, code, said, fake_command, capsys):
@@ -111,6 +110,13 @@ def test_what_the_parser_answers(arguments, code, said, fake_command, capsys):
         main(arguments)
     assert exit_of_parser.value.code == code
     assert said in "".join(capsys.readouterr())
+
+
+def test_a_refused_setting_is_one_line(fake_command, capsys):
+    fake_command(raising(AssertionError("must not run")))
+    assert main(["fake", "--learning-rate", "-1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: optim.learning-rate is -1.0; use")
 
 
 @pytest.mark.parametrize(

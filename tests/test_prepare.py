@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import zstandard
 from megaft import tokenizer
 from megaft.errors import ConfigError, DataError
 from megaft.indexed import TokenFile
+from megaft.lock import locked
 from megaft.prepare import PrepareConfig, ensure_prepared, load_receipt, main, prepare
 
 load_tokenizer = cache(tokenizer.load_tokenizer)  # loading takes longer than most of these tests
@@ -214,12 +216,9 @@ def test_bad_input_leaves_nothing_behind(run, tmp_path):
 
 
 def test_two_at_once_are_refused(run, tmp_path):
-    import fcntl
-
-    with (tmp_path / "out.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="is being prepared by another process"):
-            run(write(tmp_path / "a.txt", "one"))
+    told = rf"out is in use by host .*, pid {os.getpid()}, since .*; wait"
+    with locked(tmp_path / "out", file=tmp_path / "out.lock"), pytest.raises(ConfigError, match=told):
+        run(write(tmp_path / "a.txt", "one"))
 
 
 DAMAGE = [
