@@ -1,0 +1,247 @@
+"""What a row of the bad-input tables is made of: a command in a process of its own, and a workshop of broken things."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from itertools import count
+from multiprocessing import get_context
+from pathlib import Path
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        *("deepspeed", "transformers", "transformers.models.gpt2.modeling_gpt2", "sentencepiece", "tyro"),
+        *("megaft.cli", "megaft.train", "megaft.prepare", "megaft.assemble", "megaft.export", "megaft.metrics"),
+        *("evaluate_zero_shot.__main__", "evaluate_zero_shot.evaluate", "evaluate_zero_shot.report"),
+    ]
+)
+NUMBERS = count()
+EVALUATE = "evaluate_zero_shot.__main__"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How a command ended."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A command that runs."""
+
+    process: object
+    out: Path
+    err: Path
+
+    def wait(self, seconds=180.0):
+        self.process.join(seconds)
+        is_late = self.process.is_alive()
+        done = self.kill()
+        assert not is_late, f"still running after {seconds} s: {done}"
+        return done
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+        return Done(self.process.exitcode, self.out.read_text(), self.err.read_text())
+
+
+def start(command, folder, environment=None, before=None):
+    """Start `megaft ...`, or `evaluate ...`, in a child of the fork server: its libraries are imported once."""
+    number = next(NUMBERS)
+    out, err = folder / f"{number}.out", folder / f"{number}.err"
+    process = CONTEXT.Process(target=_run, args=(list(command), folder, out, err, environment or {}, before))
+    process.start()
+    return Running(process=process, out=out, err=err)
+
+
+def _run(command, folder, out, err, environment, before):
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir(folder)
+    os.environ.update(environment)
+    if before is not None:
+        before()
+    is_evaluation = command[0] == "evaluate"
+    sys.argv = command
+    sys.exit(import_module(EVALUATE if is_evaluation else "megaft.cli").main(command[is_evaluation:]))
+
+
+def _hold(folder, file, held, stop):
+    from megaft.lock import locked
+
+    with locked(folder, file=file):
+        held.set()
+        stop.wait(60)
+
+
+def trusted(folder):
+    """What a later run would take for finished, with a hash of each: receipts, checkpoints, exports, results."""
+    files = (path for path in folder.rglob("*") if path.is_file() and _is_trusted(path))
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _is_trusted(path):
+    is_receipt = path.suffix == ".json" and path.with_suffix(".bin").exists()
+    return (
+        is_receipt or path.name in ("latest", "manifest.json", "results.json", "report.html") or "export" in path.parts
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One bad input: the command that meets it, and the answer."""
+
+    id: str
+    code: int
+    said: tuple[str, ...]
+    """What the message names: the file or setting, its value, the rule, a way out."""
+    make: Callable
+    """From a Workshop to the command."""
+    leaves: str = "nothing"
+    """What may be there afterwards that was not before, as a pattern: a checkpoint from before a loss went wrong."""
+    before: Callable | None = None
+    """Runs in the command's process first, to take away what this machine has."""
+
+
+class Table:
+    """Cases, collected by a decorator on what makes them."""
+
+    def __init__(self):
+        self.cases = []
+
+    def refuse(self, id, code, *said, **options):
+        def add(make):
+            self.cases.append(Case(id=id, code=code, said=said, make=make, **options))
+            return make
+
+        return add
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Sound things to start from, made once: a model, a sentencepiece model, prepared texts, a finished run."""
+
+    model: Path
+    sentencepiece: Path
+    train: Path
+    valid: Path
+    run: Path
+
+
+TRAIN_JSON = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_optimization": {"stage": 1},
+}
+
+
+class Workshop:
+    """Makes files in a folder of its own, and commands that are sound but for what a case changes."""
+
+    def __init__(self, folder, toy):
+        self.folder, self.toy, self.environment = folder, toy, {}
+        self._at_end = ExitStack()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._at_end.close()
+
+    def at_end(self, function, *arguments, **options):
+        """Call a function when the test has ended."""
+        self._at_end.callback(function, *arguments, **options)
+
+    def write(self, name, content):
+        """Write a file; a text as UTF-8."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def prepare(self, *inputs, tokenizer=None, flags=()):
+        return [
+            *("prepare", *map(str, inputs), f"--output={self.folder / 'out/data'}"),
+            *(f"--tokenizer={tokenizer or self.toy.model}", *flags),
+        ]
+
+    def prepared(self, name, text, *flags):
+        """Prepare a text soundly; return the prefix."""
+        prefix = self.folder / name
+        command = ["prepare", str(text), f"--output={prefix}", f"--tokenizer={self.toy.model}", *flags]
+        done = start(command, self.folder).wait()
+        assert done.code == 0, done
+        return prefix
+
+    def train(self, *flags, model=None, data=None, valid=None, deepspeed=None, steps=2):
+        settings = self.write("deepspeed.json", json.dumps(TRAIN_JSON if deepspeed is None else deepspeed))
+        named = [f"--model.path={model or self.toy.model}"]
+        return [
+            *("train", f"--deepspeed-config={settings}", f"--run.dir={self.folder / 'run'}"),
+            *([] if any(flag.startswith("--model.") for flag in flags) else named),
+            *(f"--data.train={data or self.toy.train}", *([f"--data.valid={valid}"] if valid else [])),
+            *([] if any(flag.startswith("--data.context-length") for flag in flags) else ["--data.context-length=32"]),
+            *(f"--run.max-steps={steps}", "--optim.schedule=constant", *flags),
+        ]
+
+    def deepspeed(self, **changes):
+        """Train with a DeepSpeed JSON that differs; None leaves a key out."""
+        merged = TRAIN_JSON | changes
+        return self.train(deepspeed={key: value for key, value in merged.items() if value is not None})
+
+    def evaluate(self, data, *flags, model=None):
+        return [
+            *("evaluate", f"--model={model or self.toy.model}", f"--data={data}", "--task=text"),
+            *(f"--output={self.folder / 'evaluation'}", *flags),
+        ]
+
+    def generate(self, model):
+        return ["generate", f"--model={model}", "--prompt=Python is", "--max-new-tokens=2"]
+
+    def model(self, **changes):
+        """Copy the model's folder, with another config.json."""
+        folder = self.folder / "model"
+        shutil.copytree(self.toy.model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return folder
+
+    def copy(self, prefix, name="copy"):
+        """Copy a prepared dataset."""
+        for path in prefix.parent.glob(f"{prefix.name}.*"):
+            shutil.copyfile(path, self.folder / f"{name}{path.name.removeprefix(prefix.name)}")
+        return self.folder / name
+
+    def hold(self, folder, file=None):
+        """Hold the lock of a folder, as another process does."""
+        stop = CONTEXT.Event()
+        held = CONTEXT.Event()
+        process = CONTEXT.Process(target=_hold, args=(folder, file, held, stop))
+        process.start()
+        self.at_end(process.join)
+        self.at_end(stop.set)
+        assert held.wait(5)
+
+    def rank(self, rank, world_size, **environment):
+        """Be one rank of several; return the port where they would meet."""
+        from megaft.parallel import free_port
+
+        port = free_port()
+        self.environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        self.environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+        return port
+
+    def run(self):
+        """Copy the finished run; return the folder of its checkpoints."""
+        shutil.copytree(self.toy.run, self.folder / "run")
+        return self.folder / "run" / "checkpoints"
