@@ -1,0 +1,256 @@
+"""`megaft doctor`: each thing it looks at, and the proof of the ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megaft import doctor_machine, doctor_ranks, doctor_toy, parallel
+from megaft.doctor import main
+from megaft.doctor_machine import Kernel, disks, requirements, variables, versions
+from megaft.doctor_table import Check, exit_code, show
+from megaft.floors import FLOORS
+
+BIN = Path(sys.executable).parent
+CANARY = "canary-0123456789"
+
+
+@pytest.mark.parametrize(
+    ("version", "is_too_old"),
+    [("2.9.1", True), ("2.10.0a0+git", True), ("2.10", False), ("2.10.0+cu130", False), ("3.0", False)],
+)
+def test_a_floor_is_the_first_safe_release(version, is_too_old):
+    assert FLOORS[0].package == "torch"
+    assert FLOORS[0].is_above(version) is is_too_old
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """installed(torch="2.9") makes that the version found; None is not there."""
+
+    def install(**wanted):
+        def version(name):
+            found = wanted.get(name.replace("-", "_"), "99")
+            if found is None:
+                raise metadata.PackageNotFoundError(name)
+            return found
+
+        monkeypatch.setattr(doctor_machine, "version", version)
+
+    return install
+
+
+def test_versions_below_the_floors_fail_and_name_the_hole(installed):
+    installed(torch="2.9.1", sentencepiece=None)
+    checks = {check.name: check for check in versions()}
+    assert {name: check.status for name, check in checks.items()} == {
+        "torch": "fail",
+        "transformers": "pass",
+        "sentencepiece": "fail",
+        "megatron-core": "pass",
+    }
+    assert "CVE-2026-24747" in checks["torch"].fix
+    assert "pip install 'torch>=2.10'" in checks["torch"].fix
+    assert exit_code(list(checks.values())) == 2
+
+
+def test_requirements(installed):
+    assert requirements().status == "pass"
+    installed(tyro="0.9", peft=None)
+    check = requirements()
+    assert check.status == "fail"
+    assert "tyro is 0.9, not >=1.0" in check.found
+    assert "peft is not installed" in check.found
+
+
+@pytest.fixture
+def on_path(tmp_path, monkeypatch):
+    """on_path("apex/__init__.py", text) makes a file that this process and its children import."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(name, text=""):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    return write
+
+
+APEX = doctor_machine.KERNELS[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "status", "said"),
+    [
+        pytest.param({}, "none", "not installed; would give --optim.name apex-adamw", id="not there"),
+        pytest.param({"apex/__init__.py": ""}, "warn", "another project called apex", id="PyPI's web toolkit"),
+        pytest.param(
+            {"apex/__init__.py": "", "apex/optimizers/__init__.py": ""},
+            "warn",
+            "does not work: ModuleNotFoundError: No module named 'amp_C'",
+            id="NVIDIA's without kernels",
+        ),
+        pytest.param(
+            {"apex/__init__.py": "", "apex/optimizers/__init__.py": "", "amp_C.py": ""}, "pass", "works", id="NVIDIA's"
+        ),
+    ],
+)
+def test_apex(files, status, said, on_path):
+    for name, text in files.items():
+        on_path(name, text)
+    check = APEX.check()
+    assert check.status == status
+    assert said in check.found
+
+
+def test_a_kernel_that_crashes_on_import_does_not_end_the_doctor(on_path):
+    on_path("some_kernel.py", "import os; os.abort()")
+    check = Kernel("some_kernel", "some_kernel", "speed").check()
+    assert check.status == "warn"
+    assert "exit code -6" in check.found
+
+
+def test_a_missing_kernel_is_a_warning_only_where_it_could_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert APEX.check().status == "warn"
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "said"),
+    [
+        pytest.param(None, "none", "not found", id="none"),
+        pytest.param("echo 'main*: 2 nodes idle'", "pass", "main*: 2 nodes idle; in job 7", id="a cluster"),
+        pytest.param("echo no controller >&2; exit 1", "warn", "no cluster answers: no controller", id="clients only"),
+    ],
+)
+def test_slurm(script, status, said, tmp_path, monkeypatch):
+    if script:
+        (tmp_path / "sinfo").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    check = doctor_machine.slurm()
+    assert check.status == status
+    assert said in check.found
+
+
+def test_secrets_are_masked_wherever_they_stand(monkeypatch):
+    for name, value in {
+        "WANDB_API_KEY": CANARY,
+        "HF_TOKEN": "short",
+        "WANDB_BASE_URL": f"https://me:{CANARY}@host",
+        "https_proxy": "http://me:password@proxy:80",
+        "NCCL_DEBUG": "INFO",
+        "EDITOR": "vi",
+    }.items():
+        monkeypatch.setenv(name, value)
+    shown = {check.name: check.found for check in variables()}
+    assert shown["WANDB_API_KEY"] == shown["HF_TOKEN"] == "***"
+    assert shown["WANDB_BASE_URL"] == "https://***@host"
+    assert shown["https_proxy"] == "http://***@proxy:80"
+    assert shown["NCCL_DEBUG"] == "INFO"
+    assert "EDITOR" not in shown
+
+
+def test_a_variable_that_lets_checkpoints_run_code_fails(monkeypatch):
+    monkeypatch.setenv(doctor_machine.UNSAFE, "1")
+    assert [check.name for check in variables() if check.status == "fail"] == [doctor_machine.UNSAFE]
+
+
+def test_little_disk_is_a_warning(monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    assert {check.status for check in disks()} == {"warn"}
+
+
+@pytest.mark.parametrize(
+    ("checks", "code"),
+    [
+        pytest.param([Check("a", "pass", ""), Check("b", "warn", ""), Check("c", "none", "")], 0, id="nothing fails"),
+        pytest.param([Check("a", "fail", "")], 2, id="installation"),
+        pytest.param([Check("a", "fail", ""), Check("b", "fail", "", is_numeric=True)], 5, id="numbers"),
+    ],
+)
+def test_exit_code(checks, code):
+    assert exit_code(checks) == code
+
+
+def test_the_table_shows_what_was_found_and_the_way_out(capsys):
+    show("title", [Check("apex", "fail", "found [red]it[/red]", "Do this")], as_json=False)
+    out = capsys.readouterr().out
+    assert "found [red]it[/red]. Do this" in out  # brackets are no markup
+    assert "0 pass, 0 warn, 1 fail" in out
+
+
+def test_json_is_one_line_with_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    code = main(["--json"])
+    out = capsys.readouterr().out
+    report = json.loads(out)
+    assert out.count("\n") == 1
+    assert report["ok"] is (code == 0)
+    assert {"torch", "requirements", "apex", "SLURM", "C++ compiler"} <= {check["name"] for check in report["checks"]}
+    assert report["environment"]["packages"]["torch"]
+    assert CANARY not in out
+
+
+def prove(folder, fault=""):
+    """Run the proof on a rank, perhaps with something broken on rank 1."""
+    topology = parallel.discover(os.environ)
+    if fault == "data" and topology.rank == 1:
+        whole = doctor_toy.sample
+        doctor_toy.sample = lambda position: whole(position + 1)
+    if fault == "folder":
+        folder = folder / str(topology.rank)
+        doctor_ranks.SECONDS_FOR_FILES = 1
+    if fault == "reduce" and topology.rank == 1:
+        reduce = doctor_ranks.dist.all_reduce
+
+        def flipped(tensor, *args, **kwargs):
+            done = reduce(tensor, *args, **kwargs)
+            if tensor.numel() > 1000:
+                tensor.view(-1)[7] += 1
+            return done
+
+        doctor_ranks.dist.all_reduce = flipped
+    found = []
+    doctor_ranks.show = lambda title, checks, as_json: found.extend(checks)
+    code = parallel.exit_code_on_ranks(lambda _: doctor_ranks.run(folder, False, topology))
+    return code, [(check.name, check.status, check.found) for check in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "code", "failing", "said"),
+    [
+        pytest.param("", 0, None, None, id="sound"),
+        pytest.param("data", 5, "ZeRO 2, micro-batch 1 x 4", "off by", id="a rank trains on other samples"),
+        pytest.param("reduce", 5, "all-reduce", "on rank 1", id="a rank gets another sum"),
+        pytest.param("folder", 2, "shared folder", "not one for all ranks", id="a folder of each rank's own"),
+    ],
+)
+def test_two_ranks(fault, code, failing, said, run_ranks, tmp_path):
+    ranks = run_ranks(2, prove, tmp_path, fault)
+    assert [rank[0] for rank in ranks] == [code, code]
+    checks, nothing = ranks[0][1], ranks[1][1]
+    assert nothing == []
+    failed = {name: found for name, status, found in checks if status == "fail"}
+    assert list(failed) == [] if failing is None else said in failed[failing]
+    assert not list(tmp_path.rglob("megaft-doctor-*"))
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_proves_two_ranks(tmp_path):
+    port = f"--master_port={parallel.free_port()}"
+    command = [BIN / "deepspeed", "--num_gpus=2", port, "--module", "megaft.doctor", "--distributed"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in ("megaft doctor: 2 ranks, cpu", "broadcast", "ZeRO 3, micro-batch 1 x 4", "0 warn, 0 fail"):
+        assert done.stdout.count(expected) == 1
+    assert list(tmp_path.iterdir()) == []
