@@ -123,7 +123,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         for note in (*setup.notes, *notes_on_lengths(sources.train, config.data)):
             print(note, flush=True)
     engine_state.keep_loss_scale_at_floor(engine)
-    state = _state(config, engine, identity, events)
+    state = _state(config, engine, identity, events, max_steps)
     return Parts(
         config=config,
         engine=engine,
@@ -173,7 +173,7 @@ def _start_folder(config: TrainConfig, settings: dict[str, Any]) -> None:
     write_config(config.run.dir, settings)
 
 
-def _state(config: TrainConfig, engine: Any, identity: Identity, events: Events) -> RunState:
+def _state(config: TrainConfig, engine: Any, identity: Identity, events: Events, max_steps: int) -> RunState:
     found = checkpoint.find(config.run.dir)
     for name, reason in found.skipped:
         events.record("skipped checkpoint", 0, name=name, reason=reason)
@@ -182,6 +182,7 @@ def _state(config: TrainConfig, engine: Any, identity: Identity, events: Events)
         state = checkpoint.load(engine, found.folder, identity, config.checkpoint.allow_changed)
         if parallel.is_main():
             print(f"continues from {found.folder}, after {state.step} steps", flush=True)
-    parallel.together(events.require_progress, state.step)
+    if state.step < max_steps:
+        parallel.together(events.require_progress, state.step)
     events.record("start", state.step, **job(), world_size=parallel.data_parallel_size())
     return state

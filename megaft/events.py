@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megaft.errors import NoProgressError, UserError
-from megaft.files import naming_disk_errors, to_json, write_json_atomic
+from megaft.files import json_lines, naming_disk_errors, to_json, write_json_atomic
 
 STARTS_WITHOUT_PROGRESS = 3
 """As many starts of a requeued job at one step are enough."""
@@ -35,12 +34,11 @@ class Events:
             os.fsync(file.fileno())
 
     def require_progress(self, step: int) -> None:
-        """Raise NoProgressError, on the main rank, where SLURM restarts this job and it stands where it stood thrice."""
+        """Raise, on the main rank, where SLURM restarts this job for the third time at the same step."""
         if self._path is None or "SLURM_RESTART_COUNT" not in os.environ or not self._path.exists():
             return
-        rows = [json.loads(line) for line in self._path.read_text().splitlines() if line.endswith("}")]
-        starts = [row["step"] for row in rows if row["event"] == "start"][-STARTS_WITHOUT_PROGRESS:]
-        if starts == [step] * STARTS_WITHOUT_PROGRESS:
+        starts = [row["step"] for row in json_lines(self._path) if row["event"] == "start"]
+        if starts[-STARTS_WITHOUT_PROGRESS:] == [step] * STARTS_WITHOUT_PROGRESS:
             raise NoProgressError(
                 f"the job started {STARTS_WITHOUT_PROGRESS} times at step {step} and never got to its next checkpoint; "
                 "it is not requeued again. Look at its log, give it more time, or save more often (checkpoint.every)."

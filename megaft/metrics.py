@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from megaft.config import MetricsConfig
-from megaft.files import naming_disk_errors, replacing, to_json
+from megaft.files import json_lines, naming_disk_errors, replacing, to_json
 from megaft.terminal import Terminal
 from megaft.throughput import Mark, Meter
 from megaft.trackers import check_trackers, open_trackers
@@ -41,7 +40,7 @@ class MetricsFile:
     def _open(self, step: int) -> None:
         with replacing(self._path) as new:
             if step > 0 and self._path.exists():
-                new.writelines(_lines_up_to(self._path, step))
+                new.writelines(to_json(row) + "\n" for row in json_lines(self._path) if row["step"] <= step)
         with naming_disk_errors(self._path):
             self._file = self._path.open("a", encoding="utf-8")
 
@@ -60,17 +59,6 @@ class MetricsFile:
         """Close the file."""
         with naming_disk_errors(self._path):
             self._file.close()
-
-
-def _lines_up_to(path: Path, last_step: int) -> Iterator[str]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # cut by a crash in mid-write
-                continue
-            if row["step"] <= last_step:
-                yield line.rstrip("\n") + "\n"
 
 
 class Pending:

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from megaft.errors import ConfigError, NoProgressError
+from megaft.events import Events, recording_errors
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_event_is_a_line_that_stays(tmp_path):
+    for step in (0, 4, 2):
+        Events(tmp_path, is_main=True).record("start", step, samples=((1, 3),), loss=float("nan"))
+    Events(tmp_path, is_main=False).record("start", 9)
+    rows = rows_of(tmp_path / "events.jsonl")
+    assert [(row["event"], row["step"], row["samples"], row["loss"]) for row in rows] == [
+        ("start", step, [[1, 3]], "nan") for step in (0, 4, 2)
+    ]
+    assert all(row["time"].endswith("+00:00") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "starts", "step", "is_refused"),
+    [
+        ("3", [4, 4, 4], 4, True),
+        ("3", [0, 4, 4, 4], 4, True),
+        ("3", [4, 4, 4], 6, False),
+        ("3", [2, 4, 4], 4, False),
+        ("3", [4, 4], 4, False),
+        ("3", [], 0, False),
+        (None, [4, 4, 4], 4, False),  # started by hand
+    ],
+)
+def test_a_requeued_job_that_gets_no_further_is_not_requeued(tmp_path, monkeypatch, restarts, starts, step, is_refused):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    events = Events(tmp_path, is_main=True)
+    for number, start in enumerate(starts):
+        events.record("start", start)
+        events.record("checkpoint", start)
+        if number == 0:
+            (tmp_path / "events.jsonl").open("a").write('{"event": "start", "st')  # cut by a crash ...
+            (tmp_path / "events.jsonl").open("a").write("\n")
+    if is_refused:
+        with pytest.raises(NoProgressError, match=f"started 3 times at step {step}") as error:
+            events.require_progress(step)
+        assert error.value.exit_code == 93
+    else:
+        events.require_progress(step)
+
+
+def test_the_reason_of_an_end_is_kept_where_there_is_a_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError), recording_errors(folder, is_main=True):
+            raise ConfigError("a.b is 1; use 2.")
+    assert json.loads((tmp_path / "ended.json").read_text()) == {"exit_code": 2, "reason": "a.b is 1; use 2."}
+    assert not (tmp_path / "none").exists()
