@@ -160,6 +160,14 @@ def _meet(topology: Topology, backend: str, timeout: timedelta) -> None:
         ) from error
 
 
+def pretend(world_size: int) -> Topology:
+    """Make this process rank 0 of so many, of which the others do not exist: what they would say is this rank's own."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    return Topology("fake", 0, 0, world_size, "127.0.0.1", free_port())
+
+
 def device_of(topology: Topology) -> torch.device:
     """Return where this rank computes, and make it the current CUDA device if it is one."""
     if not torch.cuda.is_available():
@@ -250,7 +258,7 @@ def max_over_ranks(values: list[int]) -> list[int]:
 @cache
 def _host_group(world: object) -> Any:
     """A group of all ranks that computes on the host, made once a process group (whose end ends it)."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.get_backend() == "nccl" else None
 
 
 def raise_together(error: UserError | None) -> None:

@@ -1,0 +1,191 @@
+"""`megaft validate`: everything training checks before its first step, with no GPU and as one of so many ranks.
+
+It takes training's own way: the data is prepared, the model loaded, the DeepSpeed engine built as rank 0 of N on a CPU,
+and the newest checkpoint loaded into it. The other ranks do not exist: torch's fake process group answers for them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaft.config import OptimConfig, TrainConfig, require
+from megaft.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from megaft.assemble import Parts
+    from megaft.deepspeed_json import Resolved
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidateConfig(TrainConfig):
+    """Check a training run before it takes a GPU, and say what it would be. Takes the flags of training.
+
+    Nothing is written into the run's folder. The exit code is the one training would end with.
+    """
+
+    world_size: int = 1
+    """Ranks the run will have."""
+    json: bool = False
+    """Print one line of JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(self.world_size >= 1, f"world-size is {self.world_size}; use 1 or more.")
+
+
+def main(config: ValidateConfig) -> int:
+    """Check, print what the run would be, and return 0.
+
+    Raises:
+        UserError: What training would refuse.
+    """
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", TQDM_DISABLE="1")  # before torch is imported
+    with redirect_stdout(sys.stderr):
+        plan = validate(config)
+    show(plan, config.json)
+    return 0
+
+
+def validate(config: ValidateConfig) -> dict[str, Any]:
+    """Return what the run would be, as JSON values.
+
+    Raises:
+        UserError: What training would refuse.
+    """
+    from megaft import checkpoint, parallel
+    from megaft.assemble import assemble
+    from megaft.deepspeed_json import read_deepspeed_json, resolve
+
+    newest = None if config.run.fresh else checkpoint.peek(config.run.dir)
+    raw = read_deepspeed_json(config.deepspeed_config)
+    resumed_batch_size = newest["identity"]["global_batch_size"] if newest else None
+    options = {"world_size": config.world_size, "optim": config.optim, "resumed_batch_size": resumed_batch_size}
+    setup = resolve(raw, **options, has_cuda=True)
+    try:
+        with _stand_in_folder(config.run.dir, keeps_checkpoints=newest is not None) as folder:
+            stand_in, notes = _stand_in(config, setup, raw, folder)
+            for note in notes:
+                print(note)
+            parts = assemble(stand_in, parallel.pretend(config.world_size))
+    finally:
+        parallel.leave()
+    plan = _plan(config, setup, parts)
+    plan["resumes_from"] = str(checkpoint.folder_of(config.run.dir, parts.state.step)) if newest else None
+    plan["notes"] = [*setup.notes, *notes]
+    _require_room(config, plan["checkpoint_bytes"])
+    return plan
+
+
+@contextmanager
+def _stand_in_folder(run_dir: Path, keeps_checkpoints: bool) -> Iterator[Path]:
+    """A temporary run folder, in which the real one's checkpoints can be read; messages name the real one."""
+    with tempfile.TemporaryDirectory(prefix="megaft-validate-") as temporary:
+        folder = Path(temporary)
+        if keeps_checkpoints:
+            (folder / "checkpoints").symlink_to((run_dir / "checkpoints").resolve())
+        try:
+            yield folder
+        except UserError as error:
+            raise type(error)(str(error).replace(temporary, str(run_dir))) from error
+
+
+def _stand_in(
+    config: ValidateConfig, setup: Resolved, raw: dict[str, Any], folder: Path
+) -> tuple[ValidateConfig, list[str]]:
+    """Return settings that a CPU can build in place of those that need a GPU, and say which these are."""
+    from megaft.files import write_json_atomic
+
+    notes, json, checkpoints = [], {**raw}, config.checkpoint
+    optim, model = config.optim, config.model
+    if setup.dtype == "float16":
+        del json["fp16"]
+        notes.append("float16 was built in float32, as a CPU can.")
+    if setup.optim.name == "apex-adamw":
+        json.pop("optimizer", None)
+        optim = replace(setup.optim, name="adamw")
+        checkpoints = replace(checkpoints, allow_changed=(*checkpoints.allow_changed, "optim"))
+        notes.append("apex-adamw was built as adamw; `megaft doctor` on a GPU node says whether apex is there.")
+    if model.cross_entropy == "liger":
+        model = replace(model, cross_entropy="chunked")
+        notes.append("liger was built as chunked; `megaft doctor` on a GPU node says whether it is there.")
+    write_json_atomic(folder / "deepspeed.json", json)
+    changed = {"deepspeed_config": folder / "deepspeed.json", "optim": optim, "model": model, "checkpoint": checkpoints}
+    return replace(config, **changed, run=replace(config.run, dir=folder)), notes
+
+
+def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, Any]:
+    parameters = list(parts.engine.module.parameters())
+    num_trained = _count(parameter for parameter in parameters if parameter.requires_grad)
+    return {
+        "world_size": config.world_size,
+        "global_batch_size": setup.global_batch_size,
+        "micro_batch_size": setup.micro_batch_size,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+        "zero_stage": setup.zero_stage,
+        "dtype": setup.dtype,
+        "optimizer": setup.optim.name,
+        "max_steps": parts.max_steps,
+        "done_steps": parts.state.step,
+        "tokens": parts.max_steps * setup.global_batch_size * config.data.context_length,
+        "parameters": _count(parameters),
+        "trained_parameters": num_trained,
+        "checkpoint_bytes": num_trained * bytes_per_parameter(setup.optim),
+    }
+
+
+def _count(parameters: Any) -> int:
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+def bytes_per_parameter(optim: OptimConfig) -> int:
+    """Return what a trained parameter takes in a checkpoint at most: the weight and each moment in fp32."""
+    moments = {"adamw": 2, "apex-adamw": 2, "adafactor": 1, "sgd": int(optim.momentum > 0)}
+    return 4 * (1 + moments[optim.name])
+
+
+def _require_room(config: ValidateConfig, checkpoint_bytes: int) -> None:
+    """Raise CheckpointError where there is no room for the checkpoints kept, the best one, and one in the making."""
+    run_dir = config.run.dir
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    require(os.access(there, os.W_OK), f"run.dir is {run_dir}, and {there} cannot be written; name another folder.")
+    count = config.checkpoint.keep_last + 2
+    kept = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+    needed, free = count * checkpoint_bytes - kept, shutil.disk_usage(there).free
+    if free < needed:
+        raise CheckpointError(
+            f"{there} has {free:,} bytes free, but {count} checkpoints of {checkpoint_bytes:,} (checkpoint.keep-last "
+            f"and two more) need {needed:,}; free space there, keep fewer, or name another --run.dir."
+        )
+
+
+def show(plan: dict[str, Any], as_json: bool) -> None:
+    """Print what the run would be."""
+    from megaft.files import to_json
+
+    if as_json:
+        print(to_json(plan))
+        return
+    for name, value in _lines(plan).items():
+        print(f"{name:<14} {value}")
+
+
+def _lines(plan: dict[str, Any]) -> dict[str, str]:
+    cut = "{global_batch_size} = micro-batch {micro_batch_size} x accumulation {gradient_accumulation_steps}"
+    done = f", of which {plan['done_steps']:,} are done" if plan["resumes_from"] else ""
+    return {
+        "global batch": f"{cut} x ranks {{world_size}}".format(**plan),
+        "engine": "ZeRO {zero_stage}, {dtype}, {optimizer}".format(**plan),
+        "steps": f"{plan['max_steps']:,}{done}",
+        "tokens": f"{plan['tokens']:,} at most",
+        "parameters": "{parameters:,}, of which {trained_parameters:,} are trained".format(**plan),
+        "a checkpoint": "{checkpoint_bytes:,} bytes".format(**plan),
+        "continues from": str(plan["resumes_from"] or "nothing: a new run"),
+    }
