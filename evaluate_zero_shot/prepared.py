@@ -147,7 +147,10 @@ def _last_words(
 ) -> Prepared:
     detokenize = detokenizers.get(detokenizer)
     items = lambada.items([detokenize(row) for row in rows], variant)
-    tokens, windows = _prompts([parted(tokenizer, *item) for item in items], protocol, tokenizer, cut)
+    pairs = [parted(tokenizer, *item) for item in items]
+    tokens, windows = _prompts(pairs, protocol, tokenizer, cut)
+    whole = TokenText([context + target for context, target in pairs])
+    gives_back = _gives_back(tokenizer, [item.context + item.target for item in items], whole)
     is_filtered = variant == "stop-word"
     stop_tokens = lambada.stop_tokens(lambda word: parted(tokenizer, "a", word)[1]) if is_filtered else ()
     return Prepared(
@@ -157,7 +160,7 @@ def _last_words(
         num_original_tokens=sum(counts.num_original_tokens(row) for row in rows),
         num_words=len(items),
         is_prompted=True,
-        num_bytes=sum(counts.num_bytes(item.target) for item in items) or None,
+        num_bytes=(gives_back and sum(counts.num_bytes(item.target) for item in items)) or None,
         banned=tuple(sorted(stop_tokens)),
     )
 

@@ -10,17 +10,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
 
-CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *("deepspeed", "transformers", "transformers.models.gpt2.modeling_gpt2", "sentencepiece", "tyro"),
-        *("megaft.cli", "megaft.train", "megaft.prepare", "megaft.assemble", "megaft.export", "megaft.metrics"),
-        *("evaluate_zero_shot.__main__", "evaluate_zero_shot.evaluate", "evaluate_zero_shot.report"),
-    ]
-)
+from fork_server import CONTEXT
+
 NUMBERS = count()
 EVALUATE = "evaluate_zero_shot.__main__"
 

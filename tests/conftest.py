@@ -2,10 +2,11 @@
 
 import os
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from pathlib import Path
 
 import pytest
+from fork_server import CONTEXT
 from jaxtyping import install_import_hook
 
 # Calls in the tests' own process are checked against the shapes and dtypes that annotations give; ranks run as ever.
@@ -53,12 +54,9 @@ def run_ranks():
     """
     from megaft.parallel import free_port
 
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "transformers", "megaft.train"])
-
     def run(world_size, function, *args):
         port = free_port()
-        with ProcessPoolExecutor(world_size, mp_context=context) as pool:
+        with ProcessPoolExecutor(world_size, mp_context=CONTEXT) as pool:
             ranks = [pool.submit(_on_rank, rank, world_size, port, function, args) for rank in range(world_size)]
         if errors := [error for rank in ranks if (error := rank.exception())]:
             raise ExceptionGroup(f"{len(errors)} of {world_size} ranks failed", errors)
