@@ -146,7 +146,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
 
 def _resumed_batch_size(config: TrainConfig) -> int | None:
     newest = None if config.run.fresh else checkpoint.peek(config.run.dir)
-    return newest["identity"]["global_batch_size"] if newest else None
+    return newest["identity"].get("global_batch_size") if newest else None
 
 
 def _max_steps(config: TrainConfig, setup: Resolved, samples: Samples) -> int:

@@ -11,7 +11,8 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -203,19 +204,29 @@ def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
 
 def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> int:
     try:
-        code = program(topology)
+        with naming_lost_peers(topology.rank):
+            code = program(topology)
+    except LostPeerError:  # leaving could wait for the lost one
+        raise
     except UserError:
         leave()
         raise
-    except RuntimeError as error:  # leaving could wait for the lost one
+    leave()
+    return code
+
+
+@contextmanager
+def naming_lost_peers(rank: int) -> Iterator[None]:
+    """Turn a collective's complaint that another rank ended or hangs into a LostPeerError."""
+    try:
+        yield
+    except RuntimeError as error:
         if not any(sign in str(error) for sign in ("gloo/", "NCCL")):
             raise
         raise LostPeerError(
-            f"rank {topology.rank} lost its peers ({str(error).splitlines()[0].rpartition('] ')[2]}): another rank "
+            f"rank {rank} lost its peers ({str(error).splitlines()[0].rpartition('] ')[2]}): another rank "
             "ended, or hangs; its own message says why. The same command continues from the last checkpoint."
         ) from error
-    leave()
-    return code
 
 
 def data_parallel_size() -> int:

@@ -40,8 +40,10 @@ def run(config: TrainConfig, topology: Topology) -> int:
     """Hold the run's folder while training; a second job on it is refused, and why this one ended is written there."""
     from megaft.events import recording_errors
     from megaft.lock import locked
+    from megaft.parallel import naming_lost_peers
 
-    with locked(config.run.dir, topology.is_main), recording_errors(config.run.dir, topology.is_main):
+    is_main = topology.is_main
+    with locked(config.run.dir, is_main), recording_errors(config.run.dir, is_main), naming_lost_peers(topology.rank):
         return train(config, topology)
 
 
@@ -49,7 +51,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
     """Run from the newest checkpoint to the end, then export."""
     import torch
 
-    from megaft import checkpoint, engine_state, parallel
+    from megaft import engine_state, parallel
     from megaft.assemble import assemble
     from megaft.dataset import micro_batches
     from megaft.export import export

@@ -204,7 +204,9 @@ def test_a_step_is_the_same_samples_in_every_cut(step, micro_batch_size, accumul
     cuts = [Cut(micro_batch_size, accumulation, rank, num_ranks) for rank in range(num_ranks)]
     assert {cut.global_batch_size for cut in cuts} == {8}
     assert {len(cut.first_positions(step * 8)) for cut in cuts} == {accumulation}
-    positions = [first + row for cut in cuts for first in cut.first_positions(step * 8) for row in range(micro_batch_size)]
+    positions = [
+        first + row for cut in cuts for first in cut.first_positions(step * 8) for row in range(micro_batch_size)
+    ]
     assert sorted(positions) == list(range(step * 8, (step + 1) * 8))
 
 
