@@ -80,7 +80,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     plan = _plan(config, setup, parts)
     plan["resumes_from"] = str(checkpoint.folder_of(config.run.dir, parts.state.step)) if newest else None
     plan["notes"] = [*setup.notes, *notes]
-    _require_room(config, plan["checkpoint_bytes"])
+    require_room(config, plan["checkpoint_bytes"])
     return plan
 
 
@@ -151,7 +151,7 @@ def bytes_per_parameter(optim: OptimConfig) -> int:
     return 4 * (1 + moments[optim.name])
 
 
-def _require_room(config: ValidateConfig, checkpoint_bytes: int) -> None:
+def require_room(config: ValidateConfig, checkpoint_bytes: int) -> None:
     """Raise CheckpointError where there is no room for the checkpoints kept, the best one, and one in the making."""
     run_dir = config.run.dir
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())

@@ -1,0 +1,174 @@
+"""`megaft validate`: what a run would be, told by building it as one rank of N that do not exist."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import tyro
+
+from megaft.config import OptimConfig
+from megaft.errors import CheckpointError, ConfigError, DataError
+from megaft.validate import ValidateConfig, bytes_per_parameter, require_room, show, validate
+
+GLOBAL_BATCH_SIZE = 16
+PARAMETERS = 45_952  # 512 x 32 + 128 x 32 embeddings, 2 layers of 12,704, 64 of the last norm
+
+SLOWER_BUILDS = ((0, 1), (0, 8), (1, 8), (2, 8))
+
+
+@pytest.fixture
+def config(toy_model, toy_texts, tmp_path):
+    """config(stage=2, world_size=4, **DeepSpeed keys) is a run's settings."""
+    train, valid = toy_texts
+
+    def make(*flags, stage=2, world_size=1, **keys):
+        settings = {"train_batch_size": GLOBAL_BATCH_SIZE, "train_micro_batch_size_per_gpu": 2, **keys}
+        path = tmp_path / "deepspeed.json"
+        path.write_text(json.dumps(settings | {"zero_optimization": {"stage": stage}}))
+        arguments = [
+            f"--deepspeed-config={path}",
+            f"--model.path={toy_model}",
+            f"--data.train={train}",
+            f"--data.valid={valid}",
+            "--data.context-length=32",
+            f"--run.dir={tmp_path / 'run'}",
+            "--run.max-steps=10",
+            f"--world-size={world_size}",
+        ]
+        return tyro.cli(ValidateConfig, args=[*arguments, *flags])
+
+    return make
+
+
+@pytest.fixture
+def planned(run_ranks):
+    """`validate` in a process of its own: DeepSpeed keeps the first process group's groups."""
+    return lambda settings: run_ranks(1, validate, settings)[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size"), [*(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER_BUILDS), (3, 8)]
+)
+def test_a_run_is_built_as_one_of_n_ranks(config, planned, stage, world_size, tmp_path):
+    plan = planned(config(stage=stage, world_size=world_size))
+    assert plan["global_batch_size"] == 2 * plan["gradient_accumulation_steps"] * world_size == GLOBAL_BATCH_SIZE
+    assert plan["tokens"] == 10 * GLOBAL_BATCH_SIZE * 32
+    assert plan["parameters"] == plan["trained_parameters"] == PARAMETERS
+    assert plan["checkpoint_bytes"] == 12 * PARAMETERS
+    assert plan["resumes_from"] is None
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "keys", "error", "said"),
+    [
+        pytest.param([], {"train_batch_size": 15}, ConfigError, "on 1 ranks", id="batch sizes"),
+        pytest.param([], {"train_batch": 1}, ConfigError, "did you mean", id="a key of the JSON"),
+        pytest.param(["--data.context-length=4096"], {}, ConfigError, "128 positions", id="model"),
+        pytest.param(["--data.train=missing.txt"], {}, DataError, "missing.txt", id="data"),
+        pytest.param(["--model.path=/missing"], {}, DataError, "/missing", id="model folder"),
+    ],
+)
+def test_what_training_would_refuse(config, flags, keys, error, said, tmp_path):
+    with pytest.raises(error, match=said):
+        validate(config(*flags, **keys))
+    assert not (tmp_path / "run").exists()
+    assert not dist.is_initialized()
+
+
+def test_a_world_of_no_ranks_is_refused(config):
+    with pytest.raises(ConfigError, match="world-size is 0"):
+        config(world_size=0)
+
+
+def test_half_precision_and_gpu_kernels_have_stand_ins(config, planned):
+    settings = config("--model.cross-entropy=liger", stage=1, fp16={"enabled": True})
+    plan = planned(replace(settings, optim=OptimConfig(name="apex-adamw")))
+    assert (plan["dtype"], plan["optimizer"]) == ("float16", "apex-adamw")
+    assert [note.split()[0] for note in plan["notes"][-3:]] == ["float16", "apex-adamw", "liger"]
+    with pytest.raises(ConfigError, match=r"float16 with zero_optimization.stage 0"):
+        validate(config(stage=0, fp16={"enabled": True}))
+
+
+@pytest.mark.parametrize(
+    ("optim", "expected"),
+    [
+        (OptimConfig(), 12),
+        (OptimConfig(name="sgd"), 4),
+        (OptimConfig(name="sgd", momentum=0.9), 8),
+        (OptimConfig(name="adafactor"), 8),
+    ],
+)
+def test_bytes_of_a_parameter(optim, expected):
+    assert bytes_per_parameter(optim) == expected
+
+
+def test_too_small_a_disk_is_named_before_training(config, monkeypatch, tmp_path):
+    settings = config("--checkpoint.keep-last=3")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=4_999))
+    with pytest.raises(CheckpointError, match=r"5 checkpoints of 1,000 .*need 5,000"):
+        require_room(settings, 1_000)
+    kept = tmp_path / "run" / "checkpoints" / "step-00000001"
+    kept.mkdir(parents=True)
+    (kept / "rank-00000.safetensors").write_bytes(b"0")  # what is there needs no room
+    require_room(settings, 1_000)
+
+
+def train_two_steps(arguments):
+    from megaft import parallel
+    from megaft.config import parse_train
+    from megaft.train import train
+
+    return parallel.exit_code_on_ranks(lambda topology: train(parse_train(arguments), topology))
+
+
+def files_of(folder: Path):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_run_that_would_continue(config, planned, run_ranks, tmp_path, toy_model, toy_texts):
+    """Its newest checkpoint is loaded, cut for other ranks; one that is damaged is refused as training would."""
+    run_dir, (train, valid) = tmp_path / "run", toy_texts
+    settings = config()
+    arguments = [
+        f"--deepspeed-config={settings.deepspeed_config}",
+        f"--model.path={toy_model}",
+        f"--data.train={train}",
+        f"--data.valid={valid}",
+        "--data.context-length=32",
+        f"--run.dir={run_dir}",
+        "--optim.schedule=constant",
+        "--run.max-steps=2",
+        "--run.export=none",
+    ]
+    assert run_ranks(1, train_two_steps, arguments) == [0]
+    before = files_of(run_dir)
+    plan = planned(config("--optim.schedule=constant", stage=3, world_size=16))
+    assert (plan["done_steps"], plan["max_steps"], plan["micro_batch_size"]) == (2, 10, 1)
+    assert Path(plan["resumes_from"]).parent == run_dir / "checkpoints"
+    assert planned(config("--run.fresh"))["done_steps"] == 0
+    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match="learning_rate")):
+        planned(config("--optim.schedule=constant", "--optim.learning-rate=1"))
+    assert files_of(run_dir) == before
+
+    shard = Path(plan["resumes_from"]) / "rank-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=f"{run_dir}/checkpoints holds")):
+        planned(config("--optim.schedule=constant"))
+
+
+def test_what_is_printed(config, planned, capsys):
+    plan = planned(config(world_size=4))
+    capsys.readouterr()
+    show(plan, as_json=True)
+    assert json.loads(capsys.readouterr().out) == plan
+    show(plan, as_json=False)
+    out = capsys.readouterr().out
+    assert "16 = micro-batch 2 x accumulation 2 x ranks 4" in out
+    assert "45,952, of which 45,952 are trained" in out
+    assert "a checkpoint   551,424 bytes\ncontinues from nothing: a new run\n" in out
