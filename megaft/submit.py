@@ -86,6 +86,7 @@ def main(arguments: list[str]) -> int:
     if path.name in ("finetune_1node.sbatch", "finetune_multinode.sbatch"):
         parse_train(program_flags)  # a wrong flag is said now, not when the job's turn has come
     text = fill_in(read_script(path), config.directives(), program_flags)
+    require_time_before_signal(directives_of(text))
     require_resources(directives_of(text))
     if config.print:
         print(text, end="")
@@ -178,6 +179,16 @@ def fill_in(text: str, directives: dict[str, str], program_flags: list[str]) -> 
 def _option(line: str) -> str | None:
     match = DIRECTIVE.match(line)
     return match and match[1]
+
+
+def require_time_before_signal(asked: dict[str, str]) -> None:
+    """Raise ConfigError if SLURM would signal the end as soon as the job starts: it would be requeued for ever."""
+    seconds = asked.get("signal", "").partition("@")[2] or "0"
+    time = asked.get("time", "")
+    require(
+        WALLTIME.fullmatch(time) is None or seconds_of(time) > int(seconds),
+        f"time is {time}, but the script is signalled {seconds} s before that; use more, or change its --signal.",
+    )
 
 
 def require_resources(asked: dict[str, str]) -> None:

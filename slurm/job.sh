@@ -52,7 +52,7 @@ finetune() {
     rm -f "$ended" # of the job's last turn
     run_tasks "$MEGAFT_HOME/megaft/train.py" "$@" || code=$?
     if [ -f "$ended" ]; then
-        code=$(sed -n 's/.*"code": *\([0-9]*\).*/\1/p' "$ended")
+        code=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$ended")
         if [ "$code" -eq 75 ]; then requeue; fi
     fi
     exit "$code"

@@ -179,6 +179,11 @@ def test_resources_are_those_of_sinfo(options, said, programs, capsys):
     assert said is None or said in answer
 
 
+def test_a_time_that_only_the_signal_fills_is_refused(programs, capsys):
+    said = submitted(capsys, "finetune_multinode", "--print", "--time=5", "--", *FLAGS, code=2)
+    assert "time is 5, but the script is signalled 300 s before that" in said
+
+
 def test_a_silent_sinfo_checks_nothing(programs, capsys):
     programs("sinfo", "exit 1")
     assert main(["submit", "prepare_data", "--print", "--nodes=99"]) == 0
@@ -226,8 +231,8 @@ def start_job(programs, tmp_path, monkeypatch):
 )
 def test_how_training_ends_decides(ended, rank_code, code, is_requeued, start_job, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "ended.json").write_text('{"code": 75}')  # of the turn before, which must not count
-    write = "" if ended is None else f"""echo '{{"code": {ended}, "reason": "-"}}' > run/ended.json;"""
+    (tmp_path / "run" / "ended.json").write_text('{"exit_code": 75}')  # of the turn before, which must not count
+    write = "" if ended is None else f"""echo '{{"exit_code": {ended}, "reason": "-"}}' > run/ended.json;"""
     job = start_job("finetune_1node.sbatch", f"{write} exit {rank_code}", "--run.dir=run")
     assert job.wait(timeout=20) == code
     calls = tmp_path / "scontrol"
