@@ -13,7 +13,7 @@ import torch
 from plain_engine import IDENTITY, PlainEngine, save, save_killed
 from safetensors.torch import load_file
 
-from megaft import checkpoint, saver
+from megaft import checkpoint, parallel, saver
 from megaft.checkpoint import find, folder_of, load, saved_steps, verify
 from megaft.config import CheckpointConfig
 from megaft.errors import CheckpointError
@@ -272,3 +272,55 @@ def test_groups_that_step_otherwise_than_they_were_built_to_are_found(tmp_path):
         engine.optimizer.param_groups[0].update(change)
         with pytest.raises(AssertionError):
             load(engine, folder_of(tmp_path, 1), IDENTITY)
+
+
+# On several ranks
+
+
+def on_two_ranks(folder):
+    """What each rank sees: a whole save, then one that only the second rank's disk refuses, then a damaged file."""
+    parallel.join(parallel.discover(os.environ))
+    seen = {}
+    for name, is_background in (("sync", False), ("async", True)):
+        run_dir = folder / name
+        save(run_dir, 1, 0.5, in_background=is_background).publish()
+        really_write = saver.write_shard
+        saver.write_shard = no_room if parallel.data_parallel_rank() == 1 else really_write
+        try:
+            save(run_dir, 2, 0.75, in_background=is_background).publish()
+        except CheckpointError as error:
+            seen[name] = str(error)
+        saver.write_shard = really_write
+        parallel.barrier()
+        seen[f"{name} left"] = names(run_dir)
+        parallel.barrier()
+        save(run_dir, 2, 0.75, in_background=is_background).publish()
+        engine = PlainEngine()
+        load(engine, folder_of(run_dir, 2), IDENTITY)
+        seen[f"{name} then"] = (engine.fill, find(run_dir).folder == folder_of(run_dir, 2))
+        parallel.barrier()
+        if parallel.is_main():
+            path = folder_of(run_dir, 2) / "rank-00001.safetensors"  # the second rank hashes it
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        parallel.barrier()
+        seen[f"{name} found"] = find(run_dir)
+    parallel.leave()
+    return seen
+
+
+def no_room(path, pieces):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_write_or_read_all_ranks_know(run_ranks, tmp_path):
+    main, other = run_ranks(2, on_two_ranks, tmp_path)
+    for name in ("sync", "async"):
+        assert "rank 1 could not go on" in main[name]
+        assert "rank-00001.safetensors cannot be written: No space left on device" in other[name]
+        assert main[f"{name} left"] == other[f"{name} left"] == ["latest", "step-00000001"]
+        assert main[f"{name} then"] == other[f"{name} then"] == (0.75, True)
+        assert main[f"{name} found"] == other[f"{name} found"]
+        found = main[f"{name} found"]
+        assert found.folder == folder_of(tmp_path / name, 1)
+        assert "step-00000002/rank-00001.safetensors is damaged" in dict(found.skipped)["step-00000002"]
