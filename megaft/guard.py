@@ -80,7 +80,7 @@ class Guard:
 
         Args:
             rows: step, loss, grad_norm, and the run's skipped_steps after it, of each step.
-            is_scale_at_floor: Whether the fp16 loss scale can fall no further.
+            is_scale_at_floor: Whether the fp16 loss scale could fall no further before the step.
         """
         for row in rows:
             if row["step"] in self._judged:  # before its weights moved

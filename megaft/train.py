@@ -94,6 +94,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
             counts = torch.tensor(counts).to(device, non_blocking=True)
             num_scored, num_tokens = parallel.sum_over_data_ranks(counts).clamp(min=1)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
+            is_scale_at_floor = engine_state.is_loss_scale_at_floor(engine)
 
             def is_wanted(norm: float, step=state.step + 1, nats=nats, num_scored=num_scored) -> bool:
                 loss = float(parallel.sum_over_data_ranks(nats.clone()) / num_scored)
@@ -134,7 +135,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
             if validates or saves:
                 rows += metrics.drain()  # nothing is validated or saved before all that led to it was judged
             reached = state.step
-            for trouble in guard.judge(rows, is_scale_at_floor=engine_state.is_loss_scale_at_floor(engine)):
+            for trouble in guard.judge(rows, is_scale_at_floor=is_scale_at_floor):
                 state = recovered(run, trouble, state)
             if state.step < reached:
                 tokens_seen = torch.tensor(state.tokens_seen, device=device)

@@ -23,6 +23,8 @@ def settings_of(zero_stage=1, **more):
 
 def runs(folder, common, cases):
     """Run cases of (name, flags, what happens on this rank, DeepSpeed settings) in turn; return each exit code."""
+    from deepspeed.accelerator import get_accelerator
+
     from megaft import parallel, stop, train
     from megaft.exit_code import exit_code_of
 
@@ -38,6 +40,8 @@ def runs(folder, common, cases):
         stop.listen()
         arguments = [f"--deepspeed_config={path}", f"--run.dir={folder / name}", *common, *flags]
         with pytest.MonkeyPatch.context() as patch:
+            if "fp16" in settings:  # refused on CPUs without its instructions, where torch computes it slowly
+                patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
             if happens:
                 happens(topology.rank, patch, folder / name)
             codes.append(exit_code_of(partial(train.run, train.parse_train(arguments), topology)))
@@ -47,8 +51,8 @@ def runs(folder, common, cases):
 
 def signalled(number, step, rank, patch, run_dir):
     """Rank 1 gets a signal during a step, and another during the save."""
-    from megaft.saver import Saver
     from megaft.metrics import Metrics
+    from megaft.saver import Saver
 
     if rank != 1:
         return
@@ -81,8 +85,8 @@ def file_put(name, step, rank, patch, run_dir):
     patch.setattr(Metrics, "step", report_and_put)
 
 
-def poisoned(positions, value, rank, patch, run_dir):
-    """The loss of some samples, by their place in the whole sequence, is multiplied."""
+def poisoned(positions, spoil, rank, patch, run_dir):
+    """The loss of some samples, by their place in the whole sequence, is spoiled."""
     from megaft import train
     from megaft.models.hugging_face import NatsModel
 
@@ -92,9 +96,22 @@ def poisoned(positions, value, rank, patch, run_dir):
 
     def forward_and_poison(self, *arguments):
         nats = forward(self, *arguments)
-        return nats * value if self.training and here[-1] in positions else nats
+        return spoil(nats) if self.training and here[-1] in positions else nats
 
     patch.setattr(NatsModel, "forward", forward_and_poison)
+
+
+def not_a_number(nats):
+    return nats * float("nan")
+
+
+def huge(nats):
+    return nats * 300.0
+
+
+def steep(nats):
+    """As it is, but its gradient is too large for the norm's squares."""
+    return nats + (nats - nats.detach()) * 1e38
 
 
 def limit(steps):
@@ -118,11 +135,16 @@ BAD_STEP = 4
 BAD = (12, 13)  # two samples of the fourth step, one a rank
 
 
-def guarded(name, value, *flags, zero_stage=1, **more):
-    return (name, [*SPIKE, *flags], partial(poisoned, BAD, value), settings_of(zero_stage, **more))
+def guarded(name, spoil, *flags, zero_stage=1, positions=BAD, **more):
+    return (name, [*SPIKE, *flags], partial(poisoned, positions, spoil), settings_of(zero_stage, **more))
 
 
-NAN, HUGE = float("nan"), 300.0
+def fp16(**scaler):
+    return {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, **scaler}
+
+
+NAN, HUGE = not_a_number, huge
+ALWAYS = range(12, 99)
 GUARDED = [
     guarded("nan-stop", NAN),
     *(guarded(f"nan-skip-{stage}", NAN, "--guard.non-finite=skip", zero_stage=stage) for stage in range(4)),
@@ -130,7 +152,14 @@ GUARDED = [
     *(guarded(f"nan-rewind-{stage}", NAN, "--guard.non-finite=rewind", zero_stage=stage) for stage in range(4)),
     guarded("huge-rewind", HUGE, "--guard.spike=rewind"),
     guarded("huge-stop", HUGE, "--guard.spike=stop"),
+    *(guarded(f"steep-skip-{stage}", steep, "--guard.non-finite=skip", zero_stage=stage) for stage in range(4)),
     guarded("nan-skip-bf16", NAN, "--guard.non-finite=skip", bf16={"enabled": True}),
+]
+
+OVERFLOWING = [
+    guarded("streak", steep, "--guard.max-overflows=2", positions=ALWAYS, fp16=fp16()),
+    guarded("floor", steep, positions=ALWAYS, fp16=fp16(initial_scale_power=1, min_loss_scale=1)),
+    guarded("once", steep, fp16=fp16()),
 ]
 
 
@@ -155,7 +184,7 @@ def interrupted(run_ranks, common, tmp_path_factory):
 @pytest.fixture(scope="module")
 def watched(run_ranks, common, tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched")
-    return folder, run_ranks(2, runs, folder, common, GUARDED)
+    return folder, run_ranks(2, runs, folder, common, [*GUARDED, *OVERFLOWING])
 
 
 def events(run_dir, *wanted):
@@ -207,7 +236,7 @@ def test_a_file_saves_at_once_and_is_taken_away(interrupted):
 def test_policies_of_the_guard(watched):
     folder, codes = watched
     expected = [5 if name.endswith("stop") else 0 for name, *_ in GUARDED]
-    assert codes == [expected, expected]
+    assert [ours[: len(expected)] for ours in codes] == [expected, expected]
     for name, *_ in GUARDED:
         (event,) = events(folder / name, "non-finite loss", "non-finite gradient", "loss spike", "gradient norm spike")
         assert event["step"] == BAD_STEP
@@ -243,3 +272,13 @@ def test_a_rewound_run_is_the_same_at_every_stage(watched):
     first, *others = ([row["loss"] for row in rows(folder / f"nan-rewind-{stage}")] for stage in range(4))
     for other in others:
         assert other == pytest.approx(first, abs=1e-5)
+
+
+def test_fp16_stops_after_a_streak_of_overflows_or_at_the_smallest_scale(watched):
+    folder, codes = watched
+    assert [ours[len(GUARDED) :] for ours in codes] == [[5, 5, 0]] * 2
+    (streak,) = events(folder / "streak", "overflow streak")
+    (floor,) = events(folder / "floor", "overflow at the smallest loss scale")
+    assert (streak["step"], floor["step"]) == (BAD_STEP + 1, BAD_STEP + 1)
+    assert [row["skipped_steps"] for row in rows(folder / "once")] == [0, 0, 0, 1, 1, 1]
+    assert "overflow streak at step 5" in ended(folder / "streak")["reason"]
