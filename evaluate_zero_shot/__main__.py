@@ -12,7 +12,6 @@ from evaluate_zero_shot.protocols import PROTOCOLS, describe
 from evaluate_zero_shot.tasks import TASKS
 from megaft.errors import ConfigError
 from megaft.exit_code import exit_code_of
-from megaft.files import naming_disk_errors
 
 if TYPE_CHECKING:
     from megaft.parallel import Topology
@@ -52,6 +51,7 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from evaluate_zero_shot.subject import load
     from megaft import parallel
     from megaft.generate import model_source
+    from megaft.lock import locked
     from megaft.tokenizer import load_tokenizer
 
     is_alone = topology.world_size == 1 and not config.partition  # then DeepSpeed need not be imported
@@ -61,24 +61,23 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     data = data or find_all_data(config, os.environ)
     for source in config.model:  # a name mistyped is said now, not when its turn comes
         load_tokenizer(model_source(source))
-    with naming_disk_errors(config.output):
-        config.output.mkdir(parents=True, exist_ok=True)
     combinations = list(product(config.tasks, config.protocols, config.strides))
-    done = []
-    for source in config.model:
-        subject = load(source, config, device)
-        for _, protocol, stride in combinations:  # what does not fit the model is said before hours are spent on it
-            geometry(PROTOCOLS[protocol], subject.scorer.context_limit, config.context_length, stride)
-        for task, protocol, stride in combinations:
-            trial = trial_of(config, subject, TASKS[task], PROTOCOLS[protocol], stride, data[task, protocol])
-            done.append(evaluate(subject, trial, config.output))
-            if parallel.is_main():
-                results.write(config.output, done)
-                print(results.summary(done[-1]), flush=True)
-        del subject  # before the next model takes its place in memory
-    if parallel.is_main():
-        report.write(config.output)
-        print(f"report: {config.output / 'report.html'}")
+    with locked(config.output, topology.is_main):
+        done = []
+        for source in config.model:
+            subject = load(source, config, device)
+            for _, protocol, stride in combinations:  # what does not fit the model is said before hours are spent on it
+                geometry(PROTOCOLS[protocol], subject.scorer.context_limit, config.context_length, stride)
+            for task, protocol, stride in combinations:
+                trial = trial_of(config, subject, TASKS[task], PROTOCOLS[protocol], stride, data[task, protocol])
+                done.append(evaluate(subject, trial, config.output))
+                if parallel.is_main():
+                    results.write(config.output, done)
+                    print(results.summary(done[-1]), flush=True)
+            del subject  # before the next model takes its place in memory
+        if parallel.is_main():
+            report.write(config.output)
+            print(f"report: {config.output / 'report.html'}")
     parallel.barrier()
     return 0
 

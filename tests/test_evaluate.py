@@ -12,6 +12,7 @@ import pytest
 from evaluate_zero_shot import evaluate as evaluate_module
 from evaluate_zero_shot.__main__ import main
 from evaluate_zero_shot.kept import KeptBatches
+from megaft.lock import locked
 from megaft.parallel import free_port
 
 BIN = Path(sys.executable).parent
@@ -192,6 +193,13 @@ def test_another_programs_results_are_not_overwritten(trial, tmp_path, capsys):
     assert main([*trial, f"--output={tmp_path}"]) == 3
     assert "not a results file" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_text() == '{"results": {"wikitext": 1}}'
+
+
+def test_a_folder_that_another_evaluation_writes_to_is_refused(trial, tmp_path, capsys):
+    with locked(tmp_path):
+        assert main([*trial, f"--output={tmp_path}"]) == 2
+    assert f"{tmp_path} is in use by host" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_describe_prints_protocols_and_tasks(capsys):
