@@ -1,0 +1,196 @@
+"""Kill, hang, damage and fill up small runs in every way, start each again until it is done, and compare.
+
+    python tools/benchmarks/faults.py [--runs 300] [--seed 0] [--output docs/reliability.md]
+
+Real DeepSpeed on two CPU ranks. Each kind of fault comes once, then every change that a save makes to the disk, then
+all kinds in turn. A run is lost when the same command does not bring it to its end; it trained differently when any
+step's loss, a shard of the last checkpoint or the exported weights are not those of the undisturbed run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import tyro
+
+# Before the fork server starts, which imports torch once for all ranks.
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+from faults_disk import small_disk
+from faults_kinds import EVERY_CHANGE, KINDS, Fault, boundaries
+from faults_trial import Reference, Setting, Trial, make_inputs, reference
+
+FULL_DISK = "a full disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a run."""
+
+    kind: str
+    restarts: int
+    is_lost: bool
+    is_different: bool
+    accepted_damaged: bool
+    unkept: tuple[str, ...]
+    seconds: float
+
+    @property
+    def is_good(self) -> bool:
+        """Whether every promise was kept."""
+        return not (self.is_lost or self.is_different or self.accepted_damaged or self.unkept)
+
+
+class Campaign:
+    """The undisturbed runs, and what disturbed ones are compared with."""
+
+    def __init__(self, folder: Path, seed: int, settings: list[tuple[int, bool]] | None = None) -> None:
+        """Train a run a setting (ZeRO stage, whether saves are in the background) without disturbance."""
+        self._folder, self._seed, self._number = folder, seed, count()
+        self._disks = ExitStack()
+        make_inputs(folder / "inputs")
+        self.no_disk = self._disks.enter_context(small_disk(folder / "disk"))
+        self.references: dict[tuple[int, bool], tuple[Setting, Reference]] = {}
+        for stage, is_background in settings or [(stage, way) for stage in range(4) for way in (False, True)]:
+            setting = Setting(folder / "inputs", stage, is_background)
+            self.references[stage, is_background] = (setting, reference(setting, folder / setting.name))
+
+    def close(self) -> None:
+        """Take down what was mounted."""
+        self._disks.close()
+
+    def kinds(self) -> list[str]:
+        """Return the kinds that can be tried here."""
+        return [kind for kind in KINDS if kind != FULL_DISK or not self.no_disk]
+
+    def plan(self, kinds: list[str], runs: int) -> list[tuple[str, int]]:
+        """Return (kind, number) of each run: one a kind, then all changes of a save, then every kind in turn."""
+        kinds = [kind for kind in self.kinds() if kind in kinds]
+        every = [
+            (kind, number)
+            for kind in kinds
+            if kind in EVERY_CHANGE
+            for number in range(1, len(boundaries(self.references[EVERY_CHANGE[kind]][1].changes)))
+        ]
+        others = [kind for kind in kinds if kind not in EVERY_CHANGE]
+        in_turn = [(kind, number) for number in range(1, runs) for kind in others]
+        return [*((kind, 0) for kind in kinds), *every, *in_turn][:runs]
+
+    def run(self, kind: str, number: int) -> Outcome:
+        """Make one disturbed run."""
+        random = Random(f"{self._seed} {kind} {number}")
+        chosen = EVERY_CHANGE.get(kind) or random.choice([*self.references])
+        setting, undisturbed = self.references[chosen]
+        fault: Fault = KINDS[kind](number, random, undisturbed.changes)
+        folder = self._folder / f"run-{next(self._number):04d}"
+        trial = Trial(kind, setting, folder, random, undisturbed.start_seconds)
+        if kind == FULL_DISK:
+            trial.run_dir = self._folder / "disk" / folder.name
+        fault(trial)
+        trial.go_on()
+        outcome = Outcome(
+            kind,
+            trial.restarts,
+            trial.is_lost,
+            trial.differs(undisturbed.training),
+            trial.accepted_damaged,
+            tuple(trial.unkept),
+            trial.seconds,
+        )
+        if outcome.is_good:
+            shutil.rmtree(folder)
+        else:
+            print(f"{folder}: {setting.name}: {outcome}\n{fault}", flush=True)
+        if kind == FULL_DISK:
+            shutil.rmtree(trial.run_dir)
+        return outcome
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Return the counts as Markdown."""
+    columns = ("kind of fault", "runs", "starts", "lost", "different", "damage accepted", "broken promises", "seconds")
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
+        lines.append(row(kind, [outcome for outcome in outcomes if outcome.kind == kind]))
+    return "\n".join([*lines, row("all", outcomes)])
+
+
+def row(name: str, outcomes: list[Outcome]) -> str:
+    """Return a line of the table; seconds are the median of runs that came to an end."""
+    seconds = statistics.median([outcome.seconds for outcome in outcomes if not outcome.is_lost] or [float("nan")])
+    numbers = (
+        len(outcomes),
+        sum(1 + outcome.restarts for outcome in outcomes),
+        sum(outcome.is_lost for outcome in outcomes),
+        sum(outcome.is_different for outcome in outcomes),
+        sum(outcome.accepted_damaged for outcome in outcomes),
+        sum(bool(outcome.unkept) for outcome in outcomes),
+    )
+    return f"| {name} | {' | '.join(map(str, numbers))} | {seconds:.1f} |"
+
+
+def write_between_marks(page: Path, content: str) -> None:
+    """Replace what is between the page's `<!-- faults -->` and `<!-- end faults -->`."""
+    before, begin, rest = page.read_text().partition("<!-- faults -->\n")
+    _, end, after = rest.partition("<!-- end faults -->")
+    if not (begin and end):
+        raise SystemExit(f"{page} has no <!-- faults --> and <!-- end faults -->")
+    page.write_text(f"{before}{begin}{content}\n{end}{after}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """Disturb small runs in every way, start each again until it is done, and compare with undisturbed ones."""
+
+    runs: int = 300
+    """Disturbed runs."""
+    seed: int = 0
+    """Fixes what is drawn: kinds of damage, settings, and when faults come."""
+    kinds: tuple[str, ...] = ()
+    """Only the kinds whose name contains one of these."""
+    output: Path | None = None
+    """Write the table here, between the page's two comment lines."""
+    folder: Path | None = None
+    """Where runs that broke a promise are left, with what they said. By default nothing is left."""
+
+    def chosen(self) -> list[str]:
+        """Return the kinds to try."""
+        return [kind for kind in KINDS if not self.kinds or any(part in kind for part in self.kinds)]
+
+
+def outcomes_of(campaign: Campaign, plan: list[tuple[str, int]]) -> Iterator[Outcome]:
+    """Make the runs, telling how far it is."""
+    for done, (kind, number) in enumerate(plan, 1):
+        outcome = campaign.run(kind, number)
+        print(f"{done}/{len(plan)} {kind}, {number}: {outcome.restarts} restarts, {outcome.seconds:.1f} s", flush=True)
+        yield outcome
+
+
+def main(arguments: Arguments) -> int:
+    """Train undisturbed, then disturb, count, print."""
+    with tempfile.TemporaryDirectory() as temporary:
+        campaign = Campaign(arguments.folder or Path(temporary), arguments.seed)
+        try:
+            outcomes = list(outcomes_of(campaign, campaign.plan(arguments.chosen(), arguments.runs)))
+        finally:
+            campaign.close()
+    print(table(outcomes))
+    if campaign.no_disk:
+        print(f"left out: {FULL_DISK}, as {campaign.no_disk}")
+    if arguments.output:
+        write_between_marks(arguments.output, table(outcomes))
+    return 0 if all(outcome.is_good for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments)))

@@ -1,0 +1,243 @@
+"""The kinds of fault: what each does to a run until it has to be started again, and what must happen at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import faults_disk as disk
+from faults_job import WORLD_SIZE, Job
+from faults_trial import EVERY, STEPS, WATCHED_STEP, Trial, ended, newest_whole, read_lines
+
+Fault = Callable[[Trial], None]
+REQUEUE, CHECKPOINT_ERROR, USAGE = 75, 4, 2
+SHORT_TIMEOUT = 0.15
+"""Minutes, for runs in which a rank hangs."""
+SLACK = 20.0
+"""Seconds more that a busy machine may take over an ending."""
+
+
+def killed_at_start(trial: Trial) -> None:
+    """SIGKILL of both ranks while Python starts and imports."""
+    job = trial.start(is_forked=False)
+    job.first_end(trial.random.uniform(0.0, 8.0))
+    job.send(signal.SIGKILL)
+    trial.end(job)
+
+
+def killed(trial: Trial) -> None:
+    """SIGKILL of both ranks at random times, up to three times in a row."""
+    for _ in range(trial.random.randint(1, 3)):
+        job = trial.start()
+        trial.some_time(job)
+        job.send(signal.SIGKILL)
+        trial.end(job)
+
+
+def one_killed(trial: Trial) -> None:
+    """SIGKILL of one rank at a random time; the other ends by itself."""
+    job, victim = trial.start(), trial.random.randrange(WORLD_SIZE)
+    trial.some_time(job)
+    was_training = bool(read_lines(trial.run_dir / "metrics.jsonl"))
+    job.send(signal.SIGKILL, victim)
+    codes = trial.end(job)
+    if was_training:
+        require_survivors_end(trial, job, codes, victim)
+
+
+def require_survivors_end(trial: Trial, job: Job, codes: list[int | None], victim: int) -> None:
+    """What every rank that lost a peer owes: code 75, or 0 where all was done, and the reason in a line."""
+    for rank, code in enumerate(codes):
+        if rank != victim:
+            trial.expect(code in (REQUEUE, 0), f"rank {rank} ended with {code} after rank {victim} was lost")
+            said = job.logs[rank].read_text()
+            trial.expect(code != REQUEUE or f"rank {rank} lost its peers" in said, f"it said {said[-200:]!r}")
+
+
+def killed_in_save(trial: Trial, rank: int, at: int, is_alone: bool = False) -> None:
+    """SIGKILL after one of a rank's changes to the disk during a save; of both ranks, or of that one alone."""
+    job = trial.start({rank: trial.sabotage("kill", at)})
+    job.first_end()
+    if not is_alone:
+        job.send(signal.SIGKILL)
+    codes = trial.end(job)
+    trial.expect(codes[rank] == -signal.SIGKILL, f"the save was over before its change {at}: {codes}")
+    if is_alone:
+        require_survivors_end(trial, job, codes, rank)
+
+
+def hung(trial: Trial, victim: int, at: int | None) -> None:
+    """SIGSTOP of a rank, in a save or between; the other ends within the timeout."""
+    trial.flags = (f"--run.timeout-minutes={SHORT_TIMEOUT}",)
+    job = trial.start({victim: trial.sabotage("hang", at)} if at is not None else None)
+    if at is None and trial.wait_for(job, trial.random.randrange(1, STEPS)):
+        job.send(signal.SIGSTOP, victim)
+    trial.expect(job.first_end(60 * SHORT_TIMEOUT + SLACK), "nobody noticed that a rank hangs")
+    job.send(signal.SIGKILL, victim)
+    require_survivors_end(trial, job, trial.end(job), victim)
+
+
+def signalled(trial: Trial, number: signal.Signals) -> None:
+    """A signal to one rank at a random time: both save and end with 75."""
+    job, target = trial.start(), trial.random.randrange(WORLD_SIZE)
+    trial.some_time(job)
+    was_training = bool(read_lines(trial.run_dir / "metrics.jsonl"))
+    job.send(number, target)
+    codes = trial.end(job)
+    if was_training:
+        trial.expect(codes in ([REQUEUE] * WORLD_SIZE, [0] * WORLD_SIZE), f"{number.name}: {codes}")
+        trial.expect(ended(trial.run_dir) == codes[0], "ended.json tells another code")
+
+
+def damaged(trial: Trial, file: str, damage: Callable[[Path, Random], None]) -> None:
+    """Something happens to a file of the newest checkpoint of a killed run, or to the pointer."""
+    stop_half_way(trial)
+    newest = WATCHED_STEP - EVERY
+    folder = trial.checkpoints if file == "latest" else trial.checkpoints / f"step-{newest:08d}"
+    damage(folder / file, trial.random)
+    job = trial.start()
+    trial.end(job)
+    named = "latest" if file == "latest" else f"step-{newest:08d}"
+    trial.expect(f"skipped {named}: " in job.said(), f"the damage was not named: {job.said()[-300:]!r}")
+    expected = newest if file == "latest" else newest - EVERY
+    trial.accepted_damaged |= trial.starts()[-1:] != [expected]
+
+
+def stop_half_way(trial: Trial) -> None:
+    """Leave a run whose newest checkpoint is the one before the watched save."""
+    job = trial.start({0: trial.sabotage("kill", 0)})
+    job.first_end()
+    job.send(signal.SIGKILL)
+    trial.end(job)
+
+
+def all_damaged(trial: Trial) -> None:
+    """No checkpoint holds: the run refuses to start over, until one is put back."""
+    stop_half_way(trial)
+    files = sorted(trial.checkpoints.glob("step-????????/*.safetensors"))
+    whole = {file: file.read_bytes() for file in files}
+    for file in files:
+        disk.flip_bit(file, trial.random)
+    job = trial.start()
+    codes = trial.end(job)
+    trial.accepted_damaged |= codes[0] != CHECKPOINT_ERROR
+    trial.expect("no checkpoint in" in job.said() and "--run.fresh" in job.said(), f"it said {job.said()[-300:]!r}")
+    for file, data in whole.items():
+        file.write_bytes(data)
+
+
+def disk_full(trial: Trial, at: int | None) -> None:
+    """No room, before the save or from one of its changes on: code 4, and the last checkpoint stays."""
+    filler = trial.run_dir / "filler"
+    if at is None:
+        stop_half_way(trial)
+        disk.fill(filler, spare_bytes=1 << 20)
+        job = trial.start()
+    else:
+        job = trial.start({0: trial.sabotage("fill", at, filler)})
+    codes = trial.end(job)
+    trial.expect(codes[0] == CHECKPOINT_ERROR, f"ended with {codes}: {job.said()[-300:]!r}")
+    trial.expect(ended(trial.run_dir) in (CHECKPOINT_ERROR, None), "ended.json tells another code")
+    trial.expect(newest_whole(trial.run_dir) >= WATCHED_STEP - EVERY, "the last checkpoint is gone")
+    filler.unlink()
+
+
+def second_job(trial: Trial) -> None:
+    """The same command while it runs: refused with who has the folder; the first one is not disturbed."""
+    first = trial.start({0: trial.sabotage("hang", trial.random.randrange(8))})
+    while not is_stopped(first.ranks[0].pid) and not first.first_end(0.05):
+        pass
+    second = trial.start()
+    codes = second.codes(patience=1.0)
+    said = second.said()
+    trial.expect(codes[0] == USAGE, f"the second job ended with {codes}")
+    holder = f"is in use by host {os.uname().nodename}, pid {first.ranks[0].pid}"
+    trial.expect(holder in said and "Traceback" not in said, f"it said {said[-300:]!r}")
+    first.send(signal.SIGCONT)
+    trial.restarts = 0
+    codes = trial.end(first)
+    trial.expect(codes == [0] * WORLD_SIZE, f"the first job ended with {codes}")
+
+
+def is_stopped(pid: int | None) -> bool:
+    """Whether a process was stopped by a signal, as Linux tells."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def boundaries(changes: tuple[list[str], ...]) -> list[tuple[int, int]]:
+    """Return (rank, number) of all changes to the disk in a save."""
+    return [(rank, at) for rank, made in enumerate(changes) for at in range(len(made))]
+
+
+def at_boundary(number: int, random: Random, changes: tuple[list[str], ...], **how: bool) -> Fault:
+    """Kill after the `number`-th change, over all ranks."""
+    rank, at = boundaries(changes)[number % len(boundaries(changes))]
+    return partial(killed_in_save, rank=rank, at=at, **how)
+
+
+def at_random_boundary(number: int, random: Random, changes: tuple[list[str], ...], **how: bool) -> Fault:
+    """Kill after any change."""
+    return at_boundary(random.randrange(len(boundaries(changes))), random, changes, **how)
+
+
+def hanging(number: int, random: Random, changes: tuple[list[str], ...]) -> Fault:
+    """Hang in a save, or between, in turn."""
+    rank, at = random.choice(boundaries(changes))
+    return partial(hung, victim=rank, at=None if number % 2 else at)
+
+
+def filling(number: int, random: Random, changes: tuple[list[str], ...]) -> Fault:
+    """Take the room before a save, or after any of its changes that has another file to come, in turn."""
+    last = changes[0].index("open latest.tmp")
+    return partial(disk_full, at=random.randrange(last + 1) if number % 2 else None)
+
+
+def one_of(*faults: Fault) -> Callable[..., Fault]:
+    """Take these in turn."""
+    return lambda number, random, changes: faults[number % len(faults)]
+
+
+SHARD, MANIFEST = "rank-00001.safetensors", "manifest.json"
+KINDS: dict[str, Callable[[int, Random, tuple[list[str], ...]], Fault]] = {
+    "both ranks killed at random times": one_of(killed),
+    "both ranks killed while Python starts": one_of(killed_at_start),
+    "one rank killed at a random time": one_of(one_killed),
+    "both ranks killed at every change to the disk in a save": at_boundary,
+    "both ranks killed at every change to the disk in a save (async)": at_boundary,
+    "one rank killed in a save": partial(at_random_boundary, is_alone=True),
+    "one rank hangs": hanging,
+    "SIGUSR1 or SIGTERM to one rank at a random time": one_of(
+        partial(signalled, number=signal.SIGUSR1), partial(signalled, number=signal.SIGTERM)
+    ),
+    "a flipped bit in the newest checkpoint": one_of(
+        partial(damaged, file=SHARD, damage=disk.flip_bit), partial(damaged, file=MANIFEST, damage=disk.flip_bit)
+    ),
+    "a truncated or empty shard": one_of(
+        partial(damaged, file=SHARD, damage=disk.truncate), partial(damaged, file=SHARD, damage=disk.empty)
+    ),
+    "a missing shard or manifest": one_of(
+        partial(damaged, file=SHARD, damage=disk.remove), partial(damaged, file=MANIFEST, damage=disk.remove)
+    ),
+    "a damaged or missing `latest`": one_of(
+        partial(damaged, file="latest", damage=disk.scribble),
+        partial(damaged, file="latest", damage=disk.remove),
+        partial(damaged, file="latest", damage=disk.misname),
+        partial(damaged, file="latest", damage=disk.empty),
+    ),
+    "every checkpoint damaged": one_of(all_damaged),
+    "a full disk": filling,
+    "two jobs on one folder": one_of(second_job),
+}
+"""The row of the table, and what makes the n-th fault of it."""
+EVERY_CHANGE = {
+    "both ranks killed at every change to the disk in a save": (2, False),
+    "both ranks killed at every change to the disk in a save (async)": (3, True),
+}
+"""ZeRO stage, and whether it is in the background, of kinds that go through all changes of a save."""
