@@ -50,6 +50,7 @@ finetune() {
     local ended code=0
     ended=$(run_dir_of "$@")/ended.json
     rm -f "$ended" # of the job's last turn
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then set -- "$@" --run.no-fresh; fi # only the first turn starts over
     run_tasks "$MEGAFT_HOME/megaft/train.py" "$@" || code=$?
     if [ -f "$ended" ]; then
         code=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$ended")

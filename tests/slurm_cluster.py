@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SwitchType=switch/none
-ReturnToService=2
+ReturnToService=1
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmdSpoolDir={folder}/spool/%n
@@ -111,12 +112,13 @@ def _running(folder):
                 _wait_for(lambda: (folder / "munge" / "socket").exists(), folder)
         _wait_for(lambda: _num_idle(environment) == len(NODES), folder)
         yield cluster
-        cluster.run("scancel", "--user=root", "--signal=KILL", "--full")
     finally:
+        if len(daemons) == 2 + len(NODES):
+            cluster.run("scancel", "--user=root", "--signal=KILL", "--full")
+            _wait_for(lambda: not cluster.run("squeue", "--noheader"), folder)
         for daemon in reversed(daemons):
-            daemon.terminate()
-        for daemon in daemons:
-            daemon.wait(timeout=30)
+            _end(daemon)
+        _end_left_behind(folder)
 
 
 def _configure(folder):
@@ -157,6 +159,23 @@ def _start(command, output_path, environment):
         )
 
 
+def _end(daemon, seconds=10):
+    daemon.terminate()
+    try:
+        daemon.wait(seconds)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+
+
+def _end_left_behind(folder):
+    """Steps on a node that was lost may live on; their environment names this folder."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended meanwhile
+            if os.fsencode(f"SLURM_CONF={folder}/") in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
 def _num_idle(environment):
     done = subprocess.run(
         ["sinfo", "--Node", "--noheader", "--format=%N %t"],
@@ -173,5 +192,5 @@ def _wait_for(is_there, folder, seconds=30):
     while not is_there():
         if time.monotonic() > deadline:
             logs = [f"{path.name}: {path.read_text()[-2000:]}" for path in sorted(folder.glob("*.out"))]
-            raise TimeoutError(f"SLURM did not start in {seconds} s\n" + "\n".join(logs))
+            raise TimeoutError(f"SLURM did not do it in {seconds} s\n" + "\n".join(logs))
         time.sleep(0.1)

@@ -27,7 +27,7 @@ class Jobs:
     def __init__(self, cluster, folder, flags):
         self.cluster, self.folder, self._flags = cluster, folder, flags
 
-    def submit(self, script, name, *options, sweep=(), max_steps=STEPS):
+    def submit(self, script, name, *options, flags=(), max_steps=STEPS):
         """`megaft submit`; returns the job's number."""
         run = [f"--run.dir={self.folder / name}", f"--run.max-steps={max_steps}"]
         command = [sys.executable, "-m", "megaft.cli", "submit", script, "--cpus-per-task=1", "--time=30"]
@@ -37,7 +37,7 @@ class Jobs:
             # The nodes' names lead nowhere; on a real cluster the first one is found by name.
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
         }
-        command += [f"--job-name={name}", *options, "--", *sweep, *self._flags, *run]
+        command += [f"--job-name={name}", *options, "--", *flags, *self._flags, *run]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return int(done.stdout.split()[-1])
@@ -94,7 +94,7 @@ def jobs(cluster, toy_model, toy_texts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def limited(jobs):
-    """A run longer than its job's time limit. SLURM looks at its clock every half minute: the signal comes after one."""
+    """A run longer than its job's time limit. SLURM looks at its clock every half minute."""
     script = jobs.folder / "limited.sbatch"
     script.write_text((SLURM / "finetune_multinode.sbatch").read_text().replace("B:USR1@300", "B:USR1@60"))
     return jobs.submit(str(script), "limited", *TWO_NODES, "--time=2", max_steps=1_000_000)
@@ -104,7 +104,7 @@ def limited(jobs):
 def sweep(jobs, limited):
     """An array of two runs, one after the other, each of two ranks on one node."""
     (jobs.folder / "sweep.txt").write_text("--run.seed 0\n--run.seed=1 --run.max-steps '2'\n")
-    return jobs.submit("finetune_sweep", "sweep", "--gpus-per-node=2", "--array=1-2%1", sweep=["sweep.txt"])
+    return jobs.submit("finetune_sweep", "sweep", "--gpus-per-node=2", "--array=1-2%1", flags=["sweep.txt"])
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def undisturbed(jobs, sweep):
 
 
 def test_a_signal_saves_requeues_and_continues(jobs, undisturbed):
-    job = jobs.submit("finetune_multinode", "signalled", *TWO_NODES)
+    job = jobs.submit("finetune_multinode", "signalled", *TWO_NODES, flags=["--run.fresh"])
     jobs.wait_for_step(job, SIGNAL_AT)
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     jobs.wait(job, JobState="COMPLETED", Restarts="1")

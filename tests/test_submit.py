@@ -209,8 +209,8 @@ def start_job(programs, tmp_path, monkeypatch):
         **{"SLURM_ARRAY_TASK_ID": "2", "PATH": os.environ["PATH"]},
     }
 
-    def start(script, ranks, *flags):
-        environment["PYTHON"] = str(programs("ranks", ranks))
+    def start(script, ranks, *flags, turn="0"):
+        environment.update(PYTHON=str(programs("ranks", ranks)), SLURM_RESTART_COUNT=turn)
         command = ["bash", SLURM / script, *flags]
         return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE)
 
@@ -257,6 +257,15 @@ def test_a_signal_to_the_script_reaches_the_ranks(script, flags, is_requeued, st
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=20) == (-signal.SIGKILL if is_requeued else 3)
     assert (tmp_path / "heard").exists()
+
+
+@pytest.mark.parametrize(("turn", "added"), [("0", []), ("1", ["--run.no-fresh"])])
+def test_only_the_first_turn_starts_over(turn, added, start_job, tmp_path):
+    job = start_job(
+        "finetune_1node.sbatch", f"printf '%s\\n' \"$@\" > {tmp_path}/got", "--run.dir=r", "--run.fresh", turn=turn
+    )
+    assert job.wait(timeout=20) == 0
+    assert (tmp_path / "got").read_text().splitlines()[1:] == ["--run.dir=r", "--run.fresh", *added]
 
 
 def test_a_run_folder_is_required(start_job):
