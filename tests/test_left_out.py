@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +41,4 @@ def test_leaving_out_a_step_gives_its_place_to_the_next(left_out, begin, length)
     assert [whole_position(place, after) for place in range(begin, 60)] == [
         whole_position(place + length, left_out) for place in range(begin, 60)
     ]
-    assert all(
-        one[1] < two[0] for one, two in zip(after, after[1:], strict=False)
-    )  # rising, and joined where they touch
+    assert all(one[1] < two[0] for one, two in pairwise(after))  # rising, and joined where they touch

@@ -11,11 +11,11 @@ import torch
 
 from megaft import metrics as metrics_module
 from megaft.config import MetricsConfig
-from megaft.errors import ConfigError, NumericsError
+from megaft.errors import ConfigError
 from megaft.files import to_json, write_json_atomic
 from megaft.metrics import Metrics, MetricsFile, Pending
 from megaft.terminal import Terminal
-from megaft.throughput import Mark, Meter
+from megaft.throughput import Meter
 from megaft.trackers import Trackers, check_trackers, flat_numbers, open_trackers
 
 CPU = torch.device("cpu")
