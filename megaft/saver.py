@@ -13,7 +13,7 @@ import socket
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -35,6 +35,10 @@ from megaft.shard import write_shard
 
 SPARE_BYTES = 1 << 20
 """For the manifest, the shards' headers and other files of the run."""
+PARTS, PART_BYTES = 4, 1 << 28
+"""A rank writes so many files at once, each by a thread that hashes it as well, where they get so long or longer."""
+PINNED_FACTOR = 2
+"""torch rounds page-locked memory up to a power of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,8 @@ class Pending:
     best_step: int | None
     manifest: dict[str, Any]
     """All but its files."""
-    writer: Future[tuple[int, bytes]]
-    """Bytes and SHA-256 of this rank's file."""
+    writers: list[Future[tuple[int, bytes]]]
+    """Bytes and SHA-256 of each of this rank's files."""
 
 
 class Saver:
@@ -56,7 +60,7 @@ class Saver:
     def __init__(self, run_dir: Path, identity: Identity, config: CheckpointConfig):
         self._run_dir, self._identity, self._config = run_dir, identity, config
         self._folder = run_dir / "checkpoints"
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._threads = ThreadPoolExecutor(PARTS, thread_name_prefix="checkpoint")
         self._pending: Pending | None = None
         self._host_copy = torch.empty(0)
         self.blocking_seconds = 0.0
@@ -72,7 +76,7 @@ class Saver:
     @property
     def is_written(self) -> bool:
         """Whether this rank's part of a pending checkpoint is on disk, or failed; true where none is pending."""
-        return self._pending is None or self._pending.writer.done()
+        return self._pending is None or all(writer.done() for writer in self._pending.writers)
 
     def save(self, engine: Any, state: RunState) -> None:
         """Write a checkpoint and publish it; or, in the background, copy it to the host and begin to write it.
@@ -85,23 +89,29 @@ class Saver:
         self.publish()
         began = time.perf_counter()
         pieces = [(f"{kind}/{name}@{offset}", values) for name, kind, offset, values in engine_state.collect(engine)]
-        num_bytes = 4 * sum(values.numel() for _, values in pieces)
-        sizes = _gather([num_bytes, zlib.crc32(socket.gethostname().encode())])
-        self.written_bytes = sum(size for size, _ in sizes)
+        sizes = _gather([4 * sum(values.numel() for _, values in pieces), zlib.crc32(socket.gethostname().encode())])
+        self.written_bytes = sum(num_bytes for num_bytes, _ in sizes)
         final = folder_of(self._run_dir, state.step)
         temporary = final.with_name(final.name + ".tmp")
         together(self._begin, temporary)
-        here = sum(size for size, host in sizes if host == sizes[parallel.data_parallel_rank()][1])
-        is_copied = self._config.in_background and (self._host_copy.nbytes >= num_bytes or here < available_memory())
-        if is_copied:
-            pieces = self._copied(pieces, num_bytes // 4)
-        writer = self._thread.submit(_write, temporary / _file_name(parallel.data_parallel_rank()), pieces)
-        self._pending = Pending(final, temporary, state.best_step, self._manifest(engine, state), writer)
+        is_copied = self._config.in_background and self._fits(sizes)
+        pieces = self._copied(pieces) if is_copied else pieces
+        writers = [
+            self._threads.submit(_write, temporary / _file_name(parallel.data_parallel_rank(), number), part)
+            for number, part in enumerate(_parts(pieces))
+        ]
+        self._pending = Pending(final, temporary, state.best_step, self._manifest(engine, state), writers)
         if self._config.in_background and not is_copied:
-            writer.exception()  # waits
+            wait(writers)
         self.blocking_seconds = time.perf_counter() - began
         if not self._config.in_background:
             self.publish()
+
+    def _fits(self, sizes: list[list[int]]) -> bool:
+        """Whether this rank's copy was made before, or the copies of all ranks on this host have room."""
+        mine, host = sizes[parallel.data_parallel_rank()]
+        here = sum(num_bytes for num_bytes, where in sizes if where == host)
+        return self._host_copy.nbytes >= mine or PINNED_FACTOR * here < available_memory()
 
     def _begin(self, temporary: Path) -> None:
         if not parallel.is_main():
@@ -117,13 +127,14 @@ class Saver:
             marker = {"step": step_of(temporary), **job()}
             (self._folder / "SAVING").write_text("".join(f"{key} {value}\n" for key, value in marker.items()))
 
-    def _copied(self, pieces: list[tuple[str, Tensor]], numel: int) -> list[tuple[str, Tensor]]:
-        """Copy to host memory, which is kept for the next save, as page-locked as the device can use."""
-        is_on_host = all(values.is_cpu for _, values in pieces)
+    def _copied(self, pieces: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """Copy to host memory, which is kept for the next save; page-locked where a device copies to it."""
+        lengths = [values.numel() for _, values in pieces]
+        is_on_host, numel = all(values.is_cpu for _, values in pieces), sum(lengths)
         if self._host_copy.numel() < numel:
             self._host_copy = torch.empty(0)  # before the larger one takes its place
             self._host_copy = torch.empty(numel, pin_memory=not is_on_host)
-        copies = self._host_copy[:numel].split([values.numel() for _, values in pieces])
+        copies = self._host_copy[:numel].split(lengths)
         for copy, (_, values) in zip(copies, pieces, strict=True):
             copy.copy_(values, non_blocking=True)
         if not is_on_host:
@@ -153,9 +164,10 @@ class Saver:
         began = time.perf_counter()
         pending, self._pending = self._pending, None
         try:
-            num_bytes, sha256 = together(pending.writer.result)
-            parts = _gather([num_bytes, *sha256])
-            together(self._finish, pending, parts)
+            written = together(lambda: [writer.result() for writer in pending.writers])
+            written += [(0, bytes(32))] * (PARTS - len(written))
+            gathered = _gather([number for num_bytes, sha256 in written for number in (num_bytes, *sha256)])
+            together(self._finish, pending, gathered)
         except CheckpointError:
             if parallel.is_main():
                 _remove(pending.temporary)
@@ -163,15 +175,14 @@ class Saver:
             raise
         self.blocking_seconds += time.perf_counter() - began
 
-    def _finish(self, pending: Pending, parts: list[list[int]]) -> None:
+    def _finish(self, pending: Pending, written: list[list[int]]) -> None:
         if not parallel.is_main():
             return
         temporary, final = pending.temporary, pending.final
         with _refused(final):
-            files = {}
-            for rank, (num_bytes, *sha256) in enumerate(parts):
-                require_size(temporary / _file_name(rank), num_bytes)
-                files[_file_name(rank)] = {"bytes": num_bytes, "sha256": bytes(sha256).hex()}
+            files = _files(written)
+            for name, file in files.items():
+                require_size(temporary / name, file["bytes"])
             _write_text(temporary / MANIFEST, manifest_text(pending.manifest | {"files": files}))
             fsync(temporary)
             if final.exists():  # the same step, saved again after a resume: until the new one is there it counts
@@ -197,8 +208,34 @@ class Saver:
                 _remove(hidden)
 
 
-def _file_name(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
+def _file_name(rank: int, part: int) -> str:
+    return f"rank-{rank:05d}{f'-{part}' if part else ''}.safetensors"
+
+
+def _files(written: list[list[int]]) -> dict[str, dict[str, Any]]:
+    """Return what the manifest says of the files, from every rank's bytes and SHA-256s."""
+    length = len(written[0]) // PARTS
+    parts = {
+        _file_name(rank, part): numbers[part * length : (part + 1) * length]
+        for rank, numbers in enumerate(written)
+        for part in range(PARTS)
+    }
+    return {
+        name: {"bytes": num_bytes, "sha256": bytes(sha256).hex()}
+        for name, (num_bytes, *sha256) in parts.items()
+        if num_bytes
+    }
+
+
+def _parts(pieces: list[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
+    """Cut this rank's pieces into up to PARTS files of about the same length, none shorter than PART_BYTES."""
+    num_bytes = 4 * sum(values.numel() for _, values in pieces)
+    parts = [[] for _ in range(min(PARTS, max(1, num_bytes // PART_BYTES)))]
+    begin = 0
+    for name, values in pieces:
+        parts[begin * len(parts) // max(1, num_bytes)].append((name, values))
+        begin += 4 * values.numel()
+    return parts
 
 
 def _write(path: Path, pieces: list[tuple[str, Tensor]]) -> tuple[int, bytes]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+BYTES_AT_ONCE = 1 << 24
+
 
 def write_shard(path: Path, pieces: list[tuple[str, Tensor]]) -> tuple[int, bytes]:
     """Write flat tensors as fp32 into a new safetensors file; return its bytes and SHA-256 once it is on disk.
-
-    A second thread hashes, and is behind or ahead of the disk without either waiting for the other.
 
     Args:
         path: There must be no such file.
@@ -24,18 +24,16 @@ def write_shard(path: Path, pieces: list[tuple[str, Tensor]]) -> tuple[int, byte
     Raises:
         OSError: The disk refuses; nothing of the file is left.
     """
-    sha256 = hashlib.sha256()
+    sha256, begun = hashlib.sha256(), 0
     try:
-        with path.open("xb") as file, ThreadPoolExecutor(1) as hasher:
-            header = header_of({name: values.numel() for name, values in pieces})
-            hashing = hasher.submit(sha256.update, header)
-            file.write(header)
-            for _, values in pieces:
-                if not values.is_cpu:
-                    hashing.result()  # no more than a piece or two of a device's memory is on the host
-                data = values.detach().to("cpu", torch.float32).view(torch.uint8).numpy().data
-                hashing = hasher.submit(sha256.update, data)
+        with path.open("xb") as file:
+            for data in _buffers(pieces):
                 file.write(data)
+                sha256.update(data)
+                if file.tell() - begun >= BYTES_AT_ONCE:
+                    # Lets the disk begin, and memory go of what is there, so that the sync at the end has little to do.
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    begun = file.tell()
             num_bytes = file.tell()
             file.flush()
             os.fsync(file.fileno())
@@ -43,6 +41,13 @@ def write_shard(path: Path, pieces: list[tuple[str, Tensor]]) -> tuple[int, byte
         path.unlink(missing_ok=True)
         raise
     return num_bytes, sha256.digest()
+
+
+def _buffers(pieces: list[tuple[str, Tensor]]) -> Iterator[bytes | memoryview]:
+    """Yield the file's parts; of a device's memory no more than a piece is on the host."""
+    yield header_of({name: values.numel() for name, values in pieces})
+    for _, values in pieces:
+        yield values.detach().to("cpu", torch.float32).view(torch.uint8).numpy().data
 
 
 def header_of(lengths: dict[str, int]) -> bytes:

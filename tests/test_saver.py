@@ -84,6 +84,18 @@ def test_in_the_background_the_same_bytes_are_written(tmp_path):
         assert file.read_bytes() == (other / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("is_background", MODES)
+@pytest.mark.parametrize(("num_bytes", "num_files"), [(4 * 126, 1), (4 * 63, 2), (4 * 20, 4), (1, 4)])
+def test_a_large_part_is_cut_into_files(tmp_path, monkeypatch, num_bytes, num_files, is_background):
+    monkeypatch.setattr(saver, "PART_BYTES", num_bytes)
+    save(tmp_path, 3, 0.25, in_background=is_background).publish()
+    files = verify(folder_of(tmp_path, 3))["files"]
+    assert list(files)[:2] == ["rank-00000.safetensors", "rank-00000-1.safetensors"][:num_files]
+    assert len(files) == num_files
+    assert len(list(folder_of(tmp_path, 3).iterdir())) == num_files + 1
+    assert fill_of(folder_of(tmp_path, 3)) == 0.25
+
+
 def test_without_memory_for_a_copy_training_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(saver, "available_memory", lambda: 10)
     mine = save(tmp_path, 1, 0.5, in_background=True)
