@@ -136,7 +136,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         meter=meter,
         identity=identity,
         saver=Saver(config.run.dir, identity, config.checkpoint),
-        guard=Guard(config.guard, state.guard, has_loss_scale=setup.dtype == "float16"),
+        guard=Guard(config.guard, state.guard, smallest_loss_scale=engine_state.smallest_loss_scale(engine)),
         events=events,
         state=state,
         max_steps=max_steps,

@@ -264,7 +264,6 @@ def keep_loss_scale_at_floor(engine) -> None:
         scaler.raise_error_at_min_scale = False
 
 
-def is_loss_scale_at_floor(engine) -> bool:
-    """Whether the fp16 loss scale can fall no further."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return engine.fp16_enabled() and getattr(scaler, "cur_scale", None) == getattr(scaler, "min_scale", 0)
+def smallest_loss_scale(engine) -> float | None:
+    """Return what the fp16 loss scale can fall to, 0 where it never falls; None in other precisions."""
+    return getattr(engine.optimizer.loss_scaler, "min_scale", 0) if engine.fp16_enabled() else None

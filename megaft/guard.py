@@ -39,14 +39,14 @@ class Trouble:
 class Guard:
     """Judges every step by its loss and gradient norm, once, in order."""
 
-    def __init__(self, config: GuardConfig, state: dict[str, Any], *, has_loss_scale: bool) -> None:
+    def __init__(self, config: GuardConfig, state: dict[str, Any], *, smallest_loss_scale: float | None) -> None:
         """Go on from the `state` of a checkpoint; an empty one is a new run's.
 
         Args:
-            has_loss_scale: Whether a gradient that overflows is how the engine finds its fp16 loss scale.
+            smallest_loss_scale: What fp16's may fall to, when gradients overflow; None in other precisions.
         """
         self._config = config
-        self._has_loss_scale = has_loss_scale
+        self._smallest_loss_scale = smallest_loss_scale
         self.restore(state)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -75,19 +75,18 @@ class Guard:
         """Whether a step may be skipped, so that its numbers are needed before the weights move."""
         return "skip" in (self._config.non_finite, self._config.spike)
 
-    def judge(self, rows: Iterable[dict[str, Any]], *, is_scale_at_floor: bool = False) -> list[Trouble]:
+    def judge(self, rows: Iterable[dict[str, Any]]) -> list[Trouble]:
         """Take in steps; return what was wrong since the last call, up to the first that ends or rewinds the run.
 
         Args:
-            rows: step, loss, grad_norm, and the run's skipped_steps after it, of each step.
-            is_scale_at_floor: Whether the fp16 loss scale could fall no further before the step.
+            rows: step, loss, grad_norm, the run's skipped_steps after it, and with fp16 loss_scale, of each step.
         """
         for row in rows:
             if row["step"] in self._judged:  # before its weights moved
                 self._judged.remove(row["step"])
                 self._skipped_steps = row["skipped_steps"]
             elif all(trouble.decision == "skip" for trouble in self._troubles):
-                self._judge(row["step"], row["loss"], row["grad_norm"], row["skipped_steps"], is_scale_at_floor)
+                self._judge(row)
         troubles, self._troubles = self._troubles, []
         return troubles
 
@@ -95,19 +94,18 @@ class Guard:
         """Take in a step whose weights have not moved yet, which did not overflow; return whether they may."""
         self._judged.add(step)
         before = len(self._troubles)
-        self._judge(step, loss, grad_norm, self._skipped_steps, False)
+        self._judge({"step": step, "loss": loss, "grad_norm": grad_norm, "skipped_steps": self._skipped_steps})
         return len(self._troubles) == before
 
-    def _judge(
-        self, step: int, loss: float, grad_norm: float | None, skipped_steps: int, is_scale_at_floor: bool
-    ) -> None:
-        grad_norm = math.nan if grad_norm is None else grad_norm
-        overflowed = skipped_steps > self._skipped_steps
-        self._skipped_steps = skipped_steps
+    def _judge(self, row: dict[str, Any]) -> None:
+        loss, grad_norm = row["loss"], math.nan if row["grad_norm"] is None else row["grad_norm"]
+        overflowed = row["skipped_steps"] > self._skipped_steps
+        self._skipped_steps = row["skipped_steps"]
         self._overflows = self._overflows + 1 if overflowed else 0
+        is_scale_at_floor = row.get("loss_scale") == self._smallest_loss_scale
         event, decision = self._name(loss, grad_norm, overflowed, is_scale_at_floor)
         if event is not None:
-            self._troubles.append(Trouble(event, step, decision, loss, grad_norm))
+            self._troubles.append(Trouble(event, row["step"], decision, loss, grad_norm))
         elif not overflowed:
             self._losses.append(loss)
             self._grad_norms.append(grad_norm)
@@ -115,7 +113,7 @@ class Guard:
     def _name(self, loss: float, grad_norm: float, overflowed: bool, is_scale_at_floor: bool) -> tuple[str | None, str]:
         if not math.isfinite(loss):
             return "non-finite loss", self._config.non_finite
-        if overflowed and self._has_loss_scale:
+        if overflowed and self._smallest_loss_scale is not None:
             if is_scale_at_floor:
                 return "overflow at the smallest loss scale", "stop"
             return ("overflow streak", "stop") if self._overflows >= self._config.max_overflows else (None, "")

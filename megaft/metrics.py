@@ -154,6 +154,7 @@ class Metrics:
         tokens_seen: Int64[Tensor, ""] | int,
         tokens: Int64[Tensor, ""] | int,
         skipped_steps: int = 0,
+        loss_scale: float | None = None,
     ) -> list[Row]:
         """Report an optimizer step without waiting for it.
 
@@ -164,14 +165,15 @@ class Metrics:
             tokens_seen: Scored tokens trained on so far, over data ranks.
             tokens: Input tokens of this step's global batch, scored or not: what throughput counts.
             skipped_steps: Steps dropped so far because their gradient was not finite.
+            loss_scale: Of this step, where fp16 has one.
 
         Returns:
             The rows that are complete now, on every rank: on CUDA that of the step before.
         """
         row = {"step": step, "loss": loss, "tokens_seen": tokens_seen, "learning_rate": learning_rate}
-        return self._log(
-            self._pending.push(row | {"grad_norm": grad_norm, "skipped_steps": skipped_steps, "tokens": tokens})
-        )
+        row |= {"grad_norm": grad_norm, "skipped_steps": skipped_steps, "tokens": tokens}
+        row |= {} if loss_scale is None else {"loss_scale": loss_scale}
+        return self._log(self._pending.push(row))
 
     def validation(self, step: int, values: Row) -> None:
         """Report a validation after `step` optimizer steps."""

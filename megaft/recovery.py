@@ -31,18 +31,19 @@ def recovered(run: Parts, trouble: Trouble, state: RunState) -> RunState:
     )
     if trouble.decision == "skip":
         return state
+    run.saver.publish()  # what was saved before it holds
     if trouble.decision == "stop" or run.guard.rewinds >= run.config.guard.max_rewinds:
         raise NumericsError(_stopped(run, trouble, samples))
     return _gone_back(run, leave_out(state.left_out, samples))
 
 
 def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:
-    run.saver.publish()
-    folder = checkpoint.find(run.config.run.dir).folder
+    config = run.config
+    folder = checkpoint.find(config.run.dir).folder
     assert folder, "one was written before the first step"
-    rewinds = run.guard.rewinds + 1
-    state = replace(checkpoint.load(run.engine, folder, run.identity), left_out=left_out)
-    run.guard.restore(state.guard | {"rewinds": rewinds})
+    state = checkpoint.load(run.engine, folder, run.identity, config.checkpoint.allow_changed)
+    state = replace(state, left_out=left_out)
+    run.guard.restore(state.guard | {"rewinds": run.guard.rewinds + 1})
     run.events.record("rewind", state.step, left_out=left_out)
     return state
 

@@ -38,9 +38,8 @@ def _note(number: int, _: object) -> None:
 class Request:
     """What is asked of all ranks after a step."""
 
-    to_save: bool
     exit_code: int | None
-    """What to end with; None goes on."""
+    """What to end with after a save; None goes on."""
     reason: str
 
 
@@ -61,13 +60,17 @@ class Stops:
         return [next(iter(_received), 0), int(is_late), *files]
 
     def request(self, number: int, is_late: int, to_stop: int, to_save: int) -> Request | None:
-        """Return what the ranks were asked for, together; files that asked are taken away."""
-        for path in self._files:
-            path.unlink(missing_ok=True)
-        if number:
-            return Request(True, REQUEUE, signal.Signals(number).name)
-        if is_late:
-            return Request(True, REQUEUE, "run.max-minutes is over")
+        """Return what the ranks were asked for, together; files that asked are taken away.
+
+        Whoever put STOP there wants no requeue, so it goes before a signal.
+        """
+        for path, is_asking in zip(self._files, (to_stop, to_save), strict=False):
+            if is_asking:  # one that came since asks at the next step
+                path.unlink(missing_ok=True)
         if to_stop:
-            return Request(True, DO_NOT_REQUEUE, "the file STOP")
-        return Request(True, None, "the file SAVE") if to_save else None
+            return Request(DO_NOT_REQUEUE, "the file STOP")
+        if number:
+            return Request(REQUEUE, signal.Signals(number).name)
+        if is_late:
+            return Request(REQUEUE, "run.max-minutes is over")
+        return Request(None, "the file SAVE") if to_save else None

@@ -94,7 +94,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
             counts = torch.tensor(counts).to(device, non_blocking=True)
             num_scored, num_tokens = parallel.sum_over_data_ranks(counts).clamp(min=1)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
-            is_scale_at_floor = engine_state.is_loss_scale_at_floor(engine)
+            loss_scale = engine_state.loss_scale_state(engine).get("cur_scale")
 
             def is_wanted(norm: float, step=state.step + 1, nats=nats, num_scored=num_scored) -> bool:
                 loss = float(parallel.sum_over_data_ranks(nats.clone()) / num_scored)
@@ -125,6 +125,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 tokens_seen=tokens_seen,
                 tokens=num_tokens,
                 skipped_steps=state.skipped_steps,
+                loss_scale=loss_scale,
             )
 
             *asked, is_writing = parallel.max_over_ranks([*stops.seen(), int(not saver.is_written)])
@@ -132,10 +133,10 @@ def train(config: TrainConfig, topology: Topology) -> int:
             is_last = state.step == run.max_steps
             validates = validation is not None and (is_last or is_due(state.step, config.run.validate_every))
             saves = request or is_last or is_due(state.step, config.checkpoint.every)
-            if validates or saves:
-                rows += metrics.drain()  # nothing is validated or saved before all that led to it was judged
+            if validates or saves or guard.decides_before_the_step:
+                rows += metrics.drain()  # nothing is validated or saved before all that led to it was judged, in order
             reached = state.step
-            for trouble in guard.judge(rows, is_scale_at_floor=is_scale_at_floor):
+            for trouble in guard.judge(rows):
                 state = recovered(run, trouble, state)
             if state.step < reached:
                 tokens_seen = torch.tensor(state.tokens_seen, device=device)

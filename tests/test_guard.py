@@ -8,16 +8,17 @@ from megaft.config import GuardConfig
 from megaft.guard import Guard, robust_deviation
 
 
-def guard(state=None, has_loss_scale=False, **settings):
-    return Guard(GuardConfig(**{"spike_window": 8, **settings}), state or {}, has_loss_scale=has_loss_scale)
+def guard(state=None, smallest_loss_scale=None, **settings):
+    config = GuardConfig(**{"spike_window": 8, **settings})
+    return Guard(config, state or {}, smallest_loss_scale=smallest_loss_scale)
 
 
-def row(step, loss=3.0, grad_norm=1.0, skipped_steps=0):
-    return {"step": step, "loss": loss, "grad_norm": grad_norm, "skipped_steps": skipped_steps}
+def row(step, loss=3.0, grad_norm=1.0, skipped_steps=0, **more):
+    return {"step": step, "loss": loss, "grad_norm": grad_norm, "skipped_steps": skipped_steps, **more}
 
 
-def events(watcher, rows, **options):
-    return [(t.event, t.step, t.decision) for t in watcher.judge(rows, **options)]
+def events(watcher, rows):
+    return [(t.event, t.step, t.decision) for t in watcher.judge(rows)]
 
 
 CALM = [row(step, 3.0 + 0.01 * (step % 3), 1.0 + 0.02 * (step % 2)) for step in range(1, 9)]
@@ -61,7 +62,7 @@ def test_a_spike_does_not_become_the_measure_of_the_next():
 
 
 def test_overflows_of_fp16_are_counted_in_a_row():
-    watcher = guard(has_loss_scale=True, max_overflows=3)
+    watcher = guard(smallest_loss_scale=1.0, max_overflows=3)
     rows = [row(1, grad_norm=math.inf, skipped_steps=1), row(2, skipped_steps=1)]
     rows += [row(step, grad_norm=math.inf, skipped_steps=step - 1) for step in (3, 4)]
     assert events(watcher, rows) == []
@@ -69,10 +70,10 @@ def test_overflows_of_fp16_are_counted_in_a_row():
 
 
 def test_an_overflow_at_the_smallest_loss_scale_stops():
-    watcher = guard(has_loss_scale=True)
-    assert events(watcher, [row(1)], is_scale_at_floor=True) == []
-    assert events(watcher, [row(2, skipped_steps=1)], is_scale_at_floor=True) == [
-        ("overflow at the smallest loss scale", 2, "stop")
+    watcher = guard(smallest_loss_scale=1.0)
+    assert events(watcher, [row(1, loss_scale=2.0, skipped_steps=1), row(2, loss_scale=1.0, skipped_steps=1)]) == []
+    assert events(watcher, [row(3, loss_scale=1.0, skipped_steps=2)]) == [
+        ("overflow at the smallest loss scale", 3, "stop")
     ]
 
 

@@ -118,6 +118,10 @@ def limit(steps):
     return f"--run.max-steps={steps}"
 
 
+BAD_STEP = 4
+BAD = (12, 13)  # two samples of the fourth step, one a rank
+PENDING = ["--checkpoint.every=3", "--checkpoint.async"]
+CHANGED = ["--guard.non-finite=rewind", "--model.dropout=0.2", "--checkpoint.allow-changed=dropout"]
 CASES = [
     ("whole", [limit(STEPS)], None, settings_of()),
     ("usr1", [limit(STEPS)], partial(signalled, signal.SIGUSR1, 3), settings_of()),
@@ -128,11 +132,12 @@ CASES = [
     ("stopped", [limit(STEPS)], partial(file_put, "STOP", 4), settings_of()),
     ("stopped", [limit(STEPS)], None, settings_of()),
     ("saved", [limit(STEPS)], partial(file_put, "SAVE", 2), settings_of()),
+    ("pending", [limit(STEPS), *PENDING], partial(poisoned, BAD, not_a_number), settings_of()),
+    ("changed", [limit(2)], None, settings_of()),
+    ("changed", [limit(STEPS), *CHANGED], partial(poisoned, BAD, not_a_number), settings_of()),
 ]
-CODES = [0, 75, 0, 75, 0, 75, 93, 0, 0]
+CODES = [0, 75, 0, 75, 0, 75, 93, 0, 0, 5, 0, 0]
 SPIKE = ["--guard.spike-window=8", "--guard.spike-deviations=50", limit(STEPS), "--checkpoint.every=2"]
-BAD_STEP = 4
-BAD = (12, 13)  # two samples of the fourth step, one a rank
 
 
 def guarded(name, spoil, *flags, zero_stage=1, positions=BAD, **more):
@@ -231,6 +236,38 @@ def test_a_file_saves_at_once_and_is_taken_away(interrupted):
     assert [event["step"] for event in events(folder / "saved", "checkpoint")] == [2, STEPS]
     assert not (folder / "saved" / "SAVE").exists()
     assert not (folder / "stopped" / "STOP").exists()
+
+
+def test_a_checkpoint_in_the_making_is_published_before_the_guard_ends_the_run(interrupted):
+    folder, _ = interrupted
+    assert (folder / "pending" / "checkpoints" / "latest").read_text() == "step-00000003\n"
+    assert "the last checkpoint before it is step 3" in ended(folder / "pending")["reason"]
+
+
+def test_a_run_goes_back_to_before_a_change_that_was_allowed(interrupted):
+    folder, _ = interrupted
+    assert [event["step"] for event in events(folder / "changed", "rewind")] == [2]
+    assert [row["step"] for row in rows(folder / "changed")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("seen", "arriving", "exit_code", "left"),
+    [
+        pytest.param([0, 0, 0, 0], ["STOP", "SAVE"], 0, ["SAVE", "STOP"], id="come after they were looked for"),
+        pytest.param([0, 0, 0, 1], ["STOP", "SAVE"], None, ["STOP"], id="one of them was seen"),
+        pytest.param([signal.SIGUSR1, 0, 1, 0], ["STOP"], 93, [], id="STOP goes before a signal"),
+        pytest.param([signal.SIGUSR1, 1, 0, 0], [], 75, [], id="a signal"),
+    ],
+)
+def test_what_is_asked_for_is_done_and_only_that_is_taken_away(tmp_path, seen, arriving, exit_code, left):
+    from megaft.stop import Stops
+
+    stops = Stops(tmp_path, None, is_main=True)
+    for name in arriving:
+        (tmp_path / name).touch()
+    request = stops.request(*seen)
+    assert (request.exit_code if request else 0) == exit_code
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_policies_of_the_guard(watched):
