@@ -25,7 +25,7 @@ def test_a_page_says_how_many_times_longer_training_waits_for_the_peer():
     assert ratios(runs, "megaft", "deepspeed") == [3, 2]
     case = {"num_ranks": 1, "stage": 0, "parameters": 1e6, "state_bytes": 12e6, "runs": runs}
     where = {"git": None, "command": ["x", short("/somebody/of/this/disk")], "num_cores": 2, "packages": {"torch": "2"}}
-    text = markdown({"environment": where, "processor": "p", "load_before": 0.0, "cases": {"1x0": case}})
+    text = markdown({"environment": where, "processor": "p", "load": [0.0, 1.0], "cases": {"1x0": case}})
     assert "| megaft | 1.50 [1.00, 2.00] | 0.01 | 1.50 | 0.00 |" in text
     assert "| megaft | 2.50 [2.00, 3.00] |" in text
     assert "/somebody" not in text

@@ -54,9 +54,10 @@ def main(arguments: Arguments) -> None:
     """Run all cases, and write results/checkpoint_cost_HARDWARE_YYYYMM.json and .md."""
     load_before = os.getloadavg()[0]
     measured = {case: measure(case, arguments) for case in arguments.cases}
+    load = [load_before, os.getloadavg()[0]]
     where = environment()
     where["command"] = list(map(short, where["command"]))
-    report = {"environment": where, "processor": cpu_name(), "load_before": load_before, "cases": measured}
+    report = {"environment": where, "processor": cpu_name(), "load": load, "cases": measured}
     stem = RESULTS / f"checkpoint_cost_{arguments.hardware}_{datetime.now(UTC):%Y%m}"
     RESULTS.mkdir(exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
@@ -91,7 +92,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"\n- command: `python tools/benchmarks/checkpoint_cost.py {' '.join(where['command'][1:])}`",
             f"- commit: {where['git'] and where['git']['commit']}",
             f"- hardware: {report['processor']}, {where['num_cores']} cores; "
-            f"{report['load_before']:.1f} other processes ran on average in the minute before",
+            f"load average {report['load'][0]:.1f} before and {report['load'][1]:.1f} after, its own work included",
             f"- versions: {', '.join(f'{name} {number}' for name, number in where['packages'].items())}\n",
         ]
     )
