@@ -15,15 +15,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megaft import engine_state, parallel
 from megaft.config import CHANGEABLE
-from megaft.errors import CheckpointError, UserError
+from megaft.errors import CheckpointError
 from megaft.files import sha256_of, to_json
 from megaft.pieces import Pieces
 from megaft.run_state import Identity, RunState
@@ -32,9 +32,6 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 # A checkpoint that the same step, saved again, is about to replace is one as well, until it has.
 NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
-
-T = TypeVar("T")
-
 
 def folder_of(run_dir: Path, step: int) -> Path:
     """Return where the checkpoint after `step` steps lies."""
@@ -55,17 +52,6 @@ def saved_steps(run_dir: Path) -> list[int]:
 def step_of(folder: Path) -> int:
     """Return the step after which a checkpoint was saved."""
     return int(folder.name[len("step-") :][:8])
-
-
-def together(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function on every rank; where one raises a UserError, all do, so that none waits for another."""
-    result, error = None, None
-    try:
-        result = function(*arguments)
-    except UserError as caught:
-        error = caught
-    parallel.raise_together(error)
-    return result  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +213,7 @@ def load(engine: Any, folder: Path, identity: Identity, allow_changed: Collectio
     Raises:
         CheckpointError: It belongs to another run (the message names every difference), or it cannot be read.
     """
-    state, loss_scale = together(_load, engine, folder, identity, allow_changed)
+    state, loss_scale = parallel.together(_load, engine, folder, identity, allow_changed)
     engine_state.refresh(engine)
     engine_state.set_loss_scale_state(engine, loss_scale)
     engine.global_steps, engine.skipped_steps = state.step, state.skipped_steps

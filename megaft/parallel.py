@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,6 +28,9 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """By default, after this long without its peers a collective ends with an error."""
+
+_host_groups: dict[Any, Any] = {}
+"""For a group of all ranks that computes on GPUs, the one that computes on the hosts and has the same timeout."""
 
 # launcher, the variable that shows it, then its rank, local rank and world size.
 # OpenMPI stands before SLURM because mpirun starts its daemons with srun inside a job.
@@ -122,7 +124,9 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+    # What DeepSpeed calls at every step of stages 2 and 3.
+    deprecated = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", deprecated, FutureWarning)
     os.environ.update(
         RANK=str(topology.rank),
         LOCAL_RANK=str(topology.local_rank),
@@ -136,6 +140,8 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         _meet(topology, backend, timeout)
+        if backend == "nccl":
+            _host_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return device
 
@@ -147,7 +153,6 @@ def _meet(topology: Topology, backend: str, timeout: timedelta) -> None:
     where = f"{topology.master_addr}:{topology.master_port} (MASTER_ADDR and MASTER_PORT)"
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(
@@ -159,6 +164,7 @@ def _meet(topology: Topology, backend: str, timeout: timedelta) -> None:
             f"rank {topology.rank} waited {seconds} seconds at {where}, and {missing} missing. Look why in their own "
             f"messages, or whether that address is reached from every node; {variable} sets how long to wait."
         ) from error
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def pretend(world_size: int) -> Topology:
@@ -195,6 +201,7 @@ def leave() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _host_groups.clear()
 
 
 def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
@@ -221,11 +228,13 @@ def naming_lost_peers(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("gloo/", "NCCL")):
+        # The store that ranks meet at is gone with the main rank, and has an error of its own.
+        if not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo/", "NCCL"))):
             raise
+        what = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise LostPeerError(
-            f"rank {rank} lost its peers ({str(error).splitlines()[0].rpartition('] ')[2]}): another rank "
-            "ended, or hangs; its own message says why. The same command continues from the last checkpoint."
+            f"rank {rank} lost its peers ({what}): another rank ended, or hangs; its own message says why. "
+            "The same command continues from the last checkpoint."
         ) from error
 
 
@@ -262,14 +271,8 @@ def max_over_ranks(values: list[int]) -> list[int]:
     if data_parallel_size() == 1:
         return values
     tensor = torch.tensor(values)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_host_groups.get(dist.group.WORLD))
     return tensor.tolist()
-
-
-@cache
-def _host_group(world: object) -> Any:
-    """A group of all ranks that computes on the host, made once a process group (whose end ends it)."""
-    return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.get_backend() == "nccl" else None
 
 
 def raise_together(error: UserError | None) -> None:

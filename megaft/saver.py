@@ -25,7 +25,7 @@ from torch import Tensor
 
 import megaft
 from megaft import engine_state, parallel
-from megaft.checkpoint import FORMAT, MANIFEST, folder_of, manifest_text, published, require_size, step_of, together
+from megaft.checkpoint import FORMAT, MANIFEST, folder_of, manifest_text, published, require_size, step_of
 from megaft.config import CheckpointConfig
 from megaft.errors import CheckpointError
 from megaft.events import job
@@ -93,7 +93,7 @@ class Saver:
         self.written_bytes = sum(num_bytes for num_bytes, _ in sizes)
         final = folder_of(self._run_dir, state.step)
         temporary = final.with_name(final.name + ".tmp")
-        together(self._begin, temporary)
+        parallel.together(self._begin, temporary)
         is_copied = self._config.in_background and self._fits(sizes)
         pieces = self._copied(pieces) if is_copied else pieces
         writers = [
@@ -164,10 +164,10 @@ class Saver:
         began = time.perf_counter()
         pending, self._pending = self._pending, None
         try:
-            written = together(lambda: [writer.result() for writer in pending.writers])
+            written = parallel.together(lambda: [writer.result() for writer in pending.writers])
             written += [(0, bytes(32))] * (PARTS - len(written))
             gathered = _gather([number for num_bytes, sha256 in written for number in (num_bytes, *sha256)])
-            together(self._finish, pending, gathered)
+            parallel.together(self._finish, pending, gathered)
         except CheckpointError:
             if parallel.is_main():
                 _remove(pending.temporary)

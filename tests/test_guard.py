@@ -13,7 +13,7 @@ def guard(state=None, smallest_loss_scale=None, **settings):
     return Guard(config, state or {}, smallest_loss_scale=smallest_loss_scale)
 
 
-def row(step, loss=3.0, grad_norm=1.0, skipped_steps=0, **more):
+def row(step, loss=3.0, grad_norm: float | None = 1.0, skipped_steps=0, **more):
     return {"step": step, "loss": loss, "grad_norm": grad_norm, "skipped_steps": skipped_steps, **more}
 
 
