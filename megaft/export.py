@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from megaft import checkpoint
 from megaft.config import TrainConfig
-from megaft.files import fsync
+from megaft.files import fsync, json_lines, naming_disk_errors
 from megaft.masking import without_secrets
 from megaft.models import hugging_face
 from megaft.pieces import Pieces
@@ -23,23 +24,41 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
 
     The weights are the ones the engine computed with: fp32 ones rounded to the run's dtype, adapters merged.
     It reads the checkpoint on one rank, parameter by parameter, and needs no process group.
+
+    Raises:
+        CheckpointError: The checkpoint does not hold.
+        ConfigError: The disk refuses. An export that was there stays.
     """
     step = state.step if config.run.export == "last" or state.best_step is None else state.best_step
     folder = checkpoint.folder_of(config.run.dir, step)
     model = hugging_face.build(config.model, config.lora, config.run.seed)
     load_weights(model, folder)
-    final, temporary = config.run.dir / "export", config.run.dir / "export.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    if config.lora.rank:
-        hugging_face.save_adapters(model, temporary / "adapter", config.model.path)
-        model = hugging_face.merge_adapters(model)
-    model.to(getattr(torch, dtype)).save_pretrained(temporary)
-    tokenizer.save(temporary)
-    (temporary / "README.md").write_text(without_secrets(model_card(config, step)), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    fsync(config.run.dir)
+    final = config.run.dir / "export"
+    temporary, old = final.with_name("export.tmp"), final.with_name("export.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with naming_disk_errors(final):
+        _write(config, model, tokenizer, dtype, temporary)
+        (temporary / "README.md").write_text(without_secrets(model_card(config, step)), encoding="utf-8")
+        for path in (temporary, *temporary.rglob("*")):
+            fsync(path)
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+        fsync(config.run.dir)
+    shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _write(config: TrainConfig, model: Any, tokenizer: AnyTokenizer, dtype: str, folder: Path) -> None:
+    try:
+        if config.lora.rank:
+            hugging_face.save_adapters(model, folder / "adapter", config.model.path)
+            model = hugging_face.merge_adapters(model)
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        tokenizer.save(folder)
+    except SafetensorError as error:  # as which safetensors passes on what the disk refuses
+        raise OSError(str(error)) from error
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
@@ -53,7 +72,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 def model_card(config: TrainConfig, step: int) -> str:
     """Return the card: where the model came from and what was measured before and after."""
-    rows = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+    rows = json_lines(config.run.dir / "metrics.jsonl")
     validations = {row["step"]: row["validation"] for row in rows if "validation" in row}
     base = config.model.path or f"{config.model.from_scratch} (from scratch)"
     lines = [

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from megaft import checkpoint
 from megaft.checkpoint import folder_of
 from megaft.config import parse_train
-from megaft.errors import CheckpointError
+from megaft.errors import CheckpointError, ConfigError
 from megaft.export import export, load_weights, model_card
 from megaft.loss import IGNORE_INDEX
 from megaft.models import hugging_face
@@ -306,6 +308,19 @@ def test_the_exported_model_scores_what_was_measured(config):
 @of("half")
 def test_the_card_of_a_model_from_scratch_says_so(config):
     assert "(from scratch), finetuned for 3 steps" in (config.run.dir / "export" / "README.md").read_text()
+
+
+@of("full")
+def test_a_full_disk_is_named_and_the_export_before_stays(config, monkeypatch):
+    def refuse(*_, **__):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    folder = config.run.dir / "export"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", refuse)
+    with pytest.raises(ConfigError, match=r"full/export cannot be written: .*No space left on device"):
+        export(config, state_of(config), load_tokenizer(config.tokenizer_source), "float32")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @of("full")
