@@ -71,7 +71,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         world_size=topology.world_size,
         optim=config.optim,
         has_cuda=has_cuda,
-        resumed_batch_size=_resumed_batch_size(config),
+        resumed_batch_size=resumed_batch_size(config),
     )
     if config.model.path is not None:
         hugging_face.require_there(config.model.path)
@@ -144,7 +144,8 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     )
 
 
-def _resumed_batch_size(config: TrainConfig) -> int | None:
+def resumed_batch_size(config: TrainConfig) -> int | None:
+    """Return the global batch size of the run that the folder holds; None where there is none to continue."""
     newest = None if config.run.fresh else checkpoint.peek(config.run.dir)
     return newest["identity"].get("global_batch_size") if newest else None
 

@@ -61,16 +61,15 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         UserError: What training would refuse.
     """
     from megaft import checkpoint, parallel
-    from megaft.assemble import assemble
+    from megaft.assemble import assemble, resumed_batch_size
     from megaft.deepspeed_json import read_deepspeed_json, resolve
 
-    newest = None if config.run.fresh else checkpoint.peek(config.run.dir)
     raw = read_deepspeed_json(config.deepspeed_config)
-    resumed_batch_size = newest["identity"]["global_batch_size"] if newest else None
-    options = {"world_size": config.world_size, "optim": config.optim, "resumed_batch_size": resumed_batch_size}
+    resumed = resumed_batch_size(config)
+    options = {"world_size": config.world_size, "optim": config.optim, "resumed_batch_size": resumed}
     setup = resolve(raw, **options, has_cuda=True)
     try:
-        with _stand_in_folder(config.run.dir, keeps_checkpoints=newest is not None) as folder:
+        with _stand_in_folder(config.run.dir, config.run.fresh) as folder:
             stand_in, notes = _stand_in(config, setup, raw, folder)
             for note in notes:
                 print(note)
@@ -78,18 +77,18 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     finally:
         parallel.leave()
     plan = _plan(config, setup, parts)
-    plan["resumes_from"] = str(checkpoint.folder_of(config.run.dir, parts.state.step)) if newest else None
+    plan["resumes_from"] = str(checkpoint.folder_of(config.run.dir, parts.state.step)) if resumed else None
     plan["notes"] = [*setup.notes, *notes]
     require_room(config, plan["checkpoint_bytes"])
     return plan
 
 
 @contextmanager
-def _stand_in_folder(run_dir: Path, keeps_checkpoints: bool) -> Iterator[Path]:
+def _stand_in_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
     """A temporary run folder, in which the real one's checkpoints can be read; messages name the real one."""
     with tempfile.TemporaryDirectory(prefix="megaft-validate-") as temporary:
         folder = Path(temporary)
-        if keeps_checkpoints:
+        if not is_fresh and (run_dir / "checkpoints").is_dir():
             (folder / "checkpoints").symlink_to((run_dir / "checkpoints").resolve())
         try:
             yield folder

@@ -160,6 +160,9 @@ def test_a_run_that_would_continue(config, planned, run_ranks, tmp_path, toy_mod
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=f"{run_dir}/checkpoints holds")):
         planned(config("--optim.schedule=constant"))
+    (shard.parent / "manifest.json").write_text("{}")  # nor does training start over where no manifest can be read
+    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=f"{run_dir}/checkpoints holds")):
+        planned(config("--optim.schedule=constant"))
 
 
 def test_what_is_printed(config, planned, capsys):
