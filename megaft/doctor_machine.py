@@ -23,7 +23,8 @@ from megaft.floors import FLOORS
 from megaft.masking import SECRET_NAME, without_secrets
 
 GIB = 2**30
-IMPORT_SECONDS = 120
+SECONDS = 120
+"""For another program, or an import, to end."""
 
 
 def run(as_json: bool) -> int:
@@ -142,14 +143,8 @@ KERNELS = (
 
 
 def _import_error(modules: str) -> str | None:
-    command = [sys.executable, "-c", f"import {modules}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return f"importing takes over {IMPORT_SECONDS} s"
-    if done.returncode == 0:
-        return None
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]  # the exception's line
+    works, lines = _run(sys.executable, "-c", f"import {modules}")
+    return None if works else lines[-1]  # the exception's
 
 
 def slurm() -> Check:
@@ -192,10 +187,18 @@ def _said(*command: str) -> tuple[bool, str] | None:
     """Return whether a program works and the first line it says, or its last complaint; None where it is not there."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    works = done.returncode == 0
-    lines = (done.stdout if works else done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
+    works, lines = _run(*command)
     return works, lines[0 if works else -1]
+
+
+def _run(*command: str) -> tuple[bool, list[str]]:
+    """Return whether a program works, and the lines it says, or its complaint."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return False, [f"it has not ended after {SECONDS} s"]
+    works = done.returncode == 0
+    return works, (done.stdout if works else done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
 
 
 def disks() -> Iterator[Check]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from megaft import checkpoint, doctor_toy, parallel
 from megaft.config import CheckpointConfig
 from megaft.doctor_table import Check, exit_code, show
+from megaft.files import naming_disk_errors
 from megaft.models.hugging_face import CausalLM
 from megaft.parallel import Topology
 from megaft.pieces import Pieces
@@ -63,7 +64,7 @@ def run(folder: Path, as_json: bool, topology: Topology) -> int:
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning)
     device = parallel.join(topology, TIMEOUT)
     ranks = Ranks(topology, device, folder / f"megaft-doctor-{topology.master_port}")
-    ranks.folder.mkdir(parents=True, exist_ok=True)
+    parallel.together(_make, ranks.folder)
     try:
         checks = [same_versions(ranks), *collectives(ranks), *same_losses(ranks)]
         if checks[0].status == "pass":  # a checkpoint needs the shared folder
@@ -76,6 +77,11 @@ def run(folder: Path, as_json: bool, topology: Topology) -> int:
         show(f"megaft doctor: {topology.world_size} ranks, {device.type}, {seconds:.0f} s", checks, as_json)
     parallel.barrier()  # who leaves first with a bad code makes the launcher end the others
     return exit_code(checks)
+
+
+def _make(folder: Path) -> None:
+    with naming_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def same_versions(ranks: Ranks) -> Check:

@@ -128,6 +128,7 @@ def test_a_missing_kernel_is_a_warning_only_where_it_could_run(monkeypatch):
         pytest.param(None, "none", "not found", id="none"),
         pytest.param("echo 'main*: 2 nodes idle'", "pass", "main*: 2 nodes idle; in job 7", id="a cluster"),
         pytest.param("echo no controller >&2; exit 1", "warn", "no cluster answers: no controller", id="clients only"),
+        pytest.param("exec /bin/sleep 9", "warn", "it has not ended after 0.5 s", id="a controller that hangs"),
     ],
 )
 def test_slurm(script, status, said, tmp_path, monkeypatch):
@@ -136,6 +137,7 @@ def test_slurm(script, status, said, tmp_path, monkeypatch):
         (tmp_path / "sinfo").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(doctor_machine, "SECONDS", 0.5)
     check = doctor_machine.slurm()
     assert check.status == status
     assert said in check.found
@@ -209,6 +211,8 @@ def prove(folder, fault=""):
     if fault == "folder":
         folder = folder / str(topology.rank)
         doctor_ranks.SECONDS_FOR_FILES = 1
+    if fault == "no folder" and topology.rank == 1:
+        folder = Path(__file__) / "folder"
     if fault == "reduce" and topology.rank == 1:
         reduce = doctor_ranks.dist.all_reduce
 
@@ -233,6 +237,7 @@ def prove(folder, fault=""):
         pytest.param("data", 5, "ZeRO 2, micro-batch 1 x 4", "off by", id="a rank trains on other samples"),
         pytest.param("reduce", 5, "all-reduce", "on rank 1", id="a rank gets another sum"),
         pytest.param("folder", 2, "shared folder", "not one for all ranks", id="a folder of each rank's own"),
+        pytest.param("no folder", 2, None, None, id="a rank cannot write the folder"),
     ],
 )
 def test_two_ranks(fault, code, failing, said, run_ranks, tmp_path):
@@ -240,6 +245,9 @@ def test_two_ranks(fault, code, failing, said, run_ranks, tmp_path):
     assert [rank[0] for rank in ranks] == [code, code]
     checks, nothing = ranks[0][1], ranks[1][1]
     assert nothing == []
+    if fault == "no folder":
+        assert checks == []
+        return
     failed = {name: found for name, status, found in checks if status == "fail"}
     assert list(failed) == [] if failing is None else said in failed[failing]
     assert not list(tmp_path.rglob("megaft-doctor-*"))
