@@ -12,7 +12,6 @@ them; here they are found, verified and read.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection
@@ -24,7 +23,7 @@ from typing import Any
 from megaft import engine_state, parallel
 from megaft.config import CHANGEABLE
 from megaft.errors import CheckpointError
-from megaft.files import sha256_of, to_json
+from megaft.files import naming_disk_errors, sha256_of, to_json
 from megaft.pieces import Pieces
 from megaft.run_state import Identity, RunState
 
@@ -32,6 +31,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 # A checkpoint that the same step, saved again, is about to replace is one as well, until it has.
 NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
+
 
 def folder_of(run_dir: Path, step: int) -> Path:
     """Return where the checkpoint after `step` steps lies."""
@@ -260,8 +260,10 @@ def _difference(name: str, then: Any, now: Any) -> str:
 
 def remove_all(run_dir: Path) -> None:
     """Forget every checkpoint of a run that starts over."""
-    folder = run_dir / "checkpoints"
-    if folder.exists():
-        hidden = folder.with_name(f"checkpoints.{os.getpid()}.old")
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+    folder, hidden = run_dir / "checkpoints", run_dir / "checkpoints.old"
+    with naming_disk_errors(folder):
+        if hidden.exists():  # of one that was killed here
+            shutil.rmtree(hidden)
+        if folder.exists():
+            folder.rename(hidden)
+            shutil.rmtree(hidden)

@@ -28,8 +28,10 @@ class Events:
         if self._path is None:
             return
         row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **details}
-        with naming_disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(to_json(row) + "\n")
+        with naming_disk_errors(self._path), self._path.open("ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            end = b"" if file.read() in (b"", b"\n") else b"\n"  # a full disk cut the line before short
+            file.write(end + to_json(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -318,5 +318,7 @@ def test_a_glance_at_the_newest_reads_no_more_than_a_manifest(tmp_path):
 def test_starting_over_forgets_all(tmp_path):
     checkpoint.remove_all(tmp_path)
     write_checkpoint(tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / "checkpoints.old")  # it was killed here
+    write_checkpoint(tmp_path)
     checkpoint.remove_all(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import pytest
 
 from megaft.errors import ConfigError, NoProgressError
 from megaft.events import Events, recording_errors
+from megaft.files import json_lines
 
 
 def rows_of(path):
@@ -19,6 +20,15 @@ def test_every_event_is_a_line_that_stays(tmp_path):
         ("start", step, [[1, 3]], "nan") for step in (0, 4, 2)
     ]
     assert all(row["time"].endswith("+00:00") for row in rows)
+
+
+def test_a_line_that_a_full_disk_cut_short_spoils_no_other(tmp_path):
+    events = Events(tmp_path, is_main=True)
+    events.record("start", 0)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": "2026')
+    events.record("start", 4)
+    assert [row["step"] for row in json_lines(tmp_path / "events.jsonl")] == [0, 4]
 
 
 @pytest.mark.parametrize(
