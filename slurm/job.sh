@@ -9,9 +9,10 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes are often offline: fe
 
 # run_tasks WORDS...: `python WORDS...` once a task, as many as the job has; counts `signals`.
 # Ranks come from SLURM's own variables. A task that fails ends the others, and SIGUSR1 to this script reaches all.
-# Since SLURM 22.05 srun gives a task one core unless told; the job's --cpus-per-task is not enough.
+# Since SLURM 22.05 srun gives a task one core unless told; the job's --cpus-per-task is not enough. The first task
+# exports the model after the others have ended, and sites may set how long srun waits for the last one.
 run_tasks() {
-    srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 "$PYTHON" "$@" &
+    srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 --wait=0 "$PYTHON" "$@" &
     local code=0 seen=-1 step=$!
     signals=0
     trap 'signals=$((signals + 1)); kill -USR1 "$step" || true' USR1
