@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,7 +11,8 @@ import tyro
 
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS
-from megaft.config import require
+from megaft.config import own_flags, require
+from megaft.ranges import at_least, require_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +59,7 @@ class EvaluateConfig:
             self.stride is None or all(part.isdecimal() and int(part) for part in self.stride.split(",")),
             f"stride is {self.stride!r}; use a number of 1 or more, or several with commas, such as 32,256,1024.",
         )
-        for name in ("context_length", "limit", "tokens_per_batch"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name.replace('_', '-')} is {value}; use 1 or more.")
+        require_ranges(self, context_length=at_least(1), limit=at_least(1), tokens_per_batch=at_least(1))
 
     @property
     def tasks(self) -> list[str]:
@@ -81,7 +79,4 @@ class EvaluateConfig:
 
 def parse(arguments: list[str] | None = None) -> EvaluateConfig:
     """The command line of `python -m evaluate_zero_shot`; exits with 2 and the rule on a bad one."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    # The deepspeed launcher appends --local_rank=N; the environment is what counts.
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
-    return tyro.cli(EvaluateConfig, args=arguments, prog="evaluate_zero_shot")
+    return tyro.cli(EvaluateConfig, args=own_flags(arguments), prog="evaluate_zero_shot")

@@ -6,7 +6,6 @@ Nothing in this file imports torch, so `--help` answers at once.
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from megaft.errors import ConfigError
+from megaft.ranges import ABOVE_0, BELOW_1, NOT_NEGATIVE, SEED, UP_TO_1, at_least, require_ranges
 
 # What a resumed run can be allowed to change; the other parts of its identity have no override.
 CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
@@ -46,10 +46,7 @@ class ModelConfig:
             (self.path is None) != (self.from_scratch is None),
             f"model.path is {self.path} and model.from_scratch is {self.from_scratch}; give exactly one of the two.",
         )
-        require(
-            self.dropout is None or 0 <= self.dropout < 1,
-            f"model.dropout is {self.dropout}; use 0 or more and less than 1, for example 0.1.",
-        )
+        require_ranges(self, "model.", dropout=BELOW_1.such_as("0.1"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,9 +63,7 @@ class LoraConfig:
     """Names of the adapted layers, such as q_proj v_proj. By default PEFT's choice for the architecture."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, f"lora.rank is {self.rank}; use 0 for none, or for example 8.")
-        require(self.alpha > 0, f"lora.alpha is {self.alpha}; use a number above 0, for example 16.")
-        require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; use 0 or more and less than 1.")
+        require_ranges(self, "lora.", rank=at_least(0).such_as("8"), alpha=at_least(1).such_as("16"), dropout=BELOW_1)
         require(
             self.rank > 0 or (self.alpha, self.dropout, self.target_modules) == (16, 0, ()),
             "lora.rank is 0, so the other lora settings have no effect; give lora.rank, for example 8.",
@@ -96,9 +91,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.train) > 0, "data.train is empty; give a text file or a prepared prefix.")
-        require(
-            self.context_length >= 2, f"data.context-length is {self.context_length}; use 2 or more, for example 1024."
-        )
+        require_ranges(self, "data.", context_length=at_least(2).such_as("1024"))
         require(
             not (self.attend_within_documents and self.sample == "document"),
             "data.attend-within-documents has no effect with data.sample document, whose samples never leave one.",
@@ -131,19 +124,17 @@ class OptimConfig:
     """The learning rate at the last step as a fraction of the peak (linear and cosine)."""
 
     def __post_init__(self) -> None:
-        require(
-            math.isfinite(self.learning_rate) and self.learning_rate >= 0,
-            f"optim.learning-rate is {self.learning_rate}; use a finite number of 0 or more, for example 1e-4.",
-        )
-        for name in ("beta1", "beta2", "momentum"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"optim.{name} is {value}; use 0 or more and less than 1, for example 0.9.")
-        require(self.weight_decay >= 0, f"optim.weight-decay is {self.weight_decay}; use 0 or more, for example 0.01.")
-        require(self.epsilon > 0, f"optim.epsilon is {self.epsilon}; use a positive number, for example 1e-8.")
-        require(self.warmup_steps >= 0, f"optim.warmup-steps is {self.warmup_steps}; use 0 or more, for example 100.")
-        require(
-            0 <= self.final_fraction <= 1,
-            f"optim.final-fraction is {self.final_fraction}; use 0 to 1.",
+        require_ranges(
+            self,
+            "optim.",
+            learning_rate=NOT_NEGATIVE.such_as("1e-4"),
+            beta1=BELOW_1.such_as("0.9"),
+            beta2=BELOW_1.such_as("0.999"),
+            epsilon=ABOVE_0.such_as("1e-8"),
+            weight_decay=NOT_NEGATIVE.such_as("0.01"),
+            momentum=BELOW_1.such_as("0.9"),
+            warmup_steps=at_least(0).such_as("100"),
+            final_fraction=UP_TO_1,
         )
 
 
@@ -177,25 +168,17 @@ class RunConfig:
             (self.max_steps is None) != (self.epochs is None),
             f"run.max-steps is {self.max_steps} and run.epochs is {self.epochs}; give exactly one of the two.",
         )
-        require(
-            self.max_steps is None or self.max_steps >= 1,
-            f"run.max-steps is {self.max_steps}; use 1 or more, for example 1000.",
+        require_ranges(
+            self,
+            "run.",
+            max_steps=at_least(1).such_as("1000"),
+            epochs=ABOVE_0.such_as("1"),
+            seed=SEED,
+            validate_every=at_least(0),
+            patience=at_least(0),
+            max_minutes=ABOVE_0.such_as("230"),
+            timeout_minutes=ABOVE_0.such_as("10"),
         )
-        require(
-            self.epochs is None or (math.isfinite(self.epochs) and self.epochs > 0),
-            f"run.epochs is {self.epochs}; use a number above 0, for example 1.",
-        )
-        require(
-            self.max_minutes is None or self.max_minutes > 0,
-            f"run.max-minutes is {self.max_minutes}; use a number above 0, for example 230.",
-        )
-        require(
-            math.isfinite(self.timeout_minutes) and self.timeout_minutes > 0,
-            f"run.timeout-minutes is {self.timeout_minutes}; use a finite number above 0, for example 10.",
-        )
-        for name in ("validate_every", "patience", "seed"):
-            value = getattr(self, name)
-            require(value >= 0, f"run.{name.replace('_', '-')} is {value}; use 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,9 +197,8 @@ class CheckpointConfig:
     """What a resumed run may do otherwise than its checkpoint says, by the name the refusal gives it, such as data."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"checkpoint.every is {self.every}; use 0 or more.")
-        require(self.keep_last >= 1, f"checkpoint.keep-last is {self.keep_last}; use 1 or more, for example 2.")
-        require(self.keep_every >= 0, f"checkpoint.keep-every is {self.keep_every}; use 0 or more.")
+        ranges = {"every": at_least(0), "keep_last": at_least(1).such_as("2"), "keep_every": at_least(0)}
+        require_ranges(self, "checkpoint.", **ranges)
         require(
             set(self.allow_changed) <= CHANGEABLE,
             f"checkpoint.allow-changed is {' '.join(self.allow_changed)}; use some of {' '.join(sorted(CHANGEABLE))}.",
@@ -248,13 +230,14 @@ class GuardConfig:
     """Rewinds after which the run stops."""
 
     def __post_init__(self) -> None:
-        require(
-            math.isfinite(self.spike_deviations) and self.spike_deviations > 0,
-            f"guard.spike-deviations is {self.spike_deviations}; use a finite number above 0, for example 8.",
+        require_ranges(
+            self,
+            "guard.",
+            spike_deviations=ABOVE_0.such_as("8"),
+            spike_window=at_least(8),
+            max_overflows=at_least(1),
+            max_rewinds=at_least(1),
         )
-        for name, least in (("spike_window", 8), ("max_overflows", 1), ("max_rewinds", 1)):
-            value = getattr(self, name)
-            require(value >= least, f"guard.{name.replace('_', '-')} is {value}; use {least} or more.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,9 +252,7 @@ class EvalConfig:
     """Windows per forward pass and rank."""
 
     def __post_init__(self) -> None:
-        for name in ("context_length", "stride", "batch_size"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"eval.{name.replace('_', '-')} is {value}; use 1 or more.")
+        require_ranges(self, "eval.", context_length=at_least(1), stride=at_least(1), batch_size=at_least(1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,10 +269,7 @@ class MetricsConfig:
     """The device's dense peak in FLOP/s, for MFU. By default known for common GPUs, measured elsewhere."""
 
     def __post_init__(self) -> None:
-        require(
-            self.peak_flops is None or 0 < self.peak_flops < math.inf,
-            f"metrics.peak-flops is {self.peak_flops}; use a finite number above 0, for example 989e12.",
-        )
+        require_ranges(self, "metrics.", peak_flops=ABOVE_0.such_as("989e12"))
         require(
             self.wandb or self.wandb_project == "megaft",
             f"metrics.wandb-project is {self.wandb_project}, but metrics.wandb is off; switch it on.",
@@ -370,7 +348,13 @@ class TrainConfig:
 
 def parse_train(arguments: list[str] | None = None) -> TrainConfig:
     """The command line of `megaft/train.py`; exits with 2 and the rule on a bad one."""
+    return tyro.cli(TrainConfig, args=own_flags(arguments), prog="megaft/train.py")
+
+
+def own_flags(arguments: list[str] | None = None) -> list[str]:
+    """Return the command line, or these flags, without the --local_rank=N that the deepspeed launcher adds.
+
+    What the ranks are is in the environment.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # The deepspeed launcher appends --local_rank=N; the environment is what counts.
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
-    return tyro.cli(TrainConfig, args=arguments, prog="megaft/train.py")
+    return [argument for argument in arguments if not argument.startswith("--local_rank=")]

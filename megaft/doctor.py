@@ -13,6 +13,8 @@ from pathlib import Path
 
 import tyro
 
+from megaft.config import own_flags
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig:
@@ -32,10 +34,7 @@ class DoctorConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Look, print, and return the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    # The deepspeed launcher adds --local_rank=N; the environment is what counts.
-    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
-    config = tyro.cli(DoctorConfig, args=arguments, prog="megaft doctor")
+    config = tyro.cli(DoctorConfig, args=own_flags(arguments), prog="megaft doctor")
     if config.distributed:
         from megaft import doctor_ranks, parallel
 

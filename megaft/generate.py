@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import tyro
 
 from megaft.config import require
 from megaft.errors import DataError
+from megaft.ranges import ABOVE_0, NOT_NEGATIVE, SEED, Range, at_least, require_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,15 +29,12 @@ class SamplingConfig:
     """Makes tokens seen before less likely where above 1; 1 does nothing."""
 
     def __post_init__(self) -> None:
-        require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            f"temperature is {self.temperature}; use 0 for the most likely token, or for example 0.8.",
-        )
-        require(self.top_k >= 0, f"top-k is {self.top_k}; use 0 for all tokens, or for example 50.")
-        require(0 < self.top_p <= 1, f"top-p is {self.top_p}; use more than 0 and at most 1, for example 0.95.")
-        require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            f"repetition-penalty is {self.repetition_penalty}; use 1 for none, or for example 1.2.",
+        require_ranges(
+            self,
+            temperature=NOT_NEGATIVE.such_as("0.8"),
+            top_k=at_least(0).such_as("50"),
+            top_p=Range("more than 0 and at most 1, for example 0.95", lambda value: 0 < value <= 1),
+            repetition_penalty=ABOVE_0.such_as("1.2"),
         )
         require(
             self.temperature > 0 or (self.top_k == 0 and self.top_p == 1),
@@ -67,8 +64,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         require(len(self.prompt) > 0, "prompt is empty; give a text to continue.")
-        require(self.max_new_tokens >= 1, f"max-new-tokens is {self.max_new_tokens}; use 1 or more, for example 100.")
-        require(0 <= self.seed < 2**63, f"seed is {self.seed}; use 0 or more and less than 2^63.")
+        require_ranges(self, max_new_tokens=at_least(1).such_as("100"), seed=SEED)
 
 
 def main(config: GenerateConfig) -> int:

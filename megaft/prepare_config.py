@@ -10,6 +10,7 @@ import detokenizers
 import tyro
 
 from megaft.config import require
+from megaft.ranges import at_least, require_ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +48,7 @@ class PrepareConfig:
         names = detokenizers.names()
         require(len(self.inputs) > 0, "inputs is empty; name a text or .jsonl file, a folder or a glob.")
         require(self.detokenizer in names, f"detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
-        require(self.min_tokens >= 1, f"min-tokens is {self.min_tokens}; use 1 or more.")
-        require(self.workers is None or self.workers >= 1, f"workers is {self.workers}; use 1 or more.")
+        require_ranges(self, min_tokens=at_least(1), workers=at_least(1))
         require(
             (self.prompt_key is None) == (self.completion_key is None),
             f"prompt-key is {self.prompt_key} and completion-key {self.completion_key}; give both or neither.",

@@ -14,6 +14,7 @@ import tyro
 
 from megaft.config import parse_train, require
 from megaft.errors import ConfigError
+from megaft.ranges import at_least, require_ranges
 
 ROOT = Path(__file__).parents[1]
 _SIXTY = r"[0-5]?\d"
@@ -54,9 +55,8 @@ class SubmitConfig:
     """For finetune_sweep: lines of the file of flags, such as 1-6%2 (two at a time)."""
 
     def __post_init__(self) -> None:
-        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("ntasks_per_node", 1), ("cpus_per_task", 1)):
-            value = getattr(self, name)
-            require(value is None or value >= least, f"{_flag(name)} is {value}; use {least} or more.")
+        one = at_least(1)
+        require_ranges(self, nodes=one, gpus_per_node=at_least(0), ntasks_per_node=one, cpus_per_task=one)
         for field in fields(self):
             require_one_line(_flag(field.name), str(getattr(self, field.name)))
         require(

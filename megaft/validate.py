@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaft.config import OptimConfig, TrainConfig, require
 from megaft.errors import CheckpointError, UserError
+from megaft.ranges import at_least, require_ranges
 
 if TYPE_CHECKING:
     from megaft.assemble import Parts
@@ -38,7 +39,7 @@ class ValidateConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        require(self.world_size >= 1, f"world-size is {self.world_size}; use 1 or more.")
+        require_ranges(self, world_size=at_least(1))
 
 
 def main(config: ValidateConfig) -> int:

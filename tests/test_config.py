@@ -52,6 +52,8 @@ def test_underscores_are_accepted():
         ({"optim__learning_rate": "inf"}, "optim.learning-rate is inf"),
         ({"optim__learning_rate": "-1e-4"}, "optim.learning-rate is -0.0001"),
         ({"optim__beta2": "1"}, "optim.beta2 is 1.0"),
+        ({"optim__weight_decay": "inf"}, "optim.weight-decay is inf; use a finite number"),
+        ({"run__seed": str(2**63)}, "run.seed is 9223372036854775808; use 0 or more and less than 2^63"),
         ({"lora__alpha": "8"}, "lora.rank is 0"),
         ({"lora__rank": "8", "lora__dropout": "1"}, "lora.dropout is 1.0"),
         ({"metrics__peak_flops": "0"}, "metrics.peak-flops is 0.0"),
