@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Installed first and pinned: a bare range would pull the newest build with its gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 
+# Two files of tests at a time.
+PYTEST := $(BIN)/python -m pytest -p xdist -n 2 --dist loadfile
+
 export HF_HUB_OFFLINE ?= 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
@@ -15,10 +18,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
