@@ -200,9 +200,13 @@ class Metrics:
             self._file.rewind(step)
 
     def close(self, failed: bool = False) -> None:
-        """Report what was left and close everything; trackers are told whether the run failed."""
+        """Report what was left and close everything; trackers are told whether the run failed.
+
+        After a failure nothing more is reported: the device may wait for ranks that are gone.
+        """
         try:
-            self.drain()
+            if not failed:
+                self.drain()
         finally:
             for sink in self._sinks:
                 sink.close(failed)

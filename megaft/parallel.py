@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,9 +29,7 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """By default, after this long without its peers a collective ends with an error."""
-
-_host_groups: dict[Any, Any] = {}
-"""For a group of all ranks that computes on GPUs, the one that computes on the hosts and has the same timeout."""
+_timeout = TIMEOUT
 
 # launcher, the variable that shows it, then its rank, local rank and world size.
 # OpenMPI stands before SLURM because mpirun starts its daemons with srun inside a job.
@@ -123,6 +122,8 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     """Start the process group through DeepSpeed, whose collectives wait no longer; return this rank's device."""
     import deepspeed
 
+    global _timeout
+    _timeout = timeout
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # What DeepSpeed calls at every step of stages 2 and 3.
     deprecated = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
@@ -140,8 +141,6 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         _meet(topology, backend, timeout)
-        if backend == "nccl":
-            _host_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return device
 
@@ -201,7 +200,6 @@ def leave() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        _host_groups.clear()
 
 
 def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
@@ -271,8 +269,14 @@ def max_over_ranks(values: list[int]) -> list[int]:
     if data_parallel_size() == 1:
         return values
     tensor = torch.tensor(values)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_host_groups.get(dist.group.WORLD))
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
     return tensor.tolist()
+
+
+@cache
+def _host_group(world: object) -> Any:
+    """A group of all ranks that computes on the host, made once a process group (whose end ends it)."""
+    return dist.new_group(backend="gloo", timeout=_timeout) if dist.get_backend() == "nccl" else None
 
 
 def raise_together(error: UserError | None) -> None:

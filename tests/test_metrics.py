@@ -11,7 +11,7 @@ import torch
 
 from megaft import metrics as metrics_module
 from megaft.config import MetricsConfig
-from megaft.errors import ConfigError
+from megaft.errors import ConfigError, LostPeerError
 from megaft.files import to_json, write_json_atomic
 from megaft.metrics import Metrics, MetricsFile, Pending
 from megaft.terminal import Terminal
@@ -125,6 +125,21 @@ def test_on_a_gpu_a_row_is_one_step_late(monkeypatch):
     pending.start_clock()
     assert pending.push({"step": 3, "loss": loss}) == []
     assert pending.drain() == [{"step": 3, "loss": 2.0, "seconds": 1}]
+
+
+def test_a_run_that_fails_does_not_wait_for_a_device_that_waits_for_lost_ranks(tmp_path, monkeypatch):
+    class StuckMark:
+        def __init__(self, device):
+            pass
+
+        def seconds_since(self, earlier):
+            pytest.fail("it would wait for ever")
+
+    monkeypatch.setattr(metrics_module, "Mark", StuckMark)
+    with pytest.raises(LostPeerError), open_metrics(tmp_path) as metrics:
+        metrics._pending = Pending(torch.device("cuda"))
+        report(metrics, 1)
+        raise LostPeerError("rank 1 lost its peers")
 
 
 @pytest.mark.gpu
