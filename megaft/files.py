@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from megaft.errors import ConfigError
+from megaft.errors import ConfigError, UserError
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -35,13 +35,14 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def naming_disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses inside the block (full, read-only, not ours) into a ConfigError that names `path`."""
+def naming_disk_errors(
+    path: Path, kind: type[UserError] = ConfigError, fix: str = "Free space there or name another folder."
+) -> Iterator[None]:
+    """Turn what the disk refuses inside the block (full, read-only, not ours) into a `kind` that names `path`."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"{path} cannot be written: {reason}. Free space there or name another folder.") from error
+        raise kind(f"{path} cannot be written: {error.strerror or error}. {fix}") from error
 
 
 def fsync(path: Path) -> None:

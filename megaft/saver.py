@@ -12,10 +12,9 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from megaft.checkpoint import FORMAT, MANIFEST, folder_of, manifest_text, publis
 from megaft.config import CheckpointConfig
 from megaft.errors import CheckpointError
 from megaft.events import job
-from megaft.files import fsync
+from megaft.files import fsync, naming_disk_errors
 from megaft.run_state import Identity, RunState
 from megaft.shard import write_shard
 
@@ -39,6 +38,13 @@ PARTS, PART_BYTES = 4, 1 << 28
 """A rank writes so many files at once, each by a thread that hashes it as well, where they get so long or longer."""
 PINNED_FACTOR = 2
 """torch rounds page-locked memory up to a power of two."""
+
+_naming_disk_errors = partial(
+    naming_disk_errors,
+    kind=CheckpointError,
+    fix="Free space there or name another --run.dir; the last checkpoint stays, and the same command continues "
+    "from it.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,7 @@ class Saver:
     def _begin(self, temporary: Path) -> None:
         if not parallel.is_main():
             return
-        with _refused(temporary):
+        with _naming_disk_errors(temporary):
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in (*self._folder.glob("*.tmp"), *self._folder.glob("*.old")):
                 _remove(leftover)
@@ -179,7 +185,7 @@ class Saver:
         if not parallel.is_main():
             return
         temporary, final = pending.temporary, pending.final
-        with _refused(final):
+        with _naming_disk_errors(final):
             files = _files(written)
             for name, file in files.items():
                 require_size(temporary / name, file["bytes"])
@@ -239,7 +245,7 @@ def _parts(pieces: list[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
 
 
 def _write(path: Path, pieces: list[tuple[str, Tensor]]) -> tuple[int, bytes]:
-    with _refused(path):
+    with _naming_disk_errors(path):
         return write_shard(path, pieces)
 
 
@@ -248,18 +254,6 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses inside the block into a CheckpointError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror}. Free space there or name another --run.dir; "
-            "the last checkpoint stays, and the same command continues from it."
-        ) from error
 
 
 def _remove(path: Path) -> None:
