@@ -1,11 +1,11 @@
 """The laws of training that need several ranks. One launch a world size; every case in it trains a toy model."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 
 import pytest
+import toy
 
 from megaft import checkpoint
 from megaft.pieces import Pieces
@@ -41,21 +41,14 @@ class Case:
 
 
 def train_cases(folder, common, cases):
-    """Train each case's list of flags in turn on this rank."""
-    from megaft import parallel
-    from megaft.config import parse_train
-    from megaft.train import train
-
-    topology = parallel.discover(os.environ)
-    for case in cases:
-        settings = folder / f"{case.name}.json"
-        if topology.is_main:
-            settings.write_text(json.dumps(case.deepspeed_json()))
-        parallel.join(topology)
-        parallel.barrier()
-        arguments = [f"--deepspeed_config={settings}", f"--run.dir={folder / case.name.split('@')[0]}", *common]
-        train(parse_train([*arguments, *case.flags]), topology)
-    parallel.leave()
+    toy.train_in_turn(
+        (
+            folder / f"{case.name}.json",
+            case.deepspeed_json(),
+            [f"--run.dir={folder / case.name.split('@')[0]}", *common, *case.flags],
+        )
+        for case in cases
+    )
 
 
 @pytest.fixture(scope="module")

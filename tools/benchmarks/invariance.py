@@ -135,29 +135,16 @@ def run_ways(folder: Path, ways: list[Way], steps: int) -> None:
     """Train every way in turn in this rank; all have this launch's world size."""
     from deepspeed.accelerator import get_accelerator
 
-    from megaft import parallel
-    from megaft.config import parse_train
-    from megaft.train import train
-
     # DeepSpeed asks for a CPU with fp16 instructions; torch computes fp16 without them too, slower.
     accelerator = get_accelerator()
     assert accelerator is not None
     accelerator.is_fp16_supported = lambda: True
-    topology = parallel.discover(os.environ)
-    for way in ways:
-        settings = folder / f"{way.name}.json"
-        if topology.is_main:
-            settings.write_text(json.dumps(way.deepspeed_json()))
-        parallel.join(topology)
-        parallel.barrier()
-        train(parse_train(flags(folder, way, steps)), topology)
-    parallel.leave()
+    toy.train_in_turn((folder / f"{way.name}.json", way.deepspeed_json(), flags(folder, way, steps)) for way in ways)
 
 
 def flags(folder: Path, way: Way, steps: int) -> list[str]:
-    """The command line of a run."""
+    """The command line of a run, but for its DeepSpeed JSON."""
     return [
-        f"--deepspeed_config={folder / way.name}.json",
         f"--model.path={folder / 'model'}",
         f"--data.train={folder / 'train'}",
         "--data.sample=document",

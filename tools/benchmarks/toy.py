@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 VOCAB_SIZE = 512
@@ -63,3 +66,19 @@ def make_texts(folder: Path, *, train_bytes: int = 60_000, valid_bytes: int = 4_
     train.write_text(whole[:train_bytes], encoding="utf-8")
     valid.write_text(whole[-valid_bytes:], encoding="utf-8")
     return train, valid
+
+
+def train_in_turn(runs: Iterable[tuple[Path, dict, list[str]]]) -> None:
+    """Train on this rank, one run after another: where its DeepSpeed JSON goes, that JSON, and the other flags."""
+    from megaft import parallel
+    from megaft.config import parse_train
+    from megaft.train import train
+
+    topology = parallel.discover(os.environ)
+    for path, settings, flags in runs:
+        if topology.is_main:
+            path.write_text(json.dumps(settings))
+        parallel.join(topology)
+        parallel.barrier()
+        train(parse_train([f"--deepspeed_config={path}", *flags]), topology)
+    parallel.leave()
