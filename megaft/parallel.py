@@ -139,6 +139,8 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = device_of(topology)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # DeepSpeed's own groups, in which ZeRO's collectives run, take torch's default, and it lets nobody choose.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     if not dist.is_initialized():
         _meet(topology, backend, timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
