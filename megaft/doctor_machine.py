@@ -11,14 +11,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
 from megaft.doctor_table import Check, exit_code, show
-from megaft.environment import environment
+from megaft.environment import environment, installed_version
 from megaft.floors import FLOORS
 from megaft.masking import SECRET_NAME, without_secrets
 
@@ -47,14 +47,12 @@ def run(as_json: bool) -> int:
 def versions() -> Iterator[Check]:
     """Compare each package that has a safety floor with it."""
     for floor in FLOORS:
-        try:
-            installed = version(floor.package)
-        except PackageNotFoundError:
-            yield Check(floor.package, "fail", "not installed", _install(f"{floor.package}>={floor.version}"))
-            continue
-        if floor.is_above(installed):
-            fix = f"{floor.why}. {_install(f'{floor.package}>={floor.version}')}"
-            yield Check(floor.package, "fail", f"{installed}, below the safe {floor.version}", fix)
+        installed, fix = installed_version(floor.package), f"Run `pip install '{floor.package}>={floor.version}'`"
+        if installed is None:
+            yield Check(floor.package, "fail", "not installed", fix)
+        elif floor.is_above(installed):
+            found = f"{installed}, below the safe {floor.version}"
+            yield Check(floor.package, "fail", found, f"{floor.why}. {fix}")
         else:
             yield Check(floor.package, "pass", f"{installed} (safe from {floor.version} on)")
 
@@ -70,17 +68,12 @@ def requirements() -> Check:
 
 
 def _difference(requirement: Requirement) -> str | None:
-    try:
-        installed = version(requirement.name)
-    except PackageNotFoundError:
+    installed = installed_version(requirement.name)
+    if installed is None:
         return f"{requirement.name} is not installed"
     if requirement.specifier.contains(installed, prereleases=True):
         return None
     return f"{requirement.name} is {installed}, not {requirement.specifier}"
-
-
-def _install(what: str) -> str:
-    return f"Run `pip install '{what}'`"
 
 
 def accelerators() -> Iterator[Check]:
@@ -155,12 +148,8 @@ def slurm() -> Check:
     works, text = said
     if not works:
         return Check("SLURM", "warn", f"installed, but no cluster answers: {text}", "Submit from a login node")
-    return Check("SLURM", "pass", f"{text}; {_job()}")
-
-
-def _job() -> str:
     job = os.environ.get("SLURM_JOB_ID")
-    return f"in job {job}" if job else "not in a job"
+    return Check("SLURM", "pass", f"{text}; {f'in job {job}' if job else 'not in a job'}")
 
 
 def mpi() -> Check:
@@ -171,7 +160,7 @@ def mpi() -> Check:
     error = _import_error("mpi4py.MPI") if importlib.util.find_spec("mpi4py") else "not installed"
     if error:
         return Check("MPI", "warn", f"{said[1]}; mpi4py: {error}", "For mpirun, install megaft[mpi]")
-    return Check("MPI", "pass", f"{said[1]}, mpi4py {version('mpi4py')}")
+    return Check("MPI", "pass", f"{said[1]}, mpi4py {installed_version('mpi4py')}")
 
 
 def compiler() -> Check:

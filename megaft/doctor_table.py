@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megaft.errors import ConfigError, NumericsError
 from megaft.files import to_json
@@ -46,16 +47,10 @@ def show(title: str, checks: Sequence[Check], as_json: bool, **more: Any) -> Non
     table = Table("check", "status", "found", title=title, title_justify="left")
     for check in checks:
         text = f"{check.found}. {check.fix}" if check.fix else check.found
-        table.add_row(check.name, f"[{STYLES[check.status]}]{check.status}", _plain(text))
+        table.add_row(check.name, f"[{STYLES[check.status]}]{check.status}", Text(text))  # brackets in it are no markup
     console = Console()
     if not console.is_terminal:
         console.width = LOG_WIDTH
     console.print(table)
     counts = [(status, sum(check.status == status for check in checks)) for status in ("pass", "warn", "fail")]
     console.print(", ".join(f"{count} {status}" for status, count in counts), highlight=False)
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)  # brackets in it are no markup

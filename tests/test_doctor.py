@@ -41,7 +41,7 @@ def installed(monkeypatch):
                 raise metadata.PackageNotFoundError(name)
             return found
 
-        monkeypatch.setattr(doctor_machine, "version", version)
+        monkeypatch.setattr("megaft.environment.version", version)
 
     return install
 
