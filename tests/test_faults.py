@@ -1,11 +1,12 @@
 """The fault campaign of docs/reliability.md in a short form: every kind once; and that it sees what it looks for."""
 
+import os
 from dataclasses import replace
 from random import Random
 
 import faults_disk as disk
 import pytest
-from faults import Campaign, Outcome, table, write_between_marks
+from faults import Outcome, campaign_in, table, write_between_marks
 from faults_kinds import EVERY_CHANGE, KINDS, boundaries
 from faults_trial import Training, Trial, is_whole, newest_whole
 from plain_engine import save
@@ -15,9 +16,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
-    campaign = Campaign(tmp_path_factory.mktemp("faults") / "runs", seed=0, settings=[*EVERY_CHANGE.values()])
-    yield campaign
-    campaign.close()
+    with campaign_in(tmp_path_factory.mktemp("faults"), seed=0, settings=[*EVERY_CHANGE.values()]) as campaign:
+        yield campaign
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,6 +59,26 @@ def test_a_run_that_trains_otherwise_is_seen(campaign, tmp_path):
     assert len(losses) == 8
     assert trial.differs(replace(undisturbed.training, losses=losses | {8: (0.5).hex()}))
     assert trial.differs(Training(losses, dict.fromkeys(undisturbed.training.files, "0")))
+
+
+def waits_of_groups():
+    from datetime import timedelta
+
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from megaft import parallel
+
+    parallel.join(parallel.discover(os.environ), timedelta(seconds=7))
+    groups = (dist.group.WORLD, deepspeed.comm.new_group([0, 1]))
+    waits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    parallel.leave()
+    return waits
+
+
+def test_groups_that_deepspeed_makes_wait_no_longer_either(run_ranks):
+    assert run_ranks(2, waits_of_groups) == [[7, 7], [7, 7]]
 
 
 def test_the_table_counts_every_broken_promise(tmp_path):

@@ -1,6 +1,6 @@
 """Kill, hang, damage and fill up small runs in every way, start each again until it is done, and compare.
 
-    python tools/benchmarks/faults.py [--runs 300] [--seed 0] [--output docs/reliability.md]
+    python tools/benchmarks/faults.py [--runs 250] [--seed 0] [--output docs/reliability.md]
 
 Real DeepSpeed on two CPU ranks. Each kind of fault comes once, then every change that a save makes to the disk, then
 all kinds in turn. A run is lost when the same command does not bring it to its end; it trained differently when any
@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -31,6 +31,7 @@ from faults_kinds import EVERY_CHANGE, KINDS, Fault, boundaries
 from faults_trial import Reference, Setting, Trial, make_inputs, reference
 
 FULL_DISK = "a full disk"
+SETTINGS = [(stage, is_background) for stage in range(4) for is_background in (False, True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +55,20 @@ class Outcome:
 class Campaign:
     """The undisturbed runs, and what disturbed ones are compared with."""
 
-    def __init__(self, folder: Path, seed: int, settings: list[tuple[int, bool]] | None = None) -> None:
-        """Train a run a setting (ZeRO stage, whether saves are in the background) without disturbance."""
-        self._folder, self._seed, self._number = folder, seed, count()
-        self._disks = ExitStack()
+    def __init__(self, folder: Path, seed: int, settings: list[tuple[int, bool]], no_disk: str | None) -> None:
+        """Train a run a setting (ZeRO stage, whether saves are in the background) without disturbance.
+
+        Args:
+            folder: Where runs go; those on a small disk to `disk` in it.
+            seed: Fixes what is drawn.
+            no_disk: Why there is no small disk.
+        """
+        self._folder, self._seed, self._number, self.no_disk = folder, seed, count(), no_disk
         make_inputs(folder / "inputs")
-        self.no_disk = self._disks.enter_context(small_disk(folder / "disk"))
         self.references: dict[tuple[int, bool], tuple[Setting, Reference]] = {}
-        for stage, is_background in settings or [(stage, way) for stage in range(4) for way in (False, True)]:
+        for stage, is_background in settings:
             setting = Setting(folder / "inputs", stage, is_background)
             self.references[stage, is_background] = (setting, reference(setting, folder / setting.name))
-
-    def close(self) -> None:
-        """Take down what was mounted."""
-        self._disks.close()
 
     def kinds(self) -> list[str]:
         """Return the kinds that can be tried here."""
@@ -116,6 +117,14 @@ class Campaign:
         return outcome
 
 
+@contextmanager
+def campaign_in(folder: Path, seed: int, settings: list[tuple[int, bool]] = SETTINGS) -> Iterator[Campaign]:
+    """Give a campaign, with a small disk while it lasts where one can be mounted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with small_disk(folder / "disk") as no_disk:
+        yield Campaign(folder, seed, settings, no_disk)
+
+
 def table(outcomes: list[Outcome]) -> str:
     """Return the counts as Markdown."""
     columns = ("kind of fault", "runs", "starts", "lost", "different", "damage accepted", "broken promises", "seconds")
@@ -152,7 +161,7 @@ def write_between_marks(page: Path, content: str) -> None:
 class Arguments:
     """Disturb small runs in every way, start each again until it is done, and compare with undisturbed ones."""
 
-    runs: int = 300
+    runs: int = 250
     """Disturbed runs."""
     seed: int = 0
     """Fixes what is drawn: kinds of damage, settings, and when faults come."""
@@ -178,12 +187,11 @@ def outcomes_of(campaign: Campaign, plan: list[tuple[str, int]]) -> Iterator[Out
 
 def main(arguments: Arguments) -> int:
     """Train undisturbed, then disturb, count, print."""
-    with tempfile.TemporaryDirectory() as temporary:
-        campaign = Campaign(arguments.folder or Path(temporary), arguments.seed)
-        try:
-            outcomes = list(outcomes_of(campaign, campaign.plan(arguments.chosen(), arguments.runs)))
-        finally:
-            campaign.close()
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        campaign_in(arguments.folder or Path(temporary), arguments.seed) as campaign,
+    ):
+        outcomes = list(outcomes_of(campaign, campaign.plan(arguments.chosen(), arguments.runs)))
     print(table(outcomes))
     if campaign.no_disk:
         print(f"left out: {FULL_DISK}, as {campaign.no_disk}")

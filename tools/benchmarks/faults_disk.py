@@ -53,12 +53,12 @@ class Calls:
     """Counts the calls that belong to the save of one step, whichever thread makes them."""
 
     def __init__(self, sabotage: Sabotage, after: Callable[[int, str], None]) -> None:
-        self._folder, self._step, self._after = str(sabotage.folder), sabotage.step, after
+        self.folder, self._step, self._after = str(sabotage.folder), sabotage.step, after
         self._count, self._is_active = 0, False
 
     def made(self, name: str, path: str) -> None:
         """Take a call that was just made."""
-        if not path.startswith(self._folder):
+        if not path.startswith(self.folder):
             return
         for step in re.findall(r"step-(\d{8})", path):
             self._is_active = int(step) == self._step or (self._is_active and int(step) < self._step)
@@ -92,7 +92,7 @@ def watch(calls: Calls) -> None:
     really_open = io.open
 
     def open_watched(path: Any, mode: str = "r", buffering: int = -1, *arguments: Any, **keywords: Any) -> Any:
-        if not {*mode} & {*"wxa"} or isinstance(path, int):
+        if not {*mode} & {*"wxa"} or not str(path).startswith(calls.folder):
             return really_open(path, mode, buffering, *arguments, **keywords)
         raw = Watched(path, mode.replace("t", ""))
         calls.made("open", str(path))

@@ -188,9 +188,9 @@ def at_random_boundary(number: int, random: Random, changes: tuple[list[str], ..
 
 
 def hanging(number: int, random: Random, changes: tuple[list[str], ...]) -> Fault:
-    """Hang in a save, or between, in turn."""
+    """Hang at any time, or in a save, in turn."""
     rank, at = random.choice(boundaries(changes))
-    return partial(hung, victim=rank, at=None if number % 2 else at)
+    return partial(hung, victim=rank, at=at if number % 2 else None)
 
 
 def filling(number: int, random: Random, changes: tuple[list[str], ...]) -> Fault:
