@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 
 from megaft.config import DataConfig
 from megaft.dataset import Documents, Samples, Stream
-from megaft.errors import ConfigError, DataError, UserError
+from megaft.errors import ConfigError, DataError, LostPeerError, UserError
 from megaft.indexed import TokenFile
 from megaft.parallel import Topology
 from megaft.prepare import ensure_prepared
@@ -101,12 +102,14 @@ def _prepare_for_others(path: Path, prefix: Path, tokenizer: str, detokenizer: s
 
 def _wait_for(prefix: Path) -> str:
     failure = Path(f"{prefix}.failed")
-    began = time.time()
+    began, launcher = time.time(), os.getppid()
     while not Path(f"{prefix}.json").exists():
         # An earlier run's failure is older than we are, and the main rank soon removes it.
         is_ours = failure.exists() and (failure.stat().st_mtime >= began or time.time() >= began + SECONDS_OF_DOUBT)
         if is_ours:
             raise DataError(failure.read_text())
+        if os.getppid() != launcher:  # gone, and perhaps the main rank with it
+            raise LostPeerError(f"the launcher ended while the main rank prepared {prefix}; start the ranks again.")
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return str(prefix)
 

@@ -9,7 +9,7 @@ import pytest
 from megaft import training_data
 from megaft.config import DataConfig
 from megaft.dataset import Documents, Stream
-from megaft.errors import ConfigError, DataError
+from megaft.errors import ConfigError, DataError, LostPeerError
 from megaft.indexed import TokenFile
 from megaft.parallel import Topology
 from megaft.receipt import load_receipt
@@ -164,6 +164,13 @@ def test_the_failure_of_an_earlier_run_is_not_this_runs(tmp_path, toy_model, tex
     time.sleep(0.1)
     assert prepare(tmp_path, toy_model, text) == waiting()
     assert not os.path.exists(f"{prefix}.failed")
+
+
+def test_a_rank_whose_launcher_is_gone_does_not_wait_for_the_main_one(tmp_path, toy_model, text, monkeypatch):
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    with pytest.raises(LostPeerError, match="the launcher ended"):
+        prepare(tmp_path, toy_model, text, topology=OTHER)
 
 
 @pytest.mark.parametrize(("sample", "kind"), [("stream", Stream), ("document", Documents)])
