@@ -114,7 +114,7 @@ def test_a_run_continues_with_its_own_settings_only(run_under, reference):
     done, run_dir = run_under("python", "--optim.learning-rate=3e-3", "--eval.stride=8", "--run.max-steps=3")
     assert done.returncode == 4
     for setting in (
-        "optim.learning_rate: 0.001 then, 0.003 now",
+        "optim.learning_rate: 0.0001 then, 0.003 now",
         "validation: ",
         "schedule_steps: 2 then, 3 now",
         "--run.fresh",
