@@ -139,11 +139,13 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = device_of(topology)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # NCCL ends a process that waited too long without a word; the hosts' group, which speaks, is to be the first.
+    longer = timeout + timedelta(minutes=1) if backend == "nccl" else timeout
     # DeepSpeed's own groups, in which ZeRO's collectives run, take torch's default, and it lets nobody choose.
-    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = longer
     if not dist.is_initialized():
-        _meet(topology, backend, timeout)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        _meet(topology, backend, longer)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=longer, verbose=False)
     return device
 
 
