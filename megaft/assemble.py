@@ -54,8 +54,7 @@ class Parts:
     def end(self, state: RunState, exit_code: int, reason: str) -> int:
         """Leave the reason in the run's folder and return the exit code."""
         if parallel.is_main():
-            record_end(self.config.run.dir, exit_code, reason)
-            self.events.record("end", state.step, exit_code=exit_code, reason=reason)
+            record_end(self.config.run.dir, state.step, exit_code, reason)
             if exit_code:
                 print(reason, flush=True)
         return exit_code
@@ -119,7 +118,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     }
     events = Events(config.run.dir, topology.is_main)
     if topology.is_main:
-        _start_folder(config, settings)
+        _start_folder(config, settings, events)
         for note in (*setup.notes, *notes_on_lengths(sources.train, config.data)):
             print(note, flush=True)
     engine_state.keep_loss_scale_at_floor(engine)
@@ -167,10 +166,11 @@ def _engine(language_model: Any, config: TrainConfig, setup: Resolved, device: t
     return deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
 
 
-def _start_folder(config: TrainConfig, settings: dict[str, Any]) -> None:
+def _start_folder(config: TrainConfig, settings: dict[str, Any], events: Events) -> None:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     if config.run.fresh:
         checkpoint.remove_all(config.run.dir)
+        events.record("fresh", 0)
     write_config(config.run.dir, settings)
 
 
@@ -178,11 +178,15 @@ def _state(config: TrainConfig, engine: Any, identity: Identity, events: Events,
     found = checkpoint.find(config.run.dir)
     for name, reason in found.skipped:
         events.record("skipped checkpoint", 0, name=name, reason=reason)
+    parallel.together(events.require_checkpoints, config.run.dir / "checkpoints")
     state = RunState()
     if found.folder is not None:
         state = checkpoint.load(engine, found.folder, identity, config.checkpoint.allow_changed)
         if parallel.is_main():
             print(f"continues from {found.folder}, after {state.step} steps", flush=True)
+        then, now = checkpoint.read_manifest(found.folder)["identity"], asdict(identity)
+        for name in config.checkpoint.allow_changed:
+            events.record("allowed change", state.step, name=name, then=then.get(name), now=now[name])
     if state.step < max_steps:
         parallel.together(events.require_progress, state.step)
     events.record("start", state.step, **job(), world_size=parallel.data_parallel_size())

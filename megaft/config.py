@@ -226,6 +226,8 @@ class GuardConfig:
     """Steps that are compared with; a quarter of them must be there first."""
     max_overflows: int = 20
     """fp16 overflows in a row after which the run stops."""
+    max_skips: int = 10
+    """Steps skipped in a row after which the run stops."""
     max_rewinds: int = 10
     """Rewinds after which the run stops."""
 
@@ -236,6 +238,7 @@ class GuardConfig:
             spike_deviations=ABOVE_0.such_as("8"),
             spike_window=at_least(8),
             max_overflows=at_least(1),
+            max_skips=at_least(1),
             max_rewinds=at_least(1),
         )
 

@@ -117,6 +117,16 @@ def pieces(source: Source, layout: Layout, *, may_cut: bool) -> Iterator[Piece]:
         yield from _cut_document(document, may_cut=may_cut)
 
 
+def coded(parts: Iterable[Piece], code: str) -> Iterator[Piece]:
+    """Yield the pieces with a control code, which is not scored, before each document."""
+    begins_document = True
+    for piece in parts:
+        if begins_document:
+            yield Piece(code, is_scored=False, num_words=0, num_bytes=0, ends_document=False)
+        yield piece
+        begins_document = piece.ends_document
+
+
 def cut(blocks: Iterable[str]) -> Iterator[str]:
     """Re-cut a text's blocks, each before its last space or newline that follows a non-space; none is empty."""
     held: list[str] = []

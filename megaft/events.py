@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megaft.errors import NoProgressError, UserError
+from megaft.errors import CheckpointError, NoProgressError, UserError
 from megaft.files import json_lines, naming_disk_errors, to_json, write_json_atomic
 
 STARTS_WITHOUT_PROGRESS = 3
@@ -23,8 +23,8 @@ class Events:
     def __init__(self, run_dir: Path, is_main: bool) -> None:
         self._path = run_dir / "events.jsonl" if is_main else None
 
-    def record(self, event: str, step: int, **details: Any) -> None:
-        """Write what happened after `step` steps; it is on disk when this returns."""
+    def record(self, event: str, step: int | None, **details: Any) -> None:
+        """Write what happened after `step` steps (None: not known); it is on disk when this returns."""
         if self._path is None:
             return
         row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **details}
@@ -34,6 +34,19 @@ class Events:
             file.write(end + to_json(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def require_checkpoints(self, folder: Path) -> None:
+        """Raise, on the main rank, where checkpoints were saved and their folder is gone: a mount, or a mistake."""
+        if self._path is None or folder.exists() or not self._path.exists():
+            return
+        last = None
+        for row in json_lines(self._path):
+            last = {"checkpoint": row["step"], "fresh": None}.get(row["event"], last)
+        if last is not None:
+            raise CheckpointError(
+                f"{folder} is not there, but {self._path.name} says that checkpoints were saved, the last after step "
+                f"{last}; put the folder back, or start over with --run.fresh."
+            )
 
     def require_progress(self, step: int) -> None:
         """Raise, on the main rank, where SLURM restarts this job for the third time at the same step."""
@@ -56,16 +69,22 @@ def job() -> dict[str, str | int]:
 
 @contextmanager
 def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
-    """Write the reason into RUN/ended.json when the block ends with a UserError: launchers' codes are unreliable."""
+    """Write the reason into RUN/ended.json when the block ends with a UserError: launchers' codes are unreliable.
+
+    While the block runs there is none, so that a process that is killed leaves no earlier one's.
+    """
+    if is_main:
+        (run_dir / "ended.json").unlink(missing_ok=True)
     try:
         yield
     except UserError as error:
         if is_main:
-            record_end(run_dir, error.exit_code, str(error))
+            record_end(run_dir, None, error.exit_code, str(error))
         raise
 
 
-def record_end(run_dir: Path, exit_code: int, reason: str) -> None:
-    """Write RUN/ended.json, where there is such a run."""
+def record_end(run_dir: Path, step: int | None, exit_code: int, reason: str) -> None:
+    """Write RUN/ended.json and the last event, where there is such a run."""
     if run_dir.is_dir():
+        Events(run_dir, is_main=True).record("end", step, exit_code=exit_code, reason=reason)
         write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": reason})

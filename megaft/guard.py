@@ -56,6 +56,7 @@ class Guard:
         self._grad_norms = deque(map(float, state.get("grad_norms", ())), size)
         self._overflows: int = state.get("overflows", 0)
         self._skipped_steps: int = state.get("skipped_steps", 0)
+        self.skips: int = state.get("skips", 0)
         self.rewinds: int = state.get("rewinds", 0)
         self._judged: set[int] = set()
         self._troubles: list[Trouble] = []
@@ -67,6 +68,7 @@ class Guard:
             "grad_norms": list(self._grad_norms),
             "overflows": self._overflows,
             "skipped_steps": self._skipped_steps,
+            "skips": self.skips,
             "rewinds": self.rewinds,
         }
 
@@ -105,8 +107,11 @@ class Guard:
         is_scale_at_floor = row.get("loss_scale") == self._smallest_loss_scale
         event, decision = self._name(loss, grad_norm, overflowed, is_scale_at_floor)
         if event is not None:
+            self.skips += decision == "skip"
+            decision = "stop" if self.skips > self._config.max_skips else decision
             self._troubles.append(Trouble(event, row["step"], decision, loss, grad_norm))
         elif not overflowed:
+            self.skips = 0
             self._losses.append(loss)
             self._grad_norms.append(grad_norm)
 

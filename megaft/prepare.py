@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import detokenizers
 import numpy as np
 
 import megaft
-from megaft.corpus import Layout, Piece, expand, pieces
+from megaft.corpus import Layout, Piece, coded, expand, pieces
 from megaft.document_writer import DocumentWriter
 from megaft.errors import DataError
 from megaft.files import naming_disk_errors, sha256_of, to_json
@@ -29,7 +30,10 @@ from megaft.tokenizer import AnyTokenizer, load_tokenizer
 _BATCH_CHARACTERS = 1 << 21
 _BATCHES_AHEAD = 8
 _ROUND_TRIP_CHARACTERS = 1 << 20
-_TEXT_SETTINGS = ("unit", "json_key", "prompt_key", "completion_key", "messages_key", "detokenizer", "min_tokens")
+_TEXT_SETTINGS = (
+    *("unit", "json_key", "prompt_key", "completion_key", "messages_key", "detokenizer", "min_tokens"),
+    "control_codes",
+)
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -42,11 +46,16 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         DataError: An input or the tokenizer cannot be used, or nothing is left to write.
         ConfigError: The output cannot be written, or another process is at it.
     """
-    sources = [Source(path) for path in expand(config.inputs)]
-    _check_keys(config, sources)
+    if config.control_codes:
+        coded_inputs = zip(config.inputs, config.control_codes, strict=True)
+        sources = {Source(path): code for name, code in coded_inputs for path in expand([name])}
+    else:
+        sources = {Source(path): "" for path in expand(config.inputs)}
+    _check_keys(config, list(sources))
     if config.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # read at the first batch of the process
     tokenizer = load_tokenizer(config.tokenizer)
+    _check_codes(config, tokenizer)
     with naming_disk_errors(config.output):
         config.output.parent.mkdir(parents=True, exist_ok=True)
         with publishing(config.output):
@@ -89,7 +98,17 @@ def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
         raise DataError(f"{texts[0]} is no .jsonl file, so the key {key!r} means nothing in it; prepare it by itself.")
 
 
-def _write(config: PrepareConfig, sources: list[Source], tokenizer: AnyTokenizer) -> dict[str, Any]:
+def _check_codes(config: PrepareConfig, tokenizer: AnyTokenizer) -> None:
+    for code in config.control_codes:
+        ids = tokenizer.encode(code)
+        if len(ids) != 1:
+            shown = " ".join(repr(tokenizer.decode([id_])) for id_ in ids)
+            raise DataError(
+                f"control code {code!r} is {len(ids)} tokens ({shown}) to {config.tokenizer}; use a word that is one."
+            )
+
+
+def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyTokenizer) -> dict[str, Any]:
     eod_id = tokenizer.eos_id if config.append_eod else None
     if config.append_eod and eod_id is None:
         raise DataError(f"{config.tokenizer} has no end-of-sequence token to append; drop --append-eod.")
@@ -97,7 +116,12 @@ def _write(config: PrepareConfig, sources: list[Source], tokenizer: AnyTokenizer
         config.output, tokenizer.vocab_size, has_mask=config.has_mask, min_tokens=config.min_tokens, eod_id=eod_id
     )
     layout = _layout(config, tokenizer)
-    stream = (piece for source in sources for piece in pieces(source, layout, may_cut=tokenizer.cuts_at_spaces))
+
+    def parts_of(source: Source, code: str) -> Iterator[Piece]:
+        parts = pieces(source, layout, may_cut=tokenizer.cuts_at_spaces)
+        return coded(parts, code) if code else parts
+
+    stream = chain.from_iterable(parts_of(source, code) for source, code in sources.items())
     round_trip = RoundTrip(tokenizer)
     with counting(sum(source.path.stat().st_size for source in sources), "bytes") as show:
         for batch, ids in encoded(_batches(stream), tokenizer):
@@ -105,7 +129,7 @@ def _write(config: PrepareConfig, sources: list[Source], tokenizer: AnyTokenizer
                 round_trip.check(piece.text, piece_ids)
                 writer.add(piece, piece_ids)
             show(sum(source.num_bytes for source in sources))
-    _tell_changes(sources)
+    _tell_changes(list(sources))
     bin_sha256 = writer.close()
     if writer.counts.documents == 0:
         raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
@@ -151,7 +175,8 @@ def _layout(config: PrepareConfig, tokenizer: AnyTokenizer) -> Layout:
 
 
 def _text_settings(config: PrepareConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _TEXT_SETTINGS}
+    values = {name: getattr(config, name) for name in _TEXT_SETTINGS}
+    return values | {"control_codes": list(config.control_codes)}  # as JSON gives them back
 
 
 def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:

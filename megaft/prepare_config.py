@@ -35,6 +35,8 @@ class PrepareConfig:
     """.jsonl: the key of a chat, rendered by the tokenizer's template; only what the assistant says is scored."""
     detokenizer: str = "identity"
     """Undoes a corpus's word tokenization first: wikitext, ptb, 1bw or another of `python -m detokenizers --list`."""
+    control_codes: tuple[str, ...] = ()
+    """One an input: the token, not scored, that every document of it begins with (Keskar et al. 2019, section 3)."""
     min_tokens: int = 1
     """Documents with fewer tokens are left out (and counted)."""
     append_eod: bool = False
@@ -50,6 +52,11 @@ class PrepareConfig:
         require(self.detokenizer in names, f"detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
         require_ranges(self, min_tokens=at_least(1), workers=at_least(1))
         require(
+            len(self.control_codes) in (0, len(self.inputs)),
+            f"control-codes are {len(self.control_codes)} ({' '.join(self.control_codes)}) for {len(self.inputs)} "
+            f"inputs ({' '.join(self.inputs)}); give each input one.",
+        )
+        require(
             (self.prompt_key is None) == (self.completion_key is None),
             f"prompt-key is {self.prompt_key} and completion-key {self.completion_key}; give both or neither.",
         )
@@ -61,4 +68,4 @@ class PrepareConfig:
     @property
     def has_mask(self) -> bool:
         """Whether a record may hold tokens that are not scored."""
-        return self.prompt_key is not None or self.messages_key is not None
+        return self.prompt_key is not None or self.messages_key is not None or bool(self.control_codes)

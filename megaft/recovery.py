@@ -51,8 +51,10 @@ def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:
 def _stopped(run: Parts, trouble: Trouble, samples: tuple[tuple[int, int], ...]) -> str:
     steps = [step for step in checkpoint.saved_steps(run.config.run.dir) if step < trouble.step]
     last = f"the last checkpoint before it is step {max(steps)}" if steps else "there is no checkpoint before it"
+    advice = "look at those samples, or let guard.non-finite or guard.spike be skip or rewind."
+    if run.guard.rewinds or run.guard.skips:
+        advice = f"the run went back {run.guard.rewinds} times and skipped {run.guard.skips} steps in a row before."
     return (
         f"{trouble}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; {last}. "
-        f"{f'The run went back {run.guard.rewinds} times already (guard.max-rewinds). ' if run.guard.rewinds else ''}"
-        "Lower optim.learning-rate, look at those samples, or let guard.non-finite or guard.spike be skip or rewind."
+        f"Lower optim.learning-rate; {advice}"
     )

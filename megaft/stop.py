@@ -15,22 +15,29 @@ from pathlib import Path
 from megaft.exit_code import DO_NOT_REQUEUE, REQUEUE
 
 STARTED = time.monotonic()
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = {signal.SIGUSR1: REQUEUE, signal.SIGTERM: REQUEUE, signal.SIGHUP: REQUEUE, signal.SIGINT: 130}
+"""What a run that one of them stopped ends with; 130 is what shells show after Ctrl-C."""
 
 _received: list[int] = []
 _is_training = False
 
 
 def listen() -> None:
-    """Note signals from here on instead of dying of them; any number of them is noted as the first one."""
+    """Note signals from here on instead of dying of them; any number of them is noted as the first one.
+
+    Those that the parent has switched off stay so, as `nohup` does. A second Ctrl-C ends the process at once.
+    """
     for number in SIGNALS:
-        signal.signal(number, _note)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _note)
 
 
 def _note(number: int, _: object) -> None:
     # SIGTERM is also how launchers end the peers of a rank that failed. Before the first step nothing is to be saved.
-    if number == signal.SIGTERM and not _is_training:
-        os._exit(REQUEUE)
+    if number != signal.SIGUSR1 and not _is_training:
+        os._exit(SIGNALS[signal.Signals(number)])
+    if number == signal.SIGINT in _received:
+        raise KeyboardInterrupt
     _received.append(number)
 
 
@@ -70,7 +77,7 @@ class Stops:
         if to_stop:
             return Request(DO_NOT_REQUEUE, "the file STOP")
         if number:
-            return Request(REQUEUE, signal.Signals(number).name)
+            return Request(SIGNALS[signal.Signals(number)], signal.Signals(number).name)
         if is_late:
             return Request(REQUEUE, "run.max-minutes is over")
         return Request(None, "the file SAVE") if to_save else None

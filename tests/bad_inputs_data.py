@@ -138,6 +138,23 @@ def _(workshop):
     return workshop.prepare(workshop.write("a.txt", "text"), tokenizer=folder)
 
 
+@refuse(
+    "24 control codes for other inputs", 2, r"control-codes are 1 \(Books\) for 2 inputs \(.*\); give each input one"
+)
+def _(workshop):
+    texts = workshop.write("a.txt", "one two\n"), workshop.write("b.txt", "three\n")
+    return workshop.prepare(*texts, flags=["--control-codes", "Books"])
+
+
+@refuse(
+    "25 a control code of several tokens",
+    3,
+    r"control code 'Wikipedia' is \d tokens \('W.*\) to .*; use a word that is one",
+)
+def _(workshop):
+    return workshop.prepare(workshop.write("a.txt", "one two\n"), flags=["--control-codes", "Wikipedia"])
+
+
 @refuse("49 bad .idx", 3, r"copy\.idx is not a version 1 Megatron index; run megaft prepare again")
 def _(workshop):
     prefix = workshop.copy(workshop.toy.train)

@@ -1,8 +1,9 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 
-from megaft.errors import ConfigError, NoProgressError
+from megaft.errors import CheckpointError, ConfigError, NoProgressError
 from megaft.events import Events, recording_errors
 from megaft.files import json_lines
 
@@ -60,6 +61,26 @@ def test_a_requeued_job_that_gets_no_further_is_not_requeued(tmp_path, monkeypat
         assert error.value.exit_code == 93
     else:
         events.require_progress(step)
+
+
+@pytest.mark.parametrize(
+    ("events", "is_there", "is_refused"),
+    [
+        (["start"], False, False),
+        (["start", "checkpoint"], True, False),
+        (["start", "checkpoint"], False, True),
+        (["checkpoint", "fresh", "start"], False, False),
+        (["checkpoint", "fresh", "checkpoint", "end"], False, True),
+    ],
+)
+def test_checkpoints_whose_folder_is_gone_are_missed(tmp_path, events, is_there, is_refused):
+    trail = Events(tmp_path, is_main=True)
+    for step, event in enumerate(events):
+        trail.record(event, step)
+    if is_there:
+        (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="put the folder back") if is_refused else nullcontext():
+        trail.require_checkpoints(tmp_path / "checkpoints")
 
 
 def test_the_reason_of_an_end_is_kept_where_there_is_a_run(tmp_path):

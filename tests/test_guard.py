@@ -54,8 +54,15 @@ def test_no_spike_is_seen_before_a_quarter_of_the_window():
     assert events(watcher, [row(3), row(4, loss=999.0)]) == [("loss spike", 4, "stop")]
 
 
+def test_too_many_skips_in_a_row_stop():
+    watcher = guard(non_finite="skip", max_skips=2)
+    bad = [row(step, loss=math.nan) for step in (1, 2)]
+    assert [decision for *_, decision in events(watcher, [*bad, row(3), *bad])] == ["skip"] * 4
+    assert events(watcher, [row(6, loss=math.nan)]) == [("non-finite loss", 6, "stop")]
+
+
 def test_a_spike_does_not_become_the_measure_of_the_next():
-    watcher = guard(spike="skip")
+    watcher = guard(spike="skip", max_skips=99)
     assert events(watcher, [*CALM, *(row(step, loss=30.0) for step in range(9, 30))]) == [
         ("loss spike", step, "skip") for step in range(9, 30)
     ]

@@ -128,6 +128,8 @@ CASES = [
     ("usr1", [limit(STEPS)], None, settings_of()),
     ("term", [limit(STEPS), "--checkpoint.async"], partial(signalled, signal.SIGTERM, 2), settings_of()),
     ("term", [limit(STEPS), "--checkpoint.async"], None, settings_of()),
+    ("int", [limit(STEPS)], partial(signalled, signal.SIGINT, 3), settings_of()),
+    ("int", [limit(STEPS)], None, settings_of()),
     ("minutes", [limit(STEPS), "--run.max-minutes=1e-9"], None, settings_of()),
     ("stopped", [limit(STEPS)], partial(file_put, "STOP", 4), settings_of()),
     ("stopped", [limit(STEPS)], None, settings_of()),
@@ -136,7 +138,7 @@ CASES = [
     ("changed", [limit(2)], None, settings_of()),
     ("changed", [limit(STEPS), *CHANGED], partial(poisoned, BAD, not_a_number), settings_of()),
 ]
-CODES = [0, 75, 0, 75, 0, 75, 93, 0, 0, 5, 0, 0]
+CODES = [0, 75, 0, 75, 0, 130, 0, 75, 93, 0, 0, 5, 0, 0]
 SPIKE = ["--guard.spike-window=8", "--guard.spike-deviations=50", limit(STEPS), "--checkpoint.every=2"]
 
 
@@ -206,7 +208,7 @@ def test_one_ranks_signal_ends_all_ranks_with_the_code_to_requeue(interrupted):
     assert codes == [CODES, CODES]
 
 
-@pytest.mark.parametrize("name", ["usr1", "term", "stopped"])
+@pytest.mark.parametrize("name", ["usr1", "term", "int", "stopped"])
 def test_what_was_stopped_goes_on_as_the_undisturbed_run(interrupted, name):
     folder, _ = interrupted
     assert losses(folder / name) == losses(folder / "whole")

@@ -287,3 +287,24 @@ def test_a_killed_run_leaves_the_old_data_or_none(run, shared, source, tmp_path)
     prepare(PrepareConfig(inputs=(str(text),), output=tmp_path / names[3], tokenizer=source))
     assert load_receipt(tmp_path / names[3])["words"] == len(text.read_text(encoding="utf-8-sig").split())
     assert not list(tmp_path.glob(f"{names[3]}*.tmp"))
+
+
+def test_every_document_of_an_input_begins_with_its_control_code(tmp_path, toy_model):
+    """Not scored, so that the code is a condition and not a target."""
+    texts = [write(tmp_path / "a.txt", "the one\nand two\n"), write(tmp_path / "b.txt", "a word\n")]
+    config = PrepareConfig(
+        inputs=tuple(map(str, texts)),
+        output=tmp_path / "coded",
+        tokenizer=str(toy_model),
+        unit="line",
+        control_codes=("A", "B"),
+    )
+    receipt = prepare(config)
+    tokenizer = load_tokenizer(str(toy_model))
+    tokens, scored = TokenFile(str(config.output)), TokenFile(f"{config.output}.scored")
+    begins = tokens.document_offsets[:-1].tolist()
+    assert [tokenizer.decode([int(tokens.read(at, at + 1)[0])]) for at in begins] == ["A", "A", "B"]
+    whole = scored.read(0, scored.num_tokens)
+    assert [position for position in range(len(whole)) if not whole[position]] == begins
+    assert (receipt["documents"], receipt["words"], receipt["has_mask"]) == (3, 6, True)
+    assert receipt["tokens"] - receipt["scored_tokens"] == 3
