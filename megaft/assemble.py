@@ -183,7 +183,7 @@ def _state(config: TrainConfig, engine: Any, identity: Identity, events: Events,
     if found.folder is not None:
         state = checkpoint.load(engine, found.folder, identity, config.checkpoint.allow_changed)
         if parallel.is_main():
-            print(f"continues from {found.folder}, after {state.step} steps", flush=True)
+            print(f"continues from {found.folder.name}, after {state.step} steps", flush=True)
         then, now = checkpoint.read_manifest(found.folder)["identity"], asdict(identity)
         for name in config.checkpoint.allow_changed:
             events.record("allowed change", state.step, name=name, then=then.get(name), now=now[name])
