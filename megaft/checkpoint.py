@@ -96,8 +96,8 @@ AGREED_BYTES = 1000
 
 def _agreed(text: str) -> str:
     """Return, on every rank, the text of the last rank that has one."""
-    speaker = parallel.max_over_ranks([parallel.data_parallel_rank() if text else -1])[0]
-    mine = text.encode() if speaker == parallel.data_parallel_rank() else b""
+    speaker = parallel.max_over_ranks([parallel.rank() if text else -1])[0]
+    mine = text.encode() if speaker == parallel.rank() else b""
     agreed = parallel.max_over_ranks([*mine[:AGREED_BYTES].ljust(AGREED_BYTES, b"\0")])
     return bytes(agreed).rstrip(b"\0").decode(errors="replace")
 
@@ -105,7 +105,7 @@ def _agreed(text: str) -> str:
 def _damage(folder: Path) -> str:
     """Return what is wrong with this rank's share of a checkpoint."""
     try:
-        verify(folder, parallel.data_parallel_rank(), parallel.data_parallel_size())
+        verify(folder, parallel.rank(), parallel.world_size())
     except CheckpointError as error:
         return str(error)
     return ""

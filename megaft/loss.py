@@ -9,11 +9,14 @@ is needed only once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
+
+from megaft import parallel
 
 IGNORE_INDEX = -100
 """The label of a token that is not scored."""
@@ -46,8 +49,36 @@ def chunks(num_tokens: int, vocab_size: int, device: torch.device) -> list[slice
     return [slice(begin, begin + tokens) for begin in range(0, num_tokens, tokens)]
 
 
+class Vocabulary(NamedTuple):
+    """The words whose logits this rank computes."""
+
+    begin: int
+    end: int
+    is_cut: bool
+    """Over tensor-parallel ranks. The layer's rows from `end - begin` on are then no words, only there to fill it."""
+
+    def normalizer_and_target(
+        self, logits: Float32[Tensor, "tokens words"], labels: Int64[Tensor, " tokens"]
+    ) -> tuple[Float32[Tensor, "tokens 1"], Float32[Tensor, "tokens 1"]]:
+        """Return the log of the softmax's sum over all words, and the label's logit; the same on all those ranks."""
+        is_here, places = self.places(labels)
+        mine = torch.stack([logits.logsumexp(-1), (logits.gather(-1, places) * is_here).squeeze(-1)])
+        parts = parallel.gather_over_tensor_ranks(mine) if self.is_cut else mine.unsqueeze(0)
+        normalizers, targets = parts.unbind(1)
+        return normalizers.logsumexp(0).unsqueeze(-1), targets.sum(0).unsqueeze(-1)
+
+    def places(self, labels: Int64[Tensor, " tokens"]) -> tuple[Bool[Tensor, "tokens 1"], Int64[Tensor, "tokens 1"]]:
+        """Return which labels are among this rank's words, and their columns; column 0 for others."""
+        labels = labels.unsqueeze(-1)
+        is_here = (labels >= self.begin) & (labels < self.end) if self.is_cut else labels >= 0
+        return is_here, (labels - self.begin) * is_here
+
+
 class LinearNats(torch.autograd.Function):
-    """Summed nats of `labels` under softmax(hidden @ weight.T + bias); its gradients are ready after forward."""
+    """Summed nats of `labels` under softmax(hidden @ weight.T + bias); its gradients are ready after forward.
+
+    Of a vocabulary cut over ranks each gives the rows it has; all get the same sum, and the same gradient of hidden.
+    """
 
     @staticmethod
     def forward(
@@ -56,21 +87,26 @@ class LinearNats(torch.autograd.Function):
         weight: Float[Tensor, "vocab width"],
         bias: Float[Tensor, " vocab"] | None,
         labels: Int64[Tensor, " tokens"],
+        vocabulary: Vocabulary | None = None,
     ) -> Float32[Tensor, ""]:
         """Sum the nats; keep d nats / d input of each input that needs it."""
+        words = vocabulary or Vocabulary(0, len(weight), is_cut=False)
         grads = _zero_gradients(ctx.needs_input_grad, hidden, weight, bias)
+        weight = weight[: words.end - words.begin]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part in chunks(len(labels), len(weight), labels.device):
             logits = F.linear(hidden[part], weight, bias).float()
-            log_normalizer = logits.logsumexp(-1, keepdim=True)
+            log_normalizer, target = words.normalizer_and_target(logits, labels[part])
             scored = (labels[part] != IGNORE_INDEX).unsqueeze(-1)
-            targets = labels[part].clamp(min=0).unsqueeze(-1)
-            total += ((log_normalizer - logits.gather(-1, targets)) * scored).sum()
+            total += ((log_normalizer - target) * scored).sum()
             if any(ctx.needs_input_grad):
                 # d nats / d logits is softmax minus one-hot.
                 slope = logits.sub_(log_normalizer).exp_()
-                slope.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=slope.dtype)).mul_(scored)
+                is_here, places = words.places(labels[part])
+                slope.scatter_add_(-1, places, -is_here.to(slope.dtype)).mul_(scored)
                 _accumulate(grads, slope, hidden[part], weight, part)
+        if words.is_cut and grads[0] is not None:
+            parallel.sum_over_tensor_ranks(grads[0])
         ctx.save_for_backward(*grads)
         ctx.dtype = hidden.dtype
         return total
@@ -78,7 +114,11 @@ class LinearNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: Float32[Tensor, ""]):
         """Scale the kept gradients."""
-        return *(None if grad is None else (grad * grad_outputs[0]).to(ctx.dtype) for grad in ctx.saved_tensors), None
+        return (
+            *(None if grad is None else (grad * grad_outputs[0]).to(ctx.dtype) for grad in ctx.saved_tensors),
+            None,
+            None,
+        )
 
 
 def _zero_gradients(needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
@@ -98,7 +138,7 @@ def _accumulate(grads: list[Tensor | None], slope: Tensor, hidden: Tensor, weigh
     if grad_hidden is not None:
         torch.mm(slope, weight, out=grad_hidden[part])
     if grad_weight is not None:
-        grad_weight += slope.T @ hidden
+        grad_weight[: slope.shape[1]] += slope.T @ hidden
 
 
 class Head(nn.Module):
@@ -107,10 +147,11 @@ class Head(nn.Module):
     It owns the very parameters of the model's own output layer, so that DeepSpeed's ZeRO-3 hooks gather them here.
     """
 
-    def __init__(self, output_layer: nn.Linear, cross_entropy: str = "chunked"):
+    def __init__(self, output_layer: Any, cross_entropy: str = "chunked", vocabulary: Vocabulary | None = None):
         super().__init__()
         self.weight = output_layer.weight
-        self.bias = output_layer.bias
+        self.bias = getattr(output_layer, "bias", None)
+        self.vocabulary = vocabulary
         self.liger = _liger() if cross_entropy == "liger" else None
 
     def forward(
@@ -122,7 +163,7 @@ class Head(nn.Module):
         flat = hidden.flatten(0, 1)
         if self.liger is not None:
             return self.liger(self.weight, flat, labels.flatten(), self.bias)
-        return LinearNats.apply(flat, self.weight, self.bias, labels.flatten())
+        return LinearNats.apply(flat, self.weight, self.bias, labels.flatten(), self.vocabulary)
 
     @torch.no_grad()
     def _per_token(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -130,11 +171,17 @@ class Head(nn.Module):
         scored = labels != IGNORE_INDEX
         flat, targets = hidden[scored], labels[scored]  # the head runs on scored positions only
         parts = [
-            token_nats(F.linear(flat[part], self.weight, self.bias), targets[part])
-            for part in chunks(len(targets), len(self.weight), labels.device)
+            self._nats(flat[part], targets[part]) for part in chunks(len(targets), len(self.weight), labels.device)
         ]
         nats[scored] = torch.cat([nats.new_zeros(0), *parts])
         return nats
+
+    def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if self.vocabulary is None:
+            return token_nats(F.linear(hidden, self.weight, self.bias), labels)
+        weight = self.weight[: self.vocabulary.end - self.vocabulary.begin]
+        normalizer, target = self.vocabulary.normalizer_and_target(F.linear(hidden, weight, self.bias).float(), labels)
+        return (normalizer - target).squeeze(-1)
 
 
 def _liger():

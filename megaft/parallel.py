@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
-from typing import Any, TypeVar, cast
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -200,8 +201,55 @@ def require_supported(dtype: str) -> None:
         )
 
 
+class Groups(NamedTuple):
+    """torch's groups of ranks that this one belongs to where matrices are cut."""
+
+    tensor: Any
+    data: Any
+
+
+_groups: Groups | None = None
+"""None where every rank has whole matrices."""
+
+
+def cut_matrices(tensor_parallel_size: int) -> None:
+    """Give each group of so many neighbouring ranks one model between them, as megatron-core has it.
+
+    Call it once on every rank after `join`, before a model of megatron-core is built.
+    """
+    from megatron.core import parallel_state
+
+    global _groups
+    minutes = int(_timeout.total_seconds() // 60) + 1
+    parallel_state.initialize_model_parallel(tensor_parallel_size, distributed_timeout_minutes=minutes)
+    _groups = Groups(parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group())
+
+
+def mpu() -> SimpleNamespace | None:
+    """Return what DeepSpeed asks about the groups where matrices are cut: ZeRO shards over the data ranks alone."""
+    if _groups is None:
+        return None
+    model = {"rank": tensor_parallel_rank(), "world_size": tensor_parallel_size(), "group": _groups.tensor}
+    data = {"rank": data_parallel_rank(), "world_size": data_parallel_size(), "group": _groups.data}
+    answers = {("model", name): value for name, value in model.items()}
+    answers |= {("tensor_model", name): value for name, value in model.items()}
+    answers |= {("data", name): value for name, value in data.items()}
+    calls = {f"get_{kind}_parallel_{name}": partial(_same, value) for (kind, name), value in answers.items()}
+    return SimpleNamespace(**calls)
+
+
+def _same(value: T) -> T:
+    return value
+
+
 def leave() -> None:
     """End the process group, if there is one."""
+    global _groups
+    if _groups is not None:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        _groups = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -240,37 +288,75 @@ def naming_lost_peers(rank: int) -> Iterator[None]:
         ) from error
 
 
-def data_parallel_size() -> int:
-    """How many ranks train on different samples."""
+def world_size() -> int:
+    """How many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def data_parallel_rank() -> int:
+def rank() -> int:
     """Which of them this is."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def data_parallel_size() -> int:
+    """How many groups of ranks train on different samples."""
+    return world_size() // tensor_parallel_size()
+
+
+def data_parallel_rank() -> int:
+    """Which of those groups this rank is in. The ranks of one are neighbours, and so on one node."""
+    return rank() // tensor_parallel_size()
+
+
+def tensor_parallel_size() -> int:
+    """Over how many ranks each matrix is cut, all of which compute on the same samples."""
+    return dist.get_world_size(_groups.tensor) if _groups else 1
+
+
+def tensor_parallel_rank() -> int:
+    """Which part of each matrix this rank has."""
+    return rank() % tensor_parallel_size()
+
+
 def is_main() -> bool:
     """Whether this rank writes files and speaks."""
-    return data_parallel_rank() == 0
+    return rank() == 0
 
 
 def sum_over_data_ranks(tensor: Tensor) -> Tensor:
-    """Replace `tensor`, on every rank, by its sum over the data-parallel ranks, and return it."""
+    """Replace `tensor`, on every rank, by its sum over the ranks with the same part of the model, and return it."""
     if data_parallel_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_groups and _groups.data)
     return tensor
+
+
+def sum_over_tensor_ranks(tensor: Tensor) -> Tensor:
+    """Replace `tensor`, on every rank, by its sum over the parts of the model, and return it."""
+    if tensor_parallel_size() > 1:
+        assert _groups
+        dist.all_reduce(tensor, group=_groups.tensor)
+    return tensor
+
+
+def gather_over_tensor_ranks(tensor: Tensor) -> Tensor:
+    """Return the tensors, all of one shape, of the ranks that have the parts of the model, stacked in their order."""
+    if tensor_parallel_size() == 1:
+        return tensor.unsqueeze(0)
+    assert _groups
+    gathered = tensor.new_empty(tensor_parallel_size(), *tensor.shape)
+    dist.all_gather(list(gathered), tensor.contiguous(), group=_groups.tensor)
+    return gathered
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    if data_parallel_size() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
 def max_over_ranks(values: list[int]) -> list[int]:
     """Return the largest value of each place over all ranks. It runs on the host and waits for no GPU."""
-    if data_parallel_size() == 1:
+    if world_size() == 1:
         return values
     tensor = torch.tensor(values)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
@@ -289,7 +375,7 @@ def raise_together(error: UserError | None) -> None:
     Raises:
         UserError: With the exit code of the error, so that whichever rank leaves first gives the launcher that one.
     """
-    worst, where = max_over_ranks([error.exit_code if error else 0, data_parallel_rank() if error else -1])
+    worst, where = max_over_ranks([error.exit_code if error else 0, rank() if error else -1])
     if error:
         raise error
     if worst:
@@ -311,5 +397,7 @@ def together(function: Callable[..., T], *arguments: Any) -> T:
 def from_main(tensor: Tensor) -> Tensor:
     """Return the main rank's integers on every rank, as a tensor of the host."""
     device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-    mine = tensor if is_main() else torch.zeros_like(tensor)
-    return sum_over_data_ranks(mine.to(device)).cpu()
+    mine = (tensor if is_main() else torch.zeros_like(tensor)).to(device)
+    if world_size() > 1:
+        dist.all_reduce(mine)
+    return mine.cpu()

@@ -103,7 +103,7 @@ class Saver:
         is_copied = self._config.in_background and self._fits(sizes)
         pieces = self._copied(pieces) if is_copied else pieces
         writers = [
-            self._threads.submit(_write, temporary / _file_name(parallel.data_parallel_rank(), number), part)
+            self._threads.submit(_write, temporary / _file_name(parallel.rank(), number), part)
             for number, part in enumerate(_parts(pieces))
         ]
         self._pending = Pending(final, temporary, state.best_step, self._manifest(engine, state), writers)
@@ -115,7 +115,7 @@ class Saver:
 
     def _fits(self, sizes: list[list[int]]) -> bool:
         """Whether this rank's copy was made before, or the copies of all ranks on this host have room."""
-        mine, host = sizes[parallel.data_parallel_rank()]
+        mine, host = sizes[parallel.rank()]
         here = sum(num_bytes for num_bytes, where in sizes if where == host)
         return self._host_copy.nbytes >= mine or PINNED_FACTOR * here < available_memory()
 
@@ -154,7 +154,7 @@ class Saver:
             "state": asdict(state),
             "identity": asdict(self._identity),
             "loss_scale": engine_state.loss_scale_state(engine),
-            "world_size": parallel.data_parallel_size(),
+            "world_size": parallel.world_size(),
             "zero_stage": engine_state.stage(engine),
             "shapes": engine_state.shapes(engine),
         }
@@ -265,7 +265,7 @@ def _remove(path: Path) -> None:
 
 def _gather(mine: list[int]) -> list[list[int]]:
     """Return the numbers, none negative, of every rank in order."""
-    rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
+    rank, size = parallel.rank(), parallel.world_size()
     flat = parallel.max_over_ranks([number if rank == r else 0 for r in range(size) for number in mine])
     return [flat[begin : begin + len(mine)] for begin in range(0, len(flat), len(mine))]
 

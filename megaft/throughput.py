@@ -151,7 +151,7 @@ class Meter:
         peak, source = peak_flops(device, dtype, config.peak_flops)
         return cls(
             device=device,
-            num_devices=parallel.data_parallel_size(),
+            num_devices=parallel.world_size(),
             flops_per_token=flops,
             peak_flops=peak,
             peak_source=source,

@@ -1,0 +1,322 @@
+"""megatron-core's GPT of a transformers model, its matrices cut over tensor-parallel ranks, as a module of nats.
+
+It runs on CUDA and on CPUs. Three things are our own, since megatron-core's need CUDA or Transformer Engine: attention
+itself (torch's fused one), the random numbers of its dropout, and recomputing a layer. By them weights that all ranks
+have stay equal, attention's dropout masks differ between ranks, and recomputing changes no bit of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Int64
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megaft import parallel
+from megaft.config import require
+from megaft.loss import Head, Vocabulary
+from megaft.models.hugging_face import positions_within
+from megaft.models.layout import Layout, biases_of, layout_of
+
+MAX_RANKS = 64
+"""Seeds of attention's dropout on tensor-parallel ranks differ in their last digit to this base."""
+
+
+class Attention(nn.Module):
+    """torch's scaled-dot-product attention, as megatron-core calls its core attention."""
+
+    def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout
+        self.past: tuple[Tensor, Tensor] | None = None
+        """Keys and values of the tokens read so far, where a text is generated."""
+
+    def forward(
+        self,
+        query: Float[Tensor, "time batch heads width"],
+        key: Float[Tensor, "time batch groups width"],
+        value: Float[Tensor, "time batch groups width"],
+        attention_mask: Bool[Tensor, "batch 1 time time"] | None,
+        **_: Any,
+    ) -> Float[Tensor, "time batch width"]:
+        """Attend to every token before, or where there is a mask to those it allows."""
+        queries, keys, values = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if self.past is not None:
+            keys, values = (torch.cat(pair, 2) for pair in zip(self.past, (keys, values), strict=True))
+            self.past = keys, values
+        attend = partial(
+            F.scaled_dot_product_attention,
+            queries,
+            keys,
+            values,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None and queries.shape[2] > 1,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+        attended = self._dropped(attend, query.device) if self.dropout and self.training else attend()
+        return attended.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropped(self, attend: Callable[..., Tensor], device: torch.device) -> Tensor:
+        """Attend with dropout. Every rank draws one number, so the default generators stay together."""
+        seed = int(torch.randint(2**48, ())) * MAX_RANKS + parallel.tensor_parallel_rank()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return attend(dropout_p=self.dropout)
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What of a model is no part of its transformers configuration."""
+
+    config: Any
+    """transformers' configuration, its dropout probabilities those to be used."""
+    recompute: bool = False
+    """Keep each layer's input only, and compute the layer again in the backward pass."""
+
+
+class MegatronModel(nn.Module):
+    """megatron-core's GPTModel on this rank, which gives last hidden states; it looks like transformers' to its users."""
+
+    def __init__(self, build: Build) -> None:
+        """Make the modules; their weights have no values yet."""
+        super().__init__()
+        self.config = build.config
+        require_cuttable(self.config, parallel.tensor_parallel_size())
+        is_gpt2 = self.config.model_type == "gpt2"
+        self.gpt = GPTModel(
+            config=transformer_config(self.config),
+            transformer_layer_spec=layer_spec(self.config, recompute=build.recompute),
+            vocab_size=padded_vocab_size(self.config.vocab_size),
+            max_sequence_length=self.config.max_position_embeddings,
+            position_embedding_type="learned_absolute" if is_gpt2 else "none",
+            share_embeddings_and_output_weights=self.config.tie_word_embeddings,
+        )
+        self.inverse_frequencies = None if is_gpt2 else rotary_frequencies(self.config)
+
+    @property
+    def layout(self) -> Layout:
+        """Where transformers' parameters are in this."""
+        return layout_of(self.config)
+
+    def output_layer(self) -> nn.Module:
+        """Return the module whose weight gives logits."""
+        tied = self.gpt.embedding.word_embeddings
+        return tied if self.config.tie_word_embeddings else self.gpt.output_layer
+
+    def vocabulary(self) -> Vocabulary:
+        """Return which words this rank has the rows of."""
+        num_rows = padded_vocab_size(self.config.vocab_size) // parallel.tensor_parallel_size()
+        begin = num_rows * parallel.tensor_parallel_rank()
+        end = max(begin, min(begin + num_rows, self.config.vocab_size))
+        return Vocabulary(begin, end, is_cut=True)
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        document_ids: Int64[Tensor, "batch time"] | None = None,
+        past: int = 0,
+    ) -> Float[Tensor, "batch time width"]:
+        """Return the last hidden states.
+
+        Args:
+            input_ids: Tokens.
+            document_ids: Equal numbers mark tokens of one document; attention and positions then stay inside it.
+            past: How many tokens before these have been read.
+        """
+        time = input_ids.shape[1]
+        if document_ids is None:
+            positions, mask = torch.arange(past, past + time, device=input_ids.device).expand_as(input_ids), None
+        else:
+            positions, mask = positions_within(document_ids), mask_of(document_ids)
+        states = self.gpt.embedding(input_ids, positions)
+        states = self.gpt.decoder(states, mask, rotary_pos_emb=self._angles(past, time, input_ids.device))
+        return states.transpose(0, 1)
+
+    def _angles(self, past: int, time: int, device: torch.device) -> Float32[Tensor, "time 1 1 width"] | None:
+        """Return rotary angles (Su et al. 2021). Attention sees their differences only, so documents need no others."""
+        if self.inverse_frequencies is None:
+            return None
+        steps = torch.arange(past, past + time, device=device, dtype=torch.float32)
+        angles = torch.outer(steps, self.inverse_frequencies.to(device))
+        return torch.cat([angles, angles], -1)[:, None, None]
+
+
+class MegatronNats(nn.Module):
+    """A megatron-core model that returns the nats of its labels, the same on all its tensor-parallel ranks."""
+
+    def __init__(self, language_model: MegatronModel) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.head = Head(language_model.output_layer(), vocabulary=language_model.vocabulary())
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        labels: Int64[Tensor, "batch time"],
+        document_ids: Int64[Tensor, "batch time"] | None = None,
+        per_token: bool = False,
+    ) -> Float32[Tensor, ...]:
+        """Return nats of `labels`, as hugging_face.NatsModel does."""
+        return self.head(self.language_model(input_ids, document_ids), labels, per_token)
+
+
+def mask_of(document_ids: Int64[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
+    """Return which tokens may be attended to: those before, of the same document."""
+    time = document_ids.shape[1]
+    before = torch.ones(time, time, dtype=torch.bool, device=document_ids.device).tril()
+    return (before & (document_ids[:, :, None] == document_ids[:, None, :])).unsqueeze(1)
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Return the rows of the embedding: as many on every tensor-parallel rank."""
+    return vocab_size + -vocab_size % parallel.tensor_parallel_size()
+
+
+def require_cuttable(config: Any, size: int) -> None:
+    """Raise ConfigError unless every rank gets whole attention heads and as much of each layer."""
+    layout = layout_of(config)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    for what, number in (("attention groups", layout.num_groups), ("inner width", inner)):
+        able = [divisor for divisor in range(1, MAX_RANKS + 1) if layout.num_groups % divisor == inner % divisor == 0]
+        require(
+            number % size == 0,
+            f"parallel.tensor-parallel-size is {size}, but the model's {what} ({number}) does not divide by it; "
+            f"use one of {', '.join(map(str, able))}.",
+        )
+
+
+def transformer_config(config: Any) -> TransformerConfig:
+    """Return megatron-core's configuration of a transformers one.
+
+    Raises:
+        ConfigError: The model has what megatron-core's, as built here, has not.
+    """
+    has_qkv_bias, has_bias = biases_of(config)
+    options = _gpt2_options(config) if config.model_type == "gpt2" else _llama_options(config)
+    return TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        add_bias_linear=has_bias,
+        add_qkv_bias=has_qkv_bias,
+        tensor_model_parallel_size=parallel.tensor_parallel_size(),
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        **options,
+    )
+
+
+def _gpt2_options(config: Any) -> dict[str, Any]:
+    require(
+        config.resid_pdrop == config.embd_pdrop,
+        f"the model has resid_pdrop {config.resid_pdrop} and embd_pdrop {config.embd_pdrop}, and megatron-core one "
+        "probability for both; give model.dropout.",
+    )
+    activations = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
+    unusual = config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights
+    require_known(config, activations, unusual)
+    return {
+        "ffn_hidden_size": config.n_inner or 4 * config.n_embd,
+        "activation_func": activations[config.activation_function],
+        "layernorm_epsilon": config.layer_norm_epsilon,
+        "hidden_dropout": config.resid_pdrop,
+        "attention_dropout": config.attn_pdrop,
+    }
+
+
+def _llama_options(config: Any) -> dict[str, Any]:
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    require_known(config, {"silu": F.silu}, window is not None and window < config.max_position_embeddings)
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "ffn_hidden_size": config.intermediate_size,
+        "num_query_groups": config.num_key_value_heads,
+        "kv_channels": head_width,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": config.attention_dropout,
+    }
+
+
+def require_known(config: Any, activations: dict[str, Any], is_unusual: bool) -> None:
+    """Raise ConfigError for an activation, scale or window of attention that is not built here."""
+    name = getattr(config, "activation_function", None) or config.hidden_act
+    require(
+        name in activations and not is_unusual,
+        f"the model's activation is {name}, its attention {'scaled or windowed' if is_unusual else 'plain'}; "
+        f"model.backend megatron knows {', '.join(activations)} with plain attention; use model.backend hugging-face.",
+    )
+
+
+def rotary_frequencies(config: Any) -> Float32[Tensor, " half_width"]:
+    """Return the rotary embedding's inverse frequencies, scaled as the configuration says, by transformers' formulas."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(config)
+    kinds = ("default", "linear", "llama3")
+    require(
+        rotary.rope_type in kinds and rotary.attention_scaling == 1,
+        f"the model's rope_type is {rotary.rope_type}; model.backend megatron knows {', '.join(kinds)}; "
+        "use model.backend hugging-face.",
+    )
+    inverse = rotary.inv_freq
+    assert torch.is_tensor(inverse)
+    return inverse.float()
+
+
+def layer_spec(config: Any, *, recompute: bool) -> ModuleSpec:
+    """Return what a layer is made of: megatron-core's parts, with our attention and the fastest norm there is."""
+    spec = get_gpt_layer_local_spec(normalization="LayerNorm" if config.model_type == "gpt2" else "RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = Attention
+    if recompute:
+        spec.module = _recomputing(spec.module)
+    return spec
+
+
+def _recomputing(layer_class: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = partial(layer_class.forward, self)
+        return checkpoint(call, *args, use_reentrant=False, **kwargs) if self.training else call(*args, **kwargs)
+
+    return type(f"Recomputed{layer_class.__name__}", (layer_class,), {"forward": forward})
+
+
+@torch.no_grad()
+def fill(model: MegatronModel, read: Callable[[str], Tensor]) -> None:
+    """Give every parameter its value, one after the other.
+
+    Args:
+        model: On this rank; under ZeRO-3 its parameters are partitioned, and each rank fills its partition.
+        read: Returns a parameter of transformers by its name there.
+    """
+    layout, size, rank = model.layout, parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+    for name, parameter in model.gpt.named_parameters():
+        values = layout.local(name, [read(source) for source in layout.rules[name].sources], size, rank)
+        _put(parameter, values)
+
+
+def _put(parameter: Any, values: Tensor) -> None:
+    if not hasattr(parameter, "ds_tensor"):
+        parameter.copy_(values)
+        return
+    partition = parameter.ds_tensor
+    begin = parallel.data_parallel_rank() * partition.ds_numel
+    mine = values.flatten()[begin : begin + partition.ds_numel]
+    partition.view(-1)[: len(mine)].copy_(mine)
