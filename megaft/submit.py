@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import tyro
 
-from megaft.config import parse_train, require
-from megaft.errors import ConfigError
+from megaft.batch_script import directives_of, fill_in, find_script, read_script, require_one_line
+from megaft.config import require
+from megaft.job_check import ARRAY, SWEEP, check_program, sweep_lines
 from megaft.ranges import at_least, require_ranges
 
-ROOT = Path(__file__).parents[1]
 _SIXTY = r"[0-5]?\d"
 WALLTIME = re.compile(
     rf"\d+ | \d+:{_SIXTY} | \d+:{_SIXTY}:{_SIXTY} | \d+-(?:[01]?\d|2[0-3])(?::{_SIXTY}){{0,2}}", re.VERBOSE
 )
-DIRECTIVE = re.compile(r"#SBATCH\s+--([\w-]+)(?:[=\s]\s*(.*))?")
+MEMORY = re.compile(r"\d+[KMGT]?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +43,18 @@ class SubmitConfig:
     """Cores for each rank."""
     time: str | None = None
     """Time limit, after which the job goes back into the queue: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS."""
+    mem: str | None = None
+    """Memory of each node, such as 64G; 0 for all it has."""
     partition: str | None = None
     """Partition, one of `sinfo`'s."""
     account: str | None = None
     """Account that pays."""
+    qos: str | None = None
+    """Quality of service, one of those your account has."""
     job_name: str | None = None
     """Name in the queue."""
     array: str | None = None
-    """For finetune_sweep: lines of the file of flags, such as 1-6%2 (two at a time)."""
+    """Tasks of the array, such as 1-6%2 (two at a time). finetune_sweep has one for each line of its file."""
 
     def __post_init__(self) -> None:
         one = at_least(1)
@@ -63,6 +65,11 @@ class SubmitConfig:
             self.time is None
             or (WALLTIME.fullmatch(self.time) is not None and re.search("[1-9]", self.time) is not None),
             f"time is {self.time!r}; use MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, for example 12:00:00.",
+        )
+        require(self.mem is None or MEMORY.fullmatch(self.mem) is not None, f"mem is {self.mem!r}; use 64G, 500M or 0.")
+        require(
+            self.array is None or ARRAY.fullmatch(self.array) is not None,
+            f"array is {self.array!r}; use numbers and ranges of tasks, such as 1-6, 1,3,5-9 or 1-6%2.",
         )
 
     def directives(self) -> dict[str, str]:
@@ -83,11 +90,14 @@ def main(arguments: list[str]) -> int:
     ours, program_flags = _split(arguments)
     config = tyro.cli(SubmitConfig, args=ours, prog="megaft submit")
     path = find_script(config.script)
-    if path.name in ("finetune_1node.sbatch", "finetune_multinode.sbatch"):
-        parse_train(program_flags)  # a wrong flag is said now, not when the job's turn has come
-    text = fill_in(read_script(path), config.directives(), program_flags)
-    require_time_before_signal(directives_of(text))
-    require_resources(directives_of(text))
+    directives = config.directives()
+    if path.stem == SWEEP and program_flags:
+        directives.setdefault("array", f"1-{len(sweep_lines(program_flags[0]))}")
+    text = fill_in(read_script(path), directives, program_flags)
+    asked = directives_of(text)
+    require_time_before_signal(asked)
+    require_resources(asked)
+    check_program(path.stem, program_flags, asked)
     if config.print:
         print(text, end="")
         return 0
@@ -110,73 +120,6 @@ def seconds_of(limit: str) -> int:
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
-
-
-def require_one_line(name: str, value: str) -> None:
-    """Raise ConfigError if the value would end its line in a batch script, or the script itself."""
-    require(
-        not re.search(r"[\n\r\0]", value),
-        f"{name} is {value!r}; a batch script's value is one line of text. Take the line break or NUL out.",
-    )
-
-
-def find_script(name: str) -> Path:
-    """Return the path of a recipe of slurm/, or `name` itself where it is a file.
-
-    Raises:
-        ConfigError: It is neither.
-    """
-    candidates = (Path(name), ROOT / "slurm" / f"{name}.sbatch", ROOT / "slurm" / name)
-    found = [path for path in candidates if path.is_file()]
-    recipes = sorted(path.stem for path in (ROOT / "slurm").glob("*.sbatch"))
-    require(bool(found), f"{name} is neither a batch script nor a recipe; use one of {', '.join(recipes)}, or a path.")
-    return found[0]
-
-
-def read_script(path: Path) -> str:
-    """Return the text of a batch script.
-
-    Raises:
-        ConfigError: It is not UTF-8 text that starts with #!, or has Windows line ends, which bash cannot run.
-    """
-    content = path.read_bytes()
-    line = content[: content.find(b"\r")].count(b"\n") + 1
-    require(
-        b"\r" not in content, f"{path}:{line} ends in CR LF, which bash cannot run; mend it: sed -i 's/\\r$//' {path}"
-    )
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} has a byte at {error.start} that is not UTF-8; a batch script is text.") from error
-    require(text.startswith("#!") and "\0" not in text, f"{path} is no script; its first line must be #!/bin/bash.")
-    return text
-
-
-def directives_of(text: str) -> dict[str, str]:
-    """Return the `#SBATCH --option=value` lines of a script; the last of an option counts, as for sbatch."""
-    found = [match for line in text.splitlines() if (match := DIRECTIVE.match(line))]
-    return {match[1]: "".join(shlex.split(match[2] or "", comments=True)) for match in found}
-
-
-def fill_in(text: str, directives: dict[str, str], program_flags: list[str]) -> str:
-    """Return the script with these directives in the place of its own, and the program's flags in its first line.
-
-    It also says where this megaft and this Python are, so it can be submitted from any folder. Every value is quoted.
-    """
-    for flag in program_flags:
-        require_one_line("a flag", flag)
-    lines = [line for line in text.splitlines() if _option(line) not in directives]
-    end = max((number for number, line in enumerate(lines, 1) if _option(line)), default=1)
-    given = [item for item in directives.items() if item != ("gpus-per-node", "0")]  # without a GPU: no directive
-    ours = [f"#SBATCH --{name}={shlex.quote(value)}" for name, value in given]
-    start = [f"export MEGAFT_HOME={shlex.quote(str(ROOT))} PYTHON={shlex.quote(sys.executable)}"]
-    flags = [f"set -- {shlex.join(program_flags)}"] if program_flags else []
-    return "\n".join([*lines[:end], *ours, *start, *flags, *lines[end:]]) + "\n"
-
-
-def _option(line: str) -> str | None:
-    match = DIRECTIVE.match(line)
-    return match and match[1]
 
 
 def require_time_before_signal(asked: dict[str, str]) -> None:

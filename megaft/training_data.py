@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -46,19 +46,39 @@ def prepare_sources(config: DataConfig, tokenizer: str, run_dir: Path, topology:
 
     This comes before the process group exists, whose collectives would time out over a long preparation.
     """
+    train, folder = named_sources(config), run_dir / "data"
+
+    def prepared(name: str) -> str:
+        return (
+            name if _is_prepared(name) else _prepare_text(Path(name), tokenizer, config.detokenizer, folder, topology)
+        )
+
+    ready = tuple(replace(source, prefix=prepared(source.prefix)) for source in train)
+    return Sources(ready, Source(prepared(config.valid)) if config.valid else None)
+
+
+def named_sources(config: DataConfig) -> list[Source]:
+    """Return what data.train names, before text files are prepared.
+
+    Raises:
+        ConfigError: Several without a weight each.
+        DataError: One of them, or data.valid, is neither a prepared dataset nor a file.
+    """
     named = [parse_source(name) for name in config.train]
     if len(named) > 1 and any(weight is None for weight, _ in named):
         raise ConfigError(
             f"data.train is {' '.join(config.train)}; several need a weight each, such as 0.7,books 0.3,wiki."
         )
+    for name in (*(name for _, name in named), *filter(None, [config.valid])):
+        if not _is_prepared(name) and not Path(name).is_file():
+            raise DataError(
+                f"{name} is neither a text file nor a prepared prefix ({name}.json and .idx); check the path."
+            )
+    return [Source(name, 1.0 if weight is None else weight) for weight, name in named]
 
-    def prepared(name: str) -> str:
-        if Path(f"{name}.json").is_file() and Path(f"{name}.idx").is_file():
-            return name
-        return _prepare_text(Path(name), tokenizer, config.detokenizer, run_dir / "data", topology)
 
-    train = tuple(Source(prepared(name), 1.0 if weight is None else weight) for weight, name in named)
-    return Sources(train, Source(prepared(config.valid)) if config.valid else None)
+def _is_prepared(name: str) -> bool:
+    return Path(f"{name}.json").is_file() and Path(f"{name}.idx").is_file()
 
 
 def parse_source(text: str) -> tuple[float | None, str]:
@@ -74,8 +94,6 @@ def parse_source(text: str) -> tuple[float | None, str]:
 
 
 def _prepare_text(path: Path, tokenizer: str, detokenizer: str, folder: Path, topology: Topology) -> str:
-    if not path.is_file():
-        raise DataError(f"{path} is neither a text file nor a prepared prefix ({path}.json and .idx); check the path.")
     prefix = folder / f"{path.name}-{_fingerprint(path, tokenizer, detokenizer)}"
     if topology.is_main:
         return _prepare_for_others(path, prefix, tokenizer, detokenizer)

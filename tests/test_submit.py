@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megaft import submit
+from megaft import batch_script, submit
 from megaft.cli import main
 
 SLURM = Path(__file__).parents[1] / "slurm"
@@ -54,7 +54,7 @@ def submitted(capsys, *arguments, code=0):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_keeps_its_promises(path):
-    directives = submit.directives_of(submit.read_script(path))
+    directives = batch_script.directives_of(batch_script.read_script(path))
     assert directives["export"] == NO_SECRETS
     assert directives["open-mode"] == "append"
     assert "requeue" in directives
@@ -64,17 +64,18 @@ def test_every_script_keeps_its_promises(path):
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_is_content(tmp_path, capsys):
     filled = tmp_path / "filled.sbatch"
-    filled.write_text(submitted(capsys, "--print", "finetune_1node", "--job-name", "it's", "--", *FLAGS))
+    filled.write_text(submitted(capsys, "--print", "evaluate_zero_shot", "--job-name", "it's", "--", *FLAGS))
     subprocess.run(["shellcheck", *SCRIPTS, SLURM / "job.sh", filled], check=True)
 
 
 def test_directives_are_filled_in(programs, capsys):
     options = ["--nodes=3", "--gpus-per-node=4", "--time=1-12", "--partition=a", "--account=b", "--job-name=my run"]
+    options += ["--mem=64G", "--qos=long"]
     text = submitted(capsys, "finetune_multinode", "--print", *options, "--", *FLAGS)
-    original = submit.directives_of((SLURM / "finetune_multinode.sbatch").read_text())
-    assert submit.directives_of(text) == original | {
+    original = batch_script.directives_of((SLURM / "finetune_multinode.sbatch").read_text())
+    assert batch_script.directives_of(text) == original | {
         **{"nodes": "3", "gpus-per-node": "4", "ntasks-per-node": "4", "time": "1-12"},
-        **{"partition": "a", "account": "b", "job-name": "my run"},
+        **{"partition": "a", "account": "b", "job-name": "my run", "mem": "64G", "qos": "long"},
     }
     assert text.count("#SBATCH --nodes") == 1
 
@@ -88,8 +89,8 @@ def test_without_gpus_there_is_no_gpu_directive(programs, capsys):
 def test_a_flag_reaches_the_program_as_it_was_written(programs, tmp_path, monkeypatch):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "job.sh").write_text("run_tasks() { printf '%s\\0' \"$@\"; }\n")
-    monkeypatch.setattr(submit, "ROOT", tmp_path)
-    text = submit.fill_in(submit.read_script(SLURM / "prepare_data.sbatch"), {}, NASTY)
+    monkeypatch.setattr(batch_script, "ROOT", tmp_path)
+    text = batch_script.fill_in(batch_script.read_script(SLURM / "prepare_data.sbatch"), {}, NASTY)
     done = subprocess.run(["bash"], input=text, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split("\0")[:-1] == ["-m", "megaft.cli", "prepare", *NASTY]
     assert not (tmp_path / "canary").exists()
@@ -103,7 +104,7 @@ def test_a_flag_reaches_the_program_as_it_was_written(programs, tmp_path, monkey
     ],
 )
 def test_walltime(time_limit, is_accepted, programs, capsys):
-    arguments = ["prepare_data", "--print", f"--time={time_limit}"]
+    arguments = ["evaluate_zero_shot", "--print", f"--time={time_limit}"]
     said = submitted(capsys, *arguments, code=0 if is_accepted else 2)
     assert is_accepted or f"time is {time_limit!r}" in said
 
@@ -123,13 +124,15 @@ def test_seconds_of_a_walltime(limit, seconds):
         pytest.param(["--account=a\0b"], "account is 'a\\x00b'", id="NUL"),
         pytest.param(["--partition=a\rb"], "partition is 'a\\rb'", id="carriage return"),
         pytest.param(["--", "--output", "x\ny"], "a flag is 'x\\ny'", id="newline in a flag"),
+        pytest.param(["--mem=64GB"], "mem is '64GB'; use 64G", id="memory"),
+        pytest.param(["--array=1-"], "array is '1-'; use numbers and ranges", id="array"),
         pytest.param(["--nodes=0"], "nodes is 0; use 1 or more", id="no nodes"),
         pytest.param(["--gpus-per-node=-1"], "gpus-per-node is -1; use 0 or more", id="negative GPUs"),
         pytest.param([], "sbatch is not installed here; use --print", id="no sbatch"),
     ],
 )
 def test_refused(arguments, said, programs, capsys):
-    assert said in submitted(capsys, "prepare_data", *arguments, code=2)
+    assert said in submitted(capsys, "evaluate_zero_shot", *arguments, code=2)
 
 
 def test_an_unknown_recipe_is_answered_with_all(programs, capsys):
@@ -186,7 +189,7 @@ def test_a_time_that_only_the_signal_fills_is_refused(programs, capsys):
 
 def test_a_silent_sinfo_checks_nothing(programs, capsys):
     programs("sinfo", "exit 1")
-    assert main(["submit", "prepare_data", "--print", "--nodes=99"]) == 0
+    assert main(["submit", "evaluate_zero_shot", "--print", "--nodes=99"]) == 0
     streams = capsys.readouterr()
     assert "sinfo does not answer" in streams.err
     assert streams.out.startswith("#!/bin/bash\n")
@@ -194,8 +197,8 @@ def test_a_silent_sinfo_checks_nothing(programs, capsys):
 
 def test_sbatch_gets_what_print_shows(programs, tmp_path, capsys):
     programs("sbatch", f"cat > {tmp_path}/got; exit 7")
-    shown = submitted(capsys, "prepare_data", "--print", "--time=5", "--", *NASTY)
-    assert main(["submit", "prepare_data", "--time=5", "--", *NASTY]) == 7
+    shown = submitted(capsys, "evaluate_zero_shot", "--print", "--time=5", "--", *NASTY)
+    assert main(["submit", "evaluate_zero_shot", "--time=5", "--", *NASTY]) == 7
     assert (tmp_path / "got").read_text() == shown
 
 
