@@ -1,0 +1,90 @@
+"""A safetensors file read one tensor at a time into memory of its own: no map, whose touched pages would stay resident.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megaft.errors import DataError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Those that weights may have, by the format's names."""
+
+
+class Span(NamedTuple):
+    """Where one tensor lies, and what it is."""
+
+    dtype: str
+    shape: torch.Size
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A safetensors file whose header has been read."""
+
+    path: Path
+    spans: dict[str, Span]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype; DataError where weights have no such one."""
+        kind = self.spans[name].dtype
+        if kind not in DTYPES:
+            raise DataError(f"{self.path} has {name} in {kind}; weights can be in {', '.join(DTYPES)}. Give such ones.")
+        return DTYPES[kind]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor in fresh memory.
+
+        Raises:
+            DataError: The disk refuses, or the file is shorter than it was.
+        """
+        _, shape, begin, end = self.spans[name]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(begin)
+                _fill(data.numpy().data, file)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        return data.view(self.dtype(name)).view(shape)
+
+
+def _fill(view: memoryview, file) -> None:
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise OSError("it is shorter than its header says")
+        view = view[count:]
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Return a safetensors file that is whole: safetensors checks its header against its length.
+
+    Raises:
+        DataError: It is cut short or damaged.
+    """
+    try:
+        with safe_open(path, "pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing, cut short or damaged ({error}); copy it anew.") from error
+    header.pop("__metadata__", None)
+    spans = {}
+    for name, entry in header.items():
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        spans[name] = Span(entry["dtype"], torch.Size(entry["shape"]), begin, end)
+    return TensorFile(path, spans)

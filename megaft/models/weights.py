@@ -1,0 +1,257 @@
+"""The weights of a model by transformers' names, tensor by tensor, whatever they are stored as.
+
+Memory is bounded by the largest parameter, except for `.bin` and GGUF files, which transformers loads whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaft.errors import DataError
+from megaft.files import sha256_of
+from megaft.foreign import require_inert
+from megaft.models.hugging_face import load_language_model, require_there
+from megaft.models.layout import Layout, layout_of
+from megaft.models.tensor_file import TensorFile, open_tensors
+from megaft.models.weight_files import require_weights
+
+MANIFEST = "megatron.json"
+FORMAT = 1
+"""Of a megatron folder; the number in its manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The parameters of a model as transformers has them."""
+
+    config: Any
+    """transformers' configuration."""
+    dtype: torch.dtype
+    """One that holds every stored value exactly."""
+    shapes: dict[str, torch.Size]
+    """Of all parameters; one that is tied to another is not among them."""
+    fetch: Callable[[str], Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Transformers' names of all parameters, in its order."""
+        return tuple(self.shapes)
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a parameter's shape."""
+        return self.shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter in the dtype it is stored in, in memory that it shares with nothing else.
+
+        Raises:
+            DataError: The disk refuses.
+        """
+        return self.fetch(name)
+
+
+def open_weights(source: str, *, is_hashed: bool = False) -> Weights:
+    """Find a model's weights and check their names and shapes; no value is read yet.
+
+    Args:
+        source: A model folder, a hub name, a GGUF file, a folder that `megaft convert` wrote, or a run's folder.
+        is_hashed: Check the SHA-256 of a converted folder's files too, which reads them all once more.
+
+    Raises:
+        DataError: It is not there, asks for code, or its weights are not those of its configuration.
+    """
+    folder = Path(source)
+    if (folder / "export" / "config.json").is_file():
+        return open_weights(str(folder / "export"))
+    require_there(source)
+    require_inert("model", source)
+    if (folder / MANIFEST).is_file():
+        return _from_megatron(folder, is_hashed)
+    files = [] if folder.suffix == ".gguf" else _safetensors_of(source)
+    return _from_safetensors(source, files) if files else _from_whole(source)
+
+
+def load_config(source: str) -> Any:
+    """Return transformers' configuration of a model.
+
+    Raises:
+        DataError: There is none, or transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"model is {source}; transformers cannot read its config.json: {reason}") from error
+
+
+def shapes_of(config: Any) -> dict[str, torch.Size]:
+    """Return the shape of every parameter that transformers' model has, the tied ones once; no memory is taken."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _safetensors_of(source: str) -> list[TensorFile]:
+    """Return the safetensors files of a folder or of what the hub calls so; none where it has others only."""
+    if Path(source).is_dir():
+        require_weights(Path(source))
+    index = _file(source, "model.safetensors.index.json")
+    names = sorted(set(_weight_map(index).values())) if index else ["model.safetensors"]
+    found = {name: _file(source, name) for name in names}
+    if index and (missing := [name for name, path in found.items() if path is None]):
+        raise DataError(f"model is {source}; its {missing[0]}, which {index.name} names, is not there. Copy it anew.")
+    return [open_tensors(path) for path in found.values() if path]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{index} is damaged ({type(error).__name__}: {error}); copy it anew.") from error
+
+
+def _file(source: str, name: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"model is {source}; give a folder, a GGUF file or a hub name. {reason}") from error
+    return Path(found) if found else None
+
+
+def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
+    config = load_config(source)
+    if getattr(config, "quantization_config", None):
+        raise DataError(f"model is {source}, which is quantized; give the model it was made from.")
+    holders = {name: file for file in files for name in file.spans}
+    shapes, prefix = shapes_of(config), _prefix(config)
+    stored = {name: name if name in holders else name.removeprefix(prefix) for name in shapes}
+    found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
+    require_fitting(source, shapes, found)
+    _require_tied(source, config, holders, stored)
+
+    def fetch(name: str) -> Tensor:
+        return holders[stored[name]].read(stored[name])
+
+    return Weights(config, _widest(holders[key].dtype(key) for key in stored.values()), shapes, fetch)
+
+
+def _prefix(config: Any) -> str:
+    """What transformers puts before the names of the model without its output layer, and files may leave out."""
+    return "transformer." if config.model_type == "gpt2" else "model."
+
+
+def _require_tied(source: str, config: Any, holders: dict[str, TensorFile], stored: dict[str, str]) -> None:
+    """Raise DataError where an output layer that config.json ties to the embedding is stored with other values."""
+    head = "lm_head.weight"
+    if head not in holders or head in stored:
+        return
+    embedding = next(key for name, key in stored.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    if not torch.equal(holders[head].read(head), holders[embedding].read(embedding)):
+        raise DataError(
+            f"model is {source}; its config.json says that {head} is {embedding}, but its weights have another. "
+            "Give tie_word_embeddings false in a copy of config.json to use it."
+        )
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return reduce(torch.promote_types, dtypes)
+
+
+def _from_whole(source: str) -> Weights:
+    dtype = torch.float32 if source.endswith(".gguf") else load_config(source).dtype or torch.float32
+    model = load_language_model(source, dtype)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    state = model.state_dict()
+    return Weights(model.config, model.dtype, shapes, lambda name: state[name].clone())
+
+
+def _from_megatron(folder: Path, is_hashed: bool) -> Weights:
+    manifest = read_manifest(folder)
+    config = load_config(str(folder))
+    layout, shapes = layout_of(config), shapes_of(config)
+    files = [_checked(folder, name, entry, is_hashed) for name, entry in sorted(manifest["files"].items())]
+    if len(files) != manifest["tensor_parallel_size"]:
+        raise DataError(f"{folder / MANIFEST} names {len(files)} files for {manifest['tensor_parallel_size']} ranks.")
+    for rank, file in enumerate(files):
+        found = {name: span.shape for name, span in file.spans.items()}
+        require_fitting(str(file.path), local_shapes(layout, shapes, len(files), rank), found)
+
+    @lru_cache(maxsize=1)  # queries, keys and values lie together and are asked for in turn
+    def whole(name: str) -> dict[str, Tensor]:
+        return layout.whole(name, [file.read(name) for file in files])
+
+    holder = {source: name for name, rule in layout.rules.items() for source in rule.sources}
+    dtype = _widest(file.dtype(name) for file in files for name in layout.rules)
+    return Weights(config, dtype, shapes, lambda name: whole(holder[name])[name])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a megatron folder.
+
+    Raises:
+        DataError: It is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known, _, _ = manifest["format"], manifest["tensor_parallel_size"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew.") from error
+    if known != FORMAT:
+        raise DataError(f"{path} has format {known}; this megaft reads {FORMAT}.")
+    return manifest
+
+
+def _checked(folder: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> TensorFile:
+    path = folder / name
+    if Path(name).name != name:
+        raise DataError(f"{folder / MANIFEST} names {name}, which is not a file beside it; copy the folder anew.")
+    if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        size = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+        raise DataError(f"{path} {size}; {MANIFEST} says {entry['bytes']} bytes. Copy it anew.")
+    if is_hashed and sha256_of(path) != entry["sha256"]:
+        raise DataError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}. Copy it anew.")
+    return open_tensors(path)
+
+
+def local_shapes(layout: Layout, shapes: dict[str, torch.Size], size: int, rank: int) -> dict[str, torch.Size]:
+    """Return the shape of what rank `rank` of `size` holds of every parameter of megatron-core."""
+
+    @cache
+    def meta(source: str) -> Tensor:
+        return torch.empty(shapes[source], device="meta")
+
+    return {
+        name: layout.local(name, [meta(source) for source in rule.sources], size, rank).shape
+        for name, rule in layout.rules.items()
+    }
+
+
+def require_fitting(source: str, expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
+    """Raise DataError that names the first tensor that is missing or has another shape than config.json says."""
+    wrong = {
+        name: f"is {list(found[name])}, not {list(shape)}" if name in found else "is missing"
+        for name, shape in expected.items()
+        if found.get(name) != shape
+    }
+    if wrong:
+        name = next(iter(wrong))
+        raise DataError(
+            f"model is {source}; its weights do not fit its config.json: {name} {wrong[name]} "
+            f"({len(wrong)} such). Copy both from one model."
+        )
