@@ -82,7 +82,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
 
     device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
     parallel.require_supported(setup.dtype)
-    language_model = hugging_face.build(config.model, config.lora, config.run.seed)
+    language_model = hugging_face.build(config.model, config.lora, config.run.seed, setup.engine_config)
     hugging_face.require_fits(language_model, tokenizer, config.longest_input)
     if config.data.attend_within_documents:
         hugging_face.require_keeps_documents_apart(language_model)

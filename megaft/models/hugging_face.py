@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from pickle import UnpicklingError
@@ -75,16 +77,28 @@ def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor,
 def require_keeps_documents_apart(model: CausalLM) -> None:
     """Raise ConfigError where positions that begin anew do not confine attention: try it, a model may ignore them."""
     ids, positions = torch.arange(6).unsqueeze(0), torch.arange(3).repeat(1, 2)
-    was_training = model.training
-    base = model.eval().base_model
-    together = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 3:]
-    alone = base(input_ids=ids[:, 3:], use_cache=False).last_hidden_state
-    model.train(was_training)
+    with _on_trial(model) as tried:
+        base = tried.base_model
+        together = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 3:]
+        alone = base(input_ids=ids[:, 3:], use_cache=False).last_hidden_state
     if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"data.attend-within-documents is set, but {type(model).__name__} attends across documents; "
             "drop it, or use data.sample document."
         )
+
+
+@contextmanager
+def _on_trial(model: CausalLM) -> Iterator[CausalLM]:
+    """The model without dropout, or a stand-in where its weights are in parts."""
+    if is_partitioned(model):
+        from megaft.models.partitioned import stand_in
+
+        yield stand_in(model)
+        return
+    was_training = model.training
+    yield model.eval()
+    model.train(was_training)
 
 
 LOUDER = 1000
@@ -94,15 +108,14 @@ LOUDER = 1000
 @torch.no_grad()
 def _head_is_linear(model: CausalLM) -> bool:
     """Try whether logits are just the output layer of the last hidden state: some families scale or cap them."""
-    layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):  # none, or one with an adapter
+    if not isinstance(model.get_output_embeddings(), nn.Linear):  # none, or one with an adapter
         return False
-    was_training = model.training
     inputs = {"input_ids": torch.arange(8).unsqueeze(0), "use_cache": False}
-    hidden = model.eval().base_model(**inputs).last_hidden_state * LOUDER
-    with layer.register_forward_pre_hook(lambda _, inputs: inputs[0] * LOUDER):
-        logits = model(**inputs).logits
-    model.train(was_training)
+    with _on_trial(model) as tried:
+        layer = tried.get_output_embeddings()
+        hidden = tried.base_model(**inputs).last_hidden_state * LOUDER
+        with layer.register_forward_pre_hook(lambda _, inputs: inputs[0] * LOUDER):
+            logits = tried(**inputs).logits
     linear = F.linear(hidden, layer.weight, layer.bias)
     return bool((logits - linear).abs().max() <= 1e-4 * linear.abs().max())
 
@@ -127,7 +140,7 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
         require_weights(Path(where))
     try:
         config = _load_config(where, options)
-        _set_dropout(config, dropout)
+        set_dropout(config, dropout)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
@@ -165,7 +178,7 @@ def create_language_model(config_path: str, seed: int, dropout: float | None = N
     require_inert("model.from-scratch", config_path)
     try:
         config = _load_config(config_path, {})
-        _set_dropout(config, dropout)
+        set_dropout(config, dropout)
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
@@ -174,18 +187,42 @@ def create_language_model(config_path: str, seed: int, dropout: float | None = N
         raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error)}") from error
 
 
-def build(config: ModelConfig, lora: LoraConfig, seed: int) -> CausalLM:
-    """Return the model a run starts from: loaded or new, with its adapters, in fp32."""
-    if config.path is not None:
-        model = load_language_model(config.path, dropout=config.dropout)
-    else:
-        assert config.from_scratch is not None
-        model = create_language_model(config.from_scratch, seed, config.dropout)
+def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[str, Any] | None = None) -> CausalLM:
+    """Return the model a run starts from: loaded or new, with its adapters, in fp32.
+
+    Args:
+        config: Where it comes from.
+        lora: Its adapters.
+        seed: Of new weights.
+        engine_config: What deepspeed.initialize will get. At ZeRO stage 3 every rank calls this and gets the model in
+            parts, in the engine's precision. One with adapters or from a GGUF file is taken apart by DeepSpeed later.
+    """
+    is_gguf = config.path is not None and config.path.endswith(".gguf")
+    with in_parts(None if lora.rank or is_gguf else engine_config, is_new=config.path is None):
+        if config.path is not None:
+            model = load_language_model(config.path, dropout=config.dropout)
+        else:
+            assert config.from_scratch is not None
+            model = create_language_model(config.from_scratch, seed, config.dropout)
     if lora.rank:
         add_adapters(model, lora, seed)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def in_parts(engine_config: dict[str, Any] | None, *, is_new: bool) -> AbstractContextManager[None]:
+    """Return a context in which models are built as what deepspeed.initialize gets asks for: at stage 3 in parts."""
+    if engine_config is None or engine_config.get("zero_optimization", {}).get("stage") != 3:
+        return nullcontext()
+    from megaft.models import partitioned
+
+    return partitioned.making(engine_config) if is_new else partitioned.loading(engine_config)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has taken the model's weights apart."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def add_adapters(model: CausalLM, lora: LoraConfig, seed: int) -> None:
@@ -250,8 +287,15 @@ def require_fits(model: CausalLM, tokenizer, longest_input: int) -> None:
 
 def architecture(model: CausalLM) -> str:
     """Return what a checkpoint's parameters depend on: names and shapes of the trained ones, as a hash."""
-    trained = sorted((name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
-    return f"{type(model).__name__} {blake2b(repr(trained).encode(), digest_size=8).hexdigest()}"
+    parameters: Any = model.named_parameters()  # in parts, DeepSpeed keeps the shape of the whole in ds_shape
+    trained = {name: getattr(one, "ds_shape", one.shape) for name, one in parameters if one.requires_grad}
+    return architecture_of(type(model).__name__, trained)
+
+
+def architecture_of(class_name: str, shapes: dict[str, torch.Size]) -> str:
+    """Return the architecture of a model of a class of transformers, by the shapes of its trained parameters."""
+    trained = sorted((name, tuple(shape)) for name, shape in shapes.items())
+    return f"{class_name} {blake2b(repr(trained).encode(), digest_size=8).hexdigest()}"
 
 
 def context_limit(model: CausalLM) -> int | None:
@@ -295,7 +339,8 @@ def _attention(config) -> str:
     return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
 
 
-def _set_dropout(config, dropout: float | None) -> None:
+def set_dropout(config: Any, dropout: float | None) -> None:
+    """Give every dropout probability of a transformers configuration this value; None leaves them."""
     if dropout is None:
         return
     for name, value in config.to_dict().items():
@@ -315,4 +360,5 @@ def _without_quantization(model: CausalLM) -> CausalLM:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    first, *others = str(error).strip().splitlines()
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
 from megaft.loss import IGNORE_INDEX, chunks, token_nats
-from megaft.models.hugging_face import CausalLM, NatsModel, context_limit, load_language_model, vocab_size
+from megaft.models.hugging_face import (
+    CausalLM,
+    NatsModel,
+    context_limit,
+    in_parts,
+    load_language_model,
+    vocab_size,
+)
 from megaft.models.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
 from megaft.models.packed import PackedLinear, can_pack, pack_linears
 
@@ -120,8 +127,7 @@ def _taken_apart(language_model: CausalLM) -> tuple[nn.Module, nn.Linear | None]
     output_layer = language_model.get_output_embeddings()
     if type(output_layer) is nn.Linear and (trunk := fast_trunk(language_model)):
         return trunk, output_layer
-    is_partitioned = any(hasattr(parameter, "ds_id") for parameter in language_model.parameters())
-    if not is_partitioned and NatsModel(language_model).head is not None:  # found by trial
+    if NatsModel(language_model).head is not None:  # found by trial
         return AnyTrunk(language_model), output_layer
     return LogitsTrunk(language_model), None
 
@@ -195,16 +201,13 @@ def load_scoring_model(
 
 
 def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
+    if not source.endswith(".gguf"):
+        with in_parts(_deepspeed_config(dtype), is_new=False):
+            return load_language_model(source, dtype)
     import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
 
-    if source.endswith(".gguf"):  # transformers fills such a model's weights outside ZeRO's hooks
-        language_model = load_language_model(source, dtype)
-        deepspeed.zero.Init(module=language_model, config_dict_or_path=_deepspeed_config(dtype))
-        return language_model
-    loads_partitioned = HfDeepSpeedConfig(_deepspeed_config(dtype))  # as long as this object lives
-    language_model = load_language_model(source, dtype)
-    del loads_partitioned
+    language_model = load_language_model(source, dtype)  # transformers fills it outside ZeRO's hooks
+    deepspeed.zero.Init(module=language_model, config_dict_or_path=_deepspeed_config(dtype))
     return language_model
 
 
