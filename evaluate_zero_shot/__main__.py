@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
     from megaft import parallel
 
-    return parallel.exit_code_on_ranks(lambda topology: run(parse(arguments), topology))
+    return parallel.exit_code_on_ranks(lambda topology: run(parse(arguments, topology.is_main), topology))
 
 
 def explain(names: list[str]) -> int:

@@ -77,6 +77,6 @@ class EvaluateConfig:
         return [None] if self.stride is None else [int(part) for part in self.stride.split(",")]
 
 
-def parse(arguments: list[str] | None = None) -> EvaluateConfig:
-    """The command line of `python -m evaluate_zero_shot`; exits with 2 and the rule on a bad one."""
-    return tyro.cli(EvaluateConfig, args=own_flags(arguments), prog="evaluate_zero_shot")
+def parse(arguments: list[str] | None = None, is_main: bool = True) -> EvaluateConfig:
+    """The command line of `python -m evaluate_zero_shot`; exits with 2 on a bad one, whose rule the main rank says."""
+    return tyro.cli(EvaluateConfig, args=own_flags(arguments), prog="evaluate_zero_shot", console_outputs=is_main)

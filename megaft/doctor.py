@@ -10,10 +10,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from megaft.config import own_flags
+
+if TYPE_CHECKING:
+    from megaft.parallel import Topology
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,14 +38,26 @@ class DoctorConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """Look, print, and return the exit code."""
-    config = tyro.cli(DoctorConfig, args=own_flags(arguments), prog="megaft doctor")
-    if config.distributed:
-        from megaft import doctor_ranks, parallel
+    flags = own_flags(arguments)
+    if "--distributed" in flags and not {"-h", "--help"} & {*flags}:
+        from megaft import parallel
 
-        return parallel.exit_code_on_ranks(lambda topology: doctor_ranks.run(config.folder, config.json, topology))
+        return parallel.exit_code_on_ranks(lambda topology: _run(parse(flags, topology.is_main), topology))
+    config = parse(flags)
     from megaft import doctor_machine
 
     return doctor_machine.run(config.json)
+
+
+def parse(flags: list[str], is_main: bool = True) -> DoctorConfig:
+    """Read the flags; exit with 2 on a bad one, whose rule the main rank says."""
+    return tyro.cli(DoctorConfig, args=flags, prog="megaft doctor", console_outputs=is_main)
+
+
+def _run(config: DoctorConfig, topology: Topology) -> int:
+    from megaft import doctor_ranks
+
+    return doctor_ranks.run(config.folder, config.json, topology)
 
 
 if __name__ == "__main__":

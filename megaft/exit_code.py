@@ -22,6 +22,9 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
     Ctrl-C gives 130, and a reader of our output that went away (`| head`) 141, as shells count them. Anything else
     is a bug and keeps its traceback.
 
+    Raises:
+        SystemExit: From a parser of flags.
+
     Args:
         is_main: Whether this rank prints the message at once; another one waits for the main rank to have done so.
     """
@@ -37,6 +40,10 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
             time.sleep(SECONDS_FOR_MAIN)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except SystemExit:  # the parser's, of the same flags on every rank: the main one says what is wrong with them
+        if not is_main:
+            time.sleep(SECONDS_FOR_MAIN)
+        raise
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

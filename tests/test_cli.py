@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import megaft
+from evaluate_zero_shot.config import parse
 from megaft.cli import COMMANDS, Command, main
 from megaft.config import OptimConfig
 from megaft.environment import git_state
@@ -136,6 +137,17 @@ def test_the_main_rank_speaks_first(capsys, monkeypatch):
     assert (waits, capsys.readouterr().err) == ([], "error: no\n")
     assert exit_code_of(raising(DataError("alone")), is_main=False) == 3
     assert (waits, capsys.readouterr().err) == ([(20.0, "")], "error: alone\n")
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_only_the_main_rank_says_what_is_wrong_with_flags(is_main, capsys, monkeypatch):
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(SystemExit) as exit_of_parser:
+        exit_code_of(lambda: len(parse(["--bogus"], is_main).model), is_main=is_main)
+    assert exit_of_parser.value.code == 2
+    assert ("--bogus" in capsys.readouterr().err) == is_main
+    assert waits == ([] if is_main else [20.0])
 
 
 def test_interrupt_and_bug(fake_command):
