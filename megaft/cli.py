@@ -27,6 +27,7 @@ COMMANDS = {
     "prepare": Command("tokenize text files to disk, once", "megaft.prepare", "megaft.prepare_config:PrepareConfig"),
     "train": Command("finetune a model with DeepSpeed", "megaft.train", None),
     "generate": Command("continue a text with a model", "megaft.generate", "megaft.generate:GenerateConfig"),
+    "convert": Command("change a model's format", "megaft.convert", "megaft.convert:ConvertConfig"),
     "validate": Command("check a run before it takes a GPU", "megaft.validate", "megaft.validate:ValidateConfig"),
     "doctor": Command("look at this machine, or prove its ranks", "megaft.doctor", None),
     "submit": Command("fill in a batch script and hand it to SLURM", "megaft.submit", None),

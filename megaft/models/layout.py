@@ -19,6 +19,9 @@ from megaft.config import require
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
 """transformers' model types that have a layout."""
 
+MAX_RANKS = 64
+"""Over how many tensor-parallel ranks a model is cut at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -58,10 +61,8 @@ def local(rule: Rule, sources: Sequence[Tensor], size: int, rank: int) -> Tensor
 def whole(rule: Rule, shards: Sequence[Tensor], heads_per_group: int) -> dict[str, Tensor]:
     """Return the parameters of transformers by name, from what every rank holds: the inverse of `local`."""
     apart = [_apart(rule, shard, len(shards), heads_per_group) for shard in shards]
-    if rule.axis is None:
-        tensors = apart[0]
-    else:
-        tensors = [torch.cat(parts, rule.axis) for parts in zip(*apart, strict=True)]
+    axis = rule.axis
+    tensors = apart[0] if axis is None else [torch.cat(parts, axis) for parts in zip(*apart, strict=True)]
     if rule.rows:
         tensors = [tensor[: rule.rows] for tensor in tensors]
     if rule.groups and len(rule.sources) == 1:
@@ -192,3 +193,16 @@ def biases_of(config: Any) -> tuple[bool, bool]:
         "use model.backend hugging-face.",
     )
     return in_attention, in_attention
+
+
+def require_cuttable(config: Any, size: int) -> None:
+    """Raise ConfigError unless every rank gets whole attention heads and as much of each layer."""
+    layout = layout_of(config)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    for what, number in (("attention groups", layout.num_groups), ("inner width", inner)):
+        able = [divisor for divisor in range(1, MAX_RANKS + 1) if layout.num_groups % divisor == inner % divisor == 0]
+        require(
+            number % size == 0,
+            f"parallel.tensor-parallel-size is {size}, but the model's {what} ({number}) does not divide by it; "
+            f"use one of {', '.join(map(str, able))}.",
+        )

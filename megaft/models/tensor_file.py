@@ -1,11 +1,13 @@
-"""A safetensors file read one tensor at a time into memory of its own: no map, whose touched pages would stay resident.
+"""Safetensors files read and written one tensor at a time: no map, whose touched pages would stay resident.
 
 Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -88,3 +90,43 @@ def open_tensors(path: Path) -> TensorFile:
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         spans[name] = Span(entry["dtype"], torch.Size(entry["shape"]), begin, end)
     return TensorFile(path, spans)
+
+
+class TensorWriter:
+    """A new safetensors file: its header at once, then its tensors one after the other, hashed on the way."""
+
+    def __init__(self, path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype):
+        self.path, self.dtype = path, dtype
+        self._sha256 = hashlib.sha256()
+        self._file = path.open("xb")
+        self._put(header_of(shapes, dtype))
+
+    def write(self, tensor: Tensor) -> None:
+        """Add the next of the tensors that the header names."""
+        self._put(tensor.to(self.dtype).contiguous().view(torch.uint8).numpy().data)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+
+    def close(self) -> dict[str, int | str]:
+        """Wait until the file is on disk; return its bytes and SHA-256, as a manifest has them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        num_bytes = self._file.tell()
+        self._file.close()
+        return {"bytes": num_bytes, "sha256": self._sha256.hexdigest()}
+
+
+def header_of(shapes: dict[str, torch.Size], dtype: torch.dtype) -> bytes:
+    """Return the beginning of a safetensors file of tensors in one dtype: the length of a JSON text, and the text."""
+    kind = next(kind for kind, known in DTYPES.items() if known == dtype)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, shape in shapes.items():
+        end = begin + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text

@@ -24,6 +24,7 @@ from megaft.models.tensor_file import TensorFile, open_tensors
 from megaft.models.weight_files import require_weights
 
 MANIFEST = "megatron.json"
+INDEX = "model.safetensors.index.json"
 FORMAT = 1
 """Of a megatron folder; the number in its manifest."""
 
@@ -39,6 +40,11 @@ class Weights:
     shapes: dict[str, torch.Size]
     """Of all parameters; one that is tied to another is not among them."""
     fetch: Callable[[str], Tensor]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers they are."""
+        return sum(shape.numel() for shape in self.shapes.values())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,15 +74,20 @@ def open_weights(source: str, *, is_hashed: bool = False) -> Weights:
     Raises:
         DataError: It is not there, asks for code, or its weights are not those of its configuration.
     """
+    source = model_folder(source)
     folder = Path(source)
-    if (folder / "export" / "config.json").is_file():
-        return open_weights(str(folder / "export"))
     require_there(source)
     require_inert("model", source)
     if (folder / MANIFEST).is_file():
         return _from_megatron(folder, is_hashed)
     files = [] if folder.suffix == ".gguf" else _safetensors_of(source)
     return _from_safetensors(source, files) if files else _from_whole(source)
+
+
+def model_folder(source: str) -> str:
+    """Return where a model is that may be given by its run's folder, which keeps it in export/."""
+    export = Path(source) / "export"
+    return str(export) if (export / "config.json").is_file() else source
 
 
 def load_config(source: str) -> Any:
@@ -107,9 +118,9 @@ def _safetensors_of(source: str) -> list[TensorFile]:
     """Return the safetensors files of a folder or of what the hub calls so; none where it has others only."""
     if Path(source).is_dir():
         require_weights(Path(source))
-    index = _file(source, "model.safetensors.index.json")
+    index = file_of(source, INDEX)
     names = sorted(set(_weight_map(index).values())) if index else ["model.safetensors"]
-    found = {name: _file(source, name) for name in names}
+    found = {name: file_of(source, name) for name in names}
     if index and (missing := [name for name, path in found.items() if path is None]):
         raise DataError(f"model is {source}; its {missing[0]}, which {index.name} names, is not there. Copy it anew.")
     return [open_tensors(path) for path in found.values() if path]
@@ -122,7 +133,12 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise DataError(f"{index} is damaged ({type(error).__name__}: {error}); copy it anew.") from error
 
 
-def _file(source: str, name: str) -> Path | None:
+def file_of(source: str, name: str) -> Path | None:
+    """Return a file of a model's folder, or of what the hub calls so; None where it has no such file.
+
+    Raises:
+        DataError: There is no such model.
+    """
     from transformers.utils import cached_file
 
     try:

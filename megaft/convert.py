@@ -1,0 +1,118 @@
+"""`megaft convert`: a model's weights in another format, cut for another number of ranks, or in another dtype.
+
+It reads and writes tensor by tensor. Imports no torch until there is something to do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from megaft.config import require
+from megaft.errors import ConfigError
+from megaft.files import fsync, naming_disk_errors
+from megaft.masking import without_secrets
+from megaft.ranges import at_least, require_ranges
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """Write a model's weights in another format, tensor by tensor. docs/convert.md describes the formats."""
+
+    source: Annotated[str, tyro.conf.arg(name="from")]
+    """A model folder, hub name or GGUF file, a converted folder, a run's, or a classic Megatron-LM checkpoint."""
+    to: Path
+    """The folder to be made. There must be none."""
+    format: Literal["hugging-face", "megatron"]
+    """hugging-face is a folder that transformers loads; megatron has one file a tensor-parallel rank."""
+    tensor_parallel_size: int = 1
+    """How many ranks the megatron format is cut for."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the weights are rounded to. By default they stay as they are."""
+    model_config: str | None = None
+    """For a classic Megatron-LM checkpoint: the folder or config.json of transformers that describes the model."""
+    verify: bool = False
+    """Run both models on a text, on as many CPU processes as each has ranks, and compare what every token costs."""
+    text: Path | None = None
+    """The text of --verify. By default a short one of ours."""
+
+    def __post_init__(self) -> None:
+        require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
+        require(
+            self.format == "megatron" or self.tensor_parallel_size == 1,
+            f"tensor-parallel-size is {self.tensor_parallel_size}, but format hugging-face has no ranks; drop it.",
+        )
+        require(
+            self.verify or self.text is None,
+            f"text is {self.text}, which has no effect without --verify; add that, or drop it.",
+        )
+
+
+def main(config: ConvertConfig) -> int:
+    """Write the folder, say how long it took, and compare it with its source if asked to.
+
+    Raises:
+        ConfigError: The folder exists, or the disk has no room for it.
+        DataError: The source cannot be read.
+        NumericsError: The two models differ on the text.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars over the files of a model
+    import torch
+
+    from megaft.models import convert
+    from megaft.models.weights import model_folder, open_weights
+
+    require_new(config.to)
+    source = model_folder(config.source)
+    weights = open_weights(source, is_hashed=True)
+    dtype = getattr(torch, config.dtype) if config.dtype else weights.dtype
+    num_bytes, begin = weights.num_parameters * dtype.itemsize, time.perf_counter()
+    with publishing(config.to, num_bytes) as folder:
+        if config.format == "megatron":
+            convert.write_megatron(weights, folder, dtype, config.tensor_parallel_size, without_secrets(config.source))
+        else:
+            convert.write_hugging_face(weights, folder, dtype)
+        convert.copy_companions(source, folder)
+    seconds = time.perf_counter() - begin
+    name = str(dtype).removeprefix("torch.")
+    print(f"wrote {config.to}: {weights.num_parameters:,} parameters in {name}, {num_bytes:,} bytes in {seconds:.1f} s")
+    return 0
+
+
+def require_new(folder: Path) -> None:
+    """Raise ConfigError where there is something already."""
+    require(not os.path.lexists(folder), f"to is {folder}, which exists; name a folder that does not, or remove it.")
+
+
+@contextmanager
+def publishing(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """Give a temporary folder that becomes `folder`, on disk, when the block ends, and is removed when it raises.
+
+    Raises:
+        ConfigError: There is no room for so many bytes, the disk refuses, or there is such a folder by then.
+    """
+    temporary = folder.with_name(f".{folder.name}.converting")
+    with naming_disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+        free = shutil.disk_usage(folder.parent).free
+        if free < num_bytes:
+            raise ConfigError(f"to is {folder}, which needs {num_bytes:,} bytes of {free:,} free; free space there.")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in (*temporary.iterdir(), temporary):
+                fsync(path)
+            require_new(folder)
+            temporary.rename(folder)
+            fsync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
