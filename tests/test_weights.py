@@ -1,0 +1,178 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM
+
+from megaft.errors import DataError
+from megaft.models.layout import layout_of
+from megaft.models.weights import open_weights, shapes_of
+
+CASES = {
+    "gpt2": ("gpt2", {}),
+    "gpt2 untied": ("gpt2", {"tie_word_embeddings": False}),
+    "llama with groups, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama untied with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "mistral": ("mistral with a sliding window", {"sliding_window": None}),
+}
+
+
+def make_folder(folder, name, changes, **options):
+    model = make_model(name, **changes)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def require_same(weights, model):
+    parameters = dict(model.named_parameters())
+    assert weights.names == tuple(parameters)
+    for name, parameter in parameters.items():
+        assert weights.shape(name) == parameter.shape
+        assert torch.equal(weights.read(name), parameter), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_layout_has_all_parameters_and_no_others(case):
+    name, changes = CASES[case]
+    config = make_model(name, **changes).config
+    sources = [source for rule in layout_of(config).rules.values() for source in rule.sources]
+    assert sorted(sources) == sorted(shapes_of(config))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_reads_as_transformers_has_it(tmp_path, case):
+    name, changes = CASES[case]
+    model = make_folder(tmp_path, name, changes)
+    require_same(open_weights(str(tmp_path)), model)
+
+
+def test_several_files_and_names_without_the_prefix(tmp_path):
+    model = make_folder(tmp_path, "gpt2", {}, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    require_same(open_weights(str(tmp_path)), model)
+    tensors = {
+        name.removeprefix("transformer."): tensor
+        for path in tmp_path.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+    for path in tmp_path.glob("*.safetensors*"):
+        path.unlink()
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.uint8)  # as the files of 2019 have
+    save_file(tensors | {"h.0.attn.bias": mask}, tmp_path / "model.safetensors")
+    require_same(open_weights(str(tmp_path)), model)
+
+
+def test_bin_files_and_a_run(tmp_path):
+    model = make_folder(tmp_path / "run/export", "llama", {})
+    require_same(open_weights(str(tmp_path / "run")), model)
+    (tmp_path / "run/export/model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "run/export/pytorch_model.bin")
+    require_same(open_weights(str(tmp_path / "run")), model)
+
+
+def test_stored_dtypes_stay(tmp_path):
+    make_folder(tmp_path, "llama", {})
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    norm = "model.norm.weight"
+    save_file(tensors, path)
+    assert open_weights(str(tmp_path)).dtype == torch.bfloat16
+    save_file(tensors | {norm: tensors[norm].float()}, path)
+    weights = open_weights(str(tmp_path))
+    assert weights.dtype == torch.float32
+    assert weights.read(norm).dtype == torch.float32
+    assert weights.read("lm_head.weight").dtype == torch.bfloat16
+    save_file(tensors | {norm: tensors[norm].half()}, path)
+    assert open_weights(str(tmp_path)).dtype == torch.float32  # holds both
+
+
+def test_the_hub_s_cache(tmp_path, monkeypatch):
+    model = make_folder(tmp_path / "model", "gpt2", {}, max_shard_size="20KB")
+    commit = "0" * 40
+    repo = tmp_path / "hub/models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(commit)
+    shutil.copytree(tmp_path / "model", repo / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    require_same(open_weights("someone/tiny"), model)
+    index = repo / "snapshots" / commit / "model.safetensors.index.json"
+    gone = sorted(set(json.loads(index.read_text())["weight_map"].values()))[1]
+    (index.parent / gone).unlink()
+    with pytest.raises(DataError, match=gone):
+        open_weights("someone/tiny")
+
+
+def change_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+HEAD = "model.layers.1.mlp.up_proj.weight"
+DAMAGES = {
+    "missing": (lambda folder: change_tensors(folder, lambda tensors: tensors.pop(HEAD)), f"{HEAD} is missing"),
+    "misshapen": (
+        lambda folder: change_tensors(folder, lambda tensors: tensors.update({HEAD: torch.zeros(48, 31)})),
+        r"up_proj.weight is \[48, 31\], not \[48, 32\]",
+    ),
+    "no floats": (
+        lambda folder: change_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[HEAD].int()})),
+        "up_proj.weight in I32",
+    ),
+    "cut short": (
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4]),
+        "cut short",
+    ),
+    "code": (lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "evil.py"}), "auto_map"),
+    "quantized": (
+        lambda folder: edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"}),
+        "quantized",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    "another output layer": (
+        lambda folder: edit_json(folder / "config.json", tie_word_embeddings=True),
+        "tie_word_embeddings false",
+    ),
+    "index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        "b.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_does_not_fit_is_named(tmp_path, damage):
+    make_folder(tmp_path, "llama", {})
+    change, message = DAMAGES[damage]
+    change(tmp_path)
+    with pytest.raises(DataError, match=message):
+        open_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nor/this", "nobody/has-this"])
+def test_no_such_model(source):
+    with pytest.raises(DataError, match=source):
+        open_weights(source)
+
+
+def test_reading_leaves_no_pages_mapped(tmp_path):
+    make_folder(tmp_path, "gpt2", {})
+    weights = open_weights(str(tmp_path))
+    weights.read("transformer.wte.weight")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_the_small_trained_model(shared):
+    folder = str(shared / "models/tiny-gpt2-wikitext2")
+    require_same(open_weights(folder), AutoModelForCausalLM.from_pretrained(folder))
