@@ -296,8 +296,11 @@ def test_tensorboard_after_going_back_to_a_checkpoint(tmp_path):
 
 
 def test_wandb_offline_goes_on_under_the_same_id_and_writes_no_secret(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # seconds for the service to start
     monkeypatch.setenv("WANDB_API_KEY", "CANARY" + "0" * 34)
     ids = []
     for first_step in (0, 2, 0):
@@ -306,6 +309,7 @@ def test_wandb_offline_goes_on_under_the_same_id_and_writes_no_secret(tmp_path, 
         trackers.close()
         ids.append((tmp_path / "wandb_id").read_text())
     assert ids[0] == ids[1] != ids[2]
+    wandb.teardown()  # its service may still be writing what a finished run logged
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if b"CANARY" in path.read_bytes()]
     runs = [path for path in files if path.suffix == ".wandb"]
