@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": Command("continue a text with a model", "megaft.generate", "megaft.generate:GenerateConfig"),
     "convert": Command("change a model's format", "megaft.convert", "megaft.convert:ConvertConfig"),
     "validate": Command("check a run before it takes a GPU", "megaft.validate", "megaft.validate:ValidateConfig"),
+    "estimate": Command("tell a run's memory, speed and days", "megaft.estimate", "megaft.estimate:EstimateConfig"),
     "doctor": Command("look at this machine, or prove its ranks", "megaft.doctor", None),
     "submit": Command("fill in a batch script and hand it to SLURM", "megaft.submit", None),
 }

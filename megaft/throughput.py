@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
@@ -13,32 +12,10 @@ import torch
 
 from megaft import parallel
 from megaft.config import MetricsConfig
+from megaft.hardware import data_sheet_flops
+from megaft.shape import flops_per_token
 
-# Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's data sheets; the first match holds.
-PEAK_FLOPS = {
-    r"B200": 2250e12,
-    r"H(100|200) NVL": 835e12,
-    r"H100 PCIe": 756e12,
-    r"H100|H200|GH200": 989e12,
-    r"A100": 312e12,
-    r"A10": 125e12,
-    r"L40S": 362e12,
-    r"L4": 121e12,
-    r"RTX A6000": 154.8e12,
-    r"RTX 4090": 165.2e12,
-    r"V100-PCIE": 112e12,
-    r"V100": 125e12,
-    r"T4": 65e12,
-}
 MEASURING_SECONDS = 0.3
-
-
-def flops_per_token(num_parameters: int, num_layers: int, hidden_size: int, context_length: int) -> int:
-    """Return the floating-point operations of training on one token, 6N + 12LdT (PaLM, appendix B).
-
-    Forward and backward of the model as it is: recomputed activations do not count, and a causal mask saves nothing.
-    """
-    return 6 * num_parameters + 12 * num_layers * hidden_size * context_length
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None = None) -> tuple[float, str]:
@@ -53,13 +30,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None =
         if (known := data_sheet_flops(name)) is not None:
             return known, f"data sheet of {name}"
     return measured_flops(device, dtype), f"measured by multiplying {dtype} matrices on this {device.type}"
-
-
-def data_sheet_flops(name: str) -> float | None:
-    """Return the half-precision peak of the GPU called `name`; None where unknown, as for a slice of one (MIG)."""
-    if "MIG" in name:
-        return None
-    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)
 
 
 def _has_tensor_cores_for(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,0 +1,190 @@
+"""`megaft estimate`: what a run takes of each GPU's memory and how long it lasts, before there is a GPU or a run.
+
+Closed formulas, nothing is built: an answer takes a second for any size. docs/estimates.md shows how near they come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megaft.changes import changes
+from megaft.config import OptimConfig, require
+from megaft.deepspeed_json import read_deepspeed_json
+from megaft.hardware import GPUS, RESERVED_BYTES, data_sheet_flops, published_shares
+from megaft.presets import configuration
+from megaft.ranges import ABOVE_0, BELOW_1, at_least, require_ranges
+from megaft.recipe import Recipe
+from megaft.shape import Shape, count, flops_per_token
+from megaft.validate import bytes_per_parameter
+
+GIB = 2**30
+SECONDS_PER_DAY = 86_400
+RECOMPUTED = 3 / 4
+"""Of a step's work, what remains model FLOPs where each layer is computed forward twice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimateConfig:
+    """Say what a run would take: memory of each rank, whether it fits and what would make it, speed, days, disk.
+
+    Exit code 0, also where it does not fit.
+    """
+
+    model: str
+    """A folder with a config.json, or a name such as gpt2-xl, megatron-8.3b, llama-3.1-8b, smollm2-135m."""
+    deepspeed_config: Path
+    """The DeepSpeed JSON, read as training reads it."""
+    world_size: int = 1
+    """Ranks, one a GPU."""
+    tensor_parallel_size: int = 1
+    """Of them, those that share each matrix (backend megatron)."""
+    context_length: int = 1024
+    """Input tokens per sample."""
+    hardware: str = "h100"
+    """The GPU: h100, h200, b200, a100, a100-40gb, l40s, a6000, rtx4090, v100, v100-32gb, t4."""
+    backend: Literal["hugging-face", "megatron"] = "hugging-face"
+    """Whose modules compute, as --model.backend."""
+    activation_checkpointing: bool = False
+    """Each layer keeps its input only, as --model.activation-checkpointing."""
+    dropout: float | None = None
+    """Every dropout probability of the model. By default as its own configuration says."""
+    tokens: float | None = None
+    """Tokens to train on, for the days that takes; such as 1e9."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    json: bool = False
+    """Print one line of JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        require(self.hardware in GPUS, f"hardware is {self.hardware}; use one of {', '.join(GPUS)}.")
+        one = at_least(1)
+        require_ranges(self, world_size=one, tensor_parallel_size=one, context_length=one)
+        require_ranges(self, dropout=BELOW_1.such_as("0.1"), tokens=ABOVE_0.such_as("1e9"))
+
+
+def main(config: EstimateConfig) -> int:
+    """Estimate, print, and return 0.
+
+    Raises:
+        UserError: A setting, the JSON or the model's configuration that training would refuse.
+    """
+    from megaft.files import to_json
+
+    answer = estimate(config)
+    print(to_json(answer) if config.json else "\n".join(lines(answer)))
+    return 0
+
+
+def estimate(config: EstimateConfig) -> dict[str, Any]:
+    """Return the answer as JSON values.
+
+    Raises:
+        UserError: As `main`.
+    """
+    recipe = recipe_of(config)
+    footprint = recipe.footprint()
+    setup, gpu = footprint.setup, GPUS[config.hardware]
+    available = gpu.memory_bytes - RESERVED_BYTES
+    fits = footprint.peak_bytes <= available
+    ways = [] if fits else changes(recipe, available)
+    return {
+        "fits": fits,
+        "peak_bytes": footprint.peak_bytes,
+        "available_bytes": available,
+        "hardware": gpu.name,
+        "peak_moment": footprint.peak_moment,
+        "components": footprint.moments[footprint.peak_moment],
+        "moments": {name: sum(parts.values()) for name, parts in footprint.moments.items()},
+        "states": asdict(footprint.states),
+        "activations": asdict(footprint.activations),
+        "offloaded_bytes": footprint.states.host,
+        "changes": [asdict(way) for way in ways],
+        "parameters": recipe.shape.num_parameters,
+        "parameters_of_a_rank": count(recipe.work(setup).weights),
+        "world_size": recipe.world_size,
+        "data_parallel_size": recipe.num_data_ranks,
+        "tensor_parallel_size": recipe.tensor_parallel_size,
+        "zero_stage": setup.zero_stage,
+        "dtype": setup.dtype,
+        "global_batch_size": setup.global_batch_size,
+        "micro_batch_size": setup.micro_batch_size,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+        "checkpoint_bytes": recipe.shape.num_parameters * bytes_per_parameter(setup.optim),
+        "export_bytes": recipe.shape.num_parameters * 4,
+        **speed(recipe, setup.dtype, gpu.name, config.tokens),
+    }
+
+
+def recipe_of(config: EstimateConfig) -> Recipe:
+    """Read the files that the command names."""
+    return Recipe(
+        shape=Shape.of(configuration(config.model), config.dropout),
+        deepspeed=read_deepspeed_json(config.deepspeed_config),
+        context_length=config.context_length,
+        world_size=config.world_size,
+        tensor_parallel_size=config.tensor_parallel_size,
+        is_megatron=config.backend == "megatron",
+        is_recomputed=config.activation_checkpointing,
+        optim=config.optim,
+    )
+
+
+def speed(recipe: Recipe, dtype: str, gpu: str, tokens: float | None) -> dict[str, Any]:
+    """Return the work of a token, and the rates that published shares of the GPU's peak would give.
+
+    In float32 the GPU's peak is another, and nobody publishes shares of it: the rates are null.
+    """
+    shape, peak = recipe.shape, data_sheet_flops(gpu)
+    work = flops_per_token(shape.num_parameters, shape.num_layers, shape.width, recipe.context_length)
+    found: dict[str, Any] = dict.fromkeys(("mfu", "mfu_sources", "tokens_per_second", "days"))
+    found |= {"flops_per_token": work, "peak_flops": peak}
+    if dtype == "float32" or peak is None:
+        return found
+    shares = published_shares(gpu)
+    done = RECOMPUTED if recipe.is_recomputed else 1.0
+    mfu = [min(one.lowest for one in shares) * done, max(one.highest for one in shares) * done]
+    rates = [recipe.world_size * peak * share / work for share in mfu]
+    days = [tokens / rate / SECONDS_PER_DAY for rate in rates] if tokens else None
+    sources = [f"{one.gpu}, {one.lowest:.1%} to {one.highest:.1%}: {one.source}" for one in shares]
+    return found | {"mfu": mfu, "mfu_sources": sources, "tokens_per_second": rates, "days": days}
+
+
+def lines(answer: dict[str, Any]) -> list[str]:
+    """Return the answer as a table."""
+    verdict = "fits" if answer["fits"] else "does NOT fit"
+    head = (
+        "{parameters:,} parameters ({parameters_of_a_rank:,} on a rank before ZeRO); ZeRO {zero_stage}, {dtype}; "
+        "{data_parallel_size} data x {tensor_parallel_size} tensor ranks; global batch {global_batch_size} = "
+        "{micro_batch_size} x {gradient_accumulation_steps} x {data_parallel_size}".format(**answer)
+    )
+    rows = [f"  {name:<16} {size / GIB:9.2f} GiB" for name, size in answer["components"].items() if size]
+    peak, free = answer["peak_bytes"] / GIB, answer["available_bytes"] / GIB
+    found = [head, "", f"On each GPU at the peak ({answer['peak_moment']}):", *rows]
+    found += [f"  {'together':<16} {peak:9.2f} GiB, {verdict} in the {free:.2f} GiB of a {answer['hardware']}"]
+    if answer["offloaded_bytes"]:
+        found += [f"  {'on the host':<16} {answer['offloaded_bytes'] / GIB:9.2f} GiB a rank"]
+    if not answer["fits"]:
+        found += ["", "It fits with:" if answer["changes"] else "No change of settings makes it fit."]
+        found += [f"  {', '.join(way['settings'])} ({way['peak_bytes'] / GIB:.2f} GiB)" for way in answer["changes"]]
+    return [*found, "", *_speed_lines(answer), _disk_line(answer)]
+
+
+def _speed_lines(answer: dict[str, Any]) -> list[str]:
+    work = f"{answer['flops_per_token'] / 1e9:.4g} GFLOP a token"
+    if answer["tokens_per_second"] is None:
+        return [f"{work}; no figures are published for {answer['dtype']}."]
+    low, high = answer["tokens_per_second"]
+    found = [f"{work}; {low:,.0f} to {high:,.0f} tokens/s together at {_range(answer['mfu'])} of the peak, as in"]
+    found += [f"  {source}" for source in answer["mfu_sources"]]
+    if answer["days"]:
+        found.append(f"{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
+    return found
+
+
+def _range(shares: list[float]) -> str:
+    return f"{shares[0]:.0%} to {shares[1]:.0%}"
+
+
+def _disk_line(answer: dict[str, Any]) -> str:
+    return f"A checkpoint is {answer['checkpoint_bytes'] / GIB:.2f} GiB, the export {answer['export_bytes'] / GIB:.2f}."

@@ -1,0 +1,85 @@
+"""GPUs: what they compute and hold, and what share of that others have published."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MIB = 2**20
+
+# Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's data sheets; the first match holds.
+PEAK_FLOPS = {
+    r"B200": 2250e12,
+    r"H(100|200) NVL": 835e12,
+    r"H100 PCIe": 756e12,
+    r"H100|H200|GH200": 989e12,
+    r"A100": 312e12,
+    r"A10": 125e12,
+    r"L40S": 362e12,
+    r"L4": 121e12,
+    r"RTX A6000": 154.8e12,
+    r"RTX 4090": 165.2e12,
+    r"V100-PCIE": 112e12,
+    r"V100": 125e12,
+    r"T4": 65e12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A kind of GPU, as `--hardware` names it."""
+
+    name: str
+    """As the driver says it; a key of PEAK_FLOPS matches it."""
+    memory_bytes: int
+    """As nvidia-smi shows it."""
+
+
+GPUS = {
+    "h100": Gpu("H100 80GB HBM3", 81559 * MIB),
+    "h200": Gpu("H200", 143771 * MIB),
+    "b200": Gpu("B200", 183359 * MIB),
+    "a100": Gpu("A100-SXM4-80GB", 81920 * MIB),
+    "a100-40gb": Gpu("A100-SXM4-40GB", 40960 * MIB),
+    "l40s": Gpu("L40S", 46068 * MIB),
+    "a6000": Gpu("RTX A6000", 49140 * MIB),
+    "rtx4090": Gpu("RTX 4090", 24564 * MIB),
+    "v100-32gb": Gpu("V100-SXM3-32GB", 32768 * MIB),
+    "v100": Gpu("V100-SXM2-16GB", 16384 * MIB),
+    "t4": Gpu("T4", 15360 * MIB),
+}
+
+RESERVED_BYTES = 2048 * MIB
+"""Of each GPU for what torch's allocator does not count: the CUDA context, cuBLAS workspaces, NCCL, fragments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A published share of the peak, model FLOPs alone counted."""
+
+    gpu: str
+    lowest: float
+    highest: float
+    source: str
+
+
+PUBLISHED = (
+    Share("H100", 0.487, 0.505, "llm.c: GPT-2 1558M, 8 GPUs, ZeRO-1, nothing recomputed"),
+    Share("H100", 0.41, 0.49, "Megatron-LM: 1.7B, 7.1B and 16B on 48, 96 and 192 GPUs"),
+    Share("H100", 0.42, 0.46, "MPT-1b and MPT-7b in bf16, 8 GPUs"),
+    Share("H100", 0.33, 0.39, "torchtitan: Llama3-8B by FSDP, 8 GPUs, without and with torch.compile"),
+    Share("V100", 0.24, 0.31, "Shoeybi et al. 2019: 15.1 PFLOP/s on 512 GPUs; 39 TFLOP/s on one"),
+)
+"""Of GPUs that are not listed, the H100's shares stand in."""
+
+
+def data_sheet_flops(name: str) -> float | None:
+    """Return the half-precision peak of the GPU called `name`; None where unknown, as for a slice of one (MIG)."""
+    if "MIG" in name:
+        return None
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)
+
+
+def published_shares(name: str) -> list[Share]:
+    """Return what others have reached on the GPU called `name`."""
+    return [one for one in PUBLISHED if one.gpu in name] or [one for one in PUBLISHED if one.gpu == "H100"]

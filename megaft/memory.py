@@ -1,0 +1,301 @@
+"""What one rank of a run holds in memory, in bytes, by closed formulas; docs/estimates.md compares them with tensors.
+
+Everything is counted as DeepSpeed 0.19 and torch really keep it: ZeRO's partitions are padded, its buckets are whole
+from the first gradient on, its half-precision engines keep fp32 gradients, and a layer keeps what its backward needs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from megaft.deepspeed_json import Resolved
+from megaft.shape import Shape, Weights, count
+from megaft.validate import bytes_per_parameter
+
+FLOAT = 4
+LOGITS_BYTES = 128 * 2**20
+"""fp32 logits of a chunk on CUDA: megaft.loss.CHUNK_BYTES."""
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's reduce bucket by default, and of the buffer that stage 0 reduces in."""
+STAGE_3 = {  # DeepSpeed's defaults, in elements
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "sub_group_size": 1_000_000_000,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One micro-batch on one rank."""
+
+    shape: Shape
+    micro_batch_size: int
+    context_length: int
+    tensor_parallel_size: int = 1
+    is_megatron: bool = False
+    is_recomputed: bool = False
+    """Each layer keeps its input only."""
+    word_bytes: int = 2
+    """Of a weight and an activation."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the micro-batch."""
+        return self.micro_batch_size * self.context_length
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters of this rank, before ZeRO."""
+        return self.shape.weights(self.tensor_parallel_size, self.is_megatron)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class States:
+    """What training keeps from micro-batch to micro-batch, and what a step adds."""
+
+    weights: int
+    master_weights: int
+    """fp32 copies that the optimizer steps."""
+    optimizer: int
+    """Moments."""
+    gradients: int
+    """At their fullest, at the end of a step's last backward pass."""
+    gradients_before: int
+    """Of those, what is there when that pass begins."""
+    gradients_reduced: int
+    """Of those, what is left of them when the optimizer steps."""
+    buckets: int = 0
+    """What gradients are reduced in."""
+    buckets_before: int = 0
+    """Of those, what is there when the last backward pass begins."""
+    gathered: int = 0
+    """Stage 3: whole parameters at once, at most."""
+    reducing: int = 0
+    """Held besides while gradients are reduced after the last backward pass."""
+    stepping: int = 0
+    """Held besides while the optimizer steps, or takes the gradient's norm."""
+    host: int = 0
+    """Offloaded to the host's memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """What the forward pass keeps for the backward pass, and what the two hold besides."""
+
+    saved: int
+    """By all layers and around them."""
+    first: int
+    """By the first layer alone, whose backward pass is the last."""
+    layer: int
+    """The most that the backward pass of one layer holds besides, with a recomputed layer's own."""
+    loss: int
+    """The most that the output layer and its loss hold besides."""
+    embedding: int
+    """The most that the backward pass of the embedding holds besides."""
+
+
+def activations(work: Work) -> Activations:
+    """Return the activations of one micro-batch: those that torch's autograd saves, and the largest temporaries.
+
+    Attention is torch's fused kernel, which keeps its inputs, output and one number a query; dropout keeps a byte.
+    """
+    shape, word, tokens = work.shape, work.word_bytes, work.num_tokens
+    stream, inner = tokens * shape.width * word, tokens * shape.inner_width // work.tensor_parallel_size * word
+    of_layer = tokens * _bytes_of_layer(work)
+    kept = stream if work.is_recomputed else of_layer
+    words = -(-shape.vocab_size // work.tensor_parallel_size)
+    head, logits = words * shape.width, min(LOGITS_BYTES, FLOAT * tokens * words)
+    # The fp32 gradient of the output layer's weight beside a chunk's logits; in backward it is scaled, then rounded.
+    rounded = head * word if word < FLOAT else 0
+    forward = max(2 * logits, logits + (logits // 2 if word < FLOAT else 0) + head * word)
+    # The gradient of the product behind an activation, and of its two factors.
+    factors = 1 if shape.family == "gpt2" and (work.is_megatron or shape.activation != "gelu_new") else 2
+    return Activations(
+        saved=shape.num_layers * kept + tokens * _bytes_around_layers(work),
+        first=kept,
+        layer=stream + factors * inner + (of_layer - stream if work.is_recomputed else 0) + head * word,
+        loss=head * FLOAT + max(forward, head * FLOAT + rounded) + 2 * stream,
+        embedding=head * word * shape.is_tied + stream,
+    )
+
+
+def _bytes_of_layer(work: Work) -> int:
+    """Return the bytes a token that a layer saves: its input first, and inputs of matrices, norms and activations."""
+    shape, word, size = work.shape, work.word_bytes, work.tensor_parallel_size
+    attention = shape.num_heads * shape.head_width // size
+    groups = shape.num_groups * shape.head_width // size
+    inner = shape.inner_width // size
+    fused = word * (2 * attention + 2 * groups) + FLOAT * shape.num_heads // size
+    if shape.family == "gpt2":
+        norms = 4 * shape.width * word + 4 * FLOAT
+        is_unfused = shape.activation == "gelu_new" and not work.is_megatron  # transformers writes it out
+        masks = 2 * shape.width if shape.dropout else 0
+        return norms + fused + inner * word * (5 if is_unfused else 2) + masks
+    # RMSNorm computes in fp32: its input so, the normalised input, and its output.
+    norms = 2 * (shape.width * (FLOAT + 2 * word) + FLOAT)
+    return norms + fused + 4 * inner * word
+
+
+def _bytes_around_layers(work: Work) -> int:
+    """Return the bytes a token: embedding's dropout mask, the last norm, labels."""
+    shape, word = work.shape, work.word_bytes
+    if shape.family == "gpt2":
+        return shape.width * (word + (1 if shape.dropout else 0)) + 24
+    return shape.width * (FLOAT + word) + 24
+
+
+def states(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+    """Return what training keeps of these weights on one rank.
+
+    Args:
+        weights: The parameters that a data-parallel rank has before ZeRO.
+        setup: As resolved for that number of ranks.
+        num_ranks: Data-parallel ranks.
+    """
+    if setup.zero_stage == 0:
+        return _unsharded(weights, setup)
+    if setup.zero_stage == 3:
+        return _stage_3(weights, setup, num_ranks)
+    if setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer:
+        return _bf16_engine(weights, setup, num_ranks)
+    return _stages_1_2(weights, setup, num_ranks)
+
+
+def word_bytes(setup: Resolved) -> int:
+    """Return the bytes of a weight in the forward pass."""
+    return FLOAT if setup.dtype == "float32" else 2
+
+
+def flat_size(weights: Weights, num_ranks: int) -> int:
+    """Return the elements of the flat buffers of stages 1 and 2: matrices, then vectors, each padded for the ranks."""
+    vectors = sum(prod(shape) * number for shape, number in weights.items() if len(shape) == 1)
+    unit = 2 * num_ranks
+    return sum(-(-numel // unit) * unit for numel in (count(weights) - vectors, vectors))
+
+
+def _moments(setup: Resolved) -> int:
+    return bytes_per_parameter(setup.optim) - FLOAT
+
+
+def _zero(setup: Resolved, key: str, default: Any) -> Any:
+    return setup.engine_config.get("zero_optimization", {}).get(key, default)
+
+
+def _sent_bytes(setup: Resolved) -> int:
+    """Bytes of an element of a gradient as ranks exchange it."""
+    said = setup.engine_config.get("communication_data_type")
+    return word_bytes(setup) if said is None else FLOAT if said == "fp32" else 2
+
+
+def _largest(weights: Weights) -> int:
+    return max(map(prod, weights))
+
+
+def _unsharded(weights: Weights, setup: Resolved) -> States:
+    total = count(weights) * FLOAT
+    return States(
+        weights=total,
+        master_weights=0,
+        optimizer=count(weights) * _moments(setup),
+        gradients=total,
+        gradients_before=total if setup.gradient_accumulation_steps > 1 else 0,
+        gradients_reduced=total,
+        reducing=min(total, (BUCKET + _largest(weights)) * FLOAT),
+    )
+
+
+def _bf16_engine(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+    """DeepSpeed's BF16_Optimizer: every rank keeps all fp32 gradients, and those in bf16 until the step."""
+    flat = flat_size(weights, num_ranks)
+    is_immediate = setup.engine_config["bf16"].get("immediate_grad_update", False)
+    rounded = 0 if is_immediate else 2 * count(weights)
+    is_one_bucket = flat <= BUCKET
+    return States(
+        weights=2 * flat,
+        master_weights=FLOAT * flat // num_ranks,
+        optimizer=_moments(setup) * flat // num_ranks,
+        gradients=FLOAT * flat + rounded,
+        gradients_before=FLOAT * flat + (rounded if setup.gradient_accumulation_steps > 1 else 0),
+        gradients_reduced=FLOAT * flat + rounded,
+        reducing=FLOAT * flat * is_one_bucket + (2 * flat if _sent_bytes(setup) < FLOAT else 0),
+    )
+
+
+def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+    flat, total, word = flat_size(weights, num_ranks), count(weights), word_bytes(setup)
+    mine, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
+    bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
+    bucket *= 2 if _zero(setup, "overlap_comm", False) else 1
+    kept = FLOAT * mine
+    whole = FLOAT * total if is_stage_1 else kept
+    optimizer = (FLOAT + _moments(setup)) * mine
+    norm = 8 * min(_largest(weights), mine)  # taken in float64
+    offloads = setup.offload_optimizer
+    largest = word * _largest(weights)
+    return States(
+        weights=word * flat,
+        master_weights=0 if offloads else FLOAT * mine,
+        optimizer=0 if offloads else _moments(setup) * mine,
+        gradients=whole,
+        gradients_before=whole if accumulates else 0,
+        gradients_reduced=kept,
+        buckets=bucket + largest * offloads,
+        buckets_before=bucket * (is_stage_1 and accumulates) + largest * offloads,
+        reducing=max(0, kept - bucket) if is_stage_1 else 0,
+        stepping=max(norm, kept if word == FLOAT and not offloads else 0),
+        host=(optimizer + kept + word * mine + largest) if offloads else 0,
+    )
+
+
+def _stage_3(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+    setting = {key: int(_zero(setup, key, default)) for key, default in STAGE_3.items()}
+    word, offloads = word_bytes(setup), setup.offload_optimizer
+    mine = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())
+    threshold = setting["stage3_param_persistence_threshold"]
+    persistent = count(Counter({shape: number for shape, number in weights.items() if prod(shape) <= threshold}))
+    ahead = setting["stage3_max_reuse_distance"] // 2 + setting["stage3_prefetch_bucket_size"] + _largest(weights)
+    bucket = int(_zero(setup, "reduce_bucket_size", BUCKET))
+    is_away = _zero(setup, "offload_param", {}).get("device") == "cpu"
+    sharded, masters, moments, gradients = word * mine, FLOAT * mine, _moments(setup) * mine, FLOAT * mine
+    return States(
+        weights=word * persistent + sharded * (not is_away),
+        master_weights=masters * (not offloads),
+        optimizer=moments * (not offloads),
+        gradients=gradients * (not offloads),
+        gradients_before=gradients * (not offloads),
+        gradients_reduced=gradients * (not offloads),
+        buckets=bucket * (2 * _sent_bytes(setup) + FLOAT // num_ranks),
+        buckets_before=bucket * _sent_bytes(setup),
+        gathered=word * min(count(weights) - persistent, ahead),
+        stepping=0 if offloads else min(gradients, FLOAT * setting["sub_group_size"]),
+        host=sharded * is_away + (masters + moments + 2 * gradients) * offloads,
+    )
+
+
+def moments(held: States, work: Activations) -> dict[str, dict[str, int]]:
+    """Return the components at the moments of a step that can be its peak; each adds up to what is held then."""
+    steady = {"weights": held.weights, "master_weights": held.master_weights, "optimizer": held.optimizer}
+    around = {"gradients": held.gradients_before, "activations": work.saved, "gathered": held.gathered}
+    return {
+        "loss": {**steady, **around, "loss": work.loss, "buckets": held.buckets_before},
+        "last layer's backward": {**steady, **around, "temporaries": work.layer, "buckets": held.buckets},
+        "first layer's backward": {
+            **steady,
+            "gradients": held.gradients,
+            "activations": work.first,
+            "gathered": held.gathered,
+            "temporaries": max(work.layer, work.embedding),
+            "buckets": held.buckets,
+        },
+        "reduction": {**steady, "gradients": held.gradients, "buckets": held.buckets, "temporaries": held.reducing},
+        "step": {
+            **steady,
+            "gradients": held.gradients_reduced,
+            "buckets": held.buckets_before,
+            "temporaries": held.stepping,
+        },
+    }

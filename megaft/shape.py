@@ -1,0 +1,155 @@
+"""The sizes of a language model, from which its parameters, memory and work follow. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+from megaft.config import require
+
+Weights = Counter[tuple[int, ...]]
+"""How many parameters there are of each shape."""
+LLAMAS = ("llama", "mistral", "qwen2")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """A GPT-2 (LayerNorm, learned positions, biases) or a Llama (RMSNorm, rotary positions, gated inner layer)."""
+
+    family: Literal["gpt2", "llama"]
+    num_layers: int
+    width: int
+    num_heads: int
+    num_groups: int
+    """Of keys and values, each for num_heads / num_groups queries."""
+    head_width: int
+    inner_width: int
+    vocab_size: int
+    num_positions: int
+    """The longest context."""
+    is_tied: bool
+    """Whether the output layer is the embedding."""
+    has_qkv_bias: bool
+    has_bias: bool
+    """Whether the other matrices of a layer have biases."""
+    activation: str
+    dropout: float
+    """Of the residual stream. That of attention is drawn again in the backward pass by fused kernels."""
+
+    @classmethod
+    def of(cls, config: dict[str, Any], dropout: float | None = None) -> Shape:
+        """Read a transformers configuration; what it leaves out has transformers' default.
+
+        Raises:
+            ConfigError: A family whose sizes are not known here.
+        """
+        kind = config.get("model_type")
+        require(
+            kind == "gpt2" or kind in LLAMAS,
+            f"the model's model_type is {kind}; megaft estimate knows gpt2, {', '.join(LLAMAS)}.",
+        )
+        return _gpt2(config, dropout) if kind == "gpt2" else _llama(config)
+
+    def weights(self, tensor_parallel_size: int = 1, is_fused: bool = False) -> Weights:
+        """Return the parameters of one tensor-parallel rank.
+
+        Args:
+            tensor_parallel_size: Ranks over which matrices are cut, and the vocabulary, filled up to a multiple.
+            is_fused: Queries, keys and values are one matrix, and a gated layer's two inputs: megatron-core's way.
+        """
+        size = tensor_parallel_size
+        words = -(-self.vocab_size // size)
+        found: Weights = Counter({(words, self.width): 1 if self.is_tied else 2})
+        if self.family == "gpt2":
+            found[(self.num_positions, self.width)] += 1
+        found[(self.width,)] += self._norms_per_layer // 2
+        for shape in self._matrices(size, is_fused):
+            found[shape] += self.num_layers
+        for length in self._vectors(size, is_fused):
+            found[(length,)] += self.num_layers
+        return found
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, tied ones once."""
+        return count(self.weights())
+
+    @property
+    def _norms_per_layer(self) -> int:
+        return 4 if self.family == "gpt2" else 2
+
+    def _outputs(self, size: int, is_fused: bool) -> list[list[int]]:
+        """Widths of the layer's inputs to attention and to the inner layer, cut by columns."""
+        query, key = self.num_heads * self.head_width // size, self.num_groups * self.head_width // size
+        inner = self.inner_width // size
+        is_gated = self.family == "llama"
+        attention = [query + 2 * key] if is_fused or not is_gated else [query, key, key]
+        return [attention, [inner * (1 + is_gated)] if is_fused or not is_gated else [inner, inner]]
+
+    def _matrices(self, size: int, is_fused: bool) -> list[tuple[int, int]]:
+        attention, inner = self._outputs(size, is_fused)
+        rows = self.num_heads * self.head_width // size, self.inner_width // size
+        return [*((out, self.width) for out in (*attention, *inner)), *((self.width, one) for one in rows)]
+
+    def _vectors(self, size: int, is_fused: bool) -> list[int]:
+        attention, inner = self._outputs(size, is_fused)
+        norms = [self.width] * self._norms_per_layer
+        biases = [*inner, self.width, self.width] if self.has_bias else []
+        return [*norms, *biases, *(attention if self.has_qkv_bias else [])]
+
+
+def count(weights: Weights) -> int:
+    """Return the number of elements."""
+    return sum(prod(shape) * number for shape, number in weights.items())
+
+
+def flops_per_token(num_parameters: int, num_layers: int, hidden_size: int, context_length: int) -> int:
+    """Return the floating-point operations of training on one token, 6N + 12LdT (PaLM, appendix B).
+
+    Forward and backward of the model as it is: recomputed activations do not count, and a causal mask saves nothing.
+    """
+    return 6 * num_parameters + 12 * num_layers * hidden_size * context_length
+
+
+def _gpt2(config: dict[str, Any], dropout: float | None) -> Shape:
+    width, heads = config.get("n_embd", 768), config.get("n_head", 12)
+    return Shape(
+        family="gpt2",
+        num_layers=config.get("n_layer", 12),
+        width=width,
+        num_heads=heads,
+        num_groups=heads,
+        head_width=width // heads,
+        inner_width=config.get("n_inner") or 4 * width,
+        vocab_size=config.get("vocab_size", 50_257),
+        num_positions=config.get("n_positions", 1024),
+        is_tied=config.get("tie_word_embeddings", True),
+        has_qkv_bias=True,
+        has_bias=True,
+        activation=config.get("activation_function", "gelu_new"),
+        dropout=config.get("resid_pdrop", 0.1) if dropout is None else dropout,
+    )
+
+
+def _llama(config: dict[str, Any]) -> Shape:
+    width, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
+    is_qwen = config["model_type"] == "qwen2"
+    groups_left_out = {"mistral": 8, "qwen2": 32, "llama": heads}[config["model_type"]]
+    return Shape(
+        family="llama",
+        num_layers=config.get("num_hidden_layers", 32),
+        width=width,
+        num_heads=heads,
+        num_groups=config.get("num_key_value_heads") or groups_left_out,
+        head_width=config.get("head_dim") or width // heads,
+        inner_width=config.get("intermediate_size", 11_008),
+        vocab_size=config.get("vocab_size", 32_000),
+        num_positions=config.get("max_position_embeddings", 2048),
+        is_tied=config.get("tie_word_embeddings", False),
+        has_qkv_bias=is_qwen or config.get("attention_bias", False),
+        has_bias=config.get("attention_bias", False) and not is_qwen,
+        activation=config.get("hidden_act", "silu"),
+        dropout=0.0,
+    )
