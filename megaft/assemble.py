@@ -67,7 +67,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     has_cuda = torch.cuda.is_available()
     setup = resolve(
         raw,
-        world_size=topology.world_size,
+        world_size=data_parallel_size(topology.world_size, config.parallel.tensor_parallel_size),
         optim=config.optim,
         has_cuda=has_cuda,
         resumed_batch_size=resumed_batch_size(config),
@@ -82,10 +82,8 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
 
     device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
     parallel.require_supported(setup.dtype)
-    language_model = hugging_face.build(config.model, config.lora, config.run.seed, setup.engine_config)
-    hugging_face.require_fits(language_model, tokenizer, config.longest_input)
-    if config.data.attend_within_documents:
-        hugging_face.require_keeps_documents_apart(language_model)
+    model, architecture = _model(config, setup)
+    hugging_face.require_fits(model.language_model, tokenizer, config.longest_input)
     validation = Validation(sources.valid, config, tokenizer) if sources.valid else None
     identity = Identity(
         global_batch_size=setup.global_batch_size,
@@ -95,15 +93,15 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         sample=config.data.sample,
         attend_within_documents=config.data.attend_within_documents,
         tokenizer=tokenizer.sha256,
-        model=hugging_face.architecture(language_model),
+        model=architecture,
         dropout=config.model.dropout,
         optim=asdict(setup.optim),
         schedule_steps=None if setup.optim.schedule == "constant" else max_steps,
         validation=validation.name if validation else None,
     )
-    engine = _engine(language_model, config, setup, device)
+    engine = _engine(model, setup, device)
     meter = Meter.of(
-        language_model.config,
+        model.language_model.config,
         engine.module,
         config.data.context_length,
         getattr(torch, setup.dtype),
@@ -129,7 +127,12 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         device=device,
         setup=setup,
         samples=samples,
-        cut=Cut(setup.micro_batch_size, setup.gradient_accumulation_steps, topology.rank, topology.world_size),
+        cut=Cut(
+            setup.micro_batch_size,
+            setup.gradient_accumulation_steps,
+            parallel.data_parallel_rank(),
+            parallel.data_parallel_size(),
+        ),
         validation=validation,
         tokenizer=tokenizer,
         meter=meter,
@@ -159,11 +162,40 @@ def _max_steps(config: TrainConfig, setup: Resolved, samples: Samples) -> int:
     return max_steps
 
 
-def _engine(language_model: Any, config: TrainConfig, setup: Resolved, device: torch.device) -> Any:
+def data_parallel_size(world_size: int, tensor_parallel_size: int) -> int:
+    """Return how many parts of the batch so many ranks compute at once.
+
+    Raises:
+        ConfigError: They do not make whole tensor-parallel groups.
+    """
+    size, rest = divmod(world_size, tensor_parallel_size)
+    require(
+        rest == 0,
+        f"parallel.tensor-parallel-size is {tensor_parallel_size}, but there are {world_size} ranks; "
+        "start a multiple of it.",
+    )
+    return size
+
+
+def _model(config: TrainConfig, setup: Resolved) -> tuple[torch.nn.Module, str]:
+    """Return the module of nats that a run starts from, and what its checkpoints know the architecture by."""
+    if config.model.backend == "megatron":
+        parallel.cut_matrices(config.parallel.tensor_parallel_size)
+        from megaft.models import megatron
+
+        language_model = megatron.build(config.model, config.run.seed, setup.engine_config)
+        return megatron.MegatronNats(language_model), megatron.architecture(language_model)
+    language_model = hugging_face.build(config.model, config.lora, config.run.seed, setup.engine_config)
+    if config.data.attend_within_documents:
+        hugging_face.require_keeps_documents_apart(language_model)
     model = hugging_face.NatsModel(language_model, config.model.cross_entropy)
+    return model, hugging_face.architecture(language_model)
+
+
+def _engine(model: torch.nn.Module, setup: Resolved, device: torch.device) -> Any:
     groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
     optimizer = build_optimizer(groups, setup.optim, device_type="cpu" if setup.offload_optimizer else device.type)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config, mpu=parallel.mpu())[0]
 
 
 def _start_folder(config: TrainConfig, settings: dict[str, Any], events: Events) -> None:
@@ -189,5 +221,5 @@ def _state(config: TrainConfig, engine: Any, identity: Identity, events: Events,
             events.record("allowed change", state.step, name=name, then=then.get(name), now=now[name])
     if state.step < max_steps:
         parallel.together(events.require_progress, state.step)
-    events.record("start", state.step, **job(), world_size=parallel.data_parallel_size())
+    events.record("start", state.step, **job(), world_size=parallel.world_size())
     return state

@@ -1,4 +1,4 @@
-"""Checkpoints: published whole or not at all, read back at any ZeRO stage and world size.
+"""Checkpoints: published whole or not at all, read back at any ZeRO stage, world size and tensor-parallel size.
 
     RUN/checkpoints/step-00000020/
         rank-00000.safetensors ...  each rank's pieces, keyed kind/name@offset, fp32
@@ -14,20 +14,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megaft import engine_state, parallel
+from megaft.canonical import Canonical, Recut
 from megaft.config import CHANGEABLE
 from megaft.errors import CheckpointError
 from megaft.files import naming_disk_errors, sha256_of, to_json
+from megaft.models.layout import layout_of
 from megaft.pieces import Pieces
 from megaft.run_state import Identity, RunState
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 # A checkpoint that the same step, saved again, is about to replace is one as well, until it has.
 NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
@@ -224,9 +228,19 @@ def _load(engine, folder: Path, identity: Identity, allow_changed: Collection[st
     manifest = read_manifest(folder)
     require_same_run(folder, manifest["identity"], asdict(identity), allow_changed)
     state = RunState.from_json(manifest["state"])
-    engine_state.restore(engine, Pieces(folder, manifest).read, state.step - state.skipped_steps)
+    engine_state.restore(engine, _reader(engine, folder, manifest), state.step - state.skipped_steps)
     engine_state.check_settings(engine, identity.optim["weight_decay"])
     return state, manifest["loss_scale"]
+
+
+def _reader(engine: Any, folder: Path, manifest: dict[str, Any]) -> Callable[[str, str, int, int], Tensor]:
+    """Return what reads the pieces that this rank has, as they are where the same modules wrote them."""
+    pieces, cut = Pieces(folder, manifest), engine_state.cut(engine)
+    if all(manifest[name] == value for name, value in cut.items()):
+        return pieces.read
+    model = engine.module.language_model
+    layout = layout_of(model.config) if cut["backend"] == "megatron" else None
+    return Recut(Canonical(pieces, manifest, model.config), layout).read
 
 
 def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> None:

@@ -34,6 +34,8 @@ class ModelConfig:
     """Pretrained model: a hub name, a folder, or a GGUF file."""
     from_scratch: str | None = None
     """Instead of --model.path: a config.json (or its folder) to initialise a new model from."""
+    backend: Literal["hugging-face", "megatron"] = "hugging-face"
+    """Whose modules compute: transformers', or megatron-core's, whose matrices can be cut over ranks."""
     dropout: float | None = None
     """Every dropout probability of the model. By default as its own configuration says."""
     activation_checkpointing: bool = False
@@ -47,6 +49,21 @@ class ModelConfig:
             f"model.path is {self.path} and model.from_scratch is {self.from_scratch}; give exactly one of the two.",
         )
         require_ranges(self, "model.", dropout=BELOW_1.such_as("0.1"))
+        require(
+            self.backend == "hugging-face" or self.cross_entropy == "chunked",
+            f"model.cross-entropy is {self.cross_entropy}, but model.backend megatron has its own; drop it.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model is cut over ranks, besides what ZeRO does (the DeepSpeed JSON says)."""
+
+    tensor_parallel_size: int = 1
+    """Neighbouring ranks that share each matrix and compute on the same samples; the others multiply the batch."""
+
+    def __post_init__(self) -> None:
+        require_ranges(self, "parallel.", tensor_parallel_size=at_least(1).such_as("8"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,6 +309,7 @@ class TrainConfig:
     data: DataConfig
     run: RunConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -319,6 +337,16 @@ class TrainConfig:
         require(
             self.model.path is not None or self.lora.rank == 0,
             f"lora.rank is {self.lora.rank}, but a model from scratch has nothing to adapt; give model.path.",
+        )
+        size = self.parallel.tensor_parallel_size
+        require(
+            self.model.backend == "megatron" or size == 1,
+            f"parallel.tensor-parallel-size is {size}, but transformers' matrices are whole; "
+            "give model.backend megatron.",
+        )
+        require(
+            self.model.backend == "hugging-face" or self.lora.rank == 0,
+            f"lora.rank is {self.lora.rank}, but adapters need transformers' modules; give model.backend hugging-face.",
         )
         stride = self.eval.stride or 1
         require(

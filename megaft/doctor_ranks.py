@@ -23,6 +23,7 @@ from torch import Tensor
 from megaft import checkpoint, doctor_toy, parallel
 from megaft.config import CheckpointConfig
 from megaft.doctor_table import Check, exit_code, show
+from megaft.engine_state import WEIGHT
 from megaft.files import naming_disk_errors
 from megaft.models.hugging_face import CausalLM
 from megaft.parallel import Topology
@@ -229,4 +230,4 @@ def _same_after_resume(ranks: Ranks, saved: Path, stage: int, micro_batch_size: 
 def _weight_difference(saved: Path, model: CausalLM) -> float:
     pieces = Pieces(saved, checkpoint.verify(saved))
     weights = {f"language_model.{name}": weight.detach().cpu() for name, weight in model.named_parameters()}
-    return max(float((pieces.weight(name) - weights[name]).abs().max()) for name in pieces.shapes)
+    return max(float((pieces.whole(name, WEIGHT) - weights[name]).abs().max()) for name in pieces.shapes)

@@ -7,7 +7,7 @@ saving and loading are the same few lines for all of them, and no rank ever gath
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -43,11 +43,27 @@ class Place:
 def places(engine) -> Iterator[Place]:
     """Yield every trained piece this rank holds, in the order of the model's parameters."""
     locate = {0: _place_whole, 1: _place_in_group, 2: _place_in_group, 3: _place_in_sub_group}[stage(engine)]
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            place = locate(engine, name, parameter)
-            if place is not None and place.numel > 0:
-                yield place
+    for name, parameter in _trained(engine):
+        stored = part_name(name, parallel.tensor_parallel_rank()) if is_cut(parameter) else name
+        place = locate(engine, stored, parameter)
+        if place is not None and place.numel > 0:
+            yield place
+
+
+def is_cut(parameter: Any) -> bool:
+    """Whether the tensor-parallel ranks have a part of the parameter each; where not, all have the same."""
+    return parallel.tensor_parallel_size() > 1 and getattr(parameter, "tensor_model_parallel", False)
+
+
+def count(parameters: Iterable[Any]) -> int:
+    """Return the number of weights in these parameters of the whole model, however they are cut or partitioned."""
+    numels = ((getattr(one, "ds_numel", one.numel()), is_cut(one)) for one in parameters)
+    return sum(numel * parallel.tensor_parallel_size() if cut else numel for numel, cut in numels)
+
+
+def part_name(name: str, tensor_parallel_rank: int) -> str:
+    """Return what a rank's part of a cut parameter is called in checkpoints."""
+    return f"{name}|{tensor_parallel_rank}"
 
 
 def stage(engine) -> int:
@@ -83,24 +99,31 @@ def inner_optimizer(engine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
+def cut(engine) -> dict[str, Any]:
+    """Return whose modules have the parameters, and over how many ranks these are cut."""
+    is_megatron = hasattr(engine.module, "language_model") and hasattr(engine.module.language_model, "gpt")
+    backend = "megatron" if is_megatron else "hugging-face"
+    return {"backend": backend, "tensor_parallel_size": parallel.tensor_parallel_size()}
+
+
 def shapes(engine) -> dict[str, list[int]]:
-    """Return the full shape of every trained parameter."""
-    return {
-        name: list(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
-    }
+    """Return the shape of every trained parameter, or of a tensor-parallel rank's part of it."""
+    return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in _trained(engine)}
 
 
 def collect(engine) -> Iterator[tuple[str, str, int, Tensor]]:
     """Yield (name, kind, offset, values) of what this rank has to write: every piece exactly once over all ranks."""
     _ensure_moments(engine)
-    is_replicated = stage(engine) == 0
+    cut = {part_name(name, parallel.tensor_parallel_rank()) for name, one in _trained(engine) if is_cut(one)}
     for number, place in enumerate(places(engine)):
-        is_ours = number % parallel.data_parallel_size() == parallel.data_parallel_rank()
-        if is_ours or not is_replicated:
+        is_ours = stage(engine) > 0 or number % parallel.data_parallel_size() == parallel.data_parallel_rank()
+        if is_ours and (place.name in cut or parallel.tensor_parallel_rank() == 0):
             for kind, values in _tensors(engine, place):
                 yield place.name, kind, place.offset, values
+
+
+def _trained(engine) -> Iterator[tuple[str, Any]]:
+    return ((name, one) for name, one in engine.module.named_parameters() if one.requires_grad)
 
 
 def _tensors(engine, place: Place) -> Iterator[tuple[str, Tensor]]:
@@ -217,13 +240,22 @@ def step(engine, is_wanted: Callable[[float], bool] | None = None) -> float | Te
     """
     norm = None
     if stage(engine) == 0 and engine.is_gradient_accumulation_boundary():
-        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = _norm(engine)
     if is_wanted is None or not engine.is_gradient_accumulation_boundary():
         engine.step()
     else:
         _step_if(engine, cache(lambda: is_wanted(float(engine.optimizer._global_grad_norm if norm is None else norm))))
     return engine.get_global_grad_norm() if norm is None else norm
+
+
+def _norm(engine) -> Tensor:
+    """Return the norm of the gradient at stage 0, each part of a cut parameter counted once."""
+    gradients = [one.grad for _, one in _trained(engine) if one.grad is not None]
+    if parallel.tensor_parallel_size() == 1:
+        return torch.nn.utils.get_total_norm(gradients)
+    is_first = parallel.tensor_parallel_rank() == 0
+    mine = [one.grad for _, one in _trained(engine) if one.grad is not None and (is_cut(one) or is_first)]
+    return parallel.sum_over_tensor_ranks(torch.nn.utils.get_total_norm(mine).square()).sqrt()
 
 
 def _step_if(engine, is_wanted: Callable[[], bool]) -> None:

@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError
 
 from megaft import checkpoint
+from megaft.canonical import Canonical
 from megaft.config import TrainConfig
+from megaft.engine_state import WEIGHT
 from megaft.files import fsync, json_lines, naming_disk_errors
 from megaft.masking import without_secrets
 from megaft.models import hugging_face
@@ -63,11 +65,12 @@ def _write(config: TrainConfig, model: Any, tokenizer: AnyTokenizer, dtype: str,
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Put a checkpoint's fp32 weights into a language model of the run's architecture."""
-    pieces = Pieces(folder, checkpoint.verify(folder))
+    manifest = checkpoint.verify(folder)
+    saved = Canonical(Pieces(folder, manifest), manifest, model.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(pieces.weight(f"language_model.{name}"))
+                parameter.copy_(saved.read(name, WEIGHT))
 
 
 def model_card(config: TrainConfig, step: int) -> str:

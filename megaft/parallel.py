@@ -123,6 +123,7 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     """Start the process group through DeepSpeed, whose collectives wait no longer; return this rank's device."""
     import deepspeed
 
+    uncut()
     global _timeout
     _timeout = timeout
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -201,6 +202,16 @@ def require_supported(dtype: str) -> None:
         )
 
 
+def uncut() -> None:
+    """Give every rank whole matrices again."""
+    global _groups
+    if _groups is not None:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        _groups = None
+
+
 class Groups(NamedTuple):
     """torch's groups of ranks that this one belongs to where matrices are cut."""
 
@@ -217,9 +228,11 @@ def cut_matrices(tensor_parallel_size: int) -> None:
 
     Call it once on every rank after `join`, before a model of megatron-core is built.
     """
+    global _groups
+    # It speaks of its own deprecations, and of apex, which is optional.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     from megatron.core import parallel_state
 
-    global _groups
     minutes = int(_timeout.total_seconds() // 60) + 1
     parallel_state.initialize_model_parallel(tensor_parallel_size, distributed_timeout_minutes=minutes)
     _groups = Groups(parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group())
@@ -244,12 +257,7 @@ def _same(value: T) -> T:
 
 def leave() -> None:
     """End the process group, if there is one."""
-    global _groups
-    if _groups is not None:
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        _groups = None
+    uncut()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megaft.engine_state import WEIGHT
 from megaft.errors import CheckpointError
 
 
@@ -52,7 +51,7 @@ class Pieces:
             raise CheckpointError(f"the checkpoint holds {found} of {numel} elements of {kind} of {name}.")
         return out
 
-    def weight(self, name: str) -> Tensor:
-        """Return a whole parameter in its shape."""
-        shape = self.shapes[name]
-        return self.read(name, WEIGHT, 0, shape.numel()).view(shape)
+    def whole(self, name: str, kind: str) -> Tensor:
+        """Return the weight or a moment of a parameter, or a tensor-parallel rank's part of it, in its shape."""
+        shape = self.shapes[name.partition("|")[0]]
+        return self.read(name, kind, 0, shape.numel()).view(shape)

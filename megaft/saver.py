@@ -156,6 +156,7 @@ class Saver:
             "loss_scale": engine_state.loss_scale_state(engine),
             "world_size": parallel.world_size(),
             "zero_stage": engine_state.stage(engine),
+            **engine_state.cut(engine),
             "shapes": engine_state.shapes(engine),
         }
 

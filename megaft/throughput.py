@@ -12,6 +12,7 @@ import torch
 
 from megaft import parallel
 from megaft.config import MetricsConfig
+from megaft.engine_state import count
 from megaft.hardware import data_sheet_flops
 from megaft.shape import flops_per_token
 
@@ -115,7 +116,7 @@ class Meter:
         """
         flops = None
         if hasattr(architecture, "num_hidden_layers") and hasattr(architecture, "hidden_size"):
-            num_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
+            num_parameters = count(model.parameters())
             shape = architecture.num_hidden_layers, architecture.hidden_size
             flops = flops_per_token(num_parameters, *shape, context_length)
         peak, source = peak_flops(device, dtype, config.peak_flops)

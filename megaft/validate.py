@@ -62,12 +62,13 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         UserError: What training would refuse.
     """
     from megaft import checkpoint, parallel
-    from megaft.assemble import assemble, resumed_batch_size
+    from megaft.assemble import assemble, data_parallel_size, resumed_batch_size
     from megaft.deepspeed_json import read_deepspeed_json, resolve
 
     raw = read_deepspeed_json(config.deepspeed_config)
     resumed = resumed_batch_size(config)
-    options = {"world_size": config.world_size, "optim": config.optim, "resumed_batch_size": resumed}
+    num_data_ranks = data_parallel_size(config.world_size, config.parallel.tensor_parallel_size)
+    options = {"world_size": num_data_ranks, "optim": config.optim, "resumed_batch_size": resumed}
     setup = resolve(raw, **options, has_cuda=True)
     try:
         with _stand_in_folder(config.run.dir, config.run.fresh) as folder:
@@ -122,8 +123,10 @@ def _stand_in(
 
 
 def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, Any]:
+    from megaft import engine_state
+
     parameters = list(parts.engine.module.parameters())
-    num_trained = _count(parameter for parameter in parameters if parameter.requires_grad)
+    num_trained = engine_state.count(parameter for parameter in parameters if parameter.requires_grad)
     return {
         "world_size": config.world_size,
         "global_batch_size": setup.global_batch_size,
@@ -135,14 +138,10 @@ def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, An
         "max_steps": parts.max_steps,
         "done_steps": parts.state.step,
         "tokens": parts.max_steps * setup.global_batch_size * config.data.context_length,
-        "parameters": _count(parameters),
+        "parameters": engine_state.count(parameters),
         "trained_parameters": num_trained,
         "checkpoint_bytes": num_trained * bytes_per_parameter(setup.optim),
     }
-
-
-def _count(parameters: Any) -> int:
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
 def bytes_per_parameter(optim: OptimConfig) -> int:

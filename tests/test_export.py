@@ -233,7 +233,7 @@ def test_best_and_last(config, wanted, best, expected):
     model, _ = exported(folder)
     pieces = Pieces(folder_of(config.run.dir, expected), checkpoint.verify(folder_of(config.run.dir, expected)))
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, pieces.weight(f"language_model.{name}")), name
+        assert torch.equal(parameter, pieces.whole(f"language_model.{name}", "weight")), name
     assert f"finetuned for {expected} steps" in (folder / "README.md").read_text()
     assert not (config.run.dir / "export.tmp").exists()
 

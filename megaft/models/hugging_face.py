@@ -304,8 +304,8 @@ def context_limit(model: CausalLM) -> int | None:
 
 
 def vocab_size(model: CausalLM) -> int:
-    """Return the number of rows of the input embedding."""
-    return model.get_input_embeddings().num_embeddings
+    """Return the number of tokens that the model embeds."""
+    return model.config.get_text_config().vocab_size
 
 
 def require_there(source: str) -> None:

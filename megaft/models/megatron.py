@@ -8,7 +8,7 @@ have stay equal, attention's dropout masks differ between ranks, and recomputing
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,17 +19,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaft import parallel
-from megaft.config import require
+from megaft.config import ModelConfig, require
 from megaft.loss import Head, Vocabulary
-from megaft.models.hugging_face import positions_within
-from megaft.models.layout import Layout, biases_of, layout_of
-
-MAX_RANKS = 64
-"""Seeds of attention's dropout on tensor-parallel ranks differ in their last digit to this base."""
+from megaft.models.hugging_face import architecture_of, positions_within, set_dropout
+from megaft.models.layout import MAX_RANKS, biases_of, layout_of, require_cuttable
+from megaft.models.new_weights import new_weights
+from megaft.models.weights import load_config, open_weights, shapes_of
 
 
 class Attention(nn.Module):
@@ -74,39 +74,35 @@ class Attention(nn.Module):
             return attend(dropout_p=self.dropout)
 
 
-@dataclass(frozen=True, slots=True)
-class Build:
-    """What of a model is no part of its transformers configuration."""
-
-    config: Any
-    """transformers' configuration, its dropout probabilities those to be used."""
-    recompute: bool = False
-    """Keep each layer's input only, and compute the layer again in the backward pass."""
-
-
 class MegatronModel(nn.Module):
-    """megatron-core's GPTModel on this rank, which gives last hidden states; it looks like transformers' to its users."""
+    """This rank's part of megatron-core's GPTModel, which gives last hidden states."""
 
-    def __init__(self, build: Build) -> None:
-        """Make the modules; their weights have no values yet."""
+    def __init__(self, config: Any, *, recompute: bool = False) -> None:
+        """Make the modules, whose weights have no values yet.
+
+        Args:
+            config: transformers' configuration.
+            recompute: Keep each layer's input only, and compute the layer again in the backward pass.
+
+        Raises:
+            ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
+        """
         super().__init__()
-        self.config = build.config
-        require_cuttable(self.config, parallel.tensor_parallel_size())
-        is_gpt2 = self.config.model_type == "gpt2"
+        self.config = config
+        self.layout = layout_of(config)
+        require_cuttable(config, parallel.tensor_parallel_size())
+        is_gpt2 = config.model_type == "gpt2"
         self.gpt = GPTModel(
-            config=transformer_config(self.config),
-            transformer_layer_spec=layer_spec(self.config, recompute=build.recompute),
-            vocab_size=padded_vocab_size(self.config.vocab_size),
-            max_sequence_length=self.config.max_position_embeddings,
+            config=transformer_config(config),
+            transformer_layer_spec=layer_spec(config, recompute=recompute),
+            vocab_size=padded_vocab_size(config.vocab_size),
+            max_sequence_length=config.max_position_embeddings,
             position_embedding_type="learned_absolute" if is_gpt2 else "none",
-            share_embeddings_and_output_weights=self.config.tie_word_embeddings,
+            share_embeddings_and_output_weights=config.tie_word_embeddings,
         )
-        self.inverse_frequencies = None if is_gpt2 else rotary_frequencies(self.config)
-
-    @property
-    def layout(self) -> Layout:
-        """Where transformers' parameters are in this."""
-        return layout_of(self.config)
+        self.inverse_frequencies = None if is_gpt2 else rotary_frequencies(config)
+        for name, parameter in self.gpt.named_parameters():  # what DeepSpeed goes by when it takes a norm
+            vars(parameter)["tensor_model_parallel"] = self.layout.rules[name].axis is not None
 
     def output_layer(self) -> nn.Module:
         """Return the module whose weight gives logits."""
@@ -182,19 +178,6 @@ def padded_vocab_size(vocab_size: int) -> int:
     return vocab_size + -vocab_size % parallel.tensor_parallel_size()
 
 
-def require_cuttable(config: Any, size: int) -> None:
-    """Raise ConfigError unless every rank gets whole attention heads and as much of each layer."""
-    layout = layout_of(config)
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    for what, number in (("attention groups", layout.num_groups), ("inner width", inner)):
-        able = [divisor for divisor in range(1, MAX_RANKS + 1) if layout.num_groups % divisor == inner % divisor == 0]
-        require(
-            number % size == 0,
-            f"parallel.tensor-parallel-size is {size}, but the model's {what} ({number}) does not divide by it; "
-            f"use one of {', '.join(map(str, able))}.",
-        )
-
-
 def transformer_config(config: Any) -> TransformerConfig:
     """Return megatron-core's configuration of a transformers one.
 
@@ -266,7 +249,7 @@ def require_known(config: Any, activations: dict[str, Any], is_unusual: bool) ->
 
 
 def rotary_frequencies(config: Any) -> Float32[Tensor, " half_width"]:
-    """Return the rotary embedding's inverse frequencies, scaled as the configuration says, by transformers' formulas."""
+    """Return the rotary embedding's inverse frequencies, scaled as the model says, by transformers' formulas."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary = LlamaRotaryEmbedding(config)
@@ -283,19 +266,62 @@ def rotary_frequencies(config: Any) -> Float32[Tensor, " half_width"]:
 
 def layer_spec(config: Any, *, recompute: bool) -> ModuleSpec:
     """Return what a layer is made of: megatron-core's parts, with our attention and the fastest norm there is."""
-    spec = get_gpt_layer_local_spec(normalization="LayerNorm" if config.model_type == "gpt2" else "RMSNorm")
+    spec: Any = get_gpt_layer_local_spec(normalization="LayerNorm" if config.model_type == "gpt2" else "RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = Attention
     if recompute:
-        spec.module = _recomputing(spec.module)
+        spec.module = RecomputedLayer
     return spec
 
 
-def _recomputing(layer_class: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = partial(layer_class.forward, self)
-        return checkpoint(call, *args, use_reentrant=False, **kwargs) if self.training else call(*args, **kwargs)
+class RecomputedLayer(TransformerLayer):
+    """A layer that keeps its input only and computes all else again in the backward pass, dropout and all."""
 
-    return type(f"Recomputed{layer_class.__name__}", (layer_class,), {"forward": forward})
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the layer returns."""
+        if not self.training:
+            return super().forward(hidden_states, *args, **kwargs)
+        # A positional tensor tells the checkpoint which device's random numbers to keep.
+        return checkpoint(super().forward, hidden_states, *args, use_reentrant=False, **kwargs)
+
+
+def build(settings: ModelConfig, seed: int, engine_config: dict[str, Any] | None = None) -> MegatronModel:
+    """Return this rank's part of the model a run starts from, loaded or new.
+
+    Args:
+        settings: Where it comes from.
+        seed: Of new weights.
+        engine_config: What deepspeed.initialize will get. At ZeRO stage 3 the part is built in parts of its own.
+    """
+    if settings.path is not None:
+        weights = open_weights(settings.path)
+    else:
+        assert settings.from_scratch is not None
+        weights = new_weights(load_config(settings.from_scratch), seed)
+    set_dropout(weights.config, settings.dropout)
+    with in_parts(engine_config):
+        model = MegatronModel(weights.config, recompute=settings.activation_checkpointing)
+    fill(model, weights.read)
+    return model
+
+
+def architecture(model: MegatronModel) -> str:
+    """Return what transformers' own modules of this model are known by: checkpoints of both continue each other."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    return architecture_of(model_class.__name__, shapes_of(model.config))
+
+
+def in_parts(engine_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
+    """Return a context in which modules are built as the engine asks for: at ZeRO stage 3 in parts."""
+    if engine_config is None or engine_config.get("zero_optimization", {}).get("stage") != 3:
+        return nullcontext()
+    import deepspeed
+
+    mpu = parallel.mpu()
+    assert mpu is not None
+    data = mpu.get_data_parallel_group()
+    return deepspeed.zero.Init(data_parallel_group=data, config_dict_or_path=engine_config, mpu=mpu)
 
 
 @torch.no_grad()

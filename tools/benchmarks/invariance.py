@@ -2,8 +2,8 @@
 
     python tools/benchmarks/invariance.py [--steps 20] [--output docs/invariance.md]
 
-Each cut is micro-batch x accumulation x ranks x ZeRO stage, on CPU ranks joined by gloo. Documents of unequal length,
-one a sample, give every micro batch another number of labels. Cuts of one world size share a launch.
+Each cut is micro-batch x accumulation x ranks x ZeRO stage x tensor parallelism, on CPU ranks joined by gloo.
+Documents of unequal length, one a sample, give every micro batch another number of labels. Cuts of one world size share a launch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ class Way:
     optimizer: str = "adamw"
     precision: str = "fp32"
     is_offloaded: bool = False
+    tensor_parallel_size: int = 0
+    """0 is transformers' modules; from 1 on it is megatron-core's."""
 
     @property
     def accumulation(self) -> int:
         """Micro batches per step and rank."""
-        return GLOBAL_BATCH_SIZE // self.micro_batch_size // self.world_size
+        return GLOBAL_BATCH_SIZE // self.micro_batch_size // (self.world_size // max(1, self.tensor_parallel_size))
 
     @property
     def name(self) -> str:
@@ -56,7 +58,7 @@ class Way:
         settings = {
             "train_batch_size": GLOBAL_BATCH_SIZE,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
-            "gradient_clipping": 1.0,
+            "gradient_clipping": 0.5,
             "zero_optimization": zero,
         }
         if self.precision != "fp32":
@@ -92,6 +94,11 @@ WAYS = (
     Way(4, 2, 2),
     Way(4, 1, 3),
     Way(4, 1, 2, "sgd"),
+    *(Way(1, 4, stage, tensor_parallel_size=1) for stage in (0, 2)),
+    *(Way(2, 4, stage, tensor_parallel_size=2) for stage in range(4)),
+    *(Way(4, 2, stage, tensor_parallel_size=2) for stage in range(4)),
+    *(Way(4, 4, stage, tensor_parallel_size=4) for stage in range(4)),
+    Way(4, 2, 2, "sgd", tensor_parallel_size=2),
     Way(2, 2, 1, precision="bf16"),
     Way(2, 2, 2, precision="bf16"),
     Way(2, 2, 3, precision="bf16"),
@@ -110,13 +117,15 @@ class Outcome:
     last_loss: float
     loss_difference: float
     """Largest over all steps, in nats per token."""
+    norm_difference: float
+    """Largest of the gradient norm before clipping, over all steps, as a part of it."""
     weight_difference: float
     """Largest over all elements of all parameters."""
 
     @property
     def is_equal(self) -> bool:
-        """Whether losses and weights agree to TOLERANCE."""
-        return max(self.loss_difference, self.weight_difference) <= TOLERANCE
+        """Whether losses, gradient norms and weights agree to TOLERANCE."""
+        return max(self.loss_difference, self.norm_difference, self.weight_difference) <= TOLERANCE
 
 
 def make_inputs(folder: Path) -> None:
@@ -157,6 +166,8 @@ def flags(folder: Path, way: Way, steps: int) -> list[str]:
         "--optim.weight-decay=0.1",
         "--optim.warmup-steps=2",
         *(["--optim.momentum=0.9"] if way.optimizer == "sgd" else []),
+        *(["--model.backend=megatron"] if way.tensor_parallel_size else []),
+        f"--parallel.tensor-parallel-size={max(1, way.tensor_parallel_size)}",
     ]
 
 
@@ -164,45 +175,62 @@ def outcomes(folder: Path, ways: tuple[Way, ...], steps: int) -> Iterator[Outcom
     """Compare every finished way with its reference."""
     for way in ways:
         reference = REFERENCES[way.optimizer, way.precision]
-        losses, expected = losses_of(folder / way.name), losses_of(folder / reference.name)
+        losses, expected = rows_of(folder / way.name, "loss"), rows_of(folder / reference.name, "loss")
+        norms, expected_norms = (rows_of(folder / one.name, "grad_norm") for one in (way, reference))
         assert len(losses) == len(expected) == steps, (way, len(losses))
-        weights, expected_weights = weights_of(folder / way.name, steps), weights_of(folder / reference.name, steps)
+        weights, expected_weights = weights_of(folder, way.name, steps), weights_of(folder, reference.name, steps)
         yield Outcome(
             way,
             losses[0],
             losses[-1],
             max(abs(a - b) for a, b in zip(losses, expected, strict=True)),
+            max(abs(a - b) / b for a, b in zip(norms, expected_norms, strict=True)),
             max(float((weights[name] - expected_weights[name]).abs().max()) for name in expected_weights),
         )
 
 
-def losses_of(run_dir: Path) -> list[float]:
-    """Return every step's loss."""
+def rows_of(run_dir: Path, quantity: str) -> list[float]:
+    """Return a quantity of every step."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row[quantity] for row in rows if quantity in row]
 
 
-def weights_of(run_dir: Path, step: int) -> dict:
-    """Return every trained fp32 weight of a checkpoint."""
+def weights_of(folder: Path, name: str, step: int) -> dict:
+    """Return every fp32 weight of a run's checkpoint by transformers' name."""
     from megaft import checkpoint
+    from megaft.canonical import Canonical
+    from megaft.engine_state import WEIGHT
+    from megaft.models.weights import load_config, shapes_of
     from megaft.pieces import Pieces
 
-    folder = checkpoint.folder_of(run_dir, step)
-    pieces = Pieces(folder, checkpoint.verify(folder))
-    return {name: pieces.weight(name) for name in pieces.shapes}
+    where, config = checkpoint.folder_of(folder / name, step), load_config(str(folder / "model"))
+    manifest = checkpoint.verify(where)
+    saved = Canonical(Pieces(where, manifest), manifest, config)
+    return {name: saved.read(name, WEIGHT) for name in shapes_of(config)}
 
 
 def table(results: list[Outcome]) -> str:
     """Return the comparison as Markdown."""
-    columns = ("ranks", "micro-batch", "accumulation", "ZeRO", "optimizer", "precision", "first loss", "last loss")
-    head = f"| {' | '.join(columns)} | loss difference | weight difference |"
+    columns = (
+        "ranks",
+        "tensor-parallel",
+        "micro-batch",
+        "accumulation",
+        "ZeRO",
+        "optimizer",
+        "precision",
+        "first loss",
+        "last loss",
+    )
+    head = f"| {' | '.join(columns)} | loss difference | norm difference | weight difference |"
     rows = [
-        f"| {r.way.world_size} | {r.way.micro_batch_size} | {r.way.accumulation} | {r.way.zero_stage}"
+        f"| {r.way.world_size} | {r.way.tensor_parallel_size or '-'} | {r.way.micro_batch_size} "
+        f"| {r.way.accumulation} | {r.way.zero_stage}"
         f"{' offload' if r.way.is_offloaded else ''} | {r.way.optimizer} | {r.way.precision} | {r.first_loss:.6f} | "
-        f"{r.last_loss:.6f} | {r.loss_difference:.1e} | {r.weight_difference:.1e} |"
+        f"{r.last_loss:.6f} | {r.loss_difference:.1e} | {r.norm_difference:.1e} | {r.weight_difference:.1e} |"
         for r in results
     ]
-    return "\n".join([head, "|---" * 10 + "|", *rows])
+    return "\n".join([head, "|---" * 12 + "|", *rows])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

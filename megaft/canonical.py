@@ -1,0 +1,56 @@
+"""A checkpoint as if transformers' modules had written it, whichever did, and the parts of it that an engine's need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from megaft import parallel
+from megaft.engine_state import part_name
+from megaft.models.layout import Layout, layout_of
+from megaft.pieces import Pieces
+
+HUGGING_FACE, MEGATRON = "language_model.", "language_model.gpt."
+"""What stands before a parameter's name, by the modules that have it."""
+
+
+class Canonical:
+    """The weights and moments of a checkpoint by transformers' names."""
+
+    def __init__(self, pieces: Pieces, manifest: dict[str, Any], architecture: Any) -> None:
+        """Read `pieces`, which modules of `manifest`'s backend wrote, of a model of this transformers configuration."""
+        self._pieces, self._size = pieces, manifest["tensor_parallel_size"]
+        is_megatron = manifest["backend"] == "megatron"
+        self._layout: Layout | None = layout_of(architecture) if is_megatron else None
+
+    def read(self, name: str, kind: str) -> Tensor:
+        """Return a whole weight or moment.
+
+        Raises:
+            CheckpointError: The checkpoint does not have all of it.
+        """
+        if self._layout is None:
+            return self._pieces.whole(HUGGING_FACE + name, kind)
+        there = self._layout.rule_of(name)
+        is_cut = self._size > 1 and self._layout.rules[there].axis is not None
+        stored = [part_name(MEGATRON + there, rank) if is_cut else MEGATRON + there for rank in range(self._size)]
+        shards = [self._pieces.whole(one, kind) for one in (stored if is_cut else stored[:1])]
+        return self._layout.whole(there, shards)[name]
+
+
+class Recut:
+    """What `Pieces` gives, for modules of another backend or over another number of tensor-parallel ranks."""
+
+    def __init__(self, canonical: Canonical, layout: Layout | None) -> None:
+        """Read for modules of megatron-core, which have a layout, or for transformers'."""
+        self._canonical, self._layout = canonical, layout
+
+    def read(self, name: str, kind: str, offset: int, numel: int) -> Tensor:
+        """Return `numel` elements from `offset` of the flattened parameter that this rank has."""
+        if self._layout is None:
+            return self._canonical.read(name.removeprefix(HUGGING_FACE), kind).flatten()[offset : offset + numel]
+        there = name.removeprefix(MEGATRON).partition("|")[0]
+        sources = [self._canonical.read(source, kind) for source in self._layout.rules[there].sources]
+        mine = self._layout.local(there, sources, parallel.tensor_parallel_size(), parallel.tensor_parallel_rank())
+        return mine.flatten()[offset : offset + numel]
