@@ -219,10 +219,18 @@ def _engine(model: ScoringModel, dtype: torch.dtype) -> Callable[[Tensor, Tensor
     return engine
 
 
+LIVE_PARAMETERS = 300_000_000
+"""How many a rank of a partitioned model may hold beside its own: two layers of 8.3 B. DeepSpeed would take 10^9."""
+
+
 def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one, and scoring has no use for it
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
+            "stage3_max_reuse_distance": LIVE_PARAMETERS,
+        },
         "bf16": {"enabled": dtype is torch.bfloat16},
     }
 

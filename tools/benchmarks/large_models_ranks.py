@@ -1,0 +1,80 @@
+"""What a rank of large_models.py does: score with a model in parts, or build training's engine as one of many ranks.
+
+python large_models_ranks.py forward|fake FOLDER FIGURES.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaft import parallel
+from megaft.config import LoraConfig, ModelConfig, OptimConfig
+from megaft.deepspeed_json import read_deepspeed_json, resolve
+from megaft.models import hugging_face
+from megaft.models.scoring_model import load_scoring_model
+from megaft.optim import build_optimizer, parameter_groups
+
+ROWS, LENGTH = 2, 128
+WORLD_SIZE = 64
+RECIPE = Path(__file__).parents[2] / "ds_configs" / "megatron_8.3b_zero3.json"
+
+
+def tokens(vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and labels, the same on every rank."""
+    drawn = torch.randint(0, vocab_size, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    return drawn[:, :-1], drawn[:, 1:]
+
+
+def forward(folder: Path) -> dict[str, Any]:
+    """Load a model in parts and score tokens with it."""
+    device = parallel.join(parallel.discover(os.environ))
+    scorer = load_scoring_model(str(folder), dtype=torch.bfloat16, device=device, is_partitioned=True)
+    model: Any = scorer.model
+    nats = float(scorer(*tokens(scorer.vocab_size)).sum()) / (ROWS * LENGTH)
+    held = held_bytes(model.module)
+    parallel.leave()
+    return {"parameters": scorer.num_parameters, "weight_bytes_of_a_rank": held, "nats_per_token": nats}
+
+
+def fake(folder: Path) -> dict[str, Any]:
+    """Build training's engine as rank 0 of ranks that do not exist."""
+    import deepspeed
+
+    topology = parallel.pretend(WORLD_SIZE)
+    device = parallel.join(topology)
+    setup = resolve(read_deepspeed_json(RECIPE), world_size=WORLD_SIZE, optim=OptimConfig(), has_cuda=False)
+    config = ModelConfig(from_scratch=str(folder), activation_checkpointing=True)
+    model = hugging_face.NatsModel(hugging_face.build(config, LoraConfig(), 0, setup.engine_config))
+    optimizer = build_optimizer(parameter_groups(model.named_parameters(), 0.0), setup.optim, device_type=device.type)
+    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
+    masters = sum(group.nbytes for group in engine.optimizer.fp32_partitioned_groups_flat)
+    parameters: Any = model.parameters()
+    counted = {
+        "world_size": WORLD_SIZE,
+        "parameters": sum(parameter.ds_numel for parameter in parameters),
+        "weight_bytes_of_a_rank": held_bytes(model),
+        "master_bytes_of_a_rank": masters,
+    }
+    parallel.leave()
+    return counted
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a rank's parts of the weights, and of those that are gathered now."""
+    parameters: Any = model.parameters()
+    return sum(one.ds_tensor.nbytes + one.nbytes for one in parameters)
+
+
+if __name__ == "__main__":
+    said = {"forward": forward, "fake": fake}[sys.argv[1]](Path(sys.argv[2]))
+    assert math.isfinite(said.get("nats_per_token", 0))
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[3]).write_text(json.dumps(said))
