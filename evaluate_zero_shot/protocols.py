@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 Detokenizer = Literal["invertible", "megatron", "openai", "none"]
@@ -234,7 +233,7 @@ _ALL = (
     ),
 )
 
-PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({protocol.name: protocol for protocol in _ALL})
+PROTOCOLS: Mapping[str, Protocol] = {protocol.name: protocol for protocol in _ALL}
 
 _PHRASES: dict[str, dict[Any, str]] = {
     "text": {

@@ -54,13 +54,15 @@ def _view(path: Path) -> dict[str, Any]:
     """Return what the templates print."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        results = _named([_complete(entry, content) for entry in content["results"]])
+        results = _named([_complete(entry) for entry in content["results"]])
         protocols = {one["protocol"]: _protocol(one["protocol"], content.get("protocols") or {}) for one in results}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a results.json of this version: {error!r}. Evaluate again.") from error
     return {
         "results": results,
-        "models": sections.provenance(results, "name", "num_parameters", "dtype", "tokenizer_sha256", "model_sha256"),
+        "models": sections.provenance(
+            results, "name", "num_parameters", "backend", "dtype", "tokenizer_sha256", "model_sha256"
+        ),
         "data": sections.provenance(results, "task", "detokenizer", "data_file", "data_sha256"),
         "summary": sections.summary(results),
         "tasks": sections.tasks(results, protocols, load()),
@@ -71,13 +73,9 @@ def _view(path: Path) -> dict[str, Any]:
     }
 
 
-def _complete(entry: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+def _complete(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result with every field; KeyError where a required one lacks, or its task is none of ours."""
-    optional = dict.fromkeys(Result.__slots__) | {
-        "task_title": TASKS[entry["task"]].title,
-        "command": content.get("command"),
-        "environment": content.get("environment"),
-    }
+    optional = dict.fromkeys(Result.__slots__) | {"task_title": TASKS[entry["task"]].title}
     return optional | {key: entry[key] for key in REQUIRED} | dict(entry)
 
 
@@ -117,7 +115,7 @@ def _flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
     for name, value in environment.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name} ")
-        elif name != "command":  # shown by itself
+        else:
             yield f"{prefix}{name}", formats.MISSING if value is None else str(value)
 
 
@@ -141,7 +139,7 @@ def _jinja(*, is_html: bool) -> Environment:
         "metrics": METRICS,
         "plot_size": SIZE,
     }
-    made.globals |= {"run_name": sections.run_name, "window": sections.window}
+    made.globals |= {"run_name": sections.run_name, "window": sections.window, "ranks": sections.ranks}
     made.filters |= {"written": formats.written, "counted": formats.counted, "code_block": _code_block}
     return made
 

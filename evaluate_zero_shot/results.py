@@ -72,6 +72,11 @@ class Result:
     tokens_per_second: float | None
     """Scored tokens, over all ranks; None where an earlier command had scored some of them."""
     world_size: int
+    """Ranks, all of them."""
+    backend: str
+    """Whose modules ran the model: "hugging-face" or "megatron"."""
+    tensor_parallel_size: int
+    """Over how many of the ranks each matrix was cut."""
     device: str
     command: list[str]
     environment: dict[str, Any]
@@ -102,8 +107,6 @@ def write(folder: Path, results: list[Result]) -> None:
     value = {
         "results": rows,
         "protocols": {name: asdict(PROTOCOLS[name]) for name in sorted({row["protocol"] for row in rows})},
-        "environment": rows[-1]["environment"],
-        "command": rows[-1]["command"],
     }
     write_json_atomic(folder / "results.json", value)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 from evaluate_zero_shot.protocols import LastWord, Protocol
@@ -196,4 +195,4 @@ _ALL = (
     ),
 )
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
+TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar with the time left on a terminal, a line every ten seconds elsewhere."""
+"""How far a long job is: a bar on a terminal, a line now and then elsewhere. All goes to standard error."""
 
 from __future__ import annotations
 
@@ -11,12 +11,42 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-_SECONDS_BETWEEN_LINES = 10.0
+
+class Bar:
+    """Shows a text, in front of it a bar where there is a terminal."""
+
+    def __init__(self, total: int, done: int = 0, *, seconds_between_lines: float) -> None:
+        self._seconds_between_lines, self._spoke = seconds_between_lines, time.monotonic()
+        console, self._bar = Console(stderr=True), None
+        if console.is_terminal:
+            self._bar = Progress(BarColumn(), TextColumn("{task.description}", markup=False), console=console)
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._bar.start()
+
+    def show(self, done: int, text: str, *, is_due: bool = False) -> None:
+        """Move on; without a bar this is a line, where one is due."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, description=text)
+        elif is_due or time.monotonic() - self._spoke >= self._seconds_between_lines:
+            self._spoke = time.monotonic()
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Show a text that stays."""
+        if self._bar:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar:
+            self._bar.stop()
 
 
 @contextmanager
 def counting(total: int, unit: str, what: str = "", is_shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the units done so far; all goes to stderr.
+    """Yield a function to call with the units done so far.
 
     Args:
         total: Units in all.
@@ -24,36 +54,24 @@ def counting(total: int, unit: str, what: str = "", is_shown: bool = True) -> It
         what: What is being done.
         is_shown: Whether this process speaks.
     """
-    state = _State(total, unit, what)
-    console = Console(stderr=True)
-    if is_shown and console.is_terminal:
-        with Progress(BarColumn(), TextColumn("{task.description}"), console=console) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda done: bar.update(task, completed=done, description=state.at(done))
-    elif is_shown:
-        yield state.print_at
-    else:
+    if not is_shown:
         yield lambda done: None
+        return
+    bar = Bar(total, seconds_between_lines=10.0)
+    begin = None  # what was done before, in no time, says nothing about speed
 
-
-class _State:
-    def __init__(self, total: int, unit: str, what: str) -> None:
-        self.total, self.unit, self.what = total, unit, what
-        self.first: tuple[float, int] | None = None  # what was done before, in no time, says nothing about speed
-        self.spoke = time.monotonic()
-
-    def at(self, done: int) -> str:
+    def show(done: int) -> None:
+        nonlocal begin
         now = time.monotonic()
-        self.first = self.first or (now, done)
-        text = f"{self.what} {done:,} of {self.total:,} {self.unit}".lstrip()
-        seconds, since = now - self.first[0], done - self.first[1]
-        if not since or not seconds:
-            return text
-        left = timedelta(seconds=round(seconds / since * (self.total - done)))
-        return f"{text}, {since / seconds:,.0f}/s, {left} left"
+        begin = begin or (now, done)
+        seconds, since = now - begin[0], done - begin[1]
+        text = f"{what} {done:,} of {total:,} {unit}".lstrip()
+        if since and seconds:
+            left = timedelta(seconds=round(seconds / since * (total - done)))
+            text = f"{text}, {since / seconds:,.0f}/s, {left} left"
+        bar.show(done, text)
 
-    def print_at(self, done: int) -> None:
-        text, now = self.at(done), time.monotonic()
-        if now - self.spoke >= _SECONDS_BETWEEN_LINES:
-            self.spoke = now
-            print(text, file=sys.stderr, flush=True)
+    try:
+        yield show
+    finally:
+        bar.close()

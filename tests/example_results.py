@@ -53,6 +53,8 @@ def result(model="gpt2", task="wikitext103", protocol="megatron", **changed):
         "seconds": 123.4,
         "tokens_per_second": 2190.7,
         "world_size": 1,
+        "backend": "hugging-face",
+        "tensor_parallel_size": 1,
         "device": "cpu",
         "command": ["/opt/megaft/evaluate_zero_shot/__main__.py", "--model", "models/gpt2", "--data", "my data/x.txt"],
     }
@@ -104,10 +106,9 @@ def write_results(folder, results):
     """Write folder/results.json."""
     used = {one["protocol"] for one in results}
     environment = {"megaft": "0.1.0", "git": {"commit": "a8e521c", "is_dirty": False}, "packages": {"torch": "2.13.0"}}
+    environment["cuda"] = None
     content = {
-        "results": results,
+        "results": [{"environment": environment} | one for one in results],
         "protocols": {name: asdict(PROTOCOLS[name]) for name in used},
-        "environment": environment | {"cuda": None, "command": ["x"]},
-        "command": ["python", "-m", "evaluate_zero_shot"],
     }
     (folder / "results.json").write_text(json.dumps(content), encoding="utf-8")
