@@ -17,10 +17,13 @@ from typing import Annotated, Literal
 import tyro
 
 from megaft.config import require
-from megaft.errors import ConfigError
+from megaft.errors import ConfigError, DataError
 from megaft.files import fsync, naming_disk_errors
 from megaft.masking import without_secrets
 from megaft.ranges import at_least, require_ranges
+
+MIN_TEXT = 100
+"""Characters that --verify compares models on at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +75,7 @@ def main(config: ConvertConfig) -> int:
 
     require_new(config.to)
     source = model_folder(config.source)
-    weights = open_weights(source, is_hashed=True)
+    weights = open_weights(source, model_config=config.model_config, is_hashed=True)
     dtype = getattr(torch, config.dtype) if config.dtype else weights.dtype
     num_bytes, begin = weights.num_parameters * dtype.itemsize, time.perf_counter()
     with publishing(config.to, num_bytes) as folder:
@@ -80,11 +83,43 @@ def main(config: ConvertConfig) -> int:
             convert.write_megatron(weights, folder, dtype, config.tensor_parallel_size, without_secrets(config.source))
         else:
             convert.write_hugging_face(weights, folder, dtype)
-        convert.copy_companions(source, folder)
+        convert.copy_companions(config.model_config or source, folder)
     seconds = time.perf_counter() - begin
     name = str(dtype).removeprefix("torch.")
     print(f"wrote {config.to}: {weights.num_parameters:,} parameters in {name}, {num_bytes:,} bytes in {seconds:.1f} s")
+    if config.verify:
+        verify(config, source, name)
     return 0
+
+
+def verify(config: ConvertConfig, source: str, dtype: str) -> None:
+    """Compare the folder with what it was made from, and print the difference.
+
+    Raises:
+        DataError: The text cannot be read, or a model cannot be run.
+        NumericsError: They differ.
+    """
+    from megaft import verify_conversion
+    from megaft.verify_conversion import Side
+
+    text = verify_conversion.TEXT if config.text is None else read_text(config.text)
+    sides = Side(source, config.model_config), Side(str(config.to))
+    difference = verify_conversion.verify(*sides, dtype, text)
+    print(
+        f"verified on {difference.num_tokens} tokens: {difference.mean:.6f} nats a token; a token's differ by "
+        f"{difference.largest:.2e} at most, the mean by {difference.relative:.2e} of it"
+    )
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's contents; DataError where it cannot be read or has nothing to predict."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"text is {path}, which cannot be read ({error}); give a text file in UTF-8.") from error
+    if len(text) < MIN_TEXT:
+        raise DataError(f"text is {path}, which has {len(text)} characters; give {MIN_TEXT} or more.")
+    return text
 
 
 def require_new(folder: Path) -> None:

@@ -111,8 +111,8 @@ def layout_of(config: Any) -> Layout:
     """
     require(
         config.model_type in FAMILIES,
-        f"model.backend is megatron, which knows {', '.join(FAMILIES)}, but the model is of type {config.model_type}; "
-        "use model.backend hugging-face.",
+        f"the model is of type {config.model_type}; model.backend megatron and `megaft convert` know "
+        f"{', '.join(FAMILIES)}; use model.backend hugging-face.",
     )
     if config.model_type == "gpt2":
         return _gpt2(config)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaft.config import require
 from megaft.errors import DataError
 from megaft.files import sha256_of
 from megaft.foreign import require_inert
+from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
 from megaft.models.hugging_face import load_language_model, require_there
 from megaft.models.layout import Layout, layout_of
 from megaft.models.tensor_file import TensorFile, open_tensors
@@ -64,19 +66,28 @@ class Weights:
         return self.fetch(name)
 
 
-def open_weights(source: str, *, is_hashed: bool = False) -> Weights:
+def open_weights(source: str, *, model_config: str | None = None, is_hashed: bool = False) -> Weights:
     """Find a model's weights and check their names and shapes; no value is read yet.
 
     Args:
-        source: A model folder, a hub name, a GGUF file, a folder that `megaft convert` wrote, or a run's folder.
+        source: A model folder, a hub name, a GGUF file, a folder that `megaft convert` wrote, a run's folder, or a
+            classic Megatron-LM checkpoint's.
+        model_config: For a classic checkpoint: where transformers' config.json is, if it does not say what it is of.
         is_hashed: Check the SHA-256 of a converted folder's files too, which reads them all once more.
 
     Raises:
+        ConfigError: It is of a family without a layout.
         DataError: It is not there, asks for code, or its weights are not those of its configuration.
     """
     source = model_folder(source)
     folder = Path(source)
     require_there(source)
+    if is_classic(folder):
+        return _from_classic(folder, model_config)
+    require(
+        model_config is None,
+        f"model-config is {model_config}, which has no effect: {source} is no classic Megatron-LM checkpoint; drop it.",
+    )
     require_inert("model", source)
     if (folder / MANIFEST).is_file():
         return _from_megatron(folder, is_hashed)
@@ -153,6 +164,7 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     config = load_config(source)
     if getattr(config, "quantization_config", None):
         raise DataError(f"model is {source}, which is quantized; give the model it was made from.")
+    layout_of(config)  # of other families, transformers changes names between file and model
     holders = {name: file for file in files for name in file.spans}
     shapes, prefix = shapes_of(config), _prefix(config)
     stored = {name: name if name in holders else name.removeprefix(prefix) for name in shapes}
@@ -191,29 +203,60 @@ def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 def _from_whole(source: str) -> Weights:
     dtype = torch.float32 if source.endswith(".gguf") else load_config(source).dtype or torch.float32
     model = load_language_model(source, dtype)
+    layout_of(model.config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     state = model.state_dict()
     return Weights(model.config, model.dtype, shapes, lambda name: state[name].clone())
 
 
 def _from_megatron(folder: Path, is_hashed: bool) -> Weights:
-    manifest = read_manifest(folder)
     config = load_config(str(folder))
-    layout, shapes = layout_of(config), shapes_of(config)
+    files = shards_of(folder, config, is_hashed=is_hashed)
+    dtype = _widest(file.dtype(name) for file in files for name in file.spans)
+    return from_shards(config, dtype, lambda name: [file.read(name) for file in files])
+
+
+def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[TensorFile]:
+    """Return what each tensor-parallel rank has in a converted folder: the sizes and shapes of the files are right.
+
+    Raises:
+        DataError: One is missing or different; the message names it.
+    """
+    manifest = read_manifest(folder)
+    layout, shapes, size = layout_of(config), shapes_of(config), manifest["tensor_parallel_size"]
     files = [_checked(folder, name, entry, is_hashed) for name, entry in sorted(manifest["files"].items())]
-    if len(files) != manifest["tensor_parallel_size"]:
-        raise DataError(f"{folder / MANIFEST} names {len(files)} files for {manifest['tensor_parallel_size']} ranks.")
+    if len(files) != size:
+        raise DataError(f"{folder / MANIFEST} names {len(files)} files for {size} ranks; convert the model anew.")
     for rank, file in enumerate(files):
         found = {name: span.shape for name, span in file.spans.items()}
-        require_fitting(str(file.path), local_shapes(layout, shapes, len(files), rank), found)
+        require_fitting(str(file.path), local_shapes(layout, shapes, size, rank), found)
+    return files
+
+
+def from_shards(config: Any, dtype: torch.dtype, read: Callable[[str], list[Tensor]]) -> Weights:
+    """Return the weights that `read` gives, by megatron-core's names, as every tensor-parallel rank has them."""
+    layout = layout_of(config)
+    holder = {source: name for name, rule in layout.rules.items() for source in rule.sources}
 
     @lru_cache(maxsize=1)  # queries, keys and values lie together and are asked for in turn
     def whole(name: str) -> dict[str, Tensor]:
-        return layout.whole(name, [file.read(name) for file in files])
+        return layout.whole(name, read(name))
 
-    holder = {source: name for name, rule in layout.rules.items() for source in rule.sources}
-    dtype = _widest(file.dtype(name) for file in files for name in layout.rules)
-    return Weights(config, dtype, shapes, lambda name: whole(holder[name])[name])
+    return Weights(config, dtype, shapes_of(config), lambda name: whole(holder[name])[name])
+
+
+def _from_classic(folder: Path, model_config: str | None) -> Weights:
+    if model_config is not None:
+        require_inert("model-config", model_config)
+    checkpoint = ClassicCheckpoint.open(folder)
+    config = checkpoint.config() if model_config is None else load_config(model_config)
+    layout, shapes, size = layout_of(config), shapes_of(config), len(checkpoint.ranks)
+    checkpoint.require_only(layout)
+    for rank in range(size):
+        expected = checkpoint.padded(layout, local_shapes(layout, shapes, size, rank))
+        require_fitting(f"{folder} (rank {rank})", expected, checkpoint.shapes(rank))
+    dtype = _widest(tensor.dtype for tensors in checkpoint.ranks for tensor in tensors.values())
+    return from_shards(config, dtype, lambda name: checkpoint.read(name, layout))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,257 @@
+import hashlib
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM
+
+from megaft import convert, verify_conversion
+from megaft.cli import main as command
+from megaft.errors import ConfigError, DataError, NumericsError
+from megaft.models.weights import open_weights
+from megaft.verify_conversion import Side, rows_of
+
+SMOL = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4, "hidden_size": 36}
+# what it is: model, changes, tensor-parallel sizes on the way
+CASES = {
+    "gpt2": ("gpt2", {}, (2, 4)),
+    "gpt2 untied": ("gpt2", {"tie_word_embeddings": False}, (4, 2)),
+    "llama with groups, tied": ("llama", {"tie_word_embeddings": True}, (2, 1)),
+    "llama of 9 heads in 3 groups": ("llama", SMOL | {"tie_word_embeddings": True}, (3, 1)),
+    "llama untied with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, (1, 2)),
+    "qwen2": ("qwen2", {}, (2, 1)),
+}
+
+
+def run(source, to, format, **settings):
+    return convert.main(convert.ConvertConfig(source=str(source), to=to, format=format, **settings))
+
+
+def megatron(source, to, size, **settings):
+    return run(source, to, "megatron", tensor_parallel_size=size, **settings)
+
+
+def require_same(folder, model, change=lambda tensor: tensor):
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, change(expected[name])), name
+    tied = [one.get_output_embeddings().weight is one.get_input_embeddings().weight for one in (loaded, model)]
+    assert tied[0] == tied[1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_is_the_same_bit_for_bit(tmp_path, case):
+    name, changes, (first, second) = CASES[case]
+    model = make_model(name, **changes)
+    model.save_pretrained(tmp_path / "start")
+    megatron(tmp_path / "start", tmp_path / "first", first)
+    megatron(tmp_path / "first", tmp_path / "second", second)
+    run(tmp_path / "second", tmp_path / "end", "hugging-face")
+    require_same(tmp_path / "end", model)
+    assert (
+        load_file(tmp_path / "end/model.safetensors").keys() == load_file(tmp_path / "start/model.safetensors").keys()
+    )
+    assert len(list((tmp_path / "second").glob("tensor-parallel-*.safetensors"))) == second
+
+
+def test_rows_fill_the_vocabulary_up(tmp_path):
+    make_model("gpt2").save_pretrained(tmp_path / "start")  # 61 words
+    megatron(tmp_path / "start", tmp_path / "four", 4)
+    shards = [load_file(path) for path in sorted((tmp_path / "four").glob("*.safetensors"))]
+    words = [shard["embedding.word_embeddings.weight"] for shard in shards]
+    assert [len(part) for part in words] == [16] * 4
+    assert torch.equal(torch.cat(words)[61:], torch.zeros(3, 32))
+
+
+def test_files_of_at_most_so_many_bytes_in_another_dtype(tmp_path, monkeypatch):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "start")
+    (tmp_path / "start/tokenizer.json").write_text("{}")
+    monkeypatch.setattr("megaft.models.convert.SHARD_BYTES", 10_000)
+    assert (
+        command(f"convert --from {tmp_path}/start --to {tmp_path}/end --format hugging-face --dtype bfloat16".split())
+        == 0
+    )
+    files = sorted((tmp_path / "end").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(file.stat().st_size < 12_000 for file in files)
+    index = json.loads((tmp_path / "end/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * sum(p.numel() for p in model.parameters())
+    assert json.loads((tmp_path / "end/config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "end/tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "end/generation_config.json").is_file()
+    require_same(tmp_path / "end", model, lambda tensor: tensor.bfloat16())
+
+
+def test_the_manifest(tmp_path, shared):
+    megatron(shared / "models/tiny-gpt2-wikitext2", tmp_path / "two", 2)
+    manifest = json.loads((tmp_path / "two/megatron.json").read_text())
+    assert manifest["tensor_parallel_size"] == 2
+    assert manifest["dtype"] == "float32"
+    assert manifest["source"].endswith("tiny-gpt2-wikitext2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
+    assert (tmp_path / "two/tokenizer.json").is_file()
+    for name, entry in manifest["files"].items():
+        assert (tmp_path / "two" / name).stat().st_size == entry["bytes"]
+        assert sha256(tmp_path / "two" / name) == entry["sha256"]
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+FIRST = "tensor-parallel-00-of-02.safetensors"
+DAMAGES = {
+    "a bit": (lambda folder: flip(folder / FIRST), f"{FIRST} is damaged"),
+    "size": (lambda folder: (folder / FIRST).write_bytes(b"1"), f"{FIRST} has 1 bytes"),
+    "missing": (lambda folder: (folder / FIRST).unlink(), f"{FIRST} is missing"),
+    "ranks": (lambda folder: edit(folder / "megatron.json", 'parallel_size": 2', 'parallel_size": 3'), "2 files for 3"),
+    "format": (lambda folder: edit(folder / "megatron.json", '"format": 1', '"format": 9'), "format 9"),
+    "elsewhere": (lambda folder: edit(folder / "megatron.json", FIRST, f"../{FIRST}"), "not a file beside it"),
+    "no manifest of ours": (lambda folder: (folder / "megatron.json").write_text("{}"), "damaged"),
+    "another model's": (lambda folder: edit(folder / "config.json", '"n_embd": 32', '"n_embd": 64'), "do not fit"),
+    "code": (lambda folder: edit(folder / "config.json", "{", '{"auto_map": {"AutoModel": "x.py"},'), "auto_map"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    make_model("gpt2").save_pretrained(folder / "start")
+    megatron(folder / "start", folder / "two", 2)
+    return folder / "two"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_by_name(tmp_path, two_ranks, damage):
+    change, message = DAMAGES[damage]
+    shutil.copytree(two_ranks, tmp_path / "two")
+    change(tmp_path / "two")
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "two", tmp_path / "end", "hugging-face")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
+
+
+def test_training_reads_no_hashes(tmp_path, two_ranks):
+    shutil.copytree(two_ranks, tmp_path / "two")
+    flip(tmp_path / "two" / FIRST)
+    open_weights(str(tmp_path / "two"))
+
+
+REFUSED = {
+    "it exists": ("start", {"tensor_parallel_size": 2}, "exists"),
+    "too many ranks": ("new", {"tensor_parallel_size": 3}, "does not divide by it; use one of 1, 2, 4"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_cannot_be(tmp_path, case):
+    to, settings, message = REFUSED[case]
+    make_model("gpt2").save_pretrained(tmp_path / "start")
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "start", tmp_path / to, "megatron", **settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["start"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--format hugging-face --tensor-parallel-size 2", "tensor-parallel-size is 2"),
+        ("--format megatron --tensor-parallel-size 0", "tensor-parallel-size is 0"),
+        ("--format megatron --text a.txt", "without --verify"),
+        ("--format megatron --model-config gpt2", "model-config is gpt2"),
+    ],
+)
+def test_flags_that_have_no_effect(tmp_path, capsys, flags, message):
+    make_model("gpt2").save_pretrained(tmp_path / "start")
+    assert command(f"convert --from {tmp_path}/start --to {tmp_path}/end {flags}".split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_family_without_a_layout(tmp_path):
+    make_model("gpt-neox").save_pretrained(tmp_path / "start")
+    with pytest.raises(ConfigError, match="gpt_neox"):
+        run(tmp_path / "start", tmp_path / "end", "hugging-face", dtype="bfloat16")
+
+
+def test_no_room(tmp_path, monkeypatch):
+    make_model("gpt2").save_pretrained(tmp_path / "start")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    with pytest.raises(ConfigError, match="of 1,000 free"):
+        megatron(tmp_path / "start", tmp_path / "two", 2)
+    assert not (tmp_path / "two").exists()
+
+
+def test_what_a_killed_one_left_goes(tmp_path):
+    make_model("gpt2").save_pretrained(tmp_path / "start")
+    (tmp_path / ".two.converting").mkdir()
+    (tmp_path / ".two.converting/half").write_text("x")
+    megatron(tmp_path / "start", tmp_path / "two", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["start", "two"]
+    assert not (tmp_path / "two/half").exists()
+
+
+def test_float16_that_overflows(tmp_path):
+    model = make_model("gpt2")
+    with torch.no_grad():
+        model.transformer.wpe.weight[3, 3] = 1e5
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(DataError, match=r"wpe.weight has values up to 100000"):
+        run(tmp_path / "start", tmp_path / "end", "hugging-face", dtype="float16")
+    assert not (tmp_path / "end").exists()
+
+
+def test_rows_share_their_ends(tmp_path):
+    make_model("gpt2").save_pretrained(tmp_path)  # 64 positions, no tokenizer
+    rows = rows_of("abc" * 50, str(tmp_path))
+    assert [len(row) for row in rows] == [65, 65, 22]
+    assert [rows[0][-1], rows[1][-1]] == [rows[1][0], rows[2][0]]
+    assert sum(len(row) - 1 for row in rows) == 149
+
+
+@pytest.mark.parametrize(("apart", "is_refused"), [(1e-7, False), (2e-3, True), (float("nan"), True)])
+def test_models_that_differ_are_refused(tmp_path, monkeypatch, apart, is_refused):
+    make_model("gpt2").save_pretrained(tmp_path)
+    costs = iter([torch.full((20,), 4.0).double(), torch.full((20,), 4.0 + apart).double()])
+    monkeypatch.setattr(verify_conversion, "_nats_of", lambda *_: next(costs))
+    if is_refused:
+        with pytest.raises(NumericsError, match="is not"):
+            verify_conversion.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30)
+    else:
+        assert verify_conversion.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30).largest < 1e-6
+
+
+@pytest.mark.slow
+def test_verify_runs_both_models(tmp_path, capsys):
+    make_model("llama", attention_bias=True, mlp_bias=True).save_pretrained(tmp_path / "start")
+    megatron(tmp_path / "start", tmp_path / "two", 2, dtype="bfloat16", verify=True)
+    assert "verified on" in capsys.readouterr().out
+    shard = tmp_path / "two/tensor-parallel-01-of-02.safetensors"
+    tensors = load_file(shard)
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    save_file(tensors | {name: tensors[name].flip(0)}, shard, metadata={"format": "pt"})
+    manifest = json.loads((tmp_path / "two/megatron.json").read_text())
+    manifest["files"][shard.name]["bytes"] = shard.stat().st_size
+    (tmp_path / "two/megatron.json").write_text(json.dumps(manifest))
+    text = Path(__file__).read_text()[:300]
+    with pytest.raises(NumericsError):
+        verify_conversion.verify(Side(str(tmp_path / "start")), Side(str(tmp_path / "two")), "bfloat16", text)
