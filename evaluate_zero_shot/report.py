@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from evaluate_zero_shot.tasks import TASKS
 from megaft.errors import ConfigError, DataError
 from megaft.exit_code import exit_code_of
 from megaft.files import replacing
+from megaft.nested import leaves
 
 TEMPLATES = Path(__file__).with_name("templates")
 REQUIRED = ("model_name", "task", "protocol")
@@ -105,18 +106,10 @@ def _command(words: Sequence[str]) -> str:
 
 def _environment(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return names and values; where results were made with different ones, all of them."""
-    pairs = dict.fromkeys(pair for one in results for pair in _flat(one["environment"] or {}))
+    found = [leaf for one in results for leaf in leaves(one["environment"] or {}, " ")]
+    pairs = dict.fromkeys((name, formats.MISSING if value is None else str(value)) for name, value in found)
     values = sections.grouped(pairs, lambda pair: pair[0])
     return [(name, "; ".join(value for _, value in found)) for name, found in values.items()]
-
-
-def _flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Return names and values, those of inner mappings behind the outer name."""
-    for name, value in environment.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", formats.MISSING if value is None else str(value)
 
 
 def _jinja(*, is_html: bool) -> Environment:

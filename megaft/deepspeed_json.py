@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +28,7 @@ from megaft.deepspeed_keys import (
 )
 from megaft.deepspeed_optimizer import check_optimizer, translate_blocks
 from megaft.errors import ConfigError
+from megaft.nested import leaves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,15 +147,6 @@ def _get(config: dict[str, Any], path: str) -> Any:
     return config
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (path, value) below an object, lists and scalars being the ends."""
-    if not isinstance(value, dict):
-        yield path, value
-        return
-    for key, below in value.items():
-        yield from _leaves(below, f"{path}.{key}" if path else key)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -182,7 +173,7 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
 
 
 def _refuse_wrong_types(config: dict[str, Any]) -> None:
-    for path, value in _leaves(config):
+    for path, value in leaves(config, "."):
         if value == "auto" and path not in BATCH_KEYS:
             fail(path, value, 'only batch sizes can be "auto". Give a value, or leave the key out for the default.')
         if value is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megaft.errors import ConfigError, UserError
+from megaft.nested import mapped
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -23,14 +24,10 @@ def to_json(value: Any, indent: int | None = None) -> str:
     Raises:
         TypeError: A value is none of JSON's types, such as a tensor.
     """
-    return json.dumps(_finite(value), indent=indent, default=os.fspath, allow_nan=False)
+    return json.dumps(mapped(value, _finite), indent=indent, default=os.fspath, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

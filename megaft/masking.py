@@ -6,6 +6,8 @@ import os
 import re
 from typing import Any
 
+from megaft.nested import mapped
+
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
 LEAST_LENGTH = 8
 """Characters of a value that may be one: a shorter one would be found in words that are none."""
@@ -21,8 +23,4 @@ def without_secrets(text: str) -> str:
 
 def masked(value: Any) -> Any:
     """Return settings, nested as they are, with every text and path without secrets."""
-    if isinstance(value, dict):
-        return {key: masked(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [masked(item) for item in value]
-    return without_secrets(os.fspath(value)) if isinstance(value, str | os.PathLike) else value
+    return mapped(value, lambda item: without_secrets(os.fspath(item)) if isinstance(item, str | os.PathLike) else item)

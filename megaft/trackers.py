@@ -12,6 +12,7 @@ from typing import Any
 from megaft.config import MetricsConfig
 from megaft.errors import ConfigError
 from megaft.masking import masked
+from megaft.nested import leaves
 
 
 class WandbTracker:
@@ -101,15 +102,9 @@ class Trackers:
             print(f"warning: {name} failed and is switched off; training goes on ({reason})", file=sys.stderr)
 
 
-def flat_numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+def flat_numbers(row: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a row under names such as validation/nats; what is not a number is left out."""
-    numbers = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            numbers |= flat_numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            numbers[prefix + name] = value
-    return numbers
+    return {name: value for name, value in leaves(row, "/") if isinstance(value, int | float)}
 
 
 def check_trackers(config: MetricsConfig) -> None:
