@@ -13,7 +13,7 @@ import tyro
 
 from megaft.batch_script import read_text
 from megaft.config import TrainConfig, parse_train, require
-from megaft.deepspeed_json import read_deepspeed_json, resolve
+from megaft.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
 from megaft.errors import ConfigError, UserError
 from megaft.prepare_config import PrepareConfig
 
@@ -114,7 +114,7 @@ def _check_batch(config: TrainConfig, asked: dict[str, str]) -> None:
     train = raw.get("train_batch_size")
     resolve(
         raw,
-        world_size=int(nodes) * int(per_node),
+        world_size=data_parallel_size(int(nodes) * int(per_node), config.parallel.tensor_parallel_size),
         optim=config.optim,
         has_cuda=asked.get("gpus-per-node", "0") != "0",
         resumed_batch_size=train if goes_on and isinstance(train, int) else None,

@@ -62,8 +62,8 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         UserError: What training would refuse.
     """
     from megaft import checkpoint, parallel
-    from megaft.assemble import assemble, data_parallel_size, resumed_batch_size
-    from megaft.deepspeed_json import read_deepspeed_json, resolve
+    from megaft.assemble import assemble, resumed_batch_size
+    from megaft.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
 
     raw = read_deepspeed_json(config.deepspeed_config)
     resumed = resumed_batch_size(config)

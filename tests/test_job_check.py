@@ -28,6 +28,10 @@ def flags(**changed):
     return [f"--{name}={value}" for name, value in (given | {"run.max-steps": "3"} | changed).items()]
 
 
+def tensor_parallel(size):
+    return {"model.backend": "megatron", "parallel.tensor-parallel-size": str(size)}
+
+
 @pytest.mark.parametrize("nodes", ["1", "2", "1-3"])
 def test_a_job_that_can_start(nodes, folder):
     check_program("finetune_multinode", flags(), JOB | {"nodes": nodes})
@@ -41,6 +45,8 @@ def test_a_job_that_can_start(nodes, folder):
         pytest.param({"data.valid": "x.txt"}, "2", DataError, "x.txt is neither a text file", id="validation data"),
         pytest.param({"model.path": "./x"}, "2", DataError, "model.path is ./x; there is no such folder", id="model"),
         pytest.param({}, "3", ConfigError, "train_batch_size 16.* on 12 ranks", id="batch"),
+        pytest.param(tensor_parallel(4), "3", ConfigError, "train_batch_size 16.* on 3 ranks", id="cut matrices"),
+        pytest.param(tensor_parallel(8), "1", ConfigError, "tensor-parallel-size is 8, but .* 4 ranks", id="groups"),
     ],
 )
 def test_what_training_would_refuse(changed, nodes, error, said, folder):
