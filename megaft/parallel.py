@@ -206,9 +206,11 @@ def uncut() -> None:
     """Give every rank whole matrices again."""
     global _groups
     if _groups is not None:
+        import deepspeed
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
+        deepspeed.utils.groups.mpu = None  # which it keeps for every engine to come
         _groups = None
 
 
@@ -234,7 +236,9 @@ def cut_matrices(tensor_parallel_size: int) -> None:
     from megatron.core import parallel_state
 
     minutes = int(_timeout.total_seconds() // 60) + 1
-    parallel_state.initialize_model_parallel(tensor_parallel_size, distributed_timeout_minutes=minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_parallel_size, distributed_timeout_minutes=minutes, create_gloo_process_groups=False
+    )
     _groups = Groups(parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group())
 
 
@@ -331,6 +335,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Replace `tensor`, on every rank, by its sum over all ranks, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def sum_over_data_ranks(tensor: Tensor) -> Tensor:
     """Replace `tensor`, on every rank, by its sum over the ranks with the same part of the model, and return it."""
     if data_parallel_size() > 1:
@@ -406,6 +417,4 @@ def from_main(tensor: Tensor) -> Tensor:
     """Return the main rank's integers on every rank, as a tensor of the host."""
     device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
     mine = (tensor if is_main() else torch.zeros_like(tensor)).to(device)
-    if world_size() > 1:
-        dist.all_reduce(mine)
-    return mine.cpu()
+    return sum_over_ranks(mine).cpu()

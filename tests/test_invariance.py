@@ -23,6 +23,7 @@ def test_losses_and_weights_do_not_depend_on_the_cut(measured, way):
     outcome = measured[way]
     assert outcome.last_loss < outcome.first_loss
     assert outcome.loss_difference <= 1e-5
+    assert outcome.norm_difference <= 1e-5
     assert outcome.weight_difference <= 1e-5
 
 
@@ -32,3 +33,5 @@ def test_the_promise_is_the_one_made():
     assert {way.zero_stage for way in EXACT} == {0, 1, 2, 3}
     assert {way.optimizer for way in EXACT} == {"adamw", "sgd"}
     assert any(way.is_offloaded for way in EXACT)
+    for size in (2, 4):
+        assert {way.zero_stage for way in EXACT if way.tensor_parallel_size == size} == {0, 1, 2, 3}

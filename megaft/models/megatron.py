@@ -101,6 +101,8 @@ class MegatronModel(nn.Module):
             share_embeddings_and_output_weights=config.tie_word_embeddings,
         )
         self.inverse_frequencies = None if is_gpt2 else rotary_frequencies(config)
+        self.untrained_id: int | None = None if is_gpt2 else config.pad_token_id
+        """transformers' embedding has no gradient at its padding token, which may be a text's end."""
         for name, parameter in self.gpt.named_parameters():  # what DeepSpeed goes by when it takes a norm
             vars(parameter)["tensor_model_parallel"] = self.layout.rules[name].axis is not None
 
@@ -135,6 +137,8 @@ class MegatronModel(nn.Module):
         else:
             positions, mask = positions_within(document_ids), mask_of(document_ids)
         states = self.gpt.embedding(input_ids, positions)
+        if self.untrained_id is not None:
+            states = torch.where((input_ids.T == self.untrained_id).unsqueeze(-1), states.detach(), states)
         states = self.gpt.decoder(states, mask, rotary_pos_emb=self._angles(past, time, input_ids.device))
         return states.transpose(0, 1)
 

@@ -3,7 +3,8 @@
     python tools/benchmarks/invariance.py [--steps 20] [--output docs/invariance.md]
 
 Each cut is micro-batch x accumulation x ranks x ZeRO stage x tensor parallelism, on CPU ranks joined by gloo.
-Documents of unequal length, one a sample, give every micro batch another number of labels. Cuts of one world size share a launch.
+Documents of unequal length, one a sample, give every micro batch another number of labels. Cuts of one world size
+share a launch.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ WAYS = (
     Way(2, 2, 1, precision="fp16"),
     Way(2, 2, 2, precision="fp16"),
     Way(2, 2, 3, precision="fp16"),
+    *(Way(4, 2, stage, precision="bf16", tensor_parallel_size=2) for stage in (1, 2, 3)),
+    *(Way(4, 2, stage, precision="fp16", tensor_parallel_size=2) for stage in (1, 2, 3)),
 )
 
 
