@@ -14,6 +14,7 @@ from megaft.errors import ConfigError
 from megaft.exit_code import exit_code_of
 
 if TYPE_CHECKING:
+    from megaft.backend import Backend
     from megaft.parallel import Topology
 
 
@@ -50,22 +51,29 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from evaluate_zero_shot.plan import find_all_data, trial_of
     from evaluate_zero_shot.subject import load
     from megaft import parallel
+    from megaft.backend import backend_of, require_whole_groups
     from megaft.generate import model_source
     from megaft.lock import locked
     from megaft.tokenizer import load_tokenizer
 
-    is_alone = topology.world_size == 1 and not config.partition  # then DeepSpeed need not be imported
+    size = config.tensor_parallel_size
+    require_whole_groups(topology.world_size, size)
+    backends: list[Backend] = [backend_of(model_source(source), config.backend, size) for source in config.model]
+    is_cut = "megatron" in backends
+    is_alone = topology.world_size == 1 and not config.partition and not is_cut  # then DeepSpeed need not be imported
     # What is missing is said before any model is loaded; what the hub has is fetched once, while the others join.
     data = find_all_data(config, os.environ) if topology.is_main else None
     device = parallel.device_of(topology) if is_alone else parallel.join(topology)
+    if is_cut:
+        parallel.cut_matrices(size)
     data = data or find_all_data(config, os.environ)
     for source in config.model:  # a name mistyped is said now, not when its turn comes
         load_tokenizer(model_source(source))
     combinations = list(product(config.tasks, config.protocols, config.strides))
     with locked(config.output, topology.is_main):
         done = []
-        for source in config.model:
-            subject = load(source, config, device)
+        for source, backend in zip(config.model, backends, strict=True):
+            subject = load(source, config, backend, device)
             for _, protocol, stride in combinations:  # what does not fit the model is said before hours are spent on it
                 geometry(PROTOCOLS[protocol], subject.scorer.context_limit, config.context_length, stride)
             for task, protocol, stride in combinations:

@@ -11,6 +11,7 @@ import tyro
 
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS
+from megaft.backend import Backend
 from megaft.config import own_flags, require
 from megaft.ranges import at_least, require_ranges
 
@@ -45,6 +46,10 @@ class EvaluateConfig:
     """Input tokens of a forward pass. By default a function of model, context length and kind of device."""
     partition: bool = False
     """Spread the weights over the ranks (ZeRO-3), for models larger than a device."""
+    backend: Backend | None = None
+    """Whose modules run the models. By default transformers', megatron-core's for folders in megatron's format."""
+    tensor_parallel_size: int = 1
+    """Neighbouring ranks that share each matrix and score the same windows; above 1 with megatron-core's modules."""
 
     def __post_init__(self) -> None:
         require(len(self.model) > 0, "model is empty; give a hub name, a folder, a GGUF file or a run's folder.")
@@ -60,6 +65,7 @@ class EvaluateConfig:
             f"stride is {self.stride!r}; use a number of 1 or more, or several with commas, such as 32,256,1024.",
         )
         require_ranges(self, context_length=at_least(1), limit=at_least(1), tokens_per_batch=at_least(1))
+        require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
 
     @property
     def tasks(self) -> list[str]:

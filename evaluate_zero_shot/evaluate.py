@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,9 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         positions=figures.positions(found, prepared.rows, trial.cut.num_inputs),
         seconds=seconds,
         tokens_per_second=None if keeper.finished else found.num_scored_tokens / seconds,
-        world_size=parallel.data_parallel_size(),
+        world_size=parallel.world_size(),
+        backend=subject.backend,
+        tensor_parallel_size=parallel.tensor_parallel_size(),
         device=torch.cuda.get_device_name() if subject.device.type == "cuda" else subject.device.type,
         command=made_with.pop("command"),
         environment=made_with,
@@ -121,5 +124,7 @@ def _key(subject: Subject, trial: Trial) -> str:
     for part in (prepared.tokens.tokens, rows, np.array(prepared.banned, np.int64)):
         digest.update(len(part).to_bytes(8, "little") + part.tobytes())
     made_by = (subject.sha256, subject.dtype, subject.device.type, torch.__version__, transformers.__version__)
+    if subject.backend == "megatron":
+        made_by = (*made_by, version("megatron-core"), parallel.tensor_parallel_size())
     digest.update(repr((*made_by, prepared.prefix_id, prepared.is_prompted)).encode())
     return digest.hexdigest()[:16]

@@ -76,6 +76,12 @@ def run_name(result: Result) -> str:
     return ", ".join(part for part in (result["protocol"], window(result), precision) if part != MISSING)
 
 
+def ranks(result: Result) -> str:
+    """Return on how many ranks it was measured, and over how many each matrix was cut where that is more than one."""
+    size = result["tensor_parallel_size"] or 1
+    return counted(result["world_size"]) + (f", matrices cut over {size}" if size > 1 else "")
+
+
 def summary(results: Sequence[Result]) -> dict[tuple[str, str, str, tuple[str, ...]], list[Result]]:
     """Return the results by task, way of measuring, data file, and what each reader must know of them."""
     return grouped(results, lambda one: (_task_title(one), run_name(one), _data(one), warnings(one)))

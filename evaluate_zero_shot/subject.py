@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 
 from evaluate_zero_shot.config import EvaluateConfig
 from megaft import parallel
+from megaft.backend import Backend
 from megaft.errors import DataError
 from megaft.files import sha256_of
 from megaft.generate import model_source
@@ -28,13 +29,14 @@ class Subject:
     source: str
     """As the user named it."""
     sha256: str
+    backend: Backend
     scorer: Scorer
     dtype: torch.dtype
     device: torch.device
     tokenizer: AnyTokenizer
 
 
-def load(source: str, config: EvaluateConfig, device: torch.device) -> Subject:
+def load(source: str, config: EvaluateConfig, backend: Backend, device: torch.device) -> Subject:
     """Load a model on this rank, or its share of it.
 
     Raises:
@@ -42,13 +44,21 @@ def load(source: str, config: EvaluateConfig, device: torch.device) -> Subject:
     """
     path, dtype = model_source(source), getattr(torch, config.dtype)
     tokenizer = load_tokenizer(path)
-    scorer = load_scoring_model(path, dtype=dtype, device=device, is_partitioned=config.partition)
+    scorer = load_scoring_model(path, dtype=dtype, device=device, backend=backend, is_partitioned=config.partition)
     if tokenizer.vocab_size > scorer.vocab_size:
         raise DataError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {scorer.vocab_size}; "
             "use the tokenizer the model was made with."
         )
-    return Subject(source=source, sha256=_sha256(path), scorer=scorer, dtype=dtype, device=device, tokenizer=tokenizer)
+    return Subject(
+        source=source,
+        sha256=_sha256(path),
+        backend=backend,
+        scorer=scorer,
+        dtype=dtype,
+        device=device,
+        tokenizer=tokenizer,
+    )
 
 
 def _sha256(path: str) -> str:

@@ -67,6 +67,22 @@ class Vocabulary(NamedTuple):
         normalizers, targets = parts.unbind(1)
         return normalizers.logsumexp(0).unsqueeze(-1), targets.sum(0).unsqueeze(-1)
 
+    def nats(
+        self, logits: Float[Tensor, "tokens words"], labels: Int64[Tensor, " tokens"]
+    ) -> Float32[Tensor, " tokens"]:
+        """Return the cross-entropy of each label among all words; the same on all those ranks."""
+        normalizer, target = self.normalizer_and_target(logits.float(), labels)
+        return (normalizer - target).squeeze(-1)
+
+    def choices(self, logits: Float[Tensor, "tokens words"]) -> Int64[Tensor, " tokens"]:
+        """Return the word of the largest logit, of equal ones the first; the same on all those ranks."""
+        places = logits.argmax(-1, keepdim=True)
+        largest, words = logits.gather(-1, places).squeeze(-1), places.squeeze(-1) + self.begin
+        if not self.is_cut:
+            return words
+        first = parallel.gather_over_tensor_ranks(largest).argmax(0, keepdim=True)
+        return parallel.gather_over_tensor_ranks(words).gather(0, first).squeeze(0)
+
     def places(self, labels: Int64[Tensor, " tokens"]) -> tuple[Bool[Tensor, "tokens 1"], Int64[Tensor, "tokens 1"]]:
         """Return which labels are among this rank's words, and their columns; column 0 for others."""
         labels = labels.unsqueeze(-1)
@@ -180,8 +196,7 @@ class Head(nn.Module):
         if self.vocabulary is None:
             return token_nats(F.linear(hidden, self.weight, self.bias), labels)
         weight = self.weight[: self.vocabulary.end - self.vocabulary.begin]
-        normalizer, target = self.vocabulary.normalizer_and_target(F.linear(hidden, weight, self.bias).float(), labels)
-        return (normalizer - target).squeeze(-1)
+        return self.vocabulary.nats(F.linear(hidden, weight, self.bias), labels)
 
 
 def _liger():

@@ -276,13 +276,14 @@ def score(
         ours = deal[parallel.data_parallel_rank() :][:1]
         batch = batches[ours[0]] if ours else []
         found = _values_of(documents, batch, model, device, prefix_id)
-        _put(values, batch, found)
-        if keeper is not None and ours:
-            keeper.keep(ours[0], found)
+        if ours and parallel.tensor_parallel_rank() == 0:  # the others that share its matrices have found the same
+            _put(values, batch, found)
+            if keeper is not None:
+                keeper.keep(ours[0], found)
         done += _num_inputs(batches, deal)
         progress(done)
     # Each place is filled on one rank and 0.0 on the others, so this sum rounds nothing.
-    nats, choices = parallel.sum_over_data_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
+    nats, choices = parallel.sum_over_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
     num_scored_tokens = sum(row.num_targets for row in rows)
     return Score(math.fsum(nats), num_scored_tokens, num_words, num_bytes, nats, choices > 0)
 

@@ -33,9 +33,9 @@ class Rank:
     def __init__(self, rank, size, total):
         self.data_parallel_rank, self.data_parallel_size, self.total = lambda: rank, lambda: size, total
 
-        self.is_main = lambda: rank == 0
+        self.is_main, self.tensor_parallel_rank = lambda: rank == 0, lambda: 0
 
-    def sum_over_data_ranks(self, tensor):
+    def sum_over_ranks(self, tensor):
         self.total.append(tensor.clone())
         return torch.stack(self.total).sum(0)
 

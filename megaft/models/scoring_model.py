@@ -12,7 +12,10 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
-from megaft.loss import IGNORE_INDEX, chunks, token_nats
+from megaft import parallel
+from megaft.backend import Backend
+from megaft.config import ModelConfig
+from megaft.loss import IGNORE_INDEX, Vocabulary, chunks, token_nats
 from megaft.models.hugging_face import (
     CausalLM,
     NatsModel,
@@ -23,6 +26,7 @@ from megaft.models.hugging_face import (
 )
 from megaft.models.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
 from megaft.models.packed import PackedLinear, can_pack, pack_linears
+from megaft.models.weights import shapes_of
 
 
 class ScoringModel(nn.Module):
@@ -31,8 +35,8 @@ class ScoringModel(nn.Module):
     def __init__(self, language_model: CausalLM, *, with_choices: bool = False, banned: Sequence[int] = ()) -> None:
         super().__init__()
         self.language_model = language_model.eval()
-        self.trunk, output_layer = _taken_apart(language_model)
-        self.head = ScoringHead(output_layer, with_choices, banned)
+        self.trunk, output_layer, vocabulary = _taken_apart(language_model)
+        self.head = ScoringHead(output_layer, with_choices, banned, vocabulary)
 
     def pack(self) -> None:
         """Use packed matrices from now on, if the architecture is known."""
@@ -68,12 +72,18 @@ class ScoringHead(nn.Module):
     """
 
     banned: Tensor
-    weight: Tensor | None
 
-    def __init__(self, output_layer: nn.Linear | None, with_choices: bool, banned: Sequence[int]):
+    def __init__(
+        self,
+        output_layer: nn.Module | None,
+        with_choices: bool,
+        banned: Sequence[int],
+        vocabulary: Vocabulary | None = None,
+    ):
         super().__init__()
-        self.weight = None if output_layer is None else output_layer.weight
-        self.bias = None if output_layer is None else output_layer.bias
+        self.vocabulary = vocabulary
+        self.weight: Any = None if output_layer is None else output_layer.weight
+        self.bias: Any = getattr(output_layer, "bias", None)
         self.packed: PackedLinear | None = None
         self.with_choices = with_choices
         self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64), persistent=False)
@@ -89,7 +99,8 @@ class ScoringHead(nn.Module):
         quantities = torch.zeros(1 + self.with_choices, len(labels), device=labels.device)
         for part in chunks(len(labels), num_logits, labels.device):
             logits = self._logits(states[part])
-            quantities[0, part] = token_nats(logits, labels[part])
+            nats = self.vocabulary.nats if self.vocabulary else token_nats
+            quantities[0, part] = nats(logits, labels[part])
             if self.with_choices:
                 quantities[1, part] = (self._choices(logits, is_first[part]) == labels[part]).float()
         return quantities
@@ -97,13 +108,31 @@ class ScoringHead(nn.Module):
     def _logits(self, states: Tensor) -> Tensor:
         if self.packed is not None:
             return self.packed(states)
+        if self.vocabulary is not None:  # the rows behind its words are padding
+            return F.linear(states, self.weight[: self.vocabulary.end - self.vocabulary.begin])
         return states if self.weight is None else F.linear(states, self.weight, self.bias)
 
     def _choices(self, logits: Tensor, is_first: Tensor) -> Tensor:
-        choices = logits.argmax(-1)
+        words = self.vocabulary or Vocabulary(0, logits.shape[-1], is_cut=False)
+        choices = words.choices(logits)
         if len(self.banned) and is_first.any():
-            choices[is_first] = logits[is_first].index_fill(-1, self.banned, -torch.inf).argmax(-1)
+            banned = self.banned[(self.banned >= words.begin) & (self.banned < words.end)] - words.begin
+            choices[is_first] = words.choices(logits[is_first].index_fill(-1, banned, -torch.inf))
         return choices
+
+
+class MegatronTrunk(nn.Module):
+    """A model of megatron-core below its output layer, run whole; on each of its tensor-parallel ranks."""
+
+    def __init__(self, language_model: Any):
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "scored width"]:
+        """Return the hidden states of the scored positions, row by row."""
+        return self.language_model(input_ids)[is_scored]
 
 
 class LogitsTrunk(nn.Module):
@@ -122,14 +151,16 @@ class LogitsTrunk(nn.Module):
         return logits[is_scored[:, columns]]
 
 
-def _taken_apart(language_model: CausalLM) -> tuple[nn.Module, nn.Linear | None]:
-    """Return what gives states of scored positions, and the layer from states to logits unless they are that."""
+def _taken_apart(language_model: CausalLM) -> tuple[nn.Module, nn.Module | None, Vocabulary | None]:
+    """Return what gives states of scored positions, the layer from states to logits unless they are that, its words."""
+    if hasattr(language_model, "vocabulary"):
+        return MegatronTrunk(language_model), language_model.output_layer(), language_model.vocabulary()
     output_layer = language_model.get_output_embeddings()
     if type(output_layer) is nn.Linear and (trunk := fast_trunk(language_model)):
-        return trunk, output_layer
+        return trunk, output_layer, None
     if NatsModel(language_model).head is not None:  # found by trial
-        return AnyTrunk(language_model), output_layer
-    return LogitsTrunk(language_model), None
+        return AnyTrunk(language_model), output_layer, None
+    return LogitsTrunk(language_model), None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +199,7 @@ def load_scoring_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    backend: Backend = "hugging-face",
     is_partitioned: bool = False,
 ) -> Scorer:
     """Load a model to score with; it tells no choices until asked.
@@ -176,28 +208,46 @@ def load_scoring_model(
         source: Hub name, folder or GGUF file.
         dtype: What the model computes in; cross-entropy is in float32 always.
         device: Where it computes.
-        is_partitioned: Give each rank of the process group a part of every weight, through DeepSpeed's ZeRO-3. Only
-            rank 0 reads the weights, into a mapping of the file. A GGUF file is unpacked whole in the host memory of
-            every rank first.
+        backend: Whose modules. Before megatron-core's are made, `parallel.cut_matrices` says over how many ranks.
+        is_partitioned: Give each rank of the process group (or of those with one part of cut matrices) a part of every
+            weight, through DeepSpeed's ZeRO-3. Of transformers' models only rank 0 reads the weights, into a mapping of
+            the file. A GGUF file is unpacked whole in the host memory of every rank first.
 
     Raises:
+        ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
         DataError: It is not there, or transformers cannot read it.
     """
-    load = _load_partitioned if is_partitioned else load_language_model
-    language_model = load(source, dtype)
-    fuse_activations(language_model)
-    model = ScoringModel(language_model)
-    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in language_model.parameters()]
+    if backend == "megatron":
+        language_model = _load_megatron(source, dtype, is_partitioned)
+    else:
+        language_model = (_load_partitioned if is_partitioned else load_language_model)(source, dtype)
+        fuse_activations(language_model)
+    model, num_parameters = ScoringModel(language_model), _num_parameters(language_model)
     if can_pack(dtype, device) and not is_partitioned:
         model.pack()
     return Scorer(
         model=_engine(model.to(device), dtype) if is_partitioned else model.to(device),
         head=model.head,
         config=language_model.config,
-        num_parameters=sum(sizes),
+        num_parameters=num_parameters,
         context_limit=context_limit(language_model),
         vocab_size=vocab_size(language_model),
     )
+
+
+def _load_megatron(source: str, dtype: torch.dtype, is_partitioned: bool) -> CausalLM:
+    from megaft.models import megatron
+
+    engine_config = _deepspeed_config(dtype) if is_partitioned else None
+    model = megatron.build(ModelConfig(path=source, backend="megatron"), seed=0, engine_config=engine_config)
+    return model if is_partitioned else model.to(dtype)
+
+
+def _num_parameters(language_model: CausalLM) -> int:
+    """Return the parameters of the whole model, the tied ones once and no padding."""
+    if hasattr(language_model, "vocabulary"):
+        return sum(shape.numel() for shape in shapes_of(language_model.config).values())
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in language_model.parameters())
 
 
 def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
@@ -214,7 +264,7 @@ def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
 def _engine(model: ScoringModel, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     import deepspeed
 
-    engine = deepspeed.initialize(model=model, config=_deepspeed_config(dtype))[0]
+    engine = deepspeed.initialize(model=model, config=_deepspeed_config(dtype), mpu=parallel.mpu())[0]
     engine.eval()
     return engine
 
