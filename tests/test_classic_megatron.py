@@ -225,6 +225,7 @@ REFUSED = {
     "fewer heads": (None, {"num_attention_heads": 4, "hidden_size": 64}, "do not fit"),
     "swiglu": (None, {"swiglu": True}, "swiglu True"),
     "rmsnorm": (None, {"normalization": "RMSNorm"}, "normalization RMSNorm"),
+    "no number": (None, {"num_layers": "two"}, "makes no model"),
     "no width": (None, {"hidden_size": None}, "hidden_size is not in its args"),
 }
 

@@ -135,6 +135,9 @@ DAMAGES = {
         "cut short",
     ),
     "code": (lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "evil.py"}), "auto_map"),
+    "no number": (lambda folder: edit_json(folder / "config.json", hidden_size="wide"), "makes no model"),
+    "no heads": (lambda folder: edit_json(folder / "config.json", num_attention_heads=0), "makes no model"),
+    "no such activation": (lambda folder: edit_json(folder / "config.json", hidden_act="zzz"), "makes no model"),
     "quantized": (
         lambda folder: edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"}),
         "quantized",

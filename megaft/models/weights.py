@@ -6,13 +6,15 @@ Memory is bounded by the largest parameter, except for `.bin` and GGUF files, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from megaft.config import require
@@ -29,6 +31,12 @@ MANIFEST = "megatron.json"
 INDEX = "model.safetensors.index.json"
 FORMAT = 1
 """Of a megatron folder; the number in its manifest."""
+
+CONFIG_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    StrictDataclassError,
+)
+"""What comes of values in a config.json that make no sense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +117,29 @@ def load_config(source: str) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    with naming_config_errors(source):
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"model is {source}; transformers cannot read its config.json: {reason}") from error
+
+
+@contextmanager
+def naming_config_errors(source: str) -> Iterator[None]:
+    """Turn what transformers and torch say of a configuration that makes no model into a DataError."""
+    try:
+        yield
+    except CONFIG_ERRORS as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"model is {source}; transformers makes no model of its config.json: {reason}") from error
 
 
 def shapes_of(config: Any) -> dict[str, torch.Size]:
-    """Return the shape of every parameter that transformers' model has, the tied ones once; no memory is taken."""
+    """Return the shape of every parameter that transformers' model has, the tied ones once; no memory is taken.
+
+    Raises:
+        DataError: The configuration makes no model.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with naming_config_errors(config.name_or_path), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
@@ -130,17 +149,17 @@ def _safetensors_of(source: str) -> list[TensorFile]:
     if Path(source).is_dir():
         require_weights(Path(source))
     index = file_of(source, INDEX)
-    names = sorted(set(_weight_map(index).values())) if index else ["model.safetensors"]
+    names = sorted(_shard_names(index)) if index else ["model.safetensors"]
     found = {name: file_of(source, name) for name in names}
     if index and (missing := [name for name, path in found.items() if path is None]):
         raise DataError(f"model is {source}; its {missing[0]}, which {index.name} names, is not there. Copy it anew.")
     return [open_tensors(path) for path in found.values() if path]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _shard_names(index: Path) -> set[str]:
     try:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is damaged ({type(error).__name__}: {error}); copy it anew.") from error
 
 
@@ -164,9 +183,9 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     config = load_config(source)
     if getattr(config, "quantization_config", None):
         raise DataError(f"model is {source}, which is quantized; give the model it was made from.")
-    layout_of(config)  # of other families, transformers changes names between file and model
     holders = {name: file for file in files for name in file.spans}
     shapes, prefix = shapes_of(config), _prefix(config)
+    layout_of(config)  # of other families, transformers changes names between file and model
     stored = {name: name if name in holders else name.removeprefix(prefix) for name in shapes}
     found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
     require_fitting(source, shapes, found)
@@ -249,7 +268,8 @@ def _from_classic(folder: Path, model_config: str | None) -> Weights:
     if model_config is not None:
         require_inert("model-config", model_config)
     checkpoint = ClassicCheckpoint.open(folder)
-    config = checkpoint.config() if model_config is None else load_config(model_config)
+    with naming_config_errors(str(folder)):
+        config = checkpoint.config() if model_config is None else load_config(model_config)
     layout, shapes, size = layout_of(config), shapes_of(config), len(checkpoint.ranks)
     checkpoint.require_only(layout)
     for rank in range(size):
@@ -268,8 +288,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        known, _, _ = manifest["format"], manifest["tensor_parallel_size"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known, files, _ = manifest["format"], manifest["files"], int(manifest["tensor_parallel_size"])
+        for entry in files.values():
+            _ = entry["bytes"], entry["sha256"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew.") from error
     if known != FORMAT:
         raise DataError(f"{path} has format {known}; this megaft reads {FORMAT}.")
