@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from megaft.backend import Backend, backend_of
 from megaft.config import require
 from megaft.errors import DataError
 from megaft.ranges import ABOVE_0, NOT_NEGATIVE, SEED, Range, at_least, require_ranges
+
+if TYPE_CHECKING:
+    from megaft.parallel import Topology
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +64,10 @@ class GenerateConfig:
     """Fixes every draw."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in."""
+    backend: Backend | None = None
+    """Whose modules run the model. By default transformers', megatron-core's for a folder in megatron's format."""
+    tensor_parallel_size: int = 1
+    """Ranks that share each matrix, with megatron-core's modules: all that `torchrun -m megaft generate` starts."""
     ignore_eos: bool = False
     """Go on where the model ends the text."""
     json: bool = False
@@ -66,31 +76,75 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         require(len(self.prompt) > 0, "prompt is empty; give a text to continue.")
         require_ranges(self, max_new_tokens=at_least(1).such_as("100"), seed=SEED)
+        require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
 
 
 def main(config: GenerateConfig) -> int:
     """Print each prompt with its continuation, or a JSON object a line.
 
     Raises:
+        ConfigError: There is no such way to run the model.
         DataError: The model cannot be loaded, or a prompt has no tokens.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars over the files of a model
-    import torch
-
-    from megaft.models.hugging_face import load_language_model
-    from megaft.tokenizer import load_tokenizer
+    from megaft import parallel
 
     source = model_source(config.model)
+    if backend_of(source, config.backend, config.tensor_parallel_size) == "hugging-face":
+        return generate(config, source, load_cached_model)
+    return parallel.exit_code_on_ranks(lambda topology: generate(config, source, partial(_load_part, config, topology)))
+
+
+def generate(config: GenerateConfig, source: str, load: Callable[[str, Any], Any]) -> int:
+    """Continue every prompt; the main rank prints.
+
+    Args:
+        config: What to do.
+        source: Where the model's files are.
+        load: Returns the model as sampling.Reader; called with `source` and torch's dtype when the prompts are sound.
+    """
+    import torch
+
+    from megaft import parallel
+    from megaft.tokenizer import load_tokenizer
+
     tokenizer = load_tokenizer(source)
     prompts = [tokenizer.encode(prompt) for prompt in config.prompt]
     if not all(prompts):
         raise DataError(f"prompt {config.prompt[prompts.index([])]!r} has no tokens; give a text to continue.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_language_model(source, getattr(torch, config.dtype)).eval().to(device)
+    model = load(source, getattr(torch, config.dtype))
     for prompt, ids in zip(config.prompt, prompts, strict=True):
         row = {"prompt": prompt, **continue_prompt(model, tokenizer, ids, config)}
-        print(json.dumps(row) if config.json else prompt + row["text"], flush=True)
+        if parallel.is_main():
+            print(json.dumps(row) if config.json else prompt + row["text"], flush=True)
     return 0
+
+
+def load_cached_model(source: str, dtype: Any) -> Any:
+    """Return a transformers model to generate with, where this machine computes fastest."""
+    import torch
+
+    from megaft.models.hugging_face import load_language_model
+    from megaft.sampling import CachedModel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return CachedModel(load_language_model(source, dtype).eval().to(device))
+
+
+def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: Any) -> Any:
+    from megaft import parallel
+
+    size = config.tensor_parallel_size
+    require(
+        topology.world_size == size,
+        f"tensor-parallel-size is {size}, but there are {topology.world_size} ranks; start as many as it says, "
+        f"such as with torchrun --nproc-per-node {size} -m megaft generate.",
+    )
+    device = parallel.join(topology)
+    parallel.cut_matrices(size)
+    from megaft.models.megatron_generation import load_cached_part
+
+    return load_cached_part(source, dtype, device)
 
 
 def model_source(model: str) -> str:
@@ -112,7 +166,6 @@ def model_source(model: str) -> str:
 
 def continue_prompt(model: Any, tokenizer: Any, prompt_ids: list[int], config: GenerateConfig) -> dict[str, Any]:
     """Return the continuation's text, tokens and speed. Its seconds include the reading of the prompt."""
-    from megaft.models.hugging_face import context_limit
     from megaft.sampling import continue_tokens
 
     begin = time.perf_counter()
@@ -124,7 +177,6 @@ def continue_prompt(model: Any, tokenizer: Any, prompt_ids: list[int], config: G
             settings=config.sampling,
             seed=config.seed,
             eos_id=None if config.ignore_eos else tokenizer.eos_id,
-            max_positions=context_limit(model),
         )
     )
     seconds = time.perf_counter() - begin

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32
-from torch import Tensor, nn
+from torch import Tensor
 
 from megaft.errors import NumericsError
 from megaft.generate import SamplingConfig
+from megaft.models.hugging_face import context_limit
 
 
 def next_token(
@@ -71,44 +73,73 @@ def keep_top_p(logits: Float32[Tensor, " vocab"], p: float) -> Float32[Tensor, "
     return logits.index_fill(0, order[is_likelier_mass_enough], -math.inf)
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """A language model in evaluation that reads a text bit by bit."""
+
+    max_positions: int | None
+    """Its longest input; None where it has no limit."""
+
+    def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
+        """Read more of a text, and return the logits after its last token.
+
+        Args:
+            token_ids: What follows; a single token, but where a text begins.
+            num_read: Tokens of this text read before; 0 forgets them all.
+        """
+        ...
+
+
+class CachedModel:
+    """A transformers causal language model as a Reader, which keeps keys and values."""
+
+    def __init__(self, model: Any) -> None:
+        self.max_positions = context_limit(model)
+        self._model, self._cache = model, None
+
+    def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
+        """Read tokens behind `num_read` others; return the logits after the last."""
+        input_ids = torch.tensor([token_ids], device=self._model.device)
+        cache = self._cache if num_read else None
+        output = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        self._cache = output.past_key_values
+        return output.logits[0, -1]
+
+
 @torch.no_grad()
 def continue_tokens(
-    model: nn.Module,
+    model: Reader,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
     settings: SamplingConfig,
     seed: int,
     eos_id: int | None = None,
-    max_positions: int | None = None,
 ) -> Iterator[int]:
     """Yield new tokens until `eos_id`, which is yielded too, or until there are `max_new_tokens`.
 
-    Keys and values of tokens read are cached. When they fill the model's `max_positions`, the older half is dropped
-    and the newer half read again at positions from 0, so that a text can be longer than the model's context; of a
-    longer prompt the last `max_positions` tokens are read.
+    Each token is read once. When they fill the model's positions, the older half is dropped and the newer half
+    read again at positions from 0, so that a text can be longer than the model's context; of a longer prompt the last
+    tokens are read, as many as it has positions.
 
     Args:
-        model: A transformers causal language model in evaluation mode.
+        model: The model. Of one cut over ranks every rank calls this, and gets the same tokens.
         prompt_ids: One token or more.
         max_new_tokens: Where to stop.
         settings: How each token is chosen.
         seed: Fixes the draws of this text, whatever else is generated.
         eos_id: The token that ends a text; None goes on.
-        max_positions: The longest input of the model; None where it has no limit.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    limit = max_positions or sys.maxsize
-    ids, cache = list(prompt_ids), None
+    limit = model.max_positions or sys.maxsize
+    ids, num_read = list(prompt_ids), 0
     begin = max(0, len(ids) - limit)
     for _ in range(max_new_tokens):
         if len(ids) - begin > limit:
-            begin, cache = len(ids) - (limit + 1) // 2, None
-        unread = ids[begin:] if cache is None else ids[-1:]
-        output = model(input_ids=torch.tensor([unread], device=device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        ids.append(next_token(output.logits[0, -1], ids, settings, generator))
+            begin, num_read = len(ids) - (limit + 1) // 2, 0
+        logits = model.read(ids[begin + num_read :], num_read)
+        num_read = len(ids) - begin
+        ids.append(next_token(logits, ids, settings, generator))
         yield ids[-1]
         if ids[-1] == eos_id:
             return

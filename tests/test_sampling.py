@@ -10,7 +10,7 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor, TopKLogits
 
 from megaft.errors import NumericsError
 from megaft.generate import SamplingConfig
-from megaft.sampling import continue_tokens, keep_top_k, keep_top_p, next_token, penalize_repetition
+from megaft.sampling import CachedModel, continue_tokens, keep_top_k, keep_top_p, next_token, penalize_repetition
 
 PROMPT = [5, 17, 3, 17]
 GREEDY = SamplingConfig(temperature=0)
@@ -28,8 +28,8 @@ def logits_of(seed, size=50):
 
 
 def run(model, max_new_tokens, settings=GREEDY, seed=0, prompt=PROMPT, **options):
-    options = {"max_new_tokens": max_new_tokens, "settings": settings, "seed": seed, "max_positions": 16, **options}
-    return list(continue_tokens(model, prompt, **options))
+    options = {"max_new_tokens": max_new_tokens, "settings": settings, "seed": seed, **options}
+    return list(continue_tokens(CachedModel(model), prompt, **options))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -135,7 +135,7 @@ def test_a_text_ends_at_eos(gpt2):
 
 
 def test_tokens_come_one_at_a_time(gpt2):
-    endless = continue_tokens(gpt2, PROMPT, max_new_tokens=10**9, settings=GREEDY, seed=0, max_positions=16)
+    endless = continue_tokens(CachedModel(gpt2), PROMPT, max_new_tokens=10**9, settings=GREEDY, seed=0)
     assert list(islice(endless, 3)) == run(gpt2, 3)
 
 

@@ -1,0 +1,9 @@
+"""`python -m megaft`, which launchers of several ranks start: `torchrun --nproc-per-node 2 -m megaft generate ...`."""
+
+import sys
+
+from megaft.cli import main
+from megaft.config import own_flags
+
+if __name__ == "__main__":
+    sys.exit(main(own_flags()))
