@@ -11,12 +11,13 @@ from pathlib import Path
 
 import tyro
 
-from megaft.batch_script import read_text
+from megaft.batch_script import ROOT, find_script, read_text
 from megaft.config import TrainConfig, parse_train, require
 from megaft.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
 from megaft.errors import ConfigError, UserError
 from megaft.prepare_config import PrepareConfig
 
+TRAINING = ("finetune_1node", "finetune_multinode", "finetune_megatron_8.3b_tp8", "finetune_megatron_8.3b_zero3")
 SWEEP = "finetune_sweep"
 _TASKS = r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?"
 ARRAY = re.compile(rf"{_TASKS}(?:,{_TASKS})*(?:%[1-9]\d*)?")
@@ -37,8 +38,8 @@ def check_program(recipe: str, flags: list[str], asked: dict[str, str]) -> None:
         UserError: The program would refuse the flags, not find a file, or not cut its batch over the job's ranks.
         SystemExit: With 2, from the parser of the flags.
     """
-    if recipe in ("finetune_1node", "finetune_multinode"):
-        _check_training(parse_train(flags), asked)
+    if recipe in TRAINING:
+        _check_training(parse_train([*recipe_flags(recipe), *flags]), asked)
     elif recipe == SWEEP:
         _check_sweep(flags, asked)
     elif recipe == "prepare_data":
@@ -47,6 +48,12 @@ def check_program(recipe: str, flags: list[str], asked: dict[str, str]) -> None:
             from megaft.corpus import expand
 
             expand(config.inputs)
+
+
+def recipe_flags(recipe: str) -> list[str]:
+    """Return what a training recipe gives the program before the user's flags; its last line has them."""
+    *_, last = read_text(find_script(recipe)).splitlines()
+    return shlex.split(last.replace("$MEGAFT_HOME", str(ROOT)))[1:-1]
 
 
 def sweep_lines(path: str) -> list[str]:
