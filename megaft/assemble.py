@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -80,6 +81,8 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     samples = open_samples(sources.train, config.data, config.run.seed)
     max_steps = _max_steps(config, setup, samples)
 
+    if config.parallel.tensor_parallel_size > 1:  # megatron-core's all-reduces overlap with products in this order only
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
     parallel.require_supported(setup.dtype)
     model, architecture = _model(config, setup)

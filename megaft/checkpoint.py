@@ -209,6 +209,20 @@ def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return sha256(to_json(manifest).encode()).hexdigest()
 
 
+def canonical(folder: Path, architecture: Any) -> Canonical:
+    """Return what a checkpoint holds by transformers' names.
+
+    Args:
+        folder: The checkpoint's.
+        architecture: transformers' configuration of the model.
+
+    Raises:
+        CheckpointError: It does not hold.
+    """
+    manifest = verify(folder)
+    return Canonical(Pieces(folder, manifest), manifest, architecture)
+
+
 def load(engine: Any, folder: Path, identity: Identity, allow_changed: Collection[str] = ()) -> RunState:
     """Put a verified checkpoint into an engine, fresh or in the middle of a run, and return the run's state.
 

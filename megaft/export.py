@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from megaft.config import TrainConfig
 from megaft.engine_state import WEIGHT
 from megaft.files import fsync, json_lines, naming_disk_errors
 from megaft.masking import without_secrets
-from megaft.models import hugging_face
-from megaft.pieces import Pieces
+from megaft.models import convert, hugging_face
+from megaft.models.weights import Weights, load_config, open_weights, shapes_of
 from megaft.run_state import RunState
 from megaft.tokenizer import AnyTokenizer
 
@@ -25,22 +27,23 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
     """Write the best checkpoint, or the last if there was no validation or it is asked for; return its folder.
 
     The weights are the ones the engine computed with: fp32 ones rounded to the run's dtype, adapters merged.
-    It reads the checkpoint on one rank, parameter by parameter, and needs no process group.
+    It reads the checkpoint on one rank and needs no process group.
 
     Raises:
         CheckpointError: The checkpoint does not hold.
         ConfigError: The disk refuses. An export that was there stays.
     """
     step = state.step if config.run.export == "last" or state.best_step is None else state.best_step
-    folder = checkpoint.folder_of(config.run.dir, step)
-    model = hugging_face.build(config.model, config.lora, config.run.seed)
-    load_weights(model, folder)
+    saved = partial(checkpoint.canonical, checkpoint.folder_of(config.run.dir, step))
     final = config.run.dir / "export"
     temporary, old = final.with_name("export.tmp"), final.with_name("export.old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     with naming_disk_errors(final):
-        _write(config, model, tokenizer, dtype, temporary)
+        temporary.mkdir()
+        write = _write_megatron if config.model.backend == "megatron" else _write_hugging_face
+        write(config, saved, getattr(torch, dtype), temporary)
+        tokenizer.save(temporary)
         (temporary / "README.md").write_text(without_secrets(model_card(config, step)), encoding="utf-8")
         for path in (temporary, *temporary.rglob("*")):
             fsync(path)
@@ -52,25 +55,37 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
     return final
 
 
-def _write(config: TrainConfig, model: Any, tokenizer: AnyTokenizer, dtype: str, folder: Path) -> None:
+def _write_hugging_face(
+    config: TrainConfig, saved: Callable[[Any], Canonical], dtype: torch.dtype, folder: Path
+) -> None:
+    model = hugging_face.build(config.model, config.lora, config.run.seed)
+    load_weights(model, saved(model.config))
     try:
         if config.lora.rank:
             hugging_face.save_adapters(model, folder / "adapter", config.model.path)
             model = hugging_face.merge_adapters(model)
-        model.to(getattr(torch, dtype)).save_pretrained(folder)
-        tokenizer.save(folder)
+        model.to(dtype).save_pretrained(folder)
     except SafetensorError as error:  # as which safetensors passes on what the disk refuses
         raise OSError(str(error)) from error
 
 
-def load_weights(model: torch.nn.Module, folder: Path) -> None:
+def load_weights(model: torch.nn.Module, saved: Canonical) -> None:
     """Put a checkpoint's fp32 weights into a language model of the run's architecture."""
-    manifest = checkpoint.verify(folder)
-    saved = Canonical(Pieces(folder, manifest), manifest, model.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(saved.read(name, WEIGHT))
+
+
+def _write_megatron(config: TrainConfig, saved: Callable[[Any], Canonical], dtype: torch.dtype, folder: Path) -> None:
+    """Write parameter by parameter: no rank had the whole model, and neither may this one have room for it."""
+    source = config.model.path or config.model.from_scratch
+    assert source is not None
+    architecture = open_weights(source).config if config.model.path else load_config(source)
+    hugging_face.set_dropout(architecture, config.model.dropout)
+    read = partial(saved(architecture).read, kind=WEIGHT)
+    weights = Weights(architecture, torch.float32, shapes_of(architecture), read)
+    convert.write_hugging_face(weights, folder, dtype)
 
 
 def model_card(config: TrainConfig, step: int) -> str:

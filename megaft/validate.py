@@ -76,9 +76,9 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
             for note in notes:
                 print(note)
             parts = assemble(stand_in, parallel.pretend(config.world_size))
+            plan = _plan(config, setup, parts)
     finally:
         parallel.leave()
-    plan = _plan(config, setup, parts)
     plan["resumes_from"] = str(checkpoint.folder_of(config.run.dir, parts.state.step)) if resumed else None
     plan["notes"] = [*setup.notes, *notes]
     require_room(config, plan["checkpoint_bytes"])
@@ -124,11 +124,14 @@ def _stand_in(
 
 def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, Any]:
     from megaft import engine_state
+    from megaft.assemble import data_parallel_size
 
     parameters = list(parts.engine.module.parameters())
     num_trained = engine_state.count(parameter for parameter in parameters if parameter.requires_grad)
     return {
         "world_size": config.world_size,
+        "tensor_parallel_size": config.parallel.tensor_parallel_size,
+        "data_parallel_size": data_parallel_size(config.world_size, config.parallel.tensor_parallel_size),
         "global_batch_size": setup.global_batch_size,
         "micro_batch_size": setup.micro_batch_size,
         "gradient_accumulation_steps": setup.gradient_accumulation_steps,
@@ -180,7 +183,8 @@ def _lines(plan: dict[str, Any]) -> dict[str, str]:
     cut = "{global_batch_size} = micro-batch {micro_batch_size} x accumulation {gradient_accumulation_steps}"
     done = f", of which {plan['done_steps']:,} are done" if plan["resumes_from"] else ""
     return {
-        "global batch": f"{cut} x ranks {{world_size}}".format(**plan),
+        "global batch": f"{cut} x data-parallel ranks {{data_parallel_size}}".format(**plan),
+        "ranks": "{world_size}, of which {tensor_parallel_size} share a model".format(**plan),
         "engine": "ZeRO {zero_stage}, {dtype}, {optimizer}".format(**plan),
         "steps": f"{plan['max_steps']:,}{done}",
         "tokens": f"{plan['tokens']:,} at most",

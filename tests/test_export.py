@@ -125,7 +125,7 @@ def rows_of(config, key):
 def saved_model(config, step):
     """The weights of a checkpoint in a model as transformers makes it."""
     model = hugging_face.build(config.model, config.lora, config.run.seed)
-    load_weights(model, folder_of(config.run.dir, step))
+    load_weights(model, checkpoint.canonical(folder_of(config.run.dir, step), model.config))
     return model.eval()
 
 

@@ -7,10 +7,8 @@ import torch
 import toy
 
 from megaft import checkpoint
-from megaft.canonical import Canonical
 from megaft.models.hugging_face import NatsModel, load_language_model
 from megaft.models.weights import load_config, shapes_of
-from megaft.pieces import Pieces
 
 pytestmark = pytest.mark.slow
 
@@ -83,12 +81,9 @@ def test_every_step_is_that_of_one_rank(folder, name, quantity):
 def test_weights_and_moments_are_those_of_one_rank(folder, toy_model, name, kind):
     config = load_config(str(toy_model))
 
-    def saved(run):
-        where = checkpoint.folder_of(folder / run, STEPS)
-        manifest = checkpoint.verify(where)
-        return Canonical(Pieces(where, manifest), manifest, config)
-
-    expected, found = saved("alone"), saved(name)
+    expected, found = (
+        checkpoint.canonical(checkpoint.folder_of(folder / run, STEPS), config) for run in ("alone", name)
+    )
     for parameter in shapes_of(config):
         difference = (found.read(parameter, kind) - expected.read(parameter, kind)).abs().max()
         assert difference <= TOLERANCE

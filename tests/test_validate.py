@@ -79,6 +79,16 @@ def test_what_training_would_refuse(config, flags, keys, error, said, tmp_path):
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_a_cut_model_is_built_as_one_of_n_ranks(config, planned, stage, tmp_path):
+    flags = ("--model.backend=megatron", "--parallel.tensor-parallel-size=4")
+    whole, cut = planned(config(stage=stage)), planned(config(*flags, stage=stage, world_size=8))
+    for name in ("parameters", "trained_parameters", "checkpoint_bytes", "global_batch_size"):
+        assert cut[name] == whole[name]
+    assert (cut["tensor_parallel_size"], cut["data_parallel_size"]) == (4, 2)
+    assert cut["micro_batch_size"] * cut["gradient_accumulation_steps"] * 2 == cut["global_batch_size"]
+
+
 def test_a_world_of_no_ranks_is_refused(config):
     with pytest.raises(ConfigError, match="world-size is 0"):
         config(world_size=0)
@@ -172,6 +182,8 @@ def test_what_is_printed(config, planned, capsys):
     assert json.loads(capsys.readouterr().out) == plan
     show(plan, as_json=False)
     out = capsys.readouterr().out
-    assert "16 = micro-batch 2 x accumulation 2 x ranks 4" in out
+    assert (
+        "16 = micro-batch 2 x accumulation 2 x data-parallel ranks 4\nranks          4, of which 1 share a model" in out
+    )
     assert "45,952, of which 45,952 are trained" in out
     assert "a checkpoint   551,424 bytes\ncontinues from nothing: a new run\n" in out

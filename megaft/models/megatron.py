@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -138,7 +139,8 @@ class MegatronModel(nn.Module):
             positions, mask = positions_within(document_ids), mask_of(document_ids)
         states = self.gpt.embedding(input_ids, positions)
         if self.untrained_id is not None:
-            states = torch.where((input_ids.T == self.untrained_id).unsqueeze(-1), states.detach(), states)
+            is_untrained = input_ids.eq(self.untrained_id).T.unsqueeze(-1)
+            states = torch.where(is_untrained, states.detach(), states)
         states = self.gpt.decoder(states, mask, rotary_pos_emb=self._angles(past, time, input_ids.device))
         return states.transpose(0, 1)
 
@@ -146,8 +148,10 @@ class MegatronModel(nn.Module):
         """Return rotary angles (Su et al. 2021). Attention sees their differences only, so documents need no others."""
         if self.inverse_frequencies is None:
             return None
+        # Kept there from the first time on. No buffer: an engine in bf16 would round it.
+        self.inverse_frequencies = self.inverse_frequencies.to(device)
         steps = torch.arange(past, past + time, device=device, dtype=torch.float32)
-        angles = torch.outer(steps, self.inverse_frequencies.to(device))
+        angles = torch.outer(steps, self.inverse_frequencies)
         return torch.cat([angles, angles], -1)[:, None, None]
 
 
@@ -272,9 +276,18 @@ def layer_spec(config: Any, *, recompute: bool) -> ModuleSpec:
     """Return what a layer is made of: megatron-core's parts, with our attention and the fastest norm there is."""
     spec: Any = get_gpt_layer_local_spec(normalization="LayerNorm" if config.model_type == "gpt2" else "RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = Attention
+    if has_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TENorm
     if recompute:
         spec.module = RecomputedLayer
     return spec
+
+
+def has_transformer_engine() -> bool:
+    """Whether its norms can be used; apex's, where that is, megatron-core takes by itself."""
+    return torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
 
 class RecomputedLayer(TransformerLayer):
