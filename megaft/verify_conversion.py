@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megaft import parallel
 from megaft.errors import DataError, NumericsError
+from megaft.models.classic_megatron import is_classic
 from megaft.models.hugging_face import NatsModel, load_language_model, set_dropout
 from megaft.models.tensor_file import TensorFile
 from megaft.models.weights import MANIFEST, Weights, load_config, open_weights, read_manifest, shards_of
@@ -107,7 +108,8 @@ def rows_of(text: str, source: str) -> list[list[int]]:
     try:
         ids = load_tokenizer(source).encode(text)
     except DataError:
-        ids = [byte % config.vocab_size for byte in text.encode()]
+        ids = list(text.encode())
+    ids = [token % config.vocab_size for token in ids]
     length = min(MAX_CONTEXT, config.max_position_embeddings)
     return [ids[begin : begin + length + 1] for begin in range(0, max(1, len(ids) - 1), length)]
 
@@ -134,9 +136,9 @@ def model_of(side: Side, dtype: torch.dtype) -> nn.Module:
     folder = Path(side.source)
     if (folder / MANIFEST).is_file():
         return _megatron(folder, dtype)
-    if side.model_config is None and (folder / "config.json").is_file():
-        return NatsModel(load_language_model(side.source, dtype).float())
-    return NatsModel(_filled(open_weights(side.source, model_config=side.model_config), dtype))
+    if is_classic(folder):
+        return NatsModel(_filled(open_weights(side.source, model_config=side.model_config), dtype))
+    return NatsModel(load_language_model(side.source, dtype).float())
 
 
 def _megatron(folder: Path, dtype: torch.dtype) -> nn.Module:

