@@ -180,7 +180,7 @@ def data_parallel_size(world_size: int, tensor_parallel_size: int) -> int:
     return size
 
 
-def _model(config: TrainConfig, setup: Resolved) -> tuple[torch.nn.Module, str]:
+def _model(config: TrainConfig, setup: Resolved) -> tuple[Any, str]:
     """Return the module of nats that a run starts from, and what its checkpoints know the architecture by."""
     if config.model.backend == "megatron":
         parallel.cut_matrices(config.parallel.tensor_parallel_size)

@@ -377,9 +377,9 @@ class TrainConfig:
         return self.eval.stride or max(1, self.eval_context_length // 2)
 
 
-def parse_train(arguments: list[str] | None = None) -> TrainConfig:
-    """The command line of `megaft/train.py`; exits with 2 and the rule on a bad one."""
-    return tyro.cli(TrainConfig, args=own_flags(arguments), prog="megaft/train.py")
+def parse_train(arguments: list[str] | None = None, is_main: bool = True) -> TrainConfig:
+    """The command line of `megaft/train.py`; exits with 2 on a bad one, whose rule the main rank says."""
+    return tyro.cli(TrainConfig, args=own_flags(arguments), prog="megaft/train.py", console_outputs=is_main)
 
 
 def own_flags(arguments: list[str] | None = None) -> list[str]:

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
     from megaft import parallel
 
-    return parallel.exit_code_on_ranks(lambda topology: run(parse_train(arguments), topology))
+    return parallel.exit_code_on_ranks(lambda topology: run(parse_train(arguments, topology.is_main), topology))
 
 
 def run(config: TrainConfig, topology: Topology) -> int:
