@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megaft.models.tensor_file import header_of
 
 BYTES_AT_ONCE = 1 << 24
 
@@ -45,19 +46,6 @@ def write_shard(path: Path, pieces: list[tuple[str, Tensor]]) -> tuple[int, byte
 
 def _buffers(pieces: list[tuple[str, Tensor]]) -> Iterator[bytes | memoryview]:
     """Yield the file's parts; of a device's memory no more than a piece is on the host."""
-    yield header_of({name: values.numel() for name, values in pieces})
+    yield header_of({name: torch.Size([values.numel()]) for name, values in pieces}, torch.float32)
     for _, values in pieces:
         yield values.detach().to("cpu", torch.float32).view(torch.uint8).numpy().data
-
-
-def header_of(lengths: dict[str, int]) -> bytes:
-    """Return the beginning of a safetensors file of flat fp32 tensors: the length of a JSON text, and the text.
-
-    Format: https://github.com/huggingface/safetensors#format
-    """
-    header, begin = {}, 0
-    for name, numel in lengths.items():
-        header[name] = {"dtype": "F32", "shape": [numel], "data_offsets": [begin, begin := begin + 4 * numel]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text
