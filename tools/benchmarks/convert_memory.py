@@ -153,8 +153,8 @@ def markdown(report: dict[str, Any]) -> str:
             f"From disk to disk, hashed and synced: {'; '.join(speeds)}.\n",
             f"- command: `{' '.join(where['command'])}`",
             f"- commit: {where['git'] and where['git']['commit']}",
-            f"- hardware: {report['processor']}, {where['num_cores']} cores; load {report['load'][0]:.1f}, others' work "
-            "included",
+            f"- hardware: {report['processor']}, {where['num_cores']} cores; "
+            f"load {report['load'][0]:.1f}, others' work included",
             f"- versions: {', '.join(f'{name} {version}' for name, version in where['packages'].items())}\n",
         ]
     )
