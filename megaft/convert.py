@@ -31,7 +31,7 @@ class ConvertConfig:
     """Write a model's weights in another format, tensor by tensor. docs/convert.md describes the formats."""
 
     source: Annotated[str, tyro.conf.arg(name="from")]
-    """A model folder, hub name or GGUF file, a converted folder, a run's, or a classic Megatron-LM checkpoint."""
+    """A model folder, hub name or GGUF file, a converted folder, a run or its checkpoint, or classic Megatron-LM's."""
     to: Path
     """The folder to be made. There must be none."""
     format: Literal["hugging-face", "megatron"]
@@ -41,7 +41,7 @@ class ConvertConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the weights are rounded to. By default they stay as they are."""
     model_config: str | None = None
-    """For a classic Megatron-LM checkpoint: the folder or config.json of transformers that describes the model."""
+    """For a checkpoint that does not say what model it is of: the folder or config.json of transformers' model."""
     verify: bool = False
     """Run both models on a text, on as many CPU processes as each has ranks, and compare what every token costs."""
     text: Path | None = None
@@ -71,7 +71,7 @@ def main(config: ConvertConfig) -> int:
     import torch
 
     from megaft.models import convert
-    from megaft.models.weights import model_folder, open_weights
+    from megaft.models.weights import described_by, model_folder, open_weights
 
     require_new(config.to)
     source = model_folder(config.source)
@@ -83,7 +83,7 @@ def main(config: ConvertConfig) -> int:
             convert.write_megatron(weights, folder, dtype, config.tensor_parallel_size, without_secrets(config.source))
         else:
             convert.write_hugging_face(weights, folder, dtype)
-        convert.copy_companions(config.model_config or source, folder)
+        convert.copy_companions(described_by(source, config.model_config), folder)
     seconds = time.perf_counter() - begin
     name = str(dtype).removeprefix("torch.")
     print(f"wrote {config.to}: {weights.num_parameters:,} parameters in {name}, {num_bytes:,} bytes in {seconds:.1f} s")

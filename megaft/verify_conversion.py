@@ -23,7 +23,7 @@ from megaft.errors import DataError, NumericsError
 from megaft.models.classic_megatron import is_classic
 from megaft.models.hugging_face import NatsModel, load_language_model, set_dropout
 from megaft.models.tensor_file import TensorFile
-from megaft.models.weights import MANIFEST, Weights, load_config, open_weights, read_manifest, shards_of
+from megaft.models.weights import MANIFEST, Weights, is_checkpoint, load_config, open_weights, read_manifest, shards_of
 from megaft.tokenizer import load_tokenizer
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
@@ -68,7 +68,7 @@ class Side(NamedTuple):
 
     source: str
     model_config: str | None = None
-    """Of a classic Megatron-LM checkpoint."""
+    """Of a checkpoint that does not say what model it is of."""
 
     @property
     def num_ranks(self) -> int:
@@ -136,7 +136,7 @@ def model_of(side: Side, dtype: torch.dtype) -> nn.Module:
     folder = Path(side.source)
     if (folder / MANIFEST).is_file():
         return _megatron(folder, dtype)
-    if is_classic(folder):
+    if is_classic(folder) or is_checkpoint(folder):
         return NatsModel(_filled(open_weights(side.source, model_config=side.model_config), dtype))
     return NatsModel(load_language_model(side.source, dtype).float())
 

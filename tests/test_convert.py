@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
-from megaft import convert, verify_conversion
+from megaft import checkpoint, convert, verify_conversion
 from megaft.cli import main as command
-from megaft.errors import ConfigError, DataError, NumericsError
+from megaft.engine_state import WEIGHT
+from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
 from megaft.models.hugging_face import load_language_model
 from megaft.models.weights import open_weights
+from megaft.shard import write_shard
 from megaft.tokenizer import load_tokenizer
 from megaft.verify_conversion import Side, rows_of
 
@@ -206,6 +208,47 @@ def test_smollm2_s_gguf_file_over_three_ranks(tmp_path):
     assert load_tokenizer(str(tmp_path / "end")).encode("Hello, world") == load_tokenizer(str(file)).encode(
         "Hello, world"
     )
+
+
+def write_checkpoint(model, folder):
+    """What a run on one rank saves, of the weights alone."""
+    pieces = [(f"{WEIGHT}/language_model.{name}@0", p.detach().flatten()) for name, p in model.named_parameters()]
+    folder.mkdir(parents=True)
+    num_bytes, digest = write_shard(folder / "rank-00000.safetensors", pieces)
+    manifest = {
+        "format": checkpoint.FORMAT,
+        "backend": "hugging-face",
+        "tensor_parallel_size": 1,
+        "shapes": {f"language_model.{name}": list(p.shape) for name, p in model.named_parameters()},
+        "files": {"rank-00000.safetensors": {"bytes": num_bytes, "sha256": digest.hex()}},
+    }
+    (folder / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(manifest))
+
+
+def test_a_run_s_checkpoint(tmp_path):
+    base, trained = make_model("llama"), make_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/tokenizer.json").write_text("{}")
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(1)
+    saved = tmp_path / "run/checkpoints/step-00000020"
+    write_checkpoint(trained, saved)
+    with pytest.raises(DataError, match="give --model-config"):
+        megatron(saved, tmp_path / "two", 2)
+    settings = {"model": {"path": str(tmp_path / "base"), "from_scratch": None}, "lora": {"rank": 0}}
+    (tmp_path / "run/config.json").write_text(json.dumps({"settings": settings}))
+    megatron(saved, tmp_path / "two", 2)
+    assert (tmp_path / "two/tokenizer.json").is_file()
+    run(tmp_path / "two", tmp_path / "end", "hugging-face")
+    require_same(tmp_path / "end", trained)
+    settings["lora"]["rank"] = 8
+    (tmp_path / "run/config.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(ConfigError, match="adapters only"):
+        megatron(saved, tmp_path / "again", 2)
+    flip(saved / "rank-00000.safetensors")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(saved, tmp_path / "again", "hugging-face", model_config=str(tmp_path / "base"))
 
 
 def test_no_room(tmp_path, monkeypatch):

@@ -79,8 +79,8 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
 
     Args:
         source: A model folder, a hub name, a GGUF file, a folder that `megaft convert` wrote, a run's folder, or a
-            classic Megatron-LM checkpoint's.
-        model_config: For a classic checkpoint: where transformers' config.json is, if it does not say what it is of.
+            classic Megatron-LM checkpoint's, or a checkpoint of a run.
+        model_config: For a checkpoint: where transformers' config.json is, if it does not say what it is of.
         is_hashed: Check the SHA-256 of a converted folder's files too, which reads them all once more.
 
     Raises:
@@ -92,9 +92,13 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
     require_there(source)
     if is_classic(folder):
         return _from_classic(folder, model_config)
+    if is_checkpoint(folder):
+        from megaft.models.checkpoint_weights import open_checkpoint
+
+        return open_checkpoint(folder, described_by(source, model_config))
     require(
         model_config is None,
-        f"model-config is {model_config}, which has no effect: {source} is no classic Megatron-LM checkpoint; drop it.",
+        f"model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
     )
     require_inert("model", source)
     if (folder / MANIFEST).is_file():
@@ -107,6 +111,20 @@ def model_folder(source: str) -> str:
     """Return where a model is that may be given by its run's folder, which keeps it in export/."""
     export = Path(source) / "export"
     return str(export) if (export / "config.json").is_file() else source
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a run."""
+    return (folder / "manifest.json").is_file()
+
+
+def described_by(source: str, model_config: str | None) -> str:
+    """Return where the configuration and the tokenizer of a model are, which a checkpoint has not."""
+    if model_config is None and is_checkpoint(Path(source)):
+        from megaft.models.checkpoint_weights import model_of_run
+
+        return model_of_run(Path(source))
+    return model_config or source
 
 
 def load_config(source: str) -> Any:
