@@ -13,7 +13,7 @@ import torch
 from megaft import checkpoint, engine_state, parallel
 from megaft.config import TrainConfig, require
 from megaft.dataset import Cut, Samples
-from megaft.deepspeed_json import Resolved, read_deepspeed_json, resolve
+from megaft.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
 from megaft.environment import write_config
 from megaft.events import Events, job, record_end
 from megaft.guard import Guard
@@ -101,6 +101,12 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         optim=asdict(setup.optim),
         schedule_steps=None if setup.optim.schedule == "constant" else max_steps,
         validation=validation.name if validation else None,
+        names={
+            "data": " ".join(config.data.train),
+            "tokenizer": config.tokenizer_source,
+            "model": str(config.model.path or config.model.from_scratch),
+            "validation": str(config.data.valid),
+        },
     )
     engine = _engine(model, setup, device)
     meter = Meter.of(
@@ -163,21 +169,6 @@ def _max_steps(config: TrainConfig, setup: Resolved, samples: Samples) -> int:
         " give one length.",
     )
     return max_steps
-
-
-def data_parallel_size(world_size: int, tensor_parallel_size: int) -> int:
-    """Return how many parts of the batch so many ranks compute at once.
-
-    Raises:
-        ConfigError: They do not make whole tensor-parallel groups.
-    """
-    size, rest = divmod(world_size, tensor_parallel_size)
-    require(
-        rest == 0,
-        f"parallel.tensor-parallel-size is {tensor_parallel_size}, but there are {world_size} ranks; "
-        "start a multiple of it.",
-    )
-    return size
 
 
 def _model(config: TrainConfig, setup: Resolved) -> tuple[Any, str]:

@@ -264,8 +264,11 @@ def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], a
         CheckpointError: There are others; the message names every one.
     """
     now = json.loads(to_json(now))
+    called = [identity.get("names") or {} for identity in (saved, now)]
     changed = {
-        name: _difference(name, saved.get(name), value) for name, value in now.items() if saved.get(name) != value
+        name: _difference(name, saved.get(name), value) + _names(*(names.get(name) for names in called))
+        for name, value in now.items()
+        if name != "names" and saved.get(name) != value
     }
     refused = [name for name in changed if name not in allowed]
     if refused:
@@ -284,6 +287,10 @@ def _difference(name: str, then: Any, now: Any) -> str:
         keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         return "; ".join(_difference(f"{name}.{key}", then.get(key), now.get(key)) for key in keys)
     return f"{name}: {then} then, {now} now"
+
+
+def _names(then: str | None, now: str | None) -> str:
+    return f" ({then} then, {now} now)" if then or now else ""
 
 
 def remove_all(run_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """Ranks and groups. The only file that asks for a rank.
 
-One program runs under every launcher: deepspeed and torchrun set RANK, mpirun and srun set variables of their own,
-and plain `python` sets none. `discover` turns any of them into one Topology, `join` starts the process group with it.
+One program runs under every launcher: `topology.discover` tells where this process stands, `join` starts the process
+group with it, and `cut_matrices` makes groups that share a model.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from types import SimpleNamespace
@@ -25,98 +23,13 @@ from torch import Tensor
 
 from megaft.errors import ConfigError, LostPeerError, UserError
 from megaft.exit_code import exit_code_of
+from megaft.topology import Topology, discover, free_port, integer, is_main_of
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """By default, after this long without its peers a collective ends with an error."""
 _timeout = TIMEOUT
-
-# launcher, the variable that shows it, then its rank, local rank and world size.
-# OpenMPI stands before SLURM because mpirun starts its daemons with srun inside a job.
-LAUNCHERS = (
-    ("torch", "RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
-    ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
-    ("mpich", "PMI_RANK", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """Where this process stands among the ranks of the run."""
-
-    launcher: str
-    rank: int
-    local_rank: int
-    world_size: int
-    master_addr: str
-    master_port: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and speaks."""
-        return self.rank == 0
-
-
-def discover(environment: Mapping[str, str]) -> Topology:
-    """Read the launcher's environment variables; without any, one process is the whole world."""
-    for launcher, sign, *names in LAUNCHERS:
-        if sign in environment:
-            rank, local_rank, world_size = (_integer(environment, name) for name in names)
-            return Topology(launcher, rank, local_rank, world_size, *_master(launcher, environment))
-    return Topology("python", 0, 0, 1, "127.0.0.1", free_port())
-
-
-def is_main_of(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the one that speaks, told without asking the others."""
-    ranks = [environment.get(rank) for _, sign, rank, *_ in LAUNCHERS if sign in environment]
-    return not ranks or ranks[0] == "0"
-
-
-def _integer(environment: Mapping[str, str], name: str) -> int:
-    value = environment.get(name, "")
-    if not value.isdigit():
-        raise ConfigError(
-            f"the launcher's variable {name} is {value!r}; it must be a number of 0 or more. "
-            "Start the ranks with deepspeed, torchrun, srun or mpirun."
-        )
-    return int(value)
-
-
-def _master(launcher: str, environment: Mapping[str, str]) -> tuple[str, int]:
-    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
-        return environment["MASTER_ADDR"], _integer(environment, "MASTER_PORT")
-    if launcher == "torch":
-        raise ConfigError(
-            "RANK is set but MASTER_ADDR and MASTER_PORT are not; start the ranks with deepspeed or torchrun."
-        )
-    if launcher == "slurm":
-        # Every task of a job derives the same port, and two jobs on a node hardly ever the same one.
-        return first_host(environment["SLURM_JOB_NODELIST"]), 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
-    return _agree_over_mpi()
-
-
-def first_host(nodelist: str) -> str:
-    """Return the first name of a SLURM node list, such as n07 of n[07-09,12],login."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
-    assert match, nodelist
-    return "".join(part or "" for part in match.groups())
-
-
-def _agree_over_mpi() -> tuple[str, int]:
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise ConfigError("started by mpirun, but mpi4py is not there; install megaft[mpi].") from error
-    return MPI.COMM_WORLD.bcast((socket.gethostname(), free_port()), root=0)
-
-
-def free_port() -> int:
-    """Return a port that nothing on this machine listens to."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
@@ -154,7 +67,7 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
 def _meet(topology: Topology, backend: str, timeout: timedelta) -> None:
     """Start torch's process group, which DeepSpeed then takes; ConfigError where not all ranks come together."""
     variable = "MEGAFT_RENDEZVOUS_SECONDS"  # how long ranks that start late are waited for
-    seconds = _integer(os.environ, variable) if variable in os.environ else int(TIMEOUT.total_seconds())
+    seconds = integer(os.environ, variable) if variable in os.environ else int(TIMEOUT.total_seconds())
     where = f"{topology.master_addr}:{topology.master_port} (MASTER_ADDR and MASTER_PORT)"
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))

@@ -58,3 +58,5 @@ class Identity:
     schedule_steps: int | None
     """The run's steps, where the learning rate depends on them."""
     validation: str | None
+    names: dict[str, str] = field(default_factory=dict)
+    """What parts that are hashes were called; for messages, never compared."""

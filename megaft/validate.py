@@ -124,7 +124,7 @@ def _stand_in(
 
 def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, Any]:
     from megaft import engine_state
-    from megaft.assemble import data_parallel_size
+    from megaft.deepspeed_json import data_parallel_size
 
     parameters = list(parts.engine.module.parameters())
     num_trained = engine_state.count(parameter for parameter in parameters if parameter.requires_grad)

@@ -1,7 +1,7 @@
 import pytest
 
 from megaft.errors import ConfigError
-from megaft.parallel import discover, first_host, is_main_of
+from megaft.topology import discover, first_host, is_main_of
 
 MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
 TORCH = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **MASTER}

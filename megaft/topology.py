@@ -1,0 +1,97 @@
+"""Where a process stands among the ranks of its launcher, told from the environment alone."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megaft.errors import ConfigError
+
+# launcher, the variable that shows it, then its rank, local rank and world size.
+# OpenMPI stands before SLURM because mpirun starts its daemons with srun inside a job.
+LAUNCHERS = (
+    ("torch", "RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    ("mpich", "PMI_RANK", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Where this process stands among the ranks of the run."""
+
+    launcher: str
+    rank: int
+    local_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+
+def discover(environment: Mapping[str, str]) -> Topology:
+    """Read the launcher's environment variables; without any, one process is the whole world."""
+    for launcher, sign, *names in LAUNCHERS:
+        if sign in environment:
+            rank, local_rank, world_size = (integer(environment, name) for name in names)
+            return Topology(launcher, rank, local_rank, world_size, *_master(launcher, environment))
+    return Topology("python", 0, 0, 1, "127.0.0.1", free_port())
+
+
+def is_main_of(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the one that speaks, told without asking the others."""
+    ranks = [environment.get(rank) for _, sign, rank, *_ in LAUNCHERS if sign in environment]
+    return not ranks or ranks[0] == "0"
+
+
+def integer(environment: Mapping[str, str], name: str) -> int:
+    """Return a variable of the environment that must be a number; ConfigError where it is none."""
+    value = environment.get(name, "")
+    if not value.isdigit():
+        raise ConfigError(
+            f"the launcher's variable {name} is {value!r}; it must be a number of 0 or more. "
+            "Start the ranks with deepspeed, torchrun, srun or mpirun."
+        )
+    return int(value)
+
+
+def _master(launcher: str, environment: Mapping[str, str]) -> tuple[str, int]:
+    if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
+        return environment["MASTER_ADDR"], integer(environment, "MASTER_PORT")
+    if launcher == "torch":
+        raise ConfigError(
+            "RANK is set but MASTER_ADDR and MASTER_PORT are not; start the ranks with deepspeed or torchrun."
+        )
+    if launcher == "slurm":
+        # Every task of a job derives the same port, and two jobs on a node hardly ever the same one.
+        return first_host(environment["SLURM_JOB_NODELIST"]), 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
+    return _agree_over_mpi()
+
+
+def first_host(nodelist: str) -> str:
+    """Return the first name of a SLURM node list, such as n07 of n[07-09,12],login."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+    assert match, nodelist
+    return "".join(part or "" for part in match.groups())
+
+
+def _agree_over_mpi() -> tuple[str, int]:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError("started by mpirun, but mpi4py is not there; install megaft[mpi].") from error
+    return MPI.COMM_WORLD.bcast((socket.gethostname(), free_port()), root=0)
+
+
+def free_port() -> int:
+    """Return a port that nothing on this machine listens to."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
