@@ -61,7 +61,15 @@ SAMPLES = "megaft owns the order and the length of samples (data.*), so this wou
 METRICS = "megaft writes the metrics itself: use metrics.wandb, metrics.tensorboard or RUN/metrics.jsonl"
 CHECKPOINT = "megaft writes its own checkpoints and never calls DeepSpeed's, so this has no effect"
 REMOVED = "DeepSpeed 0.19 no longer has it"
-PARALLEL = "megaft has its own tensor parallelism (megatron-core) and no pipeline, expert or sequence parallelism"
+TENSOR = (
+    "it leaves embeddings and the output layer whole, and checkpoints would hold halves of matrices for wholes: use "
+    "model.backend megatron with parallel.tensor-parallel-size (docs/parallelism.md)"
+)
+SEQUENCE = (
+    "at ZeRO 0 to 2 its gradient is as many times too large as a sequence has parts, and documents in one sample "
+    "attend to each other (docs/parallelism.md): use model.activation-checkpointing and a smaller micro-batch"
+)
+PARALLEL = "megaft has no pipeline and no expert parallelism (docs/parallelism.md)"
 ROUNDS = "it rounds what ranks exchange, so the number of GPUs would change what is learned"
 MASTERS = "megaft keeps fp32 weights, gradients and moments, so that a checkpoint is exact at every ZeRO stage"
 UNREAD = "megaft's checkpoint does not read the state it keeps elsewhere"
@@ -87,12 +95,12 @@ REFUSED = {  # top-level keys that DeepSpeed knows and megaft does not run
     "hybrid_engine": "it is for generation inside reinforcement learning",
     "autotuning": "it restarts the program with other settings: choose a file of ds_configs/",
     "pipeline": PARALLEL,
-    "tensor_parallel": PARALLEL,
+    "tensor_parallel": TENSOR,
     "expert_parallel": PARALLEL,
     "use_data_before_expert_parallelism": PARALLEL,
-    "sequence_parallel_size": PARALLEL,
-    "data_parallel_size": PARALLEL,
-    "seq_parallel_communication_data_type": PARALLEL,
+    "sequence_parallel_size": SEQUENCE,
+    "data_parallel_size": SEQUENCE,
+    "seq_parallel_communication_data_type": SEQUENCE,
     "disable_allgather": "DeepSpeed reads it and does nothing with it",
     "vocabulary_size": "the model says its own",
     "activation_checkpointing": "the models do not use DeepSpeed's: use model.activation-checkpointing",

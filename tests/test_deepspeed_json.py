@@ -121,6 +121,9 @@ REFUSALS = [
     ({"fp16": {"enabled": True, "loss_scle": 0}}, "did you mean fp16.loss_scale?"),
     ({"zero_optimization": True}, "zero_optimization is true; it is an object"),
     ({"bf16": True}, "bf16 is true; it is an object"),
+    # parallelism that is not megaft's
+    ({"tensor_parallel": {"autotp_size": 2}}, "remove tensor_parallel: .*model.backend megatron"),
+    ({"sequence_parallel_size": 2}, "remove sequence_parallel_size: at ZeRO 0 to 2 its gradient.*parallelism.md"),
     # values
     (zero(stage=2, reduce_bucket_size="auto"), 'zero_optimization.reduce_bucket_size is "auto"'),
     ({"gradient_clipping": "auto"}, 'gradient_clipping is "auto"'),
