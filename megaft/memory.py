@@ -92,6 +92,8 @@ class Activations:
     """By the first layer alone, whose backward pass is the last."""
     layer: int
     """The most that the backward pass of one layer holds besides, with a recomputed layer's own."""
+    head: int
+    """The gradient of the output layer's weight, the first of all."""
     loss: int
     """The most that the output layer and its loss hold besides."""
     embedding: int
@@ -109,17 +111,21 @@ def activations(work: Work) -> Activations:
     kept = stream if work.is_recomputed else of_layer
     words = -(-shape.vocab_size // work.tensor_parallel_size)
     head, logits = words * shape.width, min(LOGITS_BYTES, FLOAT * tokens * words)
-    # The fp32 gradient of the output layer's weight beside a chunk's logits; in backward it is scaled, then rounded.
-    rounded = head * word if word < FLOAT else 0
-    forward = max(2 * logits, logits + (logits // 2 if word < FLOAT else 0) + head * word)
-    # The gradient of the product behind an activation, and of its two factors.
+    is_rounded = word < FLOAT
+    # Beside the fp32 gradient of the output layer's weight: a chunk's logits twice, or in both dtypes with the last
+    # chunk's, or with what they add to that gradient. In backward that gradient scaled, then rounded.
+    next_logits = min(logits, FLOAT * tokens * words - logits)
+    overlap = logits + next_logits * (2 + is_rounded) // 2
+    forward = max(2 * logits, overlap, logits * (2 + is_rounded) // 2 + head * word)
+    # The gradient of the product behind an activation, and those of its two factors.
     factors = 1 if shape.family == "gpt2" and (work.is_megatron or shape.activation != "gelu_new") else 2
     return Activations(
         saved=shape.num_layers * kept + tokens * _bytes_around_layers(work),
         first=kept,
-        layer=stream + factors * inner + (of_layer - stream if work.is_recomputed else 0) + head * word,
-        loss=head * FLOAT + max(forward, head * FLOAT + rounded) + 2 * stream,
-        embedding=head * word * shape.is_tied + stream,
+        layer=stream + factors * inner + (of_layer - stream if work.is_recomputed else 0),
+        head=head * word,
+        loss=head * FLOAT + max(forward, head * (FLOAT + word * is_rounded)) + stream * (2 + work.is_megatron),
+        embedding=2 * head * word * shape.is_tied + stream,  # tied: the output layer's, its own, and their sum
     )
 
 
@@ -130,14 +136,15 @@ def _bytes_of_layer(work: Work) -> int:
     groups = shape.num_groups * shape.head_width // size
     inner = shape.inner_width // size
     fused = word * (2 * attention + 2 * groups) + FLOAT * shape.num_heads // size
+    norms = 4 * shape.width * word + 4 * FLOAT
     if shape.family == "gpt2":
-        norms = 4 * shape.width * word + 4 * FLOAT
         is_unfused = shape.activation == "gelu_new" and not work.is_megatron  # transformers writes it out
         masks = 2 * shape.width if shape.dropout else 0
         return norms + fused + inner * word * (5 if is_unfused else 2) + masks
-    # RMSNorm computes in fp32: its input so, the normalised input, and its output.
-    norms = 2 * (shape.width * (FLOAT + 2 * word) + FLOAT)
-    return norms + fused + 4 * inner * word
+    if work.is_megatron:  # fused norms; v keeps the matrix of q, k and v alive; gate and values, and both again
+        return norms + fused + word * (attention + groups) + 5 * inner * word
+    # transformers' RMSNorm computes in fp32: its input so, the normalised input, and its output.
+    return norms + 2 * shape.width * FLOAT + fused + 4 * inner * word
 
 
 def _bytes_around_layers(work: Work) -> int:
@@ -145,7 +152,7 @@ def _bytes_around_layers(work: Work) -> int:
     shape, word = work.shape, work.word_bytes
     if shape.family == "gpt2":
         return shape.width * (word + (1 if shape.dropout else 0)) + 24
-    return shape.width * (FLOAT + word) + 24
+    return shape.width * (word if work.is_megatron else FLOAT + word) + 24
 
 
 def states(weights: Weights, setup: Resolved, num_ranks: int) -> States:
@@ -230,11 +237,12 @@ def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int) -> States:
     mine, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
     bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
     bucket *= 2 if _zero(setup, "overlap_comm", False) else 1
+    offloads, is_rounded = setup.offload_optimizer, word < FLOAT
     kept = FLOAT * mine
-    whole = FLOAT * total if is_stage_1 else kept
+    here = kept * (is_rounded or not offloads)
+    whole = FLOAT * total if is_stage_1 else here
     optimizer = (FLOAT + _moments(setup)) * mine
     norm = 8 * min(_largest(weights), mine)  # taken in float64
-    offloads = setup.offload_optimizer
     largest = word * _largest(weights)
     return States(
         weights=word * flat,
@@ -242,11 +250,11 @@ def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int) -> States:
         optimizer=0 if offloads else _moments(setup) * mine,
         gradients=whole,
         gradients_before=whole if accumulates else 0,
-        gradients_reduced=kept,
-        buckets=bucket + largest * offloads,
+        gradients_reduced=here,
+        buckets=bucket + largest * (offloads or (is_stage_1 and is_rounded)),
         buckets_before=bucket * (is_stage_1 and accumulates) + largest * offloads,
         reducing=max(0, kept - bucket) if is_stage_1 else 0,
-        stepping=max(norm, kept if word == FLOAT and not offloads else 0),
+        stepping=max(norm, here * (not is_rounded)),
         host=(optimizer + kept + word * mine + largest) if offloads else 0,
     )
 
@@ -282,7 +290,7 @@ def moments(held: States, work: Activations) -> dict[str, dict[str, int]]:
     around = {"gradients": held.gradients_before, "activations": work.saved, "gathered": held.gathered}
     return {
         "loss": {**steady, **around, "loss": work.loss, "buckets": held.buckets_before},
-        "last layer's backward": {**steady, **around, "temporaries": work.layer, "buckets": held.buckets},
+        "last layer's backward": {**steady, **around, "temporaries": work.layer + work.head, "buckets": held.buckets},
         "first layer's backward": {
             **steady,
             "gradients": held.gradients,

@@ -1,0 +1,243 @@
+"""`megaft estimate`: counts pinned by hand, states by a real engine, and what makes a run fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megaft.cli import main
+from megaft.config import OptimConfig
+from megaft.errors import ConfigError, DataError
+from megaft.estimate import EstimateConfig, estimate, lines
+from megaft.hardware import GPUS, PUBLISHED, data_sheet_flops
+from megaft.memory import Work, activations, flat_size
+from megaft.presets import PRESETS, configuration
+from megaft.recipe import Recipe
+from megaft.shape import LLAMAS, Shape, count
+
+JSONS = Path(__file__).parents[1] / "ds_configs"
+MIB = 2**20
+
+
+def recipe(preset="gpt2", *, zero=None, half=None, batch=8, micro=4, **fields):
+    settings = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro, "zero_optimization": zero or {}}
+    settings |= {half: {"enabled": True}} if half else {}
+    shape = Shape.of(PRESETS[preset], dropout=0.0)
+    return Recipe(shape=shape, deepspeed=settings, context_length=1024, optim=OptimConfig(), **fields)
+
+
+# transformers' and the makers' own counts
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("smollm2-135m", 134_515_008),
+        ("smollm2-1.7b", 1_711_376_384),
+        # 12 L d^2 + 13 L d + (V + T + 2) d, with L 72, d 3072, V 51,200, T 1024
+        ("megatron-8.3b", 12 * 72 * 3072**2 + 13 * 72 * 3072 + (51_200 + 1024 + 2) * 3072),
+    ],
+)
+def test_parameters(name, expected):
+    assert Shape.of(PRESETS[name]).num_parameters == expected
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"])
+def test_weights_are_those_of_transformers(name):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**PRESETS[name]))
+    shapes = [tuple(sorted(parameter.shape)) for parameter in model.parameters()]
+    ours = Shape.of(PRESETS[name]).weights()
+    assert sorted(tuple(sorted(shape)) for shape in ours.elements()) == sorted(shapes)
+
+
+def test_a_cut_keeps_norms_and_cuts_matrices():
+    shape = Shape.of(PRESETS["gpt2"])
+    whole, half = shape.weights(1, is_fused=True), shape.weights(2, is_fused=True)
+    # 50,257 words become 25,129 on each of two ranks; positions, norms and biases of rows stay whole.
+    assert half[25_129, 768] == 1
+    assert half[1024, 768] == whole[1024, 768] == 1
+    replicated = 1024 * 768 + 12 * (4 + 2) * 768 + 2 * 768
+    assert 2 * count(half) - count(whole) == replicated + 768
+
+
+def test_flat_buffers_are_padded_for_the_ranks():
+    weights = Shape.of(PRESETS["gpt2"]).weights()
+    vectors = 12 * (4 * 768 + 3 * 768 + 768 + 3072 + 768) + 2 * 768
+    matrices = 124_439_808 - vectors
+    assert flat_size(weights, 7) == (matrices + -matrices % 14) + (vectors + -vectors % 14)
+
+
+N, D = 124_439_808, 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "half", "expected"),  # bytes a parameter: weights, masters, moments, gradients at their fullest
+    [
+        pytest.param(0, None, (4, 0, 8, 4), id="no ZeRO"),
+        pytest.param(1, None, (4, 4 / D, 8 / D, 4), id="stage 1, fp32"),
+        pytest.param(2, None, (4, 4 / D, 8 / D, 4 / D), id="stage 2, fp32"),
+        pytest.param(1, "bf16", (2, 4 / D, 8 / D, 4 + 2), id="stage 1, bf16: all fp32 gradients, and bf16 ones"),
+        pytest.param(1, "fp16", (2, 4 / D, 8 / D, 4), id="stage 1, fp16"),
+        pytest.param(2, "bf16", (2, 4 / D, 8 / D, 4 / D), id="stage 2, bf16"),
+        pytest.param(3, "bf16", (2 / D, 4 / D, 8 / D, 4 / D), id="stage 3, bf16"),
+    ],
+)
+def test_bytes_of_a_parameter(stage, half, expected):
+    held = recipe(zero={"stage": stage}, half=half, world_size=D).footprint().states
+    found = held.weights, held.master_weights, held.optimizer, held.gradients
+    assert [size / N for size in found] == pytest.approx(expected, rel=2e-3)  # stage 3 keeps vectors whole
+
+
+def test_offloading_moves_masters_and_moments_to_the_host():
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    held = recipe(zero=zero, half="bf16", world_size=D).footprint().states
+    assert (held.master_weights, held.optimizer, held.gradients) == (0, 0, 0)
+    assert held.host == pytest.approx((2 + 4 + 8 + 8) * N / D, rel=1e-3)
+    assert held.weights < 0.01 * 2 * N
+
+
+def test_activations_by_hand():
+    # GPT-2, bf16, 2,048 tokens; a layer of transformers: 2 norms' inputs and outputs, q, k, v, attention's output,
+    # and of the inner layer (4 wide) five tensors, all of 768 x 2 bytes; 12 numbers of attention and 4 of norms.
+    work = Work(shape=Shape.of(PRESETS["gpt2"], 0.0), micro_batch_size=2, context_length=1024)
+    layer = 2048 * (768 * 2 * (4 + 3 + 1 + 4 * 5) + 4 * (12 + 4))
+    around = 2048 * (768 * 2 + 24)
+    assert activations(work).saved == 12 * layer + around
+    recomputed = Work(shape=work.shape, micro_batch_size=2, context_length=1024, is_recomputed=True)
+    assert activations(recomputed).saved == 12 * 2048 * 768 * 2 + around
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_more_never_needs_less(name):
+    shape = Shape.of(PRESETS[name])
+
+    def saved(**changed):
+        return activations(Work(**{"shape": shape, "micro_batch_size": 2, "context_length": 1024} | changed)).saved
+
+    assert saved(is_recomputed=True) < saved() < saved(micro_batch_size=4) == 2 * saved()
+    assert saved(word_bytes=4) > saved()
+    assert saved(is_megatron=True, tensor_parallel_size=shape.num_groups) < saved(is_megatron=True)
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """command(flags) runs `megaft estimate --json` with ds_configs/zero1_bf16.json, unless another is given."""
+
+    def run(*flags):
+        given = [] if any(flag.startswith("--deepspeed-config") for flag in flags) else ["--deepspeed-config"]
+        given += [str(JSONS / "zero1_bf16.json")] if given else []
+        assert main(["estimate", *flags, *given, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_what_fits(command):
+    found = command("--model=gpt2", "--tokens=1e9")
+    assert found["fits"]
+    assert found["changes"] == []
+    assert found["peak_bytes"] == sum(found["components"].values()) == max(found["moments"].values())
+    assert found["parameters"] == N
+    assert found["checkpoint_bytes"] == 12 * N
+    assert found["export_bytes"] == 4 * N
+    assert found["flops_per_token"] == 6 * N + 12 * 12 * 768 * 1024
+    low, high = found["tokens_per_second"]
+    assert low == pytest.approx(0.33 * 989e12 / found["flops_per_token"])
+    assert high > low
+    assert found["days"] == pytest.approx([1e9 / low / 86_400, 1e9 / high / 86_400])
+
+
+def test_what_does_not_fit_says_what_would(command):
+    found = command("--model=gpt2-xl", "--hardware=a100-40gb")
+    ways = [way["settings"] for way in found["changes"]]
+    assert not found["fits"]
+    assert 0 < len(ways) <= 3
+    assert all(way["peak_bytes"] <= found["available_bytes"] for way in found["changes"])
+    assert ways[0] == ["train_micro_batch_size_per_gpu 1"], "the least invasive first"
+    assert not any(set(ways[0]) < set(other) for other in ways[1:])
+
+
+def test_a_change_that_is_said_to_help_does(command, tmp_path):
+    before = command("--model=gpt2-xl", "--hardware=a100-40gb")
+    settings = json.loads((JSONS / "zero1_bf16.json").read_text()) | {"train_micro_batch_size_per_gpu": 1}
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    after = command("--model=gpt2-xl", "--hardware=a100-40gb", f"--deepspeed-config={tmp_path / 'ds.json'}")
+    assert after["fits"]
+    assert after["peak_bytes"] == before["changes"][0]["peak_bytes"]
+
+
+def test_a_model_too_large_for_everything(command):
+    found = command("--model=llama-3.1-70b", "--hardware=t4", "--context-length=131072")
+    assert not found["fits"]
+    assert found["changes"] == []
+
+
+@pytest.mark.parametrize("path", sorted(JSONS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_json_can_be_estimated(path):
+    config = EstimateConfig(model="gpt2", deepspeed_config=path, world_size=2, tokens=1e9)
+    assert any("GiB" in line for line in lines(estimate(config)))
+
+
+def test_no_speed_is_promised_in_float32(command):
+    found = command("--model=gpt2", f"--deepspeed-config={JSONS / 'zero1_fp32.json'}")
+    assert found["tokens_per_second"] is None
+    assert found["mfu"] is None
+
+
+def test_a_folder_of_a_model(command, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["smollm2-135m"]))
+    assert command(f"--model={tmp_path}")["parameters"] == 134_515_008
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=gpt3"], "or one of gpt2"),
+        (["--model=gpt2", "--hardware=h1000"], "hardware is h1000"),
+        (["--model=gpt2", "--tensor-parallel-size=2", "--world-size=2"], "give backend megatron"),
+        (["--model=gpt2", "--backend=megatron", "--tensor-parallel-size=2"], "a multiple"),
+        (["--model=gpt2", "--backend=megatron", "--tensor-parallel-size=5", "--world-size=5"], "does not divide"),
+        (["--model=gpt2", "--context-length=2048"], "1024 positions"),
+        (["--model=gpt2", "--world-size=3"], "train_batch_size must be"),
+    ],
+)
+def test_what_is_refused(flags, message, capsys):
+    assert main(["estimate", *flags, f"--deepspeed-config={JSONS / 'zero1_bf16.json'}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match="not JSON"):
+        configuration(str(tmp_path))
+    with pytest.raises(ConfigError, match="gpt2, " + ", ".join(LLAMAS)):
+        Shape.of({"model_type": "t5"})
+
+
+def test_every_gpu_has_a_peak():
+    assert all(data_sheet_flops(gpu.name) for gpu in GPUS.values())
+    assert all(0 < one.lowest <= one.highest < 1 for one in PUBLISHED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 3, 4, 5, 6, 8, 10, 12])
+def test_an_engine_holds_what_is_estimated(number):
+    """Every byte of a real DeepSpeed engine, as one of several ranks that do not exist."""
+    import estimates_engine
+    from estimates_cases import ENGINES
+
+    case = ENGINES[number]
+    found, footprint = estimates_engine.measure(case.recipe), case.recipe.footprint()
+    for kind in ("weights", "master_weights", "optimizer"):
+        assert getattr(footprint.states, kind) == pytest.approx(getattr(found, kind), rel=0.01), kind
+    assert footprint.peak_bytes == pytest.approx(found.peak, rel=0.05)

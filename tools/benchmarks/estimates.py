@@ -1,0 +1,198 @@
+"""Compare `megaft estimate` with what is measured, and write docs/estimates.md and docs/scaling.md.
+
+    python tools/benchmarks/estimates.py [--only scaling]
+
+Three measurements: torch's memory tracker over fake tensors (activations, any size of model), every byte of a real
+DeepSpeed engine on CPU tensors (what ZeRO keeps, and the peak of a step), and the resident memory of real ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+import tyro
+from estimates_cases import ENGINES, PASSES, RANKS, Passing
+from estimates_scaling import write_scaling
+from invariance import write_between_marks
+
+from megaft.files import write_json_atomic
+from megaft.memory import States, Work, activations, moments
+from megaft.presets import PRESETS
+from megaft.shape import Shape, count
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+WORDS = {"bfloat16": 2, "float32": 4}
+KINDS = ("weights", "master_weights", "optimizer", "gradients")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison, in bytes."""
+
+    kind: Literal["pass", "engine", "ranks"]
+    name: str
+    what: str
+    measured: int
+    estimated: int
+
+    @property
+    def error(self) -> float:
+        """How far the estimate is off, as a share of what was measured."""
+        return self.estimated / self.measured - 1 if self.measured else float(self.estimated > 0)
+
+
+def passes() -> Iterator[Row]:
+    """One forward and backward pass of fake tensors."""
+    import estimates_passes
+
+    for case in PASSES:
+        found, (weights, peak) = estimates_passes.measure(case), estimate_of_pass(case)
+        yield Row("pass", case.name, "weights", found.weights, weights)
+        yield Row("pass", case.name, "peak of all else", found.total - found.weights, peak - weights)
+
+
+def estimate_of_pass(case: Passing) -> tuple[int, int]:
+    """Return the bytes of weights, and the peak of a pass that leaves its gradients where autograd puts them."""
+    work = Work(
+        shape=Shape.of(PRESETS[case.model], case.dropout),
+        micro_batch_size=case.micro_batch_size,
+        context_length=case.context_length,
+        tensor_parallel_size=case.tensor_parallel_size or 1,
+        is_megatron=case.tensor_parallel_size > 0,
+        is_recomputed=case.is_recomputed,
+        word_bytes=WORDS[case.dtype],
+    )
+    weights = count(work.weights) * work.word_bytes
+    held = States(
+        weights=weights,
+        master_weights=0,
+        optimizer=0,
+        gradients=weights,
+        gradients_before=0,
+        gradients_reduced=weights,
+    )
+    return weights, max(sum(parts.values()) for parts in moments(held, activations(work)).values())
+
+
+def engines() -> Iterator[Row]:
+    """A real engine as one of several ranks, its host's memory and its device's being the same here."""
+    import estimates_engine
+
+    for case in ENGINES:
+        found, footprint = estimates_engine.measure(case.recipe), case.recipe.footprint()
+        held, is_offloaded = footprint.states, footprint.states.host > 0
+        for kind in KINDS[: 0 if is_offloaded else 3]:
+            yield Row("engine", case.name, kind, getattr(found, kind), getattr(held, kind))
+        if not is_offloaded:
+            whole = held.gradients_reduced if case.recipe.setup().zero_stage in (1, 2) else held.gradients
+            is_kept = case.recipe.setup().dtype != "bfloat16" or case.recipe.setup().zero_stage != 1
+            yield Row("engine", case.name, "gradients", found.gradients, whole if is_kept else held.gradients)
+        yield Row("engine", case.name, "peak of a step", found.peak, footprint.peak_bytes + held.host)
+
+
+def ranks() -> Iterator[Row]:
+    """Real ranks between two steps."""
+    import estimates_ranks
+
+    for case, found in zip(RANKS, estimates_ranks.measure(), strict=True):
+        held = case.recipe.footprint().states
+        kept = held.weights + held.master_weights + held.optimizer + held.gradients_before + held.buckets_before
+        yield Row("ranks", case.name, "resident", found["resident"], kept)
+
+
+def table(rows: list[Row]) -> str:
+    """Return the comparisons as Markdown, one line a case."""
+    parts = [
+        _section("Activations: one pass of fake tensors", [row for row in rows if row.kind == "pass"]),
+        _section("ZeRO: every byte of a real engine", [row for row in rows if row.kind == "engine"]),
+        _section("Resident memory of real ranks", [row for row in rows if row.kind == "ranks"]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _section(title: str, rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    whats = list(dict.fromkeys(row.what for row in rows))
+    head = [f"## {title}", "", f"| case | {' | '.join(whats)} |", "|---" * (1 + len(whats)) + "|"]
+    by_case: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault(row.name, {})[row.what] = row
+    return "\n".join([*head, *(f"| {name} | {_cells(found, whats)} |" for name, found in by_case.items())])
+
+
+def _cells(found: dict[str, Row], whats: list[str]) -> str:
+    cells = []
+    for what in whats:
+        row = found.get(what)
+        cells.append("-" if row is None or not row.measured else _cell(row))
+    return " | ".join(cells)
+
+
+def _cell(row: Row) -> str:
+    return f"{row.estimated / MIB:,.1f} / {row.measured / MIB:,.1f} MiB, {row.error:+.1%}"
+
+
+def summary(rows: list[Row]) -> str:
+    """Say the largest errors of what is to be within 1 %, and of peaks."""
+    states = [row for row in rows if row.what in KINDS and row.measured]
+    peaks = [row for row in rows if row.what.startswith("peak")]
+    found = []
+    for name, some in (("weights, gradients and optimizer", states), ("peaks", peaks)):
+        if some:
+            worst = max(some, key=lambda row: abs(row.error))
+            off = f"{worst.error:+.2%} ({worst.name}: {worst.what})"
+            found.append(f"Of {len(some)} figures of {name} the one furthest off is {off}.")
+    return "\n".join(found)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """Compare `megaft estimate` with what is measured."""
+
+    only: Literal["passes", "engines", "ranks", "scaling"] | None = None
+    """Print one part of it; by default all is measured and both pages are written."""
+
+
+def main(arguments: Arguments) -> None:
+    """Measure, print, write."""
+    parts: dict[str, Any] = {"passes": passes, "engines": engines, "ranks": ranks}
+    rows: list[Row] = []
+    for name in parts if arguments.only is None else [name for name in parts if name == arguments.only]:
+        for row in parts[name]():
+            print(row.name, row.what, _cell(row), flush=True)
+            rows.append(row)
+    if arguments.only in (None, "scaling"):
+        write_scaling(ROOT / "docs" / "scaling.md")
+    if arguments.only is None:
+        write(rows)
+
+
+def write(rows: list[Row]) -> None:
+    """Write the page and the results."""
+    from megaft.environment import environment
+
+    content = f"{summary(rows)}\n\n{table(rows)}"
+    write_between_marks(ROOT / "docs" / "estimates.md", content)
+    where = environment()
+    stem = f"estimates_cpu{where['num_cores']}_{datetime.now(UTC):%Y%m}"
+    found = [asdict(row) | {"error": row.error} for row in rows]
+    write_json_atomic(RESULTS / f"{stem}.json", {"environment": where, "rows": found})
+    versions = ", ".join(f"{name} {where['packages'][name]}" for name in ("torch", "deepspeed", "transformers"))
+    title = (
+        f"# megaft's estimates beside what is measured\n\n`python tools/benchmarks/estimates.py`; {versions}, commit"
+    )
+    (RESULTS / f"{stem}.md").write_text(f"{title} {where['git']['commit']}.\n\nEstimated / measured. {content}\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

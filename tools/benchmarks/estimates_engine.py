@@ -1,0 +1,170 @@
+"""A real DeepSpeed engine on CPU tensors, as rank 0 of so many, whose every byte is counted.
+
+The other ranks do not exist: torch's fake process group answers for them, so that one process shows what each ZeRO
+stage keeps on 1, 2 or 8 ranks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from megaft import loss, parallel
+from megaft.engine_state import inner_optimizer
+from megaft.models.hugging_face import NatsModel
+from megaft.optim import build_optimizer, parameter_groups
+from megaft.recipe import Recipe
+
+
+class Counter(TorchDispatchMode):
+    """Counts the bytes of all tensors that come out of any operation, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most = 0, 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and look at what it gives."""
+        found = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, found)
+        return found
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            weakref.finalize(storage, self._forget, storage._cdata)
+        self.now += storage.nbytes() - self._known.get(storage._cdata, 0)
+        self._known[storage._cdata] = storage.nbytes()
+        self.most = max(self.most, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What an engine holds, in bytes."""
+
+    weights: int
+    master_weights: int
+    optimizer: int
+    gradients: int
+    """After the last backward pass of a step."""
+    peak: int
+    """Of a whole step."""
+
+
+def measure(recipe: Recipe, steps: int = 2) -> Held:
+    """Build the engine of a recipe as rank 0 of its ranks, train it a few steps and count."""
+    loss.CHUNK_BYTES["cpu"] = loss.CHUNK_BYTES["cuda"]
+    accumulation = recipe.setup().gradient_accumulation_steps
+    try:
+        parallel.join(parallel.pretend(recipe.world_size))
+        counter = Counter()
+        with counter:
+            engine = build(recipe)
+            for _ in range(steps - 1):
+                train_step(engine, recipe, accumulation)
+            counter.most = 0
+            gradients = train_step(engine, recipe, accumulation)
+        return held(engine, gradients, counter.most)
+    finally:
+        parallel.leave()
+        _forget_groups()
+
+
+def build(recipe: Recipe) -> Any:
+    """Return DeepSpeed's engine of a new model of transformers, as training makes it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _allow_fp16()
+    setup = recipe.setup()
+    config = AutoConfig.for_model(**transformers_config(recipe))
+    model = NatsModel(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+    groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
+    optimizer = build_optimizer(groups, setup.optim, device_type="cpu")
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
+
+
+def _forget_groups() -> None:
+    """DeepSpeed keeps groups of the ranks there were."""
+    from deepspeed.utils import groups
+
+    for name, value in vars(groups).items():
+        if name.startswith("_") and name.isupper() and not isinstance(value, str):
+            setattr(groups, name, {} if isinstance(value, dict) else None)
+
+
+def transformers_config(recipe: Recipe) -> dict[str, Any]:
+    """Return the configuration of a recipe's shape, which is a GPT-2's, without dropout."""
+    shape = recipe.shape
+    assert shape.family == "gpt2"
+    sizes = {"n_embd": shape.width, "n_layer": shape.num_layers, "n_head": shape.num_heads}
+    sizes |= {"vocab_size": shape.vocab_size, "n_positions": shape.num_positions, "bos_token_id": 0, "eos_token_id": 0}
+    return {"model_type": "gpt2", **sizes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def _allow_fp16() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    accelerator.is_fp16_supported = lambda: True  # torch computes it here, slower
+
+
+def train_step(engine: Any, recipe: Recipe, accumulation: int) -> int:
+    """Train one step; return the bytes of gradients before the optimizer's."""
+    tokens = torch.zeros(engine.train_micro_batch_size_per_gpu(), recipe.context_length, dtype=torch.long)
+    found = 0
+    for _ in range(accumulation):
+        engine.backward(engine(tokens, tokens) / tokens.numel())
+        found = bytes_of(_gradients(engine))
+        engine.step()
+    return found
+
+
+def _gradients(engine: Any) -> Iterator[Tensor]:
+    for parameter in engine.module.parameters():
+        for name in ("grad", "grad_accum"):
+            if (gradient := getattr(parameter, name, None)) is not None:
+                yield gradient
+    zero = engine.optimizer
+    yield from getattr(zero, "fp32_groups_gradients_flat", [])
+    for parts in (getattr(zero, "averaged_gradients", None) or {}).values():
+        yield from parts or []
+    for name in ("grads_in_partition", "grad_partitions_flat_buffer"):
+        if (gradient := getattr(zero, name, None)) is not None:
+            yield gradient
+
+
+def held(engine: Any, gradients: int, peak: int) -> Held:
+    """Walk an engine's tensors, between steps."""
+    optimizer = inner_optimizer(engine)
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    stepped += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])
+    weights = [*engine.module.parameters(), *getattr(engine.optimizer, "fp16_partitioned_groups_flat", [])]
+    moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return Held(
+        weights=bytes_of(weights),
+        master_weights=bytes_of([*weights, *stepped]) - bytes_of(weights),
+        optimizer=bytes_of(moments),
+        gradients=gradients,
+        peak=peak,
+    )
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of these tensors' memory, shared memory once."""
+    storages = {storage._cdata: storage.nbytes() for tensor in tensors if (storage := tensor.untyped_storage())}
+    return sum(storages.values())

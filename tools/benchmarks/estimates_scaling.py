@@ -1,0 +1,126 @@
+"""The 8.3 B model of Megatron-LM's paper on 8, 64 and 512 GPUs, by the estimator alone, for docs/scaling.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from invariance import write_between_marks
+
+from megaft.config import OptimConfig
+from megaft.deepspeed_json import read_deepspeed_json
+from megaft.errors import ConfigError
+from megaft.estimate import speed
+from megaft.hardware import GPUS, RESERVED_BYTES
+from megaft.presets import PRESETS
+from megaft.recipe import Recipe
+from megaft.shape import Shape
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+CONTEXT = 1024
+BATCH = 512
+EPOCH = 68_507 * BATCH * CONTEXT
+"""Tokens of the paper's epoch: iterations x batch x context (Shoeybi et al. 2019, sections 4.2 and 5.2)."""
+PAPER_DAYS, PAPER_GPUS, PAPER_FLOPS = 2.10, 512, 15.1e15
+"""Table 2 and abstract."""
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How the model is cut."""
+
+    name: str
+    file: str
+    tensor_parallel_size: int
+
+
+WAYS = (Way("TP 8 x ZeRO-1", "megatron_8.3b_tp8.json", 8), Way("ZeRO-3", "megatron_8.3b_zero3.json", 1))
+HARDWARE = ("h100", "a100", "v100-32gb")
+
+
+def write_scaling(page: Path) -> None:
+    """Write the page's table."""
+    content = f"{table()}\n\n{paper()}"
+    print(content)
+    write_between_marks(page, content)
+
+
+def table() -> str:
+    """Return every way on every number of GPUs: the largest micro-batch that fits, its memory and its time."""
+    head = "| GPU | GPUs | way | micro-batch | layers recomputed | peak of a GPU | tokens/s | days an epoch |"
+    rows = [row(gpu, count, way) for gpu in HARDWARE for count in (8, 64, 512) for way in WAYS]
+    return "\n".join([head, "|---" * 8 + "|", *rows])
+
+
+def row(gpu: str, num_gpus: int, way: Way) -> str:
+    """Return one line: without recomputing where that fits, else with."""
+    start = f"| {GPUS[gpu].name} | {num_gpus} | {way.name} |"
+    found = best(gpu, num_gpus, way)
+    if found is None:
+        smallest = recipe(way, num_gpus, 1, gpu, is_recomputed=True).footprint().peak_bytes
+        return f"{start} none | - | {smallest / GIB:.1f} GiB at the least: does not fit | - | - |"
+    setup = found.setup()
+    rates = speed(found, setup.dtype, GPUS[gpu].name, EPOCH)
+    (low, high), (longest, shortest) = rates["tokens_per_second"], rates["days"]
+    peak = found.footprint().peak_bytes / GIB
+    recomputed = "yes" if found.is_recomputed else "no"
+    return (
+        f"{start} {setup.micro_batch_size} | {recomputed} | {peak:.1f} GiB | {low:,.0f} to {high:,.0f} | "
+        f"{shortest:.2g} to {longest:.2g} |"
+    )
+
+
+def best(gpu: str, num_gpus: int, way: Way) -> Recipe | None:
+    """Return the largest micro-batch that fits, preferring to recompute nothing."""
+    for is_recomputed in (False, True):
+        for size in (64, 32, 16, 8, 4, 2, 1):
+            found = recipe(way, num_gpus, size, gpu, is_recomputed=is_recomputed)
+            try:
+                if found.footprint().peak_bytes <= GPUS[gpu].memory_bytes - RESERVED_BYTES:
+                    return found
+            except ConfigError:  # that micro-batch does not divide the batch over these ranks
+                continue
+    return None
+
+
+def recipe(way: Way, num_gpus: int, micro_batch_size: int, gpu: str, *, is_recomputed: bool) -> Recipe:
+    """Return the shipped DeepSpeed JSON with another micro-batch; in fp16 where the GPU has no bf16."""
+    settings: dict[str, Any] = read_deepspeed_json(ROOT / "ds_configs" / way.file)
+    settings |= {"train_batch_size": BATCH, "train_micro_batch_size_per_gpu": micro_batch_size}
+    if gpu.startswith("v100"):
+        settings = {key: value for key, value in settings.items() if key != "bf16"} | {"fp16": {"enabled": True}}
+    return Recipe(
+        shape=Shape.of(PRESETS["megatron-8.3b"]),
+        deepspeed=settings,
+        context_length=CONTEXT,
+        world_size=num_gpus,
+        tensor_parallel_size=way.tensor_parallel_size,
+        is_megatron=way.tensor_parallel_size > 1,
+        is_recomputed=is_recomputed,
+        optim=OptimConfig(),
+    )
+
+
+def paper() -> str:
+    """Compare the paper's epoch with what its figures mean in the estimator's units."""
+    gpu = "v100-32gb"
+    recomputed = recipe(WAYS[0], PAPER_GPUS, 8, gpu, is_recomputed=True)
+    one = replace(recomputed, world_size=8, deepspeed=recomputed.deepspeed | {"train_batch_size": 8})
+    rates = speed(recomputed, "float16", GPUS[gpu].name, EPOCH)
+    work, (longest, shortest) = rates["flops_per_token"], rates["days"]
+    tokens_per_second = EPOCH / PAPER_DAYS / SECONDS_PER_DAY
+    model_flops = tokens_per_second * work
+    lines = [
+        "| Megatron-LM's paper | reported | by the estimator |",
+        "|---|---|---|",
+        f"| parameters of the 8.3 B model | 8.3 billion | {recomputed.shape.num_parameters:,} |",
+        f"| days an epoch on 512 V100 | {PAPER_DAYS:.2f} | {shortest:.2f} to {longest:.2f} |",
+        f"| PFLOP/s on 512 V100 | 15.1 (weak-scaling study) | {model_flops / 1e15:.1f} in those {PAPER_DAYS:.2f} days "
+        f"without what is recomputed, {model_flops * 4 / 3e15:.1f} with it |",
+        f"| fits 8 V100 of 32 GB at batch 8 (weak-scaling study, without ZeRO) | yes | "
+        f"{one.footprint().peak_bytes / GIB:.1f} GiB a GPU |",
+    ]
+    return "\n".join(lines)
