@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
 from megaft.errors import DataError
+from megaft.models.convert import copy_companions
 from megaft.models.layout import layout_of
 from megaft.models.weights import open_weights, shapes_of
 
@@ -91,21 +91,42 @@ def test_stored_dtypes_stay(tmp_path):
     assert open_weights(str(tmp_path)).dtype == torch.float32  # holds both
 
 
-def test_the_hub_s_cache(tmp_path, monkeypatch):
-    model = make_folder(tmp_path / "model", "gpt2", {}, max_shard_size="20KB")
-    commit = "0" * 40
-    repo = tmp_path / "hub/models--someone--tiny"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs/main").write_text(commit)
-    shutil.copytree(tmp_path / "model", repo / "snapshots" / commit)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub with nothing in it; hub(model, **options) puts someone/tiny there and returns its folder."""
+
+    def put(model, **options):
+        commit = "0" * 40
+        repo = tmp_path / "hub/models--someone--tiny"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs/main").write_text(commit)
+        model.save_pretrained(repo / "snapshots" / commit, **options)
+        return repo / "snapshots" / commit
+
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return put
+
+
+def test_the_hub_s_cache(hub):
+    model = make_model("gpt2")
+    folder = hub(model, max_shard_size="20KB")
     require_same(open_weights("someone/tiny"), model)
-    index = repo / "snapshots" / commit / "model.safetensors.index.json"
-    gone = sorted(set(json.loads(index.read_text())["weight_map"].values()))[1]
-    (index.parent / gone).unlink()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    gone = sorted(set(index["weight_map"].values()))[1]
+    (folder / gone).unlink()
     with pytest.raises(DataError, match=gone):
         open_weights("someone/tiny")
+
+
+def test_one_file_in_the_hub_s_cache(hub, tmp_path):
+    model = make_model("gpt2")
+    folder = hub(model)
+    (folder / "tokenizer.json").write_text("{}")
+    require_same(open_weights("someone/tiny"), model)
+    tmp_path.joinpath("to").mkdir()
+    copy_companions("someone/tiny", tmp_path / "to")
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["generation_config.json", "tokenizer.json"]
 
 
 def change_tensors(folder, change):

@@ -182,15 +182,16 @@ def _shard_names(index: Path) -> set[str]:
 
 
 def file_of(source: str, name: str) -> Path | None:
-    """Return a file of a model's folder, or of what the hub calls so; None where it has no such file.
+    """Return a file of a model's folder, or of what the hub calls so; None where it has none, or nobody can be asked.
 
     Raises:
-        DataError: There is no such model.
+        DataError: There can be no such model.
     """
     from transformers.utils import cached_file
 
+    quietly = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     try:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(source, name, **quietly)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"model is {source}; give a folder, a GGUF file or a hub name. {reason}") from error
