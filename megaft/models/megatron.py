@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megaft import parallel
 from megaft.config import ModelConfig, require
+from megaft.foreign import require_inert
 from megaft.loss import Head, Vocabulary
 from megaft.models.hugging_face import architecture_of, positions_within, set_dropout
 from megaft.models.layout import MAX_RANKS, biases_of, layout_of, require_cuttable
@@ -313,6 +314,7 @@ def build(settings: ModelConfig, seed: int, engine_config: dict[str, Any] | None
         weights = open_weights(settings.path)
     else:
         assert settings.from_scratch is not None
+        require_inert("model.from-scratch", settings.from_scratch)
         weights = new_weights(load_config(settings.from_scratch), seed)
     set_dropout(weights.config, settings.dropout)
     with in_parts(engine_config):
