@@ -1,0 +1,35 @@
+"""What docs/parallelism.md says of DeepSpeed's own schemes, so that a new version's mended ways are noticed."""
+
+import os
+
+import pytest
+
+
+def relative_differences(scheme, stage):
+    """The largest of losses, and the first gradient norm's ratio, on every rank."""
+    import torch
+    from deepspeed_parallel import LENGTH, ROWS, alone, together
+
+    from megaft import parallel
+
+    parallel.join(parallel.discover(os.environ))
+    positions = torch.arange(LENGTH).expand(ROWS, -1)
+    losses, norms = alone(0.0, positions)
+    found_losses, found_norms = together(scheme, stage, 0.0, positions)
+    parallel.leave()
+    pairs = zip(found_losses, losses, strict=True)
+    return max(abs(ours / theirs - 1) for ours, theirs in pairs), float(found_norms[0]) / norms[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "stage", "loss", "norm"),
+    [
+        pytest.param("autotp", 1, 0, 1, id="AutoTP is exact"),
+        pytest.param("ulysses", 3, 0, 1, id="Ulysses is exact at stage 3"),
+        pytest.param("ulysses", 1, 0.011, 2, id="Ulysses doubles the gradient at stage 1"),
+    ],
+)
+def test_two_ranks_beside_one(scheme, stage, loss, norm, run_ranks):
+    for found in run_ranks(2, relative_differences, scheme, stage):
+        assert found == (pytest.approx(loss, abs=1e-3 if loss else 1e-6), pytest.approx(norm, rel=1e-6))
