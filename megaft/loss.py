@@ -108,9 +108,10 @@ class LinearNats(torch.autograd.Function):
         """Sum the nats; keep d nats / d input of each input that needs it."""
         words = vocabulary or Vocabulary(0, len(weight), is_cut=False)
         grads = _zero_gradients(ctx.needs_input_grad, hidden, weight, bias)
-        weight = weight[: words.end - words.begin]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for part in chunks(len(labels), len(weight), labels.device):
+        parts = chunks(len(labels), len(weight), labels.device)  # of all rows: the same on all those ranks
+        weight = weight[: words.end - words.begin]
+        for part in parts:
             logits = F.linear(hidden[part], weight, bias).float()
             log_normalizer, target = words.normalizer_and_target(logits, labels[part])
             scored = (labels[part] != IGNORE_INDEX).unsqueeze(-1)

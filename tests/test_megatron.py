@@ -201,6 +201,31 @@ def test_dropout_and_recomputation_on_two_ranks(run_ranks):
     assert first["next_draw"][0] == first["next_draw"][1]
 
 
+def loss_in_chunks_on_this_rank(num_words):
+    from megaft import loss, parallel
+    from megaft.models.layout import Rule, local
+
+    join()
+    size, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 8, generator=generator) for rows in (23, num_words))
+    labels = torch.randint(0, num_words, (23,), generator=generator)
+    mine = local(Rule(("words",), 0, rows=num_words), [weight], size, rank)
+    begin = rank * len(mine)
+    loss.CHUNK_BYTES = {"cpu": 600}  # five tokens of the last rank's 30 words, or four of 31
+    words = loss.Vocabulary(begin, min(begin + len(mine), num_words), is_cut=True)
+    found = loss.LinearNats.apply(hidden.requires_grad_(), mine, None, labels, words)
+    found.backward()
+    expected = loss.token_nats(hidden @ weight.T, labels).sum()
+    (gradient,) = torch.autograd.grad(expected, hidden)
+    return float((found - expected).abs() / expected), float((hidden.grad - gradient).abs().max())
+
+
+def test_ranks_with_fewer_words_cut_the_tokens_into_the_same_chunks(run_ranks):
+    for differences in run_ranks(2, loss_in_chunks_on_this_rank, 61):
+        assert max(differences) < 1e-5
+
+
 def new_model_on_this_rank():
     from megaft.models.hugging_face import load_language_model
     from megaft.models.megatron import MegatronModel, fill
