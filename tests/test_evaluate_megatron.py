@@ -1,0 +1,204 @@
+"""`python -m evaluate_zero_shot` and `megaft generate` with matrices cut over ranks: what transformers' modules say."""
+
+import contextlib
+import io
+import json
+import os
+
+import pytest
+import torch
+from tiny_models import LLAMA, make_config
+
+from megaft.backend import backend_of
+from megaft.convert import ConvertConfig
+from megaft.convert import main as convert
+from megaft.errors import ConfigError
+from megaft.generate import GenerateConfig, SamplingConfig
+from megaft.generate import main as generate
+from megaft.loss import Vocabulary
+from megaft.parallel import free_port
+
+DRAWS = {"greedy": SamplingConfig(temperature=0, repetition_penalty=1.3), "drawn": SamplingConfig(top_k=40)}
+CUT = {"one rank": (1, 1), "two parts": (2, 2), "two data ranks": (2, 1)}
+"""World size, tensor-parallel size."""
+BANNED = list(range(100, 1200))
+"""Words that are no first choice, on either rank."""
+
+
+@pytest.fixture(scope="module")
+def models(shared, tmp_path_factory):
+    """A trained GPT-2; a Llama with grouped queries, few positions and an odd vocabulary; that one in our format."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gpt2, folder = shared / "models" / "tiny-gpt2-wikitext2", tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_config("llama", LLAMA | {"vocab_size": len(tokenizer) // 2 * 2 + 1}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    convert(ConvertConfig(source=str(folder / "llama"), to=folder / "cut", format="megatron", tensor_parallel_size=2))
+    return {"gpt2": gpt2, "llama": folder / "llama", "cut": folder / "cut"}
+
+
+def elsewhere(ports):
+    """Let the ranks meet anew: each program leaves its group, and what they met at is not at once to be had again."""
+    os.environ["MASTER_PORT"] = str(next(ports))
+
+
+def scored(output, models, data, *flags, ports=None):
+    """Return the entries of results.json by model and task."""
+    from evaluate_zero_shot.__main__ import main
+
+    if ports:
+        elsewhere(ports)
+    flags = ["--task=wikitext2,lambada", "--protocol=lm-eval", "--context-length=60", "--limit=12", *flags]
+    flags.append("--tokens-per-batch=256")  # so that there are batches for all ranks
+    assert main(["--model", *map(str, models), f"--data={data}", f"--output={output}", *flags]) == 0
+    rows = json.loads((output / "results.json").read_text())["results"]
+    return {(row["model_name"], row["task"]): row for row in rows}
+
+
+def generated(model, ports=None, **settings):
+    """Return what `megaft generate` prints: the text outgrows the Llama's positions."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for draw in DRAWS.values():
+            if ports:
+                elsewhere(ports)
+            config = GenerateConfig(model=str(model), prompt=("The", "In 1998"), sampling=draw, **settings)
+            assert generate(config) == 0
+    return out.getvalue()
+
+
+def quantities(models, backend, batch):
+    """Return a model's parameters, what every token costs it, and whether it is its choice."""
+    from megaft.models.scoring_model import load_scoring_model
+
+    found = {}
+    for name, source in models.items():
+        scorer = load_scoring_model(str(source), dtype=torch.float32, device=torch.device("cpu"), backend=backend)
+        found[name] = scorer.num_parameters, scorer.ask(with_choices=True, banned=BANNED)(*batch).tolist()
+    return found
+
+
+def of_a_part(models, batch):
+    """Return `quantities`, and the choices of logits of which many are equal, by this rank of two."""
+    from megaft import parallel
+
+    parallel.join(parallel.discover(os.environ))
+    parallel.cut_matrices(2)
+    begin, end = ((0, 51), (51, 101))[parallel.rank()]
+    words = Vocabulary(begin, end, is_cut=True).choices(equal_logits()[:, begin:end]).tolist()
+    found = quantities(models, "megatron", batch)
+    parallel.leave()
+    return found, words
+
+
+def equal_logits():
+    return torch.randint(0, 3, (200, 101), generator=torch.Generator().manual_seed(0)).float()
+
+
+def on_rank(ports, models, data, output, size):
+    """Score twice, so that all is kept the second time, with all weights on each data rank and in parts; generate."""
+    flags = ["--backend=megatron", f"--tensor-parallel-size={size}"]
+    ports = iter(ports)
+    found = [scored(output, models.values(), data, *flags, ports=ports) for _ in range(2)]
+    found.append(scored(output.with_suffix(".parts"), models.values(), data, *flags, "--partition", ports=ports))
+    texts = {}
+    for name, source in models.items() if os.environ["WORLD_SIZE"] == str(size) else ():
+        backend = None if name == "cut" else "megatron"
+        texts[name] = generated(source, ports, backend=backend, tensor_parallel_size=size)
+    return found, texts
+
+
+@pytest.fixture(scope="module")
+def reference(models, shared, tmp_path_factory):
+    """What transformers' modules find."""
+    whole = {name: source for name, source in models.items() if name != "cut"}
+    found = scored(tmp_path_factory.mktemp("reference"), whole.values(), shared / "data")
+    texts = {name: generated(source) for name, source in whole.items()}
+    found |= {("cut", task): found["llama", task] for task in ("wikitext2", "lambada")}
+    return found, texts | {"cut": texts["llama"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "size"), [pytest.param(*cut, id=name) for name, cut in CUT.items()])
+def test_a_cut_changes_no_figure_and_no_text(models, shared, reference, run_ranks, tmp_path, world_size, size):
+    """The law: nats as transformers' modules have them to 1e-6, choices and texts the same, on every rank."""
+    ports = [free_port() for _ in range(3 + len(models) * len(DRAWS))]
+    ranks = run_ranks(world_size, on_rank, ports, models, shared / "data", tmp_path / "output", size)
+    for found, _ in ranks:
+        for rows in found:
+            assert rows.keys() == reference[0].keys()
+            for name, row in rows.items():
+                expected = reference[0][name]
+                assert row["nats"] == pytest.approx(expected["nats"], rel=1e-6)
+                for key in ("num_scored_tokens", "num_parameters", "accuracy"):
+                    assert row[key] == expected[key]
+                assert (row["backend"], row["world_size"]) == ("megatron", world_size)
+                assert row["tensor_parallel_size"] == size
+    first, again, _ = ranks[0][0]
+    for name, row in first.items():
+        assert again[name]["nats"].hex() == row["nats"].hex()
+        assert again[name]["tokens_per_second"] is None  # kept, all of it
+    if world_size == size:
+        assert ranks[0][1] == reference[1]
+        assert all(text == "" for _, texts in ranks[1:] for text in texts.values())
+    keepers = {path.name.partition("-")[0] for path in tmp_path.glob("output/windows/*/*.nats")}
+    assert keepers == {f"{rank:05}" for rank in range(world_size // size)}
+
+
+@pytest.mark.slow
+def test_tokens_cost_the_same_and_choices_are_the_same(models, run_ranks):
+    whole = {name: source for name, source in models.items() if name != "cut"}
+    vocab_size = min(json.loads((source / "config.json").read_text())["vocab_size"] for source in whole.values())
+    inputs = torch.randint(0, vocab_size, (8, 60), generator=torch.Generator().manual_seed(0))
+    labels = inputs.roll(-1, 1)
+    for source in whole.values():
+        labels = labels_with_choices(source, inputs, labels)
+    expected = quantities(whole, "hugging-face", (inputs, labels))
+    for rank, words in run_ranks(2, of_a_part, whole, (inputs, labels)):
+        assert words == equal_logits().argmax(-1).tolist()  # of equal ones the first, on whatever rank
+        for name, (num_parameters, (nats, is_choice)) in rank.items():
+            assert num_parameters == expected[name][0]
+            torch.testing.assert_close(torch.tensor(nats), torch.tensor(expected[name][1][0]), rtol=1e-5, atol=1e-5)
+            assert is_choice == expected[name][1][1]
+            assert 100 < sum(map(sum, is_choice)) < 300
+
+
+def labels_with_choices(source, inputs, labels):
+    """Return the labels, a third of them, others for each model, replaced by its first choices."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    with torch.no_grad():
+        choices = model(inputs).logits.argmax(-1)
+    place = ["gpt2", "llama"].index(model.config.model_type)
+    return torch.where(torch.arange(labels.shape[1]) % 3 == place, choices, labels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("gpt2", "hugging-face", 2), "matrices are whole; give --backend megatron"),
+        (("gpt2", None, 2), "matrices are whole; give --backend megatron"),
+        (("cut", "hugging-face", 1), "has megatron's format; drop --backend"),
+    ],
+)
+def test_what_no_modules_can_run_is_refused(models, settings, message):
+    name, asked, size = settings
+    with pytest.raises(ConfigError, match=message):
+        backend_of(str(models[name]), asked, size)
+
+
+def test_as_many_ranks_as_share_a_matrix_are_needed(models, shared, tmp_path, capsys):
+    flags = ["--backend=megatron", "--tensor-parallel-size=2", f"--data={shared / 'data'}", f"--output={tmp_path}"]
+    from evaluate_zero_shot.__main__ import main
+
+    assert main([f"--model={models['gpt2']}", "--task=wikitext2", *flags]) == 2
+    assert "there are 1 ranks; start a multiple of it" in capsys.readouterr().err
+    config = GenerateConfig(model=str(models["gpt2"]), prompt=("a",), backend="megatron", tensor_parallel_size=2)
+    assert generate(config) == 2
+    assert "there are 1 ranks; start as many" in capsys.readouterr().err
