@@ -266,7 +266,8 @@ def _stage_3(weights: Weights, setup: Resolved, num_ranks: int) -> States:
     threshold = setting["stage3_param_persistence_threshold"]
     persistent = count(Counter({shape: number for shape, number in weights.items() if prod(shape) <= threshold}))
     ahead = setting["stage3_max_reuse_distance"] // 2 + setting["stage3_prefetch_bucket_size"] + _largest(weights)
-    bucket = int(_zero(setup, "reduce_bucket_size", BUCKET))
+    bucket, sent = int(_zero(setup, "reduce_bucket_size", BUCKET)), _sent_bytes(setup)
+    copied = min(bucket, count(weights))  # for the other ranks, and this one's part in fp32
     is_away = _zero(setup, "offload_param", {}).get("device") == "cpu"
     sharded, masters, moments, gradients = word * mine, FLOAT * mine, _moments(setup) * mine, FLOAT * mine
     return States(
@@ -276,8 +277,8 @@ def _stage_3(weights: Weights, setup: Resolved, num_ranks: int) -> States:
         gradients=gradients * (not offloads),
         gradients_before=gradients * (not offloads),
         gradients_reduced=gradients * (not offloads),
-        buckets=bucket * (2 * _sent_bytes(setup) + FLOAT // num_ranks),
-        buckets_before=bucket * _sent_bytes(setup),
+        buckets=bucket * sent + copied * sent + copied * FLOAT // num_ranks,
+        buckets_before=bucket * sent,
         gathered=word * min(count(weights) - persistent, ahead),
         stepping=0 if offloads else min(gradients, FLOAT * setting["sub_group_size"]),
         host=sharded * is_away + (masters + moments + 2 * gradients) * offloads,

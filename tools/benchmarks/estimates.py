@@ -8,12 +8,14 @@ DeepSpeed engine on CPU tensors (what ZeRO keeps, and the peak of a step), and t
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
@@ -31,7 +33,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 WORDS = {"bfloat16": 2, "float32": 4}
-KINDS = ("weights", "master_weights", "optimizer", "gradients")
+STATES = ("weights", "master_weights", "optimizer", "gradients")
+KINDS = ("pass", "engine", "ranks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def engines() -> Iterator[Row]:
     for case in ENGINES:
         found, footprint = estimates_engine.measure(case.recipe), case.recipe.footprint()
         held, is_offloaded = footprint.states, footprint.states.host > 0
-        for kind in KINDS[: 0 if is_offloaded else 3]:
+        for kind in STATES[: 0 if is_offloaded else 3]:
             yield Row("engine", case.name, kind, getattr(found, kind), getattr(held, kind))
         if not is_offloaded:
             whole = held.gradients_reduced if case.recipe.setup().zero_stage in (1, 2) else held.gradients
@@ -144,7 +147,7 @@ def _cell(row: Row) -> str:
 
 def summary(rows: list[Row]) -> str:
     """Say the largest errors of what is to be within 1 %, and of peaks."""
-    states = [row for row in rows if row.what in KINDS and row.measured]
+    states = [row for row in rows if row.what in STATES and row.measured]
     peaks = [row for row in rows if row.what.startswith("peak")]
     found = []
     for name, some in (("weights, gradients and optimizer", states), ("peaks", peaks)):
@@ -159,39 +162,43 @@ def summary(rows: list[Row]) -> str:
 class Arguments:
     """Compare `megaft estimate` with what is measured."""
 
-    only: Literal["passes", "engines", "ranks", "scaling"] | None = None
-    """Print one part of it; by default all is measured and both pages are written."""
+    only: Literal["pass", "engine", "ranks", "scaling"] | None = None
+    """Measure, and replace, one part of it only."""
 
 
 def main(arguments: Arguments) -> None:
     """Measure, print, write."""
-    parts: dict[str, Any] = {"passes": passes, "engines": engines, "ranks": ranks}
-    rows: list[Row] = []
-    for name in parts if arguments.only is None else [name for name in parts if name == arguments.only]:
-        for row in parts[name]():
-            print(row.name, row.what, _cell(row), flush=True)
-            rows.append(row)
+    parts = {"pass": passes, "engine": engines, "ranks": ranks}
+    wanted = [kind for kind in parts if arguments.only in (None, kind)]
+    rows = []
+    for row in chain.from_iterable(parts[kind]() for kind in wanted):
+        print(row.name, row.what, _cell(row), flush=True)
+        rows.append(row)
+    if rows:
+        write(wanted, rows)
     if arguments.only in (None, "scaling"):
         write_scaling(ROOT / "docs" / "scaling.md")
-    if arguments.only is None:
-        write(rows)
 
 
-def write(rows: list[Row]) -> None:
-    """Write the page and the results."""
+def write(kinds: list[str], rows: list[Row]) -> None:
+    """Write the results, of other kinds those that are there, and the page."""
     from megaft.environment import environment
 
-    content = f"{summary(rows)}\n\n{table(rows)}"
-    write_between_marks(ROOT / "docs" / "estimates.md", content)
     where = environment()
-    stem = f"estimates_cpu{where['num_cores']}_{datetime.now(UTC):%Y%m}"
-    found = [asdict(row) | {"error": row.error} for row in rows]
-    write_json_atomic(RESULTS / f"{stem}.json", {"environment": where, "rows": found})
+    stem = RESULTS / f"estimates_cpu{where['num_cores']}_{datetime.now(UTC):%Y%m}"
+    path = stem.with_suffix(".json")
+    if path.exists():
+        kept = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+        rows = sorted([*rows, *(row for row in kept if row.kind not in kinds)], key=lambda row: KINDS.index(row.kind))
+    write_json_atomic(path, {"environment": where, "rows": [asdict(row) for row in rows]})
+    content = f"{summary(rows)}\n\n{table(rows)}"
     versions = ", ".join(f"{name} {where['packages'][name]}" for name in ("torch", "deepspeed", "transformers"))
     title = (
         f"# megaft's estimates beside what is measured\n\n`python tools/benchmarks/estimates.py`; {versions}, commit"
     )
-    (RESULTS / f"{stem}.md").write_text(f"{title} {where['git']['commit']}.\n\nEstimated / measured. {content}\n")
+    text = f"{title} {where['git']['commit']}.\n\nEstimated / measured. {content}\n"
+    stem.with_suffix(".md").write_text(text)
+    write_between_marks(ROOT / "docs" / "estimates.md", content)
 
 
 if __name__ == "__main__":

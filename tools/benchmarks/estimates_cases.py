@@ -51,12 +51,10 @@ PASSES = (
     Passing("gpt2", "bfloat16", 1, 128),
     Passing("gpt2-medium", "bfloat16", 16, 1024, is_recomputed=True),
     Passing("gpt2-xl", "bfloat16", 4, 1024, dropout=0.1),
-    Passing("gpt2-xl", "bfloat16", 16, 1024, is_recomputed=True),
     Passing("megatron-2.5b", "bfloat16", 2, 1024),
     Passing("megatron-8.3b", "bfloat16", 1, 1024, is_recomputed=True),
     Passing("smollm2-135m", "bfloat16", 4, 2048),
     Passing("smollm2-135m", "float32", 2, 1024, is_recomputed=True),
-    Passing("llama-3.2-1b", "bfloat16", 2, 4096),
     Passing("llama-3.1-8b", "bfloat16", 1, 8192, is_recomputed=True),
     Passing("gpt2", "bfloat16", 8, 1024, tensor_parallel_size=4, dropout=0.1),
     Passing("megatron-355m", "bfloat16", 8, 1024, is_recomputed=True, tensor_parallel_size=2),
@@ -75,6 +73,7 @@ def _case(
     config: dict[str, Any] = TINY,
     zero: dict[str, Any] | None = None,
     half: dict[str, Any] | None = None,
+    tensor_parallel_size: int = 0,
 ) -> Case:
     sizes = {"train_batch_size": 2 * accumulation * ranks, "train_micro_batch_size_per_gpu": 2}
     settings = {**sizes, "gradient_clipping": 1.0, "zero_optimization": {"stage": stage, **(zero or {})}}
@@ -84,14 +83,21 @@ def _case(
         settings[dtype] = {"enabled": True, **(half or {})}
     more = [
         *(f"{key} {value}" for key, value in (half or {}).items()),
-        *(["offload"] if "offload_optimizer" in (zero or {}) else []),
+        *(f"{key} to the host" for key in (zero or {}) if key.startswith("offload")),
     ]
     more += ["nothing kept gathered"] if "stage3_max_reuse_distance" in (zero or {}) else []
-    name = ", ".join([f"ZeRO {stage}, {dtype}, {ranks} ranks, accumulation {accumulation}", *more])
-    shape = Shape.of(config, dropout=0.0)
-    return Case(
-        name, Recipe(shape=shape, deepspeed=settings, context_length=128, world_size=ranks, optim=OptimConfig())
+    more += [f"megatron TP {tensor_parallel_size}"] if tensor_parallel_size else []
+    recipe = Recipe(
+        shape=Shape.of(config, dropout=0.0),
+        deepspeed=settings,
+        context_length=128,
+        world_size=ranks * max(tensor_parallel_size, 1),
+        tensor_parallel_size=max(tensor_parallel_size, 1),
+        is_megatron=tensor_parallel_size > 0,
+        optim=OptimConfig(),
     )
+    name = ", ".join([f"ZeRO {stage}, {dtype}, {ranks} data ranks, accumulation {accumulation}", *more])
+    return Case(name, recipe)
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -115,6 +121,9 @@ ENGINES = (
     _case(3, 8, "bf16", zero=ALONE),
     _case(1, 2, "fp16", half=LOW_SCALE),
     _case(2, 2, "fp16", accumulation=2, half=LOW_SCALE),
+    _case(0, 1, tensor_parallel_size=2),
+    _case(1, 2, "bf16", tensor_parallel_size=2),
+    _case(3, 2, "bf16", tensor_parallel_size=4),
     _case(2, 2, "bf16", zero=OFFLOAD),
     _case(1, 2, "bf16", accumulation=2, zero=OFFLOAD),
     _case(3, 2, "bf16", zero=OFFLOAD),

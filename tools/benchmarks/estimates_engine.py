@@ -13,7 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -71,6 +71,8 @@ def measure(recipe: Recipe, steps: int = 2) -> Held:
     accumulation = recipe.setup().gradient_accumulation_steps
     try:
         parallel.join(parallel.pretend(recipe.world_size))
+        if recipe.is_megatron:
+            parallel.cut_matrices(recipe.tensor_parallel_size)
         counter = Counter()
         with counter:
             engine = build(recipe)
@@ -85,16 +87,27 @@ def measure(recipe: Recipe, steps: int = 2) -> Held:
 
 
 def build(recipe: Recipe) -> Any:
-    """Return DeepSpeed's engine of a new model of transformers, as training makes it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """Return DeepSpeed's engine of a new model, as training makes it."""
     _allow_fp16()
-    setup = recipe.setup()
-    config = AutoConfig.for_model(**transformers_config(recipe))
-    model = NatsModel(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+    setup, model = recipe.setup(), _model(recipe)
     groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
     optimizer = build_optimizer(groups, setup.optim, device_type="cpu")
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
+    settings = {"config": setup.engine_config, "mpu": parallel.mpu()}
+    return deepspeed.initialize(model=model, optimizer=optimizer, **settings)[0]
+
+
+def _model(recipe: Recipe) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**transformers_config(recipe))
+    if not recipe.is_megatron:
+        return NatsModel(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+    from megaft.models.megatron import MegatronModel, MegatronNats
+
+    model = MegatronNats(MegatronModel(config))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def _forget_groups() -> None:
