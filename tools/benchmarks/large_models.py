@@ -44,6 +44,7 @@ WHAT = {
     "forward": "54 layers of 1920 (2.5 B), bf16, 2 ranks: loaded from shards as `--partition` does, 256 tokens scored",
     "train": "12 layers of 1920 (0.6 B), fp32, 2 ranks: one step of megaft/train.py from scratch, saved",
     "fake": "72 layers of 3072 (8.3 B), bf16, rank 0 of 64 on a fake process group: training's engine from scratch",
+    "cut": "the same with megatron-core at tensor parallelism 8 and ZeRO-1: an eighth of every matrix",
 }
 
 
@@ -52,7 +53,7 @@ class Arguments:
     """Show what memory large models need at ZeRO stage 3."""
 
     cases: tuple[str, ...] = tuple(WHAT)
-    """Some of forward, train and fake."""
+    """Some of forward, train, fake and cut."""
     folder: Path | None = None
     """Where 13 GB can be written. By default a temporary one."""
     hardware: str = f"cpu{os.cpu_count()}"
@@ -76,7 +77,7 @@ class Measured:
 def main(arguments: Arguments) -> None:
     """Run the cases, and write results/large_models_HARDWARE_YYYYMM.json and .md."""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        run = {"forward": measure_forward, "train": measure_train, "fake": measure_fake}
+        run = {"forward": measure_forward, "train": measure_train, "fake": measure_fake, "cut": measure_cut}
         measured = {case: asdict(run[case](Path(folder) / case)) for case in arguments.cases}
     where = environment()
     where["command"] = list(map(short, where["command"]))
@@ -178,12 +179,17 @@ def measure_train(folder: Path) -> Measured:
     return measured
 
 
-def measure_fake(folder: Path) -> Measured:
+def measure_fake(folder: Path, case: str = "fake") -> Measured:
     """Build training's engine of the 8.3 B shape as one of 64 ranks."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(configuration(72, 3072, 24)))
     said = folder / "said.json"
-    return watch(1, [str(HERE / "large_models_ranks.py"), "fake", str(folder), str(said)], said)
+    return watch(1, [str(HERE / "large_models_ranks.py"), case, str(folder), str(said)], said)
+
+
+def measure_cut(folder: Path) -> Measured:
+    """Build it with megatron-core, as one of eight that share each matrix."""
+    return measure_fake(folder, "cut")
 
 
 def watch(num_ranks: int, arguments: list[str], said: Path | None) -> Measured:

@@ -1,6 +1,6 @@
 """What a rank of large_models.py does: score with a model in parts, or build training's engine as one of many ranks.
 
-python large_models_ranks.py forward|fake FOLDER FIGURES.json
+python large_models_ranks.py forward|fake|cut FOLDER FIGURES.json
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaft import parallel
+from megaft import engine_state, parallel
 from megaft.config import LoraConfig, ModelConfig, OptimConfig
-from megaft.deepspeed_json import read_deepspeed_json, resolve
+from megaft.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
 from megaft.models import hugging_face
 from megaft.models.scoring_model import load_scoring_model
 from megaft.optim import build_optimizer, parameter_groups
 
 ROWS, LENGTH = 2, 128
 WORLD_SIZE = 64
-RECIPE = Path(__file__).parents[2] / "ds_configs" / "megatron_8.3b_zero3.json"
+RECIPES = Path(__file__).parents[2] / "ds_configs"
 
 
 def tokens(vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -44,24 +44,35 @@ def forward(folder: Path) -> dict[str, Any]:
     return {"parameters": scorer.num_parameters, "weight_bytes_of_a_rank": held, "nats_per_token": nats}
 
 
-def fake(folder: Path) -> dict[str, Any]:
+def fake(folder: Path, tensor_parallel_size: int = 1) -> dict[str, Any]:
     """Build training's engine as rank 0 of ranks that do not exist."""
     import deepspeed
 
     topology = parallel.pretend(WORLD_SIZE)
     device = parallel.join(topology)
-    setup = resolve(read_deepspeed_json(RECIPE), world_size=WORLD_SIZE, optim=OptimConfig(), has_cuda=False)
+    recipe = RECIPES / f"megatron_8.3b_{'zero3' if tensor_parallel_size == 1 else f'tp{tensor_parallel_size}'}.json"
+    ranks = data_parallel_size(WORLD_SIZE, tensor_parallel_size)
+    setup = resolve(read_deepspeed_json(recipe), world_size=ranks, optim=OptimConfig(), has_cuda=False)
     config = ModelConfig(from_scratch=str(folder), activation_checkpointing=True)
-    model = hugging_face.NatsModel(hugging_face.build(config, LoraConfig(), 0, setup.engine_config))
+    if tensor_parallel_size == 1:
+        model = hugging_face.NatsModel(hugging_face.build(config, LoraConfig(), 0, setup.engine_config))
+    else:
+        from megaft.models import megatron
+
+        parallel.cut_matrices(tensor_parallel_size)
+        model = megatron.MegatronNats(megatron.build(config, 0, setup.engine_config))
     optimizer = build_optimizer(parameter_groups(model.named_parameters(), 0.0), setup.optim, device_type=device.type)
-    engine: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
-    masters = sum(group.nbytes for group in engine.optimizer.fp32_partitioned_groups_flat)
+    engine: Any = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=setup.engine_config, mpu=parallel.mpu()
+    )[0]
+    masters = {id(place.owner): place.owner.nbytes for place in engine_state.places(engine)}
     parameters: Any = model.parameters()
     counted = {
         "world_size": WORLD_SIZE,
-        "parameters": sum(parameter.ds_numel for parameter in parameters),
+        "tensor_parallel_size": tensor_parallel_size,
+        "parameters_of_a_cut": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters),
         "weight_bytes_of_a_rank": held_bytes(model),
-        "master_bytes_of_a_rank": masters,
+        "master_bytes_of_a_rank": sum(masters.values()),
     }
     parallel.leave()
     return counted
@@ -70,11 +81,11 @@ def fake(folder: Path) -> dict[str, Any]:
 def held_bytes(model: torch.nn.Module) -> int:
     """Bytes of a rank's parts of the weights, and of those that are gathered now."""
     parameters: Any = model.parameters()
-    return sum(one.ds_tensor.nbytes + one.nbytes for one in parameters)
+    return sum(one.nbytes + (one.ds_tensor.nbytes if hasattr(one, "ds_tensor") else 0) for one in parameters)
 
 
 if __name__ == "__main__":
-    said = {"forward": forward, "fake": fake}[sys.argv[1]](Path(sys.argv[2]))
+    said = {"forward": forward, "fake": fake, "cut": lambda folder: fake(folder, 8)}[sys.argv[1]](Path(sys.argv[2]))
     assert math.isfinite(said.get("nats_per_token", 0))
     if os.environ["RANK"] == "0":
         Path(sys.argv[3]).write_text(json.dumps(said))
