@@ -1,4 +1,4 @@
-"""Show what memory models of Megatron's sizes need at ZeRO stage 3, on CPU ranks of one machine.
+"""Show what memory models of Megatron's sizes need in parts, on CPU ranks of one machine.
 
     python tools/benchmarks/large_models.py --folder /a/disk/with/30/GB
 
@@ -50,7 +50,7 @@ WHAT = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Show what memory large models need at ZeRO stage 3."""
+    """Show what memory large models need in parts."""
 
     cases: tuple[str, ...] = tuple(WHAT)
     """Some of forward, train, fake and cut."""
@@ -247,9 +247,10 @@ def markdown(report: dict[str, Any]) -> str:
     said = [f"- {name}: `{json.dumps(case['said'])}`" for name, case in report["cases"].items()]
     return "\n".join(
         [
-            "# Large models at ZeRO stage 3\n",
+            "# Large models in parts\n",
             "Peaks of memory while a case runs, from starting Python to its end. Anonymous memory is what the ranks "
-            "hold themselves; the machine's column also has mapped files that were read, and what else ran there.\n",
+            "hold themselves; the machine's column also has mapped files that were read. That and the seconds are with "
+            "whatever else ran there.\n",
             *(f"- {name}: {WHAT[name]}" for name in report["cases"]),
             "",
             table(("case", *columns), rows),
