@@ -114,10 +114,10 @@ def shapes(engine) -> dict[str, list[int]]:
 def collect(engine) -> Iterator[tuple[str, str, int, Tensor]]:
     """Yield (name, kind, offset, values) of what this rank has to write: every piece exactly once over all ranks."""
     _ensure_moments(engine)
-    cut = {part_name(name, parallel.tensor_parallel_rank()) for name, one in _trained(engine) if is_cut(one)}
+    parts = {part_name(name, parallel.tensor_parallel_rank()) for name, one in _trained(engine) if is_cut(one)}
     for number, place in enumerate(places(engine)):
         is_ours = stage(engine) > 0 or number % parallel.data_parallel_size() == parallel.data_parallel_rank()
-        if is_ours and (place.name in cut or parallel.tensor_parallel_rank() == 0):
+        if is_ours and (place.name in parts or parallel.tensor_parallel_rank() == 0):
             for kind, values in _tensors(engine, place):
                 yield place.name, kind, place.offset, values
 
@@ -231,31 +231,41 @@ def refresh(engine) -> None:
 def step(engine, is_wanted: Callable[[float], bool] | None = None) -> float | Tensor | None:
     """Take the engine's step; return the norm of the whole batch's gradient before clipping.
 
-    On any but the last micro batch of a step the engine only counts, and what is returned has no meaning. At stage 0
-    DeepSpeed tells no norm, but the gradients are whole and still there before its step.
+    On any but the last micro batch of a step the engine only counts, and there is none. At stage 0 DeepSpeed tells no
+    norm, but the gradients are whole and still there before its step.
 
     Args:
         engine: The engine, after its backward pass.
         is_wanted: Asked with the norm before weights move; where it says no they stay, and the step counts as skipped.
     """
-    norm = None
-    if stage(engine) == 0 and engine.is_gradient_accumulation_boundary():
-        norm = _norm(engine)
-    if is_wanted is None or not engine.is_gradient_accumulation_boundary():
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    whole = _norm(engine) if stage(engine) == 0 else None
+
+    def norm() -> Any:
+        return _agreed(engine.optimizer._global_grad_norm if whole is None else whole)
+
+    if is_wanted is None:
         engine.step()
     else:
-        _step_if(engine, cache(lambda: is_wanted(float(engine.optimizer._global_grad_norm if norm is None else norm))))
-    return engine.get_global_grad_norm() if norm is None else norm
+        _step_if(engine, cache(lambda: is_wanted(float(norm()))))
+    return norm()
 
 
 def _norm(engine) -> Tensor:
     """Return the norm of the gradient at stage 0, each part of a cut parameter counted once."""
-    gradients = [one.grad for _, one in _trained(engine) if one.grad is not None]
-    if parallel.tensor_parallel_size() == 1:
-        return torch.nn.utils.get_total_norm(gradients)
-    is_first = parallel.tensor_parallel_rank() == 0
-    mine = [one.grad for _, one in _trained(engine) if one.grad is not None and (is_cut(one) or is_first)]
-    return parallel.sum_over_tensor_ranks(torch.nn.utils.get_total_norm(mine).square()).sqrt()
+    counts_all = parallel.tensor_parallel_rank() == 0
+    gradients = [one.grad for _, one in _trained(engine) if one.grad is not None and (counts_all or is_cut(one))]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm if parallel.tensor_parallel_size() == 1 else parallel.sum_over_tensor_ranks(norm.square()).sqrt()
+
+
+def _agreed(norm: float | Tensor | None) -> float | Tensor | None:
+    """Return the main rank's norm: models may add their parts up in other orders, and all ranks must decide alike."""
+    if norm is None or parallel.tensor_parallel_size() == 1:
+        return norm
+    return parallel.from_main(torch.as_tensor(norm))
 
 
 def _step_if(engine, is_wanted: Callable[[], bool]) -> None:

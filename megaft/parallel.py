@@ -256,10 +256,13 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def sum_over_data_ranks(tensor: Tensor) -> Tensor:
-    """Replace `tensor`, on every rank, by its sum over the ranks with the same part of the model, and return it."""
-    if data_parallel_size() > 1:
-        dist.all_reduce(tensor, group=_groups and _groups.data)
-    return tensor
+    """Replace `tensor`, the same on ranks that share a model, by its sum over the models, and return it.
+
+    It is the same to the last bit on all ranks, which decide by it what they do together.
+    """
+    if tensor_parallel_rank() > 0:
+        tensor.zero_()
+    return sum_over_ranks(tensor)
 
 
 def sum_over_tensor_ranks(tensor: Tensor) -> Tensor:
@@ -327,7 +330,7 @@ def together(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def from_main(tensor: Tensor) -> Tensor:
-    """Return the main rank's integers on every rank, as a tensor of the host."""
+    """Return the main rank's numbers on every rank, where each rank's `tensor` is."""
     device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
     mine = (tensor if is_main() else torch.zeros_like(tensor)).to(device)
-    return sum_over_ranks(mine).cpu()
+    return sum_over_ranks(mine).to(tensor.device)
