@@ -31,7 +31,7 @@ from megaft.loss import Head, Vocabulary
 from megaft.models.hugging_face import architecture_of, positions_within, set_dropout
 from megaft.models.layout import MAX_RANKS, biases_of, layout_of, require_cuttable
 from megaft.models.new_weights import new_weights
-from megaft.models.weights import load_config, open_weights, shapes_of
+from megaft.models.weights import Weights, load_config, open_weights, shapes_of
 
 
 class Attention(nn.Module):
@@ -56,6 +56,8 @@ class Attention(nn.Module):
         if self.past is not None:
             keys, values = (torch.cat(pair, 2) for pair in zip(self.past, (keys, values), strict=True))
             self.past = keys, values
+        if attention_mask is not None:  # fused kernels take a mask or groups, not both
+            keys, values = (one.repeat_interleave(queries.shape[1] // keys.shape[1], 1) for one in (keys, values))
         attend = partial(
             F.scaled_dot_product_attention,
             queries,
@@ -309,6 +311,10 @@ def build(settings: ModelConfig, seed: int, engine_config: dict[str, Any] | None
         settings: Where it comes from.
         seed: Of new weights.
         engine_config: What deepspeed.initialize will get. At ZeRO stage 3 the part is built in parts of its own.
+
+    Raises:
+        ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
+        DataError: On every rank, where any cannot read it.
     """
     if settings.path is not None:
         weights = open_weights(settings.path)
@@ -319,8 +325,16 @@ def build(settings: ModelConfig, seed: int, engine_config: dict[str, Any] | None
     set_dropout(weights.config, settings.dropout)
     with in_parts(engine_config):
         model = MegatronModel(weights.config, recompute=settings.activation_checkpointing)
-    fill(model, weights.read)
+    parallel.together(fill, model, weights.read)
     return model
+
+
+def weights_of(settings: ModelConfig, seed: int) -> Weights:
+    """Return the weights a run starts from, whole and by transformers' names: a model's, or new ones of this seed."""
+    if settings.path is not None:
+        return open_weights(settings.path)
+    assert settings.from_scratch is not None
+    return new_weights(load_config(settings.from_scratch), seed)
 
 
 def architecture(model: MegatronModel) -> str:
