@@ -196,13 +196,17 @@ def biases_of(config: Any) -> tuple[bool, bool]:
 
 
 def require_cuttable(config: Any, size: int) -> None:
-    """Raise ConfigError unless every rank gets whole attention heads and as much of each layer."""
-    layout = layout_of(config)
+    """Raise ConfigError unless every rank gets whole attention groups, as much of each layer as others, and words."""
+    groups, words = layout_of(config).num_groups, config.vocab_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    for what, number in (("attention groups", layout.num_groups), ("inner width", inner)):
-        able = [divisor for divisor in range(1, MAX_RANKS + 1) if layout.num_groups % divisor == inner % divisor == 0]
-        require(
-            number % size == 0,
-            f"parallel.tensor-parallel-size is {size}, but the model's {what} ({number}) does not divide by it; "
-            f"use one of {', '.join(map(str, able))}.",
-        )
+    able = [
+        ranks
+        for ranks in range(1, MAX_RANKS + 1)
+        if groups % ranks == inner % ranks == 0 and (ranks - 1) * -(-words // ranks) < words
+    ]
+    require(
+        size in able,
+        f"parallel.tensor-parallel-size is {size}, but the model's {groups} attention groups and inner width of "
+        f"{inner} do not divide by it, or its {words} words leave a rank without any; "
+        f"use one of {', '.join(map(str, able))}.",
+    )
