@@ -47,7 +47,11 @@ class Recut:
         self._canonical, self._layout = canonical, layout
 
     def read(self, name: str, kind: str, offset: int, numel: int) -> Tensor:
-        """Return `numel` elements from `offset` of the flattened parameter that this rank has."""
+        """Return `numel` elements from `offset` of the flattened parameter that this rank has.
+
+        Raises:
+            CheckpointError: The checkpoint does not have all of it.
+        """
         if self._layout is None:
             return self._canonical.read(name.removeprefix(HUGGING_FACE), kind).flatten()[offset : offset + numel]
         there = name.removeprefix(MEGATRON).partition("|")[0]

@@ -108,7 +108,7 @@ class Meter:
         device: torch.device,
         config: MetricsConfig,
     ) -> Meter:
-        """Return the meter of a model that trains in `dtype` on as many devices as there are data-parallel ranks.
+        """Return the meter of a model that trains in `dtype` on as many devices as there are ranks.
 
         Args:
             architecture: The transformers config.
