@@ -148,16 +148,14 @@ def train_step(engine: Any, recipe: Recipe, accumulation: int) -> int:
 
 
 def _gradients(engine: Any) -> Iterator[Tensor]:
-    for parameter in engine.module.parameters():
-        for name in ("grad", "grad_accum"):
-            if (gradient := getattr(parameter, name, None)) is not None:
-                yield gradient
     zero = engine.optimizer
-    yield from getattr(zero, "fp32_groups_gradients_flat", [])
-    for parts in (getattr(zero, "averaged_gradients", None) or {}).values():
-        yield from parts or []
-    for name in ("grads_in_partition", "grad_partitions_flat_buffer"):
-        if (gradient := getattr(zero, name, None)) is not None:
+    in_model = [getattr(one, name, None) for one in engine.module.parameters() for name in ("grad", "grad_accum")]
+    of_engine = [getattr(zero, name, None) for name in ("grads_in_partition", "grad_partitions_flat_buffer")]
+    averaged = [part for parts in (getattr(zero, "averaged_gradients", None) or {}).values() for part in parts or []]
+    for gradient in (*in_model, *of_engine, *averaged, *getattr(zero, "fp32_groups_gradients_flat", [])):
+        # What lies in the bucket has been reduced from there.
+        bucket = engine.zero_reduce_bucket_size() * 4
+        if gradient is not None and gradient.untyped_storage().nbytes() != bucket:
             yield gradient
 
 

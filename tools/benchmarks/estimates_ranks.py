@@ -19,7 +19,7 @@ from megaft.shape import Shape
 
 STEPS = 2
 WARM_UP = TINY | {"n_embd": 32, "n_layer": 1, "vocab_size": 256}
-SECONDS = 120
+SECONDS = 600
 M_MMAP_THRESHOLD = -3
 
 
