@@ -69,7 +69,7 @@ def row(gpu: str, num_gpus: int, way: Way) -> str:
     recomputed = "yes" if found.is_recomputed else "no"
     return (
         f"{start} {setup.micro_batch_size} | {recomputed} | {peak:.1f} GiB | {low:,.0f} to {high:,.0f} | "
-        f"{shortest:.2g} to {longest:.2g} |"
+        f"{shortest:.3g} to {longest:.3g} |"
     )
 
 
