@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -18,6 +19,7 @@ from megaft.environment import write_config
 from megaft.events import Events, job, record_end
 from megaft.guard import Guard
 from megaft.models import hugging_face
+from megaft.models.weights import MANIFEST
 from megaft.optim import build_optimizer, parameter_groups
 from megaft.parallel import Topology
 from megaft.run_state import Identity, RunState
@@ -73,8 +75,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         has_cuda=has_cuda,
         resumed_batch_size=resumed_batch_size(config),
     )
-    if config.model.path is not None:
-        hugging_face.require_there(config.model.path)
+    _require_trainable(config, setup)
     sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, topology)
     tokenizer = load_tokenizer(config.tokenizer_source)
     require_same_tokenizer(sources, tokenizer)
@@ -159,6 +160,23 @@ def resumed_batch_size(config: TrainConfig) -> int | None:
     """Return the global batch size of the run that the folder holds; None where there is none to continue."""
     newest = None if config.run.fresh else checkpoint.peek(config.run.dir)
     return newest["identity"].get("global_batch_size") if newest else None
+
+
+def _require_trainable(config: TrainConfig, setup: Resolved) -> None:
+    """Raise where the model is not there, its backend cannot read it, or the optimizer needs other modules."""
+    is_megatron = config.model.backend == "megatron"
+    if config.model.path is not None:
+        hugging_face.require_there(config.model.path)
+        require(
+            is_megatron or not (Path(config.model.path) / MANIFEST).is_file(),
+            f"model.path is {config.model.path}, which has megatron's format; give model.backend megatron, or write it "
+            "anew with megaft convert --format hugging-face.",
+        )
+    require(
+        not (is_megatron and setup.optim.name == "adafactor"),
+        "optim.name is adafactor, which looks at whole matrices, and those of model.backend megatron are put together "
+        "otherwise; give optim.name adamw or model.backend hugging-face.",
+    )
 
 
 def _max_steps(config: TrainConfig, setup: Resolved, samples: Samples) -> int:

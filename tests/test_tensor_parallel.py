@@ -1,14 +1,19 @@
 """A run whose matrices are cut otherwise after every stop, or belong to another backend, is one run."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import toy
 
 from megaft import checkpoint
+from megaft.assemble import assemble
+from megaft.config import parse_train
+from megaft.errors import ConfigError
 from megaft.models.hugging_face import NatsModel, load_language_model
-from megaft.models.weights import load_config, shapes_of
+from megaft.models.weights import MANIFEST, load_config, shapes_of
+from megaft.topology import discover
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +39,7 @@ def train_hops(folder, common, hops):
                 f"--run.dir={folder / name}",
                 f"--run.max-steps={steps}",
                 *(["--model.backend=megatron"] if size else []),
+                *(["--model.activation-checkpointing"] if stage == 3 else []),
                 f"--parallel.tensor-parallel-size={max(1, size)}",
             ],
         )
@@ -56,7 +62,7 @@ def folder(run_ranks, toy_model, toy_texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hops")
     run_ranks(1, train_hops, folder, common, [("alone", 1, 0, 0, STEPS), ("cut-1", 1, 1, 0, STEPS)])
     for world_size, *hop in HOPS:
-        also = [("cut-2", 2, 2, 2, STEPS)] if world_size == 2 and hop[0] == 2 else []
+        also = [("cut-2", 2, 2, 0, STEPS)] if world_size == 2 and hop[0] == 2 else []
         run_ranks(world_size, train_hops, folder, common, [("hops", world_size, *hop), *also])
     return folder
 
@@ -104,3 +110,23 @@ def test_validation_and_the_export_are_those_of_one_rank(folder, name):
 def test_a_checkpoint_says_how_it_is_cut(folder):
     manifest = checkpoint.read_manifest(checkpoint.folder_of(folder / "cut-2", STEPS))
     assert (manifest["backend"], manifest["tensor_parallel_size"], manifest["world_size"]) == ("megatron", 2, 2)
+
+
+REFUSED = {
+    "adafactor": (["--model.backend=megatron", "--optim.name=adafactor"], "looks at whole matrices"),
+    "a converted folder": ([], "has megatron's format; give model.backend megatron"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_backend_cannot_do_is_refused_before_ranks_join(tmp_path, toy_model, toy_texts, case):
+    flags, message = REFUSED[case]
+    model, settings = tmp_path / "model", tmp_path / "deepspeed.json"
+    shutil.copytree(toy_model, model)
+    if not flags:
+        (model / MANIFEST).write_text("{}")
+    settings.write_text(json.dumps({"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1}))
+    given = {"deepspeed_config": settings, "model.path": model, "data.train": toy_texts[0], "run.dir": tmp_path / "run"}
+    config = parse_train([*(f"--{name}={value}" for name, value in given.items()), "--run.max-steps=1", *flags])
+    with pytest.raises(ConfigError, match=message):
+        assemble(config, discover({}))
