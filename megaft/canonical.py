@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Canonical:
         self._pieces, self._size = pieces, manifest["tensor_parallel_size"]
         is_megatron = manifest["backend"] == "megatron"
         self._layout: Layout | None = layout_of(architecture) if is_megatron else None
+        self._whole = lru_cache(maxsize=1)(self._put_together)  # queries, keys and values are asked for in turn
 
     def read(self, name: str, kind: str) -> Tensor:
         """Return a whole weight or moment.
@@ -32,11 +34,13 @@ class Canonical:
         """
         if self._layout is None:
             return self._pieces.whole(HUGGING_FACE + name, kind)
-        there = self._layout.rule_of(name)
+        return self._whole(self._layout.rule_of(name), kind)[name]
+
+    def _put_together(self, there: str, kind: str) -> dict[str, Tensor]:
+        assert self._layout is not None
         is_cut = self._size > 1 and self._layout.rules[there].axis is not None
-        stored = [part_name(MEGATRON + there, rank) if is_cut else MEGATRON + there for rank in range(self._size)]
-        shards = [self._pieces.whole(one, kind) for one in (stored if is_cut else stored[:1])]
-        return self._layout.whole(there, shards)[name]
+        stored = [part_name(MEGATRON + there, rank) for rank in range(self._size)] if is_cut else [MEGATRON + there]
+        return self._layout.whole(there, [self._pieces.whole(one, kind) for one in stored])
 
 
 class Recut:
