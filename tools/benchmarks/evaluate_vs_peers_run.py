@@ -67,7 +67,7 @@ def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
         stride=None if case.stride is None else str(case.stride),
         dtype=case.dtype,
     )
-    subject = load(config.model[0], config, torch.device(case.device))
+    subject = load(config.model[0], config, "hugging-face", torch.device(case.device))
     ids = torch.zeros(1, 8, dtype=torch.int64, device=case.device)
     subject.scorer.ask(with_choices=False, banned=())(ids, ids)  # warm-up, as the others have
 
