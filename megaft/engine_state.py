@@ -56,9 +56,15 @@ def is_cut(parameter: Any) -> bool:
 
 
 def count(parameters: Iterable[Any]) -> int:
-    """Return the number of weights in these parameters of the whole model, however they are cut or partitioned."""
-    numels = ((getattr(one, "ds_numel", one.numel()), is_cut(one)) for one in parameters)
-    return sum(numel * parallel.tensor_parallel_size() if cut else numel for numel, cut in numels)
+    """Return the number of weights in these parameters of the whole model, however they are cut or partitioned.
+
+    Rows that only fill a vocabulary up to a multiple of the ranks do not count.
+    """
+    num_weights = 0
+    for one in parameters:
+        num_parts = parallel.tensor_parallel_size() if is_cut(one) else 1
+        num_weights += getattr(one, "ds_numel", one.numel()) * num_parts - getattr(one, "num_filler", 0)
+    return num_weights
 
 
 def part_name(name: str, tensor_parallel_rank: int) -> str:

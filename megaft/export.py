@@ -18,7 +18,7 @@ from megaft.engine_state import WEIGHT
 from megaft.files import fsync, json_lines, naming_disk_errors
 from megaft.masking import without_secrets
 from megaft.models import convert, hugging_face
-from megaft.models.weights import Weights, load_config, open_weights, shapes_of
+from megaft.models.weights import Weights, file_of, load_config, open_weights, shapes_of
 from megaft.run_state import RunState
 from megaft.tokenizer import AnyTokenizer
 
@@ -86,6 +86,9 @@ def _write_megatron(config: TrainConfig, saved: Callable[[Any], Canonical], dtyp
     read = partial(saved(architecture).read, kind=WEIGHT)
     weights = Weights(architecture, torch.float32, shapes_of(architecture), read)
     convert.write_hugging_face(weights, folder, dtype)
+    has_files = config.model.path is not None and not source.endswith(".gguf")
+    if has_files and (generation := file_of(source, "generation_config.json")):
+        shutil.copyfile(generation, folder / generation.name)
 
 
 def model_card(config: TrainConfig, step: int) -> str:

@@ -107,6 +107,12 @@ def test_validation_and_the_export_are_those_of_one_rank(folder, name):
     assert first == pytest.approx(second, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["cut-1", "cut-2"])
+def test_an_export_has_the_files_of_one_of_transformers(folder, name):
+    expected, found = ({path.name for path in (folder / run / "export").iterdir()} for run in ("alone", name))
+    assert expected == found
+
+
 def test_a_checkpoint_says_how_it_is_cut(folder):
     manifest = checkpoint.read_manifest(checkpoint.folder_of(folder / "cut-2", STEPS))
     assert (manifest["backend"], manifest["tensor_parallel_size"], manifest["world_size"]) == ("megatron", 2, 2)

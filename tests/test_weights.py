@@ -143,6 +143,10 @@ def edit_json(path, **values):
 HEAD = "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
     "missing": (lambda folder: change_tensors(folder, lambda tensors: tensors.pop(HEAD)), f"{HEAD} is missing"),
+    "a layer more": (
+        lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
+        r"has no model.layers.1.\S+ \(9 such\)",
+    ),
     "misshapen": (
         lambda folder: change_tensors(folder, lambda tensors: tensors.update({HEAD: torch.zeros(48, 31)})),
         r"up_proj.weight is \[48, 31\], not \[48, 32\]",
@@ -182,6 +186,13 @@ def test_what_does_not_fit_is_named(tmp_path, damage):
     change(tmp_path)
     with pytest.raises(DataError, match=message):
         open_weights(str(tmp_path))
+
+
+def test_what_older_versions_stored_beside_weights_is_left_out(tmp_path):
+    make_folder(tmp_path, "llama", {})
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    change_tensors(tmp_path, lambda tensors: tensors.update(buffer))
+    assert not buffer.keys() & {*open_weights(str(tmp_path)).names}
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nor/this", "nobody/has-this"])

@@ -107,8 +107,12 @@ class MegatronModel(nn.Module):
         self.inverse_frequencies = None if is_gpt2 else rotary_frequencies(config)
         self.untrained_id: int | None = None if is_gpt2 else config.pad_token_id
         """transformers' embedding has no gradient at its padding token, which may be a text's end."""
-        for name, parameter in self.gpt.named_parameters():  # what DeepSpeed goes by when it takes a norm
-            vars(parameter)["tensor_model_parallel"] = self.layout.rules[name].axis is not None
+        for name, parameter in self.gpt.named_parameters():
+            rule = self.layout.rules[name]
+            vars(parameter)["tensor_model_parallel"] = (
+                rule.axis is not None
+            )  # DeepSpeed goes by it when it takes a norm
+            vars(parameter)["num_filler"] = (padded_vocab_size(rule.rows) - rule.rows) * config.hidden_size
 
     def output_layer(self) -> nn.Module:
         """Return the module whose weight gives logits."""

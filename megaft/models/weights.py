@@ -6,7 +6,8 @@ Memory is bounded by the largest parameter, except for `.bin` and GGUF files, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, reduce
@@ -31,6 +32,9 @@ MANIFEST = "megatron.json"
 INDEX = "model.safetensors.index.json"
 FORMAT = 1
 """Of a megatron folder; the number in its manifest."""
+
+BUFFERS = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+"""What older versions of transformers stored beside weights, and newer ones compute."""
 
 CONFIG_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
@@ -209,6 +213,7 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
     require_fitting(source, shapes, found)
     _require_tied(source, config, holders, stored)
+    _require_no_more(source, {*stored.values(), "lm_head.weight"}, holders)
 
     def fetch(name: str) -> Tensor:
         return holders[stored[name]].read(stored[name])
@@ -231,6 +236,16 @@ def _require_tied(source: str, config: Any, holders: dict[str, TensorFile], stor
         raise DataError(
             f"model is {source}; its config.json says that {head} is {embedding}, but its weights have another. "
             "Give tie_word_embeddings false in a copy of config.json to use it."
+        )
+
+
+def _require_no_more(source: str, expected: Collection[str], found: Iterable[str]) -> None:
+    """Raise DataError where there are weights that config.json knows nothing of, as of layers it does not count."""
+    more = [name for name in found if name not in expected and not BUFFERS.search(name)]
+    if more:
+        raise DataError(
+            f"model is {source}; its weights do not fit its config.json, which has no {more[0]} ({len(more)} such). "
+            "Copy both from one model."
         )
 
 
@@ -268,6 +283,7 @@ def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[Ten
     for rank, file in enumerate(files):
         found = {name: span.shape for name, span in file.spans.items()}
         require_fitting(str(file.path), local_shapes(layout, shapes, size, rank), found)
+        _require_no_more(str(file.path), layout.rules, found)
     return files
 
 
