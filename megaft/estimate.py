@@ -13,7 +13,7 @@ from megaft.changes import changes
 from megaft.config import OptimConfig, require
 from megaft.deepspeed_json import read_deepspeed_json
 from megaft.hardware import GPUS, RESERVED_BYTES, data_sheet_flops, published_shares
-from megaft.presets import configuration
+from megaft.presets import configuration, source_of
 from megaft.ranges import ABOVE_0, BELOW_1, at_least, require_ranges
 from megaft.recipe import Recipe
 from megaft.shape import Shape, count, flops_per_token
@@ -119,7 +119,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
 def recipe_of(config: EstimateConfig) -> Recipe:
     """Read the files that the command names."""
     return Recipe(
-        shape=Shape.of(configuration(config.model), config.dropout),
+        shape=Shape.of(configuration(config.model), config.dropout, source_of(config.model)),
         deepspeed=read_deepspeed_json(config.deepspeed_config),
         context_length=config.context_length,
         world_size=config.world_size,

@@ -66,14 +66,22 @@ def configuration(model: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: Neither.
-        DataError: The file is not JSON.
+        DataError: The file is no JSON object.
     """
     if model in PRESETS:
         return PRESETS[model]
-    path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
+    path = Path(source_of(model))
     require(path.is_file(), f"model is {model}; give a folder with a config.json, or one of {', '.join(PRESETS)}.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); copy it from the model again.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is not a JSON object but a {type(found).__name__}; copy it from the model again.")
+    return found
+
+
+def source_of(model: str) -> str:
+    """Return where a model's configuration is: its name in PRESETS, or its file."""
+    path = Path(model)
+    return str(path / "config.json" if model not in PRESETS and path.is_dir() else path)

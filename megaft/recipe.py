@@ -8,7 +8,7 @@ from typing import Any
 from megaft.config import OptimConfig, require
 from megaft.deepspeed_json import Resolved, resolve
 from megaft.memory import Activations, States, Work, activations, moments, states, word_bytes
-from megaft.shape import Shape
+from megaft.shape import Shape, require_cuttable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +35,7 @@ class Recipe:
             size == 1 or self.is_megatron,
             f"tensor-parallel-size is {size}, but transformers' matrices are whole; give backend megatron.",
         )
-        for what, number in (("attention groups", shape.num_groups), ("inner width", shape.inner_width)):
-            require(
-                number % size == 0,
-                f"tensor-parallel-size is {size}, but the model's {what} ({number}) does not divide by it.",
-            )
+        require_cuttable(shape.num_groups, shape.inner_width, shape.vocab_size, size, "tensor-parallel-size")
         require(
             self.context_length <= shape.num_positions,
             f"context-length is {self.context_length}, but the model has {shape.num_positions} positions; "

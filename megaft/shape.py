@@ -8,10 +8,13 @@ from math import prod
 from typing import Any, Literal
 
 from megaft.config import require
+from megaft.sizes import Sizes
 
 Weights = Counter[tuple[int, ...]]
 """How many parameters there are of each shape."""
 LLAMAS = ("llama", "mistral", "qwen2")
+MAX_RANKS = 64
+"""Over how many ranks a model's matrices are cut at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,18 +42,25 @@ class Shape:
     """Of the residual stream. That of attention is drawn again in the backward pass by fused kernels."""
 
     @classmethod
-    def of(cls, config: dict[str, Any], dropout: float | None = None) -> Shape:
+    def of(cls, config: dict[str, Any], dropout: float | None = None, source: str = "config.json") -> Shape:
         """Read a transformers configuration; what it leaves out has transformers' default.
+
+        Args:
+            config: As in config.json.
+            dropout: In place of the configuration's own.
+            source: Where it is from, for messages.
 
         Raises:
             ConfigError: A family whose sizes are not known here.
+            DataError: Sizes that make no model.
         """
         kind = config.get("model_type")
         require(
             kind == "gpt2" or kind in LLAMAS,
             f"the model's model_type is {kind}; megaft estimate knows gpt2, {', '.join(LLAMAS)}.",
         )
-        return _gpt2(config, dropout) if kind == "gpt2" else _llama(config)
+        sizes = Sizes(config, source)
+        return _gpt2(sizes, dropout) if kind == "gpt2" else _llama(sizes, str(kind))
 
     def weights(self, tensor_parallel_size: int = 1, is_fused: bool = False) -> Weights:
         """Return the parameters of one tensor-parallel rank.
@@ -113,43 +123,70 @@ def flops_per_token(num_parameters: int, num_layers: int, hidden_size: int, cont
     return 6 * num_parameters + 12 * num_layers * hidden_size * context_length
 
 
-def _gpt2(config: dict[str, Any], dropout: float | None) -> Shape:
-    width, heads = config.get("n_embd", 768), config.get("n_head", 12)
+def require_cuttable(groups: int, inner_width: int, words: int, size: int, setting: str) -> None:
+    """Raise ConfigError unless every rank gets whole attention groups, as much of each layer as others, and words.
+
+    Args:
+        groups: Attention groups of the model.
+        inner_width: Of its inner layers.
+        words: Of its vocabulary.
+        size: Ranks that share each matrix.
+        setting: What the user calls that number.
+    """
+    able = [
+        ranks
+        for ranks in range(1, MAX_RANKS + 1)
+        if groups % ranks == inner_width % ranks == 0 and (ranks - 1) * -(-words // ranks) < words
+    ]
+    require(
+        size in able,
+        f"{setting} is {size}, but the model's {groups} attention groups and inner width of {inner_width} do not "
+        f"divide by it, or its {words} words leave a rank without any; use one of {', '.join(map(str, able))}.",
+    )
+
+
+def _gpt2(sizes: Sizes, dropout: float | None) -> Shape:
+    width, heads = sizes.whole("n_embd", 768), sizes.whole("n_head", 12)
+    sizes.require_multiple("n_embd", width, "n_head", heads)
+    own_dropout = sizes.share("resid_pdrop", 0.1)
     return Shape(
         family="gpt2",
-        num_layers=config.get("n_layer", 12),
+        num_layers=sizes.whole("n_layer", 12),
         width=width,
         num_heads=heads,
         num_groups=heads,
         head_width=width // heads,
-        inner_width=config.get("n_inner") or 4 * width,
-        vocab_size=config.get("vocab_size", 50_257),
-        num_positions=config.get("n_positions", 1024),
-        is_tied=config.get("tie_word_embeddings", True),
+        inner_width=sizes.whole("n_inner", 4 * width, null=4 * width),
+        vocab_size=sizes.whole("vocab_size", 50_257),
+        num_positions=sizes.whole("n_positions", 1024),
+        is_tied=sizes.flag("tie_word_embeddings", True),
         has_qkv_bias=True,
         has_bias=True,
-        activation=config.get("activation_function", "gelu_new"),
-        dropout=config.get("resid_pdrop", 0.1) if dropout is None else dropout,
+        activation=sizes.config.get("activation_function", "gelu_new"),
+        dropout=own_dropout if dropout is None else dropout,
     )
 
 
-def _llama(config: dict[str, Any]) -> Shape:
-    width, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
-    is_qwen = config["model_type"] == "qwen2"
-    groups_left_out = {"mistral": 8, "qwen2": 32, "llama": heads}[config["model_type"]]
+def _llama(sizes: Sizes, kind: str) -> Shape:
+    width, heads = sizes.whole("hidden_size", 4096), sizes.whole("num_attention_heads", 32)
+    if sizes.config.get("head_dim") is None:
+        sizes.require_multiple("hidden_size", width, "num_attention_heads", heads)
+    groups = sizes.whole("num_key_value_heads", {"mistral": 8, "qwen2": 32, "llama": heads}[kind], null=heads)
+    sizes.require_multiple("num_attention_heads", heads, "num_key_value_heads", groups)
+    has_bias = sizes.flag("attention_bias", False)
     return Shape(
         family="llama",
-        num_layers=config.get("num_hidden_layers", 32),
+        num_layers=sizes.whole("num_hidden_layers", 32),
         width=width,
         num_heads=heads,
-        num_groups=config.get("num_key_value_heads") or groups_left_out,
-        head_width=config.get("head_dim") or width // heads,
-        inner_width=config.get("intermediate_size", 11_008),
-        vocab_size=config.get("vocab_size", 32_000),
-        num_positions=config.get("max_position_embeddings", 2048),
-        is_tied=config.get("tie_word_embeddings", False),
-        has_qkv_bias=is_qwen or config.get("attention_bias", False),
-        has_bias=config.get("attention_bias", False) and not is_qwen,
-        activation=config.get("hidden_act", "silu"),
+        num_groups=groups,
+        head_width=sizes.whole("head_dim", width // heads, null=width // heads),
+        inner_width=sizes.whole("intermediate_size", 11_008),
+        vocab_size=sizes.whole("vocab_size", 32_000),
+        num_positions=sizes.whole("max_position_embeddings", 2048),
+        is_tied=sizes.flag("tie_word_embeddings", False),
+        has_qkv_bias=kind == "qwen2" or has_bias,
+        has_bias=has_bias and kind != "qwen2",
+        activation=sizes.config.get("hidden_act", "silu"),
         dropout=0.0,
     )

@@ -206,7 +206,10 @@ def test_a_folder_of_a_model(command, tmp_path):
         (["--model=gpt2", "--hardware=h1000"], "hardware is h1000"),
         (["--model=gpt2", "--tensor-parallel-size=2", "--world-size=2"], "give backend megatron"),
         (["--model=gpt2", "--backend=megatron", "--tensor-parallel-size=2"], "a multiple"),
-        (["--model=gpt2", "--backend=megatron", "--tensor-parallel-size=5", "--world-size=5"], "does not divide"),
+        (
+            ["--model=gpt2", "--backend=megatron", "--tensor-parallel-size=5", "--world-size=5"],
+            "do not divide by it, or its 50257 words leave a rank without any; use one of 1, 2, 3, 4, 6, 12.",
+        ),
         (["--model=gpt2", "--context-length=2048"], "1024 positions"),
         (["--model=gpt2", "--world-size=3"], "train_batch_size must be"),
     ],
@@ -222,6 +225,61 @@ def test_a_configuration_that_cannot_be_read(tmp_path):
         configuration(str(tmp_path))
     with pytest.raises(ConfigError, match="gpt2, " + ", ".join(LLAMAS)):
         Shape.of({"model_type": "t5"})
+
+
+GPT2 = {"model_type": "gpt2"}
+LLAMA = {"model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**GPT2, "n_layer": "three"}, "n_layer is 'three'; it is a whole number of 1 or more."),
+        ({**GPT2, "n_layer": -3}, "n_layer is -3; it is a whole number"),
+        ({**GPT2, "n_layer": None}, "n_layer is None; it is a whole number"),
+        ({**GPT2, "n_embd": 76.8}, "n_embd is 76.8; it is a whole number"),
+        ({**GPT2, "n_inner": 0}, "n_inner is 0; it is a whole number"),
+        ({**GPT2, "vocab_size": True}, "vocab_size is True; it is a whole number"),
+        ({**GPT2, "n_embd": 770}, "n_embd is 770 and n_head 12; the first is a multiple of the second."),
+        ({**GPT2, "resid_pdrop": 2}, "resid_pdrop is 2; it is a number from 0 to less than 1."),
+        ({**GPT2, "tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it is true or false."),
+        ({**LLAMA, "num_attention_heads": 0}, "num_attention_heads is 0; it is a whole number"),
+        ({**LLAMA, "hidden_size": 100}, "hidden_size is 100 and num_attention_heads 32;"),
+        ({**LLAMA, "num_key_value_heads": 5}, "num_attention_heads is 32 and num_key_value_heads 5;"),
+        ([], "is not a JSON object but a list"),
+    ],
+)
+def test_sizes_that_make_no_model(config, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["estimate", f"--model={tmp_path}", f"--deepspeed-config={JSONS / 'zero1_bf16.json'}"]
+    assert main(flags) == 3
+    error = capsys.readouterr().err
+    assert str(tmp_path / "config.json") in error
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("size", [*range(1, 17), 25, 100])
+@pytest.mark.parametrize("changes", [{}, {"n_head": 16, "n_embd": 64, "vocab_size": 9}, {"n_inner": 6}], ids=str)
+def test_a_cut_is_refused_as_training_refuses_it(changes, size):
+    from transformers import GPT2Config
+
+    from megaft.models.layout import require_cuttable
+
+    def refusal(check):
+        try:
+            check()
+        except ConfigError as error:
+            return str(error).removeprefix("parallel.")
+        return None
+
+    def estimated():
+        zeros = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}
+        shape = Shape.of(GPT2 | changes)
+        sizes = {"world_size": size, "tensor_parallel_size": size, "context_length": 1024}
+        Recipe(shape=shape, deepspeed=zeros, is_megatron=True, optim=OptimConfig(), **sizes)
+
+    assert refusal(estimated) == refusal(lambda: require_cuttable(GPT2Config(**changes), size))
 
 
 def test_every_gpu_has_a_peak():

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megaft import shape
 from megaft.config import require
+from megaft.shape import MAX_RANKS as MAX_RANKS  # of this arithmetic too
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
+FAMILIES = ("gpt2", *shape.LLAMAS)
 """transformers' model types that have a layout."""
-
-MAX_RANKS = 64
-"""Over how many tensor-parallel ranks a model is cut at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,17 +195,7 @@ def biases_of(config: Any) -> tuple[bool, bool]:
 
 
 def require_cuttable(config: Any, size: int) -> None:
-    """Raise ConfigError unless every rank gets whole attention groups, as much of each layer as others, and words."""
-    groups, words = layout_of(config).num_groups, config.vocab_size
+    """Raise ConfigError unless transformers' model can be cut over `size` ranks; see `megaft.shape`."""
+    groups = layout_of(config).num_groups
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    able = [
-        ranks
-        for ranks in range(1, MAX_RANKS + 1)
-        if groups % ranks == inner % ranks == 0 and (ranks - 1) * -(-words // ranks) < words
-    ]
-    require(
-        size in able,
-        f"parallel.tensor-parallel-size is {size}, but the model's {groups} attention groups and inner width of "
-        f"{inner} do not divide by it, or its {words} words leave a rank without any; "
-        f"use one of {', '.join(map(str, able))}.",
-    )
+    shape.require_cuttable(groups, inner, config.vocab_size, size, "parallel.tensor-parallel-size")
