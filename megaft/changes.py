@@ -10,7 +10,7 @@ from typing import Any
 
 from megaft.deepspeed_keys import BATCH_KEYS
 from megaft.errors import ConfigError
-from megaft.recipe import Recipe
+from megaft.recipe import Footprint, Recipe
 
 MOST_SHOWN = 3
 MOST_TIMES = 64
@@ -23,6 +23,8 @@ class Change:
 
     settings: tuple[str, ...]
     peak_bytes: int
+    offloaded_bytes: int
+    """Of the host's memory, for each rank; the host has to have it for all of its GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,10 @@ def changes(given: Recipe, available_bytes: int) -> list[Change]:
         kinds = {kind for kind, option in enumerate(options) if option.rank}
         if any(others <= kinds for others, _ in found):
             continue
-        peak = _peak(given, options)
-        if peak is not None and peak <= available_bytes:
-            found.append((kinds, Change(tuple(option.text for option in options if option.rank), peak)))
+        footprint = _footprint(given, options)
+        if footprint is not None and footprint.peak_bytes <= available_bytes:
+            settings = tuple(option.text for option in options if option.rank)
+            found.append((kinds, Change(settings, footprint.peak_bytes, footprint.states.host)))
             if len(found) == MOST_SHOWN:
                 break
     return [change for _, change in found]
@@ -62,15 +65,15 @@ def _invasiveness(options: tuple[Option, ...]) -> tuple[int, ...]:
     return tuple(option.rank for option in reversed(options))
 
 
-def _peak(given: Recipe, options: tuple[Option, ...]) -> int | None:
-    """The peak with these options; None where they cannot be run together."""
+def _footprint(given: Recipe, options: tuple[Option, ...]) -> Footprint | None:
+    """The memory with these options; None where they cannot be run together."""
     settings, fields = copy.deepcopy(given.deepspeed), {}
     for option in options:
         fields |= option.recipe
         for path, value in option.deepspeed.items():
             _put(settings, path, value)
     try:
-        return replace(given, deepspeed=settings, **fields).footprint().peak_bytes
+        return replace(given, deepspeed=settings, **fields).footprint()
     except ConfigError:
         return None
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megaft.changes import changes
 from megaft.config import OptimConfig, require
 from megaft.deepspeed_json import read_deepspeed_json
-from megaft.hardware import GPUS, RESERVED_BYTES, data_sheet_flops, published_shares
+from megaft.hardware import GPUS, RESERVED_BYTES, Gpu, data_sheet_flops, published_shares
 from megaft.presets import configuration, source_of
 from megaft.ranges import ABOVE_0, BELOW_1, at_least, require_ranges
 from megaft.recipe import Recipe
@@ -107,12 +107,13 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         "tensor_parallel_size": recipe.tensor_parallel_size,
         "zero_stage": setup.zero_stage,
         "dtype": setup.dtype,
+        "has_dtype": gpu.has_bf16 or setup.dtype != "bfloat16",
         "global_batch_size": setup.global_batch_size,
         "micro_batch_size": setup.micro_batch_size,
         "gradient_accumulation_steps": setup.gradient_accumulation_steps,
         "checkpoint_bytes": recipe.shape.num_parameters * bytes_per_parameter(setup.optim),
         "export_bytes": recipe.shape.num_parameters * 4,
-        **speed(recipe, setup.dtype, gpu.name, config.tokens),
+        **speed(recipe, setup.dtype, gpu, config.tokens),
     }
 
 
@@ -130,22 +131,24 @@ def recipe_of(config: EstimateConfig) -> Recipe:
     )
 
 
-def speed(recipe: Recipe, dtype: str, gpu: str, tokens: float | None) -> dict[str, Any]:
+def speed(recipe: Recipe, dtype: str, gpu: Gpu, tokens: float | None) -> dict[str, Any]:
     """Return the work of a token, and the rates that published shares of the GPU's peak would give.
 
-    In float32 the GPU's peak is another, and nobody publishes shares of it: the rates are null.
+    In float32 the GPU's peak is another, and nobody publishes shares of it: the rates are null. So they are in bf16 on
+    a GPU that has none.
     """
-    shape, peak = recipe.shape, data_sheet_flops(gpu)
+    shape, peak = recipe.shape, data_sheet_flops(gpu.name)
     work = flops_per_token(shape.num_parameters, shape.num_layers, shape.width, recipe.context_length)
-    found: dict[str, Any] = dict.fromkeys(("mfu", "mfu_sources", "tokens_per_second", "days"))
+    found: dict[str, Any] = dict.fromkeys(("mfu", "mfu_gpu", "mfu_sources", "tokens_per_second", "days"))
     found |= {"flops_per_token": work, "peak_flops": peak}
-    if dtype == "float32" or peak is None:
+    if dtype == "float32" or peak is None or (dtype == "bfloat16" and not gpu.has_bf16):
         return found
-    shares = published_shares(gpu)
+    shares = published_shares(gpu.name)
     done = RECOMPUTED if recipe.is_recomputed else 1.0
     mfu = [min(one.lowest for one in shares) * done, max(one.highest for one in shares) * done]
     rates = [recipe.world_size * peak * share / work for share in mfu]
     days = [tokens / rate / SECONDS_PER_DAY for rate in rates] if tokens else None
+    found["mfu_gpu"] = shares[0].gpu
     sources = [f"{one.gpu}, {one.lowest:.1%} to {one.highest:.1%}: {one.source}" for one in shares]
     return found | {"mfu": mfu, "mfu_sources": sources, "tokens_per_second": rates, "days": days}
 
@@ -164,22 +167,36 @@ def lines(answer: dict[str, Any]) -> list[str]:
     found += [f"  {'together':<16} {peak:9.2f} GiB, {verdict} in the {free:.2f} GiB of a {answer['hardware']}"]
     if answer["offloaded_bytes"]:
         found += [f"  {'on the host':<16} {answer['offloaded_bytes'] / GIB:9.2f} GiB a rank"]
+    if not answer["has_dtype"]:
+        found += [f"The {answer['hardware']} does NOT compute in bf16: use fp16, as ds_configs/zero1_fp16.json does."]
     if not answer["fits"]:
         found += ["", "It fits with:" if answer["changes"] else "No change of settings makes it fit."]
-        found += [f"  {', '.join(way['settings'])} ({way['peak_bytes'] / GIB:.2f} GiB)" for way in answer["changes"]]
+        found += [f"  {', '.join(way['settings'])} ({_sizes(way)})" for way in answer["changes"]]
     return [*found, "", *_speed_lines(answer), _disk_line(answer)]
+
+
+def _sizes(way: dict[str, Any]) -> str:
+    away = way["offloaded_bytes"]
+    return f"{way['peak_bytes'] / GIB:.2f} GiB" + (f", and {away / GIB:.2f} GiB a rank on the host" if away else "")
 
 
 def _speed_lines(answer: dict[str, Any]) -> list[str]:
     work = f"{answer['flops_per_token'] / 1e9:.4g} GFLOP a token"
     if answer["tokens_per_second"] is None:
-        return [f"{work}; no figures are published for {answer['dtype']}."]
+        return [f"{work}; no speed is published for {answer['dtype']} on the {answer['hardware']}."]
     low, high = answer["tokens_per_second"]
-    found = [f"{work}; {low:,.0f} to {high:,.0f} tokens/s together at {_range(answer['mfu'])} of the peak, as in"]
-    found += [f"  {source}" for source in answer["mfu_sources"]]
+    when = "" if answer["fits"] else "if it fitted, "
+    found = [f"{work}; {when}{low:,.0f} to {high:,.0f} tokens/s together at {_range(answer['mfu'])} of the peak,"]
+    found += [f"as others measured on their {_kinds(answer)}:", *(f"  {one}" for one in answer["mfu_sources"])]
     if answer["days"]:
-        found.append(f"{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
+        found.append(f"{when}{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
     return found
+
+
+def _kinds(answer: dict[str, Any]) -> str:
+    """Whose shares of the peak they are."""
+    kind, hardware = answer["mfu_gpu"], answer["hardware"]
+    return kind if kind in hardware else f"{kind}; nobody's figures for the {hardware}"
 
 
 def _range(shares: list[float]) -> str:

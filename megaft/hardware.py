@@ -33,6 +33,8 @@ class Gpu:
     """As the driver says it; a key of PEAK_FLOPS matches it."""
     memory_bytes: int
     """As nvidia-smi shows it."""
+    has_bf16: bool = True
+    """Whether its tensor cores compute in bf16: those of compute capability 8.0 (A100) and above."""
 
 
 GPUS = {
@@ -44,9 +46,9 @@ GPUS = {
     "l40s": Gpu("L40S", 46068 * MIB),
     "a6000": Gpu("RTX A6000", 49140 * MIB),
     "rtx4090": Gpu("RTX 4090", 24564 * MIB),
-    "v100-32gb": Gpu("V100-SXM3-32GB", 32768 * MIB),
-    "v100": Gpu("V100-SXM2-16GB", 16384 * MIB),
-    "t4": Gpu("T4", 15360 * MIB),
+    "v100-32gb": Gpu("V100-SXM3-32GB", 32768 * MIB, has_bf16=False),
+    "v100": Gpu("V100-SXM2-16GB", 16384 * MIB, has_bf16=False),
+    "t4": Gpu("T4", 15360 * MIB, has_bf16=False),
 }
 
 RESERVED_BYTES = 2048 * MIB

@@ -194,6 +194,41 @@ def test_no_speed_is_promised_in_float32(command):
     assert found["mfu"] is None
 
 
+@pytest.mark.parametrize("hardware", sorted(GPUS))
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_a_gpu_without_bf16_is_told(command, hardware, half):
+    flags = [f"--deepspeed-config={JSONS / f'zero1_{half}.json'}", f"--hardware={hardware}", "--model=gpt2"]
+    found = command(*flags)
+    can = half == "fp16" or hardware not in ("v100", "v100-32gb", "t4")
+    assert found["has_dtype"] == can
+    assert (found["tokens_per_second"] is not None) == can
+    assert any("does NOT compute in bf16: use fp16" in line for line in lines(found)) != can
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected", "absent"),
+    [
+        (["--hardware=h100"], "as others measured on their H100:", "if it fitted"),
+        (["--hardware=a100"], "on their H100; nobody's figures for the A100-SXM4-80GB:", "if it fitted"),
+        (["--hardware=a100-40gb", "--tokens=1e9"], "if it fitted, 0.756 to 1.16 days", "nobody's figures for a "),
+    ],
+)
+def test_whose_speed_it_is(command, flags, expected, absent):
+    text = "\n".join(lines(command("--model=gpt2-xl", *flags)))
+    assert expected in text
+    assert absent not in text
+
+
+def test_a_change_that_offloads_says_what_the_host_has_to_hold(command):
+    found = command("--model=gpt2-xl", "--hardware=t4", f"--deepspeed-config={JSONS / 'zero2_fp16.json'}")
+    for way in found["changes"]:
+        assert ("offload" in " ".join(way["settings"])) == (way["offloaded_bytes"] > 0)
+    # weights in fp16, fp32 masters, two moments, gradients: 2 + 4 + 8 + 4 bytes a parameter, and the largest once more
+    largest = 50_257 * 1600
+    assert found["changes"][0]["offloaded_bytes"] == pytest.approx(18 * 1_557_611_200 + 2 * largest, rel=1e-6)
+    assert any("26.26 GiB a rank on the host" in line for line in lines(found))
+
+
 def test_a_folder_of_a_model(command, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["smollm2-135m"]))
     assert command(f"--model={tmp_path}")["parameters"] == 134_515_008

@@ -50,20 +50,22 @@ def write_scaling(page: Path) -> None:
 
 def table() -> str:
     """Return every way on every number of GPUs: the largest micro-batch that fits, its memory and its time."""
-    head = "| GPU | GPUs | way | micro-batch | layers recomputed | peak of a GPU | tokens/s | days an epoch |"
+    head = (
+        "| GPU, precision | GPUs | way | micro-batch | layers recomputed | peak of a GPU | tokens/s | days an epoch |"
+    )
     rows = [row(gpu, count, way) for gpu in HARDWARE for count in (8, 64, 512) for way in WAYS]
     return "\n".join([head, "|---" * 8 + "|", *rows])
 
 
 def row(gpu: str, num_gpus: int, way: Way) -> str:
     """Return one line: without recomputing where that fits, else with."""
-    start = f"| {GPUS[gpu].name} | {num_gpus} | {way.name} |"
+    start = f"| {GPUS[gpu].name}, {'bf16' if GPUS[gpu].has_bf16 else 'fp16'} | {num_gpus} | {way.name} |"
     found = best(gpu, num_gpus, way)
     if found is None:
         smallest = recipe(way, num_gpus, 1, gpu, is_recomputed=True).footprint().peak_bytes
         return f"{start} none | - | {smallest / GIB:.1f} GiB at the least: does not fit | - | - |"
     setup = found.setup()
-    rates = speed(found, setup.dtype, GPUS[gpu].name, EPOCH)
+    rates = speed(found, setup.dtype, GPUS[gpu], EPOCH)
     (low, high), (longest, shortest) = rates["tokens_per_second"], rates["days"]
     peak = found.footprint().peak_bytes / GIB
     recomputed = "yes" if found.is_recomputed else "no"
@@ -90,7 +92,7 @@ def recipe(way: Way, num_gpus: int, micro_batch_size: int, gpu: str, *, is_recom
     """Return the shipped DeepSpeed JSON with another micro-batch; in fp16 where the GPU has no bf16."""
     settings: dict[str, Any] = read_deepspeed_json(ROOT / "ds_configs" / way.file)
     settings |= {"train_batch_size": BATCH, "train_micro_batch_size_per_gpu": micro_batch_size}
-    if gpu.startswith("v100"):
+    if not GPUS[gpu].has_bf16:
         settings = {key: value for key, value in settings.items() if key != "bf16"} | {"fp16": {"enabled": True}}
     return Recipe(
         shape=Shape.of(PRESETS["megatron-8.3b"]),
@@ -109,7 +111,7 @@ def paper() -> str:
     gpu = "v100-32gb"
     recomputed = recipe(WAYS[0], PAPER_GPUS, 8, gpu, is_recomputed=True)
     one = replace(recomputed, world_size=8, deepspeed=recomputed.deepspeed | {"train_batch_size": 8})
-    rates = speed(recomputed, "float16", GPUS[gpu].name, EPOCH)
+    rates = speed(recomputed, "float16", GPUS[gpu], EPOCH)
     work, (longest, shortest) = rates["flops_per_token"], rates["days"]
     tokens_per_second = EPOCH / PAPER_DAYS / SECONDS_PER_DAY
     model_flops = tokens_per_second * work
