@@ -28,15 +28,15 @@ def test_only_the_large_recipes_bring_flags(recipe):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "backend", "tensor_parallel_size", "stage"),
+    ("recipe", "backend", "tensor_parallel_size", "stage", "is_recomputed"),
     [
-        ("finetune_megatron_8.3b_tp8", "megatron", 8, 1),
-        ("finetune_megatron_8.3b_zero3", "hugging-face", 1, 3),
+        ("finetune_megatron_8.3b_tp8", "megatron", 8, 1, False),
+        ("finetune_megatron_8.3b_zero3", "hugging-face", 1, 3, True),
     ],
 )
-def test_what_a_large_recipe_runs(recipe, backend, tensor_parallel_size, stage):
+def test_what_a_large_recipe_runs(recipe, backend, tensor_parallel_size, stage, is_recomputed):
     config = settings(recipe)
-    assert config.model.activation_checkpointing
+    assert config.model.activation_checkpointing == is_recomputed
     assert (config.model.backend, config.parallel.tensor_parallel_size) == (backend, tensor_parallel_size)
     assert Path(config.deepspeed_config).stem == recipe.removeprefix("finetune_")
     job = directives(recipe)
@@ -55,8 +55,11 @@ def test_ranks_that_share_a_matrix_are_on_one_node():
 
 @pytest.mark.parametrize("recipe", LARGE)
 def test_the_users_flags_win(recipe):
-    config = settings(recipe, "--model.no-activation-checkpointing", "--deepspeed_config=mine.json")
-    assert not config.model.activation_checkpointing
+    flag = (
+        "no-activation-checkpointing" if settings(recipe).model.activation_checkpointing else "activation-checkpointing"
+    )
+    config = settings(recipe, f"--model.{flag}", "--deepspeed_config=mine.json")
+    assert config.model.activation_checkpointing != settings(recipe).model.activation_checkpointing
     assert config.deepspeed_config == Path("mine.json")
 
 
