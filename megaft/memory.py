@@ -6,8 +6,11 @@ from the first gradient on, its half-precision engines keep fp32 gradients, and 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -155,13 +158,17 @@ def _bytes_around_layers(work: Work) -> int:
     return shape.width * (word if work.is_megatron else FLOAT + word) + 24
 
 
-def states(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+def states(
+    weights: Weights, setup: Resolved, num_ranks: int, matrices: tuple[int, ...] = (), rank: int | None = None
+) -> States:
     """Return what training keeps of these weights on one rank.
 
     Args:
         weights: The parameters that a data-parallel rank has before ZeRO.
         setup: As resolved for that number of ranks.
         num_ranks: Data-parallel ranks.
+        matrices: Elements of the matrices among the weights, in order.
+        rank: Which of the ranks; None for the one that holds most.
     """
     if setup.zero_stage == 0:
         return _unsharded(weights, setup)
@@ -169,7 +176,7 @@ def states(weights: Weights, setup: Resolved, num_ranks: int) -> States:
         return _stage_3(weights, setup, num_ranks)
     if setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer:
         return _bf16_engine(weights, setup, num_ranks)
-    return _stages_1_2(weights, setup, num_ranks)
+    return _stages_1_2(weights, setup, num_ranks, cut_through(matrices, num_ranks, rank))
 
 
 def word_bytes(setup: Resolved) -> int:
@@ -182,6 +189,23 @@ def flat_size(weights: Weights, num_ranks: int) -> int:
     vectors = sum(prod(shape) * number for shape, number in weights.items() if len(shape) == 1)
     unit = 2 * num_ranks
     return sum(-(-numel // unit) * unit for numel in (count(weights) - vectors, vectors))
+
+
+@cache
+def cut_through(sizes: tuple[int, ...], num_ranks: int, rank: int | None = None) -> int:
+    """Return the elements that a rank's part of a flat buffer lacks of the parameters which it begins and ends in.
+
+    Args:
+        sizes: Of the parameters, in order.
+        num_ranks: Parts, all of one size.
+        rank: Which part; None for the one that lacks most.
+    """
+    part, ends = -(-sum(sizes) // (2 * num_ranks)) * 2, list(accumulate(sizes))
+    starts = [0, *ends]
+    ranks = range(num_ranks) if rank is None else [rank]
+    first = [bisect_right(ends, part * one) for one in ranks]
+    last = [bisect_left(starts, part * (one + 1), hi=len(sizes)) for one in ranks]
+    return max(0, *(starts[end] - starts[begin] - part for begin, end in zip(first, last, strict=True)))
 
 
 def _moments(setup: Resolved) -> int:
@@ -232,7 +256,7 @@ def _bf16_engine(weights: Weights, setup: Resolved, num_ranks: int) -> States:
     )
 
 
-def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int, cut: int) -> States:
     flat, total, word = flat_size(weights, num_ranks), count(weights), word_bytes(setup)
     mine, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
     bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
@@ -240,7 +264,8 @@ def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int) -> States:
     offloads, is_rounded = setup.offload_optimizer, word < FLOAT
     kept = FLOAT * mine
     here = kept * (is_rounded or not offloads)
-    whole = FLOAT * total if is_stage_1 else here
+    reduced = here + FLOAT * cut * (not is_rounded)  # in fp32 parameters at the part's ends are kept whole
+    whole = FLOAT * total if is_stage_1 else reduced
     optimizer = (FLOAT + _moments(setup)) * mine
     norm = 8 * min(_largest(weights), mine)  # taken in float64
     largest = word * _largest(weights)
@@ -250,7 +275,7 @@ def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int) -> States:
         optimizer=0 if offloads else _moments(setup) * mine,
         gradients=whole,
         gradients_before=whole if accumulates else 0,
-        gradients_reduced=here,
+        gradients_reduced=reduced,
         buckets=bucket + largest * (offloads or (is_stage_1 and is_rounded)),
         buckets_before=bucket * (is_stage_1 and accumulates) + largest * offloads,
         reducing=max(0, kept - bucket) if is_stage_1 else 0,

@@ -67,11 +67,12 @@ class Recipe:
             word_bytes=word_bytes(setup),
         )
 
-    def footprint(self) -> Footprint:
-        """The memory of one rank."""
+    def footprint(self, rank: int | None = None) -> Footprint:
+        """The memory of one data-parallel rank; by default, of the one that holds most."""
         setup = self.setup()
         work = self.work(setup)
-        held, passing = states(work.weights, setup, self.num_data_ranks), activations(work)
+        matrices = self.shape.matrices_in_order(self.tensor_parallel_size, self.is_megatron)
+        held, passing = states(work.weights, setup, self.num_data_ranks, matrices, rank), activations(work)
         return Footprint(setup, held, passing, moments(held, passing))
 
 

@@ -81,6 +81,13 @@ class Shape:
             found[(length,)] += self.num_layers
         return found
 
+    def matrices_in_order(self, tensor_parallel_size: int = 1, is_fused: bool = False) -> tuple[int, ...]:
+        """Return the elements of a rank's matrices, in the order in which its modules list them."""
+        words = -(-self.vocab_size // tensor_parallel_size) * self.width
+        before = [words, self.num_positions * self.width] if self.family == "gpt2" else [words]
+        layer = [prod(shape) for shape in self._matrices(tensor_parallel_size, is_fused)]
+        return (*before, *layer * self.num_layers, *([] if self.is_tied else [words]))
+
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, tied ones once."""
@@ -100,8 +107,11 @@ class Shape:
 
     def _matrices(self, size: int, is_fused: bool) -> list[tuple[int, int]]:
         attention, inner = self._outputs(size, is_fused)
-        rows = self.num_heads * self.head_width // size, self.inner_width // size
-        return [*((out, self.width) for out in (*attention, *inner)), *((self.width, one) for one in rows)]
+        of_attention = [(out, self.width) for out in attention]
+        projection = [(self.width, self.num_heads * self.head_width // size)]
+        of_inner = [*((out, self.width) for out in inner), (self.width, self.inner_width // size)]
+        first = projection + of_attention if is_fused else of_attention + projection  # as megatron-core makes them
+        return [*first, *of_inner]
 
     def _vectors(self, size: int, is_fused: bool) -> list[int]:
         attention, inner = self._outputs(size, is_fused)

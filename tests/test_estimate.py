@@ -10,7 +10,7 @@ from megaft.config import OptimConfig
 from megaft.errors import ConfigError, DataError
 from megaft.estimate import EstimateConfig, estimate, lines
 from megaft.hardware import GPUS, PUBLISHED, data_sheet_flops
-from megaft.memory import Work, activations, flat_size
+from megaft.memory import Work, activations, cut_through, flat_size
 from megaft.presets import PRESETS, configuration
 from megaft.recipe import Recipe
 from megaft.shape import LLAMAS, Shape, count
@@ -77,6 +77,26 @@ def test_flat_buffers_are_padded_for_the_ranks():
     assert flat_size(weights, 7) == (matrices + -matrices % 14) + (vectors + -vectors % 14)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "num_ranks", "expected"),
+    [((4, 4), 2, [0, 0]), ((3, 5), 2, [4, 1]), ((8,), 4, [6] * 4), ((6, 2), 4, [4, 4, 4, 0]), ((7,), 1, [0])],
+)
+def test_parameters_that_a_partition_cuts_through(sizes, num_ranks, expected):
+    assert [cut_through(sizes, num_ranks, rank) for rank in range(num_ranks)] == expected
+    assert cut_through(sizes, num_ranks) == max(expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm2-135m", "llama-3.1-8b"])
+def test_matrices_are_in_the_order_of_transformers(name):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**PRESETS[name]))
+    expected = tuple(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+    assert Shape.of(PRESETS[name]).matrices_in_order() == expected
+
+
 N, D = 124_439_808, 2
 
 
@@ -85,7 +105,7 @@ N, D = 124_439_808, 2
     [
         pytest.param(0, None, (4, 0, 8, 4), id="no ZeRO"),
         pytest.param(1, None, (4, 4 / D, 8 / D, 4), id="stage 1, fp32"),
-        pytest.param(2, None, (4, 4 / D, 8 / D, 4 / D), id="stage 2, fp32"),
+        pytest.param(2, None, (4, 4 / D, 8 / D, 2.0496), id="stage 2, fp32: a matrix lies on both ranks"),
         pytest.param(1, "bf16", (2, 4 / D, 8 / D, 4 + 2), id="stage 1, bf16: all fp32 gradients, and bf16 ones"),
         pytest.param(1, "fp16", (2, 4 / D, 8 / D, 4), id="stage 1, fp16"),
         pytest.param(2, "bf16", (2, 4 / D, 8 / D, 4 / D), id="stage 2, bf16"),
@@ -330,7 +350,7 @@ def test_an_engine_holds_what_is_estimated(number):
     from estimates_cases import ENGINES
 
     case = ENGINES[number]
-    found, footprint = estimates_engine.measure(case.recipe), case.recipe.footprint()
+    found, footprint = estimates_engine.measure(case.recipe), case.recipe.footprint(rank=0)
     for kind in ("weights", "master_weights", "optimizer"):
         assert getattr(footprint.states, kind) == pytest.approx(getattr(found, kind), rel=0.01), kind
     assert footprint.peak_bytes == pytest.approx(found.peak, rel=0.05)

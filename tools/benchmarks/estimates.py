@@ -91,7 +91,7 @@ def engines() -> Iterator[Row]:
     import estimates_engine
 
     for case in ENGINES:
-        found, footprint = estimates_engine.measure(case.recipe), case.recipe.footprint()
+        found, footprint = estimates_engine.measure(case.recipe), case.recipe.footprint(rank=0)
         held, is_offloaded = footprint.states, footprint.states.host > 0
         for kind in STATES[: 0 if is_offloaded else 3]:
             yield Row("engine", case.name, kind, getattr(found, kind), getattr(held, kind))
