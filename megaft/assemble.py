@@ -18,6 +18,7 @@ from megaft.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_j
 from megaft.environment import write_config
 from megaft.events import Events, job, record_end
 from megaft.guard import Guard
+from megaft.masking import without_secrets
 from megaft.models import hugging_face
 from megaft.models.weights import MANIFEST
 from megaft.optim import build_optimizer, parameter_groups
@@ -102,12 +103,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         optim=asdict(setup.optim),
         schedule_steps=None if setup.optim.schedule == "constant" else max_steps,
         validation=validation.name if validation else None,
-        names={
-            "data": " ".join(config.data.train),
-            "tokenizer": config.tokenizer_source,
-            "model": str(config.model.path or config.model.from_scratch),
-            "validation": str(config.data.valid),
-        },
+        names=_names(config),
     )
     engine = _engine(model, setup, device)
     meter = Meter.of(
@@ -160,6 +156,17 @@ def resumed_batch_size(config: TrainConfig) -> int | None:
     """Return the global batch size of the run that the folder holds; None where there is none to continue."""
     newest = None if config.run.fresh else checkpoint.peek(config.run.dir)
     return newest["identity"].get("global_batch_size") if newest else None
+
+
+def _names(config: TrainConfig) -> dict[str, str]:
+    """Return what the parts of the run's identity that are hashes were called."""
+    names = {
+        "data": " ".join(config.data.train),
+        "tokenizer": config.tokenizer_source,
+        "model": str(config.model.path or config.model.from_scratch),
+        "validation": str(config.data.valid),
+    }
+    return {part: without_secrets(name) for part, name in names.items()}
 
 
 def _require_trainable(config: TrainConfig, setup: Resolved) -> None:

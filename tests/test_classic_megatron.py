@@ -272,3 +272,20 @@ def test_a_config_that_no_checkpoint_needs(tmp_path):
     make_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"has a config\.json"):
         open_weights(str(tmp_path), model_config=str(tmp_path))
+
+
+def test_what_libraries_allow_is_not_allowed_here(tmp_path):
+    """megatron-core registers classes with torch's reader when it is imported, argparse.Namespace among them."""
+    import argparse
+
+    from torch.serialization import safe_globals
+
+    from megaft.models.classic_megatron import _load
+
+    path = tmp_path / "model_optim_rng.pt"
+    torch.save({"args": argparse.Namespace(num_layers=2)}, path)
+    with safe_globals([argparse.Namespace]):
+        before = {*torch.serialization.get_safe_globals()}
+        args = _load(path)["args"]
+        assert {*torch.serialization.get_safe_globals()} == before
+    assert not isinstance(args, argparse.Namespace)

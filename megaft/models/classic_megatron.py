@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import safe_globals
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from megaft.errors import DataError
 from megaft.models.layout import Layout
@@ -196,12 +198,25 @@ def _files(folder: Path) -> list[Path]:
     return [next(folder.glob("model*_rng.pt"), folder / "model_optim_rng.pt") for _, folder in ranks]
 
 
+@contextmanager
+def _only(classes: Iterable[tuple[type, str]]) -> Iterator[None]:
+    """Let torch's reader build these classes and none that a library allowed, as megatron-core does when imported."""
+    before = get_safe_globals()
+    clear_safe_globals()
+    add_safe_globals([*classes])
+    try:
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(before)
+
+
 def _load(path: Path) -> dict[str, Any]:
     """Return a checkpoint's dictionary, in which objects are Records."""
     known: dict[str, None] = {}
     while True:
         try:
-            with safe_globals([(Record, name) for name in known]):
+            with _only((Record, name) for name in known):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
             name = re.search(r"GLOBAL (\S+)", str(error))
