@@ -109,9 +109,8 @@ class MegatronModel(nn.Module):
         """transformers' embedding has no gradient at its padding token, which may be a text's end."""
         for name, parameter in self.gpt.named_parameters():
             rule = self.layout.rules[name]
-            vars(parameter)["tensor_model_parallel"] = (
-                rule.axis is not None
-            )  # DeepSpeed goes by it when it takes a norm
+            # What DeepSpeed goes by when it takes a norm.
+            vars(parameter)["tensor_model_parallel"] = rule.axis is not None
             vars(parameter)["num_filler"] = (padded_vocab_size(rule.rows) - rule.rows) * config.hidden_size
 
     def output_layer(self) -> nn.Module:
@@ -320,12 +319,7 @@ def build(settings: ModelConfig, seed: int, engine_config: dict[str, Any] | None
         ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
         DataError: On every rank, where any cannot read it.
     """
-    if settings.path is not None:
-        weights = open_weights(settings.path)
-    else:
-        assert settings.from_scratch is not None
-        require_inert("model.from-scratch", settings.from_scratch)
-        weights = new_weights(load_config(settings.from_scratch), seed)
+    weights = parallel.together(weights_of, settings, seed)
     set_dropout(weights.config, settings.dropout)
     with in_parts(engine_config):
         model = MegatronModel(weights.config, recompute=settings.activation_checkpointing)
@@ -338,6 +332,7 @@ def weights_of(settings: ModelConfig, seed: int) -> Weights:
     if settings.path is not None:
         return open_weights(settings.path)
     assert settings.from_scratch is not None
+    require_inert("model.from-scratch", settings.from_scratch)
     return new_weights(load_config(settings.from_scratch), seed)
 
 

@@ -15,6 +15,7 @@ from transformers.activations import NewGELUActivation
 from megaft import parallel
 from megaft.backend import Backend
 from megaft.config import ModelConfig
+from megaft.engine_state import count
 from megaft.loss import IGNORE_INDEX, Vocabulary, chunks, token_nats
 from megaft.models.hugging_face import (
     CausalLM,
@@ -26,7 +27,6 @@ from megaft.models.hugging_face import (
 )
 from megaft.models.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
 from megaft.models.packed import PackedLinear, can_pack, pack_linears
-from megaft.models.weights import shapes_of
 
 
 class ScoringModel(nn.Module):
@@ -222,7 +222,7 @@ def load_scoring_model(
     else:
         language_model = (_load_partitioned if is_partitioned else load_language_model)(source, dtype)
         fuse_activations(language_model)
-    model, num_parameters = ScoringModel(language_model), _num_parameters(language_model)
+    model, num_parameters = ScoringModel(language_model), count(language_model.parameters())
     if can_pack(dtype, device) and not is_partitioned:
         model.pack()
     return Scorer(
@@ -241,13 +241,6 @@ def _load_megatron(source: str, dtype: torch.dtype, is_partitioned: bool) -> Cau
     engine_config = _deepspeed_config(dtype) if is_partitioned else None
     model = megatron.build(ModelConfig(path=source, backend="megatron"), seed=0, engine_config=engine_config)
     return model if is_partitioned else model.to(dtype)
-
-
-def _num_parameters(language_model: CausalLM) -> int:
-    """Return the parameters of the whole model, the tied ones once and no padding."""
-    if hasattr(language_model, "vocabulary"):
-        return sum(shape.numel() for shape in shapes_of(language_model.config).values())
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in language_model.parameters())
 
 
 def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:

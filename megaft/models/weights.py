@@ -290,13 +290,12 @@ def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[Ten
 def from_shards(config: Any, dtype: torch.dtype, read: Callable[[str], list[Tensor]]) -> Weights:
     """Return the weights that `read` gives, by megatron-core's names, as every tensor-parallel rank has them."""
     layout = layout_of(config)
-    holder = {source: name for name, rule in layout.rules.items() for source in rule.sources}
 
     @lru_cache(maxsize=1)  # queries, keys and values lie together and are asked for in turn
     def whole(name: str) -> dict[str, Tensor]:
         return layout.whole(name, read(name))
 
-    return Weights(config, dtype, shapes_of(config), lambda name: whole(holder[name])[name])
+    return Weights(config, dtype, shapes_of(config), lambda name: whole(layout.rule_of(name))[name])
 
 
 def _from_classic(folder: Path, model_config: str | None) -> Weights:
