@@ -10,6 +10,8 @@ import shutil
 import struct
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,14 @@ class Tokenizer:
     def _state(self) -> dict[str, Any]:
         return json.loads(self._backend.to_str())
 
+    @cached_property
+    def opening_ids(self) -> tuple[int, ...]:
+        """Special tokens that transformers puts before every text: the beginning-of-sequence token, or none."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        return tuple(
+            id_ for id_, _ in takewhile(itemgetter(1), zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+        )
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -114,6 +124,7 @@ class SentencePieceTokenizer:
     """A sentencepiece model run by its own library: transformers' conversion breaks ties between merges differently."""
 
     cuts_at_spaces = False  # it puts a space before every text it is given
+    opening_ids: tuple[int, ...] = ()  # a bare model file adds no special tokens
 
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from tiny_tokenizers import make_byte_level, make_metaspace
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -159,3 +160,13 @@ def test_gguf(tmp_path):
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True).endswith("<|im_start|>assistant\n")
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("make", [make_byte_level, make_metaspace])
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_opening_ids_are_what_transformers_puts_before_a_text(tmp_path, make, bos):
+    folder = make(tmp_path / "tokenizer", bos=bos)
+    tokenizer = load_tokenizer(folder)
+    expected = AutoTokenizer.from_pretrained(folder)("To be")["input_ids"]
+    assert [*tokenizer.opening_ids, *tokenizer.encode("To be")] == expected
+    assert len(tokenizer.opening_ids) == (bos is not None)

@@ -1,0 +1,75 @@
+"""Small tokenizers of the kinds that models come with, trained on Python's own documentation."""
+
+import json
+from pathlib import Path
+
+TEXT_CHARACTERS = 60_000
+
+
+def corpus() -> str:
+    import toy
+
+    return toy.text()[:TEXT_CHARACTERS]
+
+
+def make_byte_level(folder: Path, *, bos: str | None = None, eos: str = "</s>", template: str | None = None) -> Path:
+    """Save a byte-level BPE; with `bos`, one whose post-processor puts that token before every text, as Llama 3's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=_specials(bos, eos), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([corpus()], trainer)
+    return _save(tokenizer, folder, bos, eos, template)
+
+
+def make_metaspace(folder: Path, *, bos: str | None = "<s>", eos: str = "</s>", template: str | None = None) -> Path:
+    """Save a BPE over Metaspace with byte fallback: the tokenizer.json of Llama 2, Mistral 7B and TinyLlama."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ["<unk>", *_specials(bos, eos), *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator([corpus()], trainer)
+    state = json.loads(tokenizer.to_str())  # bytes are entries of the vocabulary, not special tokens
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
+    return _save(Tokenizer.from_str(json.dumps(state)), folder, bos, eos, template)
+
+
+def make_sentencepiece(folder: Path, **settings) -> Path:
+    """Save a sentencepiece BPE as tokenizer.model, with <s> and </s>; `settings` go to its trainer."""
+    import io
+
+    from sentencepiece import SentencePieceTrainer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    options = {"vocab_size": 800, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | settings
+    SentencePieceTrainer.train(sentence_iterator=iter(corpus().splitlines()), model_writer=model, **options)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+def _specials(bos: str | None, eos: str) -> list[str]:
+    return list(dict.fromkeys([bos, eos] if bos else [eos]))
+
+
+def _save(tokenizer, folder: Path, bos: str | None, eos: str, template: str | None) -> Path:
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=template)
+    saved.save_pretrained(folder)
+    return Path(folder)
