@@ -17,7 +17,7 @@ from megaft.config import TrainConfig
 from megaft.engine_state import WEIGHT
 from megaft.files import fsync, json_lines, naming_disk_errors
 from megaft.masking import without_secrets
-from megaft.models import convert, hugging_face
+from megaft.models import adapters, convert, hugging_face
 from megaft.models.weights import Weights, file_of, load_config, open_weights, shapes_of
 from megaft.run_state import RunState
 from megaft.tokenizer import AnyTokenizer
@@ -62,8 +62,8 @@ def _write_hugging_face(
     load_weights(model, saved(model.config))
     try:
         if config.lora.rank:
-            hugging_face.save_adapters(model, folder / "adapter", config.model.path)
-            model = hugging_face.merge_adapters(model)
+            adapters.save_adapters(model, folder / "adapter", config.model.path)
+            model = adapters.merge_adapters(model)
         model.to(dtype).save_pretrained(folder)
     except SafetensorError as error:  # as which safetensors passes on what the disk refuses
         raise OSError(str(error)) from error

@@ -12,6 +12,7 @@ from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.loss import IGNORE_INDEX, token_nats
 from megaft.models import hugging_face
+from megaft.models.adapters import add_adapters
 from megaft.models.hugging_face import NatsModel
 
 
@@ -290,6 +291,6 @@ def test_the_architecture_is_what_a_checkpoint_depends_on():
     same = hugging_face.architecture(make_model())
     assert hugging_face.architecture(make_model(attn_pdrop=0.7)) == same
     adapted = make_model()
-    hugging_face.add_adapters(adapted, LoraConfig(rank=2), seed=0)
+    add_adapters(adapted, LoraConfig(rank=2), seed=0)
     others = [make_model(n_layer=1), make_model(vocab_size=99), make_model("llama"), adapted]
     assert len({same, *map(hugging_face.architecture, others)}) == 5

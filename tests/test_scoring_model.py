@@ -12,7 +12,8 @@ from megaft import loss
 from megaft.config import LoraConfig
 from megaft.errors import DataError
 from megaft.loss import IGNORE_INDEX
-from megaft.models.hugging_face import add_adapters, load_language_model
+from megaft.models.adapters import add_adapters
+from megaft.models.hugging_face import load_language_model
 from megaft.models.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk
 from megaft.models.scoring_model import (
     LogitsTrunk,

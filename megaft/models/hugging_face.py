@@ -20,7 +20,7 @@ from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
-from megaft.masking import without_secrets
+from megaft.models.adapters import add_adapters
 from megaft.models.weight_files import require_weights
 
 CausalLM = Any
@@ -223,51 +223,6 @@ def in_parts(engine_config: dict[str, Any] | None, *, is_new: bool) -> AbstractC
 def is_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 has taken the model's weights apart."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def add_adapters(model: CausalLM, lora: LoraConfig, seed: int) -> None:
-    """Freeze the model and add trainable low-rank adapters, whose values are a function of the seed."""
-    from peft import LoraConfig as PeftConfig
-    from peft import inject_adapter_in_model
-
-    torch.manual_seed(seed)
-    config = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules) or None,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise ConfigError(f"lora.target-modules is {lora.target_modules}: {_first_line(error)}") from error
-
-
-def merge_adapters(model: CausalLM) -> CausalLM:
-    """Fold every adapter into its matrix and return the plain model."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
-    return model
-
-
-def save_adapters(model: CausalLM, folder: Path, base: str | None) -> None:
-    """Write the adapters alone, as PEFT loads them on top of the base model."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = base and without_secrets(base)
-    config.save_pretrained(folder)
-    state = get_peft_model_state_dict(model)
-    weights = {f"base_model.model.{name}": values.contiguous() for name, values in state.items()}
-    save_file(weights, folder / "adapter_model.safetensors")
 
 
 def require_fits(model: CausalLM, tokenizer, longest_input: int) -> None:

@@ -1,0 +1,118 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) through PEFT: added to a model, merged into its weights, saved alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megaft.config import LoraConfig
+from megaft.errors import ConfigError
+from megaft.masking import without_secrets
+
+CausalLM = Any
+"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
+
+
+def add_adapters(model: CausalLM, lora: LoraConfig, seed: int) -> None:
+    """Freeze the model and add trainable low-rank adapters, whose values are a function of the seed.
+
+    Raises:
+        ConfigError: There is no such layer, or its weight is shared with another layer and cannot be merged.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    torch.manual_seed(seed)
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"lora.target-modules is {lora.target_modules}: {reason}") from error
+    _require_mergeable(model, lora.target_modules)
+
+
+def merge_adapters(model: CausalLM) -> CausalLM:
+    """Fold every adapter into its matrix and return the plain model.
+
+    A tied embedding or output layer gets a weight of its own first: its adapter is not the other's.
+    """
+    for name, layer in list(adapted_layers(model)):
+        base = layer.get_base_layer()
+        if _is_shared(model, base.weight):
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            _untie(model)
+        layer.merge()
+        replace_module(model, name, base)
+    return model
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the name and module of every layer that has an adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one that `name` is a path to."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def save_adapters(model: CausalLM, folder: Path, base: str | None) -> None:
+    """Write the adapters alone, as PEFT loads them on top of the base model."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base and without_secrets(base)
+    config.save_pretrained(folder)
+    # Embeddings that have adapters are those of the base model; PEFT would write them too.
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = {f"base_model.model.{name}": values.contiguous() for name, values in state.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+def _names_of(model: nn.Module, weight: nn.Parameter) -> list[str]:
+    """Return all names of a parameter: more than one where layers share it."""
+    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
+
+
+def _is_shared(model: nn.Module, weight: nn.Parameter) -> bool:
+    return len(_names_of(model, weight)) > 1
+
+
+def _require_mergeable(model: CausalLM, targets: tuple[str, ...]) -> None:
+    """Refuse adapters on layers that share a weight, except the embedding and output layer, which can be untied."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedding_names = {name for end in ends if end is not None for name in _names_of(model, _weight_of(end))}
+    for name, layer in adapted_layers(model):
+        names = _names_of(model, _weight_of(layer))
+        if len(names) > 1 and not (layer in ends and len(names) == len(ends) and embedding_names == {*names}):
+            raise ConfigError(
+                f"lora.target-modules is {targets}, which adapts {name}, whose weight is shared by {', '.join(names)}; "
+                "merging one adapter would change them all. Name other layers."
+            )
+
+
+def _weight_of(layer: Any) -> nn.Parameter:
+    return getattr(layer, "base_layer", layer).weight
+
+
+def _untie(model: CausalLM) -> None:
+    """Let the configuration say that the embedding and the output layer have weights of their own."""
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
