@@ -16,6 +16,7 @@ from evaluate_zero_shot import figures
 from evaluate_zero_shot.data_files import DataFile
 from evaluate_zero_shot.geometry import Geometry
 from evaluate_zero_shot.kept import KeptBatches
+from evaluate_zero_shot.limits import is_capped
 from evaluate_zero_shot.prepared import Prepared
 from evaluate_zero_shot.results import Result
 from evaluate_zero_shot.subject import Subject
@@ -47,6 +48,9 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         subject: Whose result it is.
         trial: What it is evaluated on.
         output: Folder that keeps finished windows.
+
+    Raises:
+        NumericsError: Nats of a scored token are not finite.
     """
     keeper = KeptBatches(output / "windows" / _key(subject, trial), parallel.data_parallel_rank())
     begin = time.perf_counter()
@@ -80,7 +84,9 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         num_bytes=prepared.num_bytes,
         num_documents=len(prepared.tokens.document_offsets) - 1,
         headline=headline,
-        confidence_interval_95=figures.interval(headline, values[headline], found, prepared),
+        confidence_interval_95=figures.interval(
+            headline, values[headline], found, prepared, is_capped(values[headline], protocol)
+        ),
         positions=figures.positions(found, prepared.rows, trial.cut.num_inputs),
         seconds=seconds,
         tokens_per_second=None if keeper.finished else found.num_scored_tokens / seconds,
@@ -98,9 +104,9 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
 def _score(subject: Subject, trial: Trial, keeper: KeptBatches) -> Score:
     prepared = trial.prepared
     model = subject.scorer.ask(with_choices=prepared.is_prompted, banned=prepared.banned)
-    what = f"{Path(subject.source).name}, {trial.task.name}, {trial.cut.protocol.name}, stride {trial.cut.stride}:"
+    name = f"{Path(subject.source).name}, {trial.task.name}, {trial.cut.protocol.name}, stride {trial.cut.stride}"
     num_inputs = sum(row.num_inputs for row in prepared.rows)
-    with counting(num_inputs, "tokens", what, is_shown=parallel.is_main()) as progress:
+    with counting(num_inputs, "tokens", f"{name}:", is_shown=parallel.is_main()) as progress:
         return score(
             prepared.tokens,
             prepared.rows,
@@ -110,6 +116,7 @@ def _score(subject: Subject, trial: Trial, keeper: KeptBatches) -> Score:
             prefix_id=prepared.prefix_id,
             num_words=prepared.num_words,
             num_bytes=prepared.num_bytes,
+            name=name,
             keeper=keeper,
             progress=progress,
         )

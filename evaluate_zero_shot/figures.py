@@ -24,6 +24,7 @@ def figures(found: Score, prepared: Prepared, protocol: Protocol) -> dict[str, A
     """Return what results.json says of a score, from `nats` to `accuracy`."""
     if prepared.num_options:
         found = _right_options(found, prepared)
+    assert math.isfinite(found.nats), "scoring refuses nats that are not finite"
     limit = protocol.exponent_limit or math.inf
     per_token = _mean_nats(found, prepared.rows, protocol)
     per_word = _nats_per_word(found, prepared, protocol)
@@ -82,7 +83,9 @@ def right_ones(found: Score, prepared: Prepared) -> np.ndarray:
     return np.array([options.argmin() for options in by_question]) == prepared.answers
 
 
-def interval(headline: str, value: float | None, found: Score, prepared: Prepared) -> dict[str, Any] | None:
+def interval(
+    headline: str, value: float | None, found: Score, prepared: Prepared, is_capped: bool = False
+) -> dict[str, Any] | None:
     """Return the 95 % interval of the headline figure; None where that is not defined, or there is nothing to vary.
 
     Documents, or a hundred blocks where there are few, count as independent samples of such text.
@@ -95,7 +98,7 @@ def interval(headline: str, value: float | None, found: Score, prepared: Prepare
     if unit == "document" and prepared.document_words is not None:
         weights = np.array(prepared.document_words)
     bounds = ratio_interval(nats, weights)
-    if value is None or bounds is None or not found.nats:
+    if value is None or not math.isfinite(value) or is_capped or bounds is None or not found.nats:
         return None
     shares = [bound / (nats.sum() / weights.sum()) for bound in bounds]
     is_exponential = headline != "bits_per_byte"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 TITLES = {
@@ -27,7 +28,7 @@ def written(value: Any, metric: str) -> str:
     if found is None or math.isnan(found):
         return MISSING
     if math.isinf(found):
-        return "∞" if found > 0 else "-∞"
+        return f"> {sys.float_info.max:.2g}" if found > 0 else "-∞"
     if metric == "accuracy":
         return f"{found * 100:.2f} %"
     if metric in TITLES and abs(found) >= 1e6:

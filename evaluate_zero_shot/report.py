@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from evaluate_zero_shot import formats, sections
+from evaluate_zero_shot import formats, limits, sections
 from evaluate_zero_shot.plots import SIZE
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
 from evaluate_zero_shot.published import load
@@ -77,7 +77,8 @@ def _view(path: Path) -> dict[str, Any]:
 def _complete(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result with every field; KeyError where a required one lacks, or its task is none of ours."""
     optional = dict.fromkeys(Result.__slots__) | {"task_title": TASKS[entry["task"]].title}
-    return optional | {key: entry[key] for key in REQUIRED} | dict(entry)
+    complete = optional | {key: entry[key] for key in REQUIRED} | dict(entry)
+    return complete if limits.has_finite_nats(complete) else limits.without_figures(complete)
 
 
 def _named(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

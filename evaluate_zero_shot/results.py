@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluate_zero_shot.protocols import PROTOCOLS
+from evaluate_zero_shot.limits import LARGEST, is_capped
+from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
 from megaft.errors import DataError
 from megaft.files import write_json_atomic
 
@@ -135,6 +137,14 @@ def summary(result: Result) -> str:
     """Return a result in a line."""
     names = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
     ordered = sorted(names, key=lambda name: name != result.headline)
-    values = [f"{name} {value:.4f}" for name in ordered if (value := getattr(result, name)) is not None]
+    protocol = PROTOCOLS[result.protocol]
+    values = [_written(name, value, protocol) for name in ordered if (value := getattr(result, name)) is not None]
     how = f"{result.protocol}, context {result.context_length}, stride {result.stride}"
     return f"{result.model_name}  {result.task}  {how}:  {'  '.join(values)}  ({result.seconds:.1f} s)"
+
+
+def _written(name: str, value: float, protocol: Protocol) -> str:
+    """Return a figure with its name; one that is not its text's own, but the largest there is, says so."""
+    if name.endswith("perplexity") and is_capped(value, protocol):
+        return f"{name} {value:.4f} (the protocol's cap)"
+    return f"{name} {value:.4f}" if math.isfinite(value) else f"{name} {LARGEST}"

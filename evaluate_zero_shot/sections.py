@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from evaluate_zero_shot import plots
 from evaluate_zero_shot.comparison import Comparison, compare, published_task
 from evaluate_zero_shot.formats import MISSING, TITLES, counted, number, written
+from evaluate_zero_shot.limits import remarks
 from evaluate_zero_shot.plots import Plot
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
 from evaluate_zero_shot.published import QUANTITIES, Figure
@@ -95,6 +96,7 @@ def warnings(result: Result) -> tuple[str, ...]:
         *(["not the protocol's text"] if _is_other_text(result) else []),
         *([f"first {limit:,} lines only"] if limit is not None else []),
         *([] if result["is_protocol_default"] else ["not the protocol's own context or stride"]),
+        *remarks(result, PROTOCOLS[result["protocol"]]),
     )
 
 

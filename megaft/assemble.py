@@ -28,7 +28,13 @@ from megaft.saver import Saver
 from megaft.throughput import Meter
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.trackers import check_trackers
-from megaft.training_data import notes_on_lengths, open_samples, prepare_sources, require_same_tokenizer
+from megaft.training_data import (
+    notes_on_lengths,
+    notes_on_unscored,
+    open_samples,
+    prepare_sources,
+    require_same_tokenizer,
+)
 from megaft.validation import Validation
 
 
@@ -123,7 +129,8 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     events = Events(config.run.dir, topology.is_main)
     if topology.is_main:
         _start_folder(config, settings, events)
-        for note in (*setup.notes, *notes_on_lengths(sources.train, config.data)):
+        lengths, unscored = notes_on_lengths(sources.train, config.data), notes_on_unscored(sources.train, samples)
+        for note in (*setup.notes, *lengths, *unscored):
             print(note, flush=True)
     engine_state.keep_loss_scale_at_floor(engine)
     state = _state(config, engine, identity, events, max_steps)

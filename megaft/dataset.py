@@ -7,12 +7,13 @@ is input tokens and their labels, a label being the next token, or IGNORE_INDEX 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import count
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,9 +26,12 @@ from megaft.left_out import Ranges, whole_position
 from megaft.loss import IGNORE_INDEX
 from megaft.permutation import permute
 from megaft.receipt import load_receipt
+from megaft.scored_samples import holds_scored_token
 
 BLOCK = 64
 """After every so many samples, each corpus of a blend has given its share of them to within one or two."""
+
+NOWHERE = np.zeros(0, np.int64)
 
 PADDED_TO = 64
 """Samples of one document are padded to the longest of their micro batch, rounded up to this."""
@@ -44,17 +48,22 @@ class Sample:
 
 @runtime_checkable
 class Corpus(Protocol):
-    """Samples by number, each seen once an epoch."""
+    """Samples by number, each seen once an epoch; every one holds a scored token."""
 
     sha256: str
+    num_left_out: int
+    """Samples without a scored token, which have no number."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
 
 
-class _Tokens:
-    """A prepared dataset: its tokens, and which of them are scored."""
+class _Tokens(ABC):
+    """A prepared dataset, its tokens and which of them are scored, cut into samples.
+
+    A sample without a scored token is left out: samples are numbered without them.
+    """
 
     def __init__(self, prefix: str, context_length: int):
         receipt = load_receipt(prefix)
@@ -62,6 +71,30 @@ class _Tokens:
         self.context_length = context_length
         self.tokens = TokenFile(prefix, receipt["tokenizer"]["vocab_size"])
         self.scored = TokenFile(f"{prefix}.scored") if receipt["has_mask"] else None
+        self.num_left_out = 0
+        """Samples without a scored token, such as the first part of a prompt longer than the context."""
+        self._num_whole = 0
+        self._used: np.ndarray | None = None
+
+    @abstractmethod
+    def labels(self, sample: Any) -> tuple[Any, Any]:
+        """Return the positions of samples' first labels and behind their last, those left out being numbered too."""
+
+    def cut(self, num_whole: int, never: np.ndarray) -> None:
+        """Number the samples; labels at the positions `never` are not scored, whatever the mask says."""
+        self._num_whole = num_whole
+        if self.scored is not None or len(never) > 0:
+            is_used = holds_scored_token(num_whole, self.context_length, self.labels, self.scored, never)
+            self.num_left_out = num_whole - int(is_used.sum())
+            self._used = np.flatnonzero(is_used) if self.num_left_out else None
+
+    def __len__(self) -> int:
+        return self._num_whole - self.num_left_out
+
+    def range_of(self, index: int) -> tuple[int, int]:
+        """Return where the tokens of a sample begin and end, its last label included."""
+        begin, end = self.labels(index if self._used is None else self._used[index])
+        return int(begin) - 1, int(end)
 
     def between(self, begin: int, end: int) -> Sample:
         """Return the sample of tokens begin to end - 1: all but the last are inputs, all but the first labels."""
@@ -78,18 +111,21 @@ class Stream(_Tokens):
     def __init__(self, prefix: str, context_length: int, attend_within_documents: bool = False):
         super().__init__(prefix, context_length)
         self.attend_within_documents = attend_within_documents
+        num_whole = math.ceil(max(0, self.tokens.num_tokens - 1) / context_length)
+        # Nothing in a document's own context predicts its first token.
+        self.cut(num_whole, np.unique(self.tokens.document_offsets[1:-1]) if attend_within_documents else NOWHERE)
 
-    def __len__(self) -> int:
-        return math.ceil((self.tokens.num_tokens - 1) / self.context_length)
+    def labels(self, sample: Any) -> tuple[Any, Any]:
+        """Return the positions of samples' first labels and behind their last."""
+        begin = sample * self.context_length + 1
+        return begin, np.minimum(begin + self.context_length, self.tokens.num_tokens)
 
     def __getitem__(self, index: int) -> Sample:
-        begin = index * self.context_length
-        end = min(begin + self.context_length + 1, self.tokens.num_tokens)
+        begin, end = self.range_of(index)
         sample = self.between(begin, end)
         if not self.attend_within_documents:
             return sample
         documents = np.searchsorted(self.tokens.document_offsets, np.arange(begin, end), side="right")
-        # Nothing in a document's own context predicts its first token.
         is_inside = documents[1:] == documents[:-1]
         return Sample(sample.input_ids, np.where(is_inside, sample.labels, IGNORE_INDEX), documents[:-1])
 
@@ -102,15 +138,17 @@ class Documents(_Tokens):
         targets = np.diff(self.tokens.document_offsets) - 1
         pieces = -(-np.maximum(targets, 0) // context_length)
         self.first_sample = np.concatenate([[0], np.cumsum(pieces)])
+        self.cut(int(self.first_sample[-1]), NOWHERE)
 
-    def __len__(self) -> int:
-        return int(self.first_sample[-1])
+    def labels(self, sample: Any) -> tuple[Any, Any]:
+        """Return the positions of samples' first labels and behind their last."""
+        document = np.searchsorted(self.first_sample, sample, side="right") - 1
+        offsets = self.tokens.document_offsets
+        begin = offsets[document] + (sample - self.first_sample[document]) * self.context_length + 1
+        return begin, np.minimum(begin + self.context_length, offsets[document + 1])
 
     def __getitem__(self, index: int) -> Sample:
-        document = int(np.searchsorted(self.first_sample, index, side="right")) - 1
-        offsets = self.tokens.document_offsets
-        begin = int(offsets[document]) + (index - int(self.first_sample[document])) * self.context_length
-        return self.between(begin, min(begin + self.context_length + 1, int(offsets[document + 1])))
+        return self.between(*self.range_of(index))
 
 
 class Samples:
@@ -181,6 +219,8 @@ class Batch:
     input_ids: Int64[Tensor, "batch time"]
     labels: Int64[Tensor, "batch time"]
     document_ids: Int64[Tensor, "batch time"] | None
+    num_tokens: int
+    """Input tokens, without padding."""
     num_scored: int
     first_position: int
 
@@ -253,6 +293,7 @@ def collate(rows: list[Sample], first_position: int, padded_to: int | None, keep
         stack([row.input_ids for row in rows], 0),
         labels,
         stack([row.document_ids for row in rows], -1) if keep_documents else None,
+        sum(len(row.input_ids) for row in rows),
         int((labels != IGNORE_INDEX).sum()),
         first_position,
     )

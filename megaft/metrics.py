@@ -163,7 +163,7 @@ class Metrics:
             loss: Nats per scored token of the global batch.
             grad_norm: Before clipping; None where the engine does not tell.
             tokens_seen: Scored tokens trained on so far, over data ranks.
-            tokens: Input tokens of this step's global batch, scored or not: what throughput counts.
+            tokens: Input tokens of this step's global batch, scored or not but without padding: what throughput counts.
             skipped_steps: Steps dropped so far because their gradient was not finite.
             loss_scale: Of this step, where fp16 has one.
 

@@ -10,6 +10,7 @@ from megaft.errors import NumericsError
 from megaft.guard import Trouble
 from megaft.left_out import leave_out, whole_ranges
 from megaft.run_state import RunState
+from megaft.scoring import Score
 
 
 def recovered(run: Parts, trouble: Trouble, state: RunState) -> RunState:
@@ -37,6 +38,23 @@ def recovered(run: Parts, trouble: Trouble, state: RunState) -> RunState:
     return _gone_back(run, leave_out(state.left_out, samples))
 
 
+def validated(run: Parts, step: int) -> Score:
+    """Return the validation after `step`; one that is not finite ends the run, whatever guard.non-finite says.
+
+    The losses of the steps before it were finite, so there is no step to do without.
+
+    Raises:
+        NumericsError: Nats of a validation token are not finite. Nothing is saved of these weights.
+    """
+    assert run.validation is not None
+    try:
+        return run.validation(run.engine, run.device)
+    except NumericsError as error:
+        run.events.record("non-finite validation", step, decision="stop", reason=str(error))
+        run.saver.publish()  # what was saved before it holds
+        raise NumericsError(f"validation after step {step}: {error} {_last_before(run, step)}.") from error
+
+
 def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:
     config = run.config
     folder = checkpoint.find(config.run.dir).folder
@@ -49,12 +67,16 @@ def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:
 
 
 def _stopped(run: Parts, trouble: Trouble, samples: tuple[tuple[int, int], ...]) -> str:
-    steps = [step for step in checkpoint.saved_steps(run.config.run.dir) if step < trouble.step]
-    last = f"the last checkpoint before it is step {max(steps)}" if steps else "there is no checkpoint before it"
     advice = "look at those samples, or let guard.non-finite or guard.spike be skip or rewind."
     if run.guard.rewinds or run.guard.skips:
         advice = f"the run went back {run.guard.rewinds} times and skipped {run.guard.skips} steps in a row before."
     return (
-        f"{trouble}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; {last}. "
+        f"{trouble}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; "
+        f"{_last_before(run, trouble.step)}. "
         f"Lower optim.learning-rate; {advice}"
     )
+
+
+def _last_before(run: Parts, step: int) -> str:
+    steps = [saved for saved in checkpoint.saved_steps(run.config.run.dir) if saved < step]
+    return f"the last checkpoint before it is step {max(steps)}" if steps else "there is no checkpoint before it"

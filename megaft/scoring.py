@@ -20,6 +20,7 @@ from torch import Tensor
 from megaft import parallel
 from megaft.config import require
 from megaft.errors import DataError
+from megaft.finite import require_finite
 from megaft.loss import IGNORE_INDEX
 
 TokenScorer = Callable[[Tensor, Tensor], Tensor]
@@ -82,7 +83,11 @@ def windows(
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a text costs a model, in units that can be compared. An infinite perplexity is inf, never an error."""
+    """Negative log-likelihood of a text, and the figures made of it.
+
+    Nats are finite. A perplexity is inf where finite nats are too many for a float, as in a text of 10,000 tokens
+    without white space, which is a single word.
+    """
 
     nats: float
     num_scored_tokens: int
@@ -241,6 +246,8 @@ def score(
     prefix_id: int | None = None,
     num_words: int | None = None,
     num_bytes: int | None = None,
+    is_counted: Bool[np.ndarray, " tokens"] | None = None,
+    name: str = "the text",
     keeper: Keeper | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Score:
@@ -258,11 +265,14 @@ def score(
         prefix_id: The prefix that `rows` have.
         num_words: Words of the original text.
         num_bytes: UTF-8 bytes of the original text.
+        is_counted: The tokens that the caller makes figures of; by default all of them.
+        name: The text and the model, for messages.
         keeper: Has finished batches, and is given those finished here.
         progress: Called with the input tokens, without padding, that all ranks together have finished so far.
 
     Raises:
         DataError: The text has no token to score.
+        NumericsError: Nats of a token that counts are not finite; on all ranks together.
     """
     if not rows:
         num_documents = len(documents.document_offsets) - 1
@@ -278,13 +288,16 @@ def score(
         found = _values_of(documents, batch, model, device, prefix_id)
         if ours and parallel.tensor_parallel_rank() == 0:  # the others that share its matrices have found the same
             _put(values, batch, found)
-            if keeper is not None:
+            if keeper is not None and np.isfinite(found).all():
                 keeper.keep(ours[0], found)
         done += _num_inputs(batches, deal)
         progress(done)
     # Each place is filled on one rank and 0.0 on the others, so this sum rounds nothing.
     nats, choices = parallel.sum_over_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
     num_scored_tokens = sum(row.num_targets for row in rows)
+    require_finite(
+        nats, documents.document_offsets, name=name, num_scored_tokens=num_scored_tokens, is_counted=is_counted
+    )
     return Score(math.fsum(nats), num_scored_tokens, num_words, num_bytes, nats, choices > 0)
 
 
@@ -302,6 +315,8 @@ def _fill_with_finished(values: np.ndarray, batches: list[list[Row]], keeper: Ke
     is_finished = torch.zeros(len(batches), dtype=torch.int64)
     if keeper is not None and parallel.is_main():
         for number, found in keeper.finished.items():
+            if not np.isfinite(found).all():  # of a version that kept these too: computed again
+                continue
             _put(values, batches[number], found)
             is_finished[number] = 1
     is_finished = parallel.from_main(is_finished)

@@ -57,7 +57,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
     from megaft.export import export
     from megaft.metrics import Metrics
     from megaft.optim import learning_rate, set_learning_rate
-    from megaft.recovery import recovered
+    from megaft.recovery import recovered, validated
 
     run = assemble(config, topology)
     engine, device, state, validation = run.engine, run.device, run.state, run.validation
@@ -78,7 +78,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
     ) as metrics:
         if validation and state.step == 0:
             with metrics.pause():
-                metrics.validation(0, validation(engine, device).as_dict())
+                metrics.validation(0, validated(run, 0).as_dict())
         if state.step == 0 and "rewind" in (config.guard.non_finite, config.guard.spike):
             with metrics.pause():
                 saver.save(engine, state)  # something to go back to
@@ -90,9 +90,10 @@ def train(config: TrainConfig, topology: Topology) -> int:
             batches = micro_batches(
                 run.samples, state.position, state.left_out, run.cut, padded_to, config.data.attend_within_documents
             )
-            counts = [sum(batch.num_scored for batch in batches), sum(batch.input_ids.numel() for batch in batches)]
+            counts = [sum(batch.num_scored for batch in batches), sum(batch.num_tokens for batch in batches)]
             counts = torch.tensor(counts).to(device, non_blocking=True)
-            num_scored, num_tokens = parallel.sum_over_data_ranks(counts).clamp(min=1)
+            # Every sample holds a scored token, so that there is always something to divide by.
+            num_scored, num_tokens = parallel.sum_over_data_ranks(counts)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
             loss_scale = engine_state.loss_scale_state(engine).get("cur_scale")
 
@@ -147,7 +148,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
 
             if validation and validates:
                 with metrics.pause():
-                    score = validation(engine, device)
+                    score = validated(run, state.step)
                     metrics.validation(state.step, score.as_dict())
                     state = state.after_validation(score.nats_per_token)
             if saves or state.best_step == state.step or is_over(config, state, run.max_steps):

@@ -133,7 +133,11 @@ def _wait_for(prefix: Path) -> str:
 
 
 def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Samples:
-    """Return the sequence of samples the run trains on."""
+    """Return the sequence of samples the run trains on.
+
+    Raises:
+        DataError: A dataset has no token to predict, or none that is scored.
+    """
     corpora = [
         Documents(source.prefix, config.context_length)
         if config.sample == "document"
@@ -141,6 +145,11 @@ def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Sa
         for source in sources
     ]
     for source, corpus in zip(sources, corpora, strict=True):
+        if len(corpus) == 0 and corpus.num_left_out > 0:
+            raise DataError(
+                f"data.train has {source.prefix}, of which no token is scored: its completions are empty, or no message"
+                " has the role assistant. Correct the records, and run megaft prepare again."
+            )
         if len(corpus) == 0:
             raise DataError(f"{source.prefix} has no document of two tokens or more; give data.train a longer text.")
     return Samples(corpora, [source.weight for source in sources], seed)
@@ -158,6 +167,18 @@ def notes_on_lengths(sources: Sequence[Source], config: DataConfig) -> list[str]
             f"{source.prefix}: {num_longer:,} of {len(lengths):,} documents are longer than data.context-length, "
             f"{config.context_length}, and are cut; the longest has {longest:,} tokens to predict."
         )
+    return notes
+
+
+def notes_on_unscored(sources: Sequence[Source], samples: Samples) -> list[str]:
+    """Return how many samples are left out because none of their tokens is scored; a sentence a dataset with some."""
+    notes = []
+    for source, corpus in zip(sources, samples.corpora, strict=True):
+        if corpus.num_left_out:
+            notes.append(
+                f"{source.prefix}: {corpus.num_left_out:,} of {len(corpus) + corpus.num_left_out:,} samples have no "
+                "scored token within data.context-length tokens, as where a prompt is longer, and are left out."
+            )
     return notes
 
 

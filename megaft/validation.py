@@ -42,11 +42,16 @@ class Validation:
             "num_words": None if has_mask else receipt["words"],
             "num_bytes": None if has_mask or not receipt["tokenizer"]["round_trip"] else receipt["bytes"],
         }
+        self.source = source.prefix
         self.name = f"{receipt['bin_sha256']}, windows of {config.eval_context_length}, stride {config.eval_stride}"
         """What makes two scores comparable."""
 
     def __call__(self, engine, device: torch.device) -> Score:
-        """Score the text with the engine's weights of now; every rank calls this and gets the same score."""
+        """Score the text with the engine's weights of now; every rank calls this and gets the same score.
+
+        Raises:
+            NumericsError: Nats of a token that counts are not finite.
+        """
         engine.eval()
         try:
             whole = score(
@@ -55,6 +60,8 @@ class Validation:
                 lambda input_ids, labels: engine(input_ids, labels, per_token=True).unsqueeze(0),
                 device=device,
                 prefix_id=self.prefix_id,
+                is_counted=self.is_scored,
+                name=f"data.valid {self.source}",
                 **self.options,
             )
         finally:

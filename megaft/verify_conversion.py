@@ -15,11 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from megaft import parallel
 from megaft.errors import DataError, NumericsError
+from megaft.finite import require_finite
 from megaft.models.classic_megatron import is_classic
 from megaft.models.hugging_face import NatsModel, load_language_model, set_dropout
 from megaft.models.tensor_file import TensorFile
@@ -82,12 +84,12 @@ def verify(before: Side, after: Side, dtype: str, text: str) -> Difference:
 
     Raises:
         DataError: One could not be run; it has said why.
-        NumericsError: They differ by more than the order of sums explains.
+        NumericsError: Nats of one are not finite, or they differ by more than the order of sums explains.
     """
     rows = rows_of(text, after.source)
     with TemporaryDirectory(prefix="megaft-verify-") as folder:
         Path(folder, "rows.json").write_text(json.dumps(rows))
-        first, second = (_nats_of(side, dtype, Path(folder)) for side in (before, after))
+        first, second = (_finite(_nats_of(side, dtype, Path(folder)), rows, side) for side in (before, after))
     mean = float(first.mean())
     largest, apart = float((first - second).abs().max()), abs(float(second.mean()) - mean)
     difference = Difference(len(first), mean, largest, apart / mean)
@@ -129,6 +131,17 @@ def _nats_of(side: Side, dtype: str, folder: Path) -> Tensor:
     if done.returncode:
         raise DataError(f"{side.source} could not be run on {num_ranks} processes; their own messages say why.")
     return torch.tensor(json.loads((folder / "nats.json").read_text()), dtype=torch.float64)
+
+
+def _finite(nats: Tensor, rows: list[list[int]], side: Side) -> Tensor:
+    """Return the nats of a model.
+
+    Raises:
+        NumericsError: Some are not finite.
+    """
+    offsets = np.cumsum([0, *(len(row) - 1 for row in rows)])
+    require_finite(nats.numpy(), offsets, name=f"{side.source} on the text of --verify", num_scored_tokens=len(nats))
+    return nats
 
 
 def model_of(side: Side, dtype: torch.dtype) -> nn.Module:

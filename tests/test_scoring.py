@@ -1,5 +1,6 @@
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from megaft import scoring
-from megaft.errors import ConfigError, DataError
+from megaft.errors import ConfigError, DataError, NumericsError
 from megaft.loss import IGNORE_INDEX, token_nats
 from megaft.models.hugging_face import NatsModel
 from megaft.scoring import Row, Score, Window, batches_of, rows_of, score, windows
@@ -264,6 +265,76 @@ def test_an_interrupted_evaluation_continues_with_the_same_bits(gpt2):
     assert done[-1] == sum(row.num_inputs for row in rows)
 
 
+BAD_TOKEN = 50
+
+
+def model_with(value):
+    """One nat a label, but this value where the label is BAD_TOKEN."""
+
+    def model(input_ids, labels):
+        nats = torch.where(labels == BAD_TOKEN, value, 1.0) * (labels != IGNORE_INDEX)
+        return torch.stack([torch.where(labels == IGNORE_INDEX, 0.0, nats), torch.zeros(labels.shape)])
+
+    return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        pytest.param([[2] * 9 + [BAD_TOKEN], [2] * 5], r"1 of 15 .* token 9 of document 0", id="one token"),
+        pytest.param([[2] * 9, [BAD_TOKEN] * 5], r"5 of 14 .* token 0 of document 1", id="a document"),
+        pytest.param([[2] * 40 + [BAD_TOKEN] + [2] * 40], r"1 of 81 .* token 40 of document 0", id="a later window"),
+    ],
+)
+def test_nats_that_are_not_finite_are_refused(documents, said, value):
+    with pytest.raises(NumericsError, match=rf"valid\.txt: {said}.*: {value}\. "):
+        run(model_with(value), Text(*documents), context_length=16, stride=4, prefix_id=PREFIX, name="valid.txt")
+
+
+def test_a_token_that_does_not_count_may_be_infinite():
+    """As of a prompt, one that the model never says."""
+    text = Text([2, BAD_TOKEN, 3, 4])
+    is_counted = np.array([False, False, True, True])
+    whole = run(model_with(math.inf), text, prefix_id=PREFIX, is_counted=is_counted)
+    assert whole.of(is_counted).nats == 2.0
+    with pytest.raises(NumericsError, match="1 of 4 scored tokens"):
+        run(model_with(math.inf), text, prefix_id=PREFIX, is_counted=~is_counted)
+
+
+def test_batches_that_are_not_finite_are_not_kept():
+    text, settings = Text([2] * 16, [2] * 15 + [BAD_TOKEN]), {"context_length": 16, "batch_size": 1, "prefix_id": 0}
+    memory = Memory()
+    with pytest.raises(NumericsError):
+        run(model_with(math.nan), text, keeper=memory, **settings)
+    assert [values[0].tolist() for values in memory.finished.values()] == [[1.0] * 16]
+    memory.finished[1] = np.full((2, 16), np.nan, np.float32)  # as an earlier version kept it
+    assert run(model_with(1.0), text, keeper=memory, **settings).nats == 32.0
+
+
+def refusal_on_rank(value):
+    from megaft import parallel as ranks
+
+    topology = ranks.discover(os.environ)
+    ranks.join(topology)
+    documents = Text(*[[2] * 9] * 3, [2] * 8 + [BAD_TOKEN], [2] * 9)
+    try:
+        run(model_with(value), documents, context_length=8, stride=8, batch_size=1)
+    except NumericsError as error:
+        return str(error)
+    finally:
+        ranks.leave()
+
+
+@pytest.mark.slow
+def test_all_ranks_refuse_together(run_ranks):
+    """One of them alone computed the token."""
+    said = run_ranks(3, refusal_on_rank, math.nan)
+    assert said == [said[0]] * 3
+    assert "1 of 40 scored tokens" in said[0]
+    assert "token 8 of document 3" in said[0]
+
+
 def test_a_model_that_returns_nats_scores_the_same(gpt2):
     nats_model = NatsModel(gpt2).eval()
     text, settings = Text(tokens(40, 1), tokens(7, 2)), {"context_length": 16, "stride": 8, "batch_size": 2}
@@ -302,7 +373,6 @@ def test_unknown_units_are_left_out_and_overflow_is_inf():
         "nats_per_token": 1e6,
         "perplexity": math.inf,
     }
-    assert math.isnan(Score(math.nan, 1).perplexity)
 
 
 @pytest.mark.slow

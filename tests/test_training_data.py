@@ -5,16 +5,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_dataset import write_dataset
 
 from megaft import training_data
 from megaft.config import DataConfig
 from megaft.dataset import Documents, Stream
 from megaft.errors import ConfigError, DataError, LostPeerError
 from megaft.indexed import TokenFile
+from megaft.loss import IGNORE_INDEX
 from megaft.parallel import Topology
 from megaft.receipt import load_receipt
 from megaft.tokenizer import load_tokenizer
-from megaft.training_data import Source, open_samples, parse_source, prepare_sources, require_same_tokenizer
+from megaft.training_data import (
+    Source,
+    notes_on_unscored,
+    open_samples,
+    parse_source,
+    prepare_sources,
+    require_same_tokenizer,
+)
 
 MAIN = Topology("test", rank=0, local_rank=0, world_size=2, master_addr="", master_port=0)
 OTHER = replace(MAIN, rank=1, local_rank=1)
@@ -207,3 +216,35 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, toy_model, text, role):
     assert own.sha256[:12] in str(error.value)
     require_same_tokenizer(training_data.Sources((ours,), None), own)
     assert load_receipt(ours.prefix)["tokenizer"]["sha256"] == own.sha256
+
+
+SCORED = [[0, 0, 1, 1], [0] * 12, [0, 1]]  # the second is a prompt without an answer
+
+
+@pytest.mark.parametrize(
+    ("scored", "settings", "said"),
+    [
+        pytest.param([[0, 0, 1, 1], [0, 1]], {"sample": "document"}, [], id="all samples have some"),
+        pytest.param(SCORED, {"sample": "document"}, ["b: 3 of 5 samples have no scored"], id="document"),
+        pytest.param(SCORED, {}, ["b: 3 of 5 samples have no scored"], id="stream"),
+        pytest.param(SCORED, {"attend_within_documents": True}, ["b: 3 of 5 samples"], id="within documents"),
+    ],
+)
+def test_samples_that_are_left_out_are_counted(tmp_path, scored, settings, said):
+    whole = write_dataset(tmp_path / "a", [[1, 2, 3]])
+    prefix = write_dataset(tmp_path / "b", [[1] * len(document) for document in scored], scored)
+    sources = [Source(whole, 0.5), Source(prefix, 0.5)]
+    samples = open_samples(sources, DataConfig(train=("a", "b"), context_length=4, **settings), seed=0)
+    notes = notes_on_unscored(sources, samples)
+    assert len(notes) == len(said)
+    assert all(part in note for part, note in zip(said, notes, strict=True))
+    assert all((sample.labels != IGNORE_INDEX).any() for sample in map(samples.__getitem__, range(200)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"sample": "document"}, {"attend_within_documents": True}])
+def test_a_dataset_without_a_scored_token_is_refused_in_a_blend_too(tmp_path, settings):
+    whole = write_dataset(tmp_path / "a", [[1, 2, 3]])
+    empty = write_dataset(tmp_path / "empty", [[1, 2, 3], [4, 5]], [[0, 0, 0], [0, 0]])
+    config = DataConfig(train=("a", "empty"), context_length=4, **settings)
+    with pytest.raises(DataError, match=r"data\.train has .*empty, of which no token is scored.*role assistant"):
+        open_samples([Source(whole, 0.9), Source(empty, 0.1)], config, seed=0)

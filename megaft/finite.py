@@ -1,0 +1,47 @@
+"""Refusal of nats that are not finite: one NaN among a million tokens leaves no figure of a text."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64
+
+from megaft.errors import NumericsError
+
+ADVICE = (
+    "Its weights may be damaged, or it overflows in this precision: check where they come from, or use float32; "
+    "no figure was made of them."
+)
+
+
+def require_finite(
+    token_nats: Float[np.ndarray, " tokens"],
+    document_offsets: Int64[np.ndarray, " documents+1"],
+    *,
+    name: str,
+    num_scored_tokens: int,
+    is_counted: Bool[np.ndarray, " tokens"] | None = None,
+) -> None:
+    """Refuse nats that are NaN or infinite.
+
+    Args:
+        token_nats: Nats of each token of a text; 0.0 where a token is not scored.
+        document_offsets: Where the text's documents begin, and its length.
+        name: The text and the model, for the message.
+        num_scored_tokens: Tokens that were scored.
+        is_counted: The tokens that the figures are made of; by default all of them.
+
+    Raises:
+        NumericsError: With the number of such tokens, and the first one's document and place in it.
+    """
+    is_bad = ~np.isfinite(token_nats)
+    if is_counted is not None:
+        is_bad &= is_counted
+    if not is_bad.any():
+        return
+    first = int(is_bad.argmax())
+    document = int(np.searchsorted(document_offsets, first, side="right")) - 1
+    place = f"token {first - int(document_offsets[document]):,} of document {document:,} (both counted from 0)"
+    raise NumericsError(
+        f"{name}: {int(is_bad.sum()):,} of {num_scored_tokens:,} scored tokens have nats that are not finite, first "
+        f"{place}: {token_nats[first]}. {ADVICE}"
+    )
