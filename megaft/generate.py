@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ import tyro
 from megaft.backend import Backend, backend_of
 from megaft.config import require
 from megaft.errors import DataError
-from megaft.ranges import ABOVE_0, NOT_NEGATIVE, SEED, Range, at_least, require_ranges
+from megaft.ranges import NOT_NEGATIVE, SEED, Range, at_least, require_ranges
 
 if TYPE_CHECKING:
     from megaft.parallel import Topology
+    from megaft.sampling import Reader
+    from megaft.tokenizer import AnyTokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +44,7 @@ class SamplingConfig:
             temperature=NOT_NEGATIVE.such_as("0.8"),
             top_k=at_least(0).such_as("50"),
             top_p=Range("more than 0 and at most 1, for example 0.95", lambda value: 0 < value <= 1),
-            repetition_penalty=ABOVE_0.such_as("1.2"),
+            repetition_penalty=Range("0.001 to 1000, for example 1.2", lambda value: 0.001 <= value <= 1000),
         )
         require(
             self.temperature > 0 or (self.top_k == 0 and self.top_p == 1),
@@ -56,7 +59,8 @@ class GenerateConfig:
     model: str
     """A run's folder, a model folder, a hub name or a GGUF file."""
     prompt: tuple[str, ...]
-    """One text to continue, or several. Each is continued by itself, from the same seed."""
+    """One text to continue, or several. Each is continued by itself, from the same seed. The special tokens that the
+    tokenizer puts before a text (the beginning-of-sequence token) are put before it, unless it spells them itself."""
     max_new_tokens: int = 100
     """Tokens after the prompt, unless the model ends the text before. Beyond its context it forgets the oldest."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
@@ -69,14 +73,24 @@ class GenerateConfig:
     tensor_parallel_size: int = 1
     """Ranks that share each matrix, with megatron-core's modules: all that `torchrun -m megaft generate` starts."""
     ignore_eos: bool = False
-    """Go on where the model ends the text."""
+    """Go on at end tokens: those of generation_config.json (else config.json), and the tokenizer's."""
     json: bool = False
     """Print one JSON object a prompt instead of the text."""
 
     def __post_init__(self) -> None:
         require(len(self.prompt) > 0, "prompt is empty; give a text to continue.")
+        for prompt in self.prompt:
+            require(_is_unicode(prompt), f"prompt is {prompt!r}, which has bytes that are not UTF-8; give UTF-8 text.")
         require_ranges(self, max_new_tokens=at_least(1).such_as("100"), seed=SEED)
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: a byte of the command line that is not UTF-8
+        return False
+    return True
 
 
 def main(config: GenerateConfig) -> int:
@@ -106,29 +120,65 @@ def generate(config: GenerateConfig, source: str, load: Callable[[str, Any], Any
     import torch
 
     from megaft import parallel
+    from megaft.end_tokens import end_ids
     from megaft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(source)
-    prompts = [tokenizer.encode(prompt) for prompt in config.prompt]
-    if not all(prompts):
-        raise DataError(f"prompt {config.prompt[prompts.index([])]!r} has no tokens; give a text to continue.")
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in config.prompt]
     model = load(source, getattr(torch, config.dtype))
     for prompt, ids in zip(config.prompt, prompts, strict=True):
-        row = {"prompt": prompt, **continue_prompt(model, tokenizer, ids, config)}
+        _require_fits(model, prompt, ids)
+    ends = frozenset() if config.ignore_eos else end_ids(source, tokenizer, model.vocab_size)
+    for prompt, ids in zip(config.prompt, prompts, strict=True):
+        row = {"prompt": prompt, **continue_prompt(model, tokenizer, ids, ends, config)}
         if parallel.is_main():
-            print(json.dumps(row) if config.json else prompt + row["text"], flush=True)
+            print_text(json.dumps(row) if config.json else prompt + row["text"])
     return 0
+
+
+def prompt_ids(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
+    """Return what the model reads of a prompt: transformers' ids, but no opening tokens that the text spells already.
+
+    Raises:
+        DataError: Nothing is left to read.
+    """
+    opening, ids = list(tokenizer.opening_ids), tokenizer.encode(prompt)
+    if opening and ids[: len(opening)] != opening:
+        ids = opening + ids
+    if not ids:
+        raise DataError(f"prompt {prompt!r} has no tokens; give a text to continue.")
+    return ids
+
+
+def _require_fits(model: Reader, prompt: str, ids: list[int]) -> None:
+    if max(ids) >= model.vocab_size:
+        raise DataError(
+            f"prompt {prompt[:40]!r} has token {max(ids)}, but the model embeds {model.vocab_size} tokens; "
+            "use the tokenizer the model was made with."
+        )
+
+
+def print_text(text: str) -> None:
+    """Print in the output's encoding; what that has no letter for is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def load_cached_model(source: str, dtype: Any) -> Any:
     """Return a transformers model to generate with, where this machine computes fastest."""
     import torch
 
+    from megaft.models.generation import CachedModel
     from megaft.models.hugging_face import load_language_model
-    from megaft.sampling import CachedModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return CachedModel(load_language_model(source, dtype).eval().to(device))
+    model = CachedModel(load_language_model(source, dtype).eval().to(device))
+    if model.cache_name is None:
+        print(
+            f"warning: {source} has no cache that gives its own logits; every token reads the whole text anew.",
+            file=sys.stderr,
+        )
+    return model
 
 
 def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: Any) -> Any:
@@ -164,10 +214,13 @@ def model_source(model: str) -> str:
     return model
 
 
-def continue_prompt(model: Any, tokenizer: Any, prompt_ids: list[int], config: GenerateConfig) -> dict[str, Any]:
+def continue_prompt(
+    model: Reader, tokenizer: AnyTokenizer, prompt_ids: list[int], end_ids: frozenset[int], config: GenerateConfig
+) -> dict[str, Any]:
     """Return the continuation's text, tokens and speed. Its seconds include the reading of the prompt."""
     from megaft.sampling import continue_tokens
 
+    opening = tokenizer.opening_ids
     begin = time.perf_counter()
     tokens = list(
         continue_tokens(
@@ -176,15 +229,15 @@ def continue_prompt(model: Any, tokenizer: Any, prompt_ids: list[int], config: G
             max_new_tokens=config.max_new_tokens,
             settings=config.sampling,
             seed=config.seed,
-            eos_id=None if config.ignore_eos else tokenizer.eos_id,
+            end_ids=end_ids,
+            num_opening=len(opening),
         )
     )
     seconds = time.perf_counter() - begin
-    is_ended = not config.ignore_eos and tokens[-1] == tokenizer.eos_id
-    text_ids = prompt_ids + (tokens[:-1] if is_ended else tokens)
+    is_ended = tokens[-1] in end_ids
     return {
-        # Decoded behind the prompt: sentencepiece drops the space before a text's first word.
-        "text": tokenizer.decode(text_ids)[len(tokenizer.decode(prompt_ids)) :],
+        "text": _text_after(tokenizer, prompt_ids[len(opening) :], tokens[:-1] if is_ended else tokens),
+        "prompt_tokens": prompt_ids,
         "tokens": tokens,
         "is_ended_by_model": is_ended,
         "seconds": seconds,
@@ -192,3 +245,12 @@ def continue_prompt(model: Any, tokenizer: Any, prompt_ids: list[int], config: G
         "seed": config.seed,
         "dtype": config.dtype,
     }
+
+
+def _text_after(tokenizer: AnyTokenizer, prompt_ids: list[int], tokens: list[int]) -> str:
+    """Decode behind the prompt: sentencepiece drops the space before a text's first word.
+
+    A model may have more rows than the tokenizer has tokens, to fill up its matrices; those have no text.
+    """
+    whole = [id_ for id_ in prompt_ids + tokens if id_ < tokenizer.vocab_size]
+    return tokenizer.decode(whole)[len(tokenizer.decode(prompt_ids)) :]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Container, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from megaft.errors import NumericsError
 from megaft.generate import SamplingConfig
-from megaft.models.hugging_face import context_limit
 
 
 def next_token(
@@ -26,17 +25,35 @@ def next_token(
     """Return the token that follows `previous_ids`, the most likely one at temperature 0.
 
     Raises:
-        NumericsError: A logit is not a number.
+        NumericsError: A logit is not a number, or infinite; -inf marks a token that the model rules out.
     """
     logits = logits.float().cpu()  # a CPU generator draws the same numbers beside every device
-    if logits.isnan().any():
-        raise NumericsError("the model's logits are not numbers; check the checkpoint, or use --dtype float32.")
+    _require_numbers(logits, len(previous_ids))
     logits = penalize_repetition(logits, previous_ids, settings.repetition_penalty)
     if settings.temperature == 0:
         return int(logits.argmax())
-    logits = keep_top_k(logits / settings.temperature, settings.top_k)
+    logits = keep_top_k(divide(logits, settings.temperature), settings.top_k)
     logits = keep_top_p(logits, settings.top_p)
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+
+def _require_numbers(logits: Float32[Tensor, " vocab"], num_read: int) -> None:
+    wrong = logits.isnan() | logits.isposinf()
+    if wrong.any() or logits.isneginf().all():
+        token = int(wrong.int().argmax())
+        raise NumericsError(
+            f"the model's logits after {num_read} tokens are not finite: that of token {token} is "
+            f"{float(logits[token])} ({int(wrong.sum())} of {len(logits)} such); check the checkpoint, or use "
+            "--dtype float32."
+        )
+
+
+def divide(logits: Float32[Tensor, " vocab"], temperature: float) -> Float32[Tensor, " vocab"]:
+    """Divide the logits by a temperature above 0, which may be too small or too large for float32."""
+    divided = logits / temperature
+    if not divided.isnan().any() and divided.isfinite().equal(logits.isfinite()):
+        return divided
+    return ((logits.double() - logits.max()) / temperature).float()  # softmax is the same
 
 
 def penalize_repetition(
@@ -44,7 +61,7 @@ def penalize_repetition(
 ) -> Float32[Tensor, " vocab"]:
     """Divide the positive logits of tokens seen before by `penalty`, and multiply the negative ones (1.0: none).
 
-    CTRL (Keskin et al. 2019, section 4.1). As in transformers, the prompt counts as seen.
+    CTRL (Keskar et al. 2019, section 4.1). As in transformers, the prompt counts as seen.
     """
     seen = torch.tensor(sorted(set(previous_ids)), dtype=torch.int64)
     scores = logits[seen]
@@ -70,6 +87,7 @@ def keep_top_p(logits: Float32[Tensor, " vocab"], p: float) -> Float32[Tensor, "
         return logits
     probabilities, order = logits.softmax(-1).sort(descending=True)
     is_likelier_mass_enough = probabilities.cumsum(-1) - probabilities >= p
+    is_likelier_mass_enough[0] = False  # float32 has no such small p
     return logits.index_fill(0, order[is_likelier_mass_enough], -math.inf)
 
 
@@ -79,6 +97,8 @@ class Reader(Protocol):
 
     max_positions: int | None
     """Its longest input; None where it has no limit."""
+    vocab_size: int
+    """Tokens that it embeds."""
 
     def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
         """Read more of a text, and return the logits after its last token.
@@ -90,22 +110,6 @@ class Reader(Protocol):
         ...
 
 
-class CachedModel:
-    """A transformers causal language model as a Reader, which keeps keys and values."""
-
-    def __init__(self, model: Any) -> None:
-        self.max_positions = context_limit(model)
-        self._model, self._cache = model, None
-
-    def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
-        """Read tokens behind `num_read` others; return the logits after the last."""
-        input_ids = torch.tensor([token_ids], device=self._model.device)
-        cache = self._cache if num_read else None
-        output = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-        self._cache = output.past_key_values
-        return output.logits[0, -1]
-
-
 @torch.no_grad()
 def continue_tokens(
     model: Reader,
@@ -114,13 +118,14 @@ def continue_tokens(
     max_new_tokens: int,
     settings: SamplingConfig,
     seed: int,
-    eos_id: int | None = None,
+    end_ids: Container[int] = (),
+    num_opening: int = 0,
 ) -> Iterator[int]:
-    """Yield new tokens until `eos_id`, which is yielded too, or until there are `max_new_tokens`.
+    """Yield new tokens until one of `end_ids`, which is yielded too, or until there are `max_new_tokens`.
 
     Each token is read once. When they fill the model's positions, the older half is dropped and the newer half
     read again at positions from 0, so that a text can be longer than the model's context; of a longer prompt the last
-    tokens are read, as many as it has positions.
+    tokens are read, as many as it has positions. The opening tokens stay in front.
 
     Args:
         model: The model. Of one cut over ranks every rank calls this, and gets the same tokens.
@@ -128,18 +133,22 @@ def continue_tokens(
         max_new_tokens: Where to stop.
         settings: How each token is chosen.
         seed: Fixes the draws of this text, whatever else is generated.
-        eos_id: The token that ends a text; None goes on.
+        end_ids: Tokens that end a text.
+        num_opening: Tokens at the start of the prompt that are no text, such as the beginning-of-sequence token.
     """
     generator = torch.Generator().manual_seed(seed)
     limit = model.max_positions or sys.maxsize
+    opening = list(prompt_ids[:num_opening]) if num_opening < limit else []
+    limit -= len(opening)
     ids, num_read = list(prompt_ids), 0
-    begin = max(0, len(ids) - limit)
+    begin = max(len(opening), len(ids) - limit)
     for _ in range(max_new_tokens):
         if len(ids) - begin > limit:
             begin, num_read = len(ids) - (limit + 1) // 2, 0
-        logits = model.read(ids[begin + num_read :], num_read)
-        num_read = len(ids) - begin
+        window = opening + ids[begin:] if num_read == 0 else ids[begin + num_read - len(opening) :]
+        logits = model.read(window, num_read)
+        num_read = len(opening) + len(ids) - begin
         ids.append(next_token(logits, ids, settings, generator))
         yield ids[-1]
-        if ids[-1] == eos_id:
+        if ids[-1] in end_ids:
             return

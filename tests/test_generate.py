@@ -1,15 +1,22 @@
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import tyro
+from tiny_models import make_model
+from tiny_tokenizers import make_byte_level, make_metaspace, make_sentencepiece
 
 from megaft.errors import ConfigError, DataError
-from megaft.generate import GenerateConfig, SamplingConfig, main, model_source
+from megaft.generate import GenerateConfig, SamplingConfig, main, model_source, print_text
 
 MODEL = "models/tiny-gpt2-wikitext2"
+GREEDY = SamplingConfig(temperature=0)
 PROMPTS = ("The city of", "In 1998 , the")
 
 
@@ -35,6 +42,8 @@ def test_flags_have_no_prefixes():
         ({"top_p": 0.0}, "top-p is 0.0"),
         ({"top_p": 1.1}, "top-p is 1.1"),
         ({"repetition_penalty": 0.0}, "repetition-penalty is 0.0"),
+        ({"repetition_penalty": 1e38}, r"repetition-penalty is 1e\+38"),
+        ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": 0.0, "top_k": 5}, "no effect at temperature 0"),
         ({"temperature": 0.0, "top_p": 0.9}, "no effect at temperature 0"),
     ],
@@ -51,6 +60,7 @@ def test_sampling_settings_are_checked(settings, message):
         ({"max_new_tokens": 0}, "max-new-tokens is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "less than 2"),
+        ({"prompt": ("To be", os.fsdecode(b"caf\xe9"))}, "prompt is 'caf.*not UTF-8"),
     ],
 )
 def test_settings_are_checked(settings, message):
@@ -96,13 +106,136 @@ def test_greedy_text_equals_transformers(shared, capsys):
     model = AutoModelForCausalLM.from_pretrained(shared / MODEL, dtype=torch.float32)
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
     theirs = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    greedy = SamplingConfig(temperature=0)
-    assert generate(shared, capsys, prompt=PROMPTS[:1], sampling=greedy) == tokenizer.decode(theirs[0]) + "\n"
+    assert generate(shared, capsys, prompt=PROMPTS[:1], sampling=GREEDY) == tokenizer.decode(theirs[0]) + "\n"
 
 
 def test_a_prompt_without_tokens_is_refused(shared):
     with pytest.raises(DataError, match="prompt '' has no tokens"):
         main(GenerateConfig(model=str(shared / MODEL), prompt=("a", "")))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A llama with each kind of tokenizer; its files name the end token of the tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    make = {
+        "byte-level with a BOS": partial(make_byte_level, bos="<s>"),
+        "Metaspace with a BOS": make_metaspace,
+        "without a BOS": make_byte_level,
+    }
+    for name, make_tokenizer in make.items():
+        make_tokenizer(root / name)
+        make_model("llama", vocab_size=800, eos_token_id=1 if "BOS" in name else 0).save_pretrained(root / name)
+    return root
+
+
+def theirs(folder, prompt, settings=GREEDY, seed=0, **options):
+    """Return the ids that transformers reads and those it generates."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    inputs = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = inputs.input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    drawn = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    torch.manual_seed(seed)
+    generated = model.generate(
+        **inputs,
+        max_new_tokens=12,
+        do_sample=settings.temperature > 0,
+        pad_token_id=0,
+        **(drawn if settings.temperature else {}),
+    )
+    return ids[0].tolist(), generated[0, ids.shape[1] :].tolist()
+
+
+def ours(folder, prompt, capsys, settings=GREEDY, **options):
+    config = GenerateConfig(
+        model=str(folder), prompt=(prompt,), max_new_tokens=12, sampling=settings, json=True, **options
+    )
+    assert main(config) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SamplingConfig(temperature=0.9, top_k=200)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["byte-level with a BOS", "Metaspace with a BOS", "without a BOS"])
+def test_ids_read_and_generated_equal_transformers(folders, name, settings, capsys):
+    prompt = "The import statement\n of "
+    row = ours(folders / name, prompt, capsys, settings)
+    assert (row["prompt_tokens"], row["tokens"]) == theirs(folders / name, prompt, settings)
+
+
+@pytest.mark.parametrize("name", ["byte-level with a BOS", "Metaspace with a BOS"])
+def test_a_prompt_that_spells_its_beginning_gets_no_second_one(folders, name, capsys):
+    plain, spelled = (ours(folders / name, prompt, capsys) for prompt in ("To be", "<s>To be"))
+    assert [row["prompt_tokens"].count(row["prompt_tokens"][0]) for row in (plain, spelled)] == [1, 1]
+    if name.startswith("byte-level"):  # Metaspace puts its space before a text's first word only
+        assert spelled["tokens"] == plain["tokens"]
+
+
+def test_an_empty_prompt_begins_with_the_beginning_of_sequence_token(folders, capsys):
+    row = ours(folders / "byte-level with a BOS", "", capsys)
+    bos = row["prompt_tokens"]
+    assert len(bos) == 1
+    assert "<s>" not in row["text"]
+    assert row["tokens"] == ours(folders / "byte-level with a BOS", "<s>", capsys)["tokens"]
+
+
+@pytest.mark.parametrize("name", ["byte-level with a BOS", "Metaspace with a BOS", "without a BOS"])
+def test_the_text_is_what_comes_behind_the_prompt(folders, name, capsys):
+    from transformers import AutoTokenizer
+
+    row = ours(folders / name, "To be", capsys)
+    tokenizer = AutoTokenizer.from_pretrained(folders / name)
+    whole = tokenizer.decode(row["prompt_tokens"] + row["tokens"], skip_special_tokens=True)
+    assert "To be" + row["text"] == whole
+
+
+def with_end_ids(folder, path, ids):
+    """Copy a model folder, with ids in its generation_config.json."""
+    shutil.copytree(folder, path)
+    settings = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": ids}))
+    return path
+
+
+@pytest.mark.parametrize("end", [2, 0], ids=["third token", "first token"])
+def test_generation_ends_at_every_end_token_as_in_transformers(folders, tmp_path, end, capsys):
+    free = ours(folders / "byte-level with a BOS", "To be", capsys)
+    folder = with_end_ids(folders / "byte-level with a BOS", tmp_path / "model", [1, free["tokens"][end]])
+    row = ours(folder, "To be", capsys)
+    assert row["tokens"] == theirs(folder, "To be")[1]
+    assert len(row["tokens"]) <= end + 1
+    assert row["is_ended_by_model"]
+    assert not free["is_ended_by_model"]
+    assert free["text"].startswith(row["text"])
+    assert len(row["text"]) < len(free["text"])
+    assert ours(folder, "To be", capsys, ignore_eos=True)["tokens"] == free["tokens"]
+
+
+def test_a_token_that_the_model_does_not_embed_is_refused(folders, tmp_path):
+    folder = tmp_path / "model"
+    make_byte_level(folder)
+    make_model("llama", vocab_size=40).save_pretrained(folder)
+    with pytest.raises(DataError, match="the model embeds 40 tokens"):
+        main(GenerateConfig(model=str(folder), prompt=("To be",)))
+
+
+def test_rows_without_a_token_have_no_text(folders, tmp_path, capsys):
+    make_sentencepiece(tmp_path, vocab_size=400)
+    model = make_model("llama", vocab_size=500, tie_word_embeddings=False, pad_token_id=None)
+    with torch.no_grad():
+        model.lm_head.weight[:400] *= 1e-3  # so that it likes the rows behind the tokenizer's
+    model.save_pretrained(tmp_path)
+    row = ours(tmp_path, "To be", capsys)
+    assert max(row["tokens"]) >= 400
+    assert isinstance(row["text"], str)
+
+
+def test_letters_that_the_output_has_not_are_escaped(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", output)
+    print_text("caf\xe9 \u4e16")
+    assert output.buffer.getvalue() == b"caf\xe9 \\u4e16\n"
 
 
 def test_a_missing_model_is_refused():

@@ -10,7 +10,8 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor, TopKLogits
 
 from megaft.errors import NumericsError
 from megaft.generate import SamplingConfig
-from megaft.sampling import CachedModel, continue_tokens, keep_top_k, keep_top_p, next_token, penalize_repetition
+from megaft.models.generation import CachedModel
+from megaft.sampling import continue_tokens, keep_top_k, keep_top_p, next_token, penalize_repetition
 
 PROMPT = [5, 17, 3, 17]
 GREEDY = SamplingConfig(temperature=0)
@@ -127,11 +128,24 @@ def test_a_text_outgrows_the_model_by_dropping_the_older_half(gpt2, prompt_token
     assert run(gpt2, 40, settings, prompt=prompt) == ids[prompt_tokens:]
 
 
+@pytest.mark.parametrize("prompt_tokens", [2, 15, 16, 17, 40])
+def test_opening_tokens_stay_in_front_of_what_is_left(gpt2, prompt_tokens):
+    prompt = [0, *((7 * i) % 97 for i in range(1, prompt_tokens))]
+    ids, begin = list(prompt), max(1, prompt_tokens - 15)
+    for _ in range(40):  # 15 positions are left beside the opening token; the same window without a cache
+        if len(ids) - begin > 15:
+            begin = len(ids) - 8
+        logits = gpt2(torch.tensor([[0, *ids[begin:]]])).logits[0, -1].detach()
+        ids.append(next_token(logits, ids, GREEDY, torch.Generator()))
+    assert run(gpt2, 40, prompt=prompt, num_opening=1) == ids[prompt_tokens:]
+
+
 def test_a_text_ends_at_eos(gpt2):
     free = run(gpt2, 12)
     eos = free[5]
-    assert run(gpt2, 12, eos_id=eos) == free[: free.index(eos) + 1]
-    assert len(run(gpt2, 12, eos_id=None)) == 12
+    assert run(gpt2, 12, end_ids={eos}) == free[: free.index(eos) + 1]
+    assert run(gpt2, 12, end_ids={96, free[3], eos}) == free[: free.index(free[3]) + 1]
+    assert len(run(gpt2, 12)) == 12
 
 
 def test_tokens_come_one_at_a_time(gpt2):
@@ -139,6 +153,35 @@ def test_tokens_come_one_at_a_time(gpt2):
     assert list(islice(endless, 3)) == run(gpt2, 3)
 
 
-def test_logits_that_are_not_numbers_are_refused():
-    with pytest.raises(NumericsError, match="not numbers"):
-        next_token(torch.tensor([0.0, math.nan]), [0], GREEDY, torch.Generator())
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        pytest.param([0.0, math.nan, 1.0], "token 1 is nan", id="NaN"),
+        pytest.param([0.0, 1.0, math.inf], "token 2 is inf", id="overflow"),
+        pytest.param([-math.inf, -math.inf], "token 0 is -inf", id="nothing is left"),
+    ],
+)
+@pytest.mark.parametrize("settings", [GREEDY, SamplingConfig()], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_are_refused(logits, message, settings):
+    with pytest.raises(NumericsError, match=f"after 3 tokens .*{message}"):
+        next_token(torch.tensor(logits), [0, 1, 0], settings, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        pytest.param({"temperature": 1e-45}, {2}, id="a temperature of float32's least"),
+        pytest.param({"temperature": 5e-324}, {2}, id="a temperature that float32 does not have"),
+        pytest.param({"temperature": 1e38}, {0, 1, 2}, id="a high temperature draws evenly"),
+        pytest.param({"temperature": 1e300}, {0, 1, 2}, id="a temperature above float32"),
+        pytest.param({"top_p": 1e-300}, {2}, id="a top-p that float32 does not have"),
+        pytest.param({"top_p": 1 - 1e-12}, {0, 1, 2}, id="a top-p of nearly 1"),
+        pytest.param({"top_k": 10**30}, {0, 1, 2}, id="a top-k above the vocabulary"),
+        pytest.param({"temperature": 1e-45, "top_k": 2, "top_p": 1e-45}, {2}, id="all"),
+    ],
+)
+def test_extreme_settings_draw_what_they_say(settings, expected):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([1.0, 1.5, 2.0, -math.inf])  # the model rules the last one out
+    drawn = {next_token(logits, [0], SamplingConfig(**settings), generator) for _ in range(200)}
+    assert drawn == expected

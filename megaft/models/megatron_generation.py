@@ -20,6 +20,7 @@ class CachedPart:
 
     def __init__(self, model: MegatronModel) -> None:
         self.max_positions = context_limit(model)
+        self.vocab_size: int = model.config.vocab_size
         self._model = model.eval()
         self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
 
@@ -32,7 +33,7 @@ class CachedPart:
                 attention.past = weight.new_empty(0), weight.new_empty(0)
         states = self._model(torch.tensor([token_ids], device=weight.device), past=num_read)
         parts = parallel.gather_over_tensor_ranks(F.linear(states[0, -1], weight))
-        return parts.flatten()[: self._model.config.vocab_size]  # what fills it up stands behind the last word
+        return parts.flatten()[: self.vocab_size]  # what fills it up stands behind the last word
 
 
 def load_cached_part(source: str, dtype: torch.dtype, device: torch.device) -> CachedPart:

@@ -1,0 +1,117 @@
+"""A transformers causal language model that continues texts, with whatever cache its family has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megaft.models.hugging_face import CausalLM, context_limit, vocab_size
+
+CACHE_NAMES = ("past_key_values", "cache_params", "state")
+"""Keyword and output under which families keep what they have read: attention, state space models, RWKV."""
+
+TRIAL_TOKENS = 8
+TRIAL_PROMPT = 5
+TOLERANCE = {torch.float32: 1e-3}
+"""Largest difference between logits with and without the cache, as a part of the largest logit: rounding alone is
+below 1e-5 in float32. Half precision rounds each logit to about 1e-2."""
+HALF_TOLERANCE = 5e-2
+
+CACHE_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What families raise that return a cache which they do not accept again."""
+
+
+class CachedModel:
+    """A transformers causal language model as a sampling.Reader. It uses the family's cache after trying it out.
+
+    Without a cache that gives the logits of a plain forward pass, every read is a forward pass over the whole text.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self.max_positions = context_limit(model)
+        self.vocab_size = vocab_size(model)
+        self._model = model.eval()
+        self._ids: list[int] = []
+        self._cache: Any = None
+        self._rescaling = _rescaling_lengths(model.config)
+        self.cache_name = _cache_name(model)
+        if self.cache_name is not None and not self._cache_is_exact():
+            self.cache_name = None
+
+    def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
+        """Read tokens behind `num_read` others; return the logits after the last."""
+        self._ids[num_read:] = token_ids
+        if self.cache_name is None or self._rescales(num_read, len(self._ids)):
+            num_read = 0
+        return self._logits(self._ids[num_read:], is_start=num_read == 0)
+
+    def _rescales(self, num_read: int, total: int) -> bool:
+        """Whether rotary frequencies of `total` tokens differ from those that the cached keys were rotated by."""
+        return any(total > length and (is_growing or num_read <= length) for length, is_growing in self._rescaling)
+
+    @torch.no_grad()
+    def _logits(self, token_ids: Sequence[int], *, is_start: bool) -> Float[Tensor, " vocab"]:
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([token_ids], device=self._model.device)}
+        if _takes(self._model, "use_cache"):
+            inputs["use_cache"] = self.cache_name is not None
+        if self.cache_name is not None:
+            inputs[self.cache_name] = None if is_start else self._cache
+        output = self._model(**inputs)
+        self._cache = None if self.cache_name is None else output.get(self.cache_name)
+        return output.logits[0, -1]
+
+    def _cache_is_exact(self) -> bool:
+        """Try whether tokens read one by one give the logits of one forward pass over all of them."""
+        ids = [1 + number % (self.vocab_size - 1) for number in range(TRIAL_TOKENS)]
+        try:
+            cached = [self.read(ids[:TRIAL_PROMPT], 0)]
+            cached += [self.read([ids[place]], place) for place in range(TRIAL_PROMPT, TRIAL_TOKENS)]
+        except CACHE_ERRORS:
+            return False
+        name, self.cache_name = self.cache_name, None
+        plain = [self.read(ids[:end], 0) for end in (TRIAL_PROMPT, TRIAL_TOKENS)]
+        self.cache_name = name
+        return _agree(cached[0], plain[0]) and _agree(cached[-1], plain[-1])
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    tolerance = TOLERANCE.get(theirs.dtype, HALF_TOLERANCE)
+    largest = theirs.float().abs().max()
+    # Logits that are not finite in the same places are left to sampling, which refuses them by name.
+    return torch.allclose(ours.float(), theirs.float(), rtol=0, atol=tolerance * float(largest), equal_nan=True)
+
+
+def _takes(model: CausalLM, name: str) -> bool:
+    """Whether the forward pass takes a keyword, or hands any on to the layers below its head."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _cache_name(model: CausalLM) -> str | None:
+    """Return the keyword of the family's cache that its forward pass takes, if it is one that is known here."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters and _takes(model, "use_cache")), None)
+
+
+def _rescaling_lengths(config: Any) -> list[tuple[int, bool]]:
+    """Return the lengths beyond which rotary frequencies change, and whether they go on changing with every token.
+
+    Keys in a cache keep the rotation of the length at which they were read, so the text is read anew there. LongRoPE
+    has two sets of frequencies; dynamic NTK scaling has one for every length.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    lengths = []
+    for parameters in kinds:
+        kind = parameters.get("rope_type")
+        if kind == "longrope":
+            lengths.append((parameters["original_max_position_embeddings"], False))
+        elif kind == "dynamic":
+            lengths.append((text.max_position_embeddings, True))
+    return lengths
