@@ -7,14 +7,19 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megaft import heartbeat
 from megaft.errors import CheckpointError, NoProgressError, UserError
+from megaft.exit_code import REQUEUE
 from megaft.files import json_lines, naming_disk_errors, to_json, write_json_atomic
 
 STARTS_WITHOUT_PROGRESS = 3
 """As many starts of a requeued job at one step are enough."""
+CLAIM = "ended.json.claim"
+"""Made by the rank that writes ended.json in place of the main one."""
 
 
 class Events:
@@ -71,12 +76,15 @@ def job() -> dict[str, str | int]:
 def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
     """Write the reason into RUN/ended.json when the block ends with a UserError: launchers' codes are unreliable.
 
-    While the block runs there is none, so that a process that is killed leaves no earlier one's.
+    While the block runs there is none, so that a process that is killed leaves no earlier one's. Where that was the
+    main rank, another one writes it.
     """
     if is_main:
-        (run_dir / "ended.json").unlink(missing_ok=True)
+        for name in ("ended.json", CLAIM):
+            (run_dir / name).unlink(missing_ok=True)
     try:
-        yield
+        with heartbeat.at_loss(partial(record_loss, run_dir)):
+            yield
     except UserError as error:
         if is_main:
             record_end(run_dir, None, error.exit_code, str(error))
@@ -88,3 +96,17 @@ def record_end(run_dir: Path, step: int | None, exit_code: int, reason: str) -> 
     if run_dir.is_dir():
         Events(run_dir, is_main=True).record("end", step, exit_code=exit_code, reason=reason)
         write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": reason})
+
+
+def record_loss(run_dir: Path, reason: str) -> None:
+    """Write that a peer was lost as the run's end, unless a reason is there: any rank may call this, one writes."""
+    claim = run_dir / CLAIM
+    try:
+        claim.touch(exist_ok=False)
+    except OSError:  # another rank's; or no folder, or no disk
+        return
+    try:
+        if not (run_dir / "ended.json").exists():
+            record_end(run_dir, None, REQUEUE, reason)
+    finally:
+        claim.unlink(missing_ok=True)

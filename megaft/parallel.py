@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megaft.errors import ConfigError, LostPeerError, UserError
 from megaft.exit_code import exit_code_of
+from megaft.heartbeat import Heartbeat
 from megaft.topology import Topology, discover, free_port, integer, is_main_of
 
 T = TypeVar("T")
@@ -30,6 +31,9 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 """By default, after this long without its peers a collective ends with an error."""
 _timeout = TIMEOUT
+_watches_peers = False
+"""Whether this process is a rank of a program, which may be ended when a peer is lost, and no part of another one."""
+_heartbeat: Heartbeat | None = None
 
 
 def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
@@ -82,6 +86,9 @@ def _meet(topology: Topology, backend: str, timeout: timedelta) -> None:
             f"rank {topology.rank} waited {seconds} seconds at {where}, and {missing} missing. Look why in their own "
             f"messages, or whether that address is reached from every node; {variable} sets how long to wait."
         ) from error
+    if _watches_peers and world_size > 1:
+        global _heartbeat
+        _heartbeat = Heartbeat(rank, world_size, topology.master_addr, store, _timeout.total_seconds())
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
@@ -174,6 +181,14 @@ def _same(value: T) -> T:
 
 def leave() -> None:
     """End the process group, if there is one."""
+    global _heartbeat
+    _leave_group()
+    if _heartbeat:
+        _heartbeat.end()
+        _heartbeat = None
+
+
+def _leave_group() -> None:
     uncut()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -185,14 +200,19 @@ def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
 
 
 def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> int:
+    global _watches_peers
+    _watches_peers = True
     try:
         with naming_lost_peers(topology.rank):
             code = program(topology)
-    except LostPeerError:  # leaving could wait for the lost one
+    except UserError as error:
+        if not isinstance(error, LostPeerError):  # leaving could wait for the lost one
+            _leave_group()
+        if _heartbeat:
+            _heartbeat.stand_down()
         raise
-    except UserError:
-        leave()
-        raise
+    finally:
+        _watches_peers = False
     leave()
     return code
 

@@ -1,0 +1,171 @@
+"""A rank whose peer died ends with the code to requeue, although its main thread is in a call that never returns."""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+
+import pytest
+from fork_server import CONTEXT
+
+from megaft import exit_code, heartbeat, parallel
+from megaft.errors import ConfigError
+from megaft.events import recording_errors
+
+GRACE_SECONDS = 0.5
+NEVER = 600
+
+
+def blocked(topology):
+    """Stay in C code, where no Python error is raised, as behind a kernel that waits for a peer."""
+    ctypes.CDLL(None).sleep(NEVER)
+
+
+def mistaken(topology):
+    """Both ranks find the same mistake, the main one first."""
+    time.sleep(0 if topology.is_main else GRACE_SECONDS)
+    raise ConfigError("a setting is wrong.")
+
+
+def main_is_last(topology):
+    time.sleep(4 * GRACE_SECONDS if topology.is_main else 0)
+
+
+def main_is_first(topology):
+    time.sleep(0 if topology.is_main else 4 * GRACE_SECONDS)
+
+
+def run(run_dir, work, topology):
+    with recording_errors(run_dir, topology.is_main):
+        parallel.join(topology, timedelta(seconds=60))
+        parallel.barrier()
+        (run_dir / f"ready-{topology.rank}").touch()
+        work(topology)
+    return 0
+
+
+def start(rank, world_size, port, run_dir, work):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    heartbeat.GRACE_SECONDS = GRACE_SECONDS
+    exit_code.SECONDS_FOR_MAIN = 4 * GRACE_SECONDS
+    sys.exit(parallel.exit_code_on_ranks(partial(run, run_dir, work)))
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """ranks(3, work) starts ranks as processes, and returns them when all have met."""
+    started = []
+
+    def start_all(world_size, work):
+        port = parallel.free_port()
+        for rank in range(world_size):
+            started.append(CONTEXT.Process(target=start, args=(rank, world_size, port, tmp_path, work)))
+            started[-1].start()
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("ready-*"))) < world_size:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return started
+
+    yield start_all
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [pytest.param(0, id="the main rank"), pytest.param(1, id="another rank")])
+def test_a_blocked_rank_ends_with_the_code_to_requeue_when_a_peer_dies(ranks, tmp_path, victim):
+    processes = ranks(3, blocked)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    for process in processes:
+        process.join(20)
+    codes = [75, 75, 75]
+    codes[victim] = -signal.SIGKILL
+    assert [process.exitcode for process in processes] == codes
+    ended = json.loads((tmp_path / "ended.json").read_text())
+    assert ended["exit_code"] == 75
+    assert f"lost its peers (rank {victim}: " in ended["reason"]
+    ends = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [end["exit_code"] for end in ends] == [75]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("work", "codes", "reason"),
+    [
+        pytest.param(main_is_last, [0, 0], None, id="the main rank ends last"),
+        pytest.param(main_is_first, [0, 0], None, id="the main rank ends first"),
+        pytest.param(mistaken, [2, 2], {"exit_code": 2, "reason": "a setting is wrong."}, id="a mistake of all ranks"),
+    ],
+)
+def test_a_rank_that_ends_by_itself_is_not_lost(ranks, tmp_path, work, codes, reason):
+    processes = ranks(2, work)
+    for process in processes:
+        process.join(20)
+    assert [process.exitcode for process in processes] == codes
+    path = tmp_path / "ended.json"
+    assert (json.loads(path.read_text()) if path.exists() else None) == reason
+
+
+class Store(dict):
+    """As much of torch's store as the main rank needs."""
+
+    set = dict.__setitem__
+
+
+@pytest.fixture
+def main_rank(monkeypatch):
+    """The main rank of three, its port and secret, and the reasons it would have ended the process for."""
+    reasons = []
+    monkeypatch.setattr(heartbeat, "_end", reasons.append)
+    monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 0.0)
+    store = Store()
+    one = heartbeat.Heartbeat(0, 3, "127.0.0.1", store, 600)
+    port, secret = store[heartbeat.KEY].split()
+    yield one, int(port), secret, reasons
+    one.end()
+
+
+def until(is_so):
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_stranger_at_the_port_is_no_peer(main_rank):
+    one, port, secret, reasons = main_rank
+    for hello in (b"", b"GET / HTTP/1.1\r\n\r\n", f"{'0' * 32}{1:8}".encode()):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(hello)
+    with socket.create_connection(("127.0.0.1", port)) as peer, socket.create_connection(("127.0.0.1", port)) as other:
+        peer.sendall(f"{secret}{1:8}".encode())
+        other.sendall(f"{secret}{2:8}".encode())
+        until(lambda: sorted(rank or 0 for rank in one._peers.values()) == [1, 2])
+        assert reasons == []
+        peer.close()
+        assert other.recv(64) == b"1\n"
+        until(lambda: reasons)
+    assert "lost its peers (rank 1: its process ended)" in reasons[0]
+
+
+def test_the_kernel_gives_up_a_silent_host():
+    """What it does then is the kernel's; a test with a cut network needs root and two network namespaces."""
+    with socket.socket() as connection:
+        heartbeat.probe(connection, 60)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
+        assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [15, 15, 60_000]
+        assert connection.gettimeout() is None
