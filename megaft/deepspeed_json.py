@@ -233,7 +233,7 @@ def _offloads_optimizer(config: dict[str, Any], stage: int) -> bool:
 
 
 def _gradient_clipping(config: dict[str, Any]) -> float:
-    value = config.get("gradient_clipping", 0.0)
+    value = config["gradient_clipping"]
     if not _is_number(value) or value < 0:
         fail("gradient_clipping", value, "use a number above 0, for example 1.0, or 0 to clip nothing.")
     return float(value)

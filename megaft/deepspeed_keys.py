@@ -16,7 +16,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 PASSED_ON = (  # top-level keys that DeepSpeed may read as they stand
-    *("bf16", "fp16", "data_types", "zero_optimization", "gradient_clipping", "communication_data_type"),
+    *("bf16", "fp16", "data_types", "zero_optimization", "gradient_clipping"),
     *("prescale_gradients", "gradient_predivide_factor", "comms_logger", "flops_profiler", "timers", "log_level"),
     *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc"),
 )
@@ -120,6 +120,7 @@ ONLY = {  # key: the only value megaft runs with (None: leave it out), and why
     "zero_allow_untested_optimizer": (True, "megaft hands the engine its own optimizer"),
     "zero_force_ds_cpu_optimizer": (False, "megaft hands the engine its own optimizer, also with offload"),
     "data_types.grad_accum_dtype": ("fp32", "a sum of gradients in half precision depends on how the batch was cut"),
+    "communication_data_type": ("fp32", ROUNDS),
     "optimizer.legacy_fusion": (False, "it is for LAMB"),
     "bf16.bf16_master_weights_and_grads": (False, MASTERS),
     "bf16.bf16_optimizer_states": (False, MASTERS),
@@ -141,6 +142,8 @@ FILLED_IN = {  # unless the JSON gives them
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "data_types.grad_accum_dtype": "fp32",
+    "communication_data_type": "fp32",  # else DeepSpeed rounds sums over ranks, at stage 1 on one rank too
+    "gradient_clipping": 1.0,  # DeepSpeed's default, said
     "timers.throughput.enabled": False,  # it waits for the GPU at every step; megaft times steps itself
 }
 

@@ -268,6 +268,7 @@ def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int, cut: int) -> 
     whole = FLOAT * total if is_stage_1 else reduced
     optimizer = (FLOAT + _moments(setup)) * mine
     norm = 8 * min(_largest(weights), mine)  # taken in float64
+    copied = FLOAT * min(bucket // word, total) if word < _sent_bytes(setup) and not is_stage_1 else 0
     largest = word * _largest(weights)
     return States(
         weights=word * flat,
@@ -276,7 +277,7 @@ def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int, cut: int) -> 
         gradients=whole,
         gradients_before=whole if accumulates else 0,
         gradients_reduced=reduced,
-        buckets=bucket + largest * (offloads or (is_stage_1 and is_rounded)),
+        buckets=bucket + copied + largest * (offloads or (is_stage_1 and is_rounded)),
         buckets_before=bucket * (is_stage_1 and accumulates) + largest * offloads,
         reducing=max(0, kept - bucket) if is_stage_1 else 0,
         stepping=max(norm, here * (not is_rounded)),

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from megaft.errors import ConfigError
 
 # launcher, the variable that shows it, then its rank, local rank and world size.
-# OpenMPI stands before SLURM because mpirun starts its daemons with srun inside a job.
+# OpenMPI and MPICH stand before SLURM because mpirun starts its daemons with srun inside a job. Of SLURM's variables
+# those of the step count: in an interactive shell of `salloc -n 4`, a step of one task, SLURM_NTASKS is 4.
 LAUNCHERS = (
     ("torch", "RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
     ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
-    ("mpich", "PMI_RANK", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    ("mpich", "MPI_LOCALRANKID", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    ("slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
 )
 
 
@@ -41,7 +42,7 @@ def discover(environment: Mapping[str, str]) -> Topology:
     for launcher, sign, *names in LAUNCHERS:
         if sign in environment:
             rank, local_rank, world_size = (integer(environment, name) for name in names)
-            return Topology(launcher, rank, local_rank, world_size, *_master(launcher, environment))
+            return Topology(launcher, rank, local_rank, world_size, *_master(launcher, world_size, environment))
     return Topology("python", 0, 0, 1, "127.0.0.1", free_port())
 
 
@@ -62,16 +63,20 @@ def integer(environment: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-def _master(launcher: str, environment: Mapping[str, str]) -> tuple[str, int]:
+def _master(launcher: str, world_size: int, environment: Mapping[str, str]) -> tuple[str, int]:
     if "MASTER_ADDR" in environment and "MASTER_PORT" in environment:
         return environment["MASTER_ADDR"], integer(environment, "MASTER_PORT")
     if launcher == "torch":
         raise ConfigError(
             "RANK is set but MASTER_ADDR and MASTER_PORT are not; start the ranks with deepspeed or torchrun."
         )
+    if launcher == "slurm" and world_size == 1:
+        return "127.0.0.1", free_port()
     if launcher == "slurm":
-        # Every task of a job derives the same port, and two jobs on a node hardly ever the same one.
-        return first_host(environment["SLURM_JOB_NODELIST"]), 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000
+        # Every task of a step derives the same port, and two steps or jobs on a node hardly ever the same one.
+        number = int(environment["SLURM_JOB_ID"]) + 101 * integer(environment, "SLURM_STEP_ID")
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+        return first_host(nodes), 20_000 + number % 20_000
     return _agree_over_mpi()
 
 

@@ -129,6 +129,10 @@ REFUSALS = [
     ({"gradient_clipping": "auto"}, 'gradient_clipping is "auto"'),
     ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, 'optimizer.params.lr is "auto"'),
     ({"communication_data_type": None}, "communication_data_type is null; leave the key out"),
+    (
+        {"communication_data_type": "bf16"},
+        'communication_data_type is "bf16"; use "fp32": it rounds what ranks exchange',
+    ),
     (zero(stage=4), "use 0, 1, 2 or 3"),
     (zero(stage="two"), 'zero_optimization.stage is "two"'),
     (zero(stage=True), "zero_optimization.stage is true; use 0, 1, 2 or 3"),
@@ -256,8 +260,15 @@ def test_the_json_is_left_alone_and_the_rest_filled_in():
         "bf16": {"enabled": True, "check_grad_overflow": True},  # stages skip the same steps
         "gradient_accumulation_steps": 2,
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},
     }
     assert 'data_types.grad_accum_dtype "fp32"' in ours.notes[0]
+
+
+def test_gradients_are_clipped_as_deepspeed_does_by_default():
+    ours = resolved(BATCH)
+    assert ours.gradient_clipping == ours.engine_config["gradient_clipping"] == 1.0
+    assert DeepSpeedConfig(dict(BATCH)).gradient_clipping == 1.0

@@ -10,6 +10,7 @@ SLURM = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_JOB_ID": "123456",
     "SLURM_JOB_NODELIST": "n[07-09,12],login",
 }
@@ -18,6 +19,18 @@ OPENMPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "2",
     "OMPI_COMM_WORLD_SIZE": "3",
 }
+# As slurmctld 22.05 gives them: the shell of `salloc -n 4` with LaunchParameters=use_interactive_step ...
+SALLOC = {
+    **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "4"},
+    **{"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "n1"},
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+}
+# ... and a task that srun starts from there, on the second node alone.
+SRUN_IN_SALLOC = SALLOC | {
+    **{"SLURM_STEP_ID": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n2"},
+    **{"SLURM_PROCID": "1", "SLURM_LOCALID": "1"},
+}
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +42,10 @@ OPENMPI = {
         pytest.param(OPENMPI | MASTER, "openmpi", (2, 2, 3), ("10.0.0.7", 29500), id="mpirun"),
         pytest.param(SLURM | OPENMPI | MASTER, "openmpi", (2, 2, 3), ("10.0.0.7", 29500), id="mpirun inside a job"),
         pytest.param(SLURM | TORCH, "torch", (3, 1, 4), ("10.0.0.7", 29500), id="deepspeed inside a job"),
+        pytest.param(SALLOC | TORCH, "torch", (3, 1, 4), ("10.0.0.7", 29500), id="torchrun in a shell of salloc"),
+        pytest.param(SRUN_IN_SALLOC, "slurm", (1, 1, 2), ("n2", 20209), id="srun in a shell of salloc"),
+        pytest.param(SALLOC | HYDRA | MASTER, "mpich", (3, 1, 4), ("10.0.0.7", 29500), id="mpiexec inside a job"),
+        pytest.param(SLURM | {"PMI_RANK": "5", "PMI_SIZE": "8"}, "slurm", (5, 1, 8), ("n07", 23456), id="srun's PMI"),
     ],
 )
 def test_discover(environment, launcher, ranks, master):
@@ -38,11 +55,22 @@ def test_discover(environment, launcher, ranks, master):
     assert (topology.master_addr, topology.master_port) == master
 
 
-def test_without_a_launcher_one_process_is_the_world():
-    # A batch script's own step has SLURM_PROCID but no SLURM_STEP_ID: python there is one rank.
-    batch_step = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}
-    topology = discover(batch_step)
-    assert (topology.rank, topology.world_size, topology.is_main) == (0, 1, True)
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({}, id="a shell"),
+        pytest.param(SALLOC, id="a shell of salloc that is a step"),
+        pytest.param({name: SALLOC[name] for name in SALLOC if "STEP" not in name}, id="an older salloc's"),
+        pytest.param({name: SLURM[name] for name in SLURM if "STEP" not in name}, id="a batch script"),
+        pytest.param(SALLOC | {"SLURM_JOB_ID": "8"}, id="a batch script submitted in a shell of salloc"),
+        pytest.param(SALLOC | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, id="srun -n 1"),
+    ],
+)
+def test_plain_python_is_one_rank(environment):
+    topology = discover(environment)
+    assert (topology.rank, topology.local_rank, topology.world_size, topology.is_main) == (0, 0, 1, True)
+    assert topology.master_addr == "127.0.0.1"
+    assert is_main_of(environment)
 
 
 @pytest.mark.parametrize(
