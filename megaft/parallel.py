@@ -24,6 +24,7 @@ from torch import Tensor
 from megaft.errors import ConfigError, LostPeerError, UserError
 from megaft.exit_code import exit_code_of
 from megaft.heartbeat import Heartbeat
+from megaft.network import connect_hosts, require_interfaces
 from megaft.topology import Topology, discover, free_port, integer, is_main_of
 
 T = TypeVar("T")
@@ -73,8 +74,10 @@ def _meet(topology: Topology, backend: str, timeout: timedelta) -> None:
     variable = "MEGAFT_RENDEZVOUS_SECONDS"  # how long ranks that start late are waited for
     seconds = integer(os.environ, variable) if variable in os.environ else int(TIMEOUT.total_seconds())
     where = f"{topology.master_addr}:{topology.master_port} (MASTER_ADDR and MASTER_PORT)"
+    require_interfaces(os.environ, backend)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        connect_hosts(rank, world_size, topology.master_addr, store)
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import faults_hosts
 import pytest
 from faults_hosts import Host
+from fork_server import CONTEXT
+
+from megaft.topology import free_port
 
 SSHD = "/usr/sbin/sshd"  # which must be started by its full path
 SSHD_CONFIG = """\
@@ -54,6 +58,20 @@ class TwoHosts:
         code = self.start(host, *words, log=log, **environment).wait(seconds)
         return code, log.read_text()
 
+    def ranks(self, function, *arguments, hosts=(0, 1), own=({}, {}), **environment):
+        """Return what a function returned, or the exception it raised, on a rank of each of two hosts.
+
+        Args:
+            own: Variables of the first and of the second rank's environment alone.
+        """
+        shared = {"MASTER_ADDR": self.hosts[0].address, "MASTER_PORT": str(free_port()), **environment}
+        with ProcessPoolExecutor(2, mp_context=CONTEXT) as pool:
+            ranks = [
+                pool.submit(_on_host, self.hosts[host], rank, shared | own[rank], function, arguments)
+                for rank, host in enumerate(hosts)
+            ]
+        return [rank.exception() or rank.result() for rank in ranks]
+
     def run_on_both(self, command, seconds=120, **environment):
         """Run `command(host number)` on both at the same time; returns two exit codes and what both said."""
         logs = [self.folder / f"{time.monotonic_ns()}-{number}.log" for number in (0, 1)]
@@ -61,6 +79,15 @@ class TwoHosts:
         deadline = time.monotonic() + seconds
         codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in started]
         return codes, "".join(log.read_text() for log in logs)
+
+
+def _on_host(host, rank, environment, function, arguments):
+    host.enter()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2")
+    import torch
+
+    torch.set_num_threads(1)
+    return function(*arguments)
 
 
 def skip_unless_possible():

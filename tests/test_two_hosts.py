@@ -1,0 +1,175 @@
+"""Ranks on two hosts: the losses of one host under every launcher, whatever a host's own name leads to."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults_hosts import hosts_text
+
+from megaft import parallel
+from megaft.errors import ConfigError
+
+pytestmark = pytest.mark.slow
+pytest_plugins = ["two_hosts"]
+
+BIN = Path(sys.executable).parent
+PROGRAM = Path(__file__).parents[1] / "megaft" / "train.py"
+STEPS = 3
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+TORCHRUN = [BIN / "torchrun", "--nnodes=2", "--nproc-per-node=1"]
+
+LAUNCHERS = {
+    "deepspeed --no_ssh": lambda host: [
+        *(BIN / "deepspeed", "--hostfile=hostfile", "--no_ssh", f"--node_rank={host}", "--master_addr=node1"),
+        *("--master_port=29500", PROGRAM),
+    ],
+    "torchrun c10d": lambda host: [
+        *TORCHRUN,
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=node1:29501", "--rdzv-id=first", PROGRAM),
+    ],
+    "torchrun static": lambda host: [
+        *TORCHRUN,
+        *(f"--node-rank={host}", "--master-addr=node1", "--master-port=29502", PROGRAM),
+    ],
+}
+"""The same command on each host, as docs/multinode.md has it."""
+LAUNCHERS_FROM_ONE = {
+    "deepspeed over ssh": ("pdsh", [BIN / "deepspeed", "--hostfile=hostfile", "--master_addr=node1", PROGRAM]),
+    "mpirun": ("mpirun", ["mpirun", "--allow-run-as-root", "--hostfile", "hostfile", sys.executable, PROGRAM]),
+}
+"""The program that must be installed, and the command on the first host."""
+
+
+@pytest.fixture(scope="module")
+def flags(two_hosts, toy_model, toy_texts):
+    settings = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    (two_hosts.folder / "zero1.json").write_text(json.dumps(settings))
+    (two_hosts.folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+
+    def of(name):
+        return [
+            *("--deepspeed_config=zero1.json", f"--model.path={toy_model}", f"--data.train={toy_texts[0]}"),
+            *("--data.context-length=32", "--model.dropout=0.1", "--run.export=none"),
+            *(f"--run.max-steps={STEPS}", f"--run.dir={two_hosts.folder / name}"),
+        ]
+
+    return of
+
+
+def losses(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"].hex()) for row in rows]
+
+
+def trained_in(folder, flags):
+    from megaft import train
+
+    os.chdir(folder)
+    return train.main(flags)
+
+
+@pytest.fixture(scope="module")
+def on_one_host(two_hosts, flags):
+    codes = two_hosts.ranks(trained_in, two_hosts.folder, flags("one"), hosts=(0, 0))
+    assert codes == [0, 0]
+    expected = losses(two_hosts.folder / "one")
+    assert [step for step, _ in expected] == [1, 2, 3]
+    return expected
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_command_on_each_host(two_hosts, flags, on_one_host, launcher):
+    codes, said = two_hosts.run_on_both(lambda host: [*LAUNCHERS[launcher](host), *flags(launcher)], **ENVIRONMENT)
+    assert codes == [0, 0], said
+    assert losses(two_hosts.folder / launcher) == on_one_host
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS_FROM_ONE)
+def test_a_command_on_the_first_host(with_ssh, flags, on_one_host, launcher):
+    program, command = LAUNCHERS_FROM_ONE[launcher]
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    code, said = with_ssh.run_on(0, *command, *flags(launcher.split()[0]), **ENVIRONMENT)
+    assert code == 0, said
+    assert losses(with_ssh.folder / launcher.split()[0]) == on_one_host
+
+
+def summed():
+    import torch
+
+    device = parallel.join(parallel.discover(os.environ))
+    total = parallel.sum_over_ranks(torch.ones(1, device=device))
+    parallel.leave()
+    return total.item(), os.environ.get("GLOO_SOCKET_IFNAME")
+
+
+@pytest.fixture
+def own_name_is(two_hosts):
+    """own_name_is("127.0.1.1") makes each host's own name lead there, as an /etc/hosts does."""
+
+    def write(where):
+        for number, host in enumerate(two_hosts.hosts):
+            address = where.format(number + 1)
+            line = f"{host.address} {host.name}\n"
+            text = hosts_text(two_hosts.hosts).replace(line, address and f"{address} {host.name}\n")
+            host.hosts_file.write_text(text)
+
+    yield write
+    for host in two_hosts.hosts:
+        host.hosts_file.write_text(hosts_text(two_hosts.hosts))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        pytest.param("127.0.1.1", id="loopback, as Debian writes it"),
+        pytest.param("10.78.{}.1", id="an interface that leads nowhere"),
+        pytest.param("", id="nothing"),
+    ],
+)
+@pytest.mark.parametrize("master", ["10.77.0.1", "node1"])  # as the main rank is told
+def test_the_interface_that_leads_to_the_other_host_is_taken(two_hosts, own_name_is, address, master):
+    own_name_is(address)
+    main = {"MASTER_ADDR": master if address else "10.77.0.1"}
+    assert two_hosts.ranks(summed, own=(main, {})) == [(2.0, "eth0")] * 2
+
+
+def test_one_host_keeps_its_own_choice(two_hosts):
+    assert two_hosts.ranks(summed, hosts=(0, 0)) == [(2.0, None)] * 2
+
+
+WRONG = {
+    "unknown": ({"GLOO_SOCKET_IFNAME": "ib7"}, r"GLOO_SOCKET_IFNAME names 'ib7', and node\d has no such .* eth0"),
+    "leads nowhere": (
+        {"GLOO_SOCKET_IFNAME": "eth1"},
+        r"rank 0 on node1 does not reach rank 1 on node2 at 10\.78\.2\.1:.*GLOO_SOCKET_IFNAME is 'eth1' there",
+    ),
+    "loopback": ({"GLOO_SOCKET_IFNAME": "lo"}, r"node2 at 127\.0\.0\.1:.*GLOO_SOCKET_IFNAME is 'lo' there.*loopback"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_interface_is_named_by_both_ranks(two_hosts, wrong):
+    environment, message = WRONG[wrong]
+    for error in two_hosts.ranks(summed, **environment):
+        assert isinstance(error, ConfigError)
+        assert re.search(message, str(error)), error
+
+
+def test_an_interface_of_one_host_that_leads_nowhere_is_named_by_both_ranks(two_hosts):
+    errors = two_hosts.ranks(summed, own=({}, {"GLOO_SOCKET_IFNAME": "eth1"}))
+    assert [type(error) for error in errors] == [ConfigError] * 2
+    assert all("rank 1 on node2 at 10.78.2.1:" in str(error) for error in errors)
+
+
+def test_an_address_out_of_reach_is_named_in_time(two_hosts):
+    began = time.monotonic()
+    errors = two_hosts.ranks(summed, MASTER_ADDR="10.78.1.1", MEGAFT_RENDEZVOUS_SECONDS="2")
+    assert time.monotonic() - began < 30
+    assert [type(error) for error in errors] == [ConfigError] * 2
+    assert all("waited 2 seconds at 10.78.1.1:" in str(error) for error in errors)
