@@ -30,7 +30,7 @@ def end_ids(source: str, tokenizer: AnyTokenizer, vocab_size: int) -> frozenset[
         DataError: A file is damaged, or names what cannot be an id.
     """
     named = set() if source.endswith(".gguf") else _named(source, vocab_size)
-    return frozenset(named | ({tokenizer.eos_id} - {None}))
+    return frozenset(named if tokenizer.eos_id is None else named | {tokenizer.eos_id})
 
 
 def _named(source: str, vocab_size: int) -> set[int]:

@@ -151,11 +151,17 @@ def prompt_ids(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
 
 
 def _require_fits(model: Reader, prompt: str, ids: list[int]) -> None:
+    """Raise DataError for a token that the model does not embed; warn of a prompt beyond its positions."""
+    from megaft import parallel
+
     if max(ids) >= model.vocab_size:
         raise DataError(
             f"prompt {prompt[:40]!r} has token {max(ids)}, but the model embeds {model.vocab_size} tokens; "
             "use the tokenizer the model was made with."
         )
+    limit = model.max_positions
+    if limit is not None and len(ids) > limit and parallel.is_main():
+        print(f"warning: the prompt has {len(ids)} tokens, of which the model reads the last {limit}.", file=sys.stderr)
 
 
 def print_text(text: str) -> None:
@@ -175,7 +181,7 @@ def load_cached_model(source: str, dtype: Any) -> Any:
     model = CachedModel(load_language_model(source, dtype).eval().to(device))
     if model.cache_name is None:
         print(
-            f"warning: {source} has no cache that gives its own logits; every token reads the whole text anew.",
+            f"warning: {source} has no exact cache of what it read; each token takes a pass over the whole text.",
             file=sys.stderr,
         )
     return model

@@ -64,3 +64,7 @@ def test_what_is_no_id_is_refused(tmp_path, generation, config, message):
 
 def test_a_tokenizer_without_an_end_token_adds_none(tmp_path):
     assert end_ids(write(tmp_path, None, {}), SimpleNamespace(eos_id=None), 600) == frozenset()
+
+
+def test_a_gguf_file_names_its_end_token_in_its_tokenizer():
+    assert end_ids("folder/model.gguf", TOKENIZER, 600) == {1}

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,12 @@ def test_a_token_that_the_model_does_not_embed_is_refused(folders, tmp_path):
     make_model("llama", vocab_size=40).save_pretrained(folder)
     with pytest.raises(DataError, match="the model embeds 40 tokens"):
         main(GenerateConfig(model=str(folder), prompt=("To be",)))
+
+
+def test_a_prompt_beyond_the_positions_is_read_from_behind(folders, capsys):
+    config = GenerateConfig(model=str(folders / "without a BOS"), prompt=("To be " * 80,), max_new_tokens=1)
+    assert main(config) == 0
+    assert re.search(r"warning: the prompt has \d+ tokens, .* the last 64\.", capsys.readouterr().err)
 
 
 def test_rows_without_a_token_have_no_text(folders, tmp_path, capsys):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from megaft.errors import DataError
 from megaft.models.hugging_face import CausalLM, context_limit, vocab_size
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
@@ -22,8 +23,8 @@ TOLERANCE = {torch.float32: 1e-3}
 below 1e-5 in float32. Half precision rounds each logit to about 1e-2."""
 HALF_TOLERANCE = 5e-2
 
-CACHE_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What families raise that return a cache which they do not accept again."""
+FORWARD_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What a forward pass raises that needs other inputs, or does not take the cache that it returned."""
 
 
 class CachedModel:
@@ -39,9 +40,8 @@ class CachedModel:
         self._ids: list[int] = []
         self._cache: Any = None
         self._rescaling = _rescaling_lengths(model.config)
-        self.cache_name = _cache_name(model)
-        if self.cache_name is not None and not self._cache_is_exact():
-            self.cache_name = None
+        self.cache_name: str | None = None
+        self.cache_name = self._exact_cache()
 
     def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
         """Read tokens behind `num_read` others; return the logits after the last."""
@@ -65,24 +65,36 @@ class CachedModel:
         self._cache = None if self.cache_name is None else output.get(self.cache_name)
         return output.logits[0, -1]
 
-    def _cache_is_exact(self) -> bool:
-        """Try whether tokens read one by one give the logits of one forward pass over all of them."""
-        ids = [1 + number % (self.vocab_size - 1) for number in range(TRIAL_TOKENS)]
+    def _exact_cache(self) -> str | None:
+        """Try the family's cache: tokens read one by one must give the logits of one forward pass over all of them."""
+        ids = _trial_ids(self._model)
+        try:
+            plain = [self.read(ids[:end], 0) for end in (TRIAL_PROMPT, TRIAL_TOKENS)]
+        except FORWARD_ERRORS as error:
+            reason = f"{type(error).__name__} {error}".splitlines()[0]
+            raise DataError(f"model's {type(self._model).__name__} cannot read a plain text ({reason}).") from error
+        self.cache_name = name = _cache_name(self._model)
         try:
             cached = [self.read(ids[:TRIAL_PROMPT], 0)]
             cached += [self.read([ids[place]], place) for place in range(TRIAL_PROMPT, TRIAL_TOKENS)]
-        except CACHE_ERRORS:
-            return False
-        name, self.cache_name = self.cache_name, None
-        plain = [self.read(ids[:end], 0) for end in (TRIAL_PROMPT, TRIAL_TOKENS)]
-        self.cache_name = name
-        return _agree(cached[0], plain[0]) and _agree(cached[-1], plain[-1])
+        except FORWARD_ERRORS:
+            return None
+        return name if _agree(cached[0], plain[0]) and _agree(cached[-1], plain[-1]) else None
+
+
+def _trial_ids(model: CausalLM) -> list[int]:
+    """Return a text with the padding token in it, which some families do not count as a position."""
+    size, padding = vocab_size(model), getattr(model.config, "pad_token_id", None)
+    ids = [number % size for number in range(1, 1 + TRIAL_TOKENS)]
+    if isinstance(padding, int) and 0 <= padding < size:
+        ids[1] = padding
+    return ids
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
     tolerance = TOLERANCE.get(theirs.dtype, HALF_TOLERANCE)
     largest = theirs.float().abs().max()
-    # Logits that are not finite in the same places are left to sampling, which refuses them by name.
+    # Logits that are not finite in the same places are left to sampling, which says which.
     return torch.allclose(ours.float(), theirs.float(), rtol=0, atol=tolerance * float(largest), equal_nan=True)
 
 

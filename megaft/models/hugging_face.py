@@ -255,7 +255,8 @@ def architecture_of(class_name: str, shapes: dict[str, torch.Size]) -> str:
 
 def context_limit(model: CausalLM) -> int | None:
     """Return the longest input the model has positions for, if it has a limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None or limit < 0 else limit  # XLNet's is -1
 
 
 def vocab_size(model: CausalLM) -> int:
