@@ -1,12 +1,13 @@
 """ZeRO-3 from the first weight on: models built in parts are the models that are built whole."""
 
 import os
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import MODELS, make_model
+from tiny_models import MODELS, change_tensors, edit_json, make_model
 
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
@@ -135,34 +136,79 @@ def test_each_rank_holds_its_share(case, compared):
 # Mistakes: every rank ends, whoever found them
 
 
-def refused(folder):
-    with pytest.raises(DataError) as error:
-        hugging_face.build(ModelConfig(path=str(folder)), LoraConfig(), 0, engine_config())
-    return str(error.value)
+REFUSED = {
+    "weights of another shape": (
+        "gpt2",
+        lambda folder: edit_json(folder / "config.json", n_embd=64),
+        r"transformer\.h\.0\.attn\.c_attn\.bias is \[96\], not \[192\]",
+    ),
+    "a layer that is missing": (
+        "gpt2",
+        lambda folder: edit_json(folder / "config.json", n_layer=3),
+        r"transformer\.h\.2\.attn\.c_attn\.bias is missing",
+    ),
+    "a layer too many": (
+        "llama",
+        lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
+        r"has no model\.layers\.1\.\S+ \(9 such\)",
+    ),
+    "tied in config.json, apart in the file": (
+        "llama",
+        lambda folder: edit_json(folder / "config.json", tie_word_embeddings=True),
+        r"ties lm_head\.weight to model\.embed_tokens\.weight, but .*tie_word_embeddings",
+    ),
+    "tied by default, apart in the file": (
+        "gpt2",
+        lambda folder: add_head(folder, 1.001),  # equal in bfloat16
+        r"ties lm_head\.weight to transformer\.wte\.weight, but .*tie_word_embeddings",
+    ),
+    "an output layer that is missing": (
+        "qwen2",
+        lambda folder: (
+            change_tensors(folder, lambda tensors: tensors.pop("lm_head.weight")),
+            edit_json(folder / "config.json", tie_word_embeddings=False),
+        ),
+        r"lm_head\.weight is missing \(1 such\)",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "said"),
-    [
-        (
-            "weights of another shape",
-            ('"n_embd": 32', '"n_embd": 64'),
-            ["size mismatch for transformer", "rank 0 could"],
-        ),
-        (
-            "a layer that is missing",
-            ('"n_layer": 2', '"n_layer": 3'),
-            ["transformer.h.2.attn.c_attn.bias is missing"] * 2,
-        ),
-    ],
-)
-def test_files_that_do_not_fit_are_refused_on_every_rank(name, change, said, folders, run_ranks, tmp_path):
-    folder = shutil.copytree(folders["gpt2"], tmp_path / name)
-    config = (folder / "config.json").read_text()
-    assert change[0] in config
-    (folder / "config.json").write_text(config.replace(*change))
-    for message, part in zip(run_ranks(WORLD_SIZE, on_ranks, refused, folder), said, strict=True):
-        assert part in message
+def add_head(folder, factor):
+    change_tensors(
+        folder, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] * factor})
+    )
+
+
+def answers(folders):
+    return {case: answer(folder) for case, folder in folders.items()}
+
+
+def answer(folder):
+    try:
+        model = hugging_face.build(ModelConfig(path=str(folder)), LoraConfig(), 0, engine_config("bfloat16"))
+    except DataError as error:
+        return str(error)
+    return properties(model)["is tied"]
+
+
+@pytest.fixture(scope="module")
+def answered(folders, run_ranks, tmp_path_factory):
+    """What building each folder in parts says on each rank."""
+    root = tmp_path_factory.mktemp("refused")
+    cases = REFUSED | {"equal under both names": ("gpt2", lambda folder: add_head(folder, 1), None)}
+    for case, (name, change, _) in cases.items():
+        change(shutil.copytree(folders[name], root / case))
+    return run_ranks(WORLD_SIZE, on_ranks, answers, {case: root / case for case in cases})
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_do_not_fit_are_refused_on_every_rank(case, answered):
+    for rank in answered:
+        assert re.search(REFUSED[case][2], rank[case])
+
+
+def test_equal_weights_under_both_names_stay_tied(answered):
+    assert [rank["equal under both names"] for rank in answered] == [True] * WORLD_SIZE
 
 
 def test_other_stages_and_adapters_are_built_whole(folders):

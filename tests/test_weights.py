@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model
+from tiny_models import change_tensors, edit_json, make_model
 from transformers import AutoModelForCausalLM
 
 from megaft.errors import DataError
@@ -129,17 +129,6 @@ def test_one_file_in_the_hub_s_cache(hub, tmp_path):
     assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["generation_config.json", "tokenizer.json"]
 
 
-def change_tensors(folder, change):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-def edit_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 HEAD = "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
     "missing": (lambda folder: change_tensors(folder, lambda tensors: tensors.pop(HEAD)), f"{HEAD} is missing"),
@@ -170,11 +159,18 @@ DAMAGES = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
     "another output layer": (
         lambda folder: edit_json(folder / "config.json", tie_word_embeddings=True),
-        "tie_word_embeddings false",
+        "tie_word_embeddings",
     ),
     "index": (
-        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        lambda folder: (
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            (folder / "model.safetensors").rename(folder / "c.safetensors"),
+        ),
         "b.safetensors",
+    ),
+    "two sets": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        r"model.safetensors and model.safetensors.index.json; remove",
     ),
 }
 

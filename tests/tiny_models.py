@@ -1,5 +1,7 @@
 """Random models of several families, small enough to make in every test."""
 
+import json
+
 import torch
 
 VOCAB = 61
@@ -53,3 +55,18 @@ def make_model(name="gpt2", **changes):
 def logits_of(model, input_ids):
     with torch.no_grad():
         return model.eval()(input_ids=input_ids).logits
+
+
+def change_tensors(folder, change):
+    """Rewrite a folder's weights after `change` has edited the dictionary of them."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path, **values):
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -18,7 +18,8 @@ from megaft.errors import DataError
 from megaft.files import write_json_atomic
 from megaft.models.layout import layout_of, require_cuttable
 from megaft.models.tensor_file import TensorWriter
-from megaft.models.weights import FORMAT, INDEX, MANIFEST, Weights, file_of, local_shapes
+from megaft.models.weight_files import INDEX
+from megaft.models.weights import FORMAT, MANIFEST, Weights, file_of, local_shapes
 from megaft.tokenizer import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000

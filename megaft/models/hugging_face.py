@@ -21,7 +21,7 @@ from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
 from megaft.models.adapters import add_adapters
-from megaft.models.weight_files import require_weights
+from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
 
 CausalLM = Any
 """A transformers `...ForCausalLM`, whose attributes differ from family to family."""
@@ -128,7 +128,8 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     """Load a pretrained model from a hub name, a folder or a GGUF file.
 
     Raises:
-        DataError: It is not there, or transformers cannot read it.
+        DataError: It is not there, transformers cannot read it, or its weights are quantized or not those of its
+            config.json.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -140,6 +141,8 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
         require_weights(Path(where))
     try:
         config = _load_config(where, options)
+        if not options:
+            require_not_quantized("model.path", source, config)
         set_dropout(config, dropout)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
@@ -155,20 +158,16 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     except LOAD_ERRORS as error:
         raise DataError(f"model.path is {source}; transformers cannot load it: {_first_line(error)}") from error
     model, report = loaded
-    _require_whole(source, report)
+    require_complete(source, report)
+    _require_tied(source, model)
     return _without_quantization(model) if options else model
 
 
-def _require_whole(source: str, report: dict[str, set]) -> None:
-    """Raise DataError for what transformers would only warn of: weights that are not there start random."""
-    wrong = dict.fromkeys(report["missing_keys"], "is missing")
-    wrong |= {name: f"is {list(file)}, not {list(config)}" for name, file, config in report["mismatched_keys"]}
-    if wrong:
-        name = min(wrong)
-        raise DataError(
-            f"model.path is {source}; its weights do not fit its config.json: {name} {wrong[name]} "
-            f"({len(wrong)} such). Copy both from one model."
-        )
+def _require_tied(source: str, model: CausalLM) -> None:
+    """Refuse weights that config.json ties and transformers did not: both are stored, and they differ."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if apart := sorted(tied.keys() - model.all_tied_weights_keys.keys()):
+        raise untied_weights(f"model.path is {source}", apart[0], tied[apart[0]])
 
 
 def create_language_model(config_path: str, seed: int, dropout: float | None = None) -> CausalLM:

@@ -13,12 +13,15 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, integrations, modeling_utils
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import _load_state_dict_into_zero3_model
+from transformers.utils import logging
 
 from megaft import parallel
 from megaft.errors import UserError
+from megaft.models.weight_files import require_complete, untied_weights
 
 CausalLM = Any
 """A transformers `...ForCausalLM`, whose attributes differ from family to family."""
@@ -36,6 +39,10 @@ def loading(engine_config: dict[str, Any]) -> Iterator[None]:
     """
     lives = HfDeepSpeedConfig(engine_config)  # transformers asks whether there is one
     plain, deepspeed.zero.Init = deepspeed.zero.Init, _Init
+    plain_fill, modeling_utils._load_state_dict_into_zero3_model = (
+        modeling_utils._load_state_dict_into_zero3_model,
+        _fill,
+    )
     error = None
     try:
         with _returning_memory():
@@ -43,9 +50,66 @@ def loading(engine_config: dict[str, Any]) -> Iterator[None]:
     except UserError as caught:
         error = caught
     finally:
-        deepspeed.zero.Init = plain
+        deepspeed.zero.Init, modeling_utils._load_state_dict_into_zero3_model = plain, plain_fill
         del lives
     parallel.raise_together(error)
+
+
+def _fill(model: Any, state_dict: dict[str, Any], load_config: Any) -> tuple[list[str], set[str]]:
+    """Fill the model as transformers does, after the checks that it leaves out under ZeRO-3.
+
+    Raises:
+        DataError: On every rank, where the weights are not those of config.json.
+    """
+    source = model.config.name_or_path
+    require_complete(source, _report(model, state_dict))
+    for head, embedding in model.all_tied_weights_keys.items():
+        if _differ(*(_stored(model, state_dict, name) for name in (head, embedding))):
+            raise untied_weights(f"model.path is {source}", head, embedding)
+    return _load_state_dict_into_zero3_model(model, state_dict, load_config)
+
+
+def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the loading report that transformers gives without ZeRO-3, for tensors that have shapes and no values."""
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state_dict.items()}
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
+    with _without_zero(), _quietly():
+        return type(model).from_pretrained(None, config=deepcopy(model.config), state_dict=shapes, **options)[1]
+
+
+@contextmanager
+def _without_zero() -> Iterator[None]:
+    """Let transformers forget the engine's configuration meanwhile."""
+    known = integrations.deepspeed._hf_deepspeed_config_weak_ref
+    integrations.deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integrations.deepspeed._hf_deepspeed_config_weak_ref = known
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence the table that transformers logs of a report."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _stored(model: Any, state_dict: dict[str, Any], name: str) -> Tensor | None:
+    """Return the tensor of a parameter, whose stored name may lack the prefix of the base model."""
+    return state_dict.get(name, state_dict.get(name.removeprefix(f"{model.base_model_prefix}.")))
+
+
+def _differ(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether both tensors are stored with different values, which only rank 0 has."""
+    if first is None or second is None:
+        return False
+    is_here = first.device.type != "meta"
+    return bool(parallel.max_over_ranks([int(is_here and not torch.equal(first, second))])[0])
 
 
 @contextmanager

@@ -1,25 +1,44 @@
-"""The weight files of a model's folder: whether they are there and whole."""
+"""Checks of a model's weight files: present, whole, not quantized, and the weights that config.json describes."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from megaft.errors import DataError
 
+INDEX = "model.safetensors.index.json"
+"""Names the file of every weight, where they are several."""
+
 _LFS_POINTER = b"version https://git-lfs"
+
+BUFFERS = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+"""Names of tensors that older versions of transformers stored beside weights, and newer ones compute."""
+
+QUANTIZED = re.compile(r"[IU]8$|F(4|6_|8_)")
+"""Safetensors' names of the dtypes of quantized weights."""
 
 
 def require_weights(folder: Path) -> None:
     """Look at the files before transformers does, whose messages do not name the one that is wrong.
 
     Raises:
-        DataError: There is none, or one is a Git LFS pointer or a safetensors file that is cut short.
+        DataError: There is none, or one is a Git LFS pointer or a safetensors file that is cut short or quantized; or
+            there are two sets, of which different programs read different ones.
     """
     files = sorted(path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern))
     if not files:
         raise DataError(f"{folder} has no weights; copy its model.safetensors there, or give another model.")
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file() and index.is_file():
+        raise DataError(f"{folder} has {single.name} and {index.name}; remove the one that is not the model's.")
+    if index.is_file() and (missing := sorted(name for name in shard_names(index) if not (folder / name).is_file())):
+        raise DataError(f"{folder} has no {missing[0]}, which its {INDEX} names; copy it there.")
     for path in files:
         with path.open("rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -28,9 +47,75 @@ def require_weights(folder: Path) -> None:
             _require_whole(path)
 
 
+def shard_names(index: Path) -> set[str]:
+    """Return the names of the files that an index of weights lists; DataError where it is no index."""
+    try:
+        return set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{index} is damaged ({type(error).__name__}: {error}); copy it anew.") from error
+
+
 def _require_whole(path: Path) -> None:
     try:
-        with safe_open(path, "pt"):
-            return
+        with safe_open(path, "pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise DataError(f"{path} is cut short or damaged ({error}); copy it anew.") from error
+    quantized = [name for name, kind in kinds.items() if QUANTIZED.match(kind) and not BUFFERS.search(name)]
+    if quantized:
+        raise DataError(
+            f"{path} stores {quantized[0]} as {kinds[quantized[0]]} ({len(quantized)} such), which is quantized; "
+            "give the model it was made from."
+        )
+
+
+def require_not_quantized(setting: str, source: str, config: Any) -> None:
+    """Raise DataError where a transformers configuration says that the weights are quantized."""
+    if getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None):
+        raise DataError(
+            f"{setting} is {source}, which is quantized (its config.json has quantization_config); "
+            "give the model it was made from."
+        )
+
+
+def require_complete(source: str, report: dict[str, Any]) -> None:
+    """Refuse weights that are not those of config.json, by the loading report of transformers, which would only warn.
+
+    A weight that is missing would start random, and one too many would be left out.
+    """
+    wrong = dict.fromkeys(report["missing_keys"], "is missing")
+    wrong |= {name: f"is {list(file)}, not {list(config)}" for name, file, config in report["mismatched_keys"]}
+    if wrong:
+        name = min(wrong)
+        raise DataError(
+            f"model.path is {source}; its weights do not fit its config.json: {name} {wrong[name]} "
+            f"({len(wrong)} such). Copy both from one model."
+        )
+    require_no_more(f"model.path is {source}", (), sorted(report["unexpected_keys"]))
+
+
+def require_no_more(model: str, expected: Collection[str], found: Iterable[str]) -> None:
+    """Refuse stored weights that config.json has no place for, as those of layers beyond num_hidden_layers.
+
+    Args:
+        model: How the message names the model, such as "model.path is DIR".
+        expected: Names that are weights of the model.
+        found: Names of stored tensors.
+
+    Raises:
+        DataError: There is one that is neither expected nor a buffer that transformers computes itself.
+    """
+    more = [name for name in found if name not in expected and not BUFFERS.search(name)]
+    if more:
+        raise DataError(
+            f"{model}; its weights do not fit its config.json, which has no {more[0]} ({len(more)} such). "
+            "Copy both from one model, or remove them from a copy of the weights."
+        )
+
+
+def untied_weights(model: str, head: str, embedding: str) -> DataError:
+    """Return the error for two weights that config.json ties and the files store with different values."""
+    return DataError(
+        f"{model}; its config.json ties {head} to {embedding}, but the stored tensors differ. "
+        "Set tie_word_embeddings to false in a copy of config.json to use both."
+    )

@@ -6,8 +6,7 @@ Memory is bounded by the largest parameter, except for `.bin` and GGUF files, wh
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, reduce
@@ -26,15 +25,18 @@ from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
 from megaft.models.hugging_face import load_language_model, require_there
 from megaft.models.layout import Layout, layout_of
 from megaft.models.tensor_file import TensorFile, open_tensors
-from megaft.models.weight_files import require_weights
+from megaft.models.weight_files import (
+    INDEX,
+    require_no_more,
+    require_not_quantized,
+    require_weights,
+    shard_names,
+    untied_weights,
+)
 
 MANIFEST = "megatron.json"
-INDEX = "model.safetensors.index.json"
 FORMAT = 1
 """Of a megatron folder; the number in its manifest."""
-
-BUFFERS = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
-"""What older versions of transformers stored beside weights, and newer ones compute."""
 
 CONFIG_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
@@ -171,18 +173,11 @@ def _safetensors_of(source: str) -> list[TensorFile]:
     if Path(source).is_dir():
         require_weights(Path(source))
     index = file_of(source, INDEX)
-    names = sorted(_shard_names(index)) if index else ["model.safetensors"]
+    names = sorted(shard_names(index)) if index else ["model.safetensors"]
     found = {name: file_of(source, name) for name in names}
     if index and (missing := [name for name, path in found.items() if path is None]):
         raise DataError(f"model is {source}; its {missing[0]}, which {index.name} names, is not there. Copy it anew.")
     return [open_tensors(path) for path in found.values() if path]
-
-
-def _shard_names(index: Path) -> set[str]:
-    try:
-        return set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{index} is damaged ({type(error).__name__}: {error}); copy it anew.") from error
 
 
 def file_of(source: str, name: str) -> Path | None:
@@ -204,8 +199,7 @@ def file_of(source: str, name: str) -> Path | None:
 
 def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     config = load_config(source)
-    if getattr(config, "quantization_config", None):
-        raise DataError(f"model is {source}, which is quantized; give the model it was made from.")
+    require_not_quantized("model", source, config)
     holders = {name: file for file in files for name in file.spans}
     shapes, prefix = shapes_of(config), _prefix(config)
     layout_of(config)  # of other families, transformers changes names between file and model
@@ -213,7 +207,7 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
     require_fitting(source, shapes, found)
     _require_tied(source, config, holders, stored)
-    _require_no_more(source, {*stored.values(), "lm_head.weight"}, holders)
+    require_no_more(f"model is {source}", {*stored.values(), "lm_head.weight"}, holders)
 
     def fetch(name: str) -> Tensor:
         return holders[stored[name]].read(stored[name])
@@ -233,20 +227,7 @@ def _require_tied(source: str, config: Any, holders: dict[str, TensorFile], stor
         return
     embedding = next(key for name, key in stored.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
     if not torch.equal(holders[head].read(head), holders[embedding].read(embedding)):
-        raise DataError(
-            f"model is {source}; its config.json says that {head} is {embedding}, but its weights have another. "
-            "Give tie_word_embeddings false in a copy of config.json to use it."
-        )
-
-
-def _require_no_more(source: str, expected: Collection[str], found: Iterable[str]) -> None:
-    """Raise DataError where there are weights that config.json knows nothing of, as of layers it does not count."""
-    more = [name for name in found if name not in expected and not BUFFERS.search(name)]
-    if more:
-        raise DataError(
-            f"model is {source}; its weights do not fit its config.json, which has no {more[0]} ({len(more)} such). "
-            "Copy both from one model."
-        )
+        raise untied_weights(f"model is {source}", head, embedding)
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -283,7 +264,7 @@ def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[Ten
     for rank, file in enumerate(files):
         found = {name: span.shape for name, span in file.spans.items()}
         require_fitting(str(file.path), local_shapes(layout, shapes, size, rank), found)
-        _require_no_more(str(file.path), layout.rules, found)
+        require_no_more(f"model is {file.path}", layout.rules, found)
     return files
 
 
