@@ -19,7 +19,7 @@ from megaft.environment import write_config
 from megaft.events import Events, job, record_end
 from megaft.guard import Guard
 from megaft.masking import without_secrets
-from megaft.models import hugging_face
+from megaft.models import hugging_face, trials
 from megaft.models.weights import MANIFEST
 from megaft.optim import build_optimizer, parameter_groups
 from megaft.parallel import Topology
@@ -212,8 +212,9 @@ def _model(config: TrainConfig, setup: Resolved) -> tuple[Any, str]:
         language_model = megatron.build(config.model, config.run.seed, setup.engine_config)
         return megatron.MegatronNats(language_model), megatron.architecture(language_model)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed, setup.engine_config)
+    trials.require_language_model(language_model)
     if config.data.attend_within_documents:
-        hugging_face.require_keeps_documents_apart(language_model)
+        trials.require_keeps_documents_apart(language_model)
     model = hugging_face.NatsModel(language_model, config.model.cross_entropy)
     return model, hugging_face.architecture(language_model)
 

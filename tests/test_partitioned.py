@@ -11,7 +11,8 @@ from tiny_models import MODELS, change_tensors, edit_json, make_model
 
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
-from megaft.models import hugging_face
+from megaft.models import hugging_face, trials
+from megaft.models.stand_in import is_partitioned
 
 WORLD_SIZE = 2
 FAMILIES = sorted(MODELS)
@@ -88,7 +89,7 @@ def compare(folder, how, dtype):
 def weights(model, dtype):
     import deepspeed
 
-    assert hugging_face.is_partitioned(model) == (next(model.parameters()).numel() == 0)
+    assert is_partitioned(model) == (next(model.parameters()).numel() == 0)
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         return {name: parameter.detach().to(dtype).clone() for name, parameter in model.named_parameters()}
 
@@ -105,7 +106,7 @@ def different(ones, others):
 def properties(model):
     def keeps_documents_apart():
         try:
-            hugging_face.require_keeps_documents_apart(model)
+            trials.require_keeps_documents_apart(model)
         except ConfigError:
             return False
         return True
@@ -216,4 +217,4 @@ def test_other_stages_and_adapters_are_built_whole(folders):
     config = ModelConfig(path=str(folders["gpt2"]))
     for lora, stage in ((LoraConfig(), 2), (LoraConfig(rank=2), 3)):
         model = hugging_face.build(config, lora, 0, engine_config(stage=stage))
-        assert not hugging_face.is_partitioned(model)
+        assert not is_partitioned(model)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float32, Int64
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -20,7 +18,9 @@ from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
+from megaft.models import trials
 from megaft.models.adapters import add_adapters
+from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
 
 CausalLM = Any
@@ -34,7 +34,9 @@ class NatsModel(nn.Module):
         super().__init__()
         self.language_model = language_model
         self.head = (
-            Head(language_model.get_output_embeddings(), cross_entropy) if _head_is_linear(language_model) else None
+            Head(language_model.get_output_embeddings(), cross_entropy)
+            if trials.head_is_linear(language_model)
+            else None
         )
 
     def forward(
@@ -73,55 +75,8 @@ def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor,
     return steps - torch.where(is_first, steps, 0).cummax(1).values
 
 
-@torch.no_grad()
-def require_keeps_documents_apart(model: CausalLM) -> None:
-    """Raise ConfigError where positions that begin anew do not confine attention: try it, a model may ignore them."""
-    ids, positions = torch.arange(6).unsqueeze(0), torch.arange(3).repeat(1, 2)
-    with _on_trial(model) as tried:
-        base = tried.base_model
-        together = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 3:]
-        alone = base(input_ids=ids[:, 3:], use_cache=False).last_hidden_state
-    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3):
-        raise ConfigError(
-            f"data.attend-within-documents is set, but {type(model).__name__} attends across documents; "
-            "drop it, or use data.sample document."
-        )
-
-
-@contextmanager
-def _on_trial(model: CausalLM) -> Iterator[CausalLM]:
-    """The model without dropout, or a stand-in where its weights are in parts."""
-    if is_partitioned(model):
-        from megaft.models.partitioned import stand_in
-
-        yield stand_in(model)
-        return
-    was_training = model.training
-    yield model.eval()
-    model.train(was_training)
-
-
-LOUDER = 1000
-"""Caps on logits show where logits are large, and those of a small new model are not."""
-
-
-@torch.no_grad()
-def _head_is_linear(model: CausalLM) -> bool:
-    """Try whether logits are just the output layer of the last hidden state: some families scale or cap them."""
-    if not isinstance(model.get_output_embeddings(), nn.Linear):  # none, or one with an adapter
-        return False
-    inputs = {"input_ids": torch.arange(8).unsqueeze(0), "use_cache": False}
-    with _on_trial(model) as tried:
-        layer = tried.get_output_embeddings()
-        hidden = tried.base_model(**inputs).last_hidden_state * LOUDER
-        with layer.register_forward_pre_hook(lambda _, inputs: inputs[0] * LOUDER):
-            logits = tried(**inputs).logits
-    linear = F.linear(hidden, layer.weight, layer.bias)
-    return bool((logits - linear).abs().max() <= 1e-4 * linear.abs().max())
-
-
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
-"""What transformers raises for a model it cannot read."""
+LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, OverflowError, SafetensorError, UnpicklingError)
+"""What transformers raises for a model it cannot read, or for a config.json whose values make no model."""
 
 
 def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout: float | None = None) -> CausalLM:
@@ -219,11 +174,6 @@ def in_parts(engine_config: dict[str, Any] | None, *, is_new: bool) -> AbstractC
     return partitioned.making(engine_config) if is_new else partitioned.loading(engine_config)
 
 
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has taken the model's weights apart."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 def require_fits(model: CausalLM, tokenizer, longest_input: int) -> None:
     """Raise when the model has no embedding for a token, or no position for an input."""
     if tokenizer.vocab_size > vocab_size(model):
@@ -315,5 +265,5 @@ def _without_quantization(model: CausalLM) -> CausalLM:
 
 
 def _first_line(error: Exception) -> str:
-    first, *others = str(error).strip().splitlines()
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

@@ -8,13 +8,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, integrations, modeling_utils
+from transformers import PreTrainedModel, integrations, modeling_utils
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import _load_state_dict_into_zero3_model
 from transformers.utils import logging
@@ -22,9 +21,6 @@ from transformers.utils import logging
 from megaft import parallel
 from megaft.errors import UserError
 from megaft.models.weight_files import require_complete, untied_weights
-
-CausalLM = Any
-"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
 
 
 @contextmanager
@@ -190,24 +186,3 @@ def _whole_on_host(module: nn.Module) -> Iterator[None]:
         yield
         for parameter, device, dtype in parts:
             parameter.data = parameter.data.to(device, dtype)
-
-
-STAND_IN_WORDS = 64
-
-
-def stand_in(model: CausalLM) -> CausalLM:
-    """Return a small random model of the same family, to try what cannot be tried on one in parts.
-
-    It has the width and every switch of the model, few words, and its first layers up to one of every kind.
-    """
-    config = deepcopy(model.config)
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ["any"]
-    text.num_hidden_layers = 1 + max(map(kinds.index, kinds))
-    if len(kinds) > 1:
-        text.layer_types = kinds[: text.num_hidden_layers]
-    text.vocab_size, text.pad_token_id = STAND_IN_WORDS, None
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        attention = model.config._attn_implementation
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()

@@ -17,6 +17,7 @@ from megaft.backend import Backend
 from megaft.config import ModelConfig
 from megaft.engine_state import count
 from megaft.loss import IGNORE_INDEX, Vocabulary, chunks, token_nats
+from megaft.models import trials
 from megaft.models.hugging_face import (
     CausalLM,
     NatsModel,
@@ -141,11 +142,14 @@ class LogitsTrunk(nn.Module):
     def __init__(self, language_model: CausalLM):
         super().__init__()
         self.language_model = language_model
+        self.takes_columns = trials.takes_columns(language_model)
 
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "scored vocab"]:
-        """Return the logits of the scored positions, row by row; no column is computed that no row scores."""
+        """Return the logits of the scored positions, row by row, and compute no column that no row scores."""
+        if not self.takes_columns:
+            return self.language_model(input_ids=input_ids, use_cache=False).logits[is_scored]
         columns = is_scored.any(0).nonzero().squeeze(1)
         logits = self.language_model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits
         return logits[is_scored[:, columns]]
@@ -215,12 +219,13 @@ def load_scoring_model(
 
     Raises:
         ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
-        DataError: It is not there, or transformers cannot read it.
+        DataError: It is not there, transformers cannot read it, or it is no causal language model.
     """
     if backend == "megatron":
         language_model = _load_megatron(source, dtype, is_partitioned)
     else:
         language_model = (_load_partitioned if is_partitioned else load_language_model)(source, dtype)
+        trials.require_language_model(language_model)
         fuse_activations(language_model)
     model, num_parameters = ScoringModel(language_model), count(language_model.parameters())
     if can_pack(dtype, device) and not is_partitioned:

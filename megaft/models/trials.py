@@ -1,0 +1,256 @@
+"""Trials of a model before it is trusted: that it is causal, and that rows, documents and caches do not matter.
+
+A model whose states look at later tokens trains to a loss near zero and scores as well, without an error anywhere. Each
+trial is a few forward passes over random tokens. They run on a stand-in, a small random model of the same
+configuration: its weights are large enough to show an influence that those of a new model would hide, and they are all
+on this rank, in float32, whatever the precision and the partitioning of the model itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaft.errors import ConfigError, DataError
+from megaft.models.rope import length_limit
+from megaft.models.stand_in import STAND_IN_ERRORS, is_partitioned, numbers_of, stand_in
+
+CausalLM = Any
+"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
+
+TOLERANCE = 1e-3
+"""Largest difference, relative to the mean size of the values, that counts as rounding. In float32 rounding is some
+1e-6; an influence of one token of a hundred on the others is some 1e-2."""
+
+SHORTEST, LONGEST = 24, 320
+"""Tokens of a trial: beyond any block that the configuration names, unless that takes more than LONGEST."""
+
+
+def require_language_model(model: CausalLM) -> None:
+    """Refuse models that attend to later tokens, or whose rows depend on the rest of their batch.
+
+    Raises:
+        DataError: The model is neither a causal language model of tokens alone, nor can it be tried.
+    """
+    with on_trial(model) as tried:
+        _require_runs(tried)
+        if not is_causal(tried):
+            raise DataError(
+                f"{family(model)} attends to later tokens: it predicts each token from the text behind it too, "
+                f"so that its loss means nothing. {_way_out(model)}"
+            )
+        if not keeps_rows_apart(tried):
+            raise DataError(
+                f"{family(model)} gives a text other states beside other texts of a batch; "
+                "its loss would depend on the micro-batch size. Use a model of another family."
+            )
+
+
+def require_keeps_documents_apart(model: CausalLM) -> None:
+    """Refuse models whose attention is not confined by positions that begin anew.
+
+    Raises:
+        ConfigError: The documents of a row influence each other.
+    """
+    with on_trial(model) as tried:
+        is_apart = keeps_documents_apart(tried)
+    if not is_apart:
+        raise ConfigError(
+            f"data.attend-within-documents is set, but {family(model)} attends across documents; "
+            "drop it, or use data.sample document."
+        )
+
+
+@torch.no_grad()
+def is_causal(model: CausalLM) -> bool:
+    """Return whether states stay the same when later tokens change or are cut off."""
+    tokens = random_tokens(model, trial_length(model))
+    length = tokens.shape[1]
+    whole = states_of(model, tokens)
+    middle = length // 2 | 1
+    changed = [_changed(model, tokens, first) for first in (length - 1, 2 * length // 3, middle, min(5, length - 1))]
+    cut = [(first, tokens[:, :first]) for first in (length - 1, middle) if first < length]
+    return all(_is_close(states_of(model, ids)[:, :first], whole[:, :first]) for first, ids in changed + cut if first)
+
+
+def _changed(model: CausalLM, tokens: Tensor, first: int) -> tuple[int, Tensor]:
+    """Return `first` and the tokens, all of them different from there on."""
+    return first, torch.cat([tokens[:, :first], (tokens[:, first:] + 1) % _num_tokens(model)], 1)
+
+
+@torch.no_grad()
+def keeps_rows_apart(model: CausalLM) -> bool:
+    """Return whether the rows of a batch, filled up on the right, have the states that each has alone."""
+    length = trial_length(model)
+    lengths = [length, max(1, length // 2), min(3, length), length]
+    rows = [random_tokens(model, length, seed=seed) for seed, length in enumerate(lengths)]
+    batch = torch.cat([F.pad(row, (0, length - row.shape[1])) for row in rows])
+    together = states_of(model, batch)
+    return all(_is_close(states_of(model, row), together[i : i + 1, : row.shape[1]]) for i, row in enumerate(rows))
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: CausalLM) -> bool:
+    """Return whether documents in one row, given by positions that begin anew, have the states that each has alone."""
+    longest = trial_length(model)
+    scale = min(1.0, (_limit(model) or math.inf) / (2 * longest + 12))
+    lengths = [max(3, int(part * scale)) for part in (longest, 5, longest + 2, 3)]
+    documents = [random_tokens(model, length, seed=seed) for seed, length in enumerate(lengths)]
+    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths]).unsqueeze(0)
+    try:
+        together = states_of(model, torch.cat(documents, 1), position_ids=positions)
+    except STAND_IN_ERRORS:  # no such argument, or one of another meaning
+        return False
+    parts = together.split(lengths, 1)
+    return all(_is_close(states_of(model, ids), part) for ids, part in zip(documents, parts, strict=True))
+
+
+@torch.no_grad()
+def keeps_cache(model: CausalLM, make_reader: Callable[[CausalLM], Any]) -> bool:
+    """Return whether a text read token by token, with a cache, has the logits of a text read at once.
+
+    Args:
+        model: A whole model.
+        make_reader: From a model to a sampling.Reader, such as sampling.CachedModel.
+    """
+    with on_trial(model) as tried:
+        tokens = random_tokens(tried, trial_length(tried))
+        begin = tokens.shape[1] // 3
+        ids, reader = tokens[0].tolist(), make_reader(tried)
+        read = [reader.read(ids[:begin], 0)]
+        read += [reader.read(ids[place : place + 1], place) for place in range(begin, len(ids))]
+        whole = tried(input_ids=tokens, use_cache=False).logits[0, begin - 1 :]
+        return _is_close(torch.stack(read), whole)
+
+
+LOUDER = 1000
+"""Caps on logits show where logits are large, and those of a small new model are not."""
+
+
+@torch.no_grad()
+def head_is_linear(model: CausalLM) -> bool:
+    """Return whether logits are the output layer of the base model's last state: some families scale or cap them."""
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model:
+        return False  # no output layer, or one with an adapter; or no model below it by a name of transformers
+    inputs = {"input_ids": torch.arange(8, device=model.device).unsqueeze(0), "use_cache": False}
+    with _whole(model) as tried:
+        layer = tried.get_output_embeddings()
+        hidden = getattr(tried.base_model(**inputs), "last_hidden_state", None)
+        if hidden is None:
+            return False
+        hidden = hidden * LOUDER
+        with layer.register_forward_pre_hook(lambda _, inputs: inputs[0] * LOUDER):
+            logits = tried(**inputs).logits
+    if hidden.shape[-1] != layer.weight.shape[1]:
+        return False
+    linear = F.linear(hidden, layer.weight, layer.bias)
+    return bool((logits - linear).abs().max() <= 1e-4 * linear.abs().max())
+
+
+def takes_columns(model: CausalLM) -> bool:
+    """Return whether the model's forward pass can be asked for the logits of some positions alone."""
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
+
+
+def family(model: CausalLM) -> str:
+    """Return the name of the model's class and its model_type."""
+    return f"{type(model).__name__} (model_type {model.config.model_type})"
+
+
+def states_of(model: CausalLM, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    """Return the logits of every position."""
+    return model(input_ids=input_ids, use_cache=False, **inputs).logits
+
+
+def random_tokens(model: CausalLM, length: int, seed: int = 0) -> Tensor:
+    """Return a row of random tokens, a function of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, _num_tokens(model), (1, length), generator=generator).to(model.device)
+
+
+BLOCK_NAME = re.compile(r"block|chunk|window|compress|conv|kernel|local|segment|stride|bucket|group_size|patch")
+"""Names of settings that may be the number of tokens which an architecture treats together."""
+
+
+def trial_length(model: CausalLM) -> int:
+    """Return how many tokens a trial needs to go beyond every block of tokens that the configuration names."""
+    config = model.config.get_text_config()
+    sizes = [size for name, value in config.to_dict().items() if BLOCK_NAME.search(name) for size in numbers_of(value)]
+    longest = max((size for size in sizes if 1 < size <= LONGEST // 2), default=0)
+    limits = (max(SHORTEST, longest + 13), _limit(model), length_limit(model.config))
+    return min(limit for limit in limits if limit is not None)
+
+
+@contextmanager
+def on_trial(model: CausalLM) -> Iterator[CausalLM]:
+    """The stand-in of a model; the model itself, without dropout, where there is none and the weights are whole."""
+    small = stand_in(model)
+    if small is None and is_partitioned(model):
+        raise ConfigError(
+            f"{family(model)} cannot be tried while ZeRO-3 has its weights in parts; "
+            "use zero_optimization.stage 2 or less, or leave out --partition."
+        )
+    with torch.random.fork_rng(), _evaluating(small if small is not None else model) as tried:
+        torch.manual_seed(0)
+        yield tried
+
+
+@contextmanager
+def _whole(model: CausalLM) -> Iterator[CausalLM]:
+    if is_partitioned(model):
+        with on_trial(model) as tried:
+            yield tried
+    else:
+        with torch.random.fork_rng(), _evaluating(model) as tried:
+            yield tried
+
+
+@contextmanager
+def _evaluating(model: CausalLM) -> Iterator[CausalLM]:
+    was_training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _require_runs(model: CausalLM) -> None:
+    try:
+        states_of(model, random_tokens(model, 3))
+    except STAND_IN_ERRORS as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(
+            f"{family(model)} does not run on tokens alone: {said} Use a causal language model of text."
+        ) from error
+
+
+def _way_out(model: CausalLM) -> str:
+    config = model.config.get_text_config()
+    if getattr(config, "is_decoder", True) is False:
+        return "Give its config.json is_decoder true, if it was trained so, or use a causal model."
+    if getattr(config, "use_bidirectional_attention", None):
+        return "Drop use_bidirectional_attention from its config.json, if it was trained so, or use a causal model."
+    return "Use a causal model."
+
+
+def _is_close(ones: Tensor, others: Tensor) -> bool:
+    if not ones.numel():
+        return True
+    return bool((ones - others).abs().max() <= TOLERANCE * others.abs().mean())
+
+
+def _num_tokens(model: CausalLM) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _limit(model: CausalLM) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
