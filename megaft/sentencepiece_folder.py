@@ -25,7 +25,8 @@ BESIDE = (
 )
 """Files beside a tokenizer.model that transformers reads for its tokenizer."""
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
-_ADDITIONS = ("added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates")
+_ADDED = "added_tokens.json"
+_ADDITIONS = (_ADDED, "chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 
 def additions(folder: Path) -> list[str]:
@@ -42,14 +43,18 @@ def _special_pieces(model: ModelProto) -> dict[str, str]:
 
 
 def _repeats(path: Path, pieces: Mapping[str, str]) -> bool:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
+    settings = _json(path)
     return isinstance(settings, dict) and all(
         pieces.get(name) == (token.get("content") if isinstance(token, dict) else token)
         for name, token in settings.items()
     )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
 
 
 def load(folder: Path) -> PreTrainedTokenizerFast:
@@ -86,12 +91,15 @@ def _converted(source: Path, model: ModelProto, prefix: Prefix) -> tokenizers.To
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, theirs: PreTrainedTokenizerFast, folder: Path) -> None:
-    for id_, token in sorted(theirs.added_tokens_decoder.items()):
+    tokens = dict(sorted(theirs.added_tokens_decoder.items()))
+    for token in tokens.values():
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if backend.token_to_id(token.content) != id_:
+    declared = _json(folder / _ADDED) if (folder / _ADDED).is_file() else {}
+    for content, id_ in [*((token.content, id_) for id_, token in tokens.items()), *declared.items()]:
+        if (given := backend.token_to_id(content)) != id_:
             raise DataError(
-                f"{folder}: the files beside {MODEL_NAME} make {token.content!r} token {id_}, which it cannot become; "
-                "give a folder with a tokenizer.json."
+                f"{folder}: the files beside {MODEL_NAME} make {content!r} token {id_}, but it becomes {given}; give a "
+                "folder with a tokenizer.json."
             )
 
 

@@ -156,6 +156,10 @@ class SentencePieceTokenizer:
         try:
             self._processor = SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
+            if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+                raise DataError(
+                    f"{path} is a tiktoken file, as Llama 3's; give a folder with its tokenizer.json."
+                ) from error
             raise DataError(
                 f"{path} is not a whole sentencepiece model ({len(data):,} bytes); copy it anew."
             ) from error

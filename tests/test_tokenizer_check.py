@@ -2,22 +2,13 @@ import json
 import shutil
 
 import pytest
-from tiny_tokenizers import make_byte_level, make_metaspace, make_sentencepiece
+from tiny_tokenizers import LLAMA, make_byte_level, make_llama, make_llama_chat, make_metaspace, make_sentencepiece
 
 from megaft.errors import DataError
 from megaft.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megaft.tokenizer_check import require_same_ids
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-
-
-def make_llama(folder, **settings):
-    make_sentencepiece(folder, normalization_rule_name="identity", remove_extra_whitespaces=False)
-    (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA | settings))
-    return folder
-
-
 SOURCES = [
     pytest.param(make_byte_level, {}, id="byte-level"),
     pytest.param(make_byte_level, {"bos": "<s>", "template": TEMPLATE}, id="byte-level with a BOS and a template"),
@@ -33,7 +24,8 @@ SOURCES = [
     pytest.param(make_sentencepiece, {"add_dummy_prefix": False}, id="sentencepiece without a prefix"),
     pytest.param(make_sentencepiece, {"bos_id": -1, "pad_id": 3}, id="sentencepiece without a BOS"),
     pytest.param(make_llama, {"legacy": True, "add_bos_token": True}, id="LlamaTokenizer"),
-    pytest.param(make_llama, {"legacy": False, "chat_template": TEMPLATE}, id="LlamaTokenizer for chats"),
+    pytest.param(make_llama_chat, {}, id="LlamaTokenizer for chats"),
+    pytest.param(make_llama_chat, {"legacy": True, "add_bos_token": True}, id="LlamaTokenizer for chats, legacy"),
 ]
 
 
@@ -71,7 +63,7 @@ def edited(folder, name, **changes):
 
 CHANGES = [
     pytest.param(lambda f: edited(f, "tokenizer_config.json", eos_token="<s>"), "eos_token_id is 0 .* 1 to", id="EOS"),
-    pytest.param(lambda f: (f / "chat_template.jinja").unlink(), "chat_template is None to transformers", id="template"),
+    pytest.param(lambda f: (f / "chat_template.jinja").unlink(), "chat_template is None", id="template"),
     pytest.param(lambda f: edited(f, "tokenizer.json", post_processor=None), "special tokens around", id="no BOS"),
     pytest.param(
         lambda f: edited(f, "tokenizer.json", normalizer={"type": "Lowercase"}), "ids of 'To be, or", id="ids"
@@ -96,7 +88,7 @@ def test_transformers_own_conversion_of_llama_is_refused(tmp_path, shared):
     shutil.copyfile(model, tmp_path / "hand-made/tokenizer.model")
     (tmp_path / "hand-made/tokenizer_config.json").write_text(json.dumps(LLAMA))
     tokenizer = load_tokenizer(model)
-    with pytest.raises(DataError, match="ids of '.* is .* to transformers, but .* to megaft"):
+    with pytest.raises(DataError, match=r"ids of '.* is .* to transformers, but .* to megaft"):
         require_same_ids(tokenizer, tmp_path / "hand-made")
     tokenizer.save(tmp_path / "saved")
     require_same_ids(tokenizer, tmp_path / "saved")
