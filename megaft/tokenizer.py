@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import struct
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import takewhile
@@ -15,14 +13,20 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megaft import sentencepiece_folder
 from megaft.errors import DataError
 from megaft.foreign import require_inert
+from megaft.sentencepiece_folder import BESIDE, MODEL_NAME, additions, is_saved_model
+from megaft.transformers_tokenizer import from_pretrained, hub_file, naming_errors
 
 if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
 Messages = list[dict[str, Any]]
+OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
+"""Files of tokenizers that transformers knows, but that are not read here."""
+SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
 
 
 class Tokenizer:
@@ -34,8 +38,8 @@ class Tokenizer:
         self._backend: tokenizers.Tokenizer = hugging_face.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.bos_id = _one_id(hugging_face.bos_token_id)
-        self.eos_id = _one_id(hugging_face.eos_token_id)
+        self.special_ids = {name: _one_id(getattr(hugging_face, f"{name}_token_id")) for name in SPECIAL_NAMES}
+        self.bos_id, self.eos_id = self.special_ids["bos"], self.special_ids["eos"]
 
     @property
     def prefix_id(self) -> int | None:
@@ -75,6 +79,17 @@ class Tokenizer:
         return json.loads(self._backend.to_str())
 
     @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The special tokens that a text may spell, in the order of their ids."""
+        added = sorted(self._state["added_tokens"], key=itemgetter("id"))
+        return tuple(token["content"] for token in added if token["special"])
+
+    @property
+    def chat_template(self) -> Any:
+        """The template in Jinja, or several by name; None without one."""
+        return self._hugging_face.chat_template
+
+    @cached_property
     def opening_ids(self) -> tuple[int, ...]:
         """Special tokens that transformers puts before every text: the beginning-of-sequence token, or none."""
         encoding = self._backend.encode("a", add_special_tokens=True)
@@ -85,6 +100,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_framed(self, text: str) -> list[int]:
+        """Return the ids of one text with the special tokens that transformers puts around it."""
+        return self._backend.encode(text, add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, on all cores."""
@@ -125,6 +144,8 @@ class SentencePieceTokenizer:
 
     cuts_at_spaces = False  # it puts a space before every text it is given
     opening_ids: tuple[int, ...] = ()  # a bare model file adds no special tokens
+    special_tokens: tuple[str, ...] = ()  # where a text spells them, it is text
+    chat_template: None = None
 
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -135,20 +156,28 @@ class SentencePieceTokenizer:
         try:
             self._processor = SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
+            if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+                raise DataError(
+                    f"{path} is a tiktoken file, as Llama 3's; give a folder with its tokenizer.json."
+                ) from error
             raise DataError(
                 f"{path} is not a whole sentencepiece model ({len(data):,} bytes); copy it anew."
             ) from error
         self._path = path
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
-        bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        self.bos_id: int | None = bos if bos >= 0 else None
-        self.eos_id: int | None = eos if eos >= 0 else None
+        ids = {name: getattr(self._processor, f"{name}_id")() for name in SPECIAL_NAMES}
+        self.special_ids = {name: id_ if id_ >= 0 else None for name, id_ in ids.items()}
+        self.bos_id, self.eos_id = self.special_ids["bos"], self.special_ids["eos"]
         self.prefix_id = self.eos_id if self.bos_id is None else self.bos_id
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
         return self._processor.encode(text)
+
+    def encode_framed(self, text: str) -> list[int]:
+        """Return the ids of one text; nothing is put around it."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, on all cores."""
@@ -160,11 +189,7 @@ class SentencePieceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write what transformers' AutoTokenizer loads."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self._path, Path(folder, "tokenizer.model"))
-        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._processor.unk_id()}
-        special = {name: self._processor.id_to_piece(index) for name, index in names.items() if index is not None}
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+        sentencepiece_folder.save(self._path, folder)
 
     def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """Raise DataError: a sentencepiece model has no chat template."""
@@ -186,42 +211,70 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
     """
     path = Path(source)
     if path.suffix == ".model" and path.is_file():
-        return SentencePieceTokenizer(path)
+        return _from_model(path)
     if path.suffix == ".gguf" and path.is_file():
-        return _from_transformers(str(path.parent), gguf_file=path.name)
+        return Tokenizer(from_pretrained(path.parent, gguf_file=path.name))
     if path.is_dir():
         return _from_folder(path)
     if path.exists():
         raise DataError(f"{path} is no tokenizer; give a folder, a .gguf file, a sentencepiece .model or a hub name.")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)) or path.suffix in (".model", ".gguf"):
         raise DataError(f"there is no tokenizer at {source}; give an existing folder or file, or a hub name.")
-    return _from_transformers(str(source))
+    return _from_hub(str(source))
 
 
 def _one_id(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def _from_model(path: Path) -> SentencePieceTokenizer:
+    tokenizer = SentencePieceTokenizer(path)
+    if path.name == MODEL_NAME and not is_saved_model(path.parent) and (added := additions(path.parent)):
+        raise DataError(
+            f"{path} is not the whole tokenizer: {', '.join(added)} beside it add to it; give the folder "
+            f"{path.parent} (or, if only the model is meant, a copy of it elsewhere)."
+        )
+    return tokenizer
+
+
+def _from_hub(name: str) -> AnyTokenizer:
+    """Load by hub name; where the repository has no tokenizer.json but a tokenizer.model, as from a folder of both."""
+    if hub_file(name, "tokenizer.json") is None and (model := hub_file(name, MODEL_NAME)) is not None:
+        require_inert("tokenizer", name)
+        for beside in BESIDE:  # so that they are in the hub's cache
+            hub_file(name, beside)
+        return _from_folder(model.parent)
+    return Tokenizer(from_pretrained(name))
+
+
 def _from_folder(folder: Path) -> AnyTokenizer:
-    has = {
-        name: (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-    }
-    if has["tokenizer.json"]:
+    has = {path.name for path in folder.iterdir() if path.is_file()}
+    if "tokenizer.json" in has:
         _check_json(folder / "tokenizer.json")
-    elif has["tokenizer.model"]:
-        return SentencePieceTokenizer(folder / "tokenizer.model")
-    elif has["vocab.json"] != has["merges.txt"]:
-        missing = "merges.txt" if has["vocab.json"] else "vocab.json"
+        if is_saved_model(folder):
+            return SentencePieceTokenizer(folder / MODEL_NAME)
+    elif MODEL_NAME in has:
+        tokenizer = SentencePieceTokenizer(folder / MODEL_NAME)
+        return Tokenizer(sentencepiece_folder.load(folder)) if additions(folder) else tokenizer
+    elif len(has & {"vocab.json", "merges.txt"}) == 1:
+        (missing,) = {"vocab.json", "merges.txt"} - has
         raise DataError(f"{folder} has no {missing}; a BPE needs both vocab.json and merges.txt.")
-    elif not has["vocab.json"]:
-        raise DataError(f"{folder} has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt.")
+    elif "vocab.json" not in has:
+        raise DataError(f"{folder} has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt{_other(has)}.")
     else:
         _check_json(folder / "vocab.json")
-        if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        if not has & {"config.json", "tokenizer_config.json"}:
             from transformers import GPT2Tokenizer
 
-            return Tokenizer(GPT2Tokenizer.from_pretrained(folder))
-    return _from_transformers(str(folder))
+            with naming_errors(folder):
+                return Tokenizer(GPT2Tokenizer.from_pretrained(folder))
+    return Tokenizer(from_pretrained(folder))
+
+
+def _other(names: set[str]) -> str:
+    """Name the files of tokenizers that are not read here."""
+    other = sorted(name for name in names if name in OTHER_KINDS or name.endswith(".tiktoken"))
+    return f"; {', '.join(other)} must be converted to a tokenizer.json first" if other else ""
 
 
 def _check_json(path: Path) -> None:
@@ -229,21 +282,3 @@ def _check_json(path: Path) -> None:
         json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
-
-
-def _from_transformers(source: str, **options: str) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    require_inert("tokenizer", source)
-    try:
-        hugging_face = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, struct.error) as error:  # the last two from damaged files
-        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
-        where = "" if Path(source).exists() else " There is no such folder here, so it was taken for a hub name."
-        raise DataError(
-            f"no tokenizer could be loaded from {source} ({reason}).{where} Give a folder with a tokenizer, or a hub "
-            "name where there is a network."
-        ) from error
-    if not hugging_face.is_fast:
-        raise DataError(f"{source} has no fast tokenizer (tokenizer.json); give its sentencepiece .model file instead.")
-    return Tokenizer(hugging_face)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
-from tiny_tokenizers import make_byte_level, make_metaspace
+from tiny_tokenizers import LLAMA, make_byte_level, make_llama, make_llama_chat, make_metaspace, make_sentencepiece
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -170,3 +170,94 @@ def test_opening_ids_are_what_transformers_puts_before_a_text(tmp_path, make, bo
     expected = AutoTokenizer.from_pretrained(folder)("To be")["input_ids"]
     assert [*tokenizer.opening_ids, *tokenizer.encode("To be")] == expected
     assert len(tokenizer.opening_ids) == (bos is not None)
+
+
+CHAT = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes, and  more"}]
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("add_bos", [True, False, None])
+def test_files_beside_a_model_count_as_in_transformers(tmp_path, legacy, add_bos):
+    given = {name: value for name, value in (("legacy", legacy), ("add_bos_token", add_bos)) if value is not None}
+    folder = make_llama_chat(tmp_path / "chat", **given)
+    tokenizer, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.vocab_size) == (801, reference.bos_token_id, 802)
+    for text in (
+        "<|im_start|>user\nHi<|im_end|>\n",
+        "To be</s>or",
+        "naïve 日本語",
+        tokenizer.apply_chat_template(CHAT[:1]),
+    ):
+        assert tokenizer.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
+        assert [*tokenizer.opening_ids, *tokenizer.encode(text)] == reference(text)["input_ids"]
+    assert tokenizer.apply_chat_template(CHAT) == reference.apply_chat_template(CHAT, tokenize=False)
+
+
+def test_text_beside_added_tokens_is_as_sentencepiece_has_it(tmp_path, shared):
+    """transformers merges Llama's runs of spaces before all else; the model was trained on what sentencepiece does."""
+    folder = make_llama(tmp_path / "llama", chat_template="x")
+    model = shared / "data/sentencepiece/llama_tokenizer.model"
+    shutil.copyfile(model, folder / "tokenizer.model")
+    tokenizer, reference = load_tokenizer(folder), SentencePieceProcessor(model_file=str(model))
+    assert isinstance(tokenizer, Tokenizer)
+    text = (shared / "data/sentencepiece/botchan.txt").read_text()[:50_000] + TEXT.replace("<unk>", "") + "\n    x = 1"
+    assert tokenizer.encode(text) == reference.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_files_that_repeat_the_model_add_nothing(tmp_path):
+    folder = make_sentencepiece(tmp_path / "sp")
+    special = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).write_text(json.dumps(special))
+    assert isinstance(load_tokenizer(folder), SentencePieceTokenizer)
+    assert load_tokenizer(folder / "tokenizer.model").sha256 == load_tokenizer(folder).sha256
+
+
+BESIDE = [
+    pytest.param("added_tokens.json", {"<x>": 800}, id="added tokens"),
+    pytest.param("special_tokens_map.json", {"eos_token": "<unk>"}, id="another EOS"),
+    pytest.param("tokenizer_config.json", {"add_bos_token": True, "bos_token": "<s>"}, id="a BOS"),
+    pytest.param("tokenizer_config.json", {"chat_template": "x"}, id="a template"),
+    pytest.param("chat_template.jinja", "x", id="a template of its own"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), BESIDE)
+def test_a_model_is_not_taken_without_what_adds_to_it(tmp_path, name, content):
+    folder = make_sentencepiece(tmp_path / "sp")
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"tokenizer\.model is not the whole tokenizer: {name} .* give the folder"):
+        load_tokenizer(folder / "tokenizer.model")
+    shutil.copyfile(folder / "tokenizer.model", tmp_path / "bare.model")
+    assert isinstance(load_tokenizer(tmp_path / "bare.model"), SentencePieceTokenizer)
+
+
+REFUSED = [
+    pytest.param({"added_tokens.json": {"<x>": 900}}, "make '<x>' token 900, but it becomes 800", id="a gap in ids"),
+    pytest.param({"added_tokens.json": ["<x>"]}, "no tokenizer could be loaded", id="added tokens that are a list"),
+    pytest.param({"tokenizer_config.json": []}, "no tokenizer could be loaded", id="settings that are a list"),
+    pytest.param({"tokenizer_config.json": {"legacy": False}}, "with what .* the ids of", id="no prefix after a strip"),
+]
+
+
+@pytest.mark.parametrize(("beside", "message"), REFUSED)
+def test_files_beside_a_model_that_it_cannot_follow_are_refused(tmp_path, beside, message):
+    folder = make_sentencepiece(tmp_path / "sp")
+    for name, content in beside.items():
+        content = LLAMA | content if isinstance(content, dict) and name == "tokenizer_config.json" else content
+        (folder / name).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "qwen.tiktoken", "tiktoken.model", "vocab.txt", "spiece.model"])
+def test_other_kinds_of_tokenizers_are_named(tmp_path, name):
+    with pytest.raises(DataError, match=f"; {name} must be converted to a tokenizer.json"):
+        load_tokenizer(write(tmp_path / "t" / name, b"x").parent)
+
+
+def test_tiktoken_under_sentencepieces_name(tmp_path):
+    content = b"".join(b"%s %d\n" % (piece, id_) for id_, piece in enumerate([b"IQ==", b"Ig==", b"Iw=="]))
+    with pytest.raises(DataError, match="is a tiktoken file"):
+        load_tokenizer(write(tmp_path / "t" / "tokenizer.model", content).parent)

@@ -58,6 +58,31 @@ def make_sentencepiece(folder: Path, **settings) -> Path:
     return folder
 
 
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def make_llama(folder: Path, **settings) -> Path:
+    """Save a tokenizer.model as Llama 1 and 2 have it, with a tokenizer_config.json of `settings` beside it."""
+    make_sentencepiece(folder, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA | settings))
+    return folder
+
+
+def make_llama_chat(folder: Path, **settings) -> Path:
+    """Save a chat finetune of Llama by a slow tokenizer: added tokens, another EOS and a template in other files."""
+    added = {"<|im_start|>": 800, "<|im_end|>": 801}
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    decoder = {str(id_): {"content": token, **plain} for token, id_ in added.items()}
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>", "chat_template": template, "legacy": False}
+    make_llama(folder, **chat | settings)
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    return folder
+
+
 def _specials(bos: str | None, eos: str) -> list[str]:
     return list(dict.fromkeys([bos, eos] if bos else [eos]))
 

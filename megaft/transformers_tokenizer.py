@@ -1,0 +1,73 @@
+"""Load a tokenizer by transformers' AutoTokenizer; what its files have wrong becomes one line."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaft.errors import DataError
+from megaft.foreign import require_inert
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(RecursionError, OverflowError, MemoryError, struct.error),
+)
+"""As transformers passes on what it did not expect in a file: a list for an object, a key that is missing, ..."""
+
+
+def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFast:
+    """Return `AutoTokenizer.from_pretrained(source)`; code that comes with it is never run.
+
+    Raises:
+        DataError: It cannot be loaded, or is not one of the `tokenizers` library.
+    """
+    from transformers import AutoTokenizer
+
+    require_inert("tokenizer", source)
+    with naming_errors(source):
+        loaded: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
+    if not loaded.is_fast:
+        raise DataError(f"{source} has no fast tokenizer (tokenizer.json); give its sentencepiece .model file instead.")
+    return loaded
+
+
+def hub_file(name: str, file: str) -> Path | None:
+    """Return where a file of a hub repository lies in the hub's cache; None where the repository has none."""
+    from transformers.utils import cached_file
+
+    quietly = {
+        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    try:
+        found = cached_file(name, file, **quietly)
+    except OSError:  # there is no such repository, and loading it says so
+        return None
+    return None if found is None else Path(found)
+
+
+@contextmanager
+def naming_errors(source: str | Path) -> Iterator[None]:
+    """Turn the errors by which transformers and tokenizers refuse a tokenizer's files into a DataError."""
+    try:
+        yield
+    except _ERRORS as error:
+        raise DataError(_refusal(source, error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises the bare class for whatever it cannot read
+            raise
+        raise DataError(_refusal(source, error)) from error
+
+
+def _refusal(source: str | Path, error: Exception) -> str:
+    reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
+    where = "" if Path(source).exists() else " There is no such folder here, so it was taken for a hub name."
+    return (
+        f"no tokenizer could be loaded from {source} ({reason}).{where} Give a folder with a tokenizer, or a hub "
+        "name where there is a network."
+    )
