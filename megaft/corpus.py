@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -32,13 +32,17 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a document that may be encoded by itself; the counts are its share of the document's."""
+    """A document, or a part of one that may be tokenized by itself; the counts are its share of the document's."""
 
-    text: str
-    is_scored: bool
+    segments: tuple[Segment, ...]
     num_words: int
     num_bytes: int
     ends_document: bool
+
+    @property
+    def text(self) -> str:
+        """The text that is tokenized as one string."""
+        return self.segments[0].text if len(self.segments) == 1 else "".join(part.text for part in self.segments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +102,7 @@ def documents(source: Source, layout: Layout) -> Iterator[Document]:
 
 
 def pieces(source: Source, layout: Layout, *, may_cut: bool) -> Iterator[Piece]:
-    """Yield the documents of one file in pieces, each to be encoded by itself.
+    """Yield the documents of one file in pieces, each to be tokenized by itself: whole documents unless `may_cut`.
 
     Args:
         source: The file.
@@ -118,11 +122,13 @@ def pieces(source: Source, layout: Layout, *, may_cut: bool) -> Iterator[Piece]:
 
 
 def coded(parts: Iterable[Piece], code: str) -> Iterator[Piece]:
-    """Yield the pieces with a control code, which is not scored, before each document."""
+    """Yield the pieces with a control code, which is not scored, and a space before each document's text."""
     begins_document = True
     for piece in parts:
         if begins_document:
-            yield Piece(code, is_scored=False, num_words=0, num_bytes=0, ends_document=False)
+            first, *others = piece.segments
+            segments = (Segment(code, False), Segment(f" {first.text}", first.is_scored), *others)
+            piece = replace(piece, segments=segments)
         yield piece
         begins_document = piece.ends_document
 
@@ -153,21 +159,35 @@ def _streamed(source: Source) -> Iterator[Piece]:
     for text in chain(cut(source.blocks()), [None]):
         if previous:
             is_blank = is_blank and previous.isspace()
-            yield Piece(previous, True, *count(previous), text is None)
+            yield Piece((Segment(previous),), *count(previous), text is None)
         previous = text
     if is_blank:
         raise DataError(f"{source.path} holds only blank lines; give a file with text.")
 
 
 def _cut_document(document: Document, *, may_cut: bool) -> Iterator[Piece]:
-    parts = [
-        (text, segment.is_scored)
-        for segment in document.segments
-        for text in (cut(_slices(segment.text)) if may_cut else [segment.text])
-    ]
-    *first, (text, is_scored) = parts
-    yield from (Piece(*part, num_words=0, num_bytes=0, ends_document=False) for part in first)
-    yield Piece(text, is_scored, document.num_words, document.num_bytes, ends_document=True)
+    if may_cut and sum(len(segment.text) for segment in document.segments) > BLOCK_BYTES:
+        *first, last = _cut_segments(document.segments)
+    else:
+        first, last = [], document.segments
+    yield from (Piece(segments, num_words=0, num_bytes=0, ends_document=False) for segments in first)
+    yield Piece(last, document.num_words, document.num_bytes, ends_document=True)
+
+
+def _cut_segments(segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
+    """Cut the segments' text, as one string, at spaces; yield the segments of each part."""
+    text = "".join(segment.text for segment in segments)
+    borders = list(pairwise(accumulate((len(segment.text) for segment in segments), initial=0)))
+    begin = 0
+    for part in cut(_slices(text)):
+        end = begin + len(part)
+        is_last = end == len(text)  # to which the empty segments at the end belong
+        yield tuple(
+            Segment(text[max(begin, left) : min(end, right)], segment.is_scored)
+            for segment, (left, right) in zip(segments, borders, strict=True)
+            if right > begin and (left < end or is_last)
+        )
+        begin = end
 
 
 def _slices(text: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from megaft.errors import ConfigError
@@ -68,6 +68,7 @@ class _Tokens(ABC):
     def __init__(self, prefix: str, context_length: int):
         receipt = load_receipt(prefix)
         self.sha256: str = receipt["bin_sha256"]
+        self.num_opening = len(receipt.get("opening_ids", ()))
         self.context_length = context_length
         self.tokens = TokenFile(prefix, receipt["tokenizer"]["vocab_size"])
         self.scored = TokenFile(f"{prefix}.scored") if receipt["has_mask"] else None
@@ -102,11 +103,21 @@ class _Tokens(ABC):
         labels = tokens[1:]
         if self.scored is not None:
             labels = np.where(self.scored.read(begin, end)[1:] != 0, labels, IGNORE_INDEX)
+        if self.num_opening:
+            labels = np.where(self._is_opening(np.arange(begin + 1, end)), IGNORE_INDEX, labels)
         return Sample(tokens[:-1], labels, np.zeros_like(labels))
+
+    def _is_opening(self, positions: Int64[np.ndarray, " time"]) -> Bool[np.ndarray, " time"]:
+        """Return which tokens are of those that their preparation put at the beginning of every document."""
+        offsets = self.tokens.document_offsets
+        return positions - offsets[np.searchsorted(offsets, positions, side="right") - 1] < self.num_opening
 
 
 class Stream(_Tokens):
-    """The corpus as one stream of tokens, cut every context_length; each token but the first is a label once."""
+    """The corpus as one stream of tokens, cut every context_length; each token but the first is once a label.
+
+    The tokens that open documents are none, as long as they are the tokenizer's own.
+    """
 
     def __init__(self, prefix: str, context_length: int, attend_within_documents: bool = False):
         super().__init__(prefix, context_length)

@@ -1,13 +1,15 @@
-"""Encoded pieces -> documents on disk: drops short ones, ends each, marks what is scored, and counts."""
+"""Write tokenized documents to disk: leave out short ones, begin and end each, mark scored tokens, and count."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool
 
-from megaft.corpus import Piece
+from megaft.encoding import Encoded
 from megaft.indexed import Tokens, TokenWriter
 from megaft.receipt import temporary
 
@@ -25,13 +27,38 @@ class Counts:
 
 
 class DocumentWriter:
-    """Writes PREFIX's temporary .bin/.idx, and with `has_mask` .scored.bin/.idx: 1 where a token is scored, else 0."""
+    """Writes PREFIX's temporary .bin/.idx, and with `has_mask` .scored.bin/.idx: 1 where a token is scored, else 0.
 
-    def __init__(self, prefix: Path, vocab_size: int, *, has_mask: bool, min_tokens: int, eod_id: int | None) -> None:
+    Attributes:
+        has_scored_text: Whether any token of a text written so far is scored, those that end documents left aside.
+    """
+
+    def __init__(
+        self,
+        prefix: Path,
+        vocab_size: int,
+        *,
+        has_mask: bool,
+        min_tokens: int,
+        opening_ids: Sequence[int],
+        eod_id: int | None,
+    ) -> None:
+        """Open the files.
+
+        Args:
+            prefix: Of the dataset.
+            vocab_size: Decides the type of the tokens on disk.
+            has_mask: Whether to write which tokens are scored.
+            min_tokens: Documents with fewer are left out; those that open and end it do not count.
+            opening_ids: Tokens that each document begins with, unless its text spells them; never scored.
+            eod_id: The token that ends each document, scored where the document's last segment is.
+        """
         self.counts = Counts()
+        self.has_scored_text = False
         self._prefix, self._min_tokens, self._eod_id = prefix, min_tokens, eod_id
         self._tokens = TokenWriter(temporary(prefix, ".bin"), cardinality=vocab_size)
         self._mask = TokenWriter(temporary(prefix, ".scored.bin"), cardinality=None) if has_mask else None
+        self._opening_ids = np.array(opening_ids, np.int32)
         self._start_document()
 
     @property
@@ -39,16 +66,19 @@ class DocumentWriter:
         """The type of the tokens on disk."""
         return self._tokens.dtype
 
-    def add(self, piece: Piece, ids: Tokens) -> None:
+    def add(self, encoded: Encoded) -> None:
         """Add the next piece of the document, and end it where the piece does."""
-        self._held.append((ids, piece.is_scored))
+        piece, ids, is_scored = encoded.piece, encoded.ids, encoded.is_scored
+        if not self._is_open:
+            ids, is_scored = self._open_document(ids, is_scored)
+        self._held.append((ids, is_scored))
         self._num_tokens += len(ids)
         self._num_words += piece.num_words
         self._num_bytes += piece.num_bytes
         if self._num_tokens >= self._min_tokens:
             self._write_held()
         if piece.ends_document:
-            self._end_document()
+            self._end_document(is_end_scored=piece.segments[-1].is_scored)
 
     def close(self) -> str:
         """Write what remains through to the disk and return the SHA-256 of the tokens."""
@@ -58,27 +88,39 @@ class DocumentWriter:
 
     def _start_document(self) -> None:
         # Held until the document is known to be long enough to keep.
-        self._held: list[tuple[Tokens, bool]] = []
+        self._held: list[tuple[Tokens, Bool[np.ndarray, " tokens"]]] = []
+        self._is_open = False
         self._num_tokens = self._num_words = self._num_bytes = 0
+
+    def _open_document(
+        self, ids: Tokens, is_scored: Bool[np.ndarray, " tokens"]
+    ) -> tuple[Tokens, Bool[np.ndarray, " tokens"]]:
+        """Hold the opening tokens, and return what follows them; a text that spells them does not get them twice."""
+        self._is_open = True
+        length = len(self._opening_ids)
+        self._held.append((self._opening_ids, np.zeros(length, bool)))
+        is_spelled = np.array_equal(ids[:length], self._opening_ids)
+        return (ids[length:], is_scored[length:]) if is_spelled else (ids, is_scored)
 
     def _write_held(self) -> None:
         for tokens, is_scored in self._held:
             self._write(tokens, is_scored)
+            self.has_scored_text = self.has_scored_text or bool(is_scored.any())
         self._held = []
 
-    def _write(self, tokens: Tokens, is_scored: bool) -> None:
+    def _write(self, tokens: Tokens, is_scored: Bool[np.ndarray, " tokens"]) -> None:
         self._tokens.add(tokens)
         if self._mask:
-            self._mask.add(np.full(len(tokens), is_scored, np.uint8))
+            self._mask.add(is_scored.astype(np.uint8))
         self.counts.tokens += len(tokens)
-        self.counts.scored_tokens += len(tokens) * is_scored
+        self.counts.scored_tokens += int(is_scored.sum())
 
-    def _end_document(self) -> None:
+    def _end_document(self, *, is_end_scored: bool) -> None:
         if self._num_tokens < self._min_tokens:
             self.counts.documents_skipped += 1
         else:
             if self._eod_id is not None:
-                self._write(np.array([self._eod_id], self.dtype), True)
+                self._write(np.array([self._eod_id], self.dtype), np.array([is_end_scored]))
             for writer in filter(None, (self._tokens, self._mask)):
                 writer.end_document()
             self.counts.documents += 1

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import detokenizers
-import numpy as np
 
 import megaft
 from megaft.corpus import Layout, Piece, coded, expand, pieces
 from megaft.document_writer import DocumentWriter
+from megaft.encoding import Encoder
 from megaft.errors import DataError
 from megaft.files import naming_disk_errors, sha256_of, to_json
-from megaft.indexed import Tokens
 from megaft.prepare_config import PrepareConfig
 from megaft.progress import counting
 from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
+from megaft.records import SCORED_ROLE
 from megaft.source import Source
-from megaft.tokenizer import AnyTokenizer, load_tokenizer
+from megaft.tokenizer import AnyTokenizer, Messages, load_tokenizer
 
-_BATCH_CHARACTERS = 1 << 21
-_BATCHES_AHEAD = 8
-_ROUND_TRIP_CHARACTERS = 1 << 20
 _TEXT_SETTINGS = (
     *("unit", "json_key", "prompt_key", "completion_key", "messages_key", "detokenizer", "min_tokens"),
     "control_codes",
@@ -101,7 +96,7 @@ def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
 def _check_codes(config: PrepareConfig, tokenizer: AnyTokenizer) -> None:
     for code in config.control_codes:
         ids = tokenizer.encode(code)
-        if len(ids) != 1:
+        if len(ids) != 1 or tokenizer.encode(f"{code} a")[:1] != ids:
             shown = " ".join(repr(tokenizer.decode([id_])) for id_ in ids)
             raise DataError(
                 f"control code {code!r} is {len(ids)} tokens ({shown}) to {config.tokenizer}; use a word that is one."
@@ -112,27 +107,31 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
     eod_id = tokenizer.eos_id if config.append_eod else None
     if config.append_eod and eod_id is None:
         raise DataError(f"{config.tokenizer} has no end-of-sequence token to append; drop --append-eod.")
+    opening_ids = opening_ids_of(tokenizer, is_chat=config.messages_key is not None)
     writer = DocumentWriter(
-        config.output, tokenizer.vocab_size, has_mask=config.has_mask, min_tokens=config.min_tokens, eod_id=eod_id
+        config.output,
+        tokenizer.vocab_size,
+        has_mask=config.has_mask,
+        min_tokens=config.min_tokens,
+        opening_ids=opening_ids,
+        eod_id=eod_id,
     )
-    layout = _layout(config, tokenizer)
+    renderer = Renderer(tokenizer)
+    layout = _layout(config, renderer)
 
     def parts_of(source: Source, code: str) -> Iterator[Piece]:
         parts = pieces(source, layout, may_cut=tokenizer.cuts_at_spaces)
         return coded(parts, code) if code else parts
 
-    stream = chain.from_iterable(parts_of(source, code) for source, code in sources.items())
-    round_trip = RoundTrip(tokenizer)
+    encode = Encoder(tokenizer)
     with counting(sum(source.path.stat().st_size for source in sources), "bytes") as show:
-        for batch, ids in encoded(_batches(stream), tokenizer):
-            for piece, piece_ids in zip(batch, ids, strict=True):
-                round_trip.check(piece.text, piece_ids)
-                writer.add(piece, piece_ids)
+        for batch in encode(chain.from_iterable(parts_of(source, code) for source, code in sources.items())):
+            for encoded in batch:
+                writer.add(encoded)
             show(sum(source.num_bytes for source in sources))
     _tell_changes(list(sources))
     bin_sha256 = writer.close()
-    if writer.counts.documents == 0:
-        raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
+    _require_scored(config, writer, renderer.roles)
     return {
         "format_version": FORMAT_VERSION,
         "megaft_version": megaft.__version__,
@@ -140,8 +139,9 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
             "source": config.tokenizer,
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
-            "round_trip": round_trip.holds,
+            "round_trip": encode.gives_back,
         },
+        "opening_ids": list(opening_ids),
         "eod_id": eod_id,
         **_text_settings(config),
         "dtype": writer.dtype.name,
@@ -154,6 +154,44 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
     }
 
 
+def opening_ids_of(tokenizer: AnyTokenizer, *, is_chat: bool) -> tuple[int, ...]:
+    """Return the tokens that each document begins with: the tokenizer's own, but for chats, which their template opens.
+
+    The same ids as from transformers' `tokenizer(text)` and `apply_chat_template(messages)`.
+    """
+    return () if is_chat else tokenizer.opening_ids
+
+
+class Renderer:
+    """A tokenizer's chat template, and the roles of all the messages that it rendered."""
+
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
+        self.roles: set[str] = set()
+        self._tokenizer = tokenizer
+
+    def __call__(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """Return the text of a conversation."""
+        self.roles.update(message["role"] for message in messages)
+        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+
+
+def _require_scored(config: PrepareConfig, writer: DocumentWriter, roles: set[str]) -> None:
+    if writer.counts.documents == 0:
+        raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
+    if writer.has_scored_text:
+        return
+    if config.messages_key is not None:
+        raise DataError(
+            f"no token of {' '.join(config.inputs)} would be scored: only the turns of role {SCORED_ROLE!r} are, and "
+            f"--messages-key {config.messages_key} has the roles {', '.join(map(repr, sorted(roles)))}; rename the one "
+            "that answers."
+        )
+    raise DataError(
+        f"no token of {' '.join(config.inputs)} would be scored: each --completion-key {config.completion_key} is "
+        "empty; give the key of a text to learn."
+    )
+
+
 def _tell_changes(sources: list[Source]) -> None:
     for source in sources:
         if source.byte_order_marks:
@@ -162,7 +200,7 @@ def _tell_changes(sources: list[Source]) -> None:
             print(f"warning: {source.path} has {source.crlfs:,} line ends CRLF, which became LF.", file=sys.stderr)
 
 
-def _layout(config: PrepareConfig, tokenizer: AnyTokenizer) -> Layout:
+def _layout(config: PrepareConfig, renderer: Renderer) -> Layout:
     return Layout(
         unit=config.unit,
         text_key=config.json_key,
@@ -170,7 +208,7 @@ def _layout(config: PrepareConfig, tokenizer: AnyTokenizer) -> Layout:
         completion_key=config.completion_key,
         messages_key=config.messages_key,
         detokenize=None if config.detokenizer == "identity" else detokenizers.get(config.detokenizer),
-        render=tokenizer.apply_chat_template,
+        render=renderer,
     )
 
 
@@ -179,64 +217,17 @@ def _text_settings(config: PrepareConfig) -> dict[str, Any]:
     return values | {"control_codes": list(config.control_codes)}  # as JSON gives them back
 
 
-def _batches(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    num_characters = 0
-    for piece in stream:
-        batch.append(piece)
-        num_characters += len(piece.text)
-        if num_characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def encoded(batches: Iterable[list[Piece]], tokenizer: AnyTokenizer) -> Iterator[tuple[list[Piece], list[Tokens]]]:
-    """Yield each batch with its ids; some are encoded ahead, without Python's lock, while the caller works."""
-    queue: deque[tuple[list[Piece], Future[list[Tokens]]]] = deque()
-
-    def encode(batch: list[Piece]) -> list[Tokens]:
-        # Lists of millions of ids would be walked again and again by the garbage collector.
-        return [np.fromiter(ids, np.int32, len(ids)) for ids in tokenizer.encode_batch([piece.text for piece in batch])]
-
-    with ThreadPoolExecutor(1) as pool:
-        for batch in batches:
-            queue.append((batch, pool.submit(encode, batch)))
-            if len(queue) > _BATCHES_AHEAD:
-                batch, ids = queue.popleft()
-                yield batch, ids.result()
-        while queue:
-            batch, ids = queue.popleft()
-            yield batch, ids.result()
-
-
-class RoundTrip:
-    """Whether decoding gives the text back, tried on the first million characters; warns once where it does not."""
-
-    def __init__(self, tokenizer: AnyTokenizer) -> None:
-        self.holds = True
-        self._tokenizer = tokenizer
-        self._left = _ROUND_TRIP_CHARACTERS
-
-    def check(self, text: str, ids: Tokens) -> None:
-        """Check one text, until the first that fails."""
-        if self.holds and self._left > 0:
-            self._left -= len(text)
-            self.holds = self._tokenizer.decode(ids.tolist()) == text
-            if not self.holds:
-                print("warning: the tokenizer loses text: decoding does not give it back.", file=sys.stderr)
-
-
 def _is_current(config: PrepareConfig) -> bool:
     try:
         receipt = load_receipt(config.output)
     except DataError:
         return False
-    settings = {"eod_id": None, **_text_settings(config)}
+    tokenizer = load_tokenizer(config.tokenizer)
+    opening_ids = opening_ids_of(tokenizer, is_chat=config.messages_key is not None)
+    settings = {"eod_id": None, "opening_ids": list(opening_ids), **_text_settings(config)}
     paths = expand(config.inputs)
     return (
         settings.items() <= receipt.items()
         and [source["sha256"] for source in receipt["sources"]] == [sha256_of(path) for path in paths]
-        and receipt["tokenizer"]["sha256"] == load_tokenizer(config.tokenizer).sha256
+        and receipt["tokenizer"]["sha256"] == tokenizer.sha256
     )

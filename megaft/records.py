@@ -9,6 +9,8 @@ from typing import Any
 
 from megaft.errors import DataError
 
+SCORED_ROLE = "assistant"
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -45,7 +47,7 @@ class Record:
         return value
 
     def conversation(self, key: str, render: Callable[..., str]) -> list[Segment]:
-        """Return the rendered messages under a key: what the assistant says is scored, the rest is not.
+        """Return the rendered messages under a key; only the assistant's turns are scored.
 
         Args:
             key: Holds a list of objects with a role and a content.
@@ -55,17 +57,18 @@ class Record:
             DataError: They are no messages, or the template rewrites earlier turns, so that turns cannot be told apart.
         """
         messages = self._get(key)
-        if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise DataError(f"{self._where}: {key!r} must be a list of objects with a role and a content.")
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+            raise DataError(f"{self._where}: {key!r} must be a list of one or more objects with a role and a content.")
         segments: list[Segment] = []
         done = ""
         for end, message in enumerate(messages):
-            if message["role"] == "assistant":
+            if message["role"] == SCORED_ROLE:
                 prompt = render(messages[:end], add_generation_prompt=True)
                 answer = render(messages[: end + 1])
                 segments += [Segment(self._after(done, prompt), False), Segment(self._after(prompt, answer))]
                 done = answer
-        return [*segments, Segment(self._after(done, render(messages)), False)]
+        rest = self._after(done, render(messages))
+        return [*segments, Segment(rest, False)] if rest else segments
 
     def _get(self, key: str) -> Any:
         if key not in self._fields:

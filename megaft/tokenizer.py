@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Messages = list[dict[str, Any]]
+Span = tuple[int, int]
+"""Where a token begins and ends in a text, in characters. One that stands for no character has none."""
 OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 """Files of tokenizers that transformers knows, but that are not read here."""
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
@@ -109,9 +111,23 @@ class Tokenizer:
         """Return the ids of each text, on all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of each text and the characters that each token stands for, on all cores."""
+        encodings = self._with_whole_spans.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    @cached_property
+    def _with_whole_spans(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its post-processor, which may trim the spaces off spans."""
+        return type(self._backend).from_str(json.dumps(self._state | {"post_processor": None}))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, special tokens spelled out."""
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each list of ids, special tokens spelled out, on all cores."""
+        return self._backend.decode_batch(batch, skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
         """Write what transformers' AutoTokenizer loads."""
@@ -181,11 +197,20 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, on all cores."""
-        return self._processor.encode(list(texts), num_threads=int(os.environ.get("RAYON_NUM_THREADS", -1)))
+        return self._processor.encode(list(texts), num_threads=_num_threads())
+
+    def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of each text and the characters that each token stands for, on all cores."""
+        found = self._processor.encode(list(texts), return_type="offset_mapping", num_threads=_num_threads())
+        return [(encoding["ids"], encoding["offsets"]) for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids."""
         return self._processor.decode(list(ids))
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each list of ids, on all cores."""
+        return self._processor.decode(list(map(list, batch)), num_threads=_num_threads())
 
     def save(self, folder: str | Path) -> None:
         """Write what transformers' AutoTokenizer loads."""
@@ -221,6 +246,10 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)) or path.suffix in (".model", ".gguf"):
         raise DataError(f"there is no tokenizer at {source}; give an existing folder or file, or a hub name.")
     return _from_hub(str(source))
+
+
+def _num_threads() -> int:
+    return int(os.environ.get("RAYON_NUM_THREADS", -1))
 
 
 def _one_id(value: object) -> int | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from megaft.dataset import Documents, Samples, Stream
 from megaft.errors import ConfigError, DataError, LostPeerError, UserError
 from megaft.indexed import TokenFile
 from megaft.parallel import Topology
-from megaft.prepare import ensure_prepared
+from megaft.prepare import ensure_prepared, opening_ids_of
 from megaft.receipt import load_receipt
 from megaft.tokenizer import AnyTokenizer
 
@@ -183,12 +184,35 @@ def notes_on_unscored(sources: Sequence[Source], samples: Samples) -> list[str]:
 
 
 def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:
-    """Raise DataError for a dataset that another tokenizer made."""
+    """Raise DataError for a dataset with other tokens than the run's tokenizer gives."""
     for source in (*sources.train, *([sources.valid] if sources.valid else [])):
-        made_with = load_receipt(source.prefix)["tokenizer"]
+        receipt = load_receipt(source.prefix)
+        made_with = receipt["tokenizer"]
         if made_with["sha256"] != tokenizer.sha256:
             raise DataError(
                 f"{source.prefix} was prepared with the tokenizer {made_with['source']} "
                 f"(SHA-256 {made_with['sha256'][:12]}), but the run's has {tokenizer.sha256[:12]}; "
                 "prepare it again with the run's tokenizer, or name that one with --data.tokenizer."
             )
+        _require_same_opening(source.prefix, receipt, tokenizer)
+
+
+def _require_same_opening(prefix: str, receipt: dict[str, Any], tokenizer: AnyTokenizer) -> None:
+    is_old = "opening_ids" not in receipt
+    if is_old and receipt["has_mask"]:
+        raise DataError(
+            f"{prefix} has no opening_ids in its receipt: an older megaft tokenized its prompts, completions and chat "
+            "turns each by itself; run megaft prepare again."
+        )
+    found = receipt.get("opening_ids", [])
+    wanted = list(opening_ids_of(tokenizer, is_chat=receipt["messages_key"] is not None))
+    if found != wanted:
+        raise DataError(
+            f"documents of {prefix} begin with {_named(found, tokenizer)} (opening_ids of its receipt), but the run's "
+            f"tokenizer puts {_named(wanted, tokenizer)} before every text; prepare it again with the run's tokenizer, "
+            "or name the one it was made with by --data.tokenizer."
+        )
+
+
+def _named(ids: Sequence[int], tokenizer: AnyTokenizer) -> str:
+    return f"{ids} ({tokenizer.decode(ids)})" if ids else "no special token"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Bool
@@ -10,16 +12,18 @@ from megaft.config import TrainConfig
 from megaft.errors import DataError
 from megaft.indexed import TokenFile
 from megaft.receipt import load_receipt
-from megaft.scoring import Score, rows_of, score, windows
+from megaft.scoring import Score, Window, rows_of, score, windows
 from megaft.tokenizer import AnyTokenizer
 from megaft.training_data import Source
 
 
 class Validation:
-    """A validation text and how it is scored: a prefix token, then every token of every document once.
+    """A validation text and its windows, in which every token of every document is scored once.
 
-    Of prompts and completions, or of chats, only what training scores counts; of other texts all but the
-    end-of-document tokens that their preparation appended.
+    Documents begin as in training: with the special tokens that the tokenizer puts before every text, which are not
+    scored, or with a chat template's own. Only a text without either gets a prefix token, so that something predicts
+    its first token. Of prompts and completions, or of chats, only what training scores counts; of other texts all but
+    the end-of-document tokens that their preparation appended.
     """
 
     def __init__(self, source: Source, config: TrainConfig, tokenizer: AnyTokenizer):
@@ -27,11 +31,14 @@ class Validation:
         self.tokens = TokenFile(source.prefix, receipt["tokenizer"]["vocab_size"])
         # Of a text with unscored prompts, words and bytes of the scored part alone are not known.
         has_mask = receipt["has_mask"]
-        self.is_scored = _scored_tokens(source.prefix, self.tokens, tokenizer.prefix_id) if has_mask else None
-        self.prefix_id = tokenizer.prefix_id
+        num_opening = len(receipt.get("opening_ids", ()))
+        self.prefix_id = None if has_mask or num_opening else tokenizer.prefix_id
+        self.is_scored = _scored_tokens(source.prefix, self.tokens) if has_mask else None
         self.rows = rows_of(
             self.tokens,
-            lambda num_tokens: windows(num_tokens, config.eval_context_length, config.eval_stride),
+            lambda num_tokens: scored_from(
+                num_opening, windows(num_tokens, config.eval_context_length, config.eval_stride)
+            ),
             prefix_id=self.prefix_id,
             eod_id=None if has_mask else receipt["eod_id"],
         )
@@ -69,11 +76,17 @@ class Validation:
         return whole if self.is_scored is None else whole.of(self.is_scored)
 
 
-def _scored_tokens(prefix: str, tokens: TokenFile, prefix_id: int | None) -> Bool[np.ndarray, " tokens"]:
-    """Return which tokens training scores; without a prefix token nothing predicts a document's first."""
+def scored_from(position: int, windows: Iterable[Window]) -> Iterator[Window]:
+    """Yield a document's windows without the targets before a position, and without those that have no other."""
+    for window in windows:
+        if window.end > position:
+            yield window._replace(scored_from=max(window.scored_from, position))
+
+
+def _scored_tokens(prefix: str, tokens: TokenFile) -> Bool[np.ndarray, " tokens"]:
+    """Return which tokens training scores; nothing in a document's own context predicts its first."""
     is_scored = TokenFile(f"{prefix}.scored").read(0, tokens.num_tokens) != 0
-    if prefix_id is None:
-        is_scored[tokens.document_offsets[:-1]] = False
+    is_scored[tokens.document_offsets[:-1]] = False
     if not is_scored.any():
         raise DataError(f"{prefix} has no scored token to validate on; give data.valid a text with completions.")
     return is_scored

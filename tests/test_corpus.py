@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaft.corpus import Layout, count, cut, documents, expand, pieces
+from megaft.corpus import Document, Layout, _cut_document, count, cut, documents, expand, pieces
 from megaft.errors import DataError
 from megaft.records import Segment
 from megaft.source import BLOCK_BYTES, Source
@@ -209,13 +209,34 @@ def test_long_record_is_cut_too(tmp_path):
     layout = Layout(prompt_key="q", completion_key="a")
     found = list(pieces(Source(write(tmp_path / "a.jsonl", jsonl(record))), layout, may_cut=True))
     for key, is_scored in (("q", False), ("a", True)):
-        assert "".join(piece.text for piece in found if piece.is_scored is is_scored) == record[key]
+        parts = [part for piece in found for part in piece.segments]
+        assert "".join(part.text for part in parts if part.is_scored is is_scored) == record[key]
     assert max(len(piece.text) for piece in found) <= 2 * BLOCK_BYTES
     assert (found[-1].num_words, found[-1].num_bytes, found[-1].ends_document) == (
         2 * BLOCK_BYTES,
         8 * BLOCK_BYTES,
         True,
     )
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6), block=st.integers(4, 20))
+def test_a_cut_document_keeps_its_segments(lengths, block):
+    """Each character stays in its segment, and empty segments at the end stay there: they say what an end token is."""
+    text = "ab cde f " * 9
+    segments = [Segment(text[:length], index % 2 == 0) for index, length in enumerate([*lengths, 40])] + [
+        Segment("", False)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megaft.corpus.BLOCK_BYTES", block)
+        found = list(_cut_document(Document(tuple(segments), 1, 2), may_cut=True))
+    assert len(found) > 1
+    characters = [(letter, part.is_scored) for part in segments for letter in part.text]
+    assert [
+        (letter, part.is_scored) for piece in found for part in piece.segments for letter in part.text
+    ] == characters
+    assert found[-1].segments[-1] == segments[-1]
+    assert "".join(piece.text for piece in found) == "".join(part.text for part in segments)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import zstandard
+from tiny_tokenizers import make_byte_level, make_metaspace, make_sentencepiece
 
 from megaft import tokenizer
 from megaft.errors import ConfigError, DataError
@@ -18,6 +19,10 @@ from megaft.indexed import TokenFile
 from megaft.lock import locked
 from megaft.prepare import PrepareConfig, ensure_prepared, load_receipt, main, prepare
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 load_tokenizer = cache(tokenizer.load_tokenizer)  # loading takes longer than most of these tests
 
 
@@ -158,6 +163,70 @@ def test_short_documents_are_left_out_and_counted(run, tmp_path):
     assert [receipt[name] for name in ("documents", "documents_skipped", "words", "bytes")] == [2, 1, 5, 8]
     with pytest.raises(DataError, match="no document has 9 tokens"):
         run(tmp_path / "a", unit="line", min_tokens=9)
+
+
+def test_completions_of_a_sentencepiece_model_get_no_space_of_their_own(tmp_path):
+    tokenizer = load_tokenizer(make_sentencepiece(tmp_path / "tokenizer"))
+    pairs = [("Question: 2+2?\nAnswer: ", "four"), ("Q", " yes")]
+    path = write(tmp_path / "a.jsonl", jsonl(*({"p": prompt, "c": completion} for prompt, completion in pairs)))
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "prompt_key": "p", "completion_key": "c"}
+    prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", **options))
+    assert read(tmp_path / "out") == [tokenizer.encode(prompt + completion) for prompt, completion in pairs]
+    scored = read(f"{tmp_path}/out.scored")
+    assert [sum(row) for row in scored] == [len(tokenizer.encode("four")), len(tokenizer.encode("yes"))]
+
+
+def test_the_round_trip_of_the_last_document_counts(tmp_path, capsys):
+    """A million characters that the tokenizer knows, in many batches, and then some that it does not."""
+    make_sentencepiece(tmp_path / "tokenizer", byte_fallback=False)
+    path = write(tmp_path / "a.txt", "the same line again\n" * 60_000 + "日本語\n")
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "unit": "line"}
+    receipt = prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", **options))
+    assert (receipt["tokenizer"]["round_trip"], receipt["documents"]) == (False, 60_001)
+    assert capsys.readouterr().err.count("loses text") == 1
+
+
+def chat(*roles):
+    return {"m": [{"role": role, "content": f"says {role}"} for role in roles]}
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory):
+    return str(make_byte_level(tmp_path_factory.mktemp("chat") / "tokenizer", template=TEMPLATE))
+
+
+NOTHING_SCORED = [
+    pytest.param(
+        [{"p": "a", "c": ""}] * 2, {"prompt_key": "p", "completion_key": "c"}, "completion-key c is empty", id="empty"
+    ),
+    pytest.param(
+        [chat("user", "model"), chat("human", "gpt")],
+        {"messages_key": "m"},
+        "'assistant' are, and --messages-key m has the roles 'gpt', 'human', 'model', 'user'",
+        id="other roles",
+    ),
+    pytest.param([chat("user", "Assistant")], {"messages_key": "m"}, "roles 'Assistant', 'user'", id="capital"),
+]
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+@pytest.mark.parametrize(("records", "options", "message"), NOTHING_SCORED)
+def test_data_without_a_scored_token_are_refused(tmp_path, chat_tokenizer, records, options, message, append_eod):
+    path = write(tmp_path / "a.jsonl", jsonl(*records))
+    config = {"inputs": (str(path),), "output": tmp_path / "out", "tokenizer": chat_tokenizer}
+    with pytest.raises(DataError, match=f"no token of .*a.jsonl would be scored: .*{message}"):
+        prepare(PrepareConfig(**config, **options, append_eod=append_eod))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_the_end_of_a_chat_is_scored_after_the_assistant_alone(tmp_path, chat_tokenizer):
+    """It is what the model is to say next; after a user's turn that is not the end."""
+    path = write(tmp_path / "a.jsonl", jsonl(chat("user", "assistant"), chat("user", "assistant", "user")))
+    config = {"inputs": (str(path),), "output": tmp_path / "out", "tokenizer": chat_tokenizer}
+    prepare(PrepareConfig(**config, messages_key="m", append_eod=True))
+    assert [row[-1] for row in read(f"{tmp_path}/out.scored")] == [1, 0]
+    eos_id = load_tokenizer(chat_tokenizer).eos_id
+    assert [row[-1] for row in read(tmp_path / "out")] == [eos_id, eos_id]
 
 
 @pytest.mark.parametrize(("model", "holds"), [("llama_tokenizer.model", True), ("test_model.model", False)])
@@ -308,3 +377,31 @@ def test_every_document_of_an_input_begins_with_its_control_code(tmp_path, toy_m
     assert [position for position in range(len(whole)) if not whole[position]] == begins
     assert (receipt["documents"], receipt["words"], receipt["has_mask"]) == (3, 6, True)
     assert receipt["tokens"] - receipt["scored_tokens"] == 3
+    assert read(config.output) == [tokenizer.encode(text) for text in ("A the one", "A and two", "B a word")]
+
+
+@pytest.mark.parametrize("make", [make_byte_level, make_metaspace, make_sentencepiece])
+@pytest.mark.parametrize("unit", ["file", "line"])
+def test_a_control_code_is_what_a_prompt_asks_for(tmp_path, make, unit):
+    """`megaft generate --prompt "A Once upon"` encodes the code, a space and the text as one string."""
+    tokenizer = load_tokenizer(make(tmp_path / "tokenizer"))
+    text = write(tmp_path / "a.txt", "Once upon a time\nthere was\n" * 1000)  # longer than a piece of a file
+    config = {"inputs": (str(text),), "output": tmp_path / "out", "tokenizer": str(tmp_path / "tokenizer")}
+    prepare(PrepareConfig(**config, unit=unit, control_codes=("A",)))
+    found = [document[len(tokenizer.opening_ids) :] for document in read(tmp_path / "out")]
+    lines = text.read_text().splitlines() if unit == "line" else [text.read_text()]
+    assert found == [tokenizer.encode(f"A {line}") for line in lines]
+    unscored = len(tokenizer.opening_ids) + 1
+    assert read(f"{tmp_path}/out.scored") == [[0] * unscored + [1] * (len(document) - 1) for document in found]
+
+
+def test_a_code_that_merges_with_a_text_is_refused(tmp_path):
+    """A sentencepiece model whose pieces may hold spaces, one of them `A a`."""
+    make_sentencepiece(tmp_path / "tokenizer", split_by_whitespace=False, user_defined_symbols=["A\u2581a"])
+    config = {
+        "inputs": (str(write(tmp_path / "a", "a b")),),
+        "output": tmp_path / "out",
+        "tokenizer": str(tmp_path / "tokenizer"),
+    }
+    with pytest.raises(DataError, match="control code 'A'"):
+        prepare(PrepareConfig(**config, control_codes=("A",)))

@@ -61,7 +61,8 @@ def test_of_plain_text_every_token_counts_but_those_appended(validate):
 
 
 def test_a_text_with_nothing_scored_is_refused(validate, monkeypatch):
-    monkeypatch.setitem(RECORDS[0], "a", "")
-    monkeypatch.setitem(RECORDS[1], "a", "")
+    for record in RECORDS:  # one token each, which nothing in its document predicts
+        monkeypatch.setitem(record, "q", "")
+        monkeypatch.setitem(record, "a", "a")
     with pytest.raises(DataError, match="no scored token"):
         validate(prompt_key="q", completion_key="a")
