@@ -52,6 +52,7 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from evaluate_zero_shot.subject import load
     from megaft import parallel
     from megaft.backend import backend_of, require_whole_groups
+    from megaft.device import device_of
     from megaft.generate import model_source
     from megaft.lock import locked
     from megaft.tokenizer import load_tokenizer
@@ -63,7 +64,7 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     is_alone = topology.world_size == 1 and not config.partition and not is_cut  # then DeepSpeed need not be imported
     # What is missing is said before any model is loaded; what the hub has is fetched once, while the others join.
     data = find_all_data(config, os.environ) if topology.is_main else None
-    device = parallel.device_of(topology) if is_alone else parallel.join(topology)
+    device = device_of(topology) if is_alone else parallel.join(topology)
     if is_cut:
         parallel.cut_matrices(size)
     data = data or find_all_data(config, os.environ)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import deepspeed
 import torch
 
-from megaft import checkpoint, engine_state, parallel
+from megaft import checkpoint, engine_state, parallel, torch_flags
 from megaft.config import TrainConfig, require
 from megaft.dataset import Cut, Samples
 from megaft.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
+from megaft.device import require_supported
 from megaft.environment import write_config
 from megaft.events import Events, job, record_end
 from megaft.guard import Guard
@@ -89,10 +89,8 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     samples = open_samples(sources.train, config.data, config.run.seed)
     max_steps = _max_steps(config, setup, samples)
 
-    if config.parallel.tensor_parallel_size > 1:  # megatron-core's all-reduces overlap with products in this order only
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
-    parallel.require_supported(setup.dtype)
+    require_supported(setup.dtype)
     model, architecture = _model(config, setup)
     hugging_face.require_fits(model.language_model, tokenizer, config.longest_input)
     validation = Validation(sources.valid, config, tokenizer) if sources.valid else None
@@ -130,7 +128,8 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     if topology.is_main:
         _start_folder(config, settings, events)
         lengths, unscored = notes_on_lengths(sources.train, config.data), notes_on_unscored(sources.train, samples)
-        for note in (*setup.notes, *lengths, *unscored):
+        inexact = [torch_flags.NOT_EXACT] if has_cuda and not config.run.deterministic else []
+        for note in (*setup.notes, *lengths, *unscored, *inexact):
             print(note, flush=True)
     engine_state.keep_loss_scale_at_floor(engine)
     state = _state(config, engine, identity, events, max_steps)

@@ -177,6 +177,8 @@ class RunConfig:
     """Save and end with exit code 75 (requeue me) after the step in which so many minutes since the start are over."""
     timeout_minutes: float = 10.0
     """End with exit code 75 when other ranks have not been heard of for so long. Longer than any validation or save."""
+    deterministic: bool = False
+    """On CUDA: the same bits every time on GPUs of one model, at some cost in speed. CPUs always give them."""
     fresh: bool = False
     """Start over: checkpoints and metrics of an earlier run in the folder are removed."""
 

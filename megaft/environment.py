@@ -15,6 +15,7 @@ import torch
 import megaft
 from megaft.files import write_json_atomic
 from megaft.masking import masked
+from megaft.torch_flags import switches
 
 PACKAGES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "megatron-core", "sentencepiece", "safetensors", "numpy"),
@@ -42,6 +43,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "num_cores": os.cpu_count(),
+        **switches(),
         "command": masked(sys.argv),
     }
 

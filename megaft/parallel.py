@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaft.device import device_of, require_own_gpu
 from megaft.errors import ConfigError, LostPeerError, UserError
 from megaft.exit_code import exit_code_of
 from megaft.heartbeat import Heartbeat
 from megaft.network import connect_hosts, require_interfaces
 from megaft.topology import Topology, discover, free_port, integer, is_main_of
+from megaft.torch_flags import forbid_tf32
 
 T = TypeVar("T")
 
@@ -64,12 +66,12 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     # DeepSpeed's own groups, in which ZeRO's collectives run, take torch's default, and it lets nobody choose.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = longer
     if not dist.is_initialized():
-        _meet(topology, backend, longer)
+        _meet(topology, device, longer)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=longer, verbose=False)
     return device
 
 
-def _meet(topology: Topology, backend: str, timeout: timedelta) -> None:
+def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
     """Start torch's process group, which DeepSpeed then takes; ConfigError where not all ranks come together."""
     variable = "MEGAFT_RENDEZVOUS_SECONDS"  # how long ranks that start late are waited for
     seconds = integer(os.environ, variable) if variable in os.environ else int(TIMEOUT.total_seconds())
@@ -92,7 +94,17 @@ def _meet(topology: Topology, backend: str, timeout: timedelta) -> None:
     if _watches_peers and world_size > 1:
         global _heartbeat
         _heartbeat = Heartbeat(rank, world_size, topology.master_addr, store, _timeout.total_seconds())
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        require_own_gpu(device, store)
+    dist.init_process_group(
+        "nccl" if is_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if is_gpu else None,  # NCCL then connects at once, where an error can be said
+    )
 
 
 def pretend(world_size: int) -> Topology:
@@ -101,28 +113,6 @@ def pretend(world_size: int) -> Topology:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     return Topology("fake", 0, 0, world_size, "127.0.0.1", free_port())
-
-
-def device_of(topology: Topology) -> torch.device:
-    """Return where this rank computes, and make it the current CUDA device if it is one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(topology.local_rank)
-    return torch.device("cuda", topology.local_rank)
-
-
-def require_supported(dtype: str) -> None:
-    """Raise ConfigError unless this machine's devices compute in `dtype`."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    assert accelerator is not None
-    supported = [str(kind).removeprefix("torch.") for kind in accelerator.supported_dtypes()]
-    if dtype not in supported:
-        raise ConfigError(
-            f"the DeepSpeed JSON asks for {dtype}, but {accelerator.device_name()} here supports "
-            f"{', '.join(supported)} only; take one of the JSONs of ds_configs/ for that."
-        )
 
 
 def uncut() -> None:
@@ -205,6 +195,7 @@ def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
 def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> int:
     global _watches_peers
     _watches_peers = True
+    forbid_tf32()
     try:
         with naming_lost_peers(topology.rank):
             code = program(topology)

@@ -51,7 +51,9 @@ def train(config: TrainConfig, topology: Topology) -> int:
     """Run from the newest checkpoint to the end, then export."""
     import torch
 
-    from megaft import engine_state, parallel
+    from megaft import engine_state, parallel, torch_flags
+
+    torch_flags.set_before_cuda(config.run.deterministic, config.parallel.tensor_parallel_size)  # DeepSpeed starts it
     from megaft.assemble import assemble
     from megaft.dataset import micro_batches
     from megaft.export import export

@@ -1,0 +1,52 @@
+"""The device that a rank computes on, and what it computes in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from megaft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from megaft.topology import Topology
+
+
+def device_of(topology: Topology) -> torch.device:
+    """Return where this rank computes, and make it the current CUDA device if it is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else topology.local_rank  # launchers may show each rank its own GPU alone
+    if index >= count:
+        raise ConfigError(
+            f"rank {topology.rank} has local rank {index}, but sees {count} GPUs; start one rank a GPU, or let the "
+            "launcher show each rank its own alone, as srun --gpus-per-task=1 does."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def require_own_gpu(device: torch.device, store: Store) -> None:
+    """Raise ConfigError where another rank of those that meet at `store` has the same GPU; NCCL cannot work so."""
+    gpu = torch.cuda.get_device_properties(device).uuid
+    if store.add(f"megaft/gpu/{gpu}", 1) > 1:
+        raise ConfigError(f"two ranks have the GPU {gpu}; start one rank a GPU.")
+
+
+def require_supported(dtype: str) -> None:
+    """Raise ConfigError unless this machine's devices compute in `dtype`."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    supported = [str(kind).removeprefix("torch.") for kind in accelerator.supported_dtypes()]
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        supported.remove("bfloat16")  # which DeepSpeed counts: V100 and T4 emulate it, many times slower
+    if dtype not in supported:
+        raise ConfigError(
+            f"the DeepSpeed JSON asks for {dtype}, but {accelerator.device_name()} here supports "
+            f"{', '.join(supported)} only; take one of the JSONs of ds_configs/ for that."
+        )
