@@ -1,6 +1,6 @@
 """Kill, hang, damage and fill up small runs in every way, start each again until it is done, and compare.
 
-    python tools/benchmarks/faults.py [--runs 250] [--seed 0] [--output docs/reliability.md]
+    python tools/benchmarks/faults.py [--runs 500] [--seed 0] [--output docs/reliability.md]
 
 Real DeepSpeed on two CPU ranks. Each kind of fault comes once, then every change that a save makes to the disk, then
 all kinds in turn. A run is lost when the same command does not bring it to its end; it trained differently when any
@@ -14,8 +14,10 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -27,10 +29,11 @@ import tyro
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 from faults_disk import small_disk
+from faults_hosts import Host, two_hosts, why_not
 from faults_kinds import EVERY_CHANGE, KINDS, Fault, boundaries
 from faults_trial import Reference, Setting, Trial, make_inputs, reference
 
-FULL_DISK = "a full disk"
+FULL_DISK, CUT_HOST = "a full disk", "one host cut off"
 SETTINGS = [(stage, is_background) for stage in range(4) for is_background in (False, True)]
 
 
@@ -55,15 +58,25 @@ class Outcome:
 class Campaign:
     """The undisturbed runs, and what disturbed ones are compared with."""
 
-    def __init__(self, folder: Path, seed: int, settings: list[tuple[int, bool]], no_disk: str | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        settings: list[tuple[int, bool]],
+        hosts: tuple[Host, ...],
+        left_out: dict[str, str],
+    ) -> None:
         """Train a run a setting (ZeRO stage, whether saves are in the background) without disturbance.
 
         Args:
             folder: Where runs go; those on a small disk to `disk` in it.
             seed: Fixes what is drawn.
-            no_disk: Why there is no small disk.
+            settings: The settings.
+            hosts: The two that can be cut off.
+            left_out: Kinds that cannot be tried here, and why.
         """
-        self._folder, self._seed, self._number, self.no_disk = folder, seed, count(), no_disk
+        self._folder, self._seed, self._number, self._hosts, self.left_out = folder, seed, count(), hosts, left_out
+        self._turns = {kind: threading.Lock() for kind in (FULL_DISK, CUT_HOST)}  # the disk and the hosts are shared
         make_inputs(folder / "inputs")
         self.references: dict[tuple[int, bool], tuple[Setting, Reference]] = {}
         for stage, is_background in settings:
@@ -72,7 +85,7 @@ class Campaign:
 
     def kinds(self) -> list[str]:
         """Return the kinds that can be tried here."""
-        return [kind for kind in KINDS if kind != FULL_DISK or not self.no_disk]
+        return [kind for kind in KINDS if kind not in self.left_out]
 
     def plan(self, kinds: list[str], runs: int) -> list[tuple[str, int]]:
         """Return (kind, number) of each run: one a kind, then all changes of a save, then every kind in turn."""
@@ -88,7 +101,11 @@ class Campaign:
         return [*((kind, 0) for kind in kinds), *every, *in_turn][:runs]
 
     def run(self, kind: str, number: int) -> Outcome:
-        """Make one disturbed run."""
+        """Make one disturbed run; any number of threads may."""
+        with self._turns.get(kind) or nullcontext():
+            return self._run(kind, number)
+
+    def _run(self, kind: str, number: int) -> Outcome:
         random = Random(f"{self._seed} {kind} {number}")
         chosen = EVERY_CHANGE.get(kind) or random.choice([*self.references])
         setting, undisturbed = self.references[chosen]
@@ -97,6 +114,8 @@ class Campaign:
         trial = Trial(kind, setting, folder, random, undisturbed.start_seconds)
         if kind == FULL_DISK:
             trial.run_dir = self._folder / "disk" / folder.name
+        if kind == CUT_HOST:
+            trial.hosts = self._hosts
         fault(trial)
         trial.go_on()
         outcome = Outcome(
@@ -119,10 +138,13 @@ class Campaign:
 
 @contextmanager
 def campaign_in(folder: Path, seed: int, settings: list[tuple[int, bool]] = SETTINGS) -> Iterator[Campaign]:
-    """Give a campaign, with a small disk while it lasts where one can be mounted."""
+    """Give a campaign, with a small disk and two hosts while it lasts where they can be made."""
     folder.mkdir(parents=True, exist_ok=True)
-    with small_disk(folder / "disk") as no_disk:
-        yield Campaign(folder, seed, settings, no_disk)
+    no_hosts = why_not()
+    with small_disk(folder / "disk") as no_disk, nullcontext(()) if no_hosts else two_hosts(folder) as hosts:
+        reasons = {FULL_DISK: no_disk, CUT_HOST: no_hosts}
+        left_out = {kind: reason for kind, reason in reasons.items() if reason}
+        yield Campaign(folder, seed, settings, hosts, left_out)
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -161,8 +183,10 @@ def write_between_marks(page: Path, content: str) -> None:
 class Arguments:
     """Disturb small runs in every way, start each again until it is done, and compare with undisturbed ones."""
 
-    runs: int = 250
+    runs: int = 500
     """Disturbed runs."""
+    at_once: int = 2
+    """Runs that go on at the same time: many of them only wait."""
     seed: int = 0
     """Fixes what is drawn: kinds of damage, settings, and when faults come."""
     kinds: tuple[str, ...] = ()
@@ -177,12 +201,20 @@ class Arguments:
         return [kind for kind in KINDS if not self.kinds or any(part in kind for part in self.kinds)]
 
 
-def outcomes_of(campaign: Campaign, plan: list[tuple[str, int]]) -> Iterator[Outcome]:
+def outcomes_of(campaign: Campaign, plan: list[tuple[str, int]], at_once: int) -> list[Outcome]:
     """Make the runs, telling how far it is."""
-    for done, (kind, number) in enumerate(plan, 1):
+    done = count(1)
+
+    def made(kind: str, number: int) -> Outcome:
         outcome = campaign.run(kind, number)
-        print(f"{done}/{len(plan)} {kind}, {number}: {outcome.restarts} restarts, {outcome.seconds:.1f} s", flush=True)
-        yield outcome
+        print(
+            f"{next(done)}/{len(plan)} {kind}, {number}: {outcome.restarts} restarts, {outcome.seconds:.1f} s",
+            flush=True,
+        )
+        return outcome
+
+    with ThreadPoolExecutor(at_once) as threads:
+        return [*threads.map(lambda run: made(*run), plan)]
 
 
 def main(arguments: Arguments) -> int:
@@ -191,10 +223,10 @@ def main(arguments: Arguments) -> int:
         tempfile.TemporaryDirectory() as temporary,
         campaign_in(arguments.folder or Path(temporary), arguments.seed) as campaign,
     ):
-        outcomes = list(outcomes_of(campaign, campaign.plan(arguments.chosen(), arguments.runs)))
+        outcomes = outcomes_of(campaign, campaign.plan(arguments.chosen(), arguments.runs), arguments.at_once)
     print(table(outcomes))
-    if campaign.no_disk:
-        print(f"left out: {FULL_DISK}, as {campaign.no_disk}")
+    for kind, reason in campaign.left_out.items():
+        print(f"left out: {kind}, as {reason}")
     if arguments.output:
         write_between_marks(arguments.output, table(outcomes))
     return 0 if all(outcome.is_good for outcome in outcomes) else 1

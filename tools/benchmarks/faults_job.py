@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from faults_disk import Sabotage
+from faults_hosts import Host
 
 WORLD_SIZE = 2
 CONTEXT = get_context("forkserver")
@@ -26,13 +29,23 @@ PRELOADED = (
 CONTEXT.set_forkserver_preload([*PRELOADED])
 LIMIT = 240.0
 """Seconds after which a job hangs."""
+BLOCK = signal.SIGUSR2
+"""Sends a rank's main thread into a call that never returns, as behind a GPU that waits for a peer."""
+ONE_AT_A_TIME = threading.Lock()
+"""Around whatever may ask a process for its end: multiprocessing asks all of them, and takes an answer once."""
 
 
 class Job:
     """A training command on two ranks, as a launcher starts it."""
 
     def __init__(
-        self, command: list[str], logs: Path, sabotage: Mapping[int, Sabotage] | None = None, *, is_forked: bool = True
+        self,
+        command: list[str],
+        logs: Path,
+        sabotage: Mapping[int, Sabotage] | None = None,
+        hosts: Sequence[Host] = (),
+        *,
+        is_forked: bool = True,
     ) -> None:
         """Start the ranks.
 
@@ -40,26 +53,25 @@ class Job:
             command: Flags of megaft/train.py.
             logs: What the ranks say goes to this name with `-RANK.txt`.
             sabotage: What ranks do to themselves.
+            hosts: Where each rank runs; nothing stands for this machine.
             is_forked: Take the libraries from the fork server; else start Python anew, which takes seconds.
         """
         from megaft.parallel import free_port
 
         self.logs = [logs.with_name(f"{logs.name}-{rank}.txt") for rank in range(WORLD_SIZE)]
         port, deeds = free_port(), sabotage or {}
-        self.ranks = [
-            CONTEXT.Process(
-                target=run_rank, args=(rank, port, command, self.logs[rank], deeds.get(rank), is_forked), daemon=True
-            )
-            for rank in range(WORLD_SIZE)
-        ]
+        arguments = [(rank, port, command, self.logs[rank], deeds.get(rank), hosts) for rank in range(WORLD_SIZE)]
+        self.ranks = [CONTEXT.Process(target=run_rank, args=(*given, is_forked), daemon=True) for given in arguments]
         for rank in self.ranks:
-            rank.start()
+            with ONE_AT_A_TIME:
+                rank.start()
 
     def send(self, number: int, *ranks: int) -> None:
         """Send a signal to these ranks, or to all."""
         for rank in ranks or range(WORLD_SIZE):
-            pid = self.ranks[rank].pid
-            if self.ranks[rank].is_alive() and pid:
+            with ONE_AT_A_TIME:
+                pid = self.ranks[rank].pid if self.ranks[rank].is_alive() else None
+            if pid:
                 os.kill(pid, number)
 
     def first_end(self, seconds: float = LIMIT) -> bool:
@@ -75,27 +87,39 @@ class Job:
         ends, left = time.monotonic() + limit, [*self.ranks]
         while left and (seconds := ends - time.monotonic()) > 0:
             wait([rank.sentinel for rank in left], seconds)
-            for rank in [rank for rank in left if not rank.is_alive()]:
-                left.remove(rank)
-                if rank.exitcode:
+            with ONE_AT_A_TIME:
+                ended = [rank for rank in left if not rank.is_alive()]
+                left = [rank for rank in left if rank not in ended]
+                if any(rank.exitcode for rank in ended):
                     ends = min(ends, time.monotonic() + patience)
         self.send(signal.SIGKILL)
         for rank in self.ranks:
-            rank.join()
-        return [None if rank in left else rank.exitcode for rank in self.ranks]
+            wait([rank.sentinel])
+        with ONE_AT_A_TIME:
+            return [None if rank in left else rank.exitcode for rank in self.ranks]
 
     def said(self) -> str:
         """Return what the ranks wrote."""
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
 
-def run_rank(rank: int, port: int, command: list[str], log: Path, sabotage: Sabotage | None, is_forked: bool) -> None:
-    """Be a rank: in the environment of a launcher, with its output in a file."""
+def run_rank(
+    rank: int,
+    port: int,
+    command: list[str],
+    log: Path,
+    sabotage: Sabotage | None,
+    hosts: Sequence[Host],
+    is_forked: bool,
+) -> None:
+    """Be a rank: on its host, in the environment of a launcher, with its output in a file."""
+    if hosts:
+        hosts[rank].enter()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(WORLD_SIZE),
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=hosts[0].address if hosts else "127.0.0.1",
         MASTER_PORT=str(port),
         MEGAFT_RENDEZVOUS_SECONDS="20",
     )
@@ -107,12 +131,12 @@ def run_rank(rank: int, port: int, command: list[str], log: Path, sabotage: Sabo
         os.execv(sys.executable, [sys.executable, program, *command])
     import torch
 
-    from megaft import exit_code, train
+    from megaft import exit_code, heartbeat, train
 
     torch.set_num_threads(1)
-    exit_code.SECONDS_FOR_MAIN = (
-        1.0  # ranks that are not the main one let it speak first; no need to wait 20 s each time
-    )
+    # Ranks let the main one speak first, and their main thread end by itself; no need to wait 20 s each time.
+    exit_code.SECONDS_FOR_MAIN = heartbeat.GRACE_SECONDS = 1.0
+    signal.signal(BLOCK, lambda *_: ctypes.CDLL(None).sleep(int(2 * LIMIT)))
     if sabotage:
         sabotage.begin()
     sys.exit(train.main(command))

@@ -10,13 +10,13 @@ from pathlib import Path
 from random import Random
 
 import faults_disk as disk
-from faults_job import WORLD_SIZE, Job
-from faults_trial import EVERY, STEPS, WATCHED_STEP, Trial, ended, newest_whole, read_lines
+from faults_job import BLOCK, WORLD_SIZE, Job
+from faults_trial import EVERY, STEPS, TIMEOUT_MINUTES, WATCHED_STEP, Trial, ended, newest_whole, read_lines
 
 Fault = Callable[[Trial], None]
 REQUEUE, CHECKPOINT_ERROR, USAGE = 75, 4, 2
 SHORT_TIMEOUT = 0.15
-"""Minutes, for runs in which a rank hangs."""
+"""Minutes, for runs in which a rank is not heard of."""
 SLACK = 20.0
 """Seconds more that a busy machine may take over an ending."""
 
@@ -79,6 +79,52 @@ def hung(trial: Trial, victim: int, at: int | None) -> None:
     trial.expect(job.first_end(60 * SHORT_TIMEOUT + SLACK), "nobody noticed that a rank hangs")
     job.send(signal.SIGKILL, victim)
     require_survivors_end(trial, job, trial.end(job), victim)
+
+
+def blocked(trial: Trial, is_alone: bool) -> None:
+    """A rank's main thread never comes back from a call, and its peer is killed, or waits for it; all end."""
+    trial.flags = (f"--run.timeout-minutes={SHORT_TIMEOUT}",)
+    job, victim = trial.start(), trial.random.randrange(WORLD_SIZE)
+    trial.wait_for(job, trial.random.randrange(1, STEPS))
+    job.send(BLOCK, victim)
+    if not is_alone:
+        job.first_end(trial.random.uniform(0.0, 0.5))
+        job.send(signal.SIGKILL, 1 - victim)
+    require_all_end(trial, job, (REQUEUE, 0) if is_alone else (REQUEUE, 0, -signal.SIGKILL))
+
+
+def cut_off(trial: Trial) -> None:
+    """The link of one of two hosts goes down: all ranks end, and with the link up the run goes on."""
+    trial.flags = (f"--run.timeout-minutes={SHORT_TIMEOUT}",)
+    job, host = trial.start(), trial.random.choice(trial.hosts)
+    trial.wait_for(job, trial.random.randrange(1, STEPS - 1))
+    try:
+        host.cut()
+        require_all_end(trial, job, (REQUEUE, 0))
+    finally:
+        host.heal()
+
+
+def flapping(trial: Trial) -> None:
+    """The link of one of two hosts is down for a moment, up to three times: training goes on, or all ranks end."""
+    trial.flags = (f"--run.timeout-minutes={TIMEOUT_MINUTES}",)
+    job, host = trial.start(), trial.random.choice(trial.hosts)
+    for _ in range(trial.random.randint(1, 3)):
+        trial.some_time(job)
+        try:
+            host.cut()
+            job.first_end(trial.random.uniform(0.1, 1.5))
+        finally:
+            host.heal()
+    require_all_end(trial, job, (REQUEUE, 0))
+
+
+def require_all_end(trial: Trial, job: Job, allowed: tuple[int, ...]) -> None:
+    """What a run without one of its ranks owes: every rank ends in time, and the reason is written."""
+    codes = trial.end(job, patience=60 * SHORT_TIMEOUT + SLACK)
+    trial.expect({*allowed}.issuperset(codes), f"ended with {codes}: {job.said()[-300:]!r}")
+    if 0 not in codes:
+        trial.expect(ended(trial.run_dir) == REQUEUE, f"ended.json tells {ended(trial.run_dir)} after {codes}")
 
 
 def signalled(trial: Trial, number: signal.Signals) -> None:
@@ -213,6 +259,8 @@ KINDS: dict[str, Callable[[int, Random, tuple[list[str], ...]], Fault]] = {
     "both ranks killed at every change to the disk in a save (async)": at_boundary,
     "one rank killed in a save": partial(at_random_boundary, is_alone=True),
     "one rank hangs": hanging,
+    "one rank blocked in a call": one_of(partial(blocked, is_alone=False), partial(blocked, is_alone=True)),
+    "one host cut off": one_of(cut_off, cut_off, flapping),
     "SIGUSR1 or SIGTERM to one rank at a random time": one_of(
         partial(signalled, number=signal.SIGUSR1), partial(signalled, number=signal.SIGTERM)
     ),

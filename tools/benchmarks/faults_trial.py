@@ -15,6 +15,7 @@ from typing import Literal
 
 import toy
 from faults_disk import Sabotage
+from faults_hosts import Host
 from faults_job import WORLD_SIZE, Job
 
 STEPS, EVERY, KEPT = 8, 2, 2
@@ -129,6 +130,8 @@ class Trial:
     random: Random
     start_seconds: float
     """From the start of the undisturbed run to its first step."""
+    hosts: tuple[Host, ...] = ()
+    """Where its ranks run; nothing stands for this machine."""
     flags: tuple[str, ...] = ()
     run_dir: Path = Path()
     restarts: int = -1
@@ -158,7 +161,8 @@ class Trial:
         self._expected_step = newest_whole(self.run_dir)
         self._starts = len(self.starts())
         command = [*self.setting.command(self.run_dir), *self.flags]
-        return Job(command, self.folder / f"log-{self.restarts}", sabotage, is_forked=is_forked)
+        logs = self.folder / f"log-{self.restarts}"
+        return Job(command, logs, sabotage, self.hosts, is_forked=is_forked)
 
     def starts(self) -> list[int]:
         """Return the steps from which the run was continued."""
