@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from megaft import checkpoint, engine_state, parallel
+from megaft import checkpoint, cpu_speed, engine_state, parallel
 from megaft.config import TrainConfig, require
 from megaft.dataset import Cut, Samples
 from megaft.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
@@ -130,7 +130,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     if topology.is_main:
         _start_folder(config, settings, events)
         lengths, unscored = notes_on_lengths(sources.train, config.data), notes_on_unscored(sources.train, samples)
-        for note in (*setup.notes, *lengths, *unscored):
+        for note in (*setup.notes, *lengths, *unscored, *_notes_on_cpu(setup, device)):
             print(note, flush=True)
     engine_state.keep_loss_scale_at_floor(engine)
     state = _state(config, engine, identity, events, max_steps)
@@ -157,6 +157,14 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         max_steps=max_steps,
         settings=settings,
     )
+
+
+def _notes_on_cpu(setup: Resolved, device: torch.device) -> list[str]:
+    if device.type != "cpu" or setup.dtype == "float32":
+        return []
+    dtype = getattr(torch, setup.dtype)
+    seconds = cpu_speed.seconds_of_products((torch.float32, dtype))
+    return cpu_speed.notes_on_precision(seconds, dtype, setup.zero_stage, setup.offload_optimizer)
 
 
 def resumed_batch_size(config: TrainConfig) -> int | None:
