@@ -10,7 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from megaft import checkpoint, engine_state, parallel, torch_flags
+from megaft import checkpoint, cpu_speed, engine_state, parallel, torch_flags
 from megaft.config import TrainConfig, require
 from megaft.dataset import Cut, Samples
 from megaft.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
@@ -129,7 +129,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         _start_folder(config, settings, events)
         lengths, unscored = notes_on_lengths(sources.train, config.data), notes_on_unscored(sources.train, samples)
         inexact = [torch_flags.NOT_EXACT] if has_cuda and not config.run.deterministic else []
-        for note in (*setup.notes, *lengths, *unscored, *inexact):
+        for note in (*setup.notes, *lengths, *unscored, *inexact, *_notes_on_cpu(setup, device)):
             print(note, flush=True)
     engine_state.keep_loss_scale_at_floor(engine)
     state = _state(config, engine, identity, events, max_steps)
@@ -156,6 +156,14 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         max_steps=max_steps,
         settings=settings,
     )
+
+
+def _notes_on_cpu(setup: Resolved, device: torch.device) -> list[str]:
+    if device.type != "cpu" or setup.dtype == "float32":
+        return []
+    dtype = getattr(torch, setup.dtype)
+    seconds = cpu_speed.seconds_of_products((torch.float32, dtype))
+    return cpu_speed.notes_on_precision(seconds, dtype, setup.zero_stage, setup.offload_optimizer)
 
 
 def resumed_batch_size(config: TrainConfig) -> int | None:

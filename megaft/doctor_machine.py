@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from megaft import cpu_speed
 from megaft.doctor_table import Check, exit_code, show
 from megaft.environment import environment, installed_version
 from megaft.floors import FLOORS
@@ -82,6 +83,7 @@ def accelerators() -> Iterator[Check]:
         built = torch.version.cuda
         reason = f"torch is built for CUDA {built} but finds no device: look at nvidia-smi" if built else ""
         yield Check("accelerator", "warn", f"none: ranks compute on {os.cpu_count()} CPU cores", reason)
+        yield cpu_precision(cpu_speed.seconds_of_products((torch.float32, torch.bfloat16, torch.float16)))
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         with torch.cuda.device(number):
@@ -89,6 +91,18 @@ def accelerators() -> Iterator[Check]:
         found = f"{device.name}, {device.total_memory / GIB:.0f} GiB, {'bf16' if has_bf16 else 'no bf16'}"
         fix = "" if has_bf16 else "Use a JSON of ds_configs/ with fp16 or fp32"
         yield Check(f"cuda:{number}", "pass" if has_bf16 else "warn", found, fix)
+
+
+def cpu_precision(seconds: dict[torch.dtype, float]) -> Check:
+    """Compare half precision with fp32, by the seconds that products of matrices take on the CPU."""
+    slow = {dtype: cpu_speed.slowdown(seconds, dtype) for dtype in (torch.bfloat16, torch.float16)}
+    said = [
+        f"{cpu_speed.name(dtype)} {'is fast' if ratio is None else f'is {ratio:.0f} times slower than fp32'}"
+        for dtype, ratio in slow.items()
+    ]
+    if slow[torch.bfloat16] is None:
+        return Check("CPU precision", "pass", ", ".join(said))
+    return Check("CPU precision", "warn", ", ".join(said), "Use a JSON of ds_configs/ with fp32")
 
 
 @dataclass(frozen=True, slots=True)
