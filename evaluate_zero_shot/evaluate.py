@@ -24,6 +24,7 @@ from evaluate_zero_shot.tasks import Task
 from megaft import parallel
 from megaft.environment import environment
 from megaft.masking import without_secrets
+from megaft.models.rope import length_limit
 from megaft.progress import counting
 from megaft.scoring import Score, batches_of, score
 
@@ -118,6 +119,7 @@ def _score(subject: Subject, trial: Trial, keeper: KeptBatches) -> Score:
             num_bytes=prepared.num_bytes,
             name=name,
             keeper=keeper,
+            longest_alike=length_limit(subject.scorer.config),
             progress=progress,
         )
 
@@ -126,8 +128,10 @@ def _key(subject: Subject, trial: Trial) -> str:
     """Return a hash of everything that decides what a batch costs: the very tokens and batches, model and libraries."""
     prepared = trial.prepared
     digest = hashlib.sha256()
-    batches = enumerate(batches_of(prepared.rows, trial.tokens_per_batch))
-    rows = np.array([(number, row.first, *row.window) for number, batch in batches for row in batch], np.int64)
+    batches = batches_of(prepared.rows, trial.tokens_per_batch, length_limit(subject.scorer.config))
+    rows = np.array(
+        [(number, row.first, *row.window) for number, batch in enumerate(batches) for row in batch], np.int64
+    )
     for part in (prepared.tokens.tokens, rows, np.array(prepared.banned, np.int64)):
         digest.update(len(part).to_bytes(8, "little") + part.tobytes())
     made_by = (subject.sha256, subject.dtype, subject.device.type, torch.__version__, transformers.__version__)

@@ -20,6 +20,7 @@ from megaft.events import Events, job, record_end
 from megaft.guard import Guard
 from megaft.masking import without_secrets
 from megaft.models import hugging_face, trials
+from megaft.models.rope import length_limit
 from megaft.models.weights import MANIFEST
 from megaft.optim import build_optimizer, parameter_groups
 from megaft.parallel import Topology
@@ -48,6 +49,8 @@ class Parts:
     setup: Resolved
     samples: Samples
     cut: Cut
+    padded_to: int | None
+    """Length of every row; None where rows are padded to the longest of their micro-batch."""
     validation: Validation | None
     tokenizer: AnyTokenizer
     meter: Meter
@@ -93,7 +96,9 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     require_supported(setup.dtype)
     model, architecture = _model(config, setup)
     hugging_face.require_fits(model.language_model, tokenizer, config.longest_input)
-    validation = Validation(sources.valid, config, tokenizer) if sources.valid else None
+    longest_alike = length_limit(model.language_model.config)
+    validation = Validation(sources.valid, config, tokenizer, longest_alike) if sources.valid else None
+    padded_to = _padded_to(config, longest_alike)
     identity = Identity(
         global_batch_size=setup.global_batch_size,
         seed=config.run.seed,
@@ -145,6 +150,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
             parallel.data_parallel_rank(),
             parallel.data_parallel_size(),
         ),
+        padded_to=padded_to,
         validation=validation,
         tokenizer=tokenizer,
         meter=meter,
@@ -224,6 +230,25 @@ def _model(config: TrainConfig, setup: Resolved) -> tuple[Any, str]:
         trials.require_keeps_documents_apart(language_model)
     model = hugging_face.NatsModel(language_model, config.model.cross_entropy)
     return model, hugging_face.architecture(language_model)
+
+
+def _padded_to(config: TrainConfig, longest_alike: int | None) -> int | None:
+    """Return the length of every row, or None where rows are padded to the longest of their micro-batch.
+
+    Args:
+        config: The run's.
+        longest_alike: The longest input whose states do not depend on its length. Where the context is longer, every
+            row is padded to the context, so that a loss is the same at every micro-batch size.
+    """
+    context = config.data.context_length
+    is_length_felt = longest_alike is not None and context > longest_alike
+    require(
+        not (is_length_felt and config.data.attend_within_documents),
+        f"data.attend-within-documents is set and data.context-length is {context}, but the model has other rotary "
+        f"positions for inputs longer than {longest_alike} tokens, chosen by the longest document of a micro-batch; "
+        f"use data.context-length {longest_alike} or less, or data.sample document.",
+    )
+    return context if is_length_felt or config.data.sample == "stream" else None
 
 
 def _engine(model: torch.nn.Module, setup: Resolved, device: torch.device) -> Any:

@@ -270,7 +270,13 @@ class Cut:
 
 
 def micro_batches(
-    samples: Samples, position: int, left_out: Ranges, cut: Cut, padded_to: int | None, keep_documents: bool
+    samples: Samples,
+    position: int,
+    left_out: Ranges,
+    cut: Cut,
+    padded_to: int | None,
+    keep_documents: bool,
+    longest: int | None = None,
 ) -> list[Batch]:
     """Return this rank's micro batches of a step.
 
@@ -281,17 +287,21 @@ def micro_batches(
         cut: How the step's samples are dealt.
         padded_to: Row length; None pads to the longest sample, rounded up to a multiple of PADDED_TO.
         keep_documents: Whether the batch tells the model which tokens are of one document.
+        longest: Largest row length that rounding up may give: the model has no positions beyond it.
     """
     batches = []
     for first in cut.first_positions(position):
         chosen = [whole_position(first + row, left_out) for row in range(cut.micro_batch_size)]
-        batches.append(collate([samples[place] for place in chosen], chosen[0], padded_to, keep_documents))
+        batches.append(collate([samples[place] for place in chosen], chosen[0], padded_to, keep_documents, longest))
     return batches
 
 
-def collate(rows: list[Sample], first_position: int, padded_to: int | None, keep_documents: bool) -> Batch:
+def collate(
+    rows: list[Sample], first_position: int, padded_to: int | None, keep_documents: bool, longest: int | None = None
+) -> Batch:
     """Stack samples into a batch."""
-    length = padded_to or -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
+    rounded = -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
+    length = padded_to or min(rounded, longest or rounded)
 
     def stack(arrays: list[np.ndarray], filler: int) -> Tensor:
         padded = np.full((len(arrays), length), filler, dtype=np.int64)

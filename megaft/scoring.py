@@ -201,7 +201,7 @@ def rows_of(
     return rows
 
 
-def batches_of(rows: Sequence[Row], tokens_per_batch: int) -> list[list[Row]]:
+def batches_of(rows: Sequence[Row], tokens_per_batch: int, longest_alike: int | None = None) -> list[list[Row]]:
     """Group rows of about one shape, the longest first, so that little of a batch is padding.
 
     A pure function of the rows: what is computed together does not depend on the ranks, and so neither do its bits.
@@ -209,13 +209,19 @@ def batches_of(rows: Sequence[Row], tokens_per_batch: int) -> list[list[Row]]:
     Args:
         rows: In any order.
         tokens_per_batch: Most input tokens of a batch, padding included; a longer row makes a batch of its own.
+        longest_alike: No batch has both rows up to this length and longer ones (rope.length_limit).
     """
 
-    def magnitude(row: Row) -> int:
-        return row.num_targets.bit_length()  # the last layer and the head run on as many columns as the widest row has
+    def magnitude(row: Row) -> tuple[int, bool]:
+        # The last layer and the head run on as many columns as the widest row has.
+        return row.num_targets.bit_length(), longest_alike is not None and row.num_inputs > longest_alike
+
+    def order(row: Row) -> tuple[int, bool, int]:
+        columns, is_longer = magnitude(row)
+        return -columns, not is_longer, -row.num_inputs
 
     batches = []
-    for _, alike in groupby(sorted(rows, key=lambda row: (-magnitude(row), -row.num_inputs)), magnitude):
+    for _, alike in groupby(sorted(rows, key=order), magnitude):
         group = list(alike)
         while group:
             num_rows = max(1, tokens_per_batch // group[0].num_inputs)
@@ -249,6 +255,7 @@ def score(
     is_counted: Bool[np.ndarray, " tokens"] | None = None,
     name: str = "the text",
     keeper: Keeper | None = None,
+    longest_alike: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Score:
     """Score a text on all data ranks together; each returns the same bits, whatever their number.
@@ -268,6 +275,7 @@ def score(
         is_counted: The tokens that the caller makes figures of; by default all of them.
         name: The text and the model, for messages.
         keeper: Has finished batches, and is given those finished here.
+        longest_alike: The longest input of the model whose states do not depend on how long it is.
         progress: Called with the input tokens, without padding, that all ranks together have finished so far.
 
     Raises:
@@ -277,7 +285,7 @@ def score(
     if not rows:
         num_documents = len(documents.document_offsets) - 1
         raise DataError(f"{num_documents} documents have no token to score; give a text of two words or more.")
-    batches = batches_of(rows, tokens_per_batch)
+    batches = batches_of(rows, tokens_per_batch, longest_alike)
     values = np.zeros((2, int(documents.document_offsets[-1])))
     waiting = _fill_with_finished(values, batches, keeper)
     done = sum(row.num_inputs for row in rows) - _num_inputs(batches, waiting)

@@ -66,7 +66,6 @@ def train(config: TrainConfig, topology: Topology) -> int:
     guard, saver, events = run.guard, run.saver, run.events
     stops = stop.Stops(config.run.dir, config.run.max_minutes, topology.is_main)
     tokens_seen = torch.tensor(state.tokens_seen, device=device)
-    padded_to = config.data.context_length if config.data.sample == "stream" else None
     request = None
 
     with Metrics(
@@ -90,7 +89,13 @@ def train(config: TrainConfig, topology: Topology) -> int:
             step_rate = learning_rate(state.step, run.setup.optim, run.max_steps)
             set_learning_rate(engine.optimizer, step_rate)
             batches = micro_batches(
-                run.samples, state.position, state.left_out, run.cut, padded_to, config.data.attend_within_documents
+                run.samples,
+                state.position,
+                state.left_out,
+                run.cut,
+                run.padded_to,
+                config.data.attend_within_documents,
+                config.data.context_length,
             )
             counts = [sum(batch.num_scored for batch in batches), sum(batch.num_tokens for batch in batches)]
             counts = torch.tensor(counts).to(device, non_blocking=True)

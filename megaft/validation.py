@@ -26,7 +26,7 @@ class Validation:
     the end-of-document tokens that their preparation appended.
     """
 
-    def __init__(self, source: Source, config: TrainConfig, tokenizer: AnyTokenizer):
+    def __init__(self, source: Source, config: TrainConfig, tokenizer: AnyTokenizer, longest_alike: int | None = None):
         receipt = load_receipt(source.prefix)
         self.tokens = TokenFile(source.prefix, receipt["tokenizer"]["vocab_size"])
         # Of a text with unscored prompts, words and bytes of the scored part alone are not known.
@@ -45,6 +45,7 @@ class Validation:
         if not self.rows:
             raise DataError(f"{source.prefix} has no token to validate on; give data.valid a longer text.")
         self.options = {
+            "longest_alike": longest_alike,
             "tokens_per_batch": config.eval.batch_size * config.eval_context_length,
             "num_words": None if has_mask else receipt["words"],
             "num_bytes": None if has_mask or not receipt["tokenizer"]["round_trip"] else receipt["bytes"],

@@ -1,0 +1,184 @@
+"""Models that must not be trusted are refused before they train or score, and others are not."""
+
+import json
+
+import pytest
+import torch
+from families_models import tiny_config, tiny_model
+from tiny_models import LLAMA, make_config, make_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from megaft.errors import ConfigError, DataError
+from megaft.models import hugging_face, trials
+from megaft.models.scoring_model import load_scoring_model
+from megaft.models.stand_in import stand_in
+
+CPU = torch.device("cpu")
+GEMMA3 = {"layer_types": ["sliding_attention", "full_attention"]}
+CAUSAL = [
+    pytest.param("gpt2", {}, id="gpt2"),
+    pytest.param("bert", {"is_decoder": True}, id="bert as a decoder"),
+    pytest.param("gemma3_text", GEMMA3, id="gemma3"),
+    pytest.param("mistral", {"sliding_window": 3}, id="a window of three tokens"),
+    pytest.param("llama4_text", {"attention_chunk_size": 8}, id="chunks of eight tokens"),
+    pytest.param("mamba", {}, id="mamba"),
+    pytest.param("deepseek_v4", {}, id="deepseek v4"),
+    pytest.param("mixtral", {}, id="experts"),
+    pytest.param("bloom", {}, id="bloom"),
+]
+LOOKS_AHEAD = [
+    pytest.param("bert", {"is_decoder": False}, "is_decoder true", id="bert as an encoder"),
+    pytest.param("electra", {"is_decoder": False}, "is_decoder true", id="electra"),
+    pytest.param("roberta", {"is_decoder": False}, "is_decoder true", id="roberta"),
+    pytest.param("big_bird", {"is_decoder": False}, "is_decoder true", id="big bird"),
+    pytest.param(
+        "gemma3_text", GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention", id="gemma3"
+    ),
+    pytest.param("xlm", {"causal": False}, "Use a causal model", id="xlm"),
+]
+
+
+def new_model(model_type, changes):
+    """A model with the small weights that training begins with."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
+
+
+# Causality
+
+
+@pytest.mark.parametrize("make", [new_model, lambda name, changes: tiny_model(tiny_config(name, **changes))])
+@pytest.mark.parametrize(("model_type", "changes"), CAUSAL)
+def test_causal_models_are_taken(model_type, changes, make):
+    trials.require_language_model(make(model_type, changes))
+
+
+@pytest.mark.parametrize(("model_type", "changes", "way_out"), LOOKS_AHEAD)
+def test_models_that_look_ahead_are_refused(model_type, changes, way_out):
+    with pytest.raises(DataError, match=rf"\(model_type {model_type}\) attends to later tokens.*{way_out}") as error:
+        trials.require_language_model(new_model(model_type, changes))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_zero_hide_nothing():
+    """Projections that begin as zeros, as some recipes have them, let nothing through until they are trained."""
+    model = new_model("bert", {"is_decoder": False})
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(DataError, match="attends to later tokens"):
+        trials.require_language_model(model)
+
+
+def test_a_window_wider_than_the_trial_is_made_short():
+    """The 512 tokens of its window would hide what lies beyond them."""
+    small = stand_in(new_model("gemma3_text", GEMMA3 | {"sliding_window": 512}))
+    assert small.config.sliding_window == 16
+    assert trials.trial_length(small) > 2 * 8
+
+
+def test_evaluation_refuses_them(tmp_path):
+    new_model("bert", {"is_decoder": False}).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"BertLMHeadModel .* attends to later tokens"):
+        load_scoring_model(str(tmp_path), dtype=torch.bfloat16, device=CPU)
+
+
+# Rows
+
+
+class Mixing(nn.Module):
+    """A GPT-2 whose logits depend on the mean of its batch, as with batch norm or experts of bounded capacity."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.device = model, model.config, model.device
+
+    def forward(self, **inputs):
+        output = self.model(**inputs)
+        output.logits = output.logits + 0.1 * output.logits.mean(0, keepdim=True)
+        return output
+
+
+def test_rows_that_depend_on_each_other_are_seen(monkeypatch):
+    model = make_model("gpt2").eval()
+    assert trials.keeps_rows_apart(model)
+    assert trials.is_causal(Mixing(model))
+    assert not trials.keeps_rows_apart(Mixing(model))
+    monkeypatch.setattr(trials, "stand_in", lambda model: None)  # try the model itself
+    with pytest.raises(DataError, match=r"depend on the micro-batch size"):
+        trials.require_language_model(Mixing(model))
+
+
+# Documents
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "bloom", "mamba", "opt", "recurrent_gemma"])
+def test_documents_that_influence_each_other_are_refused(model_type):
+    with pytest.raises(ConfigError, match=r"^data\.attend-within-documents is set, but .* attends across documents"):
+        trials.require_keeps_documents_apart(new_model(model_type, {}))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "llama4_text", "gemma3_text", "mistral", "mixtral", "phi3"])
+def test_documents_that_do_not_are_taken(model_type):
+    trials.require_keeps_documents_apart(new_model(model_type, {}))
+
+
+# A trial leaves no trace
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_a_trial_leaves_no_trace(was_training):
+    model = make_model(attn_pdrop=0.5).train(was_training)
+    state = torch.get_rng_state()
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    trials.require_language_model(model)
+    trials.require_keeps_documents_apart(model)
+    assert model.training is was_training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+    assert (model.config.vocab_size, model.config.n_layer) == (61, 2)
+
+
+# Values in config.json that make no model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"pad_token_id": 10**6}, id="padding beyond the vocabulary"),
+        pytest.param({"pad_token_id": -500}, id="padding far below zero"),
+        pytest.param({"num_attention_heads": 0}, id="no heads"),
+        pytest.param({"num_attention_heads": -4}, id="negative heads"),
+        pytest.param({"num_attention_heads": "four"}, id="heads in words"),
+        pytest.param({"num_key_value_heads": 3}, id="heads not divisible by those of keys"),
+        pytest.param({"hidden_size": 0}, id="no width"),
+        pytest.param({"hidden_size": -32}, id="negative width"),
+        pytest.param({"hidden_size": 32.5}, id="a fraction as width"),
+        pytest.param({"hidden_size": None}, id="null as width"),
+        pytest.param({"hidden_size": 10**15}, id="a width beyond memory"),
+        pytest.param({"vocab_size": 0}, id="no vocabulary"),
+        pytest.param({"vocab_size": -1}, id="negative vocabulary"),
+        pytest.param({"num_hidden_layers": "2"}, id="layers in quotes"),
+        pytest.param({"num_hidden_layers": -1}, id="negative layers"),
+        pytest.param({"hidden_act": "no-such-activation"}, id="unknown activation"),
+        pytest.param({"rope_parameters": {"rope_type": "no-such-type", "rope_theta": 1e4}}, id="unknown positions"),
+        pytest.param({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, id="positions without factors"),
+        pytest.param({"rope_parameters": 7}, id="positions that are a number"),
+        pytest.param({"model_type": "gpt2", "max_position_embeddings": 0}, id="no positions"),
+        pytest.param({"head_dim": 0}, id="heads of no width"),
+        pytest.param({"head_dim": 7}, id="odd heads"),
+        pytest.param({"initializer_range": "x"}, id="initializer in words"),
+        pytest.param({"attention_dropout": "x"}, id="dropout in words"),
+        pytest.param({"rms_norm_eps": "x"}, id="epsilon in words"),
+        pytest.param({"model_type": 7}, id="model_type that is a number"),
+        pytest.param({"model_type": None}, id="model_type null"),
+        pytest.param({"model_type": "t5"}, id="encoder and decoder"),
+        pytest.param({"model_type": "clip"}, id="images"),
+    ],
+)
+def test_values_that_make_no_model_are_refused(change, tmp_path):
+    config = make_config("llama", LLAMA).to_dict() | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError) as error:
+        trials.require_language_model(hugging_face.create_language_model(str(tmp_path / "config.json"), 0))
+    assert "\n" not in str(error.value)

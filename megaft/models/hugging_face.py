@@ -205,7 +205,7 @@ def architecture_of(class_name: str, shapes: dict[str, torch.Size]) -> str:
 def context_limit(model: CausalLM) -> int | None:
     """Return the longest input the model has positions for, if it has a limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None or limit < 0 else limit  # XLNet's is -1
+    return limit if limit is None or limit > 0 else None  # XLNet, which has none, gives -1
 
 
 def vocab_size(model: CausalLM) -> int:
@@ -230,10 +230,19 @@ def _location(source: str) -> tuple[str, dict[str, str]]:
     return source, {}
 
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
 def _load_config(where: str, options: dict[str, str]):
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    text = config.get_text_config()
+    for name in SIZES:
+        size = getattr(text, name, 1)
+        if isinstance(size, int) and size < 1:  # transformers takes it, and makes a model of nothing
+            raise ValueError(f"{name} is {size}; use 1 or more.")
+    return config
 
 
 def _attention(config) -> str:

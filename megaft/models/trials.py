@@ -41,17 +41,24 @@ def require_language_model(model: CausalLM) -> None:
         DataError: The model is neither a causal language model of tokens alone, nor can it be tried.
     """
     with on_trial(model) as tried:
-        _require_runs(tried)
-        if not is_causal(tried):
+        try:
+            causal = is_causal(tried)
+            apart = causal and keeps_rows_apart(tried)
+        except STAND_IN_ERRORS as error:
+            said = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"{family(model)} attends to later tokens: it predicts each token from the text behind it too, "
-                f"so that its loss means nothing. {_way_out(model)}"
-            )
-        if not keeps_rows_apart(tried):
-            raise DataError(
-                f"{family(model)} gives a text other states beside other texts of a batch; "
-                "its loss would depend on the micro-batch size. Use a model of another family."
-            )
+                f"{family(model)} does not run on tokens alone ({said[:200]}). Use a causal language model of text."
+            ) from error
+    if not causal:
+        raise DataError(
+            f"{family(model)} attends to later tokens: it predicts each token from the text behind it too, "
+            f"so that its loss means nothing. {_way_out(model)}"
+        )
+    if not apart:
+        raise DataError(
+            f"{family(model)} gives a text other states beside other texts of a batch; "
+            "its loss would depend on the micro-batch size. Use a model of another family."
+        )
 
 
 def require_keeps_documents_apart(model: CausalLM) -> None:
@@ -222,17 +229,6 @@ def _evaluating(model: CausalLM) -> Iterator[CausalLM]:
         model.train(was_training)
 
 
-@torch.no_grad()
-def _require_runs(model: CausalLM) -> None:
-    try:
-        states_of(model, random_tokens(model, 3))
-    except STAND_IN_ERRORS as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(
-            f"{family(model)} does not run on tokens alone: {said} Use a causal language model of text."
-        ) from error
-
-
 def _way_out(model: CausalLM) -> str:
     config = model.config.get_text_config()
     if getattr(config, "is_decoder", True) is False:
@@ -253,4 +249,5 @@ def _num_tokens(model: CausalLM) -> int:
 
 
 def _limit(model: CausalLM) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is None or limit > 0 else None
