@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from megaft import checkpoint
-from megaft.canonical import Canonical
 from megaft.config import TrainConfig
-from megaft.engine_state import WEIGHT
+from megaft.errors import UserError
+from megaft.export_check import Rows
+from megaft.export_formats import HuggingFaceExport, MegatronExport
 from megaft.files import fsync, json_lines, naming_disk_errors
 from megaft.masking import without_secrets
-from megaft.models import adapters, convert, hugging_face
-from megaft.models.weights import Weights, file_of, load_config, open_weights, shapes_of
 from megaft.run_state import RunState
 from megaft.tokenizer import AnyTokenizer
 
 
-def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype: str) -> Path:
+def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype: str, rows: Rows) -> Path:
     """Write the best checkpoint, or the last if there was no validation or it is asked for; return its folder.
 
-    The weights are the ones the engine computed with: fp32 ones rounded to the run's dtype, adapters merged.
+    The weights are the ones the engine computed with: fp32 ones rounded to the run's dtype, adapters merged. Before it
+    gets its name, plain transformers must find the trained model in it.
     It reads the checkpoint on one rank and needs no process group.
+
+    Args:
+        config: The run's settings.
+        state: Where the run is.
+        tokenizer: What is exported beside the model.
+        dtype: That of the run.
+        rows: Held-out tokens, on which the loaded export is compared with the trained model.
 
     Raises:
         CheckpointError: The checkpoint does not hold.
-        ConfigError: The disk refuses. An export that was there stays.
+        ConfigError: The disk refuses.
+        DataError: The export would tokenize, or end texts, otherwise than the run's model.
+        NumericsError: The export is not the trained model. An export that was there stays, whatever is wrong.
     """
     step = state.step if config.run.export == "last" or state.best_step is None else state.best_step
-    saved = partial(checkpoint.canonical, checkpoint.folder_of(config.run.dir, step))
+    checkpoint_folder = checkpoint.folder_of(config.run.dir, step)
     final = config.run.dir / "export"
     temporary, old = final.with_name("export.tmp"), final.with_name("export.old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    with naming_disk_errors(final):
+    with naming_disk_errors(final), _removed_on_error(temporary):
         temporary.mkdir()
-        write = _write_megatron if config.model.backend == "megatron" else _write_hugging_face
-        write(config, saved, getattr(torch, dtype), temporary)
+        form = MegatronExport if config.model.backend == "megatron" else HuggingFaceExport
+        written = form(config, partial(checkpoint.canonical, checkpoint_folder), getattr(torch, dtype), tokenizer)
+        written.write(temporary)
         tokenizer.save(temporary)
-        (temporary / "README.md").write_text(without_secrets(model_card(config, step)), encoding="utf-8")
+        verified = written.verify(temporary, rows)
+        card = model_card(config, step, verified)
+        (temporary / "README.md").write_text(without_secrets(card), encoding="utf-8")
         for path in (temporary, *temporary.rglob("*")):
             fsync(path)
         if final.exists():
@@ -55,43 +66,16 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
     return final
 
 
-def _write_hugging_face(
-    config: TrainConfig, saved: Callable[[Any], Canonical], dtype: torch.dtype, folder: Path
-) -> None:
-    model = hugging_face.build(config.model, config.lora, config.run.seed)
-    load_weights(model, saved(model.config))
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
     try:
-        if config.lora.rank:
-            adapters.save_adapters(model, folder / "adapter", config.model.path)
-            model = adapters.merge_adapters(model)
-        model.to(dtype).save_pretrained(folder)
-    except SafetensorError as error:  # as which safetensors passes on what the disk refuses
-        raise OSError(str(error)) from error
+        yield
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
-def load_weights(model: torch.nn.Module, saved: Canonical) -> None:
-    """Put a checkpoint's fp32 weights into a language model of the run's architecture."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(saved.read(name, WEIGHT))
-
-
-def _write_megatron(config: TrainConfig, saved: Callable[[Any], Canonical], dtype: torch.dtype, folder: Path) -> None:
-    """Write parameter by parameter: no rank had the whole model, and neither may this one have room for it."""
-    source = config.model.path or config.model.from_scratch
-    assert source is not None
-    architecture = open_weights(source).config if config.model.path else load_config(source)
-    hugging_face.set_dropout(architecture, config.model.dropout)
-    read = partial(saved(architecture).read, kind=WEIGHT)
-    weights = Weights(architecture, torch.float32, shapes_of(architecture), read)
-    convert.write_hugging_face(weights, folder, dtype)
-    has_files = config.model.path is not None and not source.endswith(".gguf")
-    if has_files and (generation := file_of(source, "generation_config.json")):
-        shutil.copyfile(generation, folder / generation.name)
-
-
-def model_card(config: TrainConfig, step: int) -> str:
+def model_card(config: TrainConfig, step: int, verified: str) -> str:
     """Return the card: where the model came from and what was measured before and after."""
     rows = json_lines(config.run.dir / "metrics.jsonl")
     validations = {row["step"]: row["validation"] for row in rows if "validation" in row}
@@ -113,7 +97,7 @@ def model_card(config: TrainConfig, step: int) -> str:
             "",
             _protocol(config),
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", verified]) + "\n"
 
 
 def _table(columns: dict[str, dict | None]) -> list[str]:

@@ -29,6 +29,7 @@ from megaft.config import CheckpointConfig
 from megaft.errors import CheckpointError
 from megaft.events import job
 from megaft.files import fsync, naming_disk_errors
+from megaft.host_memory import available_memory
 from megaft.run_state import Identity, RunState
 from megaft.shard import write_shard
 
@@ -269,9 +270,3 @@ def _gather(mine: list[int]) -> list[list[int]]:
     rank, size = parallel.rank(), parallel.world_size()
     flat = parallel.max_over_ranks([number if rank == r else 0 for r in range(size) for number in mine])
     return [flat[begin : begin + len(mine)] for begin in range(0, len(flat), len(mine))]
-
-
-def available_memory() -> int:
-    """Return the bytes that this host's processes can still take, as Linux estimates them."""
-    information = Path("/proc/meminfo").read_text()
-    return 1024 * int(information.partition("MemAvailable:")[2].split()[0])

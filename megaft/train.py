@@ -57,6 +57,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
     from megaft.assemble import assemble
     from megaft.dataset import micro_batches
     from megaft.export import export
+    from megaft.export_check import held_out_rows
     from megaft.metrics import Metrics
     from megaft.optim import learning_rate, set_learning_rate
     from megaft.recovery import recovered, validated
@@ -169,7 +170,8 @@ def train(config: TrainConfig, topology: Topology) -> int:
     if request and request.exit_code and not is_over(config, state, run.max_steps):
         return run.end(state, request.exit_code, f"{request.reason} after step {state.step}; saved")
     if topology.is_main and config.run.export != "none":
-        print(f"model: {export(config, state, run.tokenizer, run.setup.dtype)}", flush=True)
+        rows = held_out_rows(validation, run.samples, config.longest_input)
+        print(f"model: {export(config, state, run.tokenizer, run.setup.dtype, rows)}", flush=True)
     return run.end(state, 0, f"done, after step {state.step}")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from tiny_models import change_tensors
 from transformers import PreTrainedModel
 
-from megaft import checkpoint
+from megaft import checkpoint, export_formats
 from megaft.checkpoint import folder_of
 from megaft.config import parse_train
-from megaft.errors import CheckpointError, ConfigError
-from megaft.export import export, load_weights, model_card
+from megaft.errors import CheckpointError, ConfigError, NumericsError
+from megaft.export import export, model_card
+from megaft.export_check import NUM_TOKENS, held_out_rows, load_weights
+from megaft.export_formats import HuggingFaceExport, MegatronExport
 from megaft.loss import IGNORE_INDEX
 from megaft.models import hugging_face
 from megaft.parallel import Topology
@@ -24,9 +28,11 @@ from megaft.pieces import Pieces
 from megaft.run_state import RunState
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import open_samples, prepare_sources
+from megaft.validation import Validation
 
 STEPS, CLIP, WEIGHT_DECAY, EPSILON = 3, 0.5, 0.1, 1e-5
 RATES = [0.5e-3, 1e-3, 1e-3]  # two steps of warm-up to 1e-3, then the cosine's first step
+TOPOLOGY = Topology("test", 0, 0, 1, "", 0)
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -76,6 +82,13 @@ def runs(tmp_path_factory, toy_model, toy_texts, run_ranks):
     cases = {
         "full": (deepspeed_json(), [f"--model.path={toy_model}", "--run.validate-every=1"]),
         "adapters": (deepspeed_json(), [f"--model.path={toy_model}", "--lora.rank=4", "--optim.learning-rate=0.05"]),
+        "ends": (
+            deepspeed_json(),
+            [
+                *(f"--model.path={toy_model}", "--lora.rank=4", "--optim.learning-rate=0.05", "--run.export=last"),
+                *("--lora.target-modules", "wte", "lm_head", "c_attn"),
+            ],
+        ),
         "half": (
             deepspeed_json(zero_optimization={"stage": 1}, bf16={"enabled": True}),
             [f"--model.from-scratch={folder / 'llama'}", f"--data.tokenizer={toy_model}", "--run.export=last"],
@@ -96,7 +109,7 @@ def runs(tmp_path_factory, toy_model, toy_texts, run_ranks):
     flags = {}
     for name, (settings, own) in cases.items():
         (folder / f"{name}.json").write_text(json.dumps(settings))
-        rate = [] if name == "adapters" else [f"--optim.learning-rate={max(RATES)}"]
+        rate = [] if name in ("adapters", "ends") else [f"--optim.learning-rate={max(RATES)}"]
         flags[name] = [
             f"--deepspeed_config={folder / f'{name}.json'}",
             f"--run.dir={folder / name}",
@@ -115,6 +128,9 @@ def config(runs, request):
 
 def of(*names):
     return pytest.mark.parametrize("config", names, indirect=True)
+
+
+EVERY = of("full", "adapters", "ends", "half")
 
 
 def rows_of(config, key):
@@ -139,6 +155,14 @@ def exported(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
+def export_again(config, state=None, dtype="float32"):
+    """Export as a run does at its end, on tokens of the validation text."""
+    tokenizer = load_tokenizer(config.tokenizer_source)
+    sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, TOPOLOGY)
+    rows = held_out_rows(Validation(sources.valid, config, tokenizer), None, config.longest_input)
+    return export(config, state or state_of(config), tokenizer, dtype, rows)
+
+
 def logits_of(model):
     ids = torch.randint(0, 512, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -155,8 +179,7 @@ def test_three_steps_are_those_of_plain_torch(config):
     Epsilon is 1e-5: the key bias of attention has a gradient of zero but for rounding, which AdamW's usual 1e-8 would
     turn into steps of any size.
     """
-    topology = Topology("test", 0, 0, 1, "", 0)
-    sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, topology)
+    sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, TOPOLOGY)
     samples = open_samples(sources.train, config.data, config.run.seed)
     model = hugging_face.load_language_model(str(config.model.path)).train()
     groups = [
@@ -189,7 +212,7 @@ def test_three_steps_are_those_of_plain_torch(config):
 # What is exported
 
 
-@of("full", "adapters", "half")
+@EVERY
 def test_the_export_is_the_trained_model(config):
     from transformers import AutoModelForCausalLM
 
@@ -229,7 +252,7 @@ def test_what_was_tied_stays_tied(config):
 def test_best_and_last(config, wanted, best, expected):
     config = replace(config, run=replace(config.run, export=wanted))
     state = replace(state_of(config), best_step=best)
-    folder = export(config, state, load_tokenizer(config.tokenizer_source), "float32")
+    folder = export_again(config, state)
     model, _ = exported(folder)
     pieces = Pieces(folder_of(config.run.dir, expected), checkpoint.verify(folder_of(config.run.dir, expected)))
     for name, parameter in model.named_parameters():
@@ -246,7 +269,7 @@ def test_the_state_remembers_the_best_validation(config):
     assert state_of(config).best_nats_per_token == min(nats.values())
 
 
-@of("adapters")
+@of("adapters", "ends")
 def test_adapters_are_merged_and_also_there_alone(config):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -262,7 +285,7 @@ def test_adapters_are_merged_and_also_there_alone(config):
 
 @of("full")
 def test_the_card_has_what_was_measured(config):
-    card = model_card(config, step=2)
+    card = model_card(config, step=2, verified="It was checked.")
     measured = rows_of(config, "validation")
     assert "| validation | before | step 2 |" in card
     assert {"perplexity", "word_perplexity", "bits_per_byte"} <= measured[0].keys() == measured[2].keys()
@@ -278,15 +301,15 @@ def test_the_card_has_what_was_measured(config):
 def test_a_card_shows_counts_in_full_and_what_is_not_finite(config, tmp_path):
     values = {"num_scored_tokens": 12_345_678, "perplexity": "inf", "nats_per_token": 1234.56789}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "validation": values}) + "\n")
-    card = model_card(replace(config, run=replace(config.run, dir=tmp_path)), step=2)
+    card = model_card(replace(config, run=replace(config.run, dir=tmp_path)), step=2, verified="")
     for row in ("| num_scored_tokens | 12345678 |", "| perplexity | inf |", "| nats_per_token | 1234.57 |"):
         assert row in card
 
 
-@of("full")
+@of("full", "ends")
 def test_the_exported_model_scores_what_was_measured(config):
     """Windows of 32 tokens, each 16 further, by transformers alone: every token of the text scored once."""
-    folder = export(config, state_of(config), load_tokenizer(config.tokenizer_source), "float32")
+    folder = export_again(config)
     model, tokenizer = exported(folder)
     text = Path(str(config.data.valid)).read_text()
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)])
@@ -298,16 +321,57 @@ def test_the_exported_model_scores_what_was_measured(config):
             logits = model(input_ids=window[None, :-1]).logits[0, scored_until - end :]
         nats += F.cross_entropy(logits, window[scored_until - end :], reduction="sum").item()
         scored_until = end
-    measured = rows_of(config, "validation")[state_of(config).best_step]
+    measured = rows_of(config, "validation")[STEPS if config.run.export == "last" else state_of(config).best_step]
     assert measured["num_scored_tokens"] == len(ids) - 1
     assert measured["nats"] == pytest.approx(nats, rel=1e-6)
     assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-6)
     assert measured["word_perplexity"] == pytest.approx(math.exp(nats / len(text.split())), rel=1e-5)
 
 
+@EVERY
+def test_the_card_has_the_nats_of_the_loaded_export(config):
+    card = (config.run.dir / "export" / "README.md").read_text()
+    found = re.search(r"on (\d+) held-out tokens: (\S+) per token, the trained model (\S+)\.\n", card)
+    assert found[1] == str(NUM_TOKENS)
+    assert float(found[2]) == pytest.approx(float(found[3]), rel=1e-5)
+
+
 @of("half")
-def test_the_card_of_a_model_from_scratch_says_so(config):
+def test_a_new_model_ends_texts_as_its_tokenizer_and_its_card_says_that_it_is_new(config):
     assert "(from scratch), finetuned for 3 steps" in (config.run.dir / "export" / "README.md").read_text()
+    model, tokenizer = exported(config.run.dir / "export")  # config.json has Llama's 1 and 2, characters here
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id == 0
+    assert model.generation_config.bos_token_id == tokenizer.bos_token_id == 0
+
+
+@of("full")
+@pytest.mark.parametrize("has_room", [True, False])
+def test_an_export_of_the_megatron_backend_is_checked_too(config, has_room, monkeypatch):
+    """Checkpoints of both backends are read alike."""
+    monkeypatch.setattr(export_formats, "available_memory", lambda: 1 << 40 if has_room else 0)
+    folder = export_again(replace(config, model=replace(config.model, backend="megatron")))
+    said = "512 held-out tokens: " if has_room else "each tensor in it was compared with the checkpoint's"
+    assert said in (folder / "README.md").read_text()
+
+
+@of("full")
+@pytest.mark.parametrize("backend", ["hugging-face", "megatron", "megatron without room"])
+def test_an_export_of_another_model_is_not_published(config, backend, monkeypatch):
+    def write_another(self, folder):
+        write(self, folder)
+        change_tensors(folder, lambda tensors: tensors["transformer.h.1.mlp.c_proj.weight"].mul_(0.5))
+
+    folder = config.run.dir / "export"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    form = HuggingFaceExport if backend == "hugging-face" else MegatronExport
+    write = form.write
+    monkeypatch.setattr(form, "write", write_another)
+    monkeypatch.setattr(export_formats, "available_memory", lambda: 0 if "without" in backend else 1 << 40)
+    with pytest.raises(NumericsError, match=r"full/export\S* was not published: .* The checkpoint is whole") as error:
+        export_again(replace(config, model=replace(config.model, backend=backend.split()[0])))
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (config.run.dir / "export.tmp").exists()
 
 
 @of("full")
@@ -319,7 +383,7 @@ def test_a_full_disk_is_named_and_the_export_before_stays(config, monkeypatch):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", refuse)
     with pytest.raises(ConfigError, match=r"full/export cannot be written: .*No space left on device"):
-        export(config, state_of(config), load_tokenizer(config.tokenizer_source), "float32")
+        export_again(config)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -331,7 +395,7 @@ def test_a_damaged_checkpoint_is_not_exported(config):
     try:
         path.write_bytes(whole[:-1])
         with pytest.raises(CheckpointError, match=r"rank-00000.safetensors has"):
-            export(config, replace(state_of(config), best_step=1), load_tokenizer(config.tokenizer_source), "float32")
+            export_again(config, replace(state_of(config), best_step=1))
     finally:
         path.write_bytes(whole)
     assert (config.run.dir / "export" / "README.md").read_text() == before

@@ -57,6 +57,43 @@ def merge_adapters(model: CausalLM) -> CausalLM:
     return model
 
 
+@torch.no_grad()
+def round_weights(model: CausalLM, dtype: torch.dtype) -> None:
+    """Round every weight to a dtype and keep it in fp32; of an adapted layer, the weight that it multiplies by in all.
+
+    That weight is found by what the layer returns, with no merging.
+    """
+    for name, layer in list(adapted_layers(model)) if dtype != torch.float32 else []:
+        replace_module(model, name, _plain_layer(layer.eval()))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+
+
+PROBED_ROWS = 1024
+"""Rows of the identity matrix that a layer is given at once."""
+
+
+def _plain_layer(layer: Any) -> nn.Module:
+    """Return a layer without adapters that computes what an adapted one does."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Embedding):
+        place = torch.tensor(divmod(int(base.weight.abs().argmax()), base.embedding_dim))
+        scale = base(place[:1])[0, place[1]] / base.weight[tuple(place)]  # some families scale what they look up
+        weight = torch.cat([layer(rows) for rows in torch.arange(base.num_embeddings).split(PROBED_ROWS)])
+        base.weight = nn.Parameter(weight / scale)
+        return base
+    bias, num_inputs = base.bias, layer.in_features
+    if bias is not None:
+        base.bias = nn.Parameter(torch.zeros_like(bias))
+    ones = torch.arange(num_inputs).split(PROBED_ROWS)
+    weight = torch.cat([layer(nn.functional.one_hot(rows, num_inputs).float()) for rows in ones]).T
+    plain = nn.Linear(num_inputs, len(weight), bias=bias is not None)
+    plain.weight = nn.Parameter(weight.contiguous())
+    if bias is not None:
+        plain.bias = bias
+    return plain
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the name and module of every layer that has an adapter."""
     from peft.tuners.lora import LoraLayer

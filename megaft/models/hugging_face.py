@@ -127,18 +127,23 @@ def _require_tied(source: str, model: CausalLM) -> None:
 
 def create_language_model(config_path: str, seed: int, dropout: float | None = None) -> CausalLM:
     """Initialise a new model from a config.json; the weights are a function of the seed."""
-    from transformers import AutoModelForCausalLM
-
     require_inert("model.from-scratch", config_path)
     try:
         config = _load_config(config_path, {})
         set_dropout(config, dropout)
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
-        )
+        return new_model(config)
     except LOAD_ERRORS as error:
         raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error)}") from error
+
+
+def new_model(config: Any) -> CausalLM:
+    """Return a new model of a transformers configuration, in fp32 and with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
+    )
 
 
 def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[str, Any] | None = None) -> CausalLM:

@@ -1,0 +1,127 @@
+"""Check of an export before it is published: transformers alone must load from it the model that was trained.
+
+The reference is the checkpoint in the module that trains, its adapters not merged. It shares no code with what writes
+an export but the reading of checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megaft.canonical import Canonical
+from megaft.dataset import Samples
+from megaft.engine_state import WEIGHT
+from megaft.errors import NumericsError
+from megaft.validation import Validation
+
+NUM_TOKENS = 512
+"""Held-out tokens that both models are compared on, at most."""
+
+MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
+"""How far a token's nats, and relatively their mean, may be apart. Both models have the same weights and compute in
+fp32, so they differ by the order of sums alone. A wrong weight, merge or layout differs a thousand times as much."""
+
+SMALLEST_MEAN = 0.1
+"""Nats per token that a smaller mean counts as: the difference of fp32 logits is not exact to 1e-5 of less."""
+
+Rows = Sequence[Sequence[int]]
+"""Tokens, each row an input whose last token is only predicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Nats per token of the trained module and of the export, for the model card."""
+
+    num_tokens: int
+    trained: float
+    exported: float
+
+    def __str__(self) -> str:
+        return (
+            "Before it was published, plain transformers loaded it and found the trained model's nats on "
+            f"{self.num_tokens} held-out tokens: {self.exported:.6f} per token, the trained model {self.trained:.6f}."
+        )
+
+
+def held_out_rows(validation: Validation | None, samples: Samples, longest: int) -> list[list[int]]:
+    """Return the first tokens of the validation text, or without one of the first training samples, as input rows.
+
+    Args:
+        validation: The run's validation.
+        samples: The run's training samples.
+        longest: Input tokens per forward pass.
+    """
+    if validation is not None:
+        opening = [] if validation.prefix_id is None else [validation.prefix_id]
+        ids = opening + validation.tokens.read(0, min(NUM_TOKENS, validation.tokens.num_tokens)).tolist()
+        if len(ids) > 1:
+            return [ids[begin : begin + longest + 1] for begin in range(0, len(ids) - 1, longest)]
+    rows: list[list[int]] = []
+    for position in range(NUM_TOKENS):
+        if sum(map(len, rows)) >= NUM_TOKENS:
+            break
+        rows.append(samples[position].input_ids[: longest + 1].tolist())
+    return [row for row in rows if len(row) > 1]
+
+
+def check_nats(trained: nn.Module, folder: Path, rows: Rows) -> Verified:
+    """Compare the nats of a trained module, already rounded to the export's dtype, with those of the loaded export.
+
+    Raises:
+        NumericsError: They differ by more than the order of sums explains, or are not finite.
+    """
+    expected = _nats(trained, rows)
+    from transformers import AutoModelForCausalLM
+
+    found = _nats(_PlainNats(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)), rows)
+    require_same_nats(expected, found, folder)
+    return Verified(len(expected), float(expected.mean()), float(found.mean()))
+
+
+def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
+    """Raise NumericsError where two models' nats of the same tokens are not equal but for rounding."""
+    mean, other = float(trained.mean()), float(exported.mean())
+    largest = float((trained - exported).abs().max())
+    if not (largest <= MAX_NATS * max(1, mean) and abs(mean - other) <= MAX_RELATIVE * max(SMALLEST_MEAN, mean)):
+        raise NumericsError(
+            f"{folder} was not published: plain transformers loads another model from it, with {other:.6f} nats per "
+            f"token on {len(trained)} held-out tokens, and the trained model has {mean:.6f}. The checkpoint is whole; "
+            "report this."
+        )
+
+
+class _PlainNats(nn.Module):
+    """A transformers model with torch's cross-entropy."""
+
+    def __init__(self, language_model: Any) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        logits = self.language_model(input_ids=input_ids, use_cache=False).logits
+        return F.cross_entropy(logits[0].float(), labels[0], reduction="none")[None]
+
+
+@torch.no_grad()
+def _nats(model: nn.Module, rows: Rows) -> Tensor:
+    """Return the nats of every token of the rows but their first."""
+    model.eval()
+    nats = []
+    for row in map(torch.tensor, rows):
+        nats.append(model(row[None, :-1], row[None, 1:], per_token=True)[0].double())
+    return torch.cat(nats)
+
+
+def load_weights(model: nn.Module, saved: Canonical) -> None:
+    """Put a checkpoint's fp32 weights into a language model of the run's architecture."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved.read(name, WEIGHT))

@@ -1,0 +1,167 @@
+"""How a checkpoint of either backend becomes transformers' folder, and how that folder is checked against it."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from megaft.canonical import Canonical
+from megaft.config import TrainConfig
+from megaft.engine_state import WEIGHT
+from megaft.errors import NumericsError
+from megaft.export_check import Rows, check_nats, load_weights
+from megaft.host_memory import available_memory
+from megaft.models import adapters, convert, hugging_face
+from megaft.models.convert import rounded
+from megaft.models.generation_ids import (
+    GENERATION,
+    follow_tokenizer,
+    generation_ids,
+    ids_of,
+    require_same_generation_ids,
+)
+from megaft.models.weights import Weights, file_of, load_config, open_weights, shapes_of
+from megaft.tokenizer import AnyTokenizer
+
+Saved = Callable[[Any], Canonical]
+"""Opens a checkpoint for a transformers configuration."""
+
+
+class HuggingFaceExport:
+    """Export of a run of transformers' modules: the whole model is in memory at once."""
+
+    def __init__(self, config: TrainConfig, saved: Saved, dtype: torch.dtype, tokenizer: AnyTokenizer) -> None:
+        self.config, self.saved, self.dtype, self.tokenizer = config, saved, dtype, tokenizer
+
+    def write(self, folder: Path) -> None:
+        """Write weights, configuration and settings of generation, and adapters also alone.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold.
+            OSError: The disk refuses.
+        """
+        model = self._trained()
+        if self.config.model.from_scratch is not None:
+            follow_tokenizer(model.config, self.tokenizer.bos_id, self.tokenizer.eos_id)
+            model.generation_config = _generation_of(model.config)
+        try:
+            if self.config.lora.rank:
+                adapters.save_adapters(model, folder / "adapter", self.config.model.path)
+                model = adapters.merge_adapters(model)
+            model.to(self.dtype).save_pretrained(folder)
+        except SafetensorError as error:  # as which safetensors passes on what the disk refuses
+            raise OSError(str(error)) from error
+        _copy_generation(self.config, folder)
+
+    def verify(self, folder: Path, rows: Rows) -> str:
+        """Load the export with transformers alone; return what the check found, for the card.
+
+        Raises:
+            DataError: It begins, ends or pads texts otherwise than the source.
+            NumericsError: It is not the trained model.
+        """
+        model = self._trained()
+        _check_generation(self.config, self.tokenizer, model.config, folder)
+        adapters.round_weights(model, self.dtype)
+        return str(check_nats(hugging_face.NatsModel(model), folder, rows))
+
+    def _trained(self) -> Any:
+        """Return the module that trains, with the checkpoint's weights in fp32 and its adapters not merged."""
+        gc.collect()  # of a model before
+        model = hugging_face.build(self.config.model, self.config.lora, self.config.run.seed)
+        load_weights(model, self.saved(model.config))
+        return model
+
+
+class MegatronExport:
+    """Export of a run of megatron-core's modules, parameter by parameter: no rank may have room for the model."""
+
+    def __init__(self, config: TrainConfig, saved: Saved, dtype: torch.dtype, tokenizer: AnyTokenizer) -> None:
+        self.config, self.dtype, self.tokenizer = config, dtype, tokenizer
+        source = config.model.path or config.model.from_scratch
+        assert source is not None
+        architecture = open_weights(source).config if config.model.path else load_config(source)
+        hugging_face.set_dropout(architecture, config.model.dropout)
+        if config.model.from_scratch is not None:
+            follow_tokenizer(architecture, tokenizer.bos_id, tokenizer.eos_id)
+        canonical = saved(architecture)
+        shapes = shapes_of(architecture)
+        self.weights = Weights(architecture, torch.float32, shapes, lambda name: canonical.read(name, WEIGHT))
+
+    def write(self, folder: Path) -> None:
+        """Write weights, configuration and settings of generation.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold.
+        """
+        convert.write_hugging_face(self.weights, folder, self.dtype)
+        _copy_generation(self.config, folder)
+
+    def verify(self, folder: Path, rows: Rows) -> str:
+        """Load the export with transformers alone, or compare its tensors where the host has no room for the model.
+
+        Raises:
+            DataError: It begins, ends or pads texts otherwise than the source.
+            NumericsError: It is not the trained model.
+        """
+        _check_generation(self.config, self.tokenizer, self.weights.config, folder)
+        needed = 4 * self.weights.num_parameters
+        if available_memory() > MEMORY_FACTOR * needed:
+            return str(check_nats(hugging_face.NatsModel(self._rounded_model()), folder, rows))
+        self._require_same_tensors(folder)
+        return (
+            "Before it was published, each tensor in it was compared with the checkpoint's. Nats were not computed "
+            f"again: the host had no room for the {needed:,} bytes that the model takes in float32."
+        )
+
+    def _rounded_model(self) -> Any:
+        model = hugging_face.new_model(self.weights.config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(rounded(name, self.weights.read(name), self.dtype))
+        return model
+
+    def _require_same_tensors(self, folder: Path) -> None:
+        found = open_weights(str(folder))
+        for name in self.weights.names:
+            if not torch.equal(found.read(name), rounded(name, self.weights.read(name), self.dtype)):
+                raise NumericsError(
+                    f"{folder} was not published: its {name} is not the checkpoint's. The checkpoint is whole; report "
+                    "this."
+                )
+
+
+MEMORY_FACTOR = 1.2
+"""Free host memory over the size of a model, that nats are computed with it: for activations, and files in memory."""
+
+
+def _has_files(config: TrainConfig) -> bool:
+    return config.model.path is not None and not config.model.path.endswith(".gguf")
+
+
+def _copy_generation(config: TrainConfig, folder: Path) -> None:
+    """Keep the source's own settings of generation, all of them."""
+    if _has_files(config) and (path := file_of(str(config.model.path), GENERATION)):
+        shutil.copyfile(path, folder / GENERATION)
+
+
+def _check_generation(config: TrainConfig, tokenizer: AnyTokenizer, architecture: Any, folder: Path) -> None:
+    if _has_files(config):
+        expected = generation_ids(str(config.model.path))
+    else:
+        if config.model.from_scratch is not None:
+            follow_tokenizer(architecture, tokenizer.bos_id, tokenizer.eos_id)
+        expected = ids_of(_generation_of(architecture))
+    require_same_generation_ids(expected, generation_ids(folder), folder)
+
+
+def _generation_of(architecture: Any) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_model_config(architecture)

@@ -1,0 +1,48 @@
+"""Memory that this host's processes can still take, also inside a batch job's or container's limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that processes here can still take: Linux's estimate, or what is left of a control group's.
+
+    Args:
+        root: Where proc and sys are found.
+    """
+    information = (root / "proc/meminfo").read_text()
+    available = 1024 * int(information.partition("MemAvailable:")[2].split()[0])
+    return min([available, *_left_in_groups(root)])
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Yield what is left of each limit on this process's control groups; pages of files count as free."""
+    for folder in _groups(root):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            most, used = _number(folder / limit), _number(folder / usage)
+            if most is not None and used is not None:
+                yield most - used + _file_pages(folder / "memory.stat")
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Yield the folders of this process's memory control groups, of versions 1 and 2, and of those around them."""
+    path = root / "proc/self/cgroup"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers in ("", "memory"):
+            top = root / "sys/fs/cgroup" / controllers
+            inner = top / name.lstrip("/")
+            yield from (folder for folder in (inner, *inner.parents) if folder == top or top in folder.parents)
+
+
+def _number(path: Path) -> int | None:
+    """Return the number in a file; None where there is no such file, or it says "max"."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def _file_pages(path: Path) -> int:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return sum(int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "active_file"))
