@@ -28,7 +28,8 @@ def written(value: Any, metric: str) -> str:
     if found is None or math.isnan(found):
         return MISSING
     if math.isinf(found):
-        return f"> {sys.float_info.max:.2g}" if found > 0 else "-∞"
+        is_overflow = metric.endswith("perplexity")  # of nats that are finite
+        return f"> {sys.float_info.max:.2g}" if is_overflow else "∞" if found > 0 else "-∞"
     if metric == "accuracy":
         return f"{found * 100:.2f} %"
     if metric in TITLES and abs(found) >= 1e6:

@@ -52,7 +52,7 @@ def validated(run: Parts, step: int) -> Score:
     except NumericsError as error:
         run.events.record("non-finite validation", step, decision="stop", reason=str(error))
         run.saver.publish()  # what was saved before it holds
-        raise NumericsError(f"validation after step {step}: {error} {_last_before(run, step)}.") from error
+        raise NumericsError(f"validation after step {step} ({_last_before(run, step)}): {error}") from error
 
 
 def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:

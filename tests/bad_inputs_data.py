@@ -85,6 +85,11 @@ def _(workshop):
     return workshop.train(model=model, data=workshop.toy.train, valid=single_tokens(workshop))
 
 
+@refuse("14 no token is scored", 3, r"data\.train has .*none, of which no token is scored: .*role assistant")
+def _(workshop):
+    return workshop.train(data=nothing_scored(workshop))
+
+
 @refuse("15 evaluation file missing", 3, r"--data .*nowhere\.txt does not exist; name a UTF-8 text file")
 def _(workshop):
     return workshop.evaluate(workshop.folder / "nowhere.txt")
@@ -186,6 +191,16 @@ def _(workshop):
 def single_tokens(workshop):
     """A prepared dataset whose documents have one token each."""
     return workshop.prepared("short", workshop.write("short.txt", "a\nb\nc\n"), "--unit=line")
+
+
+def nothing_scored(workshop):
+    """A prepared dataset of prompts and completions, none of whose tokens is scored."""
+    records = workshop.write("none.jsonl", json.dumps({"p": "one two three", "c": " four five"}) + "\n")
+    prefix = workshop.prepared("none", records, "--prompt-key=p", "--completion-key=c")
+    scored = np.memmap(f"{prefix}.scored.bin", np.uint8, mode="r+")
+    scored[:] = 0
+    scored.flush()
+    return prefix
 
 
 def without_special_tokens(workshop):

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from bad_inputs import Table
+from safetensors.torch import load_file, save_file
 
 TABLE = Table()
 refuse = TABLE.refuse
@@ -168,3 +169,18 @@ def _(workshop):
 def _(workshop):
     # Finite, but the steps it takes are not.
     return workshop.train("--optim.name=sgd", "--optim.learning-rate=1e30", "--checkpoint.every=1", steps=6)
+
+
+@refuse(
+    "56 a validation that is not finite",
+    5,
+    r"validation after step 0 \(there is no checkpoint before it\): data\.valid .*valid: [\d,]+ of [\d,]+ scored",
+    r"not finite, first token 0 of document 0",
+)
+def _(workshop):
+    # Training never reads position 40, nor does its gradient change the norm.
+    folder = workshop.model()
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wpe.weight"][40] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return workshop.train("--eval.context-length=64", model=folder, valid=workshop.toy.valid)

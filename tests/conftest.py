@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 from fork_server import CONTEXT
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Calls in the tests' own process are checked against the shapes and dtypes that annotations give; ranks run as ever.
 TENSORS = ("dataset", "indexed", "loss", "models", "sampling", "scoring")
 if parent_process() is None:
     install_import_hook([f"megaft.{name}" for name in TENSORS], "type_checker.checked")
+
+# No example is late on a busy machine.
+settings.register_profile("megaft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("megaft")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

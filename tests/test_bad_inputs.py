@@ -96,6 +96,7 @@ def test_refused_by_the_installed_command(name, workshop):
 
 
 VALIDATED = [
+    "14 no token is scored",
     *("14 zero validation windows", "16 context longer than the positions", "18 tokenizer larger than the embedding"),
     *("19 config differs from the weights", "26 batch is not micro x accumulation x ranks", "30 unknown zero key"),
     *("39 missing shard", "43 truncated safetensors", "50 .bin shorter than .idx says", "56 learning rate nan"),
@@ -190,6 +191,7 @@ def test_documents_of_any_length_train_whole(workshop, context_length, num_sampl
     assert re.search(said, done.out)
     rows = [json.loads(line) for line in (workshop.folder / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["tokens_seen"] == num_tokens - 3
+    assert rows[-1]["tokens_per_second"] * rows[-1]["seconds"] == pytest.approx(num_tokens - 3)  # without padding
 
 
 @pytest.mark.slow

@@ -20,7 +20,10 @@ from megaft.receipt import FORMAT_VERSION
 
 IGNORED = IGNORE_INDEX
 reusing_folder = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
 )
 document_lengths = st.lists(st.integers(0, 23), min_size=1, max_size=12).filter(any)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,47 @@ def test_results_of_other_commands_stay(trial, tmp_path):
         "valid.txt",
         "other.txt",
     ]
+
+
+@pytest.fixture(scope="module")
+def damaged(toy_model, tmp_path_factory):
+    """A model whose position 40 is not a number, and a file of each kind of task."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(toy_model, folder / "model")
+    weights = load_file(folder / "model/model.safetensors")
+    weights["transformer.wpe.weight"][40] = float("nan")
+    save_file(weights, folder / "model/model.safetensors", metadata={"format": "pt"})
+    passages = [{"text": "The ship sailed far over the sea " * repeats} for repeats in (1, 1, 3)]
+    (folder / "lambada.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+    sentences = "".join(f"{number} They ran , all of them .\n" for number in range(1, 21))
+    (folder / "cbt.txt").write_text(f"{sentences}21 The XXXXX ran .\tcat\t\tdog|cat\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "protocols", "place"),
+    [
+        # Attention gives every other position of such a window 0 times what is not a number.
+        pytest.param("text", "megaft", "token 0 of document 0", id="behind a prefix"),
+        pytest.param("text", "megatron", "token 1 of document 0", id="a cap for what is finite"),
+        pytest.param("text", "hf-docs", "token 1 of document 0", id="weighted by windows"),
+        pytest.param("lambada", "lm-eval", "of document 0", id="last word"),
+        pytest.param("cbt-cn", "megaft", "of document 0", id="cloze"),
+    ],
+)
+def test_nats_that_are_not_finite_end_with_5_and_leave_no_figure(
+    damaged, toy_texts, tmp_path, capsys, task, protocols, place
+):
+    data = {"text": toy_texts[1], "lambada": damaged / "lambada.jsonl", "cbt-cn": damaged / "cbt.txt"}[task]
+    flags = [f"--model={damaged / 'model'}", f"--task={task}", f"--protocol={protocols}", f"--data={data}"]
+    assert main([*flags, "--context-length=64", "--stride=32", f"--output={tmp_path}"]) == 5
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.search(rf"model, {task}, {protocols}, .* scored tokens .*not finite, first .*{place}", line)
+    assert "perplexity" not in out + err
+    assert not list(tmp_path.glob("re*"))  # neither results.json nor a report
 
 
 @pytest.mark.parametrize(("flag", "is_own"), [("--stride=3", True), ("--context-length=16", False)])

@@ -5,6 +5,7 @@ import pytest
 
 from evaluate_zero_shot import counts, figures
 from evaluate_zero_shot.interval import ratio_interval, share_interval
+from evaluate_zero_shot.limits import is_capped
 from evaluate_zero_shot.prepared import Prepared, TokenText
 from evaluate_zero_shot.protocols import PROTOCOLS
 from megaft.scoring import Score, rows_of, windows
@@ -132,3 +133,18 @@ def test_what_is_not_defined_has_no_interval():
     value = figures.figures(score, item, PROTOCOLS["megatron"])["word_perplexity"]
     assert value is None
     assert figures.interval("word_perplexity", value, score, item) is None
+
+
+def test_a_figure_that_is_a_limit_has_no_interval_and_says_so():
+    """Of 30 documents, one word each: e^40 a word is a float, e^800 is none, and Megatron-LM gives e^20 for both."""
+    item = prepared([[1] * 40 for _ in range(30)], num_words=30, document_words=(1,) * 30)
+    for nats, largest in ((1.0, math.exp(40)), (20.0, math.inf)):
+        score = found([nats] * 1200)
+        for name, limit in (("megaft", largest), ("megatron", math.exp(20))):
+            protocol = PROTOCOLS[name]
+            value = figures.figures(score, item, protocol)["word_perplexity"]
+            assert value == pytest.approx(limit)
+            is_limit = is_capped(value, protocol) or value == math.inf
+            assert is_limit == (name == "megatron" or nats == 20.0)
+            made = figures.interval("word_perplexity", value, score, item, is_capped(value, protocol))
+            assert (made is None) == is_limit

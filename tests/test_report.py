@@ -172,12 +172,16 @@ def test_stride_sweep_is_shown_when_there_are_several(tmp_path, strides):
         ({"data_name": "WikiText raw test", "protocol": "lm-eval"}, None),
         ({"limit_lines": 200}, "first 200 lines only"),
         ({"is_protocol_default": False, "stride": 64}, "not the protocol's own context or stride"),
+        ({"word_perplexity": math.exp(20)}, "capped at e^20 by the protocol"),
+        ({"word_perplexity": math.exp(20), "protocol": "lm-eval"}, None),
+        ({"word_perplexity": "inf", "protocol": "lm-eval"}, "above 1.8e+308: finite nats, too few words"),
     ],
 )
 def test_what_is_not_as_named_is_said(tmp_path, changed, warning):
     html, markdown = made(tmp_path, [result(**changed)])
     for text in (Page(html).words.lower(), markdown):
-        found = [one for one in ("unknown file", "lines only", "protocol's own context") if one in text]
+        marks = ("unknown file", "lines only", "protocol's own context", "capped at", "above 1.8")
+        found = [one for one in marks if one in text]
         found += ["not the protocol's text"] if "not the protocol's text" in text else []
         assert found == ([] if warning is None else [one for one in found if one in warning])
         assert warning is None or warning in text
@@ -199,6 +203,18 @@ def test_odd_values_do_not_break_it(tmp_path, odd):
     Page(html)
     assert not re.search(r"\b(nan|inf|None)\b", html.partition("</style>")[2])
     assert "| gpt2 |" in markdown
+
+
+@pytest.mark.parametrize("nats", ["nan", "inf", math.nan])
+def test_figures_made_of_nats_that_are_not_finite_are_not_shown(tmp_path, nats):
+    """As an earlier version wrote them: Megatron-LM's cap, or an accuracy of 0, for a model that computed NaN."""
+    bad = {"nats": nats, "perplexity": math.exp(20), "word_perplexity": math.exp(20), "bits_per_byte": nats}
+    interval = {"quantity": "accuracy", "low": 0.0, "high": 0.0007, "method": "Wilson, 5153 examples"}
+    zero = lambada(accuracy=0.0, nats=nats, word_perplexity="inf", confidence_interval_95=interval)
+    html, markdown = made(tmp_path, [result(**bad), zero])
+    for text in (Page(html).words, markdown):
+        assert text.lower().count("nats are not finite: no figure") == 2
+        assert not re.search(r"4\.85e|485,?165|0\.00 %|0\.07 %|> 1\.8e", text.replace("\\", ""))
 
 
 def test_no_result_is_said(tmp_path):

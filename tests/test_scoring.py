@@ -303,7 +303,10 @@ def test_a_token_that_does_not_count_may_be_infinite():
 
 
 def test_batches_that_are_not_finite_are_not_kept():
-    text, settings = Text([2] * 16, [2] * 15 + [BAD_TOKEN]), {"context_length": 16, "batch_size": 1, "prefix_id": 0}
+    text, settings = (
+        Text([2] * 16, [2] * 15 + [BAD_TOKEN]),
+        {"context_length": 16, "stride": 16, "batch_size": 1, "prefix_id": 0},
+    )
     memory = Memory()
     with pytest.raises(NumericsError):
         run(model_with(math.nan), text, keeper=memory, **settings)

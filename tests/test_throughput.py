@@ -1,9 +1,11 @@
 import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from fork_server import CONTEXT
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from megaft.config import MetricsConfig
@@ -73,9 +75,9 @@ def test_the_setting_wins_over_every_other_peak():
 
 
 def test_measuring_a_cpu_is_short_and_plausible():
-    begin = time.perf_counter()
+    begin = time.process_time()  # other processes do not count
     flops = measured_flops(CPU, torch.float32)
-    assert time.perf_counter() - begin < 3  # 0.3 s on an idle machine
+    assert time.process_time() - begin < 3 * torch.get_num_threads()  # 0.3 s on an idle machine
     assert 1e8 < flops < 1e14
 
 
@@ -106,11 +108,17 @@ def test_mfu_is_unknown_where_the_flops_are():
     )
 
 
-def test_peak_memory_is_the_most_ever_held():
+def peaks_around_128_mib():
     before = peak_memory_bytes(CPU)
     held_now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     torch.ones(before - held_now + 2**27, dtype=torch.uint8)  # 128 MiB more than ever, let go at once
-    assert 2**26 < peak_memory_bytes(CPU) - before < 2**28
+    return before, peak_memory_bytes(CPU)
+
+
+def test_peak_memory_is_the_most_ever_held():
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as fresh:  # of whatever was held here before nothing is known
+        before, after = fresh.submit(peaks_around_128_mib).result()
+    assert 2**26 < after - before < 2**28
 
 
 @pytest.mark.gpu

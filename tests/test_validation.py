@@ -1,13 +1,16 @@
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megaft.config import parse_train
-from megaft.errors import DataError
+from megaft.errors import DataError, NumericsError
 from megaft.indexed import TokenFile
 from megaft.prepare import prepare
 from megaft.prepare_config import PrepareConfig
+from megaft.recovery import validated
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import Source
 from megaft.validation import Validation
@@ -31,7 +34,7 @@ class Engine:
 
 @pytest.fixture
 def validate(toy_model, tmp_path):
-    def run(**options):
+    def validation(**options):
         records = tmp_path / "records.jsonl"
         records.write_text("\n".join(map(json.dumps, RECORDS)))
         prefix = tmp_path / "valid"
@@ -40,9 +43,13 @@ def validate(toy_model, tmp_path):
             "--deepspeed-config j --data.train t --data.valid v --run.dir r --run.max-steps 1 --data.context-length 8"
         )
         config = parse_train([*flags.split(), "--model.path", str(toy_model)])
-        tokenizer = load_tokenizer(str(toy_model))
-        return Validation(Source(str(prefix)), config, tokenizer)(Engine(), torch.device("cpu")), tokenizer, prefix
+        return Validation(Source(str(prefix)), config, load_tokenizer(str(toy_model)))
 
+    def run(**options):
+        score = validation(**options)(Engine(), torch.device("cpu"))
+        return score, load_tokenizer(str(toy_model)), tmp_path / "valid"
+
+    run.validation = validation
     return run
 
 
@@ -66,3 +73,34 @@ def test_a_text_with_nothing_scored_is_refused(validate, monkeypatch):
         monkeypatch.setitem(record, "a", "a")
     with pytest.raises(DataError, match="no scored token"):
         validate(prompt_key="q", completion_key="a")
+
+
+class Broken(Engine):
+    """A model of which the first label is not a number."""
+
+    def __call__(self, input_ids, labels, per_token):
+        nats = super().__call__(input_ids, labels, per_token)
+        nats[0, 0] = math.nan
+        return nats
+
+
+def test_a_validation_that_is_not_finite_ends_the_run_and_is_never_the_best(validate, tmp_path):
+    validation = validate.validation(json_key="q", append_eod=True)
+    for step in (2, 4, 8):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step-{step:08d}/manifest.json").touch()
+    done = []
+    run = SimpleNamespace(
+        validation=validation,
+        engine=Broken(),
+        device=torch.device("cpu"),
+        config=SimpleNamespace(run=SimpleNamespace(dir=tmp_path)),
+        events=SimpleNamespace(record=lambda event, step, **more: done.append((event, step, more["decision"]))),
+        saver=SimpleNamespace(publish=lambda: done.append("published")),
+    )
+    last = "the last checkpoint before it is step 4"
+    with pytest.raises(NumericsError, match=rf"after step 8 \({last}\): data\.valid .* 2 of 11 scored.*not finite"):
+        validated(run, 8)
+    assert done == [("non-finite validation", 8, "stop"), "published"]
+    run.engine = Engine()
+    assert validated(run, 8).nats == 11

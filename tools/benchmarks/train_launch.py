@@ -19,6 +19,8 @@ Contestant = Literal["megaft", "trainer", "torch"]
 HERE = Path(__file__).parent
 MEGAFT = HERE.parents[1] / "megaft" / "train.py"
 SECONDS_BETWEEN_LOOKS = 0.02
+SECONDS_TO_START = 600
+"""How long torchrun waits for its own store and heartbeat: 60 and 5 by default, too few on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,7 @@ def command(contestant: Contestant, case: Case, folder: Path, run_dir: Path) -> 
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", ranks]
     deepspeed += ["--master_port", str(free_port())]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    torchrun += ["--rdzv-conf", f"read_timeout={SECONDS_TO_START},heartbeat={SECONDS_TO_START}"]
     return {
         "megaft": [*deepspeed, str(MEGAFT), *_megaft_flags(case, folder, run_dir)],
         "trainer": [*deepspeed, str(HERE / "train_peer_trainer.py"), str(folder), str(run_dir)],
