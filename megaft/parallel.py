@@ -76,6 +76,8 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
     variable = "MEGAFT_RENDEZVOUS_SECONDS"  # how long ranks that start late are waited for
     seconds = integer(os.environ, variable) if variable in os.environ else int(TIMEOUT.total_seconds())
     where = f"{topology.master_addr}:{topology.master_port} (MASTER_ADDR and MASTER_PORT)"
+    is_gpu = device.type == "cuda"
+    backend = "nccl" if is_gpu else "gloo"
     require_interfaces(os.environ, backend)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
@@ -94,11 +96,10 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
     if _watches_peers and world_size > 1:
         global _heartbeat
         _heartbeat = Heartbeat(rank, world_size, topology.master_addr, store, _timeout.total_seconds())
-    is_gpu = device.type == "cuda"
     if is_gpu:
         require_own_gpu(device, store)
     dist.init_process_group(
-        "nccl" if is_gpu else "gloo",
+        backend,
         store=store,
         rank=rank,
         world_size=world_size,
