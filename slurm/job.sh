@@ -5,6 +5,7 @@ set -euo pipefail
 MEGAFT_HOME=${MEGAFT_HOME:-$SLURM_SUBMIT_DIR}
 PYTHON=${PYTHON:-$MEGAFT_HOME/.venv/bin/python} # the one `make demo` made, or any that has megaft's requirements
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # fewer fragments of GPU memory
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes are often offline: fetch on the login node first
 
 # run_tasks WORDS...: `python WORDS...` once a task, as many as the job has; counts `signals`.
@@ -44,18 +45,36 @@ run_dir_of() {
     echo "$run_dir"
 }
 
+# starts_since RUN SINCE: how often training started, by RUN/events.jsonl, since its last event SINCE (or ever).
+starts_since() {
+    if [ ! -f "$1/events.jsonl" ]; then echo 0; return; fi
+    awk -v since="\"event\": \"$2\"" 'index($0, since) { n = 0 } /"event": "start"/ { n++ } END { print n + 0 }' \
+        "$1/events.jsonl"
+}
+
 # finetune FLAGS...: train; where training asks for it (RUN/ended.json says 75), requeue the job, which then goes on.
 # srun's own code cannot tell. The first task to end makes srun end the others, and it shows the highest code of all:
 # 143 where all were to end with 75; and 75, of tasks that were still starting, where one had a mistake to report.
+# Where training had started and left no reason, all ranks were killed or aborted (NCCL's watchdog, a node's memory): the
+# job goes on too, but not after three starts in a row without a new checkpoint.
 finetune() {
-    local ended code=0
-    ended=$(run_dir_of "$@")/ended.json
+    local run_dir ended started code=0
+    run_dir=$(run_dir_of "$@")
+    ended=$run_dir/ended.json
     rm -f "$ended" # of the job's last turn
+    started=$(starts_since "$run_dir" none)
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then set -- "$@" --run.no-fresh; fi # only the first turn starts over
     run_tasks "$MEGAFT_HOME/megaft/train.py" "$@" || code=$?
     if [ -f "$ended" ]; then
         code=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$ended")
         if [ "$code" -eq 75 ]; then requeue; fi
+    elif [ "$code" -ne 0 ] && [ "$(starts_since "$run_dir" none)" -gt "$started" ]; then
+        if [ "$(starts_since "$run_dir" checkpoint)" -lt 3 ]; then
+            echo "$SLURM_JOB_NAME: ended with $code after its start and left no reason" >&2
+            requeue
+        else
+            echo "$SLURM_JOB_NAME: ended with $code for the third time without a new checkpoint" >&2
+        fi
     fi
     exit "$code"
 }
