@@ -292,21 +292,3 @@ def test_a_rank_holds_its_part_only(pretended):
     assert numels["decoder.layers.0.mlp.linear_fc1.weight"] == 2 * 64 * 32 // 8
     assert numels["embedding.word_embeddings.weight"] == 64 * 32 // 8  # 61 words, filled up
     assert numels["decoder.final_layernorm.weight"] == 32
-
-
-@pytest.mark.parametrize("pretended", [1], indirect=True)
-@pytest.mark.parametrize("is_there", [True, False])
-def test_transformer_engines_norms_are_used_where_they_are(pretended, monkeypatch, is_there):
-    from megatron.core.extensions import transformer_engine
-
-    from megaft.models import megatron
-
-    class TENorm(torch.nn.LayerNorm):
-        def __new__(cls, config, hidden_size, eps):
-            return torch.nn.LayerNorm(hidden_size, eps)
-
-    monkeypatch.setattr(transformer_engine, "TENorm", TENorm)
-    monkeypatch.setattr(megatron, "has_transformer_engine", lambda: is_there)
-    spec = megatron.layer_spec(make_model("gpt2").config, recompute=False)
-    norms = {spec.submodules.input_layernorm, spec.submodules.pre_mlp_layernorm}
-    assert (norms == {TENorm}) == is_there
