@@ -67,13 +67,22 @@ def reference(run_under):
     return rows(run_dir)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
-def test_every_launcher_trains_the_same(run_under, reference, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "flags"),
+    [
+        ("deepspeed", ()),
+        pytest.param("torchrun", ("--run.deterministic",), id="torchrun, deterministic"),
+        ("mpirun", ()),
+    ],
+)
+def test_every_launcher_trains_the_same(run_under, reference, launcher, flags):
     if shutil.which(LAUNCHERS[launcher][0]) is None:
         pytest.skip(f"{launcher} is not installed")
-    done, run_dir = run_under(launcher)
+    done, run_dir = run_under(launcher, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     ours = rows(run_dir)
+    recorded = json.loads((run_dir / "config.json").read_text())
+    assert recorded["environment"]["is_deterministic"] == recorded["settings"]["run"]["deterministic"] == bool(flags)
     assert [row["step"] for row in ours] == [row["step"] for row in reference] == [0, 1, 2, 2]
     for row, expected in zip(ours, reference, strict=True):
         if "loss" in row:
