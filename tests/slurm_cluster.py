@@ -127,13 +127,13 @@ def _running(folder, hosts):
         for command in commands:
             daemons.append(_start(command, folder / f"{len(daemons)}.out", environment))
             if command[0] == "munged":
-                _wait_for(lambda: (folder / "munge" / "socket").exists(), folder)
-        _wait_for(lambda: _num_idle(cluster) == len(cluster.nodes), folder)
+                wait_for(lambda: (folder / "munge" / "socket").exists(), folder)
+        wait_for(lambda: num_idle(cluster) == len(cluster.nodes), folder)
         yield cluster
     finally:
         if len(daemons) == len(commands):
             cluster.run("scancel", "--user=root", "--signal=KILL", "--full")
-            _wait_for(lambda: not cluster.run("squeue", "--noheader"), folder)
+            wait_for(lambda: not cluster.run("squeue", "--noheader"), folder)
         for daemon in reversed(daemons):
             _end(daemon)
         _end_left_behind(folder)
@@ -217,7 +217,8 @@ def _end_left_behind(folder):
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
-def _num_idle(cluster):
+def num_idle(cluster):
+    """Count the nodes that are up and have no job."""
     command = ("sinfo", "--Node", "--noheader", "--format=%N %t")
     try:
         lines = cluster.run(*command).splitlines()
@@ -226,7 +227,8 @@ def _num_idle(cluster):
     return len({line.split()[0] for line in lines if line.endswith(" idle")})
 
 
-def _wait_for(is_there, folder, seconds=30):
+def wait_for(is_there, folder, seconds=30):
+    """Wait until SLURM has done something; the daemons' output is shown if it never does."""
     deadline = time.monotonic() + seconds
     while not is_there():
         if time.monotonic() > deadline:

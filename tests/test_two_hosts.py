@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from faults_hosts import hosts_text
-from slurm_cluster import new_cluster
+from slurm_cluster import new_cluster, num_idle, wait_for
 from slurm_jobs import Jobs
 
 from megaft import parallel
@@ -183,6 +183,11 @@ def jobs(two_hosts, flags):
         yield Jobs(cluster, two_hosts.folder, [*flags("unused"), "--checkpoint.every=20", "--run.timeout-minutes=0.2"])
 
 
+def is_training(host):
+    commands = [Path(f"/proc/{pid}/cmdline") for pid in host.pids()]
+    return any(b"train.py" in path.read_bytes() for path in commands if path.exists())
+
+
 def test_a_job_whose_host_is_cut_off_is_requeued_and_goes_on(two_hosts, flags, jobs):
     """SLURM takes the silent node down, and the job waits for it in the queue."""
     last = ["--run.max-steps=60", "--optim.schedule=constant"]
@@ -195,7 +200,9 @@ def test_a_job_whose_host_is_cut_off_is_requeued_and_goes_on(two_hosts, flags, j
         jobs.wait_for_restart(job)
     finally:
         two_hosts.hosts[1].heal()
-    jobs.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")  # else two minutes later
+    # SLURM starts a requeued job two minutes later: the node is back by then, and has ended its old ranks.
+    wait_for(lambda: num_idle(jobs.cluster) == 2 and not is_training(two_hosts.hosts[1]), jobs.cluster.folder, 90)
+    jobs.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
     jobs.wait(job, JobState="COMPLETED", Restarts="1")
     assert jobs.losses("cut") == dict(losses(two_hosts.folder / "sixty"))
     assert jobs.continued_after(job, "cut") == [20]

@@ -60,9 +60,13 @@ class Host:
 
     def end_processes(self) -> None:
         """Kill what runs on this host."""
-        for pid in map(int, _ip("netns", "pids", self.namespace).split()):
+        for pid in self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def pids(self) -> list[int]:
+        """Return the processes that run on this host."""
+        return [*map(int, _ip("netns", "pids", self.namespace).split())]
 
 
 def why_not() -> str | None:
