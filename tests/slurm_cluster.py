@@ -128,7 +128,7 @@ def _running(folder, hosts):
             daemons.append(_start(command, folder / f"{len(daemons)}.out", environment))
             if command[0] == "munged":
                 wait_for(lambda: (folder / "munge" / "socket").exists(), folder)
-        wait_for(lambda: num_idle(cluster) == len(cluster.nodes), folder)
+        wait_for(lambda: _num_idle(cluster) == len(cluster.nodes), folder)
         yield cluster
     finally:
         if len(daemons) == len(commands):
@@ -217,8 +217,7 @@ def _end_left_behind(folder):
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
-def num_idle(cluster):
-    """Count the nodes that are up and have no job."""
+def _num_idle(cluster):
     command = ("sinfo", "--Node", "--noheader", "--format=%N %t")
     try:
         lines = cluster.run(*command).splitlines()
