@@ -22,7 +22,7 @@ GPUS = [f"gpu{number}" for number in range(8)]
 
 CONFIG = """\
 ClusterName=megaft
-SlurmctldHost=localhost(127.0.0.1)
+SlurmctldHost={controller}
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -52,12 +52,13 @@ OverTimeLimit=0
 JobRequeue=1
 GresTypes=gpu
 SlurmdParameters=config_overrides
+SlurmdTimeout={patience}
 {nodes}
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP DefaultTime=5
-PartitionName=spare Nodes=n2,n3 MaxTime=60 State=UP DefaultTime=5
+PartitionName=main Nodes={main} Default=YES MaxTime=60 State=UP DefaultTime=5
+PartitionName=spare Nodes={spare} MaxTime=60 State=UP DefaultTime=5
 """
 NODE = (
-    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
+    "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} "
     "CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:{num_gpus}"
 )
 
@@ -68,9 +69,18 @@ class Cluster:
 
     folder: Path
     environment: dict[str, str]
+    hosts: tuple = ()
+    """Of tools/benchmarks/faults_hosts.py, each of which is a node; nothing stands for NODES, all on this machine."""
+
+    @property
+    def nodes(self):
+        return [host.name for host in self.hosts] or [*NODES]
 
     def run(self, *command, **kwargs):
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, **kwargs)
+        """Run a command on the controller's host; returns what it wrote."""
+        words = self.hosts[0].command(*command) if self.hosts else command
+        environment = self.environment | kwargs.pop("environment", {})
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, **kwargs)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -83,6 +93,13 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster():
     """A running Cluster; its daemons are ended by pid, and its folder goes with them."""
+    with new_cluster() as running:
+        yield running
+
+
+@contextmanager
+def new_cluster(hosts=()):
+    """Start a Cluster on this machine or on hosts; skips where that cannot be."""
     missing = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path=_path()) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge)")
@@ -90,7 +107,7 @@ def cluster():
         pytest.skip("SLURM's daemons must be started by root")
     folder = Path(tempfile.mkdtemp(prefix="megaft-slurm-"))  # munge wants every folder above its socket open to all
     try:
-        with _running(folder) as running:
+        with _running(folder, hosts) as running:
             yield running
     finally:
         shutil.rmtree(folder)
@@ -101,50 +118,74 @@ def _path():
 
 
 @contextmanager
-def _running(folder):
-    _configure(folder)
+def _running(folder, hosts):
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
-    cluster, daemons = Cluster(folder, environment), []
+    cluster, daemons = Cluster(folder, environment, hosts), []
+    _configure(cluster)
+    commands = _commands(cluster)
     try:
-        for command in _commands(folder):
-            daemons.append(_start(command, folder / f"{len(daemons)}-{command[0]}.out", environment))
+        for command in commands:
+            daemons.append(_start(command, folder / f"{len(daemons)}.out", environment))
             if command[0] == "munged":
-                _wait_for(lambda: (folder / "munge" / "socket").exists(), folder)
-        _wait_for(lambda: _num_idle(environment) == len(NODES), folder)
+                wait_for(lambda: (folder / "munge" / "socket").exists(), folder)
+        wait_for(lambda: _num_idle(cluster) == len(cluster.nodes), folder)
         yield cluster
     finally:
-        if len(daemons) == 2 + len(NODES):
+        if len(daemons) == len(commands):
             cluster.run("scancel", "--user=root", "--signal=KILL", "--full")
-            _wait_for(lambda: not cluster.run("squeue", "--noheader"), folder)
+            wait_for(lambda: not cluster.run("squeue", "--noheader"), folder)
         for daemon in reversed(daemons):
             _end(daemon)
         _end_left_behind(folder)
 
 
-def _configure(folder):
+def _configure(cluster):
+    folder, nodes = cluster.folder, cluster.nodes
     folder.chmod(0o755)
-    for name in ("munge", "state", *(f"spool/{name}" for name in NODES)):
+    for name in ("munge", "state", *(f"spool/{name}" for name in nodes)):
         (folder / name).mkdir(parents=True)
     (folder / "munge").chmod(0o755)
     key = folder / "munge" / "key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(1024))
-    nodes = "\n".join(NODE.format(name=name, port=free_port(), num_gpus=len(GPUS)) for name in NODES)
-    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, port=free_port(), nodes=nodes))
+    (folder / "slurm.conf").write_text(_config(cluster))
     for name in GPUS:
         (folder / name).touch()
-    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu[0-{len(GPUS) - 1}]\n")
+    (folder / "gres.conf").write_text(f"NodeName={','.join(nodes)} Name=gpu File={folder}/gpu[0-{len(GPUS) - 1}]\n")
 
 
-def _commands(folder):
-    munge = folder / "munge"
-    yield [
+def _config(cluster):
+    where = [(host.name, host.address) for host in cluster.hosts] or [("localhost", "127.0.0.1")] * len(NODES)
+    nodes = [
+        NODE.format(name=name, host=host, address=address, port=free_port(), num_gpus=len(GPUS))
+        for name, (host, address) in zip(cluster.nodes, where, strict=True)
+    ]
+    return CONFIG.format(
+        folder=cluster.folder,
+        controller="{}({})".format(*where[0]),
+        port=free_port(),
+        patience=10 if cluster.hosts else 300,  # seconds until a silent node is lost
+        nodes="\n".join(nodes),
+        main=",".join(cluster.nodes[:2]),
+        spare=",".join(cluster.nodes[-2:]),
+    )
+
+
+def _commands(cluster):
+    """Return the daemons' commands: munged is a file to all, each of the others is on its host."""
+    munge, config = cluster.folder / "munge", ("-f", str(cluster.folder / "slurm.conf"))
+    munged = [
         *("munged", "--foreground", "--num-threads=2", f"--key-file={munge}/key", f"--socket={munge}/socket"),
         *(f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={munge}/log"),
     ]
-    yield ["slurmctld", "-D", "-f", str(folder / "slurm.conf")]
-    for name in NODES:
-        yield ["slurmd", "-D", "-N", name, "-f", str(folder / "slurm.conf")]
+    controller, slurmds = (
+        ["slurmctld", "-D", *config],
+        [["slurmd", "-D", "-N", name, *config] for name in cluster.nodes],
+    )
+    if hosts := cluster.hosts:
+        controller = hosts[0].command(*controller)
+        slurmds = [host.command(*slurmd) for host, slurmd in zip(hosts, slurmds, strict=True)]
+    return [munged, controller, *slurmds]
 
 
 def _start(command, output_path, environment):
@@ -176,18 +217,17 @@ def _end_left_behind(folder):
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
-def _num_idle(environment):
-    done = subprocess.run(
-        ["sinfo", "--Node", "--noheader", "--format=%N %t"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return len({line.split()[0] for line in done.stdout.splitlines() if line.endswith(" idle")})
+def _num_idle(cluster):
+    command = ("sinfo", "--Node", "--noheader", "--format=%N %t")
+    try:
+        lines = cluster.run(*command).splitlines()
+    except AssertionError:  # the controller is not there yet
+        return 0
+    return len({line.split()[0] for line in lines if line.endswith(" idle")})
 
 
-def _wait_for(is_there, folder, seconds=30):
+def wait_for(is_there, folder, seconds=30):
+    """Wait until SLURM has done something; the daemons' output is shown if it never does."""
     deadline = time.monotonic() + seconds
     while not is_there():
         if time.monotonic() > deadline:

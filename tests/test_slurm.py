@@ -1,82 +1,19 @@
 """Training under a real SLURM: whatever ends a job's turn, the run goes on and its losses are the undisturbed run's."""
 
 import json
-import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from slurm_jobs import CANARY, STEPS, Jobs
 
 from megaft import checkpoint
-from megaft.parallel import free_port
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ["slurm_cluster"]
 
 SLURM = Path(__file__).parents[1] / "slurm"
-STEPS, SAVE_EVERY, SIGNAL_AT = 200, 50, 60
+SAVE_EVERY, SIGNAL_AT = 50, 60
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
-CANARY = "canary-3f9a1c"
-
-
-class Jobs:
-    """Submits runs of the toy model, and waits for what becomes of them."""
-
-    def __init__(self, cluster, folder, flags):
-        self.cluster, self.folder, self._flags = cluster, folder, flags
-
-    def submit(self, script, name, *options, flags=(), max_steps=STEPS):
-        """`megaft submit`; returns the job's number."""
-        run = [f"--run.dir={self.folder / name}", f"--run.max-steps={max_steps}"]
-        command = [sys.executable, "-m", "megaft.cli", "submit", script, "--cpus-per-task=1", "--time=30"]
-        environment = {
-            **self.cluster.environment,
-            **{"DS_ACCELERATOR": "cpu", "WANDB_API_KEY": CANARY, "HF_TOKEN": CANARY},
-            # The nodes' names lead nowhere; on a real cluster the first one is found by name.
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
-        }
-        command += [f"--job-name={name}", *options, "--", *flags, *self._flags, *run]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return int(done.stdout.split()[-1])
-
-    def wait(self, job, seconds=180, **wanted):
-        """Wait until the job's fields are these; its log is shown if they never are."""
-        return self._until(lambda: wanted.items() <= self.cluster.job(job).items(), job, seconds)
-
-    def wait_for_restart(self, job, seconds=180):
-        """The job was requeued at least once."""
-        return self._until(lambda: int(self.cluster.job(job)["Restarts"]) > 0, job, seconds)
-
-    def wait_for_step(self, job, step, seconds=180):
-        return self._until(lambda: max(self.losses(self.cluster.job(job)["JobName"]), default=0) >= step, job, seconds)
-
-    def _until(self, is_so, job, seconds):
-        deadline = time.monotonic() + seconds
-        while not is_so():
-            is_lost = self.cluster.job(job)["JobState"] in ("FAILED", "TIMEOUT")
-            if is_lost or time.monotonic() > deadline:
-                logs = [path.read_text() for path in self.folder.glob(f"*-{job}*.log")]
-                pytest.fail(f"{self.cluster.job(job)}\n" + "\n".join(logs))
-            time.sleep(0.2)
-
-    def losses(self, name):
-        path = self.folder / name / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return {row["step"]: row["loss"].hex() for row in rows if "loss" in row}
-
-    def wait_for_end(self, job, name):
-        """Return what the run wrote when it ended."""
-        path = self.folder / name / "ended.json"
-        self._until(path.exists, job, seconds=30)
-        return json.loads(path.read_text())
-
-    def continued_after(self, job, name):
-        """Return the steps after which each later turn of the job went on."""
-        return [int(n) for n in re.findall(r"after (\d+) steps", (self.folder / f"{name}-{job}.log").read_text())]
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,8 @@ class Host:
 
     def command(self, *words: str | Path) -> list[str]:
         """Return the command that runs `words` on this host."""
-        enter = ("ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", ENTER, self.name)
-        return [*enter, str(self.hosts_file), *map(str, words)]
+        enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--uts", "--mount", "--propagation=slave"]
+        return [*enter, "sh", "-c", ENTER, self.name, str(self.hosts_file), *map(str, words)]
 
     def enter(self) -> None:
         """Move this process to this host."""
@@ -60,14 +60,18 @@ class Host:
 
     def end_processes(self) -> None:
         """Kill what runs on this host."""
-        for pid in map(int, _ip("netns", "pids", self.namespace).split()):
+        for pid in self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def pids(self) -> list[int]:
+        """Return the processes that run on this host."""
+        return [*map(int, _ip("netns", "pids", self.namespace).split())]
 
 
 def why_not() -> str | None:
     """Return the reason why there can be no such hosts here."""
-    if shutil.which("ip") is None or shutil.which("unshare") is None:
+    if not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
         return "iproute2 or util-linux is not installed"
     if os.geteuid() != 0:
         return "network namespaces need root"
