@@ -84,6 +84,7 @@ def main(config: ConvertConfig) -> int:
         else:
             convert.write_hugging_face(weights, folder, dtype)
         convert.copy_companions(described_by(source, config.model_config), folder)
+        open_weights(str(folder))  # reads what was written as any other model: names, shapes and ties
     seconds = time.perf_counter() - begin
     name = str(dtype).removeprefix("torch.")
     print(f"wrote {config.to}: {weights.num_parameters:,} parameters in {name}, {num_bytes:,} bytes in {seconds:.1f} s")

@@ -19,6 +19,7 @@ from megaft.files import fsync, json_lines, naming_disk_errors
 from megaft.masking import without_secrets
 from megaft.run_state import RunState
 from megaft.tokenizer import AnyTokenizer
+from megaft.tokenizer_check import require_same_ids
 
 
 def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype: str, rows: Rows) -> Path:
@@ -53,6 +54,7 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
         written = form(config, partial(checkpoint.canonical, checkpoint_folder), getattr(torch, dtype), tokenizer)
         written.write(temporary)
         tokenizer.save(temporary)
+        require_same_ids(tokenizer, temporary)
         verified = written.verify(temporary, rows)
         card = model_card(config, step, verified)
         (temporary / "README.md").write_text(without_secrets(card), encoding="utf-8")

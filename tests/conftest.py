@@ -52,6 +52,14 @@ def toy_texts(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def export_runs(tmp_path_factory, toy_model, toy_texts, run_ranks) -> dict[str, list[str]]:
+    """The flags of toy runs that ended with an export, by name."""
+    from export_runs import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("runs"), toy_model, toy_texts, run_ranks)
+
+
+@pytest.fixture(scope="session")
 def run_ranks():
     """run_ranks(2, function, *args) returns what function(*args) returned on each of 2 CPU ranks.
 

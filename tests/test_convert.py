@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model
+from tiny_models import edit_json, make_model
 from transformers import AutoModelForCausalLM
 
 from megaft import checkpoint, convert, verify_conversion
 from megaft.cli import main as command
 from megaft.engine_state import WEIGHT
 from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
+from megaft.models import convert as writing
 from megaft.models.hugging_face import load_language_model
 from megaft.models.weights import open_weights
 from megaft.shard import write_shard
@@ -278,6 +279,19 @@ def test_float16_that_overflows(tmp_path):
     with pytest.raises(DataError, match=r"wpe.weight has values up to 100000"):
         run(tmp_path / "start", tmp_path / "end", "hugging-face", dtype="float16")
     assert not (tmp_path / "end").exists()
+
+
+def test_what_was_written_is_read_before_it_is_published(tmp_path, monkeypatch):
+    def untie(config, folder, dtype):
+        write_config(config, folder, dtype)
+        edit_json(folder / "config.json", tie_word_embeddings=False)
+
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    write_config = writing._write_config
+    monkeypatch.setattr(writing, "_write_config", untie)
+    with pytest.raises(DataError, match=r"lm_head.weight is missing \(1 such\)"):
+        run(tmp_path / "gpt2", tmp_path / "new", "hugging-face")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2"]
 
 
 def test_rows_share_their_ends(tmp_path):

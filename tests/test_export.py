@@ -1,8 +1,7 @@
-"""One launch trains three toy models on one rank; what they wrote is compared with plain torch and transformers."""
+"""Three toy models trained in one launch on one rank; what they wrote is compared with plain torch and transformers."""
 
 import json
 import math
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,163 +9,38 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from tiny_models import change_tensors
-from transformers import PreTrainedModel
+from export_runs import (
+    CLIP,
+    EPSILON,
+    EVERY,
+    RATES,
+    STEPS,
+    TOPOLOGY,
+    WEIGHT_DECAY,
+    export_again,
+    exported,
+    logits_of,
+    of,
+    rows_of,
+    saved_model,
+    state_of,
+)
 
-from megaft import checkpoint, export_formats
+from megaft import checkpoint
 from megaft.checkpoint import folder_of
 from megaft.config import parse_train
-from megaft.errors import CheckpointError, ConfigError, NumericsError
-from megaft.export import export, model_card
-from megaft.export_check import NUM_TOKENS, held_out_rows, load_weights
-from megaft.export_formats import HuggingFaceExport, MegatronExport
+from megaft.export import model_card
+from megaft.export_check import NUM_TOKENS
 from megaft.loss import IGNORE_INDEX
 from megaft.models import hugging_face
-from megaft.parallel import Topology
 from megaft.pieces import Pieces
-from megaft.run_state import RunState
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import open_samples, prepare_sources
-from megaft.validation import Validation
-
-STEPS, CLIP, WEIGHT_DECAY, EPSILON = 3, 0.5, 0.1, 1e-5
-RATES = [0.5e-3, 1e-3, 1e-3]  # two steps of warm-up to 1e-3, then the cosine's first step
-TOPOLOGY = Topology("test", 0, 0, 1, "", 0)
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-
-
-def deepspeed_json(**settings):
-    return {
-        "train_batch_size": 6,
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": 0},
-        **settings,
-    }
-
-
-def train_all(argument_lists):
-    from megaft import parallel
-    from megaft.train import train
-
-    topology = parallel.discover(os.environ)
-    for arguments in argument_lists:
-        train(parse_train(arguments), topology)
-    parallel.leave()
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, toy_model, toy_texts, run_ranks):
-    """The flags of each run, by name, after it has run."""
-    folder = tmp_path_factory.mktemp("runs")
-    train, valid = toy_texts
-    # Documents of every length, so that micro batches score different numbers of tokens.
-    text = train.read_text()
-    documents = [text[begin : begin + 7 * (1 + begin % 29)] for begin in range(0, 20_000, 500)]
-    train = folder / "train.jsonl"
-    train.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    (folder / "llama").mkdir()
-    (folder / "llama" / "config.json").write_text(json.dumps(LLAMA))
-
-    cases = {
-        "full": (deepspeed_json(), [f"--model.path={toy_model}", "--run.validate-every=1"]),
-        "adapters": (deepspeed_json(), [f"--model.path={toy_model}", "--lora.rank=4", "--optim.learning-rate=0.05"]),
-        "ends": (
-            deepspeed_json(),
-            [
-                *(f"--model.path={toy_model}", "--lora.rank=4", "--optim.learning-rate=0.05", "--run.export=last"),
-                *("--lora.target-modules", "wte", "lm_head", "c_attn"),
-            ],
-        ),
-        "half": (
-            deepspeed_json(zero_optimization={"stage": 1}, bf16={"enabled": True}),
-            [f"--model.from-scratch={folder / 'llama'}", f"--data.tokenizer={toy_model}", "--run.export=last"],
-        ),
-    }
-    common = [
-        f"--data.train={train}",
-        f"--data.valid={valid}",
-        "--data.sample=document",
-        "--data.context-length=32",
-        f"--optim.weight-decay={WEIGHT_DECAY}",
-        f"--optim.epsilon={EPSILON}",
-        "--optim.warmup-steps=2",
-        f"--run.max-steps={STEPS}",
-        "--checkpoint.every=1",
-        f"--checkpoint.keep-last={STEPS}",
-    ]
-    flags = {}
-    for name, (settings, own) in cases.items():
-        (folder / f"{name}.json").write_text(json.dumps(settings))
-        rate = [] if name in ("adapters", "ends") else [f"--optim.learning-rate={max(RATES)}"]
-        flags[name] = [
-            f"--deepspeed_config={folder / f'{name}.json'}",
-            f"--run.dir={folder / name}",
-            *common,
-            *rate,
-            *own,
-        ]
-    run_ranks(1, train_all, list(flags.values()))
-    return flags
 
 
 @pytest.fixture
-def config(runs, request):
-    return parse_train(runs[request.param])
-
-
-def of(*names):
-    return pytest.mark.parametrize("config", names, indirect=True)
-
-
-EVERY = of("full", "adapters", "ends", "half")
-
-
-def rows_of(config, key):
-    rows = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row[key] for row in rows if key in row}
-
-
-def saved_model(config, step):
-    """The weights of a checkpoint in a model as transformers makes it."""
-    model = hugging_face.build(config.model, config.lora, config.run.seed)
-    load_weights(model, checkpoint.canonical(folder_of(config.run.dir, step), model.config))
-    return model.eval()
-
-
-def state_of(config, step=STEPS):
-    return RunState.from_json(checkpoint.read_manifest(folder_of(config.run.dir, step))["state"])
-
-
-def exported(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def export_again(config, state=None, dtype="float32"):
-    """Export as a run does at its end, on tokens of the validation text."""
-    tokenizer = load_tokenizer(config.tokenizer_source)
-    sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, TOPOLOGY)
-    rows = held_out_rows(Validation(sources.valid, config, tokenizer), None, config.longest_input)
-    return export(config, state or state_of(config), tokenizer, dtype, rows)
-
-
-def logits_of(model):
-    ids = torch.randint(0, 512, (2, 30), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model(input_ids=ids).logits
+def config(export_runs, request):
+    return parse_train(export_runs[request.param])
 
 
 # Training is plain torch
@@ -339,63 +213,6 @@ def test_the_card_has_the_nats_of_the_loaded_export(config):
 @of("half")
 def test_a_new_model_ends_texts_as_its_tokenizer_and_its_card_says_that_it_is_new(config):
     assert "(from scratch), finetuned for 3 steps" in (config.run.dir / "export" / "README.md").read_text()
-    model, tokenizer = exported(config.run.dir / "export")  # config.json has Llama's 1 and 2, characters here
-    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id == 0
-    assert model.generation_config.bos_token_id == tokenizer.bos_token_id == 0
-
-
-@of("full")
-@pytest.mark.parametrize("has_room", [True, False])
-def test_an_export_of_the_megatron_backend_is_checked_too(config, has_room, monkeypatch):
-    """Checkpoints of both backends are read alike."""
-    monkeypatch.setattr(export_formats, "available_memory", lambda: 1 << 40 if has_room else 0)
-    folder = export_again(replace(config, model=replace(config.model, backend="megatron")))
-    said = "512 held-out tokens: " if has_room else "each tensor in it was compared with the checkpoint's"
-    assert said in (folder / "README.md").read_text()
-
-
-@of("full")
-@pytest.mark.parametrize("backend", ["hugging-face", "megatron", "megatron without room"])
-def test_an_export_of_another_model_is_not_published(config, backend, monkeypatch):
-    def write_another(self, folder):
-        write(self, folder)
-        change_tensors(folder, lambda tensors: tensors["transformer.h.1.mlp.c_proj.weight"].mul_(0.5))
-
-    folder = config.run.dir / "export"
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    form = HuggingFaceExport if backend == "hugging-face" else MegatronExport
-    write = form.write
-    monkeypatch.setattr(form, "write", write_another)
-    monkeypatch.setattr(export_formats, "available_memory", lambda: 0 if "without" in backend else 1 << 40)
-    with pytest.raises(NumericsError, match=r"full/export\S* was not published: .* The checkpoint is whole") as error:
-        export_again(replace(config, model=replace(config.model, backend=backend.split()[0])))
-    assert "\n" not in str(error.value)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    assert not (config.run.dir / "export.tmp").exists()
-
-
-@of("full")
-def test_a_full_disk_is_named_and_the_export_before_stays(config, monkeypatch):
-    def refuse(*_, **__):
-        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
-
-    folder = config.run.dir / "export"
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", refuse)
-    with pytest.raises(ConfigError, match=r"full/export cannot be written: .*No space left on device"):
-        export_again(config)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-
-
-@of("full")
-def test_a_damaged_checkpoint_is_not_exported(config):
-    path = folder_of(config.run.dir, 1) / "rank-00000.safetensors"
-    whole = path.read_bytes()
-    before = (config.run.dir / "export" / "README.md").read_text()
-    try:
-        path.write_bytes(whole[:-1])
-        with pytest.raises(CheckpointError, match=r"rank-00000.safetensors has"):
-            export_again(config, replace(state_of(config), best_step=1))
-    finally:
-        path.write_bytes(whole)
-    assert (config.run.dir / "export" / "README.md").read_text() == before
+    model, tokenizer = exported(config.run.dir / "export")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id == 2
+    assert model.generation_config.bos_token_id == tokenizer.bos_token_id == 1

@@ -1,6 +1,7 @@
 """The laws of training that need several ranks. One launch a world size; every case in it trains a toy model."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -102,6 +103,9 @@ ENGINES = [
 ]
 
 
+EXPORTED = ("fp32-0", "fp32-2", "fp32-3", "bf16-3", "lora-3", "cut-fp32-3", "cut-bf16-1")
+
+
 @pytest.fixture(scope="module")
 def resumed(run_ranks, common, tmp_path_factory):
     """Each engine's run on two ranks with dropout: once whole, and once cut after three steps and continued."""
@@ -110,7 +114,9 @@ def resumed(run_ranks, common, tmp_path_factory):
     for engine in ENGINES:
         flags = (*engine.flags, "--model.dropout=0.1")
         for name, steps in (("whole", STEPS), ("cut@1", CUT_AT), ("cut@2", STEPS)):
-            values = {**vars(engine), "name": f"{engine.name}-{name}", "flags": (*flags, f"--run.max-steps={steps}")}
+            exports = ("--run.export=last",) if name == "whole" and engine.name in EXPORTED else ()
+            own = (*flags, f"--run.max-steps={steps}", *exports)
+            values = {**vars(engine), "name": f"{engine.name}-{name}", "flags": own}
             cases.append(Case(**values))
     run_ranks(2, train_cases, folder, common, cases)
     return folder
@@ -123,6 +129,14 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(resumed, engine):
     assert losses(whole) == losses(cut)
     assert shard_hashes(whole) == shard_hashes(cut)  # weights and moments
     assert validations(whole)[STEPS] == validations(cut)[STEPS]
+
+
+@pytest.mark.parametrize("engine", EXPORTED)
+def test_an_export_has_the_nats_of_the_trained_model(resumed, engine):
+    """Whatever engine trained it; without them it would not be there."""
+    card = (resumed / f"{engine}-whole" / "export" / "README.md").read_text()
+    found, trained = re.search(r"held-out tokens: (\S+) per token, the trained model (\S+)\.\n", card).groups()
+    assert float(found) == pytest.approx(float(trained), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fp32-2", "cut-fp32-2"])

@@ -1,0 +1,100 @@
+"""Exports that are checked before they are published, and refused; what was there before stays."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from export_runs import export_again, of, state_of
+from safetensors import SafetensorError
+from tiny_models import change_tensors
+from transformers import PreTrainedModel
+
+from megaft import export_formats
+from megaft.checkpoint import folder_of
+from megaft.config import parse_train
+from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
+from megaft.export_formats import HuggingFaceExport, MegatronExport
+from megaft.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def config(export_runs, request):
+    return parse_train(export_runs[request.param])
+
+
+@of("full")
+@pytest.mark.parametrize("has_room", [True, False])
+def test_an_export_of_the_megatron_backend_is_checked_too(config, has_room, monkeypatch):
+    """Checkpoints of both backends are read alike."""
+    monkeypatch.setattr(export_formats, "available_memory", lambda: 1 << 40 if has_room else 0)
+    folder = export_again(replace(config, model=replace(config.model, backend="megatron")))
+    said = "512 held-out tokens: " if has_room else "each tensor in it was compared with the checkpoint's"
+    assert said in (folder / "README.md").read_text()
+
+
+@of("full")
+def test_an_export_of_another_tokenizer_is_not_published(config, monkeypatch):
+    """Other merges, and every token and size the same."""
+
+    def save_another(self, folder):
+        save(self, folder)
+        path = Path(folder, "tokenizer.json")
+        state = json.loads(path.read_text())
+        state["model"]["merges"] = state["model"]["merges"][::-1]
+        path.write_text(json.dumps(state))
+
+    card = (config.run.dir / "export" / "README.md").read_bytes()
+    save = Tokenizer.save
+    monkeypatch.setattr(Tokenizer, "save", save_another)
+    with pytest.raises(DataError, match=r"^the tokenizer in \S+ is not the one the model has: ids of "):
+        export_again(config)
+    assert (config.run.dir / "export" / "README.md").read_bytes() == card
+    assert not (config.run.dir / "export.tmp").exists()
+
+
+@of("full")
+@pytest.mark.parametrize("backend", ["hugging-face", "megatron", "megatron without room"])
+def test_an_export_of_another_model_is_not_published(config, backend, monkeypatch):
+    def write_another(self, folder):
+        write(self, folder)
+        change_tensors(folder, lambda tensors: tensors["transformer.h.1.mlp.c_proj.weight"].mul_(0.5))
+
+    folder = config.run.dir / "export"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    form = HuggingFaceExport if backend == "hugging-face" else MegatronExport
+    write = form.write
+    monkeypatch.setattr(form, "write", write_another)
+    monkeypatch.setattr(export_formats, "available_memory", lambda: 0 if "without" in backend else 1 << 40)
+    with pytest.raises(NumericsError, match=r"full/export\S* was not published: .* The checkpoint is whole") as error:
+        export_again(replace(config, model=replace(config.model, backend=backend.split()[0])))
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (config.run.dir / "export.tmp").exists()
+
+
+@of("full")
+def test_a_full_disk_is_named_and_the_export_before_stays(config, monkeypatch):
+    def refuse(*_, **__):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    folder = config.run.dir / "export"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", refuse)
+    with pytest.raises(ConfigError, match=r"full/export cannot be written: .*No space left on device"):
+        export_again(config)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@of("full")
+def test_a_damaged_checkpoint_is_not_exported(config):
+    path = folder_of(config.run.dir, 1) / "rank-00000.safetensors"
+    whole = path.read_bytes()
+    before = (config.run.dir / "export" / "README.md").read_text()
+    try:
+        path.write_bytes(whole[:-1])
+        with pytest.raises(CheckpointError, match=r"rank-00000.safetensors has"):
+            export_again(config, replace(state_of(config), best_step=1))
+    finally:
+        path.write_bytes(whole)
+    assert (config.run.dir / "export" / "README.md").read_text() == before
