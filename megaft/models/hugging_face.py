@@ -166,6 +166,10 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     if lora.rank:
         add_adapters(model, lora, seed)
     if config.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"model.activation-checkpointing is set, but {trials.family(model)} does not support it; drop it."
+            )
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -259,12 +263,17 @@ def _attention(config) -> str:
 
 
 def set_dropout(config: Any, dropout: float | None) -> None:
-    """Give every dropout probability of a transformers configuration this value; None leaves them."""
+    """Give every dropout probability of a transformers configuration this value; None leaves them.
+
+    LayerDrop (Fan et al. 2020) leaves out whole layers: 0.0 turns it off too, other values leave it.
+    """
     if dropout is None:
         return
-    for name, value in config.to_dict().items():
-        if re.search(r"(dropout|pdrop|_drop)$", name) and isinstance(value, int | float):
-            setattr(config, name, dropout)
+    names = r"(dropout|dropout_prob|dropout_rate|pdrop|_drop)$" if dropout else r"drop(out(_prob|_rate)?)?$"
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if re.search(names, name) and isinstance(value, int | float):
+                setattr(part, name, dropout)
 
 
 def _without_quantization(model: CausalLM) -> CausalLM:

@@ -121,7 +121,7 @@ def try_family(model_type: str, parts: tuple[str, ...] = PARTS) -> dict[str, str
             model.save_pretrained(folder)
         except Exception as error:
             return dict.fromkeys(parts, f"not tried: save_pretrained: {_one_line(error)}")
-        return {part: outcome(CASES[part], folder) for part in parts}
+        return {part: outcome(CASES[part], folder).replace(folder, "MODEL") for part in parts}
 
 
 def outcome(case: Callable[[str], None], folder: str) -> str:
