@@ -108,7 +108,7 @@ def try_family(model_type: str, parts: tuple[str, ...] = PARTS) -> dict[str, str
     from families_models import VARIANTS, tiny_config, tiny_model
 
     try:
-        config = tiny_config(*VARIANTS.get(model_type, (model_type,)))
+        config = tiny_config(*VARIANTS.get(model_type, (model_type, {})))
         model = tiny_model(config)
         with torch.no_grad():
             is_finite = bool(model(input_ids=torch.arange(9).unsqueeze(0), use_cache=False).logits.isfinite().all())
