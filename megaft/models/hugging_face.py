@@ -87,6 +87,7 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
             config.json.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # every rank would draw its own
@@ -111,7 +112,9 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
             **options,
         )
     except LOAD_ERRORS as error:
-        raise DataError(f"model.path is {source}; transformers cannot load it: {_first_line(error)}") from error
+        # Some families fail there only, with a message that says nothing.
+        where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
+        raise DataError(f"model.path is {source}; transformers cannot load it{where}: {_first_line(error)}") from error
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
