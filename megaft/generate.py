@@ -176,9 +176,12 @@ def load_cached_model(source: str, dtype: Any) -> Any:
 
     from megaft.models.generation import CachedModel
     from megaft.models.hugging_face import load_language_model
+    from megaft.models.trials import require_language_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = CachedModel(load_language_model(source, dtype).eval().to(device))
+    language_model = load_language_model(source, dtype).eval()
+    require_language_model(language_model)
+    model = CachedModel(language_model.to(device))
     if model.cache_name is None:
         print(
             f"warning: {source} has no exact cache of what it read; each token takes a pass over the whole text.",

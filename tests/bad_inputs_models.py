@@ -4,6 +4,21 @@ import json
 
 from bad_inputs import TRAIN_JSON, Table
 
+LOOKS_AHEAD = {
+    "model_type": "gemma3_text",
+    "use_bidirectional_attention": True,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "architectures": ["Gemma3ForCausalLM"],
+}
+
 TABLE = Table()
 refuse = TABLE.refuse
 
@@ -182,6 +197,19 @@ def _(workshop):
 @refuse("47 width not divisible by heads, from scratch", 3, r"model\.from-scratch is .*divisible by num_heads.*32.*5")
 def _(workshop):
     folder = workshop.model(n_head=5)
+    return workshop.train(f"--model.from-scratch={folder}", f"--data.tokenizer={workshop.toy.model}")
+
+
+@refuse("47 padding beyond the vocabulary", 3, r"model; transformers cannot load it: .*[Pp]adding_idx")
+def _(workshop):
+    return workshop.generate(workshop.model(pad_token_id=10**6, model_type="llama"))
+
+
+@refuse(
+    "47 a model that looks ahead, from scratch", 3, r"Gemma3ForCausalLM .*attends to later tokens.* use_bidirectional"
+)
+def _(workshop):
+    folder = workshop.model(**LOOKS_AHEAD)
     return workshop.train(f"--model.from-scratch={folder}", f"--data.tokenizer={workshop.toy.model}")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families_models import tiny_config
 from tiny_models import MODELS, VOCAB, logits_of, make_config, make_model
 from torch import nn
 
@@ -157,6 +158,19 @@ def test_the_dropout_flag_sets_every_dropout(name, tmp_path, tokens):
     assert set(settings.values()) == {0.3}
 
 
+@pytest.mark.parametrize("model_type", ["bert", "bart", "opt", "roberta", "gpt_bigcode", "xglm", "electra"])
+def test_the_dropout_flag_reaches_every_family(model_type, tmp_path, tokens):
+    """Their settings end in _dropout_prob or layerdrop."""
+    tiny_config(model_type).save_pretrained(tmp_path)
+
+    def two_forwards(dropout):
+        model = hugging_face.create_language_model(str(tmp_path), 0, dropout).train()
+        return [model(input_ids=tokens, use_cache=False).logits for _ in range(2)]
+
+    assert torch.equal(*two_forwards(0.0))
+    assert not torch.equal(*two_forwards(0.3))
+
+
 def test_without_the_flag_dropout_is_the_models_own(saved_gpt2):
     model = hugging_face.load_language_model(str(saved_gpt2))
     assert (model.config.attn_pdrop, model.config.resid_pdrop) == (0.1, 0.1)
@@ -173,6 +187,15 @@ def test_activation_checkpointing_changes_no_bit(saved_gpt2, tokens):
 
     for plain, checkpointed in zip(trained(False), trained(True), strict=True):
         assert torch.equal(plain, checkpointed)
+
+
+def test_activation_checkpointing_that_a_family_lacks_is_refused(tmp_path):
+    make_config("ctrl", {"vocab_size": VOCAB, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4}).save_pretrained(
+        tmp_path
+    )
+    config = ModelConfig(from_scratch=str(tmp_path), activation_checkpointing=True)
+    with pytest.raises(ConfigError, match=r"model\.activation-checkpointing is set, but CTRLLMHeadModel .* drop it"):
+        hugging_face.build(config, LoraConfig(), 0)
 
 
 @pytest.mark.slow

@@ -42,13 +42,13 @@ LOOKS_AHEAD = [
 def new_model(model_type, changes):
     """A model with the small weights that training begins with."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, changes))
 
 
 # Causality
 
 
-@pytest.mark.parametrize("make", [new_model, lambda name, changes: tiny_model(tiny_config(name, **changes))])
+@pytest.mark.parametrize("make", [new_model, lambda name, changes: tiny_model(tiny_config(name, changes))])
 @pytest.mark.parametrize(("model_type", "changes"), CAUSAL)
 def test_causal_models_are_taken(model_type, changes, make):
     trials.require_language_model(make(model_type, changes))

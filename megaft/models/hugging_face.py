@@ -87,6 +87,7 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
             config.json.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # every rank would draw its own
@@ -111,7 +112,9 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
             **options,
         )
     except LOAD_ERRORS as error:
-        raise DataError(f"model.path is {source}; transformers cannot load it: {_first_line(error)}") from error
+        # Some families fail there only, with a message that says nothing.
+        where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
+        raise DataError(f"model.path is {source}; transformers cannot load it{where}: {_first_line(error)}") from error
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
@@ -166,6 +169,10 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     if lora.rank:
         add_adapters(model, lora, seed)
     if config.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"model.activation-checkpointing is set, but {trials.family(model)} does not support it; drop it."
+            )
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -259,12 +266,17 @@ def _attention(config) -> str:
 
 
 def set_dropout(config: Any, dropout: float | None) -> None:
-    """Give every dropout probability of a transformers configuration this value; None leaves them."""
+    """Give every dropout probability of a transformers configuration this value; None leaves them.
+
+    LayerDrop (Fan et al. 2020) leaves out whole layers: 0.0 turns it off too, other values leave it.
+    """
     if dropout is None:
         return
-    for name, value in config.to_dict().items():
-        if re.search(r"(dropout|pdrop|_drop)$", name) and isinstance(value, int | float):
-            setattr(config, name, dropout)
+    names = r"(dropout|dropout_prob|dropout_rate|pdrop|_drop)$" if dropout else r"drop(out(_prob|_rate)?)?$"
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if re.search(names, name) and isinstance(value, int | float):
+                setattr(part, name, dropout)
 
 
 def _without_quantization(model: CausalLM) -> CausalLM:

@@ -68,7 +68,7 @@ def stand_in(model: CausalLM) -> CausalLM | None:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             try:
-                if _num_parameters(config) > 40 * MOST_PARAMETERS:
+                if num_parameters(config) > 40 * MOST_PARAMETERS:
                     continue
                 small = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
                 make_loud(small).eval()(input_ids=ids, use_cache=False)
@@ -95,7 +95,7 @@ def _configurations(config: Any) -> Iterator[Any]:
             text = small.get_text_config()
             _shorten(text)
             make(text)
-            if _num_parameters(small) > MOST_PARAMETERS:
+            if num_parameters(small) > MOST_PARAMETERS:
                 _lower(text, FEW_EXPERTS | NARROW)
         except STAND_IN_ERRORS:
             continue
@@ -158,7 +158,8 @@ def numbers_of(value: Any) -> Iterator[int]:
         yield value
 
 
-def _num_parameters(config: Any) -> int:
+def num_parameters(config: Any) -> int:
+    """Return the number of parameters of a model of a configuration, without making their values."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megaft.models.stand_in import make_loud
+from megaft.models.stand_in import STAND_IN_ERRORS, make_loud, num_parameters
 
-WORDS, LAYERS, WIDTH, HEADS = 96, 2, 32, 4
+WORDS, LAYERS, WIDTH, HEADS, LARGEST = 96, 2, 32, 4, 20_000_000
 
 SMALL = {
     "vocab_size": WORDS,
@@ -60,15 +60,14 @@ SMALL = {
     "topk_group": 1,
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
     "v_head_dim": 8,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
     "sep_token_id": 1,
-    "rope_scaling": None,
     "sliding_window": 7,
     "attention_chunk_size": 8,
     "query_pre_attn_scalar": 8,
@@ -80,7 +79,51 @@ SMALL = {
 """What a tiny model has where its configuration has a setting of that name."""
 
 
-ODD: dict[str, dict[str, Any]] = {}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+ODD: dict[str, dict[str, Any]] = {
+    "bamba": MAMBA,
+    "beam": {"n_group": 2},
+    "codegen": {"rotary_dim": 4},
+    "dots1": {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.95, 0.0]},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_heads": HEADS, "window_size": 7},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": MAMBA,
+    "kimi_linear": {"linear_attn_config": {"num_heads": 2, "head_dim": 8, "short_conv_kernel_size": 4}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"moe_topk": 2, "zero_expert_num": 2, "expert_ffn_hidden_size": 24},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 16},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 16, "ssm_state_size": 8},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8},
+    "xlnet": {"d_inner": 48},
+    "xmod": {"default_language": "en_XX"},
+    "xlstm": {"num_heads": HEADS, "num_blocks": 2, "num_hidden_layers": 2},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "mamba_headdim": 8,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "chunk_size": 16,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "kv_channels": 8,
+        "num_query_groups": 4,
+        "hybrid_layer_ids": [1],
+        "adapter_rank": 4,
+    },
+    "mpt": {"max_seq_len": 512},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}
 """What single families need besides."""
 
 
@@ -89,27 +132,75 @@ def model_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str, **changes: Any) -> Any:
+ENCODERS = (
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{name} as an encoder": (name, {"is_decoder": False}) for name in ENCODERS},
+    "gemma3_text, bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "xlm, causal": ("xlm", {"causal": True}),
+}
+"""Configurations that are not a family's usual one: model type and changes."""
+
+
+def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> Any:
     """Return a small configuration of a model type."""
     config_class = CONFIG_MAPPING[model_type]
-    odd = ODD.get(model_type, {}) | changes
+    odd = ODD.get(model_type, {}) | (changes or {})
     return config_class(**_small(config_class) | odd)
 
 
 def tiny_model(config: Any, seed: int = 0) -> Any:
     """Return a random model of a configuration, whose weights are large enough that every part of it is felt."""
+    if (size := num_parameters(config)) > LARGEST:
+        raise ValueError(f"{size} parameters are not tiny")
     torch.manual_seed(seed)
     return make_loud(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
 
 
 def _small(config_class: Any) -> dict[str, Any]:
-    defaults = config_class()
-    settings = {name: value for name, value in SMALL.items() if hasattr(defaults, name)}
-    for name in getattr(config_class, "sub_configs", {}):
-        sub = getattr(defaults, name, None)
-        if sub is not None:
-            settings[name] = _small(type(sub)) | {"model_type": sub.model_type}
-    names = set(getattr(config_class, "attribute_map", {}))
-    return {name: value for name, value in settings.items() if name not in names or not hasattr(defaults, name)} | {
-        name: value for name, value in settings.items() if name in names
-    }
+    """Return the settings of SMALL that a class of configurations has, for itself and for those inside it."""
+    known = _settings_of(config_class)
+    small = {name: value for name, value in SMALL.items() if name in known and _can_set(config_class, name)}
+    aliases = getattr(config_class, "attribute_map", {})
+    small = {name: value for name, value in small.items() if aliases.get(name) not in small}
+    heads = [known.get(name) for name in ("num_attention_heads", "num_key_value_heads")]
+    if heads[0] == heads[1] is not None:
+        small["num_key_value_heads"] = HEADS
+    if known.get("per_layer_config"):
+        small["per_layer_config"] = {}
+    for name, inner in getattr(config_class, "sub_configs", {}).items():
+        if isinstance(known.get(name), dict) and hasattr(inner, "model_type"):
+            inner_type = CONFIG_MAPPING[known[name]["model_type"]] if known[name].get("model_type") else inner
+            small[name] = _small(inner_type) | {"model_type": inner_type.model_type}
+    return small
+
+
+def _settings_of(config_class: Any) -> dict[str, Any]:
+    """Return the default settings, and those of the same meaning by the names that all families share."""
+    try:
+        known = config_class().to_dict()
+    except STAND_IN_ERRORS:  # its defaults alone make no configuration
+        known = dict.fromkeys(SMALL)
+    aliases = getattr(config_class, "attribute_map", {})
+    return {alias: known[name] for alias, name in aliases.items() if name in known} | known
+
+
+def _can_set(config_class: Any, name: str) -> bool:
+    found = getattr(config_class, name, None)
+    return not isinstance(found, property) or found.fset is not None

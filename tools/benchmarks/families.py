@@ -1,0 +1,187 @@
+"""Try every causal family that the installed transformers knows: python tools/benchmarks/families.py --output FILE.
+
+A tiny random model of each is trained, scored, continued, partitioned, packed and cut as a user's would be, and every
+number is compared with plain forward passes of transformers. Each cell is right, refused in one line, wrong without a
+word (SILENT) or an error that nobody meant (TRACEBACK).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+
+PARTS = ("trains", "scores", "generates", "ZeRO-3", "packs", "megatron")
+KINDS = ("right", "refused", "SILENT", "TRACEBACK", "not tried")
+QUICK = [
+    "bert",
+    "bert as an encoder",
+    "bloom",
+    "deepseek_v4",
+    "gemma3_text",
+    "gpt2",
+    "llama",
+    "llama4_text",
+    "mamba",
+    "mixtral",
+    "xlm",
+]
+PER_PROCESS = 20
+
+
+def main() -> None:
+    """Try all families in processes of a few each, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="Markdown file of the table.")
+    parser.add_argument("--quick", action="store_true", help=f"Only {', '.join(QUICK)}.")
+    parser.add_argument("--types", nargs="*", help="Only these model types.")
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rows:
+        _try_here(arguments.types, arguments.rows)
+        return
+    from families_models import VARIANTS, model_types
+
+    types = arguments.types or (QUICK if arguments.quick else sorted([*model_types(), *VARIANTS]))
+    rows = {}
+    for begin in range(0, len(types), PER_PROCESS):
+        rows |= _try_in_process(types[begin : begin + PER_PROCESS])
+    text = report(rows)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text)
+    sys.exit(any(cell.startswith(("SILENT", "TRACEBACK")) for row in rows.values() for cell in row.values()))
+
+
+def _try_in_process(types: list[str]) -> dict[str, dict[str, str]]:
+    """Try some families in a process of their own, so that one that ends it takes only itself away."""
+    rows: dict[str, dict[str, str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        while left := [name for name in types if name not in rows]:
+            file.write_text("")
+            command = [sys.executable, __file__, "--rows", str(file), "--types", *left]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            rows |= {name: row for line in file.read_text().splitlines() for name, row in [json.loads(line)]}
+            if ended.returncode:
+                last = next((name for name in left if name not in rows), None)
+                if last is not None:
+                    said = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+                    rows[last] = dict.fromkeys(PARTS, f"TRACEBACK: the process ended with {ended.returncode}: {said}")
+    return {name: rows[name] for name in types}
+
+
+def _try_here(types: list[str], file: Path) -> None:
+    from transformers.utils import logging
+
+    from megaft import parallel
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(parallel.free_port())}
+    parallel.join(parallel.discover(os.environ))
+    parallel.cut_matrices(1)
+    with file.open("a") as rows:
+        for name in types:
+            print(json.dumps([name, try_family(name)]), file=rows, flush=True)
+    parallel.leave()
+
+
+def try_family(model_type: str, parts: tuple[str, ...] = PARTS) -> dict[str, str]:
+    """Return what becomes of a family in each part, by a word and a reason."""
+    import torch
+    from families_cases import CASES
+    from families_models import VARIANTS, tiny_config, tiny_model
+
+    try:
+        config = tiny_config(*VARIANTS.get(model_type, (model_type, {})))
+        model = tiny_model(config)
+        with torch.no_grad():
+            is_finite = bool(model(input_ids=torch.arange(9).unsqueeze(0), use_cache=False).logits.isfinite().all())
+    except Exception as error:
+        return dict.fromkeys(parts, f"not tried: {_one_line(error)}")
+    if not is_finite:
+        return dict.fromkeys(parts, "not tried: logits are not finite")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder)
+        except Exception as error:
+            return dict.fromkeys(parts, f"not tried: save_pretrained: {_one_line(error)}")
+        return {part: outcome(CASES[part], folder).replace(folder, "MODEL") for part in parts}
+
+
+def outcome(case: Callable[[str], None], folder: str) -> str:
+    """Return what a case ended with."""
+    from megaft.errors import UserError
+
+    try:
+        case(folder)
+    except UserError as error:
+        lines = str(error).splitlines()
+        return f"refused: {lines[0]}" if len(lines) == 1 else f"TRACEBACK: a refusal of {len(lines)} lines: {lines}"
+    except AssertionError as error:
+        if str(error).startswith("differs"):
+            return f"SILENT: {_one_line(error)}"
+        return f"TRACEBACK: {_one_line(error)}"
+    except Exception as error:
+        return f"TRACEBACK: {_one_line(error)}"
+    return "right"
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+def report(rows: dict[str, dict[str, str]]) -> str:
+    """Return the page: versions, counts, the table, and every reason once."""
+    counts = {part: Counter(_kind(row[part]) for row in rows.values()) for part in PARTS}
+    lines = [
+        "# Model families",
+        "",
+        "What becomes of a tiny random model of each model type that AutoModelForCausalLM takes, part by part. "
+        "*Right* means equal to plain forward passes of transformers: losses and nats to 2e-5, greedy tokens exactly. "
+        "*Refused* means one line before anything is trained or printed. The numbers are notes below the table.",
+        "",
+        f"`python tools/benchmarks/families.py --output docs/families.md` with transformers {version('transformers')}, "
+        f"torch {version('torch')}, deepspeed {version('deepspeed')}, on a CPU.",
+        "",
+        f"| {len(rows)} model types | {' | '.join(KINDS)} |",
+        f"|---|{'---:|' * len(KINDS)}",
+        *(f"| {part} | {' | '.join(str(counts[part][kind]) for kind in KINDS)} |" for part in PARTS),
+        "",
+        f"| model type | {' | '.join(PARTS)} |",
+        f"|---|{'---|' * len(PARTS)}",
+    ]
+    notes: dict[str, int] = {}
+    for name, row in rows.items():
+        cells = [_cell(row[part].replace(name, "NAME"), notes) for part in PARTS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {note}" for note, number in notes.items()), ""]
+    return "\n".join(lines)
+
+
+def _kind(cell: str) -> str:
+    return cell.partition(":")[0]
+
+
+def _cell(cell: str, notes: dict[str, int]) -> str:
+    kind, _, reason = cell.partition(": ")
+    return f"{kind} {notes.setdefault(reason, len(notes) + 1)}" if reason else kind
+
+
+if __name__ == "__main__":
+    main()

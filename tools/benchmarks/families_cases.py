@@ -1,0 +1,163 @@
+"""What a user does with a model, each compared with plain forward passes of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from megaft.config import LoraConfig, ModelConfig
+from megaft.generate import SamplingConfig, load_cached_model
+from megaft.loss import IGNORE_INDEX, token_nats
+from megaft.models import hugging_face, trials
+from megaft.models.hugging_face import NatsModel
+from megaft.models.scoring_model import load_scoring_model
+from megaft.sampling import continue_tokens
+
+TOLERANCE = 2e-5
+ENGINE = {
+    "train_batch_size": 1,
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def tokens_of(model: Any, *shape: int, seed: int = 1) -> Tensor:
+    """Return random tokens."""
+    size = model.config.get_text_config().vocab_size
+    return torch.randint(2, size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(found: Tensor, expected: Tensor, what: str) -> None:
+    """Raise AssertionError where two tensors differ by more than rounding."""
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
+    assert difference <= TOLERANCE, f"differs: {what} by {difference:.1e} of the largest"
+
+
+def trains(folder: str) -> None:
+    """Compare loss and gradients with those of plain logits."""
+    model = hugging_face.build(ModelConfig(path=folder, dropout=0.0), LoraConfig(), 0)
+    trials.require_language_model(model)
+    nats_model = NatsModel(model).train()
+    tokens = tokens_of(model, 2, 40)
+    torch.manual_seed(0)  # of what a family draws even without dropout
+    expected = token_nats(model(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:]).sum()
+    gradients = _gradients(expected, model)
+    torch.manual_seed(0)
+    found = nats_model(tokens[:, :-1], tokens[:, 1:])
+    check(found, expected, "loss")
+    for ours, theirs in zip(_gradients(found, model), gradients, strict=True):
+        scale = theirs.abs().max().clamp(min=1e-2)
+        assert (ours - theirs).abs().max() <= 1e-3 * scale, "differs: a gradient"
+
+
+def _gradients(loss: Tensor, model: Any) -> list[Tensor]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros(()) if one is None else one for one in found]
+
+
+@torch.no_grad()
+def scores(folder: str) -> None:
+    """Compare the nats of padded rows with plain logits of each prefix alone."""
+    scorer = load_scoring_model(folder, dtype=torch.float32, device=torch.device("cpu"))
+    plain = hugging_face.load_language_model(folder).eval()
+    tokens = tokens_of(plain, 2, 41)
+    inputs, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
+    labels[1, 17:], inputs[1, 17:] = IGNORE_INDEX, 0
+    found = scorer(inputs, labels)[0]
+    places = [(row, place) for row, length in ((0, 40), (1, 17)) for place in range(length)]
+    expected = [
+        token_nats(
+            plain(input_ids=inputs[row : row + 1, : place + 1], use_cache=False).logits[0, -1:],
+            labels[row, place : place + 1],
+        )
+        for row, place in places
+    ]
+    check(torch.stack([found[place] for place in places]), torch.cat(expected), "nats of a prefix")
+
+
+@torch.no_grad()
+def generates(folder: str) -> None:
+    """Compare greedy tokens with those of forward passes over the whole text."""
+    reader: Any = load_cached_model(folder, torch.float32)
+    plain = hugging_face.load_language_model(folder).eval()
+    prompt = tokens_of(plain, 6).tolist()
+    greedy = SamplingConfig(temperature=0)
+    found = list(continue_tokens(reader, prompt, max_new_tokens=30, settings=greedy, seed=0))
+    expected = list(prompt)
+    for _ in range(30):
+        logits = plain(input_ids=torch.tensor([expected]), use_cache=False).logits[0, -1]
+        expected.append(int(logits.argmax()))
+    assert found == expected[6:], f"differs: greedy tokens {found} {expected[6:]}"
+
+
+def partitions(folder: str) -> None:
+    """Compare loss under ZeRO-3 with that of the whole model."""
+    source = ModelConfig(path=folder, dropout=0.0)
+    whole = hugging_face.build(source, LoraConfig(), 0).train()
+    tokens = tokens_of(whole, 2, 40)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = token_nats(whole(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:]).sum()
+    model = hugging_face.build(source, LoraConfig(), 0, ENGINE)
+    trials.require_language_model(model)
+    nats_model: Any = NatsModel(model)
+    optimizer = torch.optim.SGD(nats_model.parameters(), lr=0.0)
+    engine: Any = deepspeed.initialize(model=nats_model, optimizer=optimizer, config=dict(ENGINE))[0]
+    engine.train()
+    try:
+        torch.manual_seed(0)
+        found = engine(tokens[:, :-1], tokens[:, 1:])
+        check(found.detach(), expected, "loss at ZeRO stage 3")
+        engine.backward(found)
+        engine.step()
+    finally:
+        engine.destroy()
+
+
+@torch.no_grad()
+def packs(folder: str) -> None:
+    """Compare nats of documents in one row with those of each alone."""
+    model = hugging_face.build(ModelConfig(path=folder, dropout=0.0), LoraConfig(), 0).eval()
+    trials.require_language_model(model)
+    trials.require_keeps_documents_apart(model)
+    nats_model = NatsModel(model).eval()
+    lengths = (25, 14, 1, 30)
+    tokens = tokens_of(model, 1, sum(lengths) + 1)
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).unsqueeze(0)
+    packed = nats_model(inputs, labels, ids, per_token=True)
+    begin = 0
+    for length in lengths:
+        part = slice(begin, begin + length)
+        logits = model(input_ids=inputs[:, part], use_cache=False).logits
+        check(packed[:, part], token_nats(logits, labels[:, part]), "nats of a packed document")
+        begin += length
+
+
+@torch.no_grad()
+def cuts(folder: str) -> None:
+    """Compare nats of megatron-core's modules with transformers' logits."""
+    from megaft.models import megatron
+
+    model = megatron.build(ModelConfig(path=folder, backend="megatron", dropout=0.0), seed=0, engine_config=None)
+    plain = hugging_face.load_language_model(folder).eval()
+    tokens = tokens_of(plain, 2, 40)
+    found = megatron.MegatronNats(model).eval()(tokens[:, :-1], tokens[:, 1:])
+    expected = token_nats(plain(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:]).sum()
+    check(found, expected, "nats of megatron-core's modules")
+
+
+CASES = {
+    "trains": trains,
+    "scores": scores,
+    "generates": generates,
+    "ZeRO-3": partitions,
+    "packs": packs,
+    "megatron": cuts,
+}
