@@ -280,7 +280,7 @@ def test_bad_input_leaves_nothing_behind(run, tmp_path):
     with pytest.raises(DataError, match=r"a\.txt, line 1, byte offset 0, is 0xff"):
         run(good, bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.txt"]
-    with pytest.raises(DataError, match=r"is no \.jsonl file, so the key 'm' means nothing"):
+    with pytest.raises(DataError, match="holds no JSON records, so the key 'm' means nothing"):
         run(bad, messages_key="m")
 
 
@@ -405,3 +405,57 @@ def test_a_code_that_merges_with_a_text_is_refused(tmp_path):
     }
     with pytest.raises(DataError, match="control code 'A'"):
         prepare(PrepareConfig(**config, control_codes=("A",)))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt", "a"])
+def test_a_file_named_for_training_is_read_as_what_it_is(source, tmp_path, name):
+    path = write(tmp_path / name, jsonl({"text": "To be"}, {"text": "or not"}))
+    ensure_prepared(path, tmp_path / "out", source)
+    assert read(tmp_path / "out") == [load_tokenizer(source).encode(text) for text in ("To be", "or not")]
+    write(path, "text\nTo be\n")
+    with pytest.raises(DataError, match=r"is a table \(\.csv\)"):
+        ensure_prepared(path.rename(tmp_path / "a.csv"), tmp_path / "out", source)
+
+
+def test_what_a_version_that_took_braces_for_text_prepared_is_prepared_again(source, tmp_path):
+    path, prefix = write(tmp_path / "a.json", jsonl({"text": "To be"})), tmp_path / "out"
+    prepare(PrepareConfig(inputs=(str(path),), output=prefix, tokenizer=source, format="text"))
+    receipt = json.loads((tmp_path / "out.json").read_text())
+    (tmp_path / "out.json").write_text(json.dumps({key: value for key, value in receipt.items() if key != "format"}))
+    ensure_prepared(path, prefix, source)
+    assert read(prefix) == [load_tokenizer(source).encode("To be")]
+
+
+def test_json_as_text(run, source, tmp_path):
+    content = jsonl({"text": "To be"})
+    receipt, found = run(write(tmp_path / "a.jsonl", content), format="text")
+    assert (receipt["format"], found) == ("text", [load_tokenizer(source).encode(content)])
+
+
+def test_a_folder_without_what_other_programs_left_in_it(run, tmp_path, capsys):
+    for name, content in (
+        ("d/part-0", jsonl({"text": "one"})),
+        ("d/_SUCCESS", ""),
+        ("d/part-1", ""),
+        ("d/.x.crc", "x"),
+    ):
+        write(tmp_path / name, content)
+    write(tmp_path / "d/README.md", "about")
+    receipt, found = run(tmp_path / "d")
+    assert (receipt["documents"], len(found)) == (2, 2)
+    said = capsys.readouterr().err
+    assert f"note: {tmp_path}/d/_SUCCESS and 1 more of {tmp_path}/d left out: empty." in said
+    assert f"warning: {tmp_path}/d has texts ({tmp_path}/d/README.md: 1 in all) beside JSON records" in said
+
+
+KEYS = [
+    pytest.param({"json_key": "body"}, DataError, "holds no JSON records, so the key 'body' means nothing", id="text"),
+    pytest.param({"json_key": "a", "messages_key": "m"}, ConfigError, "json-key is a, which means nothing", id="two"),
+    pytest.param({"json_key": "a", "format": "text"}, ConfigError, "format is text, in which the key a", id="format"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), KEYS)
+def test_a_key_without_effect_is_an_error(run, tmp_path, options, kind, message):
+    with pytest.raises(kind, match=message):
+        run(write(tmp_path / "a.txt", "To be"), **options)
