@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from evaluate_zero_shot import hub_files
@@ -13,6 +14,8 @@ from evaluate_zero_shot.known_files import KNOWN
 from evaluate_zero_shot.pages import lines
 from evaluate_zero_shot.tasks import Files, Task, Text
 from megaft.errors import DataError
+from megaft.prepare_config import DEFAULT_KEY
+from megaft.record_file import records_of
 from megaft.source import Source
 
 FULL_BYTES, TEST_BYTES = 100_000_000, 5_000_000
@@ -139,6 +142,35 @@ def read_text(file: DataFile, task: Task, limit_lines: int | None) -> str:
         part = "" if limit_lines is None else f" in its first {limit_lines} lines"
         raise DataError(f"{file.path} holds only blank lines{part}; give a file with text, or read more of it.")
     return text
+
+
+def read_records(file: DataFile, task: Task, limit_lines: int | None) -> list[str] | None:
+    """Return the texts of a file of JSON records, a document each; None for a file of text, which `read_text` reads.
+
+    A published file is what its task says: LAMBADA's rows are read by their own rules.
+
+    Args:
+        file: The file.
+        task: Its task.
+        limit_lines: For trials, only the first records.
+
+    Raises:
+        DataError: The file is neither text nor JSON records, or the task needs text.
+    """
+    if file.name is not None:
+        return None
+    source = Source(file.path)
+    if source.format == "text" or task.kind == "last-word":
+        return None
+    if task.files is not None:
+        raise DataError(
+            f"{file.path} holds JSON records, but --task {task.name} scores {task.files.name}, a text; use --task text."
+        )
+    texts = (record.text(DEFAULT_KEY) for record in islice(records_of(source), limit_lines))
+    documents = [text for text in texts if text.strip()]
+    if not documents:
+        raise DataError(f"{file.path} has no text but blanks in its records; give a file with text.")
+    return documents
 
 
 def _test_begin(data: bytes) -> int:

@@ -11,7 +11,7 @@ import detokenizers
 import numpy as np
 
 from evaluate_zero_shot import cbt, counts, lambada, pages
-from evaluate_zero_shot.data_files import DataFile, read_text
+from evaluate_zero_shot.data_files import DataFile, read_records, read_text
 from evaluate_zero_shot.geometry import Geometry
 from evaluate_zero_shot.protocols import LastWord, Protocol
 from evaluate_zero_shot.tasks import Task
@@ -71,10 +71,11 @@ def prepare(
         DataError: The data are not what the task needs.
     """
     assert task.is_defined_by(protocol)
-    text = read_text(data, task, limit_lines)
+    records = read_records(data, task, limit_lines)
+    text = read_text(data, task, limit_lines) if records is None else "\n".join(records)
     detokenizer = detokenizer_of(task, protocol)
     if task.kind == "text":
-        prepared = _text(text, task, protocol, detokenizer, tokenizer, cut)
+        prepared = _text(text, records, task, protocol, detokenizer, tokenizer, cut)
         if not prepared.rows:
             raise DataError(f"{data.path} has no token that protocol {protocol.name} scores; give a longer text.")
         return prepared
@@ -97,7 +98,13 @@ def detokenizer_of(task: Task, protocol: Protocol) -> str:
 
 
 def _text(
-    text: str, task: Task, protocol: Protocol, detokenizer: str, tokenizer: AnyTokenizer, cut: Geometry
+    text: str,
+    records: list[str] | None,
+    task: Task,
+    protocol: Protocol,
+    detokenizer: str,
+    tokenizer: AnyTokenizer,
+    cut: Geometry,
 ) -> Prepared:
     is_wikitext = task.corpus == "wikitext"
     if protocol.scope == "stream":
@@ -105,7 +112,7 @@ def _text(
     elif protocol.scope == "page" and is_wikitext:
         documents = pages.wikitext_pages(text)
     else:
-        documents = pages.documents(text, task)
+        documents = pages.documents(text, task) if records is None else records
     detokenize = detokenizers.get(detokenizer)
     texts = [detokenize(document) for document in documents]
     tokens = TokenText([tokenizer.encode(text) for text in texts])
@@ -117,7 +124,7 @@ def _text(
         prefix_id=prefix_id,
         num_original_tokens=counts.num_original_tokens(text),
         num_words=counts.word_divisor(protocol, text, documents),
-        num_bytes=sum(map(counts.num_bytes, documents if protocol.scope == "page" else [text]))
+        num_bytes=sum(map(counts.num_bytes, documents if protocol.scope == "page" or records is not None else [text]))
         if _gives_back(tokenizer, texts, tokens)
         else None,
         document_words=tuple(map(counts.num_words, documents)) if len(documents) > 1 else None,

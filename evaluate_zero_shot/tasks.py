@@ -191,7 +191,8 @@ _ALL = (
         corpus="identity",
         headline="bits_per_byte",
         files=None,
-        description="Any UTF-8 text file, named with --data, as it is and as one document.",
+        description="Any UTF-8 text file, named with --data, as it is and as one document; of JSON records each text "
+        "is a document.",
     ),
 )
 

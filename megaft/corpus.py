@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, groupby, pairwise
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from megaft.errors import DataError
+from megaft.record_file import records_of
 from megaft.records import Record, Segment
 from megaft.source import BLOCK_BYTES, Source
 
@@ -60,38 +59,13 @@ class Layout:
     """Messages -> text, a tokenizer's apply_chat_template."""
 
 
-def expand(inputs: Iterable[str | Path]) -> list[Path]:
-    """Return the files that the inputs name: files, folders (all below them but hidden ones) and globs, sorted each.
-
-    Raises:
-        DataError: An input names no file.
-    """
-    files: dict[Path, None] = {}
-    for name in map(str, inputs):
-        found = sorted(path for path in _candidates(name) if path.is_file())
-        if not found:
-            raise DataError(f"{name} names no file; give a text or .jsonl file, a folder, or a quoted glob.")
-        files |= dict.fromkeys(found)
-    return list(files)
-
-
-def _candidates(name: str) -> Iterator[Path]:
-    if not Path(name).is_dir():
-        return iter([Path(name)]) if Path(name).exists() else map(Path, glob.glob(name, recursive=True))
-    return (path for path in Path(name).rglob("[!.]*") if not any(map(_is_hidden, path.relative_to(name).parts)))
-
-
-def _is_hidden(part: str) -> bool:
-    return part.startswith(".")
-
-
 def documents(source: Source, layout: Layout) -> Iterator[Document]:
     """Yield the documents of one file; blank ones do not count.
 
     Raises:
         DataError: The file has no documents, or a record that cannot be used, named by its line.
     """
-    read = _records if source.format == ".jsonl" else _texts
+    read = _texts if source.format == "text" else _records
     document = None
     for segments in read(source, layout):
         if any(segment.text.strip() for segment in segments):
@@ -113,8 +87,7 @@ def pieces(source: Source, layout: Layout, *, may_cut: bool) -> Iterator[Piece]:
     Raises:
         DataError: As `documents`.
     """
-    is_text = source.format != ".jsonl"
-    if may_cut and is_text and layout.unit == "file" and layout.detokenize is None:
+    if may_cut and source.format == "text" and layout.unit == "file" and layout.detokenize is None:
         yield from _streamed(source)
         return
     for document in documents(source, layout):
@@ -224,9 +197,7 @@ def _texts(source: Source, layout: Layout) -> Iterator[list[Segment]]:
 
 
 def _records(source: Source, layout: Layout) -> Iterator[list[Segment]]:
-    for number, line in enumerate(source.lines(), 1):
-        if line.strip():
-            yield _segments(Record(f"{source.path}, line {number}", line), layout)
+    return (_segments(record, layout) for record in records_of(source))
 
 
 def _segments(record: Record, layout: Layout) -> list[Segment]:

@@ -45,7 +45,7 @@ def check_program(recipe: str, flags: list[str], asked: dict[str, str]) -> None:
     elif recipe == "prepare_data":
         config = tyro.cli(PrepareConfig, args=flags, prog="megaft prepare")
         if shutil.which("sbatch"):
-            from megaft.corpus import expand
+            from megaft.input_files import expand
 
             expand(config.inputs)
 

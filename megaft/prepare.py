@@ -13,12 +13,13 @@ from typing import Any
 import detokenizers
 
 import megaft
-from megaft.corpus import Layout, Piece, coded, expand, pieces
+from megaft.corpus import Layout, Piece, coded, pieces
 from megaft.document_writer import DocumentWriter
 from megaft.encoding import Encoder
 from megaft.errors import DataError
 from megaft.files import naming_disk_errors, sha256_of, to_json
-from megaft.prepare_config import PrepareConfig
+from megaft.input_files import expand
+from megaft.prepare_config import DEFAULT_KEY, PrepareConfig
 from megaft.progress import counting
 from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
 from megaft.records import SCORED_ROLE
@@ -27,7 +28,7 @@ from megaft.tokenizer import AnyTokenizer, Messages, load_tokenizer
 
 _TEXT_SETTINGS = (
     *("unit", "json_key", "prompt_key", "completion_key", "messages_key", "detokenizer", "min_tokens"),
-    "control_codes",
+    *("control_codes", "format"),
 )
 
 
@@ -41,11 +42,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         DataError: An input or the tokenizer cannot be used, or nothing is left to write.
         ConfigError: The output cannot be written, or another process is at it.
     """
-    if config.control_codes:
-        coded_inputs = zip(config.inputs, config.control_codes, strict=True)
-        sources = {Source(path): code for name, code in coded_inputs for path in expand([name])}
-    else:
-        sources = {Source(path): "" for path in expand(config.inputs)}
+    sources = _sources(config)
     _check_keys(config, list(sources))
     if config.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # read at the first batch of the process
@@ -86,11 +83,37 @@ def main(config: PrepareConfig) -> int:
     return 0
 
 
+def _sources(config: PrepareConfig) -> dict[Source, str]:
+    """Return the files in their order, each with its control code."""
+    sources: dict[Source, str] = {}
+    paths: set[Path] = set()
+    for name, code in zip(config.inputs, config.control_codes or [""] * len(config.inputs), strict=True):
+        found = [Source(path, config.format) for path in expand([name], tell=_warn)]
+        _tell_two_kinds(name, found)
+        sources |= {source: code for source in found if config.control_codes or source.path not in paths}
+        paths |= {source.path for source in found}
+    return sources
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _tell_two_kinds(name: str, sources: list[Source]) -> None:
+    """Warn of a folder or glob that has, say, a README beside its JSON lines."""
+    texts = [source.path for source in sources if source.format == "text"]
+    if texts and len(texts) < len(sources):
+        records = next(source.path for source in sources if source.format != "text")
+        _warn(f"warning: {name} has texts ({texts[0]}: {len(texts)} in all) beside JSON records ({records}).")
+
+
 def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
-    key = config.messages_key or config.prompt_key
-    texts = [source.path for source in sources if source.format != ".jsonl"]
+    key = config.messages_key or config.prompt_key or config.json_key
+    texts = [source.path for source in sources if source.format == "text"]
     if key is not None and texts:
-        raise DataError(f"{texts[0]} is no .jsonl file, so the key {key!r} means nothing in it; prepare it by itself.")
+        raise DataError(
+            f"{texts[0]} holds no JSON records, so the key {key!r} means nothing in it; prepare it by itself."
+        )
 
 
 def _check_codes(config: PrepareConfig, tokenizer: AnyTokenizer) -> None:
@@ -203,7 +226,7 @@ def _tell_changes(sources: list[Source]) -> None:
 def _layout(config: PrepareConfig, renderer: Renderer) -> Layout:
     return Layout(
         unit=config.unit,
-        text_key=config.json_key,
+        text_key=config.json_key or DEFAULT_KEY,
         prompt_key=config.prompt_key,
         completion_key=config.completion_key,
         messages_key=config.messages_key,
@@ -214,6 +237,7 @@ def _layout(config: PrepareConfig, renderer: Renderer) -> Layout:
 
 def _text_settings(config: PrepareConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in _TEXT_SETTINGS}
+    values["json_key"] = config.json_key or DEFAULT_KEY
     return values | {"control_codes": list(config.control_codes)}  # as JSON gives them back
 
 

@@ -11,6 +11,10 @@ import tyro
 
 from megaft.config import require
 from megaft.ranges import at_least, require_ranges
+from megaft.source import ReadAs
+
+DEFAULT_KEY = "text"
+"""The key of a JSON record that holds its text where no other is named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,21 +22,23 @@ class PrepareConfig:
     """Tokenize text once, into OUTPUT.bin and OUTPUT.idx (Megatron's format) and a receipt, OUTPUT.json."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Text and .jsonl files, each also as .gz or .zst; folders; quoted globs."""
+    """Text files and JSON records, each also compressed (gzip, zstd, xz, bzip2); folders; quoted globs."""
     output: Path
     """Prefix of the files to write."""
     tokenizer: str
     """Hub name, folder, GGUF file or sentencepiece .model."""
+    format: ReadAs = "auto"
+    """`auto` looks into each file for JSON records; `text` takes braces for text; `jsonl` wants a record a line."""
     unit: Literal["file", "line", "document"] = "file"
     """What a document is in a text file: the whole file, a line, or lines up to a blank one."""
-    json_key: str = "text"
-    """.jsonl: the key that holds the text."""
+    json_key: str | None = None
+    """JSON records: the key that holds the text, `text` by default."""
     prompt_key: str | None = None
-    """.jsonl: the key of a prompt, which is not scored; needs --completion-key."""
+    """JSON records: the key of a prompt, which is not scored; needs --completion-key."""
     completion_key: str | None = None
-    """.jsonl: the key of the completion, which is scored."""
+    """JSON records: the key of the completion, which is scored."""
     messages_key: str | None = None
-    """.jsonl: the key of a chat, rendered by the tokenizer's template; only what the assistant says is scored."""
+    """JSON records: the key of a chat, rendered by the tokenizer's template; only what the assistant says is scored."""
     detokenizer: str = "identity"
     """Undoes a corpus's word tokenization first: wikitext, ptb, 1bw or another of `python -m detokenizers --list`."""
     control_codes: tuple[str, ...] = ()
@@ -59,6 +65,15 @@ class PrepareConfig:
         require(
             (self.prompt_key is None) == (self.completion_key is None),
             f"prompt-key is {self.prompt_key} and completion-key {self.completion_key}; give both or neither.",
+        )
+        other_key = self.prompt_key or self.messages_key
+        require(
+            self.json_key is None or other_key is None,
+            f"json-key is {self.json_key}, which means nothing beside the key {other_key}; drop one.",
+        )
+        require(
+            self.format != "text" or (self.json_key or other_key) is None,
+            f"format is text, in which the key {self.json_key or other_key} means nothing; drop one.",
         )
         require(
             self.messages_key is None or (self.prompt_key is None and self.detokenizer == "identity"),

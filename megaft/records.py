@@ -25,12 +25,17 @@ class Record:
 
     def __init__(self, where: str, line: str) -> None:
         self._where = where
+        self._line = line
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{where}, column {error.colno}: broken JSON ({error.msg}); a line is one object."
             ) from error
+        except RecursionError as error:
+            raise DataError(f"{where} nests lists or objects too deeply to be read; leave that key out.") from error
+        except ValueError as error:  # Python reads no integers of more than 4,300 digits
+            raise DataError(f"{where} has an integer of thousands of digits; write it as a string.") from error
         if not isinstance(fields, dict):
             raise DataError(f"{where} is a JSON {type(fields).__name__}; every line must be an object.")
         if r"\ud" in line.lower() and not _is_unicode(fields):
@@ -44,6 +49,8 @@ class Record:
         value = self._get(key)
         if not isinstance(value, str):
             raise DataError(f"{self._where}: {key!r} is a {type(value).__name__}; it must be a string.")
+        if "\0" in value:
+            raise DataError(f"{self._where}: {key!r} has a NUL character (\\u0000), which no text has; leave it out.")
         return value
 
     def conversation(self, key: str, render: Callable[..., str]) -> list[Segment]:
@@ -73,6 +80,10 @@ class Record:
     def _get(self, key: str) -> Any:
         if key not in self._fields:
             raise DataError(f"{self._where} has no key {key!r}; its keys are {', '.join(map(repr, self._fields))}.")
+        if self._line.count(json.dumps(key)) > 1:  # perhaps of another object within, or as a value
+            keys = [name for name, _ in json.loads(self._line, object_pairs_hook=list)]
+            if keys.count(key) > 1:
+                raise DataError(f"{self._where} has the key {key!r} {keys.count(key)} times; give it once.")
         return self._fields[key]
 
     def _after(self, beginning: str, text: str) -> str:

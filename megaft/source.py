@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import hashlib
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import zstandard
 
 from megaft.errors import DataError
+from megaft.file_format import HEAD_BYTES, Format, compression_of, foreign, format_of
 
 BLOCK_BYTES = 1 << 13
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+    ".bz2": bz2.BZ2Decompressor,
 }
+_DAMAGED = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError)
+ReadAs = Literal["auto", "text", "jsonl"]
+"""By its content, as a plain text whatever it looks like, or as one JSON record a line."""
 
 
 class Source:
-    """A UTF-8 text file, or one compressed as .gz or .zst. Read it once, through `blocks` or `lines`.
+    """A UTF-8 text file, or one compressed by gzip, zstd, xz or bzip2. Read it once, through `blocks` or `lines`.
 
     Attributes:
         num_bytes: Bytes of the file read so far, as they are on disk.
@@ -30,18 +39,42 @@ class Source:
         crlfs: Line ends changed from CRLF to LF.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read_as: ReadAs = "auto") -> None:
         self.path = path
+        self._read_as = read_as
         self.num_bytes = 0
         self.byte_order_marks = 0
         self.crlfs = 0
         self._hash = hashlib.sha256()
 
-    @property
-    def format(self) -> str:
-        """The suffix that counts: `.jsonl` for books.jsonl.gz."""
-        suffixes = self.path.suffixes
-        return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in _DECOMPRESSORS else self.path.suffix
+    @cached_property
+    def format(self) -> Format:
+        """The format that the file's beginning shows: text, JSON lines or a JSON array.
+
+        Raises:
+            DataError: It is another, with the way out.
+        """
+        if self._read_as != "auto":
+            return "text" if self._read_as == "text" else "lines"
+        head = self._head()
+        if (other := foreign(self.path, head)) is not None:
+            what, way_out = other
+            raise DataError(f"{self.path} is {what}; {way_out}.")
+        found = format_of(self.path, head)
+        if found == "text" or found == "lines" or found == "array":
+            return found
+        raise DataError(
+            f"{self.path} is {found}; write one record a line, such as with jq -c '.[]', or say --format text if its "
+            "braces are the text."
+        )
+
+    def _head(self) -> bytes:
+        head = b""
+        for block in Source(self.path).content():
+            head += block
+            if len(head) >= HEAD_BYTES:
+                break
+        return head
 
     def record(self) -> dict[str, str | int]:
         """Return what a receipt says of the file, after the last of it was read."""
@@ -128,19 +161,24 @@ class Source:
         Raises:
             DataError: The file is missing or damaged.
         """
-        start = _DECOMPRESSORS.get(self.path.suffix)
-        if start is None:
-            yield from self._raw()
+        raw = self._raw()
+        begin = next(raw, b"")
+        suffix = compression_of(begin)
+        if suffix is None:
+            if begin and self.path.suffix.lower() in _DECOMPRESSORS:
+                raise DataError(f"{self.path} is damaged or not a {self.path.suffix} file; its beginning is another's.")
+            yield begin
+            yield from raw
             return
         stream = None
         try:
-            for data in self._raw():
+            for data in chain([begin], raw):
                 while data:
-                    stream = stream or start()
+                    stream = stream or _DECOMPRESSORS[suffix]()
                     yield stream.decompress(data)
-                    # A file may hold several compressed streams one after the other.
-                    data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
-        except (zlib.error, zstandard.ZstdError) as error:
-            raise DataError(f"{self.path} is damaged or not a {self.path.suffix} file: {error}.") from error
+                    # A file may hold several compressed streams one after the other, with zeros between.
+                    data, stream = (stream.unused_data.lstrip(b"\0"), None) if stream.eof else (b"", stream)
+        except _DAMAGED as error:
+            raise DataError(f"{self.path} is damaged or not a {suffix} file: {error}.") from error
         if stream is not None:
             raise DataError(f"{self.path} ends in the middle of its compressed data; copy it anew.")

@@ -205,7 +205,17 @@ class SentencePieceTokenizer:
         return [(encoding["ids"], encoding["offsets"]) for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of the ids."""
+        """Return the text of the ids.
+
+        Raises:
+            DataError: The model has no piece of an id, as where embeddings have rows beyond the vocabulary.
+        """
+        for id_ in ids:
+            if not 0 <= id_ < self.vocab_size:
+                raise DataError(
+                    f"token {id_} is not one of the {self.vocab_size:,} pieces of {self._path}; use the tokenizer that "
+                    "the model was trained with."
+                )
         return self._processor.decode(list(ids))
 
     def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:

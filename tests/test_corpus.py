@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import sys
 import tracemalloc
 from functools import partial
@@ -9,8 +10,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaft.corpus import Document, Layout, _cut_document, count, cut, documents, expand, pieces
+from megaft.corpus import Document, Layout, _cut_document, count, cut, documents, pieces
 from megaft.errors import DataError
+from megaft.input_files import expand
 from megaft.records import Segment
 from megaft.source import BLOCK_BYTES, Source
 from megaft.tokenizer import load_tokenizer
@@ -56,6 +58,7 @@ def test_counts_are_of_the_original(tmp_path):
 
 
 RECORDS = [
+    pytest.param({"text": "one", "id": {"text": "text"}}, {}, [Segment("one")], id="the key elsewhere too"),
     pytest.param({"text": "one"}, {}, [Segment("one")], id="text"),
     pytest.param({"body": "one"}, {"text_key": "body"}, [Segment("one")], id="another key"),
     pytest.param(
@@ -114,6 +117,14 @@ BAD = [
     pytest.param("a.jsonl", b'\n{"body": 1, "id": 2}', "line 2 has no key 'text'; .* 'body', 'id'", id="no key"),
     pytest.param("a.jsonl", b'{"text": 5}', "line 1: 'text' is a int", id="no string"),
     pytest.param("a.jsonl", b"[]", "line 1 is a JSON list", id="no object"),
+    pytest.param("a.jsonl", b'{"text": "a", "n": 1' + b"0" * 5000 + b"}", "has an integer of thousands", id="digits"),
+    pytest.param("a.jsonl", b'\n{"text": "a", "n": ' + b"[" * 10**5, "line 2 nests lists or objects too", id="nesting"),
+    pytest.param("a", b'{"text": "a", "n": ' + b"[" * 10**5, "line 1 nests lists or objects", id="no name"),
+    pytest.param("a.jsonl", b'{"text": NaN}', "line 1: 'text' is a float", id="NaN"),
+    pytest.param("a.jsonl", b'{"text": "a\\u0000"}', "line 1: 'text' has a NUL character", id="NUL"),
+    pytest.param("a.jsonl", b'{"text": "a\\udc00"}', "line 1 escapes half of a surrogate", id="half a surrogate"),
+    pytest.param("a.jsonl", b'{"text": "a", "text": "b"}', "line 1 has the key 'text' 2 times", id="key twice"),
+    pytest.param("a.json", b'[{"text": "a", "n": ' + b"[" * 10**5, "record 1 cannot be read", id="deep array"),
 ]  # fmt: skip
 
 
@@ -146,6 +157,63 @@ def test_expand(tmp_path):
     assert names == ["y.txt", "z.txt", "d/a.txt", "d/b.txt", "d/sub/c.txt"]
     with pytest.raises(DataError, match="names no file"):
         expand([tmp_path / "*.jsonl"])
+
+
+def linked(path, target):
+    path.symlink_to(target)
+    return path
+
+
+def test_links_are_followed_once(tmp_path):
+    for name in ("tree/b.txt", "tree/sub/c.txt", "real/d.txt", "real/inner/e.txt", "other/f.txt"):
+        write(tmp_path / name, "x")
+    linked(tmp_path / "tree/a_link", tmp_path / "real")
+    linked(tmp_path / "tree/again", tmp_path / "real/inner")
+    linked(tmp_path / "tree/to_sub", "sub")
+    linked(tmp_path / "real/inner/cycle", tmp_path / "tree")
+    linked(tmp_path / "tree/g.txt", tmp_path / "other/f.txt")
+    linked(tmp_path / "tree/.hidden", tmp_path / "other")
+    names = [str(path.relative_to(tmp_path / "tree")) for path in expand([tmp_path / "tree"])]
+    assert names == ["a_link/d.txt", "a_link/inner/e.txt", "b.txt", "g.txt", "sub/c.txt"]
+    assert expand([linked(tmp_path / "whole", tmp_path / "real")]) == [
+        *(tmp_path / "whole" / name for name in ("d.txt", "inner/cycle/b.txt", "inner/cycle/g.txt")),
+        *(tmp_path / "whole" / name for name in ("inner/cycle/sub/c.txt", "inner/e.txt")),
+    ]
+
+
+@pytest.mark.parametrize("given", ["tree", "tree/*", "tree/gone", "**/g*"])
+def test_a_link_that_leads_nowhere_is_refused(tmp_path, given):
+    write(tmp_path / "tree/a.txt", "x")
+    linked(tmp_path / "tree/gone", "nothing")
+    with pytest.raises(DataError, match="tree/gone is a link to nothing, which does not exist"):
+        expand([tmp_path / given])
+
+
+def test_a_glob_reaches_into_folders_as_a_shells_would(tmp_path):
+    for name in ("d/a.txt", "d/sub/b.txt", "d/sub/.c"):
+        write(tmp_path / name, "x")
+    assert expand([f"{tmp_path}/d/*"]) == expand([tmp_path / "d"]) == [tmp_path / "d/a.txt", tmp_path / "d/sub/b.txt"]
+
+
+def test_empty_files_are_left_out_unless_named(tmp_path):
+    write(tmp_path / "d/a.txt", "x")
+    empty, said = write(tmp_path / "d/_SUCCESS", ""), []
+    assert expand([tmp_path / "d"], said.append) == [tmp_path / "d/a.txt"]
+    assert said == [f"note: {empty} of {tmp_path}/d left out: empty."]
+    assert expand([empty]) == [empty]
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / "d/closed/a.txt", "x")
+
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="d/closed cannot be read: Permission denied"):
+        expand([tmp_path / "d"])
 
 
 SPACES = [

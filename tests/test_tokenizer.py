@@ -261,3 +261,10 @@ def test_tiktoken_under_sentencepieces_name(tmp_path):
     content = b"".join(b"%s %d\n" % (piece, id_) for id_, piece in enumerate([b"IQ==", b"Ig==", b"Iw=="]))
     with pytest.raises(DataError, match="is a tiktoken file"):
         load_tokenizer(write(tmp_path / "t" / "tokenizer.model", content).parent)
+
+
+@pytest.mark.parametrize("id_", [-1, 800, 10**6])
+def test_an_id_beyond_a_sentencepiece_model_is_named(tmp_path, id_):
+    tokenizer = load_tokenizer(make_sentencepiece(tmp_path / "sp"))
+    with pytest.raises(DataError, match=f"token {id_} is not one of the 800 pieces of"):
+        tokenizer.decode([5, id_])
