@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import shlex
 import sys
@@ -27,7 +26,7 @@ from evaluate_zero_shot.results import Result
 from evaluate_zero_shot.tasks import TASKS
 from megaft.errors import ConfigError, DataError
 from megaft.exit_code import exit_code_of
-from megaft.files import replacing
+from megaft.files import parse_json, replacing
 from megaft.nested import leaves
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -54,7 +53,7 @@ def write(folder: Path) -> None:
 def _view(path: Path) -> dict[str, Any]:
     """Return what the templates print."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         results = _named([_complete(entry) for entry in content["results"]])
         protocols = {one["protocol"]: _protocol(one["protocol"], content.get("protocols") or {}) for one in results}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megaft.errors import DataError
-from megaft.files import fsync, write_json_atomic
+from megaft.files import fsync, parse_json, write_json_atomic
 from megaft.indexed import idx_bytes, with_suffix
 from megaft.lock import locked
 from megaft.masking import masked
@@ -28,14 +27,18 @@ def load_receipt(prefix: str | Path) -> dict[str, Any]:
     """
     path = with_suffix(prefix, ".json")
     try:
-        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{prefix} is no prepared dataset: {path} cannot be read. Run megaft prepare.") from error
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); run megaft prepare again.") from error
     if not isinstance(receipt, dict) or receipt.get("format_version") != FORMAT_VERSION:
         raise DataError(f"{path} is not a receipt of format version {FORMAT_VERSION}; run megaft prepare again.")
-    for suffix, num_bytes in _file_bytes(receipt).items():
+    try:
+        expected = _file_bytes(receipt)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__} {error}); run megaft prepare again.") from error
+    for suffix, num_bytes in expected.items():
         _check_length(with_suffix(prefix, suffix), num_bytes)
     return receipt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megaft.errors import DataError
+from megaft.files import parse_json
 
 INDEX = "model.safetensors.index.json"
 """Names the file of every weight, where they are several."""
@@ -50,7 +50,7 @@ def require_weights(folder: Path) -> None:
 def shard_names(index: Path) -> set[str]:
     """Return the names of the files that an index of weights lists; DataError where it is no index."""
     try:
-        return set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return set(map(str, parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is damaged ({type(error).__name__}: {error}); copy it anew.") from error
 

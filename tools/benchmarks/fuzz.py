@@ -80,7 +80,6 @@ def _batch(target: Target, root: Path, seeds: range) -> Iterator[tuple[int, str,
         _run_cases(target, root, seeds, writer)
         os._exit(0)
     os.close(writer)
-    done = seeds.start
     with os.fdopen(reader, "rb") as lines:
         for seed in seeds:
             if not select.select([lines], [], [], SECONDS)[0]:
@@ -93,10 +92,8 @@ def _batch(target: Target, root: Path, seeds: range) -> Iterator[tuple[int, str,
                 break
             outcome, _, detail = line.partition(" ")
             yield seed, outcome, detail
-            done = seed + 1
             os.write(ACKNOWLEDGE[1], b".")
     os.waitpid(child, 0)
-    del done
 
 
 ACKNOWLEDGE = os.pipe()
@@ -164,7 +161,7 @@ def main() -> int:
         kinds: dict[str, int] = {}
         for seed, what in counts.failures:
             kinds.setdefault(" ".join(what.split()[:3]), seed)
-        for what, seed in list(kinds.items())[:PRINTED]:
+        for seed in list(kinds.values())[:PRINTED]:
             detail = next(text for case, text in counts.failures if case == seed)
             print(f"  --target {name} --seed {seed} --runs 1: {detail}", flush=True)
         failed += len(counts.failures)
