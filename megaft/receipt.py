@@ -37,7 +37,7 @@ def load_receipt(prefix: str | Path) -> dict[str, Any]:
     try:
         expected = _file_bytes(receipt)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__} {error}); run megaft prepare again.") from error
+        raise DataError(f"{path} lacks a count, or has one that is no number; run megaft prepare again.") from error
     for suffix, num_bytes in expected.items():
         _check_length(with_suffix(prefix, suffix), num_bytes)
     return receipt

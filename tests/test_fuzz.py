@@ -10,7 +10,7 @@ import pytest
 from fuzz_mutate import mutate
 from fuzz_targets import TARGETS
 
-FAST = {"jsonl", "generation-config", "deepspeed-json", "prepared", "checkpoint", "rows"}
+FAST = {"generation-config", "deepspeed-json", "prepared", "checkpoint", "rows"}
 RUNS = 100
 
 
@@ -24,7 +24,8 @@ def test_changed_files_are_read_or_refused(name, tmp_path):
     target.read(valid)  # unchanged it is sound
     outcomes = {seed: fuzz.run_case(target, valid, tmp_path, seed) for seed in range(RUNS)}
     assert {seed: case for seed, case in outcomes.items() if case[0] not in ("accepted", "refused")} == {}
-    assert {case[0] for case in outcomes.values()} >= {"refused"} or name == "rows"
+    has_another = name in ("rows", "checkpoint")  # a broken line is left out, an older checkpoint taken
+    assert has_another or "refused" in {case[0] for case in outcomes.values()}
 
 
 def test_a_mutation_is_a_function_of_its_seed(tmp_path):

@@ -194,7 +194,7 @@ def _make_checkpoints(folder: Path) -> None:
         files = {name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in data.items()}
         manifest = {"format": checkpoint.FORMAT, "files": files, "identity": {"global_batch_size": 4}, "step": step}
         (inside / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(manifest))
-    (folder / "checkpoints" / "latest").write_text("step-2")
+    (folder / "checkpoints" / "latest").write_text("step-00000002")
 
 
 def _sign_manifests(folder: Path) -> None:
@@ -241,7 +241,8 @@ def _make_rows(folder: Path) -> None:
 def _read_rows(folder: Path) -> None:
     from megaft.files import json_lines
 
-    for row in json_lines(folder / "metrics.jsonl"):
+    path = folder / "metrics.jsonl"
+    for row in json_lines(path) if path.is_file() else ():  # a run makes it, and reads it where it is
         row.get("step")
 
 
