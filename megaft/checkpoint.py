@@ -198,14 +198,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.pop("sha256", None) != _manifest_sha256(manifest):
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one it names.")
     if not _is_complete(manifest):
-        raise CheckpointError(f"{path} lacks identity, or bytes and sha256 of a file; megaft did not write it.")
+        raise CheckpointError(f"{path} has an identity or files of another form; megaft did not write it.")
     return manifest
 
 
 def _is_complete(manifest: dict[str, Any]) -> bool:
     files = manifest.get("files")
     return (
-        isinstance(manifest.get("identity"), dict)
+        isinstance(manifest.get("identity", {}), dict)
         and isinstance(files, dict)
         and all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values())
     )

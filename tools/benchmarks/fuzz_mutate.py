@@ -129,7 +129,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
         if kind < 0.12:
             del copy[key]
         elif kind < 0.2 and isinstance(copy, dict):
-            copy[rng.choice(("", "a", "../b", key.upper()))] = copy.pop(key)
+            copy[rng.choice(("", "a", "../b", str(key).upper()))] = copy.pop(key)
         elif kind < 0.25 and isinstance(copy, list):
             copy += [copy[key]] * rng.choice((1, 100))
         else:

@@ -140,7 +140,7 @@ def _open_weights(folder: Path) -> None:
     from megaft.models.weights import open_weights
 
     weights = open_weights(str(folder))
-    for name in weights.names():
+    for name in weights.names:
         weights.read(name)
 
 
