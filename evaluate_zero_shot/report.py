@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from evaluate_zero_shot import formats, limits, sections
@@ -43,21 +43,26 @@ def write(folder: Path) -> None:
         DataError: results.json is missing, damaged, or written by another version.
         ConfigError: The disk refuses.
     """
-    content = _view(folder / "results.json")
-    for name in ("report.md", "report.html"):
-        text = _jinja(is_html=name.endswith("html")).get_template(f"{name}.jinja").render(content)
+    for name, text in _rendered(folder / "results.json").items():
         with replacing(folder / name) as file:
             file.write(text)
 
 
-def _view(path: Path) -> dict[str, Any]:
-    """Return what the templates print."""
+def _rendered(path: Path) -> dict[str, str]:
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-        results = _named([_complete(entry) for entry in content["results"]])
-        protocols = {one["protocol"]: _protocol(one["protocol"], content.get("protocols") or {}) for one in results}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = _view(parse_json(path.read_text(encoding="utf-8")))
+        return {
+            name: _jinja(is_html=name.endswith("html")).get_template(f"{name}.jinja").render(content)
+            for name in ("report.md", "report.html")
+        }
+    except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, UndefinedError, ValueError) as error:
         raise DataError(f"{path} is not a results.json of this version: {error!r}. Evaluate again.") from error
+
+
+def _view(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the templates print."""
+    results = _named([_complete(entry) for entry in content["results"]])
+    protocols = {one["protocol"]: _protocol(one["protocol"], content.get("protocols") or {}) for one in results}
     return {
         "results": results,
         "models": sections.provenance(
