@@ -40,6 +40,8 @@ def require_weights(folder: Path) -> None:
     if index.is_file() and (missing := sorted(name for name in shard_names(index) if not (folder / name).is_file())):
         raise DataError(f"{folder} has no {missing[0]}, which its {INDEX} names; copy it there.")
     for path in files:
+        if not path.is_file():
+            raise DataError(f"{path} is no file, or leads to none; copy the model anew.")
         with path.open("rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise DataError(f"{path} is a Git LFS pointer, not weights; run git lfs pull in {folder}.")
