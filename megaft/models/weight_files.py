@@ -15,6 +15,9 @@ from megaft.files import parse_json
 INDEX = "model.safetensors.index.json"
 """Names the file of every weight, where they are several."""
 
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
+
 _LFS_POINTER = b"version https://git-lfs"
 
 BUFFERS = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
@@ -52,9 +55,12 @@ def require_weights(folder: Path) -> None:
 def shard_names(index: Path) -> set[str]:
     """Return the names of the files that an index of weights lists; DataError where it is no index."""
     try:
-        return set(map(str, parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(map(str, parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is damaged ({type(error).__name__}: {error}); copy it anew.") from error
+    if impossible := [name for name in names if len(name.encode(errors="replace")) > LONGEST_NAME]:
+        raise DataError(f"{index} names {impossible[0][:40]}..., too long for a file; copy it anew.")
+    return names
 
 
 def _require_whole(path: Path) -> None:
