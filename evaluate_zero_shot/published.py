@@ -13,6 +13,7 @@ from evaluate_zero_shot.known_files import KNOWN
 from evaluate_zero_shot.protocols import PROTOCOLS, statements
 from evaluate_zero_shot.tasks import TASKS
 from megaft.errors import DataError
+from megaft.files import parse_json
 
 FILE = Path(__file__).with_name("published.json")
 QUANTITIES = {
@@ -92,7 +93,7 @@ def load(path: Path = FILE) -> tuple[Figure, ...]:
         DataError: The file is not JSON, or one of its entries breaks a rule; the message names the entry.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         models = {name: _model(fields) for name, fields in content["models"].items()}
         return tuple(
             _figure(path, models, content["files"], source, row)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import shlex
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from evaluate_zero_shot import formats, limits, sections
@@ -27,7 +26,7 @@ from evaluate_zero_shot.results import Result
 from evaluate_zero_shot.tasks import TASKS
 from megaft.errors import ConfigError, DataError
 from megaft.exit_code import exit_code_of
-from megaft.files import replacing
+from megaft.files import parse_json, replacing
 from megaft.nested import leaves
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -44,21 +43,26 @@ def write(folder: Path) -> None:
         DataError: results.json is missing, damaged, or written by another version.
         ConfigError: The disk refuses.
     """
-    content = _view(folder / "results.json")
-    for name in ("report.md", "report.html"):
-        text = _jinja(is_html=name.endswith("html")).get_template(f"{name}.jinja").render(content)
+    for name, text in _rendered(folder / "results.json").items():
         with replacing(folder / name) as file:
             file.write(text)
 
 
-def _view(path: Path) -> dict[str, Any]:
-    """Return what the templates print."""
+def _rendered(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        results = _named([_complete(entry) for entry in content["results"]])
-        protocols = {one["protocol"]: _protocol(one["protocol"], content.get("protocols") or {}) for one in results}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = _view(parse_json(path.read_text(encoding="utf-8")))
+        return {
+            name: _jinja(is_html=name.endswith("html")).get_template(f"{name}.jinja").render(content)
+            for name in ("report.md", "report.html")
+        }
+    except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, UndefinedError, ValueError) as error:
         raise DataError(f"{path} is not a results.json of this version: {error!r}. Evaluate again.") from error
+
+
+def _view(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the templates print."""
+    results = _named([_complete(entry) for entry in content["results"]])
+    protocols = {one["protocol"]: _protocol(one["protocol"], content.get("protocols") or {}) for one in results}
     return {
         "results": results,
         "models": sections.provenance(

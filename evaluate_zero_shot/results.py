@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from evaluate_zero_shot.limits import LARGEST, is_capped
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
 from megaft.errors import DataError
-from megaft.files import write_json_atomic
+from megaft.files import parse_json, write_json_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +122,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+        rows = parse_json(path.read_text(encoding="utf-8"))["results"]
         if any(name not in row for row in rows for name in _IDENTITY):
             raise KeyError("an entry lacks a field")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -26,7 +26,7 @@ from megaft import engine_state, parallel
 from megaft.canonical import Canonical, Recut
 from megaft.config import CHANGEABLE
 from megaft.errors import CheckpointError
-from megaft.files import naming_disk_errors, sha256_of, to_json
+from megaft.files import naming_disk_errors, parse_json, sha256_of, to_json
 from megaft.models.layout import layout_of
 from megaft.pieces import Pieces
 from megaft.run_state import Identity, RunState
@@ -189,7 +189,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if folder.is_symlink() or path.is_symlink():
         raise CheckpointError(f"{folder} is or holds a symbolic link; move the checkpoint itself there.")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = parse_json(path.read_text())
         known = manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is missing or unreadable; the checkpoint was never finished.") from error
@@ -197,7 +197,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has format {manifest['format']}; this megaft reads {FORMAT}.")
     if manifest.pop("sha256", None) != _manifest_sha256(manifest):
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one it names.")
+    if not _is_complete(manifest):
+        raise CheckpointError(f"{path} has an identity or files of another form; megaft did not write it.")
     return manifest
+
+
+def _is_complete(manifest: dict[str, Any]) -> bool:
+    files = manifest.get("files")
+    return (
+        isinstance(manifest.get("identity", {}), dict)
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values())
+    )
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from megaft.deepspeed_keys import (
 )
 from megaft.deepspeed_optimizer import check_optimizer, translate_blocks
 from megaft.errors import ConfigError
+from megaft.files import parse_json
 from megaft.nested import leaves
 
 
@@ -61,7 +62,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        raw = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        raw = parse_json(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror}; give a DeepSpeed JSON, such as ds_configs/zero2_bf16.json."

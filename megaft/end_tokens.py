@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaft.errors import DataError
+from megaft.files import parse_json
 
 if TYPE_CHECKING:
     from megaft.tokenizer import AnyTokenizer
@@ -68,8 +69,8 @@ def _read(source: str, name: str) -> tuple[Path | None, dict[str, Any]]:
     if found is None:
         return None, {}
     try:
-        content = json.loads(Path(found).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(Path(found).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise DataError(f"{found} is damaged ({str(error).splitlines()[0]}); copy it anew.") from error
     if not isinstance(content, dict):
         raise DataError(f"{found} is a JSON {type(content).__name__}, not an object; copy it anew.")

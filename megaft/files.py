@@ -15,6 +15,21 @@ from megaft.errors import ConfigError, UserError
 from megaft.nested import mapped
 
 
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """Return the value of a JSON text, as json.loads with its hooks.
+
+    Raises:
+        JSONDecodeError: It is no JSON, or nested too deeply or with a number too long for Python.
+        UnicodeDecodeError: It is not UTF-8.
+    """
+    try:
+        return json.loads(text, **hooks)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except (RecursionError, ValueError) as error:  # the latter of a number of thousands of digits
+        raise json.JSONDecodeError(f"too much for Python: {error}", "", 0) from error
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Return `value` as strict JSON, with every digit of a float.
 
@@ -76,9 +91,11 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                yield json.loads(line)
+                row = parse_json(line)
             except json.JSONDecodeError:
                 continue
+            if isinstance(row, dict):
+                yield row
 
 
 def sha256_of(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaft.errors import DataError
+from megaft.files import parse_json
 
 FILES = (
     *("config.json", "tokenizer_config.json", "adapter_config.json"),
@@ -52,7 +53,7 @@ def _files(source: str | Path) -> list[Path]:
 
 def _fault(path: Path) -> str | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # transformers cannot read it either, and says so
     if path.name == "adapter_config.json":

@@ -174,20 +174,20 @@ def load_cached_model(source: str, dtype: Any) -> Any:
     """Return a transformers model to generate with, where this machine computes fastest."""
     import torch
 
-    from megaft.models.generation import CachedModel
+    from megaft.models.generation import CachedModel, exact_cache
     from megaft.models.hugging_face import load_language_model
-    from megaft.models.trials import require_language_model
+    from megaft.models.trials import require_causal
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    language_model = load_language_model(source, dtype).eval()
-    require_language_model(language_model)
-    model = CachedModel(language_model.to(device))
-    if model.cache_name is None:
+    language_model = load_language_model(source, dtype).eval().to(device)
+    require_causal(language_model)
+    cache_name = exact_cache(language_model)
+    if cache_name is None:
         print(
             f"warning: {source} has no exact cache of what it read; each token takes a pass over the whole text.",
             file=sys.stderr,
         )
-    return model
+    return CachedModel(language_model, cache_name)
 
 
 def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: Any) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megaft.config import require
 from megaft.errors import DataError
+from megaft.files import parse_json
 
 
 def _gpt2(layers: int, width: int, heads: int, vocab_size: int = 50_257) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def configuration(model: str) -> dict[str, Any]:
     path = Path(source_of(model))
     require(path.is_file(), f"model is {model}; give a folder with a config.json, or one of {', '.join(PRESETS)}.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); copy it from the model again.") from error
     if not isinstance(found, dict):

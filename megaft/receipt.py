@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megaft.errors import DataError
-from megaft.files import fsync, write_json_atomic
+from megaft.files import fsync, parse_json, write_json_atomic
 from megaft.indexed import idx_bytes, with_suffix
 from megaft.lock import locked
 from megaft.masking import masked
@@ -28,16 +28,39 @@ def load_receipt(prefix: str | Path) -> dict[str, Any]:
     """
     path = with_suffix(prefix, ".json")
     try:
-        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{prefix} is no prepared dataset: {path} cannot be read. Run megaft prepare.") from error
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); run megaft prepare again.") from error
     if not isinstance(receipt, dict) or receipt.get("format_version") != FORMAT_VERSION:
         raise DataError(f"{path} is not a receipt of format version {FORMAT_VERSION}; run megaft prepare again.")
+    if fault := _fault(receipt):
+        raise DataError(f"{path} has {fault}, which megaft prepare does not write; run it again.")
     for suffix, num_bytes in _file_bytes(receipt).items():
         _check_length(with_suffix(prefix, suffix), num_bytes)
     return receipt
+
+
+_COUNTS = ("documents", "tokens")
+_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16")
+
+
+def _fault(receipt: dict[str, Any]) -> str | None:
+    """Return the first field that training or validation reads and that has another form, with its value."""
+    tokenizer = receipt.get("tokenizer")
+    wrong = [name for name in _COUNTS if not _is_count(receipt.get(name))]
+    wrong += [] if receipt.get("dtype") in _DTYPES else ["dtype"]
+    wrong += [] if isinstance(receipt.get("bin_sha256"), str) else ["bin_sha256"]
+    wrong += [] if isinstance(receipt.get("has_mask"), bool) else ["has_mask"]
+    wrong += [] if isinstance(receipt.get("opening_ids", []), list) else ["opening_ids"]
+    if not isinstance(tokenizer, dict) or not _is_count(tokenizer.get("vocab_size")):
+        wrong.append("tokenizer")
+    return f"{wrong[0]} {json.dumps(receipt.get(wrong[0]))[:80]}" if wrong else None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _file_bytes(receipt: dict[str, Any]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaft.errors import DataError
+from megaft.files import parse_json
 from megaft.sentencepiece_model import CONTROL, UNKNOWN, ModelProto, Prefix, convert, parse, prefix_of
 from megaft.tokenizer_check import PROBES
 from megaft.transformers_tokenizer import from_pretrained, naming_errors
@@ -52,7 +53,7 @@ def _repeats(path: Path, pieces: Mapping[str, str]) -> bool:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
 
@@ -143,13 +144,13 @@ def is_saved_model(folder: Path) -> bool:
     if not path.is_file() or not (folder / MODEL_NAME).is_file():
         return False
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # which loading it names
         return False
     if not isinstance(settings, dict) or settings.get("split_special_tokens") is not True:
         return False
     model = parse((folder / MODEL_NAME).read_bytes())
     made = _wrapped(_converted(folder, model, prefix_of(model)), _special_pieces(model))
-    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) == json.loads(
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) == parse_json(
         made.backend_tokenizer.to_str()
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaft import sentencepiece_folder
 from megaft.errors import DataError
+from megaft.files import parse_json
 from megaft.foreign import require_inert
 from megaft.sentencepiece_folder import BESIDE, MODEL_NAME, additions, is_saved_model
 from megaft.transformers_tokenizer import from_pretrained, hub_file, naming_errors
@@ -171,7 +172,7 @@ class SentencePieceTokenizer:
             raise DataError(f"{path} is empty; give a sentencepiece model.")
         try:
             self._processor = SentencePieceProcessor(model_proto=data)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
                 raise DataError(
                     f"{path} is a tiktoken file, as Llama 3's; give a folder with its tokenizer.json."
@@ -318,6 +319,6 @@ def _other(names: set[str]) -> str:
 
 def _check_json(path: Path) -> None:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); copy it anew.") from error

@@ -248,3 +248,13 @@ def test_letters_that_the_output_has_not_are_escaped(monkeypatch):
 def test_a_missing_model_is_refused():
     with pytest.raises(DataError, match="/no/such/model"):
         main(GenerateConfig(model="/no/such/model", prompt=("a",)))
+
+
+def test_a_model_that_attends_to_later_tokens_is_refused(tmp_path):
+    from transformers import BertConfig, BertLMHeadModel
+
+    make_byte_level(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    BertLMHeadModel(BertConfig(vocab_size=600, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="attends to later tokens"):
+        main(GenerateConfig(model=str(tmp_path), prompt=("To be",)))

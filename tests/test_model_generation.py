@@ -9,7 +9,7 @@ from tiny_models import GPT2, LLAMA, make_config
 from megaft.errors import DataError
 from megaft.generate import SamplingConfig
 from megaft.models import generation
-from megaft.models.generation import CachedModel
+from megaft.models.generation import CachedModel, exact_cache
 from megaft.sampling import continue_tokens, next_token
 
 SETTINGS = SamplingConfig(temperature=0, repetition_penalty=1.3)
@@ -45,6 +45,10 @@ def make(model_type, settings):
     return model
 
 
+def cached(model):
+    return CachedModel(model, exact_cache(model))
+
+
 def continuation(reader, prompt, num_tokens):
     return list(continue_tokens(reader, prompt, max_new_tokens=num_tokens, settings=SETTINGS, seed=0))
 
@@ -67,7 +71,7 @@ def brute_force(model, prompt, num_tokens, limit=10**9):
 def test_every_family_continues_as_without_a_cache(name):
     model_type, settings, cache = FAMILIES[name]
     model = make(model_type, settings)
-    reader = CachedModel(model)
+    reader = cached(model)
     assert reader.cache_name == cache
     assert continuation(reader, [5, 9, 11], 20) == brute_force(model, [5, 9, 11], 20)
     assert continuation(reader, [7], 5) == brute_force(model, [7], 5)  # another text begins anew
@@ -94,14 +98,14 @@ def test_a_cache_that_is_not_exact_is_not_used(harm):
             logits=output.logits, past_key_values=output.past_key_values and harm(output.past_key_values)
         )
     )
-    reader = CachedModel(model)
+    reader = cached(model)
     assert reader.cache_name is None
     assert continuation(reader, [5, 9, 11], 20) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_alone_costs_no_cache(dtype):
-    assert CachedModel(make("llama", LLAMA).to(dtype)).cache_name == "past_key_values"
+    assert exact_cache(make("llama", LLAMA).to(dtype)) == "past_key_values"
 
 
 @pytest.mark.parametrize("prompt_tokens", [10, 15, 16, 17, 20])
@@ -113,7 +117,7 @@ def test_longrope_reads_the_text_anew_where_its_frequencies_change(prompt_tokens
     }
     model = make("phi3", settings)
     prompt = [(7 * number) % 61 for number in range(prompt_tokens)]
-    reader = CachedModel(model)
+    reader = cached(model)
     assert reader.cache_name == "past_key_values"
     assert continuation(reader, prompt, 60) == brute_force(model, prompt, 60, limit=40)  # through both and back
 
@@ -131,20 +135,20 @@ def test_longrope_equals_transformers_generate_through_the_change():
         eos_token_id=None,
         pad_token_id=0,
     )
-    assert continuation(CachedModel(model), prompt[0].tolist(), 30) == theirs[0, 10:].tolist()
+    assert continuation(cached(model), prompt[0].tolist(), 30) == theirs[0, 10:].tolist()
 
 
 def test_dynamic_scaling_has_other_frequencies_at_every_length():
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = make("llama", LLAMA | {"rope_parameters": rope, "max_position_embeddings": 16})
-    reader = CachedModel(model)
+    reader = cached(model)
     reader.max_positions = 32  # it is made to be used beyond
     assert continuation(reader, [5, 9, 11], 25) == brute_force(model, [5, 9, 11], 25)
 
 
 def test_a_change_of_length_reads_once(monkeypatch):
     model = make("phi3", LLAMA | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16})
-    reader = CachedModel(model)
+    reader = cached(model)
     lengths = []
     read = generation.CachedModel._logits
     monkeypatch.setattr(
@@ -160,9 +164,9 @@ def test_a_family_that_does_not_count_padding_as_a_position_is_read_anew():
     settings = LLAMA | {"is_decoder": True, "pad_token_id": 1, "type_vocab_size": 1}
     model = make("roberta", settings)
     prompt = [5, 1, 9, 1, 7]
-    assert continuation(CachedModel(model), prompt, 12) == brute_force(model, prompt, 12)
+    assert continuation(cached(model), prompt, 12) == brute_force(model, prompt, 12)
 
 
 def test_a_family_that_needs_more_than_a_text_is_refused():
     with pytest.raises(DataError, match=r"XmodForCausalLM cannot read a plain text .*language"):
-        CachedModel(make("xmod", LLAMA | {"is_decoder": True, "languages": ["en_XX"], "adapter_reduction_factor": 2}))
+        exact_cache(make("xmod", LLAMA | {"is_decoder": True, "languages": ["en_XX"], "adapter_reduction_factor": 2}))

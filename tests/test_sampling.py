@@ -30,7 +30,7 @@ def logits_of(seed, size=50):
 
 def run(model, max_new_tokens, settings=GREEDY, seed=0, prompt=PROMPT, **options):
     options = {"max_new_tokens": max_new_tokens, "settings": settings, "seed": seed, **options}
-    return list(continue_tokens(CachedModel(model), prompt, **options))
+    return list(continue_tokens(CachedModel(model, "past_key_values"), prompt, **options))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -149,7 +149,9 @@ def test_a_text_ends_at_eos(gpt2):
 
 
 def test_tokens_come_one_at_a_time(gpt2):
-    endless = continue_tokens(CachedModel(gpt2), PROMPT, max_new_tokens=10**9, settings=GREEDY, seed=0)
+    endless = continue_tokens(
+        CachedModel(gpt2, "past_key_values"), PROMPT, max_new_tokens=10**9, settings=GREEDY, seed=0
+    )
     assert list(islice(endless, 3)) == run(gpt2, 3)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from megaft import checkpoint
 from megaft.config import require
 from megaft.engine_state import WEIGHT
 from megaft.errors import DataError
+from megaft.files import parse_json
 from megaft.foreign import require_inert
 from megaft.models.weights import Weights, load_config, require_fitting, shapes_of
 
@@ -25,7 +25,7 @@ def model_of_run(folder: Path) -> str:
     """
     path = folder.resolve().parents[1] / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        settings = parse_json(path.read_text(encoding="utf-8"))["settings"]
         model, rank = settings["model"], settings["lora"]["rank"]
         source = model["path"] or model["from_scratch"]
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megaft.errors import DataError
+from megaft.models import trials
 from megaft.models.hugging_face import CausalLM, context_limit, vocab_size
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
@@ -28,20 +29,17 @@ FORWARD_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, Run
 
 
 class CachedModel:
-    """A transformers causal language model as a sampling.Reader. It uses the family's cache after trying it out.
+    """A transformers causal language model as a sampling.Reader. Without a cache it reads the whole text every time."""
 
-    Without a cache that gives the logits of a plain forward pass, every read is a forward pass over the whole text.
-    """
-
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, cache_name: str | None = None) -> None:
+        """Take a model and the keyword of the cache to use, as `exact_cache` returns it."""
         self.max_positions = context_limit(model)
         self.vocab_size = vocab_size(model)
         self._model = model.eval()
         self._ids: list[int] = []
         self._cache: Any = None
         self._rescaling = _rescaling_lengths(model.config)
-        self.cache_name: str | None = None
-        self.cache_name = self._exact_cache()
+        self.cache_name = cache_name
 
     def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
         """Read tokens behind `num_read` others; return the logits after the last."""
@@ -65,21 +63,32 @@ class CachedModel:
         self._cache = None if self.cache_name is None else output.get(self.cache_name)
         return output.logits[0, -1]
 
-    def _exact_cache(self) -> str | None:
-        """Try the family's cache: tokens read one by one must give the logits of one forward pass over all of them."""
-        ids = _trial_ids(self._model)
-        try:
-            plain = [self.read(ids[:end], 0) for end in (TRIAL_PROMPT, TRIAL_TOKENS)]
-        except FORWARD_ERRORS as error:
-            reason = f"{type(error).__name__} {error}".splitlines()[0]
-            raise DataError(f"model's {type(self._model).__name__} cannot read a plain text ({reason}).") from error
-        self.cache_name = name = _cache_name(self._model)
-        try:
-            cached = [self.read(ids[:TRIAL_PROMPT], 0)]
-            cached += [self.read([ids[place]], place) for place in range(TRIAL_PROMPT, TRIAL_TOKENS)]
-        except FORWARD_ERRORS:
-            return None
-        return name if _agree(cached[0], plain[0]) and _agree(cached[-1], plain[-1]) else None
+
+def exact_cache(model: CausalLM) -> str | None:
+    """Return the keyword of the family's cache, if tokens read one by one have the logits of one pass over all of them.
+
+    It is tried on the model itself, and on longer texts on a small stand-in.
+
+    Raises:
+        DataError: The model does not read tokens alone.
+    """
+    ids, plain = _trial_ids(model), CachedModel(model)
+    try:
+        expected = [plain.read(ids[:end], 0) for end in (TRIAL_PROMPT, TRIAL_TOKENS)]
+    except FORWARD_ERRORS as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise DataError(f"model's {type(model).__name__} cannot read a plain text ({reason}).") from error
+    name = _cache_name(model)
+    if name is None:
+        return None
+    reader = CachedModel(model, name)
+    try:
+        logits = [reader.read(ids[:TRIAL_PROMPT], 0)]
+        logits += [reader.read([ids[place]], place) for place in range(TRIAL_PROMPT, TRIAL_TOKENS)]
+        is_exact = _agree(logits[0], expected[0]) and _agree(logits[-1], expected[1])
+        return name if is_exact and trials.keeps_cache(model, lambda small: CachedModel(small, name)) else None
+    except FORWARD_ERRORS:
+        return None
 
 
 def _trial_ids(model: CausalLM) -> list[int]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaft.errors import DataError
+from megaft.files import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Those that weights may have, by the format's names."""
@@ -81,7 +82,7 @@ def open_tensors(path: Path) -> TensorFile:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is missing, cut short or damaged ({error}); copy it anew.") from error
     header.pop("__metadata__", None)

@@ -40,25 +40,40 @@ def require_language_model(model: CausalLM) -> None:
     Raises:
         DataError: The model is neither a causal language model of tokens alone, nor can it be tried.
     """
-    with on_trial(model) as tried:
-        try:
-            causal = is_causal(tried)
-            apart = causal and keeps_rows_apart(tried)
-        except STAND_IN_ERRORS as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"{family(model)} does not run on tokens alone ({said[:200]}). Use a causal language model of text."
-            ) from error
-    if not causal:
-        raise DataError(
-            f"{family(model)} attends to later tokens: it predicts each token from the text behind it too, "
-            f"so that its loss means nothing. {_way_out(model)}"
-        )
+    require_causal(model)
+    with on_trial(model) as tried, _naming_what_fails(model):
+        apart = keeps_rows_apart(tried)
     if not apart:
         raise DataError(
             f"{family(model)} gives a text other states beside other texts of a batch; "
             "its loss would depend on the micro-batch size. Use a model of another family."
         )
+
+
+def require_causal(model: CausalLM) -> None:
+    """Refuse models that attend to later tokens.
+
+    Raises:
+        DataError: The model is no causal language model of tokens alone, or cannot be tried.
+    """
+    with on_trial(model) as tried, _naming_what_fails(model):
+        causal = is_causal(tried)
+    if not causal:
+        raise DataError(
+            f"{family(model)} attends to later tokens: it predicts each token from the text behind it too, "
+            f"so that its loss means nothing. {_way_out(model)}"
+        )
+
+
+@contextmanager
+def _naming_what_fails(model: CausalLM) -> Iterator[None]:
+    try:
+        yield
+    except STAND_IN_ERRORS as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{family(model)} does not run on tokens alone ({said[:200]}). Use a causal language model of text."
+        ) from error
 
 
 def require_keeps_documents_apart(model: CausalLM) -> None:
@@ -126,7 +141,7 @@ def keeps_cache(model: CausalLM, make_reader: Callable[[CausalLM], Any]) -> bool
 
     Args:
         model: A whole model.
-        make_reader: From a model to a sampling.Reader, such as sampling.CachedModel.
+        make_reader: From a model to a sampling.Reader, such as generation.CachedModel.
     """
     with on_trial(model) as tried:
         tokens = random_tokens(tried, trial_length(tried))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -11,9 +10,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megaft.errors import DataError
+from megaft.files import parse_json
 
 INDEX = "model.safetensors.index.json"
 """Names the file of every weight, where they are several."""
+
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -40,6 +43,8 @@ def require_weights(folder: Path) -> None:
     if index.is_file() and (missing := sorted(name for name in shard_names(index) if not (folder / name).is_file())):
         raise DataError(f"{folder} has no {missing[0]}, which its {INDEX} names; copy it there.")
     for path in files:
+        if not path.is_file():
+            raise DataError(f"{path} is no file, or leads to none; copy the model anew.")
         with path.open("rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise DataError(f"{path} is a Git LFS pointer, not weights; run git lfs pull in {folder}.")
@@ -50,9 +55,12 @@ def require_weights(folder: Path) -> None:
 def shard_names(index: Path) -> set[str]:
     """Return the names of the files that an index of weights lists; DataError where it is no index."""
     try:
-        return set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(map(str, parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is damaged ({type(error).__name__}: {error}); copy it anew.") from error
+    if impossible := [name for name in names if len(name.encode(errors="replace")) > LONGEST_NAME]:
+        raise DataError(f"{index} names {impossible[0][:40]}..., too long for a file; copy it anew.")
+    return names
 
 
 def _require_whole(path: Path) -> None:

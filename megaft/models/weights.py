@@ -5,7 +5,6 @@ Memory is bounded by the largest parameter, except for `.bin` and GGUF files, wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from megaft.config import require
 from megaft.errors import DataError
-from megaft.files import sha256_of
+from megaft.files import parse_json, sha256_of
 from megaft.foreign import require_inert
 from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
 from megaft.models.hugging_face import load_language_model, require_there
@@ -302,7 +301,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         known, files, _ = manifest["format"], manifest["files"], int(manifest["tensor_parallel_size"])
         for entry in files.values():
             _ = entry["bytes"], entry["sha256"]

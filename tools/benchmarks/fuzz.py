@@ -1,0 +1,172 @@
+"""Fuzz the readers of foreign files: nothing but success or a one-line error, in time, and no file outside.
+
+    python tools/benchmarks/fuzz.py --target jsonl --runs 10000 --seed 0
+    python tools/benchmarks/fuzz.py --target jsonl --runs 1 --seed 4711    # a failure again, with its traceback
+
+Case N of a target is the valid files with one of them changed by the seed N. Cases run in forked children, so that a
+crash, a hang or an allocation without end is a finding rather than the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import resource
+import select
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
+
+from fuzz_mutate import fresh_copy, mutate
+from fuzz_targets import TARGETS, Target
+
+SECONDS = 10.0
+BATCH = 200
+MEMORY = 6 * 2**30
+"""Address space that a case may take beyond what the libraries have."""
+PRINTED = 10
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of a target's cases."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: list[tuple[int, str]] = field(default_factory=list)
+    """Seed and description of all that is neither accepted nor refused in one line."""
+
+    def add(self, seed: int, outcome: str, detail: str) -> None:
+        """Count a case."""
+        self.outcomes[outcome] += 1
+        if outcome not in ("accepted", "refused"):
+            self.failures.append((seed, f"{outcome}: {detail}"))
+
+
+def fuzz(target: Target, runs: int, seed: int) -> Counts:
+    """Run the cases `seed` to `seed + runs`."""
+    import megaft.models.hugging_face
+    import megaft.prepare  # noqa: F401  once, before the children are forked
+
+    counts = Counts()
+    with tempfile.TemporaryDirectory() as root:
+        valid = Path(root, "valid")
+        valid.mkdir()
+        with _quiet():
+            target.make(valid)
+        next_seed, end = seed, seed + runs
+        while next_seed < end:
+            for case, outcome, detail in _batch(target, Path(root), range(next_seed, min(end, next_seed + BATCH))):
+                counts.add(case, outcome, detail)
+                next_seed = case + 1
+    return counts
+
+
+def _batch(target: Target, root: Path, seeds: range) -> Iterator[tuple[int, str, str]]:
+    """Yield the outcome of each case up to the end, or to the one that ends the child."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _run_cases(target, root, seeds, writer)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as lines:
+        for seed in seeds:
+            if not select.select([lines], [], [], SECONDS)[0]:
+                os.kill(child, signal.SIGKILL)
+                yield seed, "hangs", f"more than {SECONDS:.0f} s"
+                break
+            line = os.read(lines.fileno(), 4096).decode()
+            if not line:
+                yield seed, "crashes", "the process ended"
+                break
+            outcome, _, detail = line.partition(" ")
+            yield seed, outcome, detail
+            os.write(ACKNOWLEDGE[1], b".")
+    os.waitpid(child, 0)
+
+
+ACKNOWLEDGE = os.pipe()
+"""The child waits for the parent between cases, so that a line is a read."""
+
+
+def _run_cases(target: Target, root: Path, seeds: range, writer: int) -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    for seed in seeds:
+        outcome, detail = run_case(target, root / "valid", root, seed)
+        os.write(writer, f"{outcome} {detail}"[:1000].replace("\n", " | ").encode())
+        os.read(ACKNOWLEDGE[0], 1)
+
+
+def run_case(target: Target, valid: Path, root: Path, seed: int) -> tuple[str, str]:
+    """Change a copy of the valid files by the seed, read it, and return what became of it."""
+    from megaft.errors import UserError
+
+    rng = random.Random(seed)
+    folder = root / "cases" / "case"
+    fresh_copy(valid, folder)
+    files = sorted(path for pattern in target.files for path in folder.glob(pattern) if path.is_file())
+    mutate(rng.choice(files), rng)
+    if target.mend is not None:
+        target.mend(folder)
+    try:
+        with _quiet():
+            target.read(folder)
+        outcome, detail = "accepted", ""
+    except UserError as error:
+        outcome, detail = ("refused", "") if "\n" not in str(error) else ("lines", str(error))
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        ours = [
+            one
+            for one in traceback.extract_tb(error.__traceback__)
+            if "megaft/" in one.filename or "evaluate_" in one.filename
+        ]
+        last = ours[-1] if ours else frame
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        outcome, detail = "traceback", f"{where} {type(error).__name__} {str(error)[:150]}"
+    outside = [path.name for path in (root / "cases").iterdir() if path.name != "case"]
+    return ("outside", f"{outside}") if outside else (outcome, detail)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def main() -> int:
+    """Fuzz one target or all, and print a line of counts and the first failures of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=[*TARGETS, "all"], default="all")
+    parser.add_argument("--runs", type=int, default=1000, help="cases of each target")
+    parser.add_argument("--seed", type=int, default=0, help="of the first case")
+    arguments = parser.parse_args()
+    failed = 0
+    for name in TARGETS if arguments.target == "all" else [arguments.target]:
+        counts = fuzz(TARGETS[name], arguments.runs, arguments.seed)
+        said = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.outcomes.items()))
+        print(f"{name}: {said}", flush=True)
+        kinds: dict[str, int] = {}
+        for seed, what in counts.failures:
+            kinds.setdefault(" ".join(what.split()[:3]), seed)
+        for seed in list(kinds.values())[:PRINTED]:
+            detail = next(text for case, text in counts.failures if case == seed)
+            print(f"  --target {name} --seed {seed} --runs 1: {detail}", flush=True)
+        failed += len(counts.failures)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
