@@ -84,6 +84,9 @@ class _Tokens(ABC):
     def cut(self, num_whole: int, never: np.ndarray) -> None:
         """Number the samples; labels at the positions `never` are not scored, whatever the mask says."""
         self._num_whole = num_whole
+        if self.num_opening >= self.context_length:  # else they do not fill a sample
+            openings = self.tokens.document_offsets[:-1, None] + np.arange(self.num_opening)
+            never = np.union1d(never, openings)
         if self.scored is not None or len(never) > 0:
             is_used = holds_scored_token(num_whole, self.context_length, self.labels, self.scored, never)
             self.num_left_out = num_whole - int(is_used.sum())

@@ -42,9 +42,9 @@ class PrepareConfig:
     detokenizer: str = "identity"
     """Undoes a corpus's word tokenization first: wikitext, ptb, 1bw or another of `python -m detokenizers --list`."""
     control_codes: tuple[str, ...] = ()
-    """One an input: the token, not scored, that every document of it begins with (Keskar et al. 2019, section 3)."""
+    """One an input: the token, not scored, put with a space before its documents (Keskar et al. 2019, section 3)."""
     min_tokens: int = 1
-    """Documents with fewer tokens are left out (and counted)."""
+    """Documents with fewer tokens of their own text are left out (and counted)."""
     append_eod: bool = False
     """End every document with the tokenizer's end-of-sequence token."""
     workers: int | None = None

@@ -21,6 +21,8 @@ from megaft.prepare import ensure_prepared, opening_ids_of
 from megaft.receipt import load_receipt
 from megaft.tokenizer import AnyTokenizer
 
+LAYOUT = 2
+"""Counted up whenever the same text gives other tokens than before, so that no rank takes an older version's data."""
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_OF_DOUBT = 60
 """Ranks start this close together: a failure found before and still there after is of this run."""
@@ -104,7 +106,7 @@ def _prepare_text(path: Path, tokenizer: str, detokenizer: str, folder: Path, to
 def _fingerprint(path: Path, tokenizer: str, detokenizer: str) -> str:
     """Every rank derives the same name, and another text or tokenizer another one."""
     status = path.stat()
-    key = (str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer, detokenizer)
+    key = (LAYOUT, str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer, detokenizer)
     return blake2b(repr(key).encode(), digest_size=4).hexdigest()
 
 

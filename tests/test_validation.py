@@ -11,9 +11,10 @@ from megaft.indexed import TokenFile
 from megaft.prepare import prepare
 from megaft.prepare_config import PrepareConfig
 from megaft.recovery import validated
+from megaft.scoring import windows
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import Source
-from megaft.validation import Validation
+from megaft.validation import Validation, scored_from
 
 RECORDS = [{"q": "one two three", "a": " four five"}, {"q": "six", "a": " seven"}]
 
@@ -59,6 +60,14 @@ def test_only_completions_count_as_in_training(validate):
     assert score.nats == score.num_scored_tokens == completions + 2  # and the end of each, which training scores too
     assert TokenFile(prefix).num_tokens > score.num_scored_tokens
     assert (score.word_perplexity, score.bits_per_byte) == (None, None)
+
+
+@pytest.mark.parametrize("num_opening", [0, 1, 2, 5])
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 6, 23])
+def test_windows_score_what_follows_the_opening_tokens_once(num_opening, num_tokens):
+    found = scored_from(num_opening, windows(num_tokens, 4, 2))
+    targets = [position for window in found for position in range(window.scored_from, window.end)]
+    assert targets == list(range(max(1, num_opening), num_tokens))
 
 
 def test_of_plain_text_every_token_counts_but_those_appended(validate):
