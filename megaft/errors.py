@@ -27,7 +27,7 @@ class CheckpointError(UserError):
 
 
 class NumericsError(UserError):
-    """A loss or gradient that is not finite, or that the guard was told to stop at."""
+    """A loss, a gradient or nats of a text that are not finite, or that the guard was told to stop at."""
 
     exit_code = 5
 

@@ -19,8 +19,8 @@ Contestant = Literal["megaft", "trainer", "torch"]
 HERE = Path(__file__).parent
 MEGAFT = HERE.parents[1] / "megaft" / "train.py"
 SECONDS_BETWEEN_LOOKS = 0.02
-SECONDS_TO_START = 600
-"""How long torchrun waits for its own store and heartbeat: 60 and 5 by default, too few on a busy machine."""
+PATIENT = "read_timeout=600,heartbeat_timeout=600,keep_alive_max_attempt=120"
+"""Settings of torchrun's rendezvous: on a busy machine it misses its own heartbeats, of which 15 s end a launch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ def command(contestant: Contestant, case: Case, folder: Path, run_dir: Path) -> 
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", ranks]
     deepspeed += ["--master_port", str(free_port())]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    torchrun += ["--rdzv-conf", f"read_timeout={SECONDS_TO_START},heartbeat={SECONDS_TO_START}"]
+    torchrun += ["--rdzv-conf", PATIENT]
     return {
         "megaft": [*deepspeed, str(MEGAFT), *_megaft_flags(case, folder, run_dir)],
         "trainer": [*deepspeed, str(HERE / "train_peer_trainer.py"), str(folder), str(run_dir)],
