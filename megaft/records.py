@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaft.errors import DataError
-from megaft.files import parse_json
 
 SCORED_ROLE = "assistant"
 
@@ -28,7 +27,7 @@ class Record:
         self._where = where
         self._line = line
         try:
-            fields = parse_json(line)
+            fields = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{where}, column {error.colno}: broken JSON ({error.msg}); a line is one object."
