@@ -29,10 +29,18 @@ def device_of(topology: Topology) -> torch.device:
     return torch.device("cuda", index)
 
 
-def require_own_gpu(device: torch.device, store: Store) -> None:
-    """Raise ConfigError where another rank of those that meet at `store` has the same GPU; NCCL cannot work so."""
-    gpu = torch.cuda.get_device_properties(device).uuid
+def require_own_gpu(device: torch.device, world_size: int, store: Store) -> None:
+    """Raise ConfigError, on every rank, where two of those that meet at `store` have the same GPU.
+
+    NCCL cannot work so. If one rank alone raised, the others would report a lost peer and be requeued.
+    """
+    gpu = str(torch.cuda.get_device_properties(device).uuid)
     if store.add(f"megaft/gpu/{gpu}", 1) > 1:
+        store.set("megaft/gpu_of_two", gpu)
+    if store.add("megaft/gpus", 1) == world_size:  # the last rank
+        store.set("megaft/gpus_compared", str(int(store.check(["megaft/gpu_of_two"]))))
+    if store.get("megaft/gpus_compared") == b"1":
+        gpu = store.get("megaft/gpu_of_two").decode()
         raise ConfigError(f"two ranks have the GPU {gpu}; start one rank a GPU.")
 
 

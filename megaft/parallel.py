@@ -97,7 +97,7 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
         global _heartbeat
         _heartbeat = Heartbeat(rank, world_size, topology.master_addr, store, _timeout.total_seconds())
     if is_gpu:
-        require_own_gpu(device, store)
+        require_own_gpu(device, world_size, store)
     dist.init_process_group(
         backend,
         store=store,

@@ -1,5 +1,6 @@
 """Which GPU a rank takes, and what it may compute in there: a GPU's answers are put in torch's mouth."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -59,9 +60,21 @@ def test_more_ranks_than_gpus_are_refused(gpus, count, local_rank):
 def test_two_ranks_with_one_gpu_are_refused(gpus):
     gpus(1)
     store, device = HashStore(), torch.device("cuda", 0)
-    require_own_gpu(device, store)
-    with pytest.raises(ConfigError, match="two ranks have the GPU 8f1e"):
-        require_own_gpu(device, store)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(require_own_gpu, device, 2, store) for _ in range(2)]
+    for error in [rank.exception() for rank in ranks]:  # on both: one alone would look like a lost peer
+        assert isinstance(error, ConfigError)
+        assert "two ranks have the GPU 8f1e" in str(error)
+
+
+def test_ranks_with_a_gpu_each_are_taken(gpus, monkeypatch):
+    gpus(2)
+    uuids = iter(("8f1e", "77aa"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=next(uuids)))
+    store = HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(require_own_gpu, torch.device("cuda", index), 2, store) for index in range(2)]
+    assert [rank.result() for rank in ranks] == [None, None]
 
 
 @pytest.mark.parametrize(
