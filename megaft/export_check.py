@@ -6,7 +6,8 @@ an export but the reading of checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,17 +68,23 @@ def held_out_rows(validation: Validation | None, samples: Samples, longest: int)
     for position in range(NUM_TOKENS):
         if sum(map(len, rows)) >= NUM_TOKENS:
             break
-        rows.append(samples[position].input_ids[: longest + 1].tolist())
+        rows.append(samples[position].input_ids[: min(longest, NUM_TOKENS) + 1].tolist())
     return [row for row in rows if len(row) > 1]
 
 
-def check_nats(trained: nn.Module, folder: Path, rows: Rows) -> Verified:
-    """Compare the nats of a trained module, already rounded to the export's dtype, with those of the loaded export.
+def check_nats(trained: Callable[[], nn.Module], folder: Path, rows: Rows) -> Verified:
+    """Compare the nats of a trained module with those of the loaded export; only one of them is in memory at a time.
+
+    Args:
+        trained: Returns the trained module, its weights rounded to the export's dtype.
+        folder: The export.
+        rows: Held-out tokens.
 
     Raises:
         NumericsError: They differ by more than the order of sums explains, or are not finite.
     """
-    expected = _nats(trained, rows)
+    expected = _nats(trained(), rows)
+    gc.collect()
     from transformers import AutoModelForCausalLM
 
     found = _nats(_PlainNats(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)), rows)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from megaft.canonical import Canonical
 from megaft.config import TrainConfig
@@ -66,10 +67,14 @@ class HuggingFaceExport:
             DataError: It begins, ends or pads texts otherwise than the source.
             NumericsError: It is not the trained model.
         """
+        return str(check_nats(lambda: self._rounded_model(folder), folder, rows))
+
+    def _rounded_model(self, folder: Path) -> nn.Module:
+        """Return the trained module that the export is compared with, once generation begins and ends as in it."""
         model = self._trained()
         _check_generation(self.config, self.tokenizer, model.config, folder)
         adapters.round_weights(model, self.dtype)
-        return str(check_nats(hugging_face.NatsModel(model), folder, rows))
+        return hugging_face.NatsModel(model)
 
     def _trained(self) -> Any:
         """Return the module that trains, with the checkpoint's weights in fp32 and its adapters not merged."""
@@ -113,19 +118,19 @@ class MegatronExport:
         _check_generation(self.config, self.tokenizer, self.weights.config, folder)
         needed = 4 * self.weights.num_parameters
         if available_memory() > MEMORY_FACTOR * needed:
-            return str(check_nats(hugging_face.NatsModel(self._rounded_model()), folder, rows))
+            return str(check_nats(self._rounded_model, folder, rows))
         self._require_same_tensors(folder)
         return (
             "Before it was published, each tensor in it was compared with the checkpoint's. Nats were not computed "
             f"again: the host had no room for the {needed:,} bytes that the model takes in float32."
         )
 
-    def _rounded_model(self) -> Any:
+    def _rounded_model(self) -> nn.Module:
         model = hugging_face.new_model(self.weights.config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(rounded(name, self.weights.read(name), self.dtype))
-        return model
+        return hugging_face.NatsModel(model)
 
     def _require_same_tensors(self, folder: Path) -> None:
         found = open_weights(str(folder))

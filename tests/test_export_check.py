@@ -1,6 +1,7 @@
 """The check of an export before it is published, on models made by hand."""
 
 import json
+import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 from tiny_models import VOCAB, edit_json
+from transformers import AutoModelForCausalLM
 
 from megaft.config import LoraConfig
 from megaft.errors import DataError, NumericsError
@@ -58,7 +60,7 @@ TARGETS = [
 @pytest.mark.parametrize(("name", "targets"), TARGETS, ids=[name for name, _ in TARGETS])
 def test_merged_adapters_pass(name, targets, dtype, tmp_path):
     adapters.merge_adapters(adapted(name, targets)).to(dtype).save_pretrained(tmp_path)
-    verified = check_nats(rounded(adapted(name, targets), dtype), tmp_path, ROWS)
+    verified = check_nats(lambda: rounded(adapted(name, targets), dtype), tmp_path, ROWS)
     assert verified.num_tokens == 8 * 40
     assert verified.exported == pytest.approx(verified.trained, rel=1e-5)
 
@@ -99,7 +101,24 @@ def test_another_model_does_not_pass(case, tmp_path):
     model.all_tied_weights_keys = {}
     model.save_pretrained(tmp_path)
     with pytest.raises(NumericsError, match=r"was not published: .* 320 held-out tokens"):
-        check_nats(rounded(adapted("gpt2", ("wte",)), torch.float32), tmp_path, ROWS)
+        check_nats(lambda: rounded(adapted("gpt2", ("wte",)), torch.float32), tmp_path, ROWS)
+
+
+def test_one_model_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    make_model("gpt2").save_pretrained(tmp_path)
+    plain, trained = AutoModelForCausalLM.from_pretrained, []
+
+    def make():
+        model = NatsModel(make_model("gpt2"))
+        trained.append(weakref.ref(model))
+        return model
+
+    def load(*args, **options):
+        assert trained[0]() is None
+        return plain(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    check_nats(make, tmp_path, ROWS)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +168,12 @@ def test_rows_without_a_validation_text_are_of_the_training_samples(validation):
     samples = [SimpleNamespace(input_ids=np.arange(length)) for length in [1, 40, 300, *[200] * NUM_TOKENS]]
     rows = held_out_rows(validation, samples, 256)
     assert [len(row) for row in rows] == [40, 257, 200, 200]
+
+
+def test_a_long_training_sample_gives_no_more_tokens_than_are_compared():
+    assert [len(row) for row in held_out_rows(None, [SimpleNamespace(input_ids=np.arange(4000))], 4000)] == [
+        NUM_TOKENS + 1
+    ]
 
 
 # Generation
