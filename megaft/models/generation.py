@@ -13,6 +13,7 @@ from torch import Tensor
 from megaft.errors import DataError
 from megaft.models import trials
 from megaft.models.hugging_face import CausalLM, context_limit, vocab_size
+from megaft.models.rope import rescaling_lengths
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """Keyword and output under which families keep what they have read: attention, state space models, RWKV."""
@@ -38,7 +39,7 @@ class CachedModel:
         self._model = model.eval()
         self._ids: list[int] = []
         self._cache: Any = None
-        self._rescaling = _rescaling_lengths(model.config)
+        self._rescaling = rescaling_lengths(model.config)
         self.cache_name = cache_name
 
     def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
@@ -49,7 +50,7 @@ class CachedModel:
         return self._logits(self._ids[num_read:], is_start=num_read == 0)
 
     def _rescales(self, num_read: int, total: int) -> bool:
-        """Whether rotary frequencies of `total` tokens differ from those that the cached keys were rotated by."""
+        """Return whether rotary frequencies of `total` tokens differ from those that cached keys were rotated by."""
         return any(total > length and (is_growing or num_read <= length) for length, is_growing in self._rescaling)
 
     @torch.no_grad()
@@ -108,7 +109,7 @@ def _agree(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _takes(model: CausalLM, name: str) -> bool:
-    """Whether the forward pass takes a keyword, or hands any on to the layers below its head."""
+    """Return whether the forward pass takes a keyword, or hands any on to the layers below its head."""
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
@@ -117,22 +118,3 @@ def _cache_name(model: CausalLM) -> str | None:
     """Return the keyword of the family's cache that its forward pass takes, if it is one that is known here."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters and _takes(model, "use_cache")), None)
-
-
-def _rescaling_lengths(config: Any) -> list[tuple[int, bool]]:
-    """Return the lengths beyond which rotary frequencies change, and whether they go on changing with every token.
-
-    Keys in a cache keep the rotation of the length at which they were read, so the text is read anew there. LongRoPE
-    has two sets of frequencies; dynamic NTK scaling has one for every length.
-    """
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    lengths = []
-    for parameters in kinds:
-        kind = parameters.get("rope_type")
-        if kind == "longrope":
-            lengths.append((parameters["original_max_position_embeddings"], False))
-        elif kind == "dynamic":
-            lengths.append((text.max_position_embeddings, True))
-    return lengths

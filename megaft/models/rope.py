@@ -9,6 +9,15 @@ from typing import Any
 def length_limit(config: Any) -> int | None:
     """Return the longest input whose states do not depend on how long it is; None where no input's do.
 
+    Args:
+        config: A transformers configuration.
+    """
+    return min((length for length, _ in rescaling_lengths(config)), default=None)
+
+
+def rescaling_lengths(config: Any) -> list[tuple[int, bool]]:
+    """Return the lengths beyond which rotary frequencies change, and whether they go on changing with every token.
+
     LongRoPE takes one set of frequencies for inputs up to the original context and another for longer ones, dynamic
     NTK scaling a set for each longer length; transformers chooses by the last position of the whole batch.
 
@@ -16,14 +25,14 @@ def length_limit(config: Any) -> int | None:
         config: A transformers configuration.
     """
     text = config.get_text_config()
-    limits = []
+    lengths = []
     for parameters in _rope_parameters(getattr(text, "rope_parameters", None)):
         rope_type = str(parameters.get("rope_type", ""))
         if rope_type == "longrope":
-            limits.append(parameters["original_max_position_embeddings"])
+            lengths.append((parameters["original_max_position_embeddings"], False))
         elif "dynamic" in rope_type and not parameters.get("alpha"):  # HunYuan's alpha is a constant
-            limits.append(text.max_position_embeddings)
-    return min(limits, default=None)
+            lengths.append((text.max_position_embeddings, True))
+    return lengths
 
 
 def _rope_parameters(value: Any) -> Iterator[dict[str, Any]]:
