@@ -45,6 +45,14 @@ def new_model(model_type, changes):
     return AutoModelForCausalLM.from_config(tiny_config(model_type, changes))
 
 
+def test_partitioned_models_are_tried_on_the_host(monkeypatch):
+    model = new_model("llama", {}).to("meta")  # as under ZeRO-3 on a GPU: no values, and on another device
+    monkeypatch.setattr(trials, "is_partitioned", lambda _: True)
+    trials.require_language_model(model)
+    trials.require_keeps_documents_apart(model)
+    assert trials.head_is_linear(model)
+
+
 # Causality
 
 

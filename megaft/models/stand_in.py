@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any
 
@@ -56,6 +57,14 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def keeping_random_states() -> AbstractContextManager[None]:
+    """Restore the random states of the host and of this rank's GPU afterwards.
+
+    By default fork_rng keeps those of every GPU that is visible, and warns where there are several.
+    """
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
 def stand_in(model: CausalLM) -> CausalLM | None:
     """Return a small random model of a model's configuration, or None where none can be made that runs.
 
@@ -65,7 +74,7 @@ def stand_in(model: CausalLM) -> CausalLM | None:
     attention = model.config._attn_implementation
     ids = torch.arange(5).unsqueeze(0)
     for config in _configurations(model.config):
-        with torch.random.fork_rng(), torch.no_grad():
+        with keeping_random_states(), torch.no_grad():
             torch.manual_seed(0)
             try:
                 if num_parameters(config) > 40 * MOST_PARAMETERS:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megaft.errors import ConfigError, DataError
 from megaft.models.rope import length_limit
-from megaft.models.stand_in import STAND_IN_ERRORS, is_partitioned, numbers_of, stand_in
+from megaft.models.stand_in import STAND_IN_ERRORS, is_partitioned, keeping_random_states, numbers_of, stand_in
 
 CausalLM = Any
 """A transformers `...ForCausalLM`, whose attributes differ from family to family."""
@@ -162,8 +162,8 @@ def head_is_linear(model: CausalLM) -> bool:
     """Return whether logits are the output layer of the base model's last state: some families scale or cap them."""
     if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model:
         return False  # no output layer, or one with an adapter; or no model below it by a name of transformers
-    inputs = {"input_ids": torch.arange(8, device=model.device).unsqueeze(0), "use_cache": False}
     with _whole(model) as tried:
+        inputs = {"input_ids": torch.arange(8, device=tried.device).unsqueeze(0), "use_cache": False}
         layer = tried.get_output_embeddings()
         hidden = getattr(tried.base_model(**inputs), "last_hidden_state", None)
         if hidden is None:
@@ -220,7 +220,7 @@ def on_trial(model: CausalLM) -> Iterator[CausalLM]:
             f"{family(model)} cannot be tried while ZeRO-3 has its weights in parts; "
             "use zero_optimization.stage 2 or less, or leave out --partition."
         )
-    with torch.random.fork_rng(), _evaluating(small if small is not None else model) as tried:
+    with keeping_random_states(), _evaluating(small if small is not None else model) as tried:
         torch.manual_seed(0)
         yield tried
 
@@ -231,7 +231,7 @@ def _whole(model: CausalLM) -> Iterator[CausalLM]:
         with on_trial(model) as tried:
             yield tried
     else:
-        with torch.random.fork_rng(), _evaluating(model) as tried:
+        with keeping_random_states(), _evaluating(model) as tried:
             yield tried
 
 
