@@ -16,13 +16,13 @@ LARGEST = f"above {sys.float_info.max:.2g}"
 
 
 def is_capped(value: float | None, protocol: Protocol) -> bool:
-    """Whether a perplexity is the largest that the protocol gives, whatever the nats are: Megatron-LM's is e^20."""
+    """Return whether a perplexity is at the protocol's cap, such as Megatron-LM's e^20."""
     limit = protocol.exponent_limit
     return value is not None and limit is not None and value >= math.exp(limit)
 
 
 def has_finite_nats(result: Mapping[str, Any]) -> bool:
-    """Whether an entry of results.json may have figures; one of an earlier version may have been made of NaN."""
+    """Return whether the nats of an entry of results.json are finite; an earlier version wrote figures of NaN."""
     nats = number(result.get("nats"))
     return nats is None or math.isfinite(nats)
 

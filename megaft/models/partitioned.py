@@ -102,7 +102,7 @@ def _stored(model: Any, state_dict: dict[str, Any], name: str) -> Tensor | None:
 
 
 def _differ(first: Tensor | None, second: Tensor | None) -> bool:
-    """Whether both tensors are stored with different values, which only rank 0 has."""
+    """Return whether both tensors are stored and their values, which only rank 0 has, differ; every rank calls this."""
     if first is None or second is None:
         return False
     is_here = first.device.type != "meta"
