@@ -159,7 +159,7 @@ def report(rows: dict[str, dict[str, str]]) -> str:
         f"`python tools/benchmarks/families.py --output docs/families.md` with transformers {version('transformers')}, "
         f"torch {version('torch')}, deepspeed {version('deepspeed')}, on a CPU.",
         "",
-        f"| {len(rows)} model types | {' | '.join(KINDS)} |",
+        f"| {len(rows)} configurations | {' | '.join(KINDS)} |",
         f"|---|{'---:|' * len(KINDS)}",
         *(f"| {part} | {' | '.join(str(counts[part][kind]) for kind in KINDS)} |" for part in PARTS),
         "",
