@@ -26,7 +26,7 @@ NUM_TOKENS = 512
 """Held-out tokens that both models are compared on, at most."""
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
-"""How far a token's nats, and relatively their mean, may be apart. Both models have the same weights and compute in
+"""Tolerance of one token's nats, and relative tolerance of the mean. Both models have the same weights and compute in
 fp32, so they differ by the order of sums alone. A wrong weight, merge or layout differs a thousand times as much."""
 
 SMALLEST_MEAN = 0.1

@@ -1,4 +1,4 @@
-"""How a checkpoint of either backend becomes transformers' folder, and how that folder is checked against it."""
+"""Export formats: write a checkpoint of either backend as a transformers folder, and check the folder against it."""
 
 from __future__ import annotations
 

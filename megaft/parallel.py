@@ -35,7 +35,7 @@ TIMEOUT = timedelta(minutes=10)
 """By default, after this long without its peers a collective ends with an error."""
 _timeout = TIMEOUT
 _watches_peers = False
-"""Whether this process is a rank of a program, which may be ended when a peer is lost, and no part of another one."""
+"""True in a process that a launcher started as a rank: it may be ended when a peer is lost."""
 _heartbeat: Heartbeat | None = None
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 ModelProto = Any  # a class that protobuf makes when it runs
 Prefix = Literal["always", "first", "never"]
-"""Where a space is put before text: before every stretch of it, only at its beginning, or nowhere."""
+"""Space prefix of text: before every stretch of it, only at its beginning, or nowhere."""
 
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, UNKNOWN, CONTROL, _USER_DEFINED = 1, 2, 3, 4

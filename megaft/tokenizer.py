@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
-"""Where a token begins and ends in a text, in characters. One that stands for no character has none."""
+"""Character offsets of a token, its begin and end in the text; equal for a token that stands for no character."""
 OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 """Files of tokenizers that transformers knows, but that are not read here."""
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")

@@ -26,7 +26,7 @@ below 1e-5 in float32. Half precision rounds each logit to about 1e-2."""
 HALF_TOLERANCE = 5e-2
 
 FORWARD_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What a forward pass raises that needs other inputs, or does not take the cache that it returned."""
+"""Exceptions of a forward pass that needs other inputs, or does not take the cache that it returned."""
 
 
 class CachedModel:

@@ -76,7 +76,7 @@ def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor,
 
 
 LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, OverflowError, SafetensorError, UnpicklingError)
-"""What transformers raises for a model it cannot read, or for a config.json whose values make no model."""
+"""Exceptions of transformers for a model it cannot read, or for a config.json whose values make no model."""
 
 
 def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout: float | None = None) -> CausalLM:

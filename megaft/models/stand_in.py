@@ -27,7 +27,7 @@ STAND_IN_ERRORS = (
     ValueError,
     ZeroDivisionError,
 )
-"""What a family's modules raise for a configuration or for inputs that they were not written for."""
+"""Exceptions of a family's modules for a configuration or for inputs that they were not written for."""
 
 WORDS = 64
 """Vocabulary of a stand-in."""
