@@ -10,7 +10,7 @@ from megaft.errors import DataError
 from megaft.records import Segment
 
 if TYPE_CHECKING:
-    from megaft.tokenizer import AnyTokenizer, Messages
+    from megaft.tokenizer import Messages
 
 SCORED_ROLE = "assistant"
 """The role whose turns are trained on."""
@@ -28,17 +28,17 @@ ASSISTANT_ROLES = frozenset(
 
 
 class Renderer:
-    """A tokenizer's chat template, with counts of the turns rendered.
+    """Renders chats by a tokenizer's `apply_chat_template`, and counts the turns.
 
     Attributes:
         turns: Messages of each role so far.
         changed: Those of which the rendered text does not hold the content as it stands, by role.
     """
 
-    def __init__(self, tokenizer: AnyTokenizer) -> None:
+    def __init__(self, apply_chat_template: Callable[..., str]) -> None:
         self.turns: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
-        self._tokenizer = tokenizer
+        self._apply_chat_template = apply_chat_template
 
     def __call__(self, where: str, key: str, messages: Any) -> list[Segment]:
         """Return the segments of a record's chat and count its turns.
@@ -46,7 +46,7 @@ class Renderer:
         Raises:
             DataError: As `require_messages` and `segments`.
         """
-        rendered = segments(where, require_messages(where, key, messages), self._tokenizer.apply_chat_template)
+        rendered = segments(where, require_messages(where, key, messages), self._apply_chat_template)
         text = "".join(segment.text for segment in rendered)
         self.turns.update(message["role"] for message in messages)
         self.changed.update(message["role"] for message in messages if message["content"].strip() not in text)

@@ -139,7 +139,7 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
         opening_ids=opening_ids,
         eod_id=eod_id,
     )
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer.apply_chat_template)
     layout = _layout(config, renderer)
 
     def parts_of(source: Source, code: str) -> Iterator[Piece]:

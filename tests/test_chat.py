@@ -36,11 +36,12 @@ def folders(tmp_path_factory):
     return made | {"no BOS": make_byte_level(root / "no BOS", template=DROPS_OTHERS)}
 
 
-def prepared(tmp_path, tokenizer, *chats, **options):
+def prepared(tmp_path, tokenizer, *chats):
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"m": messages}) + "\n" for messages in chats))
-    config = {"inputs": (str(path),), "output": tmp_path / "out", "tokenizer": str(tokenizer), "messages_key": "m"}
-    return prepare(PrepareConfig(**config, **options))
+    return prepare(
+        PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=str(tokenizer), messages_key="m")
+    )
 
 
 def all_tokens(prefix):

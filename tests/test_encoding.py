@@ -81,14 +81,14 @@ def conversation(roles, contents):
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("template", TEMPLATES)
 @settings(max_examples=40, deadline=None)
-@given(contents=st.lists(TEXTS, min_size=2, max_size=5))
+@given(contents=st.lists(TEXTS.filter(lambda text: "\0" not in text), min_size=2, max_size=5))
 def test_chats_equal_transformers(hugging_faces, kind, template, contents):
     text, turn = TEMPLATES[template]
     messages = conversation(["user", "assistant"] * 3, contents)
     hugging_face = hugging_faces[kind]
     hugging_face.chat_template = text
     tokenizer = Tokenizer(hugging_face)
-    segments = Renderer(tokenizer)("x", "m", messages)
+    segments = Renderer(tokenizer.apply_chat_template)("x", "m", messages)
     ids, is_scored = encoded(tokenizer, segments)
     assert ids == hugging_face.apply_chat_template(messages, tokenize=True)["input_ids"]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -272,7 +273,8 @@ def test_chats_are_answered_by_the_template(folders, tmp_path, capsys):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "chat", dtype=torch.float32)
     theirs = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
-    common = {"model": str(tmp_path / "chat"), "max_new_tokens": 6, "sampling": GREEDY}
+    common: dict[str, Any] = {"model": str(tmp_path / "chat"), "max_new_tokens": 6, "sampling": GREEDY}
+    given: dict[str, Any]
     for given in ({"chat": ("To be",)}, {"messages": (json.dumps(messages),)}):
         assert main(GenerateConfig(**common, **given, json=True)) == 0
         row = json.loads(capsys.readouterr().out)
