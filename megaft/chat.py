@@ -53,15 +53,15 @@ class Renderer:
         return rendered
 
     def warnings(self) -> list[str]:
-        """Return a line for each role whose turns are not trained on, though it is none of a prompt's, or not whole."""
+        """Return a line for each role that is not a common one, and for each whose turns the template does not keep."""
         unknown = [role for role in sorted(self.turns) if role != SCORED_ROLE and role.lower() not in PROMPT_ROLES]
         return [
             *(
-                f"{self.turns[role]:,} turns of role {role!r} are not trained on; only role {SCORED_ROLE!r} is."
+                f"turns of role {role!r} ({self.turns[role]:,}) are not trained on; only those of {SCORED_ROLE!r} are."
                 for role in unknown
             ),
             *(
-                f"the chat template leaves out or changes the content of {number:,} turns of role {role!r}."
+                f"the chat template leaves out or changes the content of turns of role {role!r} ({number:,})."
                 for role, number in sorted(self.changed.items())
             ),
         ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megaft.canonical import Canonical
 from megaft.dataset import Samples
 from megaft.engine_state import WEIGHT
-from megaft.errors import NumericsError
+from megaft.errors import REPORT, NumericsError
 from megaft.models.offload import Fetch, from_disk, offloaded_model
 from megaft.validation import Validation
 
@@ -126,7 +126,7 @@ def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
         raise NumericsError(
             f"{folder} was not published: plain transformers loads another model from it, with {other:.6f} nats per "
             f"token on {len(trained)} held-out tokens, and the trained model has {mean:.6f}. The checkpoint is whole; "
-            "report this."
+            f"{REPORT}."
         )
 
 

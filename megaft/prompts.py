@@ -21,9 +21,9 @@ class Prompt:
     """A text or chat to continue."""
 
     source: dict[str, Any]
-    """What the user gave, for the JSON output."""
+    """The text or messages under their name, for the JSON output."""
     shown: str
-    """What is printed before the continuation."""
+    """Text printed before the continuation."""
     ids: list[int]
     num_opening: int
     """Tokens in front that are no text: the beginning-of-sequence token."""

@@ -117,7 +117,7 @@ def test_turns_are_counted_by_role_and_unknown_ones_named(tmp_path, folders, cap
     receipt = prepared(tmp_path, folders["byte level, chatml"], TURNS, others)
     assert receipt["turns"] == {"assistant": 3, "narrator": 2, "system": 1, "user": 3}
     assert capsys.readouterr().err.splitlines() == [
-        "warning: 2 turns of role 'narrator' are not trained on; only role 'assistant' is."
+        "warning: turns of role 'narrator' (2) are not trained on; only those of 'assistant' are."
     ]
 
 
@@ -125,7 +125,7 @@ def test_turns_that_the_template_leaves_out_are_counted(tmp_path, folders, capsy
     receipt = prepared(tmp_path, folders["no BOS"], chat("system: Short.", "user: Hello", "assistant: To be"), TURNS)
     assert receipt["turns"] == {"assistant": 3, "system": 1, "user": 3}
     assert capsys.readouterr().err.splitlines() == [
-        "warning: the chat template leaves out or changes the content of 1 turns of role 'system'."
+        "warning: the chat template leaves out or changes the content of turns of role 'system' (1)."
     ]
 
 

@@ -126,7 +126,7 @@ NORMALIZED = [
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize(("normalizer", "prompt", "completion", "expected"), NORMALIZED)
 def test_normalizers_move_no_border(hugging_faces, kind, normalizer, prompt, completion, expected):
-    """Where the normalized text is longer or shorter, the tokens of the completion are the scored ones all the same."""
+    """The tokens of the completion are the scored ones also where the normalized text is longer or shorter."""
     backend = copy.deepcopy(hugging_faces[kind].backend_tokenizer)
     if normalizer is not None:
         backend.normalizer = normalizer
