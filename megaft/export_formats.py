@@ -38,7 +38,8 @@ Saved = Callable[[Any], Canonical]
 class HuggingFaceExport:
     """Export of a run of transformers' modules, block by block where the host has no room for a model without adapters.
 
-    With adapters, from a GGUF file, or where a model's state is more than its parameters, it is whole in memory.
+    A model is whole in memory with adapters, from a GGUF file, as a part of a larger model, or where its state is more
+    than its parameters.
     """
 
     def __init__(self, config: TrainConfig, saved: Saved, dtype: torch.dtype, tokenizer: AnyTokenizer) -> None:
@@ -87,6 +88,8 @@ class HuggingFaceExport:
     @cached_property
     def _is_offloaded(self) -> bool:
         if self.config.lora.rank or not (_has_files(self.config) or self.config.model.from_scratch):
+            return False
+        if self._architecture.get_text_config() is not self._architecture:  # transformers may train a part of it
             return False
         num_parameters = num_offloadable(self._architecture)
         return num_parameters is not None and not has_room_for(num_parameters)

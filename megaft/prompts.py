@@ -3,13 +3,13 @@ template does."""
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megaft.chat import SCORED_ROLE, require_messages
 from megaft.errors import DataError
+from megaft.files import parse_json
 from megaft.records import is_unicode
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def parse_messages(value: str) -> Messages:
         DataError: It is no list of messages, or the assistant has the last word already.
     """
     try:
-        messages = json.loads(value)
-    except (ValueError, RecursionError) as error:
+        messages = parse_json(value)
+    except ValueError as error:
         raise DataError(f"messages is {value[:40]!r}, which is not JSON ({str(error)[:60]}); give a list.") from error
     if not is_unicode(messages):
         raise DataError(f"messages is {value[:40]!r}, which escapes half of a surrogate pair; write the character.")
