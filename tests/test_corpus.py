@@ -10,6 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaft.chat import Renderer
 from megaft.corpus import Document, Layout, _cut_document, count, cut, documents, pieces
 from megaft.errors import DataError
 from megaft.input_files import expand
@@ -83,7 +84,7 @@ def render(messages, add_generation_prompt=False):
 @pytest.mark.parametrize(("record", "layout", "expected"), RECORDS)
 def test_jsonl(tmp_path, record, layout, expected):
     path = write(tmp_path / "a.jsonl", "\n" + jsonl(record) * 2)
-    found = [list(document.segments) for document in documents(Source(path), Layout(render=render, **layout))]
+    found = [list(document.segments) for document in documents(Source(path), Layout(render=Renderer(render), **layout))]
     assert found == [expected] * 2
 
 
@@ -92,7 +93,7 @@ def test_a_template_that_rewrites_is_refused(tmp_path):
         tmp_path / "a.jsonl",
         jsonl({"m": [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": ""}]}),
     )
-    layout = Layout(messages_key="m", render=lambda messages, add_generation_prompt=False: str(len(messages)))
+    layout = Layout(messages_key="m", render=Renderer(lambda messages, **_: str(len(messages))))
     with pytest.raises(DataError, match="line 1: the chat template rewrites earlier turns"):
         list(documents(Source(path), layout))
 

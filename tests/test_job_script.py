@@ -1,4 +1,4 @@
-"""When a job goes back into the queue: slurm/job.sh with stand-ins for SLURM's commands."""
+"""Requeueing of jobs: slurm/job.sh with stand-ins for SLURM's commands."""
 
 import json
 import os

@@ -26,7 +26,7 @@ CASES = [
 
 
 def engine_config(dtype="float32", stage=3):
-    """What deepspeed.initialize gets."""
+    """Return the configuration that deepspeed.initialize gets."""
     return {
         "train_batch_size": WORLD_SIZE,
         "train_micro_batch_size_per_gpu": 1,
@@ -60,7 +60,7 @@ def on_ranks(function, *arguments):
 
 @pytest.fixture(scope="module")
 def compared(folders, run_ranks):
-    """What differs between each case built whole and in parts, on each rank."""
+    """Return the differences between each case built whole and partitioned, on each rank."""
     return run_ranks(WORLD_SIZE, on_ranks, compare_all, folders)
 
 
@@ -194,7 +194,7 @@ def answer(folder):
 
 @pytest.fixture(scope="module")
 def answered(folders, run_ranks, tmp_path_factory):
-    """What building each folder in parts says on each rank."""
+    """Return the error of building each folder partitioned, on each rank."""
     root = tmp_path_factory.mktemp("refused")
     cases = REFUSED | {"equal under both names": ("gpt2", lambda folder: add_head(folder, 1), None)}
     for case, (name, change, _) in cases.items():

@@ -286,7 +286,7 @@ def test_groups_that_step_otherwise_than_they_were_built_to_are_found(tmp_path):
 
 
 def on_two_ranks(folder):
-    """What each rank sees: a whole save, then one that only the second rank's disk refuses, then a damaged file."""
+    """Return each rank's view: a whole save, one that only the second rank's disk refuses, a damaged file."""
     parallel.join(parallel.discover(os.environ))
     seen = {}
     for name, is_background in (("sync", False), ("async", True)):

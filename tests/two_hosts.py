@@ -30,7 +30,7 @@ SSH = """\
 #!/bin/sh
 exec {ssh} -F none -i {folder}/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"
 """
-"""What keeps the user's own keys and settings out of it."""
+"""SSH options that leave out the user's own keys and settings."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ PATIENT = "read_timeout=600,heartbeat_timeout=600,keep_alive_max_attempt=120"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What a launch reported."""
+    """Report of a launch."""
 
     contestant: Contestant
     seconds_to_first_step: float
