@@ -226,16 +226,17 @@ def _model(config: TrainConfig, setup: Resolved) -> tuple[Any, str]:
         language_model = megatron.build(config.model, config.run.seed, setup.engine_config)
         return megatron.MegatronNats(language_model), megatron.architecture(language_model)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed, setup.engine_config)
-    model = parallel.together(_tried, language_model, config)
+    model = parallel.together(nats_model, language_model, config)
     return model, hugging_face.architecture(language_model)
 
 
-def _tried(language_model: Any, config: TrainConfig) -> hugging_face.NatsModel:
+def nats_model(language_model: Any, config: TrainConfig) -> hugging_face.NatsModel:
     """Return the module of nats of a model that training can trust."""
-    trials.require_language_model(language_model)
-    if config.data.attend_within_documents:
-        trials.require_keeps_documents_apart(language_model)
-    return hugging_face.NatsModel(language_model, config.model.cross_entropy)
+    with trials.on_trial(language_model) as small:
+        trials.require_language_model(language_model, small)
+        if config.data.attend_within_documents:
+            trials.require_keeps_documents_apart(language_model, small)
+        return hugging_face.NatsModel(language_model, config.model.cross_entropy, small)
 
 
 def _validation(

@@ -22,22 +22,21 @@ from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
+from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
-
-CausalLM = Any
-"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
 
 
 class NatsModel(nn.Module):
     """A language model that returns the nats of its labels instead of logits."""
 
-    def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked"):
+    def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked", tried: CausalLM | None = None):
+        """Take a model; `tried` is what `trials.on_trial` yields for it, where that is at hand."""
         super().__init__()
         self.language_model = language_model
         self.head = (
             Head(language_model.get_output_embeddings(), cross_entropy)
-            if trials.head_is_linear(language_model)
+            if trials.head_is_linear(language_model, tried)
             else None
         )
 
@@ -255,17 +254,6 @@ def architecture_of(class_name: str, shapes: dict[str, torch.Size]) -> str:
     """Return the architecture of a model of a class of transformers, by the shapes of its trained parameters."""
     trained = sorted((name, tuple(shape)) for name, shape in shapes.items())
     return f"{class_name} {blake2b(repr(trained).encode(), digest_size=8).hexdigest()}"
-
-
-def context_limit(model: CausalLM) -> int | None:
-    """Return the longest input the model has positions for, if it has a limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit is None or limit > 0 else None  # XLNet, which has none, gives -1
-
-
-def vocab_size(model: CausalLM) -> int:
-    """Return the number of tokens that the model embeds."""
-    return model.config.get_text_config().vocab_size
 
 
 def require_there(source: str) -> None:
