@@ -5,6 +5,7 @@ import shutil
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -348,6 +349,30 @@ def test_models_that_differ_are_refused(tmp_path, monkeypatch, apart, refusal):
             verify_conversion.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30)
     else:
         assert verify_conversion.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30).largest < 1e-6
+
+
+def test_verify_waits_for_a_busy_machine(tmp_path, monkeypatch):
+    """By default torchrun gives up on itself after 15 s without a heartbeat of its own."""
+    make_model("gpt2").save_pretrained(tmp_path / "start")
+    megatron(tmp_path / "start", tmp_path / "two", 2)
+    commands = []
+    monkeypatch.setattr(
+        verify_conversion.subprocess,
+        "run",
+        lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1),
+    )
+    with pytest.raises(DataError, match="could not be run on 2 processes"):
+        verify_conversion._nats_of(Side(str(tmp_path / "two")), "float32", tmp_path)
+    settings = launcher_config(commands[0][3:]).rdzv_configs
+    assert settings["heartbeat_timeout"] == settings["read_timeout"] == "600"
+    assert int(settings["keep_alive_max_attempt"]) * 5 == 600
+
+
+def launcher_config(flags):
+    """What torchrun reads of its flags."""
+    from torch.distributed.run import config_from_args, parse_args
+
+    return config_from_args(parse_args(flags))[0]
 
 
 @pytest.mark.slow
