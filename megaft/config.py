@@ -226,6 +226,9 @@ class CheckpointConfig:
 
 Policy = Literal["ignore", "stop", "skip", "rewind"]
 
+FEWEST_VALUES = 32
+"""Steps that the guard needs to tell a spike from noise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
@@ -242,7 +245,7 @@ class GuardConfig:
     spike_deviations: float = 8.0
     """How far above: robust standard deviations (1.4826 times the median distance) from the median of the window."""
     spike_window: int = 128
-    """Steps that are compared with; a quarter of them must be there first."""
+    """Steps that are compared with; a quarter of them, and 32 at least, must be there first."""
     max_overflows: int = 20
     """fp16 overflows in a row after which the run stops."""
     max_skips: int = 10
@@ -255,7 +258,7 @@ class GuardConfig:
             self,
             "guard.",
             spike_deviations=ABOVE_0.such_as("8"),
-            spike_window=at_least(8),
+            spike_window=at_least(FEWEST_VALUES).such_as("128"),
             max_overflows=at_least(1),
             max_skips=at_least(1),
             max_rewinds=at_least(1),

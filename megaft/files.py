@@ -26,8 +26,10 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
         return json.loads(text, **hooks)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
-    except (RecursionError, ValueError) as error:  # the latter of a number of thousands of digits
-        raise json.JSONDecodeError(f"too much for Python: {error}", "", 0) from error
+    except RecursionError as error:
+        raise json.JSONDecodeError("it nests lists or objects too deeply; leave them out", "", 0) from error
+    except ValueError as error:
+        raise json.JSONDecodeError("it has an integer of thousands of digits; write that as a string", "", 0) from error
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

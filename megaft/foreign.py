@@ -10,6 +10,7 @@ from typing import Any
 
 from megaft.errors import DataError
 from megaft.files import parse_json
+from megaft.hub import find_file_if_any
 
 FILES = (
     *("config.json", "tokenizer_config.json", "adapter_config.json"),
@@ -37,18 +38,9 @@ def require_inert(setting: str, source: str | Path) -> None:
 
 
 def _files(source: str | Path) -> list[Path]:
-    from transformers.utils import cached_file
-
     if Path(source).is_file():
         return [Path(source)]
-    quietly = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    try:
-        found = [cached_file(str(source), name, **quietly) for name in FILES]
-    except OSError:  # there is no such model, and loading it says so
-        return []
-    return [Path(path) for path in found if path is not None]
+    return [path for name in FILES if (path := find_file_if_any(source, name))]
 
 
 def _fault(path: Path) -> str | None:

@@ -181,12 +181,13 @@ def load_cached_model(source: str, dtype: Any) -> Any:
 
     from megaft.models.generation import CachedModel, exact_cache
     from megaft.models.hugging_face import load_language_model
-    from megaft.models.trials import require_causal
+    from megaft.models.trials import on_trial, require_causal
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    language_model = load_language_model(source, dtype).eval().to(device)
-    require_causal(language_model)
-    cache_name = exact_cache(language_model)
+    language_model = load_language_model(source, dtype).eval()
+    with on_trial(language_model) as tried:
+        require_causal(language_model, tried)  # before it takes memory of the GPU
+    cache_name = exact_cache(language_model.to(device), tried)
     if cache_name is None:
         print(
             f"warning: {source} has no exact cache of what it read; each token takes a pass over the whole text.",

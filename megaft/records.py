@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaft.errors import DataError
+from megaft.files import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +25,10 @@ class Record:
         self.where = where
         self._line = line
         try:
-            fields = json.loads(line)
+            fields = parse_json(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}, column {error.colno}: broken JSON ({error.msg}); a line is one object."
-            ) from error
-        except RecursionError as error:
-            raise DataError(f"{where} nests lists or objects too deeply to be read; leave that key out.") from error
-        except ValueError as error:  # Python reads no integers of more than 4,300 digits
-            raise DataError(f"{where} has an integer of thousands of digits; write it as a string.") from error
+            fault = f", column {error.colno}: broken JSON" if error.doc else " cannot be read as JSON"
+            raise DataError(f"{where}{fault} ({error.msg}); a line is one object.") from error
         if not isinstance(fields, dict):
             raise DataError(f"{where} is a JSON {type(fields).__name__}; every line must be an object.")
         if r"\ud" in line.lower() and not is_unicode(fields):

@@ -17,8 +17,9 @@ from megaft import sentencepiece_folder
 from megaft.errors import DataError
 from megaft.files import parse_json
 from megaft.foreign import require_inert
+from megaft.hub import find_file_if_any
 from megaft.sentencepiece_folder import BESIDE, MODEL_NAME, additions, is_saved_model
-from megaft.transformers_tokenizer import from_pretrained, hub_file, naming_errors
+from megaft.transformers_tokenizer import from_pretrained, naming_errors
 
 if TYPE_CHECKING:
     import tokenizers
@@ -279,10 +280,10 @@ def _from_model(path: Path) -> SentencePieceTokenizer:
 
 def _from_hub(name: str) -> AnyTokenizer:
     """Load by hub name; where the repository has no tokenizer.json but a tokenizer.model, as from a folder of both."""
-    if hub_file(name, "tokenizer.json") is None and (model := hub_file(name, MODEL_NAME)) is not None:
+    if find_file_if_any(name, "tokenizer.json") is None and (model := find_file_if_any(name, MODEL_NAME)) is not None:
         require_inert("tokenizer", name)
         for beside in BESIDE:  # so that they are in the hub's cache
-            hub_file(name, beside)
+            find_file_if_any(name, beside)
         return _from_folder(model.parent)
     return Tokenizer(from_pretrained(name))
 

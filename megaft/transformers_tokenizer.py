@@ -37,20 +37,6 @@ def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFa
     return loaded
 
 
-def hub_file(name: str, file: str) -> Path | None:
-    """Return where a file of a hub repository lies in the hub's cache; None where the repository has none."""
-    from transformers.utils import cached_file
-
-    quietly = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    try:
-        found = cached_file(name, file, **quietly)
-    except OSError:  # there is no such repository, and loading it says so
-        return None
-    return None if found is None else Path(found)
-
-
 @contextmanager
 def naming_errors(source: str | Path) -> Iterator[None]:
     """Turn the errors by which transformers and tokenizers refuse a tokenizer's files into a DataError."""

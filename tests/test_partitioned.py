@@ -12,6 +12,7 @@ from tiny_models import MODELS, change_tensors, edit_json, make_model
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.models import hugging_face, trials
+from megaft.models.causal_lm import vocab_size
 from megaft.models.stand_in import is_partitioned
 
 WORLD_SIZE = 2
@@ -114,7 +115,7 @@ def properties(model):
     return {
         "names": [name for name, _ in model.named_parameters()],
         "architecture": hugging_face.architecture(model),
-        "vocab_size": hugging_face.vocab_size(model),
+        "vocab_size": vocab_size(model),
         "has a linear head": hugging_face.NatsModel(model).head is not None,
         "keeps documents apart": keeps_documents_apart(),
         "dropouts": [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,28 +15,28 @@ from jaxtyping import Float32, Int64
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from megaft import parallel
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
+from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
-
-CausalLM = Any
-"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
 
 
 class NatsModel(nn.Module):
     """A language model that returns the nats of its labels instead of logits."""
 
-    def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked"):
+    def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked", tried: CausalLM | None = None):
+        """Take a model; `tried` is what `trials.on_trial` yields for it, where that is at hand."""
         super().__init__()
         self.language_model = language_model
         self.head = (
             Head(language_model.get_output_embeddings(), cross_entropy)
-            if trials.head_is_linear(language_model)
+            if trials.head_is_linear(language_model, tried)
             else None
         )
 
@@ -130,12 +131,30 @@ def _require_tied(source: str, model: CausalLM) -> None:
 
 def create_language_model(config_path: str, seed: int, dropout: float | None = None) -> CausalLM:
     """Initialise a new model from a config.json; the weights are a function of the seed."""
+    config = read_new_config(config_path, dropout)
+    return create_from(config, config_path, seed)
+
+
+def read_new_config(config_path: str, dropout: float | None = None) -> Any:
+    """Return the transformers configuration of a model to be initialised."""
     require_inert("model.from-scratch", config_path)
-    try:
+    with _naming_bad_config(config_path):
         config = _load_config(config_path, {})
         set_dropout(config, dropout)
+        return config
+
+
+def create_from(config: Any, config_path: str, seed: int) -> CausalLM:
+    """Initialise a new model of a configuration that was read from a config.json."""
+    with _naming_bad_config(config_path):
         torch.manual_seed(seed)
         return new_model(config)
+
+
+@contextmanager
+def _naming_bad_config(config_path: str) -> Iterator[None]:
+    try:
+        yield
     except LOAD_ERRORS as error:
         raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error)}") from error
 
@@ -160,14 +179,32 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
             parts, in the engine's precision. One with adapters or from a GGUF file is taken apart by DeepSpeed later.
     """
     is_gguf = config.path is not None and config.path.endswith(".gguf")
-    with in_parts(None if lora.rank or is_gguf else engine_config, is_new=config.path is None):
-        if config.path is not None:
+    if lora.rank or is_gguf or not is_stage_3(engine_config):
+        return parallel.together(_build_whole, config, lora, seed)
+    if config.path is not None:
+        with in_parts(engine_config, is_new=False):
             model = load_language_model(config.path, dropout=config.dropout)
-        else:
-            assert config.from_scratch is not None
-            model = create_language_model(config.from_scratch, seed, config.dropout)
+    else:
+        assert config.from_scratch is not None
+        new_config = parallel.together(read_new_config, config.from_scratch, config.dropout)
+        with in_parts(engine_config, is_new=True):
+            model = create_from(new_config, config.from_scratch, seed)
+    return parallel.together(_recomputing, model, config)
+
+
+def _build_whole(config: ModelConfig, lora: LoraConfig, seed: int) -> CausalLM:
+    if config.path is not None:
+        model = load_language_model(config.path, dropout=config.dropout)
+    else:
+        assert config.from_scratch is not None
+        model = create_language_model(config.from_scratch, seed, config.dropout)
     if lora.rank:
         add_adapters(model, lora, seed)
+    return _recomputing(model, config)
+
+
+def _recomputing(model: CausalLM, config: ModelConfig) -> CausalLM:
+    """Return the model, with activation checkpointing where it is asked for."""
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(
@@ -177,9 +214,14 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     return model
 
 
+def is_stage_3(engine_config: dict[str, Any] | None) -> bool:
+    """Return whether what deepspeed.initialize gets asks for ZeRO stage 3."""
+    return engine_config is not None and engine_config.get("zero_optimization", {}).get("stage") == 3
+
+
 def in_parts(engine_config: dict[str, Any] | None, *, is_new: bool) -> AbstractContextManager[None]:
     """Return a context in which models are built as what deepspeed.initialize gets asks for: at stage 3 in parts."""
-    if engine_config is None or engine_config.get("zero_optimization", {}).get("stage") != 3:
+    if engine_config is None or not is_stage_3(engine_config):
         return nullcontext()
     from megaft.models import partitioned
 
@@ -212,17 +254,6 @@ def architecture_of(class_name: str, shapes: dict[str, torch.Size]) -> str:
     """Return the architecture of a model of a class of transformers, by the shapes of its trained parameters."""
     trained = sorted((name, tuple(shape)) for name, shape in shapes.items())
     return f"{class_name} {blake2b(repr(trained).encode(), digest_size=8).hexdigest()}"
-
-
-def context_limit(model: CausalLM) -> int | None:
-    """Return the longest input the model has positions for, if it has a limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit is None or limit > 0 else None  # XLNet, which has none, gives -1
-
-
-def vocab_size(model: CausalLM) -> int:
-    """Return the number of tokens that the model embeds."""
-    return model.config.get_text_config().vocab_size
 
 
 def require_there(source: str) -> None:

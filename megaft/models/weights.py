@@ -20,6 +20,7 @@ from megaft.config import require
 from megaft.errors import DataError
 from megaft.files import parse_json, sha256_of
 from megaft.foreign import require_inert
+from megaft.hub import find_file
 from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
 from megaft.models.hugging_face import load_language_model, require_there
 from megaft.models.layout import Layout, layout_of
@@ -185,15 +186,11 @@ def file_of(source: str, name: str) -> Path | None:
     Raises:
         DataError: There can be no such model.
     """
-    from transformers.utils import cached_file
-
-    quietly = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     try:
-        found = cached_file(source, name, **quietly)
+        return find_file(source, name)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"model is {source}; give a folder, a GGUF file or a hub name. {reason}") from error
-    return Path(found) if found else None
 
 
 def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
