@@ -14,12 +14,14 @@ from jaxtyping import Float32, Int64
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from megaft import parallel
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
+from megaft.models.size_limit import no_larger_than, no_larger_than_memory
 from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
 
@@ -75,7 +77,7 @@ def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor,
     return steps - torch.where(is_first, steps, 0).cummax(1).values
 
 
-LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, OverflowError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, SafetensorError, UnpicklingError)
 """Exceptions of transformers for a model it cannot read, or for a config.json whose values make no model."""
 
 
@@ -93,24 +95,26 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     logging.disable_progress_bar()  # every rank would draw its own
     where, options = _location(source)
     require_inert("model.path", where)
+    limit: AbstractContextManager[None] = nullcontext()
     if not options and Path(where).is_dir():
-        require_weights(Path(where))
+        limit = no_larger_than(require_weights(Path(where)), f"model.path is {source}")
     try:
         config = _load_config(where, options)
         if not options:
             require_not_quantized("model.path", source, config)
         set_dropout(config, dropout)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where,
-            config=config,
-            dtype=dtype,
-            attn_implementation=_attention(config),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            weights_only=True,
-            **options,
-        )
+        with limit:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                config=config,
+                dtype=dtype,
+                attn_implementation=_attention(config),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+                **options,
+            )
     except LOAD_ERRORS as error:
         # Some families fail there only, with a message that says nothing.
         where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
@@ -135,7 +139,8 @@ def create_language_model(config_path: str, seed: int, dropout: float | None = N
         config = _load_config(config_path, {})
         set_dropout(config, dropout)
         torch.manual_seed(seed)
-        return new_model(config)
+        with no_larger_than_memory(f"model.from-scratch is {config_path}", parallel.world_size()):
+            return new_model(config)
     except LOAD_ERRORS as error:
         raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error)}") from error
 

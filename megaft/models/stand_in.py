@@ -21,6 +21,7 @@ STAND_IN_ERRORS = (
     AttributeError,
     IndexError,
     KeyError,
+    OverflowError,
     RuntimeError,
     StrictDataclassError,
     TypeError,

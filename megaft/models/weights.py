@@ -23,6 +23,7 @@ from megaft.foreign import require_inert
 from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
 from megaft.models.hugging_face import load_language_model, require_there
 from megaft.models.layout import Layout, layout_of
+from megaft.models.size_limit import Size, no_larger_than
 from megaft.models.tensor_file import TensorFile, open_tensors
 from megaft.models.weight_files import (
     INDEX,
@@ -200,7 +201,8 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     config = load_config(source)
     require_not_quantized("model", source, config)
     holders = {name: file for file in files for name in file.spans}
-    shapes, prefix = shapes_of(config), _prefix(config)
+    with no_larger_than(_size_of(files), f"model is {source}"):
+        shapes, prefix = shapes_of(config), _prefix(config)
     layout_of(config)  # of other families, transformers changes names between file and model
     stored = {name: name if name in holders else name.removeprefix(prefix) for name in shapes}
     found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
@@ -212,6 +214,11 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
         return holders[stored[name]].read(stored[name])
 
     return Weights(config, _widest(holders[key].dtype(key) for key in stored.values()), shapes, fetch)
+
+
+def _size_of(files: list[TensorFile]) -> Size:
+    shapes = [span.shape for file in files for span in file.spans.values()]
+    return Size(len(shapes), sum(shape.numel() for shape in shapes))
 
 
 def _prefix(config: Any) -> str:
