@@ -119,12 +119,16 @@ def _make_sharded(folder: Path) -> None:
 
 
 def _load_model(folder: Path) -> None:
+    """Load a model as training and evaluation do, and score three tokens."""
     import torch
 
-    from megaft.models.hugging_face import load_language_model
+    from megaft.models.hugging_face import NatsModel, load_language_model
+    from megaft.models.trials import require_language_model
 
     model = load_language_model(str(folder))
-    model(input_ids=torch.arange(3).unsqueeze(0))
+    require_language_model(model)
+    ids = torch.arange(3).unsqueeze(0)
+    NatsModel(model)(ids, ids)
 
 
 def _end_ids(folder: Path) -> Any:
