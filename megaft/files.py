@@ -70,13 +70,15 @@ def fsync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[TextIO]:
     """Open a temporary file that takes the place of `path` when the block ends, and is removed when it raises.
 
+    Half of a surrogate pair, as in the name of a file that is not UTF-8, is written as its escape.
+
     Raises:
         ConfigError: The disk refuses.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     with naming_disk_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from megaft.backend import Backend, backend_of
 from megaft.config import require
 from megaft.errors import DataError
 from megaft.ranges import NOT_NEGATIVE, SEED, Range, at_least, require_ranges
+from megaft.unicode_text import is_unicode
 
 if TYPE_CHECKING:
     from megaft.parallel import Topology
@@ -80,17 +81,9 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         require(len(self.prompt) > 0, "prompt is empty; give a text to continue.")
         for prompt in self.prompt:
-            require(_is_unicode(prompt), f"prompt is {prompt!r}, which has bytes that are not UTF-8; give UTF-8 text.")
+            require(is_unicode(prompt), f"prompt is {prompt!r}, which has bytes that are not UTF-8; give UTF-8 text.")
         require_ranges(self, max_new_tokens=at_least(1).such_as("100"), seed=SEED)
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: a byte of the command line that is not UTF-8
-        return False
-    return True
 
 
 def main(config: GenerateConfig) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaft.errors import DataError
+from megaft.unicode_text import is_unicode
 
 SCORED_ROLE = "assistant"
 
@@ -38,7 +39,7 @@ class Record:
             raise DataError(f"{where} has an integer of thousands of digits; write it as a string.") from error
         if not isinstance(fields, dict):
             raise DataError(f"{where} is a JSON {type(fields).__name__}; every line must be an object.")
-        if r"\ud" in line.lower() and not _is_unicode(fields):
+        if r"\ud" in line.lower() and not is_unicode(fields):
             raise DataError(
                 f"{where} escapes half of a surrogate pair (\\ud800 to \\udfff); write the character itself."
             )
@@ -90,14 +91,6 @@ class Record:
         if not text.startswith(beginning):
             raise DataError(f"{self._where}: the chat template rewrites earlier turns; use prompt and completion keys.")
         return text.removeprefix(beginning)
-
-
-def _is_unicode(fields: dict[str, Any]) -> bool:
-    try:
-        json.dumps(fields, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_message(message: object) -> bool:

@@ -18,7 +18,7 @@ from megaft.errors import DataError
 from megaft.files import parse_json
 from megaft.foreign import require_inert
 from megaft.sentencepiece_folder import BESIDE, MODEL_NAME, additions, is_saved_model
-from megaft.transformers_tokenizer import from_pretrained, hub_file, naming_errors
+from megaft.transformers_tokenizer import from_pretrained, hub_file, naming_errors, require_unicode
 
 if TYPE_CHECKING:
     import tokenizers
@@ -307,7 +307,9 @@ def _from_folder(folder: Path) -> AnyTokenizer:
             from transformers import GPT2Tokenizer
 
             with naming_errors(folder):
-                return Tokenizer(GPT2Tokenizer.from_pretrained(folder))
+                loaded = GPT2Tokenizer.from_pretrained(folder)
+            require_unicode(folder, loaded)
+            return Tokenizer(loaded)
     return Tokenizer(from_pretrained(folder))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaft.errors import DataError
 from megaft.foreign import require_inert
+from megaft.unicode_text import is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,9 +33,21 @@ def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFa
     require_inert("tokenizer", source)
     with naming_errors(source):
         loaded: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
+    require_unicode(source, loaded)
     if not loaded.is_fast:
         raise DataError(f"{source} has no fast tokenizer (tokenizer.json); give its sentencepiece .model file instead.")
     return loaded
+
+
+def require_unicode(source: str | Path, loaded: Any) -> None:
+    """Refuse a tokenizer with settings that cannot be saved: half of a surrogate pair, which JSON can escape."""
+    settings = loaded.init_kwargs | {"chat_template": loaded.chat_template}
+    for name, value in settings.items():
+        if not is_unicode({name: value}):
+            raise DataError(
+                f"{source}: {name!a} of the tokenizer has half of a surrogate pair (\\ud800 to \\udfff), which is no "
+                "text; write the character itself, or remove it."
+            )
 
 
 def hub_file(name: str, file: str) -> Path | None:

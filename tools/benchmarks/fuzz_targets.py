@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import toy
@@ -25,6 +26,7 @@ LINES = "".join(
     + "\n"
     for i in range(4)
 )
+CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +73,23 @@ def _zst(data: bytes) -> bytes:
     return zstandard.compress(data)
 
 
-def _encode(path: Path) -> list[int]:
+def _encode(path: Path) -> None:
+    """Use all of a tokenizer: ids, text, a chat where there is a template, and saving."""
     from megaft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("The import statement\n 1 + 1 😀")
-    tokenizer.decode(ids)
-    return [tokenizer.vocab_size, *tokenizer.opening_ids, *ids]
+    tokenizer.decode([*ids, *tokenizer.opening_ids, tokenizer.vocab_size - 1])
+    if tokenizer.chat_template is not None:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    with TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+
+
+def _make_chat_tokenizer(folder: Path) -> None:
+    toy.make_tokenizer(folder, toy.text()[:20_000])
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHAT_TEMPLATE}))
 
 
 def _make_sentencepiece(folder: Path) -> None:
@@ -258,7 +270,7 @@ TARGETS = {
     "text": Target(_text("a.txt", LINES.encode()), _prepare("a.txt", unit="document"), ("a.txt",)),
     "text-gz": Target(_text("a.txt.gz", gzip.compress(LINES.encode(), mtime=0)), _prepare("a.txt.gz"), ("a.txt.gz",)),
     "text-zst": Target(_text("a.txt.zst", _zst(LINES.encode())), _prepare("a.txt.zst"), ("a.txt.zst",)),
-    "tokenizer": Target(lambda folder: toy.make_tokenizer(folder, toy.text()[:20_000]), _encode, ("*.json",)),
+    "tokenizer": Target(_make_chat_tokenizer, _encode, ("*.json",)),
     "sentencepiece": Target(_make_sentencepiece, lambda folder: _encode(folder / "tokenizer.model"), ("*.model",)),
     "vocabulary": Target(_make_vocabulary, _encode, ("vocab.json", "merges.txt")),
     "model-config": Target(_make_model, _load_model, ("config.json",)),
