@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from megaft.errors import ConfigError, UserError
 from megaft.nested import mapped
+from megaft.unicode_text import is_unicode
 
 
 def parse_json(text: str | bytes, **hooks: Any) -> Any:
@@ -86,6 +87,16 @@ def replacing(path: Path) -> Iterator[TextIO]:
             fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a text that a stranger's file gives can be the name of a file beside it."""
+    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
+    return is_plain and is_unicode(name) and len(name.encode()) <= LONGEST_NAME
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -140,8 +140,6 @@ class Tokenizer:
         Raises:
             DataError: The tokenizer has no chat template, or the template refuses the messages.
         """
-        from jinja2 import TemplateError
-
         if self._hugging_face.chat_template is None:
             raise DataError(
                 "the tokenizer has no chat template; use one of a chat model, or prompt and completion keys."
@@ -150,8 +148,9 @@ class Tokenizer:
             text = self._hugging_face.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
-            raise DataError(f"the tokenizer's chat template refuses the messages: {error}.") from error
+        except _template_errors() as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"the tokenizer's chat template refuses the messages: {reason}.") from error
         assert isinstance(text, str)
         return text
 
@@ -257,6 +256,14 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)) or path.suffix in (".model", ".gguf"):
         raise DataError(f"there is no tokenizer at {source}; give an existing folder or file, or a hub name.")
     return _from_hub(str(source))
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that a template may end with: jinja's own, and Python's of any expression in it."""
+    from jinja2 import TemplateError
+
+    python = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+    return TemplateError, *python
 
 
 def _num_threads() -> int:

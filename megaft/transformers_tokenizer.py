@@ -71,8 +71,9 @@ def naming_errors(source: str | Path) -> Iterator[None]:
         yield
     except _ERRORS as error:
         raise DataError(_refusal(source, error)) from error
-    except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises the bare class for whatever it cannot read
+    except BaseException as error:
+        # tokenizers raises the bare class for whatever it cannot read, and panics at what its authors did not expect.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise DataError(_refusal(source, error)) from error
 

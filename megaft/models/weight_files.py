@@ -11,14 +11,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megaft.errors import DataError
-from megaft.files import parse_json
+from megaft.files import LONGEST_NAME, parse_json
 from megaft.models.size_limit import Size
 
 INDEX = "model.safetensors.index.json"
 """Names the file of every weight, where they are several."""
-
-LONGEST_NAME = 255
-"""Bytes of a file's name."""
 
 BIN_TENSOR_BYTES = 64
 """Bytes that a .bin file needs at least for every tensor: its description, and the header of its values."""

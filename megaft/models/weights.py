@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megaft.config import require
 from megaft.errors import DataError
-from megaft.files import parse_json, sha256_of
+from megaft.files import is_file_name, parse_json, sha256_of
 from megaft.foreign import require_inert
 from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
 from megaft.models.hugging_face import load_language_model, require_there
@@ -321,8 +321,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _checked(folder: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> TensorFile:
     path = folder / name
-    if Path(name).name != name:
-        raise DataError(f"{folder / MANIFEST} names {name}, which is not a file beside it; copy the folder anew.")
+    if not is_file_name(name):
+        raise DataError(f"{folder / MANIFEST} names {name[:80]}, which is not a file beside it; copy the folder anew.")
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         size = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
         raise DataError(f"{path} {size}; {MANIFEST} says {entry['bytes']} bytes. Copy it anew.")

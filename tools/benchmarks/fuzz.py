@@ -1,7 +1,7 @@
 """Fuzz the readers of foreign files: nothing but success or a one-line error, in time, and no file outside.
 
     python tools/benchmarks/fuzz.py --target jsonl --runs 10000 --seed 0
-    python tools/benchmarks/fuzz.py --target jsonl --runs 1 --seed 4711    # a failure again, with its traceback
+    python tools/benchmarks/fuzz.py --target jsonl --runs 1 --seed 4711    # a failure again
 
 Case N of a target is the valid files with one of them changed by the seed N. Cases run in forked children, so that a
 crash, a hang or an allocation without end is a finding rather than the end.
@@ -116,8 +116,10 @@ def _batch(target: Target, root: Path, seeds: range) -> Iterator[tuple[int, str,
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _run_cases(target, root, seeds, writer)
-        os._exit(0)
+        try:
+            _run_cases(target, root, seeds, writer)
+        finally:
+            os._exit(0)  # the folder is the parent's to remove
     os.close(writer)
     with os.fdopen(reader, "rb") as lines:
         for seed in seeds:
@@ -157,6 +159,8 @@ ACKNOWLEDGE = os.pipe()
 
 def _run_cases(target: Target, root: Path, seeds: range, writer: int) -> None:
     faulthandler.disable()  # the parent reports a crash, with the seed that repeats it
+    if len(seeds) > 1:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries of other languages print
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     for seed in seeds:
@@ -182,7 +186,9 @@ def run_case(target: Target, valid: Path, root: Path, seed: int) -> tuple[str, s
         outcome, detail = "accepted", ""
     except UserError as error:
         outcome, detail = ("refused", "") if "\n" not in str(error) else ("lines", str(error))
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of Rust's is no Exception
         frame = traceback.extract_tb(error.__traceback__)[-1]
         ours = [
             one
