@@ -18,7 +18,7 @@ from megaft.errors import DataError
 from megaft.files import parse_json
 from megaft.foreign import require_inert
 from megaft.sentencepiece_folder import BESIDE, MODEL_NAME, additions, is_saved_model
-from megaft.transformers_tokenizer import from_pretrained, hub_file, naming_errors, require_unicode
+from megaft.transformers_tokenizer import from_pretrained, hub_file, naming_errors, require_usable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -248,6 +248,9 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
     if path.suffix == ".model" and path.is_file():
         return _from_model(path)
     if path.suffix == ".gguf" and path.is_file():
+        from megaft.models.gguf_file import read_header
+
+        read_header(path)
         return Tokenizer(from_pretrained(path.parent, gguf_file=path.name))
     if path.is_dir():
         return _from_folder(path)
@@ -315,7 +318,7 @@ def _from_folder(folder: Path) -> AnyTokenizer:
 
             with naming_errors(folder):
                 loaded = GPT2Tokenizer.from_pretrained(folder)
-            require_unicode(folder, loaded)
+            require_usable(folder, loaded)
             return Tokenizer(loaded)
     return Tokenizer(from_pretrained(folder))
 

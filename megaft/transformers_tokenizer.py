@@ -33,14 +33,20 @@ def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFa
     require_inert("tokenizer", source)
     with naming_errors(source):
         loaded: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
-    require_unicode(source, loaded)
     if not loaded.is_fast:
         raise DataError(f"{source} has no fast tokenizer (tokenizer.json); give its sentencepiece .model file instead.")
+    require_usable(source, loaded)
     return loaded
 
 
-def require_unicode(source: str | Path, loaded: Any) -> None:
-    """Refuse a tokenizer with settings that cannot be saved: half of a surrogate pair, which JSON can escape."""
+def require_usable(source: str | Path, loaded: Any) -> None:
+    """Refuse a tokenizer that fails when it is used: with a first text, or with settings that UTF-8 does not have.
+
+    Settings may have half of a surrogate pair, which JSON can escape.
+    """
+    with naming_errors(source):
+        for adds_specials in (False, True):
+            loaded.backend_tokenizer.encode("a", add_special_tokens=adds_specials)
     settings = loaded.init_kwargs | {"chat_template": loaded.chat_template}
     for name, value in settings.items():
         if not is_unicode({name: value}):

@@ -21,6 +21,7 @@ from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
+from megaft.models.gguf_file import read_header, require_all_taken
 from megaft.models.size_limit import no_larger_than, no_larger_than_memory
 from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
@@ -95,9 +96,11 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     logging.disable_progress_bar()  # every rank would draw its own
     where, options = _location(source)
     require_inert("model.path", where)
+    header = read_header(Path(source)) if options else None
     limit: AbstractContextManager[None] = nullcontext()
-    if not options and Path(where).is_dir():
-        limit = no_larger_than(require_weights(Path(where)), f"model.path is {source}")
+    if header is not None or Path(where).is_dir():
+        size = require_weights(Path(where)) if header is None else header.size
+        limit = no_larger_than(size, f"model.path is {source}")
     try:
         config = _load_config(where, options)
         if not options:
@@ -122,7 +125,10 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
-    return _without_quantization(model) if options else model
+    if header is None:
+        return model
+    require_all_taken(Path(source), header, model)
+    return _without_quantization(model)
 
 
 def _require_tied(source: str, model: CausalLM) -> None:

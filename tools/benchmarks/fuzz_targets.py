@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import toy
+import toy_gguf
 
 LINES = "".join(
     json.dumps(
@@ -130,17 +131,31 @@ def _make_sharded(folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="40KB")
 
 
-def _load_model(folder: Path) -> None:
+def _load_model(source: Path) -> None:
     """Load a model as training and evaluation do, and score three tokens."""
     import torch
 
     from megaft.models.hugging_face import NatsModel, load_language_model
     from megaft.models.trials import require_language_model
 
-    model = load_language_model(str(folder))
+    model = load_language_model(str(source))
     require_language_model(model)
     ids = torch.arange(3).unsqueeze(0)
     NatsModel(model)(ids, ids)
+
+
+def _make_gguf(folder: Path) -> None:
+    toy_gguf.make_gguf(folder / "model.gguf")
+
+
+def _load_gguf(folder: Path) -> None:
+    """Load a GGUF file's model for training or evaluation, its tokenizer, and its weights for converting."""
+    from megaft.tokenizer import load_tokenizer
+
+    path = folder / "model.gguf"
+    load_tokenizer(path).encode("The import statement")
+    _load_model(path)
+    _read_weights(path)
 
 
 def _end_ids(folder: Path) -> Any:
@@ -152,10 +167,10 @@ def _end_ids(folder: Path) -> Any:
     return end_ids(str(folder), tokenizer, 512)
 
 
-def _open_weights(folder: Path) -> None:
+def _read_weights(source: Path) -> None:
     from megaft.models.weights import open_weights
 
-    weights = open_weights(str(folder))
+    weights = open_weights(str(source))
     for name in weights.names:
         weights.read(name)
 
@@ -277,7 +292,8 @@ TARGETS = {
     "generation-config": Target(_make_model, _end_ids, ("generation_config.json", "config.json")),
     "safetensors": Target(_make_model, _load_model, ("model.safetensors",)),
     "safetensors-index": Target(_make_sharded, _load_model, ("model.safetensors.index.json",)),
-    "weights": Target(_make_sharded, _open_weights, ("*.safetensors", "*.index.json", "config.json")),
+    "weights": Target(_make_sharded, _read_weights, ("*.safetensors", "*.index.json", "config.json")),
+    "gguf": Target(_make_gguf, _load_gguf, ("model.gguf",)),
     "deepspeed-json": Target(_make_deepspeed, _resolve, ("*.json",)),
     "prepared": Target(_make_prepared, _read_prepared, ("out.*",)),
     "checkpoint": Target(
