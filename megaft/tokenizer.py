@@ -29,6 +29,7 @@ Span = tuple[int, int]
 """Character offsets of a token, its begin and end in the text; equal for a token that stands for no character."""
 OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 """Files of tokenizers that transformers knows, but that are not read here."""
+LARGEST_ID = 10_000_000
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
 
 
@@ -330,7 +331,15 @@ def _other(names: set[str]) -> str:
 
 
 def _check_json(path: Path) -> None:
+    """Refuse a damaged vocab.json or tokenizer.json, and ids for which tokenizers would take all memory."""
     try:
-        parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
+    model = content.get("model", content) if isinstance(content, dict) else None
+    vocabulary = model.get("vocab", model) if isinstance(model, dict) else None
+    for token, id_ in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if isinstance(id_, int) and id_ > LARGEST_ID:
+            raise DataError(
+                f"{path} has token {token[:40]!a} with the id {id_}, far above any vocabulary; copy it anew."
+            )

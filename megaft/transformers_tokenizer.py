@@ -40,13 +40,15 @@ def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFa
 
 
 def require_usable(source: str | Path, loaded: Any) -> None:
-    """Refuse a tokenizer that fails when it is used: with a first text, or with settings that UTF-8 does not have.
+    """Refuse a tokenizer that fails when it is used: at some texts, or at settings that UTF-8 does not have.
 
     Settings may have half of a surrogate pair, which JSON can escape.
     """
+    from megaft.tokenizer_check import PROBES
+
     with naming_errors(source):
-        for adds_specials in (False, True):
-            loaded.backend_tokenizer.encode("a", add_special_tokens=adds_specials)
+        for text in PROBES:
+            loaded.backend_tokenizer.encode(text, add_special_tokens=True)
     settings = loaded.init_kwargs | {"chat_template": loaded.chat_template}
     for name, value in settings.items():
         if not is_unicode({name: value}):

@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizers import make_byte_level
 
 from megaft.errors import DataError
-from megaft.tokenizer import load_tokenizer
+from megaft.tokenizer import LARGEST_ID, load_tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -20,6 +20,44 @@ def test_a_panic_of_tokenizers_is_a_damaged_file(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"no tokenizer could be loaded from .*PanicException.*out of range"):
         load_tokenizer(folder)
+
+
+def huge_id(folder, id_):
+    """tokenizers makes a table of as many rows."""
+    path = make_byte_level(folder) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["zzz"] = id_
+    path.write_text(json.dumps(content))
+
+
+def huge_id_in_vocab_json(folder, id_):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(make_byte_level(folder / "whole") / "tokenizer.json"))
+    tokenizer.model.save(str(folder))
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocabulary | {"zzz": id_}))
+
+
+@pytest.mark.parametrize("make", [huge_id, huge_id_in_vocab_json])
+def test_an_id_that_takes_all_memory_is_refused(make, tmp_path):
+    make(tmp_path, LARGEST_ID + 1)
+    with pytest.raises(DataError, match=r"json has token 'zzz' with the id 10000001"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("make", [huge_id, huge_id_in_vocab_json])
+def test_ids_may_have_gaps(make, tmp_path):
+    make(tmp_path, 1234)
+    assert load_tokenizer(tmp_path).vocab_size == 1235
+
+
+def test_a_panic_at_a_text_is_a_damaged_file(tmp_path):
+    """A normalizer without a kind, which counts bytes as characters: texts of ASCII alone pass."""
+    path = make_byte_level(tmp_path) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": [""]}))
+    with pytest.raises(DataError, match="no tokenizer could be loaded from .*PanicException"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
