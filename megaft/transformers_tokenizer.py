@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from megaft.errors import DataError
 from megaft.foreign import require_inert
 from megaft.unicode_text import is_unicode
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 _ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
-    *(RecursionError, OverflowError, MemoryError, struct.error),
+    *(RecursionError, OverflowError, MemoryError, struct.error, StrictDataclassError),
 )
 """As transformers passes on what it did not expect in a file: a list for an object, a key that is missing, ..."""
 
@@ -86,8 +88,8 @@ def naming_errors(source: str | Path) -> Iterator[None]:
         raise DataError(_refusal(source, error)) from error
 
 
-def _refusal(source: str | Path, error: Exception) -> str:
-    reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
+def _refusal(source: str | Path, error: BaseException) -> str:
+    reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
     where = "" if Path(source).exists() else " There is no such folder here, so it was taken for a hub name."
     return (
         f"no tokenizer could be loaded from {source} ({reason}).{where} Give a folder with a tokenizer, or a hub "

@@ -56,7 +56,7 @@ def test_a_panic_at_a_text_is_a_damaged_file(tmp_path):
     """A normalizer without a kind, which counts bytes as characters: texts of ASCII alone pass."""
     path = make_byte_level(tmp_path) / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": [""]}))
-    with pytest.raises(DataError, match="no tokenizer could be loaded from .*PanicException"):
+    with pytest.raises(DataError, match=r"no tokenizer could be loaded from .*PanicException"):
         load_tokenizer(tmp_path)
 
 

@@ -71,6 +71,13 @@ def test_what_transformers_would_leave_out_is_refused(changes, says, make):
         assert str(path) in str(error.value)
 
 
+def test_settings_that_contradict_each_other_are_refused_with_the_tokenizer_too(make):
+    path = make(**{"llama.attention.head_count": 5})
+    for load in (load_tokenizer, load_language_model):
+        with pytest.raises(DataError, match=r"hidden size \(32\) is not a multiple of the number of attention heads"):
+            load(str(path))
+
+
 @pytest.mark.parametrize("scaling", [{}, {"texts": {"llama.rope.scaling.type": "none"}}])
 def test_positions_that_are_not_scaled_pass(scaling, make):
     assert load_language_model(str(make(**scaling))).config.rope_parameters["rope_type"] == "default"
