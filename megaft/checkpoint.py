@@ -26,7 +26,7 @@ from megaft import engine_state, parallel
 from megaft.canonical import Canonical, Recut
 from megaft.config import CHANGEABLE
 from megaft.errors import CheckpointError
-from megaft.files import naming_disk_errors, parse_json, sha256_of, to_json
+from megaft.files import is_file_name, naming_disk_errors, parse_json, sha256_of, to_json
 from megaft.models.layout import layout_of
 from megaft.pieces import Pieces
 from megaft.run_state import Identity, RunState
@@ -145,8 +145,8 @@ def verify(folder: Path, share: int = 0, num_shares: int = 1) -> dict[str, Any]:
     manifest = read_manifest(folder)
     for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
         path = folder / name
-        if name in ("", "..") or Path(name).name != name or path.is_symlink():
-            raise CheckpointError(f"{folder / MANIFEST} names {name}, which is outside the checkpoint.")
+        if not is_file_name(name) or path.is_symlink():
+            raise CheckpointError(f"{folder / MANIFEST} names {name[:80]}, which is outside the checkpoint.")
         require_size(path, expected["bytes"])
         if number % num_shares == share and _sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's.")

@@ -15,6 +15,7 @@ import tyro
 
 from megaft.errors import ConfigError
 from megaft.ranges import ABOVE_0, BELOW_1, NOT_NEGATIVE, SEED, UP_TO_1, at_least, require_ranges
+from megaft.unicode_text import is_unicode
 
 # What a resumed run can be allowed to change; the other parts of its identity have no override.
 CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
@@ -187,6 +188,7 @@ class RunConfig:
             (self.max_steps is None) != (self.epochs is None),
             f"run.max-steps is {self.max_steps} and run.epochs is {self.epochs}; give exactly one of the two.",
         )
+        require(is_unicode(str(self.dir)), f"run.dir is {self.dir!s}, which is not UTF-8; name another folder.")
         require_ranges(
             self,
             "run.",

@@ -18,6 +18,7 @@ from megaft.backend import Backend, backend_of
 from megaft.config import require
 from megaft.errors import DataError
 from megaft.ranges import NOT_NEGATIVE, SEED, Range, at_least, require_ranges
+from megaft.unicode_text import is_unicode
 
 if TYPE_CHECKING:
     from megaft.parallel import Topology
@@ -88,17 +89,9 @@ class GenerateConfig:
         require(len(given) > 0, "prompt is empty; give a text to continue, or a chat to answer (chat, messages).")
         require(len(given) == 1, f"{' and '.join(given)} are given; use one of them.")
         for name, text in ((name, text) for name, texts in given.items() for text in texts):
-            require(_is_unicode(text), f"{name} is {text!r}, which has bytes that are not UTF-8; give UTF-8 text.")
+            require(is_unicode(text), f"{name} is {text!r}, which has bytes that are not UTF-8; give UTF-8 text.")
         require_ranges(self, max_new_tokens=at_least(1).such_as("100"), seed=SEED)
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: a byte of the command line that is not UTF-8
-        return False
-    return True
 
 
 def main(config: GenerateConfig) -> int:

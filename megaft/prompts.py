@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megaft.chat import SCORED_ROLE, require_messages
 from megaft.errors import DataError
 from megaft.files import parse_json
-from megaft.records import is_unicode
+from megaft.unicode_text import is_unicode
 
 if TYPE_CHECKING:
     from megaft.tokenizer import AnyTokenizer, Messages

@@ -8,6 +8,7 @@ from typing import Any
 
 from megaft.errors import DataError
 from megaft.files import parse_json
+from megaft.unicode_text import is_unicode
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,3 @@ class Record:
             if keys.count(key) > 1:
                 raise DataError(f"{self.where} has the key {key!r} {keys.count(key)} times; give it once.")
         return self._fields[key]
-
-
-def is_unicode(value: Any) -> bool:
-    """Return whether the strings of a JSON value are Unicode, with no half of a surrogate pair."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

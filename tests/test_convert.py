@@ -134,6 +134,7 @@ DAMAGES = {
     "ranks": (lambda folder: edit(folder / "megatron.json", 'parallel_size": 2', 'parallel_size": 3'), "2 files for 3"),
     "format": (lambda folder: edit(folder / "megatron.json", '"format": 1', '"format": 9'), "format 9"),
     "elsewhere": (lambda folder: edit(folder / "megatron.json", FIRST, f"../{FIRST}"), "not a file beside it"),
+    "name": (lambda folder: edit(folder / "megatron.json", FIRST, "a" * 256), "not a file beside it"),
     "no manifest of ours": (lambda folder: (folder / "megatron.json").write_text("{}"), "damaged"),
     "another model's": (lambda folder: edit(folder / "config.json", '"n_embd": 32', '"n_embd": 64'), "do not fit"),
     "code": (lambda folder: edit(folder / "config.json", "{", '{"auto_map": {"AutoModel": "x.py"},'), "auto_map"),

@@ -23,6 +23,8 @@ from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
 from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
+from megaft.models.gguf_file import read_header, require_all_taken
+from megaft.models.size_limit import no_larger_than, no_larger_than_memory
 from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
 
@@ -76,7 +78,7 @@ def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor,
     return steps - torch.where(is_first, steps, 0).cummax(1).values
 
 
-LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, OverflowError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, SafetensorError, UnpicklingError)
 """Exceptions of transformers for a model it cannot read, or for a config.json whose values make no model."""
 
 
@@ -94,24 +96,28 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     logging.disable_progress_bar()  # every rank would draw its own
     where, options = _location(source)
     require_inert("model.path", where)
-    if not options and Path(where).is_dir():
-        require_weights(Path(where))
+    header = read_header(Path(source)) if options else None
+    limit: AbstractContextManager[None] = nullcontext()
+    if header is not None or Path(where).is_dir():
+        size = require_weights(Path(where)) if header is None else header.size
+        limit = no_larger_than(size, f"model.path is {source}")
     try:
         config = _load_config(where, options)
         if not options:
             require_not_quantized("model.path", source, config)
         set_dropout(config, dropout)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where,
-            config=config,
-            dtype=dtype,
-            attn_implementation=_attention(config),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            weights_only=True,
-            **options,
-        )
+        with limit:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                config=config,
+                dtype=dtype,
+                attn_implementation=_attention(config),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+                **options,
+            )
     except LOAD_ERRORS as error:
         # Some families fail there only, with a message that says nothing.
         where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
@@ -119,7 +125,10 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
-    return _without_quantization(model) if options else model
+    if header is None:
+        return model
+    require_all_taken(Path(source), header, model)
+    return _without_quantization(model)
 
 
 def _require_tied(source: str, model: CausalLM) -> None:
@@ -148,7 +157,8 @@ def create_from(config: Any, config_path: str, seed: int) -> CausalLM:
     """Initialise a new model of a configuration that was read from a config.json."""
     with _naming_bad_config(config_path):
         torch.manual_seed(seed)
-        return new_model(config)
+        with no_larger_than_memory(f"model.from-scratch is {config_path}", parallel.world_size()):
+            return new_model(config)
 
 
 @contextmanager

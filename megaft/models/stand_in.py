@@ -20,6 +20,7 @@ STAND_IN_ERRORS = (
     AttributeError,
     IndexError,
     KeyError,
+    OverflowError,
     RuntimeError,
     StrictDataclassError,
     TypeError,
