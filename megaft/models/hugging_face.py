@@ -21,6 +21,7 @@ from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
 from megaft.models.stand_in import STAND_IN_ERRORS
+from megaft.models.stored_weights import freeze_as_constructed, keeping_stored_weights
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
 
 CausalLM = Any
@@ -100,17 +101,18 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
         if not options:
             require_not_quantized("model.path", source, config)
         set_dropout(config, dropout)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where,
-            config=config,
-            dtype=dtype,
-            attn_implementation=_attention(config),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            weights_only=True,
-            **options,
-        )
+        with keeping_stored_weights():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                config=config,
+                dtype=dtype,
+                attn_implementation=_attention(config),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+                **options,
+            )
     except LOAD_ERRORS as error:
         # Some families fail there only, with a message that says nothing.
         where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
@@ -118,6 +120,7 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
+    freeze_as_constructed(model)
     return _without_quantization(model) if options else model
 
 

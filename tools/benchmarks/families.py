@@ -121,15 +121,15 @@ def try_family(model_type: str, parts: tuple[str, ...] = PARTS) -> dict[str, str
             model.save_pretrained(folder)
         except Exception as error:
             return dict.fromkeys(parts, f"not tried: save_pretrained: {_one_line(error)}")
-        return {part: outcome(CASES[part], folder).replace(folder, "MODEL") for part in parts}
+        return {part: outcome(CASES[part], folder, model).replace(folder, "MODEL") for part in parts}
 
 
-def outcome(case: Callable[[str], None], folder: str) -> str:
+def outcome(case: Callable[[str, Any], None], folder: str, model: Any) -> str:
     """Return what a case ended with."""
     from megaft.errors import UserError
 
     try:
-        case(folder)
+        case(folder, model)
     except UserError as error:
         lines = str(error).splitlines()
         return f"refused: {lines[0]}" if len(lines) == 1 else f"TRACEBACK: a refusal of {len(lines)} lines: {lines}"
