@@ -20,6 +20,8 @@ from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
+from megaft.models.loading_report import without_report_table
+from megaft.models.padding_tokens import read_padding_tokens
 from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.stored_weights import freeze_as_constructed, keeping_stored_weights
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
@@ -96,12 +98,13 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     require_inert("model.path", where)
     if not options and Path(where).is_dir():
         require_weights(Path(where))
+    config: Any = None
     try:
         config = _load_config(where, options)
         if not options:
             require_not_quantized("model.path", source, config)
         set_dropout(config, dropout)
-        with keeping_stored_weights():
+        with keeping_stored_weights(), without_report_table():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
@@ -116,12 +119,12 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     except LOAD_ERRORS as error:
         # Some families fail there only, with a message that says nothing.
         where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
-        raise DataError(f"model.path is {source}; transformers cannot load it{where}: {_first_line(error)}") from error
+        raise DataError(f"model.path is {source}; transformers cannot load it{where}: {_first_line(error, config)}") from error
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
     freeze_as_constructed(model)
-    return _without_quantization(model) if options else model
+    return read_padding_tokens(_without_quantization(model) if options else model)
 
 
 def _require_tied(source: str, model: CausalLM) -> None:
@@ -134,21 +137,24 @@ def _require_tied(source: str, model: CausalLM) -> None:
 def create_language_model(config_path: str, seed: int, dropout: float | None = None) -> CausalLM:
     """Initialise a new model from a config.json; the weights are a function of the seed."""
     require_inert("model.from-scratch", config_path)
+    config: Any = None
     try:
         config = _load_config(config_path, {})
         set_dropout(config, dropout)
         torch.manual_seed(seed)
         return new_model(config)
     except LOAD_ERRORS as error:
-        raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error)}") from error
+        raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error, config)}") from error
 
 
 def new_model(config: Any) -> CausalLM:
     """Return a new model of a transformers configuration, in fp32 and with random weights."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
+    return read_padding_tokens(
+        AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
+        )
     )
 
 
@@ -252,12 +258,23 @@ def _load_config(where: str, options: dict[str, str]):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    require_causal_class(config)
     text = config.get_text_config()
     for name in SIZES:
         size = getattr(text, name, 1)
         if isinstance(size, int) and size < 1:  # transformers takes it, and makes a model of nothing
             raise ValueError(f"{name} is {size}; use 1 or more.")
     return config
+
+
+def require_causal_class(config: Any) -> None:
+    """Raise ValueError where transformers has no causal language model of a configuration's class."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"it has no causal language model of model_type {config.model_type}; use a model of another family"
+        )
 
 
 def _attention(config) -> str:
@@ -293,6 +310,23 @@ def _without_quantization(model: CausalLM) -> CausalLM:
     return fresh
 
 
-def _first_line(error: Exception) -> str:
+PADDING = "Padding_idx must be within num_embeddings"
+"""torch's message for a pad_token_id outside the vocabulary, in families that have a padding row."""
+
+
+def padding_rule(error: Exception, config: Any) -> str | None:
+    """Return the rule that a transformers configuration breaks with its pad_token_id, if that is the error."""
+    if PADDING not in str(error):
+        return None
+    text = config.get_text_config()
+    return (
+        f"its pad_token_id is {text.pad_token_id}, which must be null or below vocab_size ({text.vocab_size}) in this "
+        "family, as it has a padding row; set it to null in a copy of config.json"
+    )
+
+
+def _first_line(error: Exception, config: Any = None) -> str:
+    if rule := padding_rule(error, config):
+        return rule
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

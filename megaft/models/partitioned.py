@@ -115,7 +115,7 @@ def _without_zero() -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence the table that transformers logs of a report."""
+    """Silence hints that transformers has logged once already."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:

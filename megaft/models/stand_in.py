@@ -13,6 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from megaft.models.padding_tokens import read_padding_tokens
+
 CausalLM = Any
 """A transformers `...ForCausalLM`, whose attributes differ from family to family."""
 
@@ -80,7 +82,7 @@ def stand_in(model: CausalLM) -> CausalLM | None:
                 if num_parameters(config) > 40 * MOST_PARAMETERS:
                     continue
                 small = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-                make_loud(small).eval()(input_ids=ids, use_cache=False)
+                make_loud(read_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
             except STAND_IN_ERRORS:
                 continue
             return small

@@ -99,6 +99,7 @@ ODD: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8},
+    "xlm": {"pad_index": 0},
     "xlnet": {"d_inner": 48},
     "xmod": {"default_language": "en_XX"},
     "xlstm": {"num_heads": HEADS, "num_blocks": 2, "num_hidden_layers": 2},
