@@ -56,6 +56,7 @@ class HuggingFaceExport:
                 adapters.save_adapters(model, folder / "adapter", self.config.model.path)
                 model = adapters.merge_adapters(model)
             model.to(self.dtype).save_pretrained(folder)
+            hugging_face.keep_composite_config(model, self.config.model.path, folder)
         except SafetensorError as error:  # as which safetensors passes on what the disk refuses
             raise OSError(str(error)) from error
         _copy_generation(self.config, folder)

@@ -119,11 +119,14 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     except LOAD_ERRORS as error:
         # Some families fail there only, with a message that says nothing.
         where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
-        raise DataError(f"model.path is {source}; transformers cannot load it{where}: {_first_line(error, config)}") from error
+        raise DataError(
+            f"model.path is {source}; transformers cannot load it{where}: {_first_line(error, config)}"
+        ) from error
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
-    freeze_as_constructed(model)
+    if not is_deepspeed_zero3_enabled():
+        freeze_as_constructed(model)
     return read_padding_tokens(_without_quantization(model) if options else model)
 
 
@@ -144,7 +147,9 @@ def create_language_model(config_path: str, seed: int, dropout: float | None = N
         torch.manual_seed(seed)
         return new_model(config)
     except LOAD_ERRORS as error:
-        raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error, config)}") from error
+        raise DataError(
+            f"model.from-scratch is {config_path}; not a model config: {_first_line(error, config)}"
+        ) from error
 
 
 def new_model(config: Any) -> CausalLM:
@@ -275,6 +280,22 @@ def require_causal_class(config: Any) -> None:
         raise ValueError(
             f"it has no causal language model of model_type {config.model_type}; use a model of another family"
         )
+
+
+def keep_composite_config(model: CausalLM, source: str | None, folder: Path) -> None:
+    """Write the source's whole config.json where transformers loads the model by that alone, and not by its text part.
+
+    Args:
+        model: The model that was saved, with the configuration of its text part (Emu3, Mllama).
+        source: The model.path it is from.
+        folder: Where it was saved.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    if source is not None and type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        whole.text_config = model.config
+        whole.save_pretrained(folder)
 
 
 def _attention(config) -> str:

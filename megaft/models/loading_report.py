@@ -26,7 +26,7 @@ def without_report_table() -> Iterator[None]:
 
 def _raise_conversion_errors(*_: Any, loading_info: Any, **__: Any) -> None:
     for name, reason in loading_info.conversion_errors.items():
-        *_, said, _ = ["", *reason.strip().splitlines()]  # a traceback, its message, and the names of the tensors
-        raise RuntimeError(f"{name} cannot be made of the stored weights: {said}")
+        said = ["", *reason.strip().splitlines()]  # a traceback, its message, and the names of the tensors
+        raise RuntimeError(f"{name} cannot be made of the stored weights: {said[-2]}")
     if loading_info.error_msgs:
         raise RuntimeError("; ".join(" ".join(reason.split()) for reason in loading_info.error_msgs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any
@@ -73,15 +73,15 @@ def stand_in(model: CausalLM) -> CausalLM | None:
     It has the width and every switch of the model, a short vocabulary, short windows, and the first layers up to one of
     every kind. Its weights are loud: an influence between tokens shows in its logits.
     """
-    attention = model.config._attn_implementation
+    make, attention = type(model)._from_config, model.config._attn_implementation
     ids = torch.arange(5).unsqueeze(0)
-    for config in _configurations(model.config):
+    for config in _configurations(model.config, make):
         with keeping_random_states(), torch.no_grad():
             torch.manual_seed(0)
             try:
-                if num_parameters(config) > 40 * MOST_PARAMETERS:
+                if num_parameters(config, make) > 40 * MOST_PARAMETERS:
                     continue
-                small = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+                small = make(config, dtype=torch.float32, attn_implementation=attention)
                 make_loud(read_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
             except STAND_IN_ERRORS:
                 continue
@@ -98,7 +98,7 @@ def make_loud(model: CausalLM) -> CausalLM:
     return model
 
 
-def _configurations(config: Any) -> Iterator[Any]:
+def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterator[Any]:
     """Yield configurations of smaller models, the smallest first."""
     for make in (_with_few_layers, lambda one: one):
         small = deepcopy(config)
@@ -106,7 +106,7 @@ def _configurations(config: Any) -> Iterator[Any]:
             text = small.get_text_config()
             _shorten(text)
             make(text)
-            if num_parameters(small) > MOST_PARAMETERS:
+            if num_parameters(small, make_model) > MOST_PARAMETERS:
                 _lower(text, FEW_EXPERTS | NARROW)
         except STAND_IN_ERRORS:
             continue
@@ -169,8 +169,8 @@ def numbers_of(value: Any) -> Iterator[int]:
         yield value
 
 
-def num_parameters(config: Any) -> int:
+def num_parameters(config: Any, make_model: Callable[..., CausalLM] = AutoModelForCausalLM.from_config) -> int:
     """Return the number of parameters of a model of a configuration, without making their values."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = make_model(config)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -43,7 +43,7 @@ def _is_loaded(module: nn.Module) -> bool:
 def freeze_as_constructed(model: Any) -> None:
     """Freeze the parameters that the family's constructor freezes: sinusoidal positions, and biases of MoE routers.
 
-    transformers makes every loaded parameter trainable, except under ZeRO-3.
+    transformers makes every loaded parameter trainable, except under ZeRO-3, where this is not needed.
     """
     with keeping_random_states(), torch.device("meta"):
         constructed = type(model)(deepcopy(model.config))
