@@ -273,13 +273,17 @@ def _load_config(where: str, options: dict[str, str]):
 
 
 def require_causal_class(config: Any) -> None:
-    """Raise ValueError where transformers has no causal language model of a configuration's class."""
+    """Raise ValueError where a configuration's class leads to no causal language model of transformers, or to several."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"it has no causal language model of model_type {config.model_type}; use a model of another family"
         )
+    try:
+        config.get_text_config()
+    except ValueError as error:
+        raise ValueError(f"model_type {config.model_type} has several text models; use a folder of one") from error
 
 
 def keep_composite_config(model: CausalLM, source: str | None, folder: Path) -> None:

@@ -38,8 +38,8 @@ FORMAT = 1
 """Of a megatron folder; the number in its manifest."""
 
 CONFIG_ERRORS = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError),
-    StrictDataclassError,
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    *(AssertionError, ImportError, StrictDataclassError),
 )
 """What comes of values in a config.json that make no sense."""
 

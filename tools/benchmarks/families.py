@@ -103,25 +103,41 @@ def _try_here(types: list[str], file: Path) -> None:
 
 def try_family(model_type: str, parts: tuple[str, ...] = PARTS) -> dict[str, str]:
     """Return what becomes of a family in each part, by a word and a reason."""
-    import torch
     from families_cases import CASES
-    from families_models import VARIANTS, tiny_config, tiny_model
+    from families_models import VARIANTS, tiny_config
 
     try:
         config = tiny_config(*VARIANTS.get(model_type, (model_type, {})))
-        model = tiny_model(config)
-        with torch.no_grad():
-            is_finite = bool(model(input_ids=torch.arange(9).unsqueeze(0), use_cache=False).logits.isfinite().all())
     except Exception as error:
         return dict.fromkeys(parts, f"not tried: {_one_line(error)}")
-    if not is_finite:
-        return dict.fromkeys(parts, "not tried: logits are not finite")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model.save_pretrained(folder)
+            model = _save(config, folder)
         except Exception as error:
-            return dict.fromkeys(parts, f"not tried: save_pretrained: {_one_line(error)}")
+            return dict.fromkeys(parts, f"not tried: {_one_line(error)}")
         return {part: outcome(CASES[part], folder, model).replace(folder, "MODEL") for part in parts}
+
+
+def _save(config: Any, folder: str) -> Any:
+    """Return a tiny model that was saved in a folder; None where transformers makes none, and the folder says so."""
+    import torch
+    from families_models import tiny_model
+    from safetensors.torch import save_file
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        model = tiny_model(config)
+    except (AttributeError, ImportError, ValueError):
+        config.save_pretrained(folder)
+        save_file({"none": torch.zeros(1)}, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        return None
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(9).unsqueeze(0), use_cache=False).logits
+    assert logits.isfinite().all(), "logits are not finite"
+    model.save_pretrained(folder)
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of the text alone, in a folder of more
+        config.save_pretrained(folder)
+    return model
 
 
 def outcome(case: Callable[[str, Any], None], folder: str, model: Any) -> str:
