@@ -273,7 +273,7 @@ def _load_config(where: str, options: dict[str, str]):
 
 
 def require_causal_class(config: Any) -> None:
-    """Raise ValueError where a configuration's class leads to no causal language model of transformers, or to several."""
+    """Raise ValueError where transformers makes no causal language model of a configuration, or one of several."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

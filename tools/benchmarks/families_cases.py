@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from families_ranks import nats_on_ranks
 from torch import Tensor
 
 from megaft.config import LoraConfig, ModelConfig
@@ -162,6 +163,16 @@ def cuts(folder: str, saved: Any) -> None:
     check(found, expected, "nats of megatron-core's modules")
 
 
+@torch.no_grad()
+def cuts_over_ranks(folder: str, saved: Any) -> None:
+    """Compare nats of megatron-core's modules on two ranks with transformers' logits."""
+    cuts(folder, saved)  # which says what is refused
+    tokens = tokens_of(saved, 2, 40)
+    expected = token_nats(saved(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:])
+    for found in nats_on_ranks(folder, tokens):
+        check(found, expected, "nats at tensor parallel 2")
+
+
 CASES = {
     "trains": trains,
     "scores": scores,
@@ -169,4 +180,5 @@ CASES = {
     "ZeRO-3": partitions,
     "packs": packs,
     "megatron": cuts,
+    "megatron TP 2": cuts_over_ranks,
 }

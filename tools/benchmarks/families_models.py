@@ -191,6 +191,7 @@ ENCODERS = (
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name} as an encoder": (name, {"is_decoder": False}) for name in ENCODERS},
     "gemma3_text, bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
     "xlm, causal": ("xlm", {"causal": True}),
 }
 """Configurations that are not a family's usual one: model type and changes."""
