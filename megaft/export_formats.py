@@ -84,6 +84,7 @@ class HuggingFaceExport:
             adapters.save_adapters(model, folder / "adapter", self.config.model.path)
             model = adapters.merge_adapters(model)
         model.to(self.dtype).save_pretrained(folder)
+        hugging_face.keep_composite_config(model, self.config.model.path, folder)
 
     @cached_property
     def _is_offloaded(self) -> bool:

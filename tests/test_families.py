@@ -1,9 +1,11 @@
-"""A dozen families through every part: what all of transformers' causal families go through in docs/families.md."""
+"""A dozen families through every part on one rank: all of transformers' causal families are in docs/families.md."""
 
 import os
 
 import pytest
 from families import PARTS, QUICK
+
+ON_ONE_RANK = PARTS[:-1]
 
 
 def try_families():
@@ -13,7 +15,7 @@ def try_families():
 
     parallel.join(parallel.discover(os.environ))
     parallel.cut_matrices(1)
-    rows = {name: try_family(name) for name in QUICK}
+    rows = {name: try_family(name, ON_ONE_RANK) for name in QUICK}
     parallel.leave()
     return rows
 
@@ -23,7 +25,7 @@ def test_no_family_is_silently_wrong(run_ranks):
     (rows,) = run_ranks(1, try_families)
     kinds = {name: {part: cell.partition(":")[0] for part, cell in row.items()} for name, row in rows.items()}
     assert {kind for row in kinds.values() for kind in row.values()} == {"right", "refused"}, rows
-    assert kinds["llama"] == dict.fromkeys(PARTS, "right")
+    assert kinds["llama"] == dict.fromkeys(ON_ONE_RANK, "right")
     looks_ahead = [name for name, row in kinds.items() if row["trains"] == "refused"]
     assert looks_ahead == ["bert as an encoder", "xlm"]
     assert [name for name in QUICK if kinds[name]["scores"] == "refused"] == looks_ahead

@@ -38,7 +38,7 @@ LOOKS_AHEAD = [
     pytest.param(
         "gemma3_text", GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention", id="gemma3"
     ),
-    pytest.param("xlm", {"causal": False}, "Use a causal model", id="xlm"),
+    pytest.param("xlm", {"causal": False}, "Give its config.json causal true", id="xlm"),
 ]
 
 

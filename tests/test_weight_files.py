@@ -1,9 +1,11 @@
 """Model folders whose weights and config.json disagree: refused however they are loaded, and never guessed at."""
 
+import logging
 import shutil
 
 import pytest
 import torch
+from families_models import tiny_config, tiny_model
 from tiny_models import change_tensors, edit_json, logits_of, make_model
 
 from megaft.errors import DataError
@@ -70,6 +72,11 @@ REFUSED = {
         lambda folder: edit_json(config_of(folder), quantization_config={"quant_method": "fp8"}),
         "quantization_config",
     ),
+    "padding beyond the vocabulary": (
+        "llama",
+        lambda folder: edit_json(config_of(folder), pad_token_id=61),
+        r"pad_token_id is 61, which must be null or below vocab_size \(61\)",
+    ),
     "an index of files that are not there": ("llama", index_without_files, r"model-00001-of-00002\.safetensors"),
 }
 
@@ -93,6 +100,10 @@ def without_prefix(folder):
     change_tensors(folder, rename)
 
 
+def padding_beyond_the_vocabulary(folder):
+    edit_json(config_of(folder), pad_token_id=10**6)
+
+
 def old_frequencies(folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
@@ -103,6 +114,7 @@ ACCEPTED = {
     "masks that old files have": ("gpt2", old_buffers),
     "names of the model without its output layer": ("gpt2", without_prefix),
     "frequencies that old files have": ("llama", old_frequencies),
+    "padding beyond the vocabulary, in a family without a padding row": ("gpt2", padding_beyond_the_vocabulary),
 }
 
 
@@ -121,6 +133,41 @@ def test_a_folder_that_contradicts_itself_is_refused(case, load, tmp_path):
         load(str(folder))
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def logged():
+    """Messages that transformers logs."""
+    messages, logger = [], logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a value head", "an output layer that was resized alone", "untied in config.json, no output layer in the file"],
+)
+def test_transformers_prints_no_report_beside_a_refusal(name, logged, tmp_path):
+    family, change, said = REFUSED[name]
+    with pytest.raises(DataError, match=said):
+        load_language_model(str(make_folder(tmp_path / "model", family, change)))
+    assert not [message for message in logged if "REPORT" in message]
+
+
+def test_experts_that_do_not_stack_are_named(logged, tmp_path):
+    def cut(tensors):
+        name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+        tensors[name] = tensors[name][:5].clone()
+
+    tiny_model(tiny_config("mixtral")).save_pretrained(tmp_path)
+    change_tensors(tmp_path, cut)
+    said = r"layers\.0\.mlp\.experts\.gate_up_proj cannot be made of the stored weights: .*equal size.*\[5, 32\]"
+    with pytest.raises(DataError, match=said):
+        load_language_model(str(tmp_path))
+    assert not [message for message in logged if "REPORT" in message]
 
 
 @pytest.mark.parametrize("case", ACCEPTED)

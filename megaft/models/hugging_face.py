@@ -24,8 +24,11 @@ from megaft.models import trials
 from megaft.models.adapters import add_adapters
 from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.gguf_file import read_header, require_all_taken
+from megaft.models.loading_report import without_report_table
+from megaft.models.padding_tokens import read_padding_tokens
 from megaft.models.size_limit import no_larger_than, no_larger_than_memory
 from megaft.models.stand_in import STAND_IN_ERRORS
+from megaft.models.stored_weights import freeze_as_constructed, keeping_stored_weights
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
 
 
@@ -101,12 +104,13 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     if header is not None or Path(where).is_dir():
         size = require_weights(Path(where)) if header is None else header.size
         limit = no_larger_than(size, f"model.path is {source}")
+    config: Any = None
     try:
         config = _load_config(where, options)
         if not options:
             require_not_quantized("model.path", source, config)
         set_dropout(config, dropout)
-        with limit:
+        with limit, keeping_stored_weights(), without_report_table():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
@@ -121,14 +125,18 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     except LOAD_ERRORS as error:
         # Some families fail there only, with a message that says nothing.
         where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
-        raise DataError(f"model.path is {source}; transformers cannot load it{where}: {_first_line(error)}") from error
+        raise DataError(
+            f"model.path is {source}; transformers cannot load it{where}: {_first_line(error, config)}"
+        ) from error
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
-    if header is None:
-        return model
-    require_all_taken(Path(source), header, model)
-    return _without_quantization(model)
+    if header is not None:
+        require_all_taken(Path(source), header, model)
+        model = _without_quantization(model)
+    if not is_deepspeed_zero3_enabled():
+        freeze_as_constructed(model)
+    return read_padding_tokens(model)
 
 
 def _require_tied(source: str, model: CausalLM) -> None:
@@ -155,26 +163,30 @@ def read_new_config(config_path: str, dropout: float | None = None) -> Any:
 
 def create_from(config: Any, config_path: str, seed: int) -> CausalLM:
     """Initialise a new model of a configuration that was read from a config.json."""
-    with _naming_bad_config(config_path):
+    with _naming_bad_config(config_path, config):
         torch.manual_seed(seed)
         with no_larger_than_memory(f"model.from-scratch is {config_path}", parallel.world_size()):
             return new_model(config)
 
 
 @contextmanager
-def _naming_bad_config(config_path: str) -> Iterator[None]:
+def _naming_bad_config(config_path: str, config: Any = None) -> Iterator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
-        raise DataError(f"model.from-scratch is {config_path}; not a model config: {_first_line(error)}") from error
+        raise DataError(
+            f"model.from-scratch is {config_path}; not a model config: {_first_line(error, config)}"
+        ) from error
 
 
 def new_model(config: Any) -> CausalLM:
     """Return a new model of a transformers configuration, in fp32 and with random weights."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
+    return read_padding_tokens(
+        AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
+        )
     )
 
 
@@ -290,12 +302,43 @@ def _load_config(where: str, options: dict[str, str]):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    require_causal_class(config)
     text = config.get_text_config()
     for name in SIZES:
         size = getattr(text, name, 1)
         if isinstance(size, int) and size < 1:  # transformers takes it, and makes a model of nothing
             raise ValueError(f"{name} is {size}; use 1 or more.")
     return config
+
+
+def require_causal_class(config: Any) -> None:
+    """Raise ValueError where transformers makes no causal language model of a configuration, or one of several."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"it has no causal language model of model_type {config.model_type}; use a model of another family"
+        )
+    try:
+        config.get_text_config()
+    except ValueError as error:
+        raise ValueError(f"model_type {config.model_type} has several text models; use a folder of one") from error
+
+
+def keep_composite_config(model: CausalLM, source: str | None, folder: Path) -> None:
+    """Write the source's whole config.json where transformers loads the model by that alone, and not by its text part.
+
+    Args:
+        model: The model that was saved, with the configuration of its text part (Emu3, Mllama).
+        source: The model.path it is from.
+        folder: Where it was saved.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    if source is not None and type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        whole.text_config = model.config
+        whole.save_pretrained(folder)
 
 
 def _attention(config) -> str:
@@ -331,6 +374,23 @@ def _without_quantization(model: CausalLM) -> CausalLM:
     return fresh
 
 
-def _first_line(error: Exception) -> str:
+PADDING = "Padding_idx must be within num_embeddings"
+"""torch's message for a pad_token_id outside the vocabulary, in families that have a padding row."""
+
+
+def padding_rule(error: Exception, config: Any) -> str | None:
+    """Return the rule that a transformers configuration breaks with its pad_token_id, if that is the error."""
+    if PADDING not in str(error):
+        return None
+    text = config.get_text_config()
+    return (
+        f"its pad_token_id is {text.pad_token_id}, which must be null or below vocab_size ({text.vocab_size}) in this "
+        "family, as it has a padding row; set it to null in a copy of config.json"
+    )
+
+
+def _first_line(error: Exception, config: Any = None) -> str:
+    if rule := padding_rule(error, config):
+        return rule
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

@@ -6,15 +6,15 @@ A rank never has more than its part of the model and the weights of about a laye
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, integrations, modeling_utils
+from transformers import PreTrainedModel, core_model_loading, integrations, modeling_utils
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import _load_state_dict_into_zero3_model
 from transformers.utils import logging
@@ -43,7 +43,7 @@ def loading(engine_config: dict[str, Any]) -> Iterator[None]:
     )
     error = None
     try:
-        with _returning_memory():
+        with _gathering(_own_weights), _renaming_as_without_zero(), _returning_memory():
             yield
     except UserError as caught:
         error = caught
@@ -104,6 +104,34 @@ def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
+def _renaming_as_without_zero() -> Iterator[None]:
+    """Leave a stored name as it is where the model has it and the family's renaming leads nowhere.
+
+    transformers does so except under ZeRO-3, where the final norm of DeepSeek-V4 gets lost.
+    """
+    plain = core_model_loading.rename_source_key
+
+    def rename(
+        source_key: str,
+        weight_renamings: list[Any],
+        weight_converters: list[Any],
+        base_model_prefix: str | None = None,
+        meta_state_dict: dict[str, Any] | None = None,
+    ) -> tuple[str, str | None]:
+        model = base_model_prefix, meta_state_dict
+        renamed, pattern = plain(source_key, weight_renamings, weight_converters, *model)
+        if meta_state_dict and renamed not in meta_state_dict and source_key in meta_state_dict:
+            return plain(source_key, [], [], *model)
+        return renamed, pattern
+
+    core_model_loading.rename_source_key = rename
+    try:
+        yield
+    finally:
+        core_model_loading.rename_source_key = plain
+
+
+@contextmanager
 def _without_zero() -> Iterator[None]:
     """Let transformers forget the engine's configuration meanwhile."""
     known = integrations.deepspeed._hf_deepspeed_config_weak_ref
@@ -116,7 +144,7 @@ def _without_zero() -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence the table that transformers logs of a report."""
+    """Silence hints that transformers has logged once already."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -148,17 +176,23 @@ def making(engine_config: dict[str, Any]) -> Iterator[None]:
     Args:
         engine_config: What deepspeed.initialize gets. Its precision is that of the parts.
     """
+    with _gathering(_whole_on_host), _Init(engine_config), _returning_memory():
+        yield
+
+
+@contextmanager
+def _gathering(weights_of: Callable[[nn.Module], AbstractContextManager[None]]) -> Iterator[None]:
+    """Let every module that transformers initializes have whole weights meanwhile: those that `weights_of` gathers."""
     plain = PreTrainedModel._initialize_weights
 
     def gathered(self: Any, module: nn.Module, is_custom_code: bool = False) -> None:
         if not getattr(module, "_is_hf_initialized", False):
-            with _whole_on_host(module):
+            with weights_of(module):
                 plain(self, module, is_custom_code)
 
     PreTrainedModel._initialize_weights = gathered
     try:
-        with _Init(engine_config), _returning_memory():
-            yield
+        yield
     finally:
         PreTrainedModel._initialize_weights = plain
 
@@ -203,6 +237,11 @@ class _Init(deepspeed.zero.Init):
         super()._post_init_method(module)
         for buffer in module.buffers(recurse=False):  # the engine moves none of a model in parts
             buffer.data = buffer.data.to(self.local_device)
+
+
+def _own_weights(module: nn.Module) -> AbstractContextManager[None]:
+    """Gather a module's own parameters to be read: they are loaded, and a buffer beside them may take their shape."""
+    return deepspeed.zero.GatheredParameters([one for one in module.parameters(recurse=False) if hasattr(one, "ds_id")])
 
 
 @contextmanager

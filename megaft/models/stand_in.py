@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from megaft.models.causal_lm import CausalLM
+from megaft.models.padding_tokens import read_padding_tokens
 
 STAND_IN_ERRORS = (
     AssertionError,
@@ -75,16 +76,16 @@ def stand_in(model: CausalLM) -> CausalLM | None:
     every kind; all layers of a small model whose configuration cannot be cut so. Its weights are loud: an influence
     between tokens shows in its logits.
     """
-    attention = model.config._attn_implementation
+    make, attention = type(model)._from_config, model.config._attn_implementation
     ids = torch.arange(5).unsqueeze(0)
-    for config, most_parameters in _configurations(model.config):
+    for config, most_parameters in _configurations(model.config, make):
         with keeping_random_states(), torch.no_grad():
             torch.manual_seed(0)
             try:
-                if num_parameters(config) > most_parameters:
+                if num_parameters(config, make) > most_parameters:
                     continue
-                small = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-                make_loud(small).eval()(input_ids=ids, use_cache=False)
+                small = make(config, dtype=torch.float32, attn_implementation=attention)
+                make_loud(read_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
             except STAND_IN_ERRORS:
                 continue
             return small
@@ -100,7 +101,7 @@ def make_loud(model: CausalLM) -> CausalLM:
     return model
 
 
-def _configurations(config: Any) -> Iterator[tuple[Any, int]]:
+def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterator[tuple[Any, int]]:
     """Yield configurations of smaller models, the smallest first, and how many parameters each may have."""
     for make, most_parameters in ((_with_few_layers, MOST_OF_FEW_LAYERS), (lambda one: one, MOST_PARAMETERS)):
         small = deepcopy(config)
@@ -108,7 +109,7 @@ def _configurations(config: Any) -> Iterator[tuple[Any, int]]:
             text = small.get_text_config()
             _shorten(text)
             make(text)
-            if num_parameters(small) > MOST_PARAMETERS:
+            if num_parameters(small, make_model) > MOST_PARAMETERS:
                 _lower(text, FEW_EXPERTS | NARROW)
         except STAND_IN_ERRORS:
             continue
@@ -171,8 +172,8 @@ def numbers_of(value: Any) -> Iterator[int]:
         yield value
 
 
-def num_parameters(config: Any) -> int:
+def num_parameters(config: Any, make_model: Callable[..., CausalLM] = AutoModelForCausalLM.from_config) -> int:
     """Return the number of parameters of a model of a configuration, without making their values."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = make_model(config)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -267,6 +267,8 @@ def _way_out(model: CausalLM) -> str:
     config = model.config.get_text_config()
     if getattr(config, "is_decoder", True) is False:
         return "Give its config.json is_decoder true, if it was trained so, or use a causal model."
+    if getattr(config, "causal", True) is False:
+        return "Give its config.json causal true, if it was trained so, or use a causal model."
     if getattr(config, "use_bidirectional_attention", None):
         return "Drop use_bidirectional_attention from its config.json, if it was trained so, or use a causal model."
     return "Use a causal model."

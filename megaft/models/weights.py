@@ -22,7 +22,7 @@ from megaft.files import is_file_name, parse_json, sha256_of
 from megaft.foreign import require_inert
 from megaft.hub import find_file
 from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
-from megaft.models.hugging_face import load_language_model, require_there
+from megaft.models.hugging_face import load_language_model, padding_rule, require_causal_class, require_there
 from megaft.models.layout import Layout, layout_of
 from megaft.models.size_limit import Size, no_larger_than
 from megaft.models.tensor_file import TensorFile, open_tensors
@@ -41,7 +41,7 @@ FORMAT = 1
 
 CONFIG_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
-    StrictDataclassError,
+    *(AssertionError, ImportError, StrictDataclassError),
 )
 """What comes of values in a config.json that make no sense."""
 
@@ -143,16 +143,23 @@ def load_config(source: str) -> Any:
     from transformers import AutoConfig
 
     with naming_config_errors(source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        require_causal_class(config)
+    return config
 
 
 @contextmanager
-def naming_config_errors(source: str) -> Iterator[None]:
-    """Turn what transformers and torch say of a configuration that makes no model into a DataError."""
+def naming_config_errors(source: str, config: Any = None) -> Iterator[None]:
+    """Turn what transformers and torch say of a configuration that makes no model into a DataError.
+
+    Args:
+        source: Where it is from.
+        config: It, if transformers could read it.
+    """
     try:
         yield
     except CONFIG_ERRORS as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = padding_rule(error, config) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise DataError(f"model is {source}; transformers makes no model of its config.json: {reason}") from error
 
 
@@ -164,7 +171,7 @@ def shapes_of(config: Any) -> dict[str, torch.Size]:
     """
     from transformers import AutoModelForCausalLM
 
-    with naming_config_errors(config.name_or_path), torch.device("meta"):
+    with naming_config_errors(config.name_or_path, config), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""What a user does with a model, each compared with plain forward passes of transformers."""
+"""Uses of a model folder, each compared with plain forward passes of the transformers model that was saved there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from families_ranks import nats_on_ranks
 from torch import Tensor
 
 from megaft.config import LoraConfig, ModelConfig
@@ -38,9 +39,20 @@ def check(found: Tensor, expected: Tensor, what: str) -> None:
     assert difference <= TOLERANCE, f"differs: {what} by {difference:.1e} of the largest"
 
 
-def trains(folder: str) -> None:
-    """Compare loss and gradients with those of plain logits."""
+def check_loaded(model: Any, saved: Any) -> None:
+    """Raise AssertionError where a tensor is not loaded as it was saved."""
+    found = model.state_dict()
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(found[name], tensor), f"differs: {name} as loaded"
+    for name, parameter in saved.named_parameters():
+        is_trained = model.get_parameter(name).requires_grad
+        assert is_trained == parameter.requires_grad, f"differs: {name} is {'trained' if is_trained else 'frozen'}"
+
+
+def trains(folder: str, saved: Any) -> None:
+    """Compare weights with those that were saved, and loss and gradients with those of plain logits."""
     model = hugging_face.build(ModelConfig(path=folder, dropout=0.0), LoraConfig(), 0)
+    check_loaded(model, saved)
     trials.require_language_model(model)
     nats_model = NatsModel(model).train()
     tokens = tokens_of(model, 2, 40)
@@ -62,18 +74,17 @@ def _gradients(loss: Tensor, model: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def scores(folder: str) -> None:
+def scores(folder: str, saved: Any) -> None:
     """Compare the nats of padded rows with plain logits of each prefix alone."""
     scorer = load_scoring_model(folder, dtype=torch.float32, device=torch.device("cpu"))
-    plain = hugging_face.load_language_model(folder).eval()
-    tokens = tokens_of(plain, 2, 41)
+    tokens = tokens_of(saved, 2, 41)
     inputs, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
     labels[1, 17:], inputs[1, 17:] = IGNORE_INDEX, 0
     found = scorer(inputs, labels)[0]
     places = [(row, place) for row, length in ((0, 40), (1, 17)) for place in range(length)]
     expected = [
         token_nats(
-            plain(input_ids=inputs[row : row + 1, : place + 1], use_cache=False).logits[0, -1:],
+            saved(input_ids=inputs[row : row + 1, : place + 1], use_cache=False).logits[0, -1:],
             labels[row, place : place + 1],
         )
         for row, place in places
@@ -82,24 +93,24 @@ def scores(folder: str) -> None:
 
 
 @torch.no_grad()
-def generates(folder: str) -> None:
+def generates(folder: str, saved: Any) -> None:
     """Compare greedy tokens with those of forward passes over the whole text."""
     reader: Any = load_cached_model(folder, torch.float32)
-    plain = hugging_face.load_language_model(folder).eval()
-    prompt = tokens_of(plain, 6).tolist()
+    prompt = tokens_of(saved, 6).tolist()
     greedy = SamplingConfig(temperature=0)
     found = list(continue_tokens(reader, prompt, max_new_tokens=30, settings=greedy, seed=0))
     expected = list(prompt)
     for _ in range(30):
-        logits = plain(input_ids=torch.tensor([expected]), use_cache=False).logits[0, -1]
+        logits = saved(input_ids=torch.tensor([expected]), use_cache=False).logits[0, -1]
         expected.append(int(logits.argmax()))
     assert found == expected[6:], f"differs: greedy tokens {found} {expected[6:]}"
 
 
-def partitions(folder: str) -> None:
+def partitions(folder: str, saved: Any) -> None:
     """Compare loss under ZeRO-3 with that of the whole model."""
     source = ModelConfig(path=folder, dropout=0.0)
     whole = hugging_face.build(source, LoraConfig(), 0).train()
+    check_loaded(whole, saved)
     tokens = tokens_of(whole, 2, 40)
     with torch.no_grad():
         torch.manual_seed(0)
@@ -121,7 +132,7 @@ def partitions(folder: str) -> None:
 
 
 @torch.no_grad()
-def packs(folder: str) -> None:
+def packs(folder: str, saved: Any) -> None:
     """Compare nats of documents in one row with those of each alone."""
     model = hugging_face.build(ModelConfig(path=folder, dropout=0.0), LoraConfig(), 0).eval()
     trials.require_language_model(model)
@@ -135,22 +146,31 @@ def packs(folder: str) -> None:
     begin = 0
     for length in lengths:
         part = slice(begin, begin + length)
-        logits = model(input_ids=inputs[:, part], use_cache=False).logits
+        logits = saved(input_ids=inputs[:, part], use_cache=False).logits
         check(packed[:, part], token_nats(logits, labels[:, part]), "nats of a packed document")
         begin += length
 
 
 @torch.no_grad()
-def cuts(folder: str) -> None:
+def cuts(folder: str, saved: Any) -> None:
     """Compare nats of megatron-core's modules with transformers' logits."""
     from megaft.models import megatron
 
     model = megatron.build(ModelConfig(path=folder, backend="megatron", dropout=0.0), seed=0, engine_config=None)
-    plain = hugging_face.load_language_model(folder).eval()
-    tokens = tokens_of(plain, 2, 40)
+    tokens = tokens_of(saved, 2, 40)
     found = megatron.MegatronNats(model).eval()(tokens[:, :-1], tokens[:, 1:])
-    expected = token_nats(plain(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:]).sum()
+    expected = token_nats(saved(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:]).sum()
     check(found, expected, "nats of megatron-core's modules")
+
+
+@torch.no_grad()
+def cuts_over_ranks(folder: str, saved: Any) -> None:
+    """Compare nats of megatron-core's modules on two ranks with transformers' logits."""
+    cuts(folder, saved)  # which says what is refused
+    tokens = tokens_of(saved, 2, 40)
+    expected = token_nats(saved(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:])
+    for found in nats_on_ranks(folder, tokens):
+        check(found, expected, "nats at tensor parallel 2")
 
 
 CASES = {
@@ -160,4 +180,5 @@ CASES = {
     "ZeRO-3": partitions,
     "packs": packs,
     "megatron": cuts,
+    "megatron TP 2": cuts_over_ranks,
 }

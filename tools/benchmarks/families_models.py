@@ -80,14 +80,50 @@ SMALL = {
 
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+ASSISTANT = {
+    "vocab_size": WORDS,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": LAYERS,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+}
 ODD: dict[str, dict[str, Any]] = {
     "bamba": MAMBA,
     "beam": {"n_group": 2},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 60,
+        "encoder_config": {"hidden_size_global": WIDTH},
+        "decoder_config": {"hidden_size_global": WIDTH},
+    },
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "codegen": {"rotary_dim": 4},
-    "dots1": {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+        "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    },
+    "moshi": {"audio_vocab_size": 24},
+    "dots1": {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.95, 0.0]},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gemma4_assistant": {"text_config": ASSISTANT | {"model_type": "gemma4_text"}, "backbone_hidden_size": WIDTH},
+    "gemma4_unified_assistant": {
+        "text_config": ASSISTANT | {"model_type": "gemma4_unified_text"},
+        "backbone_hidden_size": WIDTH,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_heads": HEADS, "window_size": 7},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": MAMBA,
@@ -99,11 +135,13 @@ ODD: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8},
+    "xlm": {"pad_index": 0},
     "xlnet": {"d_inner": 48},
     "xmod": {"default_language": "en_XX"},
     "xlstm": {"num_heads": HEADS, "num_blocks": 2, "num_hidden_layers": 2},
     "zamba": {
-        "layers_block_type": ["linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
         "mamba_dt_rank": 4,
@@ -153,6 +191,7 @@ ENCODERS = (
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name} as an encoder": (name, {"is_decoder": False}) for name in ENCODERS},
     "gemma3_text, bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
     "xlm, causal": ("xlm", {"causal": True}),
 }
 """Configurations that are not a family's usual one: model type and changes."""
@@ -161,14 +200,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> Any:
     """Return a small configuration of a model type."""
     config_class = CONFIG_MAPPING[model_type]
-    odd = ODD.get(model_type, {}) | (changes or {})
-    return config_class(**_small(config_class) | odd)
+    small = _small(config_class)
+    for name, value in (ODD.get(model_type, {}) | (changes or {})).items():
+        is_inner = isinstance(value, dict) and name in getattr(config_class, "sub_configs", {})
+        small[name] = small.get(name, {}) | value if is_inner else value
+    return config_class(**small)
 
 
 def tiny_model(config: Any, seed: int = 0) -> Any:
     """Return a random model of a configuration, whose weights are large enough that every part of it is felt."""
     if (size := num_parameters(config)) > LARGEST:
-        raise ValueError(f"{size} parameters are not tiny")
+        raise OverflowError(f"{size} parameters are not tiny")
     torch.manual_seed(seed)
     return make_loud(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
 
@@ -185,10 +227,16 @@ def _small(config_class: Any) -> dict[str, Any]:
     if known.get("per_layer_config"):
         small["per_layer_config"] = {}
     for name, inner in getattr(config_class, "sub_configs", {}).items():
-        if isinstance(known.get(name), dict) and hasattr(inner, "model_type"):
-            inner_type = CONFIG_MAPPING[known[name]["model_type"]] if known[name].get("model_type") else inner
+        if isinstance(known.get(name), dict) and (inner_type := _inner_type(known[name], inner)):
             small[name] = _small(inner_type) | {"model_type": inner_type.model_type}
     return small
+
+
+def _inner_type(settings: dict[str, Any], default: Any) -> Any:
+    """Return the class of a configuration inside another, if one is named; `default` may be AutoConfig."""
+    if settings.get("model_type"):
+        return CONFIG_MAPPING[settings["model_type"]]
+    return default if hasattr(default, "model_type") else None
 
 
 def _settings_of(config_class: Any) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Loaded weights stay as stored, and frozen ones frozen; transformers keeps neither in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from megaft.models.stand_in import keeping_random_states
+
+
+@contextmanager
+def keeping_stored_weights() -> Iterator[None]:
+    """Initialize only modules that hold something which was not loaded, such as a buffer that no file stores.
+
+    transformers leaves it to each family to spare what was loaded. Youtu sets the padding row of its embedding to zero
+    all the same, and some families look at the shapes of weights, which ZeRO-3 has already partitioned.
+    """
+    plain = PreTrainedModel._initialize_weights
+
+    def initialize(self: Any, module: nn.Module, is_custom_code: bool = False) -> None:
+        if not _is_loaded(module):
+            plain(self, module, is_custom_code)
+
+    PreTrainedModel._initialize_weights = initialize
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = plain
+
+
+def _is_loaded(module: nn.Module) -> bool:
+    """Return whether transformers has marked every tensor of a module and of its children as loaded."""
+    return all(getattr(tensor, "_is_hf_initialized", False) for tensor in chain(module.parameters(), module.buffers()))
+
+
+def freeze_as_constructed(model: Any) -> None:
+    """Freeze the parameters that the family's constructor freezes: sinusoidal positions, and biases of MoE routers.
+
+    transformers makes every loaded parameter trainable, except under ZeRO-3, where this is not needed.
+    """
+    with keeping_random_states(), torch.device("meta"):
+        constructed = type(model)(deepcopy(model.config))
+    for name, parameter in constructed.named_parameters():
+        if not parameter.requires_grad:
+            model.get_parameter(name).requires_grad_(False)
