@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 INSTALL := PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 # Two files of tests at a time.
-PYTEST := $(BIN)/python -m pytest -p xdist -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -p xdist -n 2 --dist loadfile --no-loadscope-reorder
 
 export HF_HUB_OFFLINE ?= 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions

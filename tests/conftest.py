@@ -24,6 +24,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that have slow tests, so that the workers end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """Show a failure when it happens, so that a log that is cut short has it."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.when} of {report.nodeid} failed:\n{report.longreprtext}", flush=True)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the shared test data: data/ (real corpora) and models/ (a small trained GPT-2)."""
