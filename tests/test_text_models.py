@@ -1,4 +1,4 @@
-"""Text models of composite folders: loaded, tried and exported where their configuration leads to no causal class."""
+"""Text models of composite folders: loaded, tried and exported, though their own config leads to no causal class."""
 
 import pytest
 import torch

@@ -169,10 +169,10 @@ def report(rows: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Model families",
         "",
-        "Results for a tiny random model of each model type that AutoModelForCausalLM takes, part by part. *Right* "
-        "means equal to plain forward passes of the transformers model that was saved: weights and greedy tokens "
-        "exactly, losses and nats to 2e-5. *Refused* means one line before anything is trained or printed. The numbers are "
-        "notes below the table, where NAME is the model type, CLASS its class and MODEL the folder.",
+        "Results for a tiny random model of each model type that AutoModelForCausalLM takes, part by part. "
+        "*Right* means equal to plain forward passes of the transformers model that was saved: weights and greedy "
+        "tokens exactly, losses and nats to 2e-5. *Refused* means one line before anything is trained or printed. "
+        "The numbers are notes below the table, where NAME is the model type, CLASS its class and MODEL the folder.",
         "",
         f"`python tools/benchmarks/families.py --output docs/families.md` with transformers {version('transformers')}, "
         f"torch {version('torch')}, deepspeed {version('deepspeed')}, on a CPU.",
