@@ -8,6 +8,7 @@ from typing import Any
 from megaft.config import require
 from megaft.errors import DataError
 from megaft.files import parse_json
+from megaft.foreign import require_inert
 
 
 def _gpt2(layers: int, width: int, heads: int, vocab_size: int = 50_257) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def configuration(model: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: Neither.
-        DataError: The file is no JSON object.
+        DataError: The file is no JSON object, or has what no model may have.
     """
     if model in PRESETS:
         return PRESETS[model]
@@ -78,6 +79,7 @@ def configuration(model: str) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON ({error}); copy it from the model again.") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} is not a JSON object but a {type(found).__name__}; copy it from the model again.")
+    require_inert("model", path)
     return found
 
 

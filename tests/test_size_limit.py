@@ -12,6 +12,7 @@ from megaft.models import size_limit
 from megaft.models.hugging_face import create_language_model, load_language_model
 from megaft.models.size_limit import Size, no_larger_than
 from megaft.models.weights import open_weights
+from megaft.presets import configuration
 
 LLAMA_PARAMETERS = 2 * (61 * 32) + 32 + 2 * (2 * 32 + 32 * 32 * 2 + 2 * 16 * 32 + 3 * 48 * 32)
 LLAMA_TENSORS = 2 + 1 + 2 * (2 + 4 + 3)
@@ -48,6 +49,8 @@ def test_numbers_that_no_model_has_are_refused_by_name(file, content, says, tmp_
     for load in (load_language_model, open_weights, lambda source: create_language_model(f"{source}/{file}", seed=0)):
         with pytest.raises(DataError, match=f"is {tmp_path}.*; its {file} has {says}"):
             load(str(tmp_path))
+    with pytest.raises(DataError, match=f"model is {tmp_path}.*; its {file} has {says}"):
+        configuration(str(tmp_path))
 
 
 @pytest.mark.parametrize(

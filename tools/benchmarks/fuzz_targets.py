@@ -144,6 +144,14 @@ def _load_model(source: Path) -> None:
     NatsModel(model)(ids, ids)
 
 
+def _estimate(folder: Path) -> None:
+    from megaft.estimate import EstimateConfig, estimate
+
+    path = folder / "deepspeed.json"
+    path.write_text('{"train_batch_size": 2, "train_micro_batch_size_per_gpu": 2}')
+    estimate(EstimateConfig(model=str(folder), deepspeed_config=path, context_length=16))
+
+
 def _make_gguf(folder: Path) -> None:
     toy_gguf.make_gguf(folder / "model.gguf")
 
@@ -289,6 +297,7 @@ TARGETS = {
     "sentencepiece": Target(_make_sentencepiece, lambda folder: _encode(folder / "tokenizer.model"), ("*.model",)),
     "vocabulary": Target(_make_vocabulary, _encode, ("vocab.json", "merges.txt")),
     "model-config": Target(_make_model, _load_model, ("config.json",)),
+    "estimate": Target(_make_model, _estimate, ("config.json",)),
     "generation-config": Target(_make_model, _end_ids, ("generation_config.json", "config.json")),
     "safetensors": Target(_make_model, _load_model, ("model.safetensors",)),
     "safetensors-index": Target(_make_sharded, _load_model, ("model.safetensors.index.json",)),
