@@ -1,5 +1,6 @@
 """Fixtures of every test: the real corpora and models, and a small launcher of ranks."""
 
+import gc
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import parent_process
@@ -102,4 +103,5 @@ def _on_rank(rank, world_size, port, function, args):
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # a collection, of which DeepSpeed makes many, need not look at what the fork server imported
     return function(*args)
