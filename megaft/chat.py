@@ -68,7 +68,7 @@ class Renderer:
 
 
 def require_messages(where: str, key: str, messages: Any) -> Messages:
-    """Return messages that have a role and a text each.
+    """Return messages that have a role and a text each, and perhaps a `weight` of 0 or 1, as OpenAI's format has it.
 
     Args:
         where: The file and line, or the setting.
@@ -86,6 +86,8 @@ def require_messages(where: str, key: str, messages: Any) -> Messages:
     for message in messages:
         if "\0" in message["content"]:
             raise DataError(f"{where}: {key!r} has a NUL character (\\u0000), which no text has; leave it out.")
+        if (weight := message.get("weight", 1)) not in (0, 1):
+            raise DataError(f"{where}: {key!r} has a turn of weight {weight!r}; give 0 (not trained on) or 1.")
         if message["role"] != SCORED_ROLE and _is_assistant(message["role"]):
             raise DataError(
                 f"{where}: {key!r} has a turn of role {message['role']!r}, which would not be trained on: only role "
@@ -95,7 +97,7 @@ def require_messages(where: str, key: str, messages: Any) -> Messages:
 
 
 def segments(where: str, messages: Messages, render: Callable[..., str]) -> list[Segment]:
-    """Return the rendered messages; only the assistant's turns are scored.
+    """Return the rendered messages; only the assistant's turns are scored, and not those of weight 0.
 
     Args:
         where: The file and line.
@@ -111,7 +113,8 @@ def segments(where: str, messages: Messages, render: Callable[..., str]) -> list
         if message["role"] == SCORED_ROLE:
             prompt = render(messages[:end], add_generation_prompt=True)
             answer = render(messages[: end + 1])
-            found += [Segment(_after(where, done, prompt), False), Segment(_after(where, prompt, answer))]
+            is_scored = message.get("weight", 1) == 1
+            found += [Segment(_after(where, done, prompt), False), Segment(_after(where, prompt, answer), is_scored)]
             done = answer
     rest = _after(where, done, render(messages))
     return [*found, Segment(rest, False)] if rest else found
