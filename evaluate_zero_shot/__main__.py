@@ -67,9 +67,9 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     device = device_of(topology) if is_alone else parallel.join(topology)
     if is_cut:
         parallel.cut_matrices(size)
-    data = data or find_all_data(config, os.environ)
+    data = parallel.together(lambda: data or find_all_data(config, os.environ))
     for source in config.model:  # a name mistyped is said now, not when its turn comes
-        load_tokenizer(model_source(source))
+        parallel.together(load_tokenizer, model_source(source))
     combinations = list(product(config.tasks, config.protocols, config.strides))
     with locked(config.output, topology.is_main):
         done = []

@@ -43,7 +43,7 @@ def load(source: str, config: EvaluateConfig, backend: Backend, device: torch.de
         DataError: It is not there, or does not fit its tokenizer.
     """
     path, dtype = model_source(source), getattr(torch, config.dtype)
-    tokenizer = load_tokenizer(path)
+    tokenizer = parallel.together(load_tokenizer, path)
     scorer = load_scoring_model(path, dtype=dtype, device=device, backend=backend, is_partitioned=config.partition)
     if tokenizer.vocab_size > scorer.vocab_size:
         raise DataError(

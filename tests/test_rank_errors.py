@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from datetime import timedelta
 
 import pytest
@@ -32,16 +33,20 @@ CASES = {
 }
 
 
+# What rank 1 lacks of the model, and whether its weights are partitioned
+EVALUATIONS = {
+    "no tokenizer": ("tokenizer.json", False),
+    "no weights": ("model.safetensors", False),
+    "no weights, partitioned": ("model.safetensors", True),
+}
+
+
 def train_all(folder, model, texts):
     """Return the exit code and message of every case on this rank."""
     from megaft import parallel
 
     topology = parallel.discover(os.environ)
-    parallel.join(topology, timedelta(seconds=60))
-    try:
-        return {name: failure_of(folder / name, model, texts, topology, *case[:4]) for name, case in CASES.items()}
-    finally:
-        parallel.leave()
+    return {name: failure_of(folder / name, model, texts, topology, *case[:4]) for name, case in CASES.items()}
 
 
 def failure_of(run_dir, model, texts, topology, stage, flag, broken, culprit):
@@ -66,6 +71,35 @@ def failure_of(run_dir, model, texts, topology, stage, flag, broken, culprit):
     return 0, ""
 
 
+def evaluate_all(folder, model, texts):
+    """Return the exit code and message of every evaluation on this rank."""
+    from evaluate_zero_shot import __main__ as program
+    from evaluate_zero_shot.config import parse
+    from megaft import parallel
+
+    topology, seen = parallel.discover(os.environ), {}
+    for name, (part, is_partitioned) in EVALUATIONS.items():
+        source = folder / f"{name} {topology.rank}"
+        shutil.copytree(model, source)
+        if topology.rank == 1:
+            (source / part).unlink()
+        flags = [f"--model={source}", "--task=text", f"--data={texts.valid}", f"--output={folder / name}"]
+        with pytest.raises(UserError) as error:
+            program.run(parse([*flags, *(["--partition"] if is_partitioned else [])]), topology)
+        seen[name] = error.value.exit_code, str(error.value)
+    return seen
+
+
+def all_cases(*arguments):
+    from megaft import parallel
+
+    parallel.join(parallel.discover(os.environ), timedelta(seconds=60))
+    try:
+        return train_all(*arguments) | evaluate_all(*arguments)
+    finally:
+        parallel.leave()
+
+
 class Texts:
     def __init__(self, tokenizer, texts):
         self.tokenizer, (self.train, self.valid) = tokenizer, texts
@@ -74,7 +108,7 @@ class Texts:
 @pytest.fixture(scope="module")
 def failures(run_ranks, tmp_path_factory, toy_model, toy_texts):
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_ranks(2, train_all, folder, toy_model, Texts(toy_model, toy_texts))
+    return folder, run_ranks(2, all_cases, folder, toy_model, Texts(toy_model, toy_texts))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,3 +121,10 @@ def test_all_ranks_end_with_what_one_found(failures, name):
     assert found[1 - culprit][name] == (code, f"rank {culprit}: {message}")
     ended = json.loads((folder / name / "ended.json").read_text())
     assert ended == {"exit_code": code, "reason": found[0][name][1]}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_all_ranks_end_an_evaluation_with_what_one_found(failures, name):
+    _, (main, other) = failures
+    assert other[name][0] == DataError.exit_code
+    assert main[name] == (DataError.exit_code, f"rank 1: {other[name][1]}")

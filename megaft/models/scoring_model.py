@@ -213,13 +213,18 @@ def load_scoring_model(
 
     Raises:
         ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
-        DataError: It is not there, transformers cannot read it, or it is no causal language model.
+        DataError: On every rank, where any finds that it is not there, that transformers cannot read it, or that it is
+            no causal language model.
     """
     if backend == "megatron":
         language_model = _load_megatron(source, dtype, is_partitioned)
     else:
-        language_model = (_load_partitioned if is_partitioned else load_language_model)(source, dtype)
-        trials.require_language_model(language_model)
+        language_model = (
+            _load_partitioned(source, dtype)
+            if is_partitioned
+            else parallel.together(load_language_model, source, dtype)
+        )
+        parallel.together(trials.require_language_model, language_model)
         fuse_activations(language_model)
     model, num_parameters = ScoringModel(language_model), count(language_model.parameters())
     if can_pack(dtype, device) and not is_partitioned:
@@ -248,7 +253,7 @@ def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
             return load_language_model(source, dtype)
     import deepspeed
 
-    language_model = load_language_model(source, dtype)  # transformers fills it outside ZeRO's hooks
+    language_model = parallel.together(load_language_model, source, dtype)  # filled outside ZeRO's hooks
     deepspeed.zero.Init(module=language_model, config_dict_or_path=_deepspeed_config(dtype))
     return language_model
 
