@@ -30,6 +30,7 @@ from megaft.throughput import Meter
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.trackers import check_trackers
 from megaft.training_data import (
+    Sources,
     notes_on_lengths,
     notes_on_unscored,
     open_samples,
@@ -93,12 +94,12 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     max_steps = _max_steps(config, setup, samples)
 
     device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
-    require_supported(setup.dtype)
+    # From here on the others would wait for a rank that raises alone: what one finds, all raise.
+    parallel.together(require_supported, setup.dtype)
     model, architecture = _model(config, setup)
-    hugging_face.require_fits(model.language_model, tokenizer, config.longest_input)
     longest_alike = length_limit(model.language_model.config)
-    validation = Validation(sources.valid, config, tokenizer, longest_alike) if sources.valid else None
-    padded_to = _padded_to(config, longest_alike)
+    validation = parallel.together(_validation, sources, config, tokenizer, model.language_model)
+    padded_to = parallel.together(_padded_to, config, longest_alike)
     identity = Identity(
         global_batch_size=setup.global_batch_size,
         seed=config.run.seed,
@@ -130,8 +131,8 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         "peak_flops_source": meter.peak_source,
     }
     events = Events(config.run.dir, topology.is_main)
+    parallel.together(_start_folder, config, settings, events)
     if topology.is_main:
-        _start_folder(config, settings, events)
         lengths, unscored = notes_on_lengths(sources.train, config.data), notes_on_unscored(sources.train, samples)
         inexact = [torch_flags.NOT_EXACT] if has_cuda and not config.run.deterministic else []
         for note in (*setup.notes, *lengths, *unscored, *inexact, *_notes_on_cpu(setup, device)):
@@ -225,11 +226,26 @@ def _model(config: TrainConfig, setup: Resolved) -> tuple[Any, str]:
         language_model = megatron.build(config.model, config.run.seed, setup.engine_config)
         return megatron.MegatronNats(language_model), megatron.architecture(language_model)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed, setup.engine_config)
-    trials.require_language_model(language_model)
-    if config.data.attend_within_documents:
-        trials.require_keeps_documents_apart(language_model)
-    model = hugging_face.NatsModel(language_model, config.model.cross_entropy)
+    model = parallel.together(nats_model, language_model, config)
     return model, hugging_face.architecture(language_model)
+
+
+def nats_model(language_model: Any, config: TrainConfig) -> hugging_face.NatsModel:
+    """Return the module of nats of a model that training can trust."""
+    with trials.on_trial(language_model) as small:
+        trials.require_language_model(language_model, small)
+        if config.data.attend_within_documents:
+            trials.require_keeps_documents_apart(language_model, small)
+        return hugging_face.NatsModel(language_model, config.model.cross_entropy, small)
+
+
+def _validation(
+    sources: Sources, config: TrainConfig, tokenizer: AnyTokenizer, language_model: Any
+) -> Validation | None:
+    """Return the validation text, where there is one, once the model reads tokens and inputs of this run."""
+    hugging_face.require_fits(language_model, tokenizer, config.longest_input)
+    longest_alike = length_limit(language_model.config)
+    return Validation(sources.valid, config, tokenizer, longest_alike) if sources.valid else None
 
 
 def _padded_to(config: TrainConfig, longest_alike: int | None) -> int | None:
@@ -253,11 +269,14 @@ def _padded_to(config: TrainConfig, longest_alike: int | None) -> int | None:
 
 def _engine(model: torch.nn.Module, setup: Resolved, device: torch.device) -> Any:
     groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
-    optimizer = build_optimizer(groups, setup.optim, device_type="cpu" if setup.offload_optimizer else device.type)
+    device_type = "cpu" if setup.offload_optimizer else device.type
+    optimizer = parallel.together(lambda: build_optimizer(groups, setup.optim, device_type=device_type))
     return deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config, mpu=parallel.mpu())[0]
 
 
 def _start_folder(config: TrainConfig, settings: dict[str, Any], events: Events) -> None:
+    if not parallel.is_main():
+        return
     config.run.dir.mkdir(parents=True, exist_ok=True)
     if config.run.fresh:
         checkpoint.remove_all(config.run.dir)

@@ -26,7 +26,7 @@ from megaft import engine_state, parallel
 from megaft.canonical import Canonical, Recut
 from megaft.config import CHANGEABLE
 from megaft.errors import CheckpointError
-from megaft.files import naming_disk_errors, parse_json, sha256_of, to_json
+from megaft.files import is_file_name, naming_disk_errors, parse_json, sha256_of, to_json
 from megaft.models.layout import layout_of
 from megaft.pieces import Pieces
 from megaft.run_state import Identity, RunState
@@ -78,12 +78,12 @@ def find(run_dir: Path) -> Found:
     """
     folder, skipped = run_dir / "checkpoints", []
     candidates = published(folder) if parallel.is_main() else []
-    while name := _agreed(candidates.pop().name if candidates else ""):
-        reason = _agreed(_damage(folder / name))
+    while name := parallel.agreed(candidates.pop().name if candidates else ""):
+        reason = parallel.agreed(_damage(folder / name))
         if not reason:
             break
         skipped.append((name, reason))
-    skipped += [entry for entry in [("latest", _agreed(_stray_pointer(folder, name)))] if entry[1]]
+    skipped += [entry for entry in [("latest", parallel.agreed(_stray_pointer(folder, name)))] if entry[1]]
     if parallel.is_main():
         for what, reason in skipped:
             print(f"skipped {what}: {reason}", flush=True)
@@ -93,17 +93,6 @@ def find(run_dir: Path) -> Found:
             f"no checkpoint in {folder} holds; {newest} Put one back, or start over with --run.fresh."
         )
     return Found(folder / name if name else None, tuple(skipped))
-
-
-AGREED_BYTES = 1000
-
-
-def _agreed(text: str) -> str:
-    """Return, on every rank, the text of the last rank that has one."""
-    speaker = parallel.max_over_ranks([parallel.rank() if text else -1])[0]
-    mine = text.encode() if speaker == parallel.rank() else b""
-    agreed = parallel.max_over_ranks([*mine[:AGREED_BYTES].ljust(AGREED_BYTES, b"\0")])
-    return bytes(agreed).rstrip(b"\0").decode(errors="replace")
 
 
 def _damage(folder: Path) -> str:
@@ -156,8 +145,8 @@ def verify(folder: Path, share: int = 0, num_shares: int = 1) -> dict[str, Any]:
     manifest = read_manifest(folder)
     for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
         path = folder / name
-        if name in ("", "..") or Path(name).name != name or path.is_symlink():
-            raise CheckpointError(f"{folder / MANIFEST} names {name}, which is outside the checkpoint.")
+        if not is_file_name(name) or path.is_symlink():
+            raise CheckpointError(f"{folder / MANIFEST} names {name[:80]}, which is outside the checkpoint.")
         require_size(path, expected["bytes"])
         if number % num_shares == share and _sha256_of(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's.")

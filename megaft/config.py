@@ -15,6 +15,7 @@ import tyro
 
 from megaft.errors import ConfigError
 from megaft.ranges import ABOVE_0, BELOW_1, NOT_NEGATIVE, SEED, UP_TO_1, at_least, require_ranges
+from megaft.unicode_text import is_unicode
 
 # What a resumed run can be allowed to change; the other parts of its identity have no override.
 CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
@@ -187,6 +188,7 @@ class RunConfig:
             (self.max_steps is None) != (self.epochs is None),
             f"run.max-steps is {self.max_steps} and run.epochs is {self.epochs}; give exactly one of the two.",
         )
+        require(is_unicode(str(self.dir)), f"run.dir is {self.dir!s}, which is not UTF-8; name another folder.")
         require_ranges(
             self,
             "run.",
@@ -226,6 +228,9 @@ class CheckpointConfig:
 
 Policy = Literal["ignore", "stop", "skip", "rewind"]
 
+FEWEST_VALUES = 32
+"""Steps that the guard needs to tell a spike from noise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
@@ -242,7 +247,7 @@ class GuardConfig:
     spike_deviations: float = 8.0
     """How far above: robust standard deviations (1.4826 times the median distance) from the median of the window."""
     spike_window: int = 128
-    """Steps that are compared with; a quarter of them must be there first."""
+    """Steps that are compared with; a quarter of them, and 32 at least, must be there first."""
     max_overflows: int = 20
     """fp16 overflows in a row after which the run stops."""
     max_skips: int = 10
@@ -255,7 +260,7 @@ class GuardConfig:
             self,
             "guard.",
             spike_deviations=ABOVE_0.such_as("8"),
-            spike_window=at_least(8),
+            spike_window=at_least(FEWEST_VALUES).such_as("128"),
             max_overflows=at_least(1),
             max_skips=at_least(1),
             max_rewinds=at_least(1),

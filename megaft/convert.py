@@ -21,6 +21,7 @@ from megaft.errors import ConfigError, DataError
 from megaft.files import fsync, naming_disk_errors
 from megaft.masking import without_secrets
 from megaft.ranges import at_least, require_ranges
+from megaft.unicode_text import is_unicode
 
 MIN_TEXT = 100
 """Characters that --verify compares models on at least."""
@@ -49,6 +50,7 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
+        require(is_unicode(str(self.to)), f"to is {self.to!s}, which is not UTF-8; name another folder.")
         require(
             self.format == "megatron" or self.tensor_parallel_size == 1,
             f"tensor-parallel-size is {self.tensor_parallel_size}, but format hugging-face has no ranks; drop it.",

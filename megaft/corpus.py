@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from megaft.chat import Renderer
 from megaft.errors import DataError
 from megaft.record_file import records_of
 from megaft.records import Record, Segment
@@ -55,8 +56,8 @@ class Layout:
     messages_key: str | None = None
     detokenize: Callable[[str], str] | None = None
     """None leaves the text as it is."""
-    render: Callable[..., str] | None = None
-    """Messages -> text, a tokenizer's apply_chat_template."""
+    render: Renderer | None = None
+    """The tokenizer's chat template."""
 
 
 def documents(source: Source, layout: Layout) -> Iterator[Document]:
@@ -203,7 +204,7 @@ def _records(source: Source, layout: Layout) -> Iterator[list[Segment]]:
 def _segments(record: Record, layout: Layout) -> list[Segment]:
     if layout.messages_key is not None:
         assert layout.render is not None
-        return record.conversation(layout.messages_key, layout.render)
+        return layout.render(record.where, layout.messages_key, record.get(layout.messages_key))
     if layout.prompt_key is not None and layout.completion_key is not None:
         return [Segment(record.text(layout.prompt_key), False), Segment(record.text(layout.completion_key))]
     return [Segment(record.text(layout.text_key))]

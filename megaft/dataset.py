@@ -117,9 +117,10 @@ class _Tokens(ABC):
 
 
 class Stream(_Tokens):
-    """The corpus as one stream of tokens, cut every context_length; each token but the first is once a label.
+    """Packed samples: all documents concatenated and split every context_length tokens, across documents.
 
-    The tokens that open documents are none, as long as they are the tokenizer's own.
+    Each token is a label once an epoch, except the first of the corpus and the special tokens that the tokenizer puts
+    before each document.
     """
 
     def __init__(self, prefix: str, context_length: int, attend_within_documents: bool = False):
@@ -145,7 +146,7 @@ class Stream(_Tokens):
 
 
 class Documents(_Tokens):
-    """Samples that never leave their document; one longer than the context gives several."""
+    """Unpacked samples: each document by itself, split into several where it is longer than the context."""
 
     def __init__(self, prefix: str, context_length: int):
         super().__init__(prefix, context_length)

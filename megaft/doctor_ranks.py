@@ -25,7 +25,7 @@ from megaft.config import CheckpointConfig
 from megaft.doctor_table import Check, exit_code, show
 from megaft.engine_state import WEIGHT
 from megaft.files import naming_disk_errors
-from megaft.models.hugging_face import CausalLM
+from megaft.models.causal_lm import CausalLM
 from megaft.parallel import Topology
 from megaft.pieces import Pieces
 from megaft.run_state import Identity, RunState

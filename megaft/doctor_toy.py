@@ -15,7 +15,8 @@ from megaft.config import OptimConfig
 from megaft.dataset import Cut, Sample, collate
 from megaft.deepspeed_json import resolve
 from megaft.loss import IGNORE_INDEX
-from megaft.models.hugging_face import CausalLM, NatsModel
+from megaft.models.causal_lm import CausalLM
+from megaft.models.hugging_face import NatsModel
 from megaft.optim import build_optimizer, parameter_groups
 from megaft.parallel import Topology
 

@@ -16,7 +16,7 @@ from megaft.receipt import temporary
 
 @dataclass(slots=True)
 class Counts:
-    """What was written; words and UTF-8 bytes are of the original text of the documents kept."""
+    """Counts of a dataset; words and UTF-8 bytes are of the original text of the documents kept."""
 
     documents: int = 0
     documents_skipped: int = 0
@@ -27,10 +27,10 @@ class Counts:
 
 
 class DocumentWriter:
-    """Writes PREFIX's temporary .bin/.idx, and with `has_mask` .scored.bin/.idx: 1 where a token is scored, else 0.
+    """Writer of a dataset's temporary files: the tokens, and with `has_mask` a loss mask, 1 for each scored token.
 
     Attributes:
-        has_scored_text: Whether any token of a text written so far is scored, those that end documents left aside.
+        has_scored_text: A token of some document's own text is scored; end-of-document tokens do not count.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class DocumentWriter:
         """Open the files.
 
         Args:
-            prefix: Of the dataset.
-            vocab_size: Decides the type of the tokens on disk.
-            has_mask: Whether to write which tokens are scored.
-            min_tokens: Documents with fewer are left out; those that open and end it do not count.
-            opening_ids: Tokens that each document begins with, unless its text spells them; never scored.
-            eod_id: The token that ends each document, scored where the document's last segment is.
+            prefix: Path of the dataset's files, without their suffixes.
+            vocab_size: Number of token ids, which decides the integer type on disk.
+            has_mask: Write the loss mask.
+            min_tokens: Documents whose own text has fewer tokens are left out.
+            opening_ids: Special tokens put before each document, unless its text spells them; never scored.
+            eod_id: End-of-document token, scored where the document's last segment is; None appends none.
         """
         self.counts = Counts()
         self.has_scored_text = False

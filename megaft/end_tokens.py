@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaft.errors import DataError
 from megaft.files import parse_json
+from megaft.hub import find_file
 
 if TYPE_CHECKING:
     from megaft.tokenizer import AnyTokenizer
@@ -60,18 +61,13 @@ def _ids(path: Path | None, value: Any, vocab_size: int, *, is_strict: bool) -> 
 
 def _read(source: str, name: str) -> tuple[Path | None, dict[str, Any]]:
     """Return a file of the model and its content, {} where there is none."""
-    from transformers.utils import cached_file
-
-    quietly = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    found = cached_file(source, name, **quietly)
+    found = find_file(source, name)
     if found is None:
         return None, {}
     try:
-        content = parse_json(Path(found).read_text(encoding="utf-8"))
+        content = parse_json(found.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{found} is damaged ({str(error).splitlines()[0]}); copy it anew.") from error
     if not isinstance(content, dict):
         raise DataError(f"{found} is a JSON {type(content).__name__}, not an object; copy it anew.")
-    return Path(found), content
+    return found, content

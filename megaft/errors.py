@@ -42,3 +42,7 @@ class LostPeerError(UserError):
     """Another rank ended or hangs. The same command continues from the last checkpoint, so requeue it."""
 
     exit_code = 75
+
+
+REPORT = "this is a defect of megaft: open an issue in its repository, with the run's config.json"
+"""End of messages about what only a defect explains."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaft import heartbeat
-from megaft.errors import CheckpointError, NoProgressError, UserError
+from megaft.errors import CheckpointError, LostPeerError, NoProgressError, UserError
 from megaft.exit_code import REQUEUE
 from megaft.files import json_lines, naming_disk_errors, to_json, write_json_atomic
 
@@ -85,6 +85,10 @@ def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
     try:
         with heartbeat.at_loss(partial(record_loss, run_dir)):
             yield
+    except LostPeerError as error:
+        if is_main:
+            record_loss(run_dir, str(error))
+        raise
     except UserError as error:
         if is_main:
             record_end(run_dir, None, error.exit_code, str(error))

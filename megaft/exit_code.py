@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megaft.errors import UserError
+from megaft.unicode_text import escape_unencodable
 
 REQUEUE, DO_NOT_REQUEUE = 75, 93
 """What batch scripts look for: saved and to be continued; ended on purpose or without hope."""
@@ -28,6 +29,7 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
     Args:
         is_main: Whether this rank prints the message at once; another one waits for the main rank to have done so.
     """
+    escape_unencodable(sys.stdout)
     try:
         try:
             return function(*arguments)

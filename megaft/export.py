@@ -57,7 +57,7 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
         require_same_ids(tokenizer, temporary)
         verified = written.verify(temporary, rows)
         card = model_card(config, step, verified)
-        (temporary / "README.md").write_text(without_secrets(card), encoding="utf-8")
+        (temporary / "README.md").write_text(without_secrets(card), "utf-8", "backslashreplace")
         for path in (temporary, *temporary.rglob("*")):
             fsync(path)
         if final.exists():

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from megaft.canonical import Canonical
 from megaft.dataset import Samples
 from megaft.engine_state import WEIGHT
-from megaft.errors import NumericsError
+from megaft.errors import REPORT, NumericsError
+from megaft.models.offload import Fetch, from_disk, offloaded_model
 from megaft.validation import Validation
 
 NUM_TOKENS = 512
@@ -31,6 +32,9 @@ fp32, so they differ by the order of sums alone. A wrong weight, merge or layout
 
 SMALLEST_MEAN = 0.1
 """Nats per token that a smaller mean counts as: the difference of fp32 logits is not exact to 1e-5 of less."""
+
+ROWS_FROM_DISK = 8
+"""Rows that models larger than the host's memory are compared on, at most: each reads all weights of both."""
 
 Rows = Sequence[Sequence[int]]
 """Tokens, each row an input whose last token is only predicted."""
@@ -88,8 +92,30 @@ def check_nats(trained: Callable[[], nn.Module], folder: Path, rows: Rows) -> Ve
     from transformers import AutoModelForCausalLM
 
     found = _nats(_PlainNats(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)), rows)
-    require_same_nats(expected, found, folder)
-    return Verified(len(expected), float(expected.mean()), float(found.mean()))
+    return _verified(expected, found, folder)
+
+
+def check_nats_from_disk(architecture: Any, fetch: Fetch, folder: Path, rows: Rows) -> Verified:
+    """Do as `check_nats` for a model that the host has no memory for, reading its weights anew for each row.
+
+    Args:
+        architecture: transformers' configuration of the model.
+        fetch: Returns a weight of the checkpoint by its name, rounded to the export's dtype, in fp32.
+        folder: The export.
+        rows: Held-out tokens, of which no more than ROWS_FROM_DISK rows are compared.
+
+    Raises:
+        NumericsError: As from `check_nats`.
+    """
+    expected = _nats(_PlainNats(offloaded_model(architecture, fetch)), rows[:ROWS_FROM_DISK])
+    with from_disk(folder) as model:
+        found = _nats(_PlainNats(model), rows[:ROWS_FROM_DISK])
+    return _verified(expected, found, folder)
+
+
+def _verified(trained: Tensor, exported: Tensor, folder: Path) -> Verified:
+    require_same_nats(trained, exported, folder)
+    return Verified(len(trained), float(trained.mean()), float(exported.mean()))
 
 
 def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
@@ -100,7 +126,7 @@ def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
         raise NumericsError(
             f"{folder} was not published: plain transformers loads another model from it, with {other:.6f} nats per "
             f"token on {len(trained)} held-out tokens, and the trained model has {mean:.6f}. The checkpoint is whole; "
-            "report this."
+            f"{REPORT}."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from torch import nn
 from megaft.canonical import Canonical
 from megaft.config import TrainConfig
 from megaft.engine_state import WEIGHT
-from megaft.errors import NumericsError
-from megaft.export_check import Rows, check_nats, load_weights
+from megaft.export_check import Rows, check_nats, check_nats_from_disk, load_weights
 from megaft.host_memory import available_memory
-from megaft.models import adapters, convert, hugging_face
+from megaft.models import adapters, convert, hugging_face, text_model
 from megaft.models.convert import rounded
 from megaft.models.generation_ids import (
     GENERATION,
@@ -27,6 +27,7 @@ from megaft.models.generation_ids import (
     ids_of,
     require_same_generation_ids,
 )
+from megaft.models.offload import num_offloadable, offloaded_model, save_offloaded
 from megaft.models.weights import Weights, file_of, load_config, open_weights, shapes_of
 from megaft.tokenizer import AnyTokenizer
 
@@ -35,7 +36,11 @@ Saved = Callable[[Any], Canonical]
 
 
 class HuggingFaceExport:
-    """Export of a run of transformers' modules: the whole model is in memory at once."""
+    """Export of a run of transformers' modules, block by block where the host has no room for a model without adapters.
+
+    A model is whole in memory with adapters, from a GGUF file, as a part of a larger model, or where its state is more
+    than its parameters.
+    """
 
     def __init__(self, config: TrainConfig, saved: Saved, dtype: torch.dtype, tokenizer: AnyTokenizer) -> None:
         self.config, self.saved, self.dtype, self.tokenizer = config, saved, dtype, tokenizer
@@ -47,16 +52,11 @@ class HuggingFaceExport:
             CheckpointError: The checkpoint does not hold.
             OSError: The disk refuses.
         """
-        model = self._trained()
-        if self.config.model.from_scratch is not None:
-            follow_tokenizer(model.config, self.tokenizer.bos_id, self.tokenizer.eos_id)
-            model.generation_config = _generation_of(model.config)
         try:
-            if self.config.lora.rank:
-                adapters.save_adapters(model, folder / "adapter", self.config.model.path)
-                model = adapters.merge_adapters(model)
-            model.to(self.dtype).save_pretrained(folder)
-            hugging_face.keep_composite_config(model, self.config.model.path, folder)
+            if self._is_offloaded:
+                save_offloaded(offloaded_model(self._architecture, self._rounded_weight, self.dtype), folder)
+            else:
+                self._write_whole(folder)
         except SafetensorError as error:  # as which safetensors passes on what the disk refuses
             raise OSError(str(error)) from error
         _copy_generation(self.config, folder)
@@ -68,7 +68,43 @@ class HuggingFaceExport:
             DataError: It begins, ends or pads texts otherwise than the source.
             NumericsError: It is not the trained model.
         """
-        return str(check_nats(lambda: self._rounded_model(folder), folder, rows))
+        if not self._is_offloaded:
+            return str(check_nats(lambda: self._rounded_model(folder), folder, rows))
+        _check_generation(self.config, self.tokenizer, self._architecture, folder)
+        return str(
+            check_nats_from_disk(self._architecture, lambda name: self._rounded_weight(name).float(), folder, rows)
+        )
+
+    def _write_whole(self, folder: Path) -> None:
+        model = self._trained()
+        if self.config.model.from_scratch is not None:
+            follow_tokenizer(model.config, self.tokenizer.bos_id, self.tokenizer.eos_id)
+            model.generation_config = _generation_of(model.config)
+        if self.config.lora.rank:
+            adapters.save_adapters(model, folder / "adapter", self.config.model.path)
+            model = adapters.merge_adapters(model)
+        model.to(self.dtype).save_pretrained(folder)
+        text_model.keep_composite_config(model, self.config.model.path, folder)
+
+    @cached_property
+    def _is_offloaded(self) -> bool:
+        if self.config.lora.rank or not (_has_files(self.config) or self.config.model.from_scratch):
+            return False
+        if self._architecture.get_text_config() is not self._architecture:  # transformers may train a part of it
+            return False
+        num_parameters = num_offloadable(self._architecture)
+        return num_parameters is not None and not has_room_for(num_parameters)
+
+    @cached_property
+    def _architecture(self) -> Any:
+        return _architecture_of(self.config, self.tokenizer)
+
+    @cached_property
+    def _canonical(self) -> Canonical:
+        return self.saved(self._architecture)
+
+    def _rounded_weight(self, name: str) -> torch.Tensor:
+        return rounded(name, self._canonical.read(name, WEIGHT), self.dtype)
 
     def _rounded_model(self, folder: Path) -> nn.Module:
         """Return the trained module that the export is compared with, once generation begins and ends as in it."""
@@ -90,12 +126,7 @@ class MegatronExport:
 
     def __init__(self, config: TrainConfig, saved: Saved, dtype: torch.dtype, tokenizer: AnyTokenizer) -> None:
         self.config, self.dtype, self.tokenizer = config, dtype, tokenizer
-        source = config.model.path or config.model.from_scratch
-        assert source is not None
-        architecture = open_weights(source).config if config.model.path else load_config(source)
-        hugging_face.set_dropout(architecture, config.model.dropout)
-        if config.model.from_scratch is not None:
-            follow_tokenizer(architecture, tokenizer.bos_id, tokenizer.eos_id)
+        architecture = _architecture_of(config, tokenizer)
         canonical = saved(architecture)
         shapes = shapes_of(architecture)
         self.weights = Weights(architecture, torch.float32, shapes, lambda name: canonical.read(name, WEIGHT))
@@ -110,41 +141,47 @@ class MegatronExport:
         _copy_generation(self.config, folder)
 
     def verify(self, folder: Path, rows: Rows) -> str:
-        """Load the export with transformers alone, or compare its tensors where the host has no room for the model.
+        """Load the export with transformers alone, layer by layer where the host has no room for the model.
 
         Raises:
             DataError: It begins, ends or pads texts otherwise than the source.
             NumericsError: It is not the trained model.
         """
         _check_generation(self.config, self.tokenizer, self.weights.config, folder)
-        needed = 4 * self.weights.num_parameters
-        if available_memory() > MEMORY_FACTOR * needed:
+        if has_room_for(self.weights.num_parameters):
             return str(check_nats(self._rounded_model, folder, rows))
-        self._require_same_tensors(folder)
-        return (
-            "Before it was published, each tensor in it was compared with the checkpoint's. Nats were not computed "
-            f"again: the host had no room for the {needed:,} bytes that the model takes in float32."
-        )
+        return str(check_nats_from_disk(self.weights.config, self._rounded_weight, folder, rows))
+
+    def _rounded_weight(self, name: str) -> torch.Tensor:
+        return rounded(name, self.weights.read(name), self.dtype).float()
 
     def _rounded_model(self) -> nn.Module:
         model = hugging_face.new_model(self.weights.config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(rounded(name, self.weights.read(name), self.dtype))
+                parameter.copy_(self._rounded_weight(name))
         return hugging_face.NatsModel(model)
-
-    def _require_same_tensors(self, folder: Path) -> None:
-        found = open_weights(str(folder))
-        for name in self.weights.names:
-            if not torch.equal(found.read(name), rounded(name, self.weights.read(name), self.dtype)):
-                raise NumericsError(
-                    f"{folder} was not published: its {name} is not the checkpoint's. The checkpoint is whole; report "
-                    "this."
-                )
 
 
 MEMORY_FACTOR = 1.2
 """Free host memory over the size of a model, that nats are computed with it: for activations, and files in memory."""
+
+
+def has_room_for(num_parameters: int) -> bool:
+    """Return whether this host has memory for so many parameters in fp32."""
+    return available_memory() > MEMORY_FACTOR * 4 * num_parameters
+
+
+def _architecture_of(config: TrainConfig, tokenizer: AnyTokenizer) -> Any:
+    """Return transformers' configuration of the exported model."""
+    source = config.model.path or config.model.from_scratch
+    assert source is not None
+    is_megatron = config.model.backend == "megatron" and config.model.path is not None
+    architecture = open_weights(source).config if is_megatron else load_config(source)
+    hugging_face.set_dropout(architecture, config.model.dropout)
+    if config.model.from_scratch is not None:
+        follow_tokenizer(architecture, tokenizer.bos_id, tokenizer.eos_id)
+    return architecture
 
 
 def _has_files(config: TrainConfig) -> bool:

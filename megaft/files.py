@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from megaft.errors import ConfigError, UserError
 from megaft.nested import mapped
+from megaft.unicode_text import is_unicode
 
 
 def parse_json(text: str | bytes, **hooks: Any) -> Any:
@@ -26,8 +27,10 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
         return json.loads(text, **hooks)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
-    except (RecursionError, ValueError) as error:  # the latter of a number of thousands of digits
-        raise json.JSONDecodeError(f"too much for Python: {error}", "", 0) from error
+    except RecursionError as error:
+        raise json.JSONDecodeError("it nests lists or objects too deeply; leave them out", "", 0) from error
+    except ValueError as error:
+        raise json.JSONDecodeError("it has an integer of thousands of digits; write that as a string", "", 0) from error
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -70,13 +73,15 @@ def fsync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[TextIO]:
     """Open a temporary file that takes the place of `path` when the block ends, and is removed when it raises.
 
+    Half of a surrogate pair, as in the name of a file that is not UTF-8, is written as its escape.
+
     Raises:
         ConfigError: The disk refuses.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     with naming_disk_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -84,6 +89,16 @@ def replacing(path: Path) -> Iterator[TextIO]:
             fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a text that a stranger's file gives can be the name of a file beside it."""
+    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
+    return is_plain and is_unicode(name) and len(name.encode()) <= LONGEST_NAME
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

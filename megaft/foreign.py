@@ -1,4 +1,4 @@
-"""What the files of a model or tokenizer that came from elsewhere may not ask for."""
+"""Refuse model and tokenizer files that ask for code, kernels or files elsewhere, or have numbers that no model has."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from megaft.errors import DataError
 from megaft.files import parse_json
+from megaft.hub import find_file_if_any
 
 FILES = (
     *("config.json", "tokenizer_config.json", "adapter_config.json"),
@@ -17,12 +18,16 @@ FILES = (
 )
 _CODE_KEYS = ("auto_map", "trust_remote_code")
 _KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation")
+_LAYERS_KEY = re.compile(r"(.*_)?layers?")
+MOST_LAYERS = 10_000
+"""transformers builds thousands in seconds, and a million, as a damaged number may be, in hours."""
 
 
 def require_inert(setting: str, source: str | Path) -> None:
     """Refuse a model or tokenizer whose files name code, kernels or files elsewhere, before transformers reads them.
 
     transformers has had holes here (CVE-2026-4372, CVE-2026-5241), and asks or warns where many ranks need an error.
+    Numbers that no model has are refused too: layers that take hours to build, NaN.
 
     Args:
         setting: What the user named it by, for the message.
@@ -37,18 +42,9 @@ def require_inert(setting: str, source: str | Path) -> None:
 
 
 def _files(source: str | Path) -> list[Path]:
-    from transformers.utils import cached_file
-
     if Path(source).is_file():
         return [Path(source)]
-    quietly = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    try:
-        found = [cached_file(str(source), name, **quietly) for name in FILES]
-    except OSError:  # there is no such model, and loading it says so
-        return []
-    return [Path(path) for path in found if path is not None]
+    return [path for name in FILES if (path := find_file_if_any(source, name))]
 
 
 def _fault(path: Path) -> str | None:
@@ -66,6 +62,12 @@ def _fault(path: Path) -> str | None:
             )
         if _KERNEL_KEY.match(key) and _names_a_kernel(key, value):
             return f"has {key} {json.dumps(value)}, which may be code on the hub; remove the entry in a copy of it."
+        if key == "transformers_weights" and value:
+            return f"has {key} {json.dumps(value)}, which takes other weights than the folder's; remove the entry."
+        if not path.name.startswith("tokenizer") and _is_no_setting(value):
+            return f"has {key} {json.dumps(value)[:80]}, which is no number that a model can have; copy it anew."
+        if _LAYERS_KEY.fullmatch(key) and _is_above(value, MOST_LAYERS):
+            return f"has {key} {json.dumps(value)[:80]}; models have {MOST_LAYERS:,} layers at most. Copy it anew."
     if path.name.endswith(".index.json"):
         return _outside(content)
     return None
@@ -77,6 +79,15 @@ def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
     for key, item in inner:
         yield str(key), item
         yield from _pairs(item)
+
+
+def _is_above(value: Any, most: int) -> bool:
+    return isinstance(value, int | float) and value > most
+
+
+def _is_no_setting(value: Any) -> bool:
+    """Return whether a value is NaN or an integer beyond 64 bits; tokenizers have such for a length without limit."""
+    return value != value or (isinstance(value, int) and not -(2**63) <= value < 2**63)
 
 
 def _names_a_kernel(key: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`megaft generate`: continue texts with a model. Imports no torch until there is something to do."""
+"""`megaft generate`: continue texts and answer chats with a model. Imports no torch until there is something to do."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from megaft.backend import Backend, backend_of
 from megaft.config import require
 from megaft.errors import DataError
 from megaft.ranges import NOT_NEGATIVE, SEED, Range, at_least, require_ranges
+from megaft.unicode_text import is_unicode
 
 if TYPE_CHECKING:
     from megaft.parallel import Topology
+    from megaft.prompts import Prompt
     from megaft.sampling import Reader
     from megaft.tokenizer import AnyTokenizer
 
@@ -54,13 +56,18 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
-    """Continue each prompt with a model."""
+    """Continue each text, or answer each chat, with a model."""
 
     model: str
     """A run's folder, a model folder, a hub name or a GGUF file."""
-    prompt: tuple[str, ...]
+    prompt: tuple[str, ...] = ()
     """One text to continue, or several. Each is continued by itself, from the same seed. The special tokens that the
     tokenizer puts before a text (the beginning-of-sequence token) are put before it, unless it spells them itself."""
+    chat: tuple[str, ...] = ()
+    """In place of prompts: a user's message to answer, or several, each a chat of its own. The tokenizer's chat
+    template renders it, and alone decides how it begins."""
+    messages: tuple[str, ...] = ()
+    """In place of prompts: a chat to answer, or several, each a JSON list of objects with a role and a content."""
     max_new_tokens: int = 100
     """Tokens after the prompt, unless the model ends the text before. Beyond its context it forgets the oldest."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
@@ -78,19 +85,13 @@ class GenerateConfig:
     """Print one JSON object a prompt instead of the text."""
 
     def __post_init__(self) -> None:
-        require(len(self.prompt) > 0, "prompt is empty; give a text to continue.")
-        for prompt in self.prompt:
-            require(_is_unicode(prompt), f"prompt is {prompt!r}, which has bytes that are not UTF-8; give UTF-8 text.")
+        given = {name: texts for name in ("prompt", "chat", "messages") if (texts := getattr(self, name))}
+        require(len(given) > 0, "prompt is empty; give a text to continue, or a chat to answer (chat, messages).")
+        require(len(given) == 1, f"{' and '.join(given)} are given; use one of them.")
+        for name, text in ((name, text) for name, texts in given.items() for text in texts):
+            require(is_unicode(text), f"{name} is {text!r}, which has bytes that are not UTF-8; give UTF-8 text.")
         require_ranges(self, max_new_tokens=at_least(1).such_as("100"), seed=SEED)
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: a byte of the command line that is not UTF-8
-        return False
-    return True
 
 
 def main(config: GenerateConfig) -> int:
@@ -124,39 +125,36 @@ def generate(config: GenerateConfig, source: str, load: Callable[[str, Any], Any
     from megaft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(source)
-    prompts = [prompt_ids(tokenizer, prompt) for prompt in config.prompt]
+    prompts = _prompts(config, tokenizer)
     model = load(source, getattr(torch, config.dtype))
-    for prompt, ids in zip(config.prompt, prompts, strict=True):
-        _require_fits(model, prompt, ids)
+    for prompt in prompts:
+        _require_fits(model, prompt)
     ends = frozenset() if config.ignore_eos else end_ids(source, tokenizer, model.vocab_size)
-    for prompt, ids in zip(config.prompt, prompts, strict=True):
-        row = {"prompt": prompt, **continue_prompt(model, tokenizer, ids, ends, config)}
+    for prompt in prompts:
+        row = prompt.source | continue_prompt(model, tokenizer, prompt, ends, config)
         if parallel.is_main():
-            print_text(json.dumps(row) if config.json else prompt + row["text"])
+            print_text(json.dumps(row) if config.json else prompt.shown + row["text"])
     return 0
 
 
-def prompt_ids(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
-    """Return what the model reads of a prompt: transformers' ids, but no opening tokens that the text spells already.
+def _prompts(config: GenerateConfig, tokenizer: AnyTokenizer) -> list[Prompt]:
+    from megaft.prompts import chat_prompt, parse_messages, text_prompt
 
-    Raises:
-        DataError: Nothing is left to read.
-    """
-    opening, ids = list(tokenizer.opening_ids), tokenizer.encode(prompt)
-    if opening and ids[: len(opening)] != opening:
-        ids = opening + ids
-    if not ids:
-        raise DataError(f"prompt {prompt!r} has no tokens; give a text to continue.")
-    return ids
+    chats = [[{"role": "user", "content": text}] for text in config.chat] + list(map(parse_messages, config.messages))
+    return [
+        *(text_prompt(tokenizer, text) for text in config.prompt),
+        *(chat_prompt(tokenizer, chat) for chat in chats),
+    ]
 
 
-def _require_fits(model: Reader, prompt: str, ids: list[int]) -> None:
+def _require_fits(model: Reader, prompt: Prompt) -> None:
     """Raise DataError for a token that the model does not embed; warn of a prompt beyond its positions."""
     from megaft import parallel
 
+    ids = prompt.ids
     if max(ids) >= model.vocab_size:
         raise DataError(
-            f"prompt {prompt[:40]!r} has token {max(ids)}, but the model embeds {model.vocab_size} tokens; "
+            f"{prompt.name} has token {max(ids)}, but the model embeds {model.vocab_size} tokens; "
             "use the tokenizer the model was made with."
         )
     limit = model.max_positions
@@ -176,12 +174,13 @@ def load_cached_model(source: str, dtype: Any) -> Any:
 
     from megaft.models.generation import CachedModel, exact_cache
     from megaft.models.hugging_face import load_language_model
-    from megaft.models.trials import require_causal
+    from megaft.models.trials import on_trial, require_causal
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    language_model = load_language_model(source, dtype).eval().to(device)
-    require_causal(language_model)
-    cache_name = exact_cache(language_model)
+    language_model = load_language_model(source, dtype).eval()
+    with on_trial(language_model) as tried:
+        require_causal(language_model, tried)  # before it takes memory of the GPU
+    cache_name = exact_cache(language_model.to(device), tried)
     if cache_name is None:
         print(
             f"warning: {source} has no exact cache of what it read; each token takes a pass over the whole text.",
@@ -224,29 +223,28 @@ def model_source(model: str) -> str:
 
 
 def continue_prompt(
-    model: Reader, tokenizer: AnyTokenizer, prompt_ids: list[int], end_ids: frozenset[int], config: GenerateConfig
+    model: Reader, tokenizer: AnyTokenizer, prompt: Prompt, end_ids: frozenset[int], config: GenerateConfig
 ) -> dict[str, Any]:
     """Return the continuation's text, tokens and speed. Its seconds include the reading of the prompt."""
     from megaft.sampling import continue_tokens
 
-    opening = tokenizer.opening_ids
     begin = time.perf_counter()
     tokens = list(
         continue_tokens(
             model,
-            prompt_ids,
+            prompt.ids,
             max_new_tokens=config.max_new_tokens,
             settings=config.sampling,
             seed=config.seed,
             end_ids=end_ids,
-            num_opening=len(opening),
+            num_opening=prompt.num_opening,
         )
     )
     seconds = time.perf_counter() - begin
     is_ended = tokens[-1] in end_ids
     return {
-        "text": _text_after(tokenizer, prompt_ids[len(opening) :], tokens[:-1] if is_ended else tokens),
-        "prompt_tokens": prompt_ids,
+        "text": _text_after(tokenizer, prompt.ids[prompt.num_opening :], tokens[:-1] if is_ended else tokens),
+        "prompt_tokens": prompt.ids,
         "tokens": tokens,
         "is_ended_by_model": is_ended,
         "seconds": seconds,

@@ -319,22 +319,41 @@ def _host_group(world: object) -> Any:
     return dist.new_group(backend="gloo", timeout=_timeout) if dist.get_backend() == "nccl" else None
 
 
+AGREED_BYTES = 1000
+"""UTF-8 bytes of a text that ranks tell each other."""
+
+
+def agreed(text: str) -> str:
+    """Return, on every rank, the text of the last rank that has one; it is cut to AGREED_BYTES."""
+    speaker = max_over_ranks([rank() if text else -1])[0]
+    if speaker < 0:
+        return ""
+    mine = text.encode(errors="backslashreplace") if speaker == rank() else b""
+    letters = max_over_ranks([*mine[:AGREED_BYTES].ljust(AGREED_BYTES, b"\0")])
+    return bytes(letters).rstrip(b"\0").decode(errors="replace")
+
+
 def raise_together(error: UserError | None) -> None:
-    """Raise on every rank where any has an error: its own where a rank has one.
+    """Raise on every rank where any has an error: its own where a rank has one, elsewhere that of the last such rank.
+
+    Every rank has the message: a launcher may end the rank that found it before it has spoken.
 
     Raises:
         UserError: With the exit code of the error, so that whichever rank leaves first gives the launcher that one.
     """
-    worst, where = max_over_ranks([error.exit_code if error else 0, rank() if error else -1])
+    said = agreed(f"{error.exit_code} rank {rank()}: {error}" if error else "")
     if error:
         raise error
-    if worst:
-        kind = next(kind for kind in UserError.__subclasses__() if kind.exit_code == worst)
-        raise kind(f"rank {where} could not go on; its own message says why.")
+    if said:
+        exit_code, _, message = said.partition(" ")
+        raise next(kind for kind in UserError.__subclasses__() if kind.exit_code == int(exit_code))(message)
 
 
 def together(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function on every rank; where one raises a UserError, all do, so that none waits for another."""
+    """Call a function on every rank; where one raises a UserError, all do, so that none waits for another.
+
+    The function itself may not communicate: a rank that raised would not take part.
+    """
     result, error = None, None
     try:
         result = function(*arguments)

@@ -13,6 +13,7 @@ from typing import Any
 import detokenizers
 
 import megaft
+from megaft.chat import SCORED_ROLE, Renderer
 from megaft.corpus import Layout, Piece, coded, pieces
 from megaft.document_writer import DocumentWriter
 from megaft.encoding import Encoder
@@ -22,9 +23,8 @@ from megaft.input_files import expand
 from megaft.prepare_config import DEFAULT_KEY, PrepareConfig
 from megaft.progress import counting
 from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
-from megaft.records import SCORED_ROLE
 from megaft.source import Source
-from megaft.tokenizer import AnyTokenizer, Messages, load_tokenizer
+from megaft.tokenizer import AnyTokenizer, load_tokenizer
 
 _TEXT_SETTINGS = (
     *("unit", "json_key", "prompt_key", "completion_key", "messages_key", "detokenizer", "min_tokens"),
@@ -139,7 +139,7 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
         opening_ids=opening_ids,
         eod_id=eod_id,
     )
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer.apply_chat_template)
     layout = _layout(config, renderer)
 
     def parts_of(source: Source, code: str) -> Iterator[Piece]:
@@ -154,7 +154,9 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
             show(sum(source.num_bytes for source in sources))
     _tell_changes(list(sources))
     bin_sha256 = writer.close()
-    _require_scored(config, writer, renderer.roles)
+    _require_scored(config, writer, set(renderer.turns))
+    for warning in renderer.warnings():
+        _warn(f"warning: {warning}")
     return {
         "format_version": FORMAT_VERSION,
         "megaft_version": megaft.__version__,
@@ -171,6 +173,7 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
         "has_mask": config.has_mask,
         "sources": [source.record() for source in sources],
         **asdict(writer.counts),
+        **({} if config.messages_key is None else {"turns": dict(sorted(renderer.turns.items()))}),
         "byte_order_marks": sum(source.byte_order_marks for source in sources),
         "crlfs": sum(source.crlfs for source in sources),
         "bin_sha256": bin_sha256,
@@ -183,19 +186,6 @@ def opening_ids_of(tokenizer: AnyTokenizer, *, is_chat: bool) -> tuple[int, ...]
     The same ids as from transformers' `tokenizer(text)` and `apply_chat_template(messages)`.
     """
     return () if is_chat else tokenizer.opening_ids
-
-
-class Renderer:
-    """A tokenizer's chat template, and the roles of all the messages that it rendered."""
-
-    def __init__(self, tokenizer: AnyTokenizer) -> None:
-        self.roles: set[str] = set()
-        self._tokenizer = tokenizer
-
-    def __call__(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """Return the text of a conversation."""
-        self.roles.update(message["role"] for message in messages)
-        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
 
 
 def _require_scored(config: PrepareConfig, writer: DocumentWriter, roles: set[str]) -> None:

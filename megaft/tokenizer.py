@@ -17,8 +17,9 @@ from megaft import sentencepiece_folder
 from megaft.errors import DataError
 from megaft.files import parse_json
 from megaft.foreign import require_inert
+from megaft.hub import find_file_if_any
 from megaft.sentencepiece_folder import BESIDE, MODEL_NAME, additions, is_saved_model
-from megaft.transformers_tokenizer import from_pretrained, hub_file, naming_errors
+from megaft.transformers_tokenizer import from_pretrained, naming_errors, require_usable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,6 +30,7 @@ Span = tuple[int, int]
 """Character offsets of a token, its begin and end in the text; equal for a token that stands for no character."""
 OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 """Files of tokenizers that transformers knows, but that are not read here."""
+LARGEST_ID = 10_000_000
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
 
 
@@ -140,8 +142,6 @@ class Tokenizer:
         Raises:
             DataError: The tokenizer has no chat template, or the template refuses the messages.
         """
-        from jinja2 import TemplateError
-
         if self._hugging_face.chat_template is None:
             raise DataError(
                 "the tokenizer has no chat template; use one of a chat model, or prompt and completion keys."
@@ -150,8 +150,9 @@ class Tokenizer:
             text = self._hugging_face.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
-            raise DataError(f"the tokenizer's chat template refuses the messages: {error}.") from error
+        except _template_errors() as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"the tokenizer's chat template refuses the messages: {reason}.") from error
         assert isinstance(text, str)
         return text
 
@@ -249,6 +250,9 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
     if path.suffix == ".model" and path.is_file():
         return _from_model(path)
     if path.suffix == ".gguf" and path.is_file():
+        from megaft.models.gguf_file import read_header
+
+        read_header(path)
         return Tokenizer(from_pretrained(path.parent, gguf_file=path.name))
     if path.is_dir():
         return _from_folder(path)
@@ -257,6 +261,14 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)) or path.suffix in (".model", ".gguf"):
         raise DataError(f"there is no tokenizer at {source}; give an existing folder or file, or a hub name.")
     return _from_hub(str(source))
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that a template may end with: jinja's own, and Python's of any expression in it."""
+    from jinja2 import TemplateError
+
+    python = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+    return TemplateError, *python
 
 
 def _num_threads() -> int:
@@ -279,10 +291,10 @@ def _from_model(path: Path) -> SentencePieceTokenizer:
 
 def _from_hub(name: str) -> AnyTokenizer:
     """Load by hub name; where the repository has no tokenizer.json but a tokenizer.model, as from a folder of both."""
-    if hub_file(name, "tokenizer.json") is None and (model := hub_file(name, MODEL_NAME)) is not None:
+    if find_file_if_any(name, "tokenizer.json") is None and (model := find_file_if_any(name, MODEL_NAME)) is not None:
         require_inert("tokenizer", name)
         for beside in BESIDE:  # so that they are in the hub's cache
-            hub_file(name, beside)
+            find_file_if_any(name, beside)
         return _from_folder(model.parent)
     return Tokenizer(from_pretrained(name))
 
@@ -307,7 +319,9 @@ def _from_folder(folder: Path) -> AnyTokenizer:
             from transformers import GPT2Tokenizer
 
             with naming_errors(folder):
-                return Tokenizer(GPT2Tokenizer.from_pretrained(folder))
+                loaded = GPT2Tokenizer.from_pretrained(folder)
+            require_usable(folder, loaded)
+            return Tokenizer(loaded)
     return Tokenizer(from_pretrained(folder))
 
 
@@ -318,7 +332,15 @@ def _other(names: set[str]) -> str:
 
 
 def _check_json(path: Path) -> None:
+    """Refuse a damaged vocab.json or tokenizer.json, and ids for which tokenizers would take all memory."""
     try:
-        parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
+    model = content.get("model", content) if isinstance(content, dict) else None
+    vocabulary = model.get("vocab", model) if isinstance(model, dict) else None
+    for token, id_ in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if isinstance(id_, int) and id_ > LARGEST_ID:
+            raise DataError(
+                f"{path} has token {token[:40]!a} with the id {id_}, far above any vocabulary; copy it anew."
+            )

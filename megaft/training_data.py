@@ -117,7 +117,7 @@ def _prepare_for_others(path: Path, prefix: Path, tokenizer: str, detokenizer: s
     try:
         return str(ensure_prepared(path, prefix, tokenizer, detokenizer))
     except UserError as error:
-        failure.write_text(str(error))
+        failure.write_text(str(error), "utf-8", "backslashreplace")
         raise
 
 

@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from megaft.errors import DataError
 from megaft.foreign import require_inert
+from megaft.unicode_text import is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
-    *(RecursionError, OverflowError, MemoryError, struct.error),
+    *(RecursionError, OverflowError, MemoryError, struct.error, StrictDataclassError),
 )
 """As transformers passes on what it did not expect in a file: a list for an object, a key that is missing, ..."""
 
@@ -34,21 +37,27 @@ def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFa
         loaded: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
     if not loaded.is_fast:
         raise DataError(f"{source} has no fast tokenizer (tokenizer.json); give its sentencepiece .model file instead.")
+    require_usable(source, loaded)
     return loaded
 
 
-def hub_file(name: str, file: str) -> Path | None:
-    """Return where a file of a hub repository lies in the hub's cache; None where the repository has none."""
-    from transformers.utils import cached_file
+def require_usable(source: str | Path, loaded: Any) -> None:
+    """Refuse a tokenizer that fails when it is used: at some texts, or at settings that UTF-8 does not have.
 
-    quietly = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
-    try:
-        found = cached_file(name, file, **quietly)
-    except OSError:  # there is no such repository, and loading it says so
-        return None
-    return None if found is None else Path(found)
+    Settings may have half of a surrogate pair, which JSON can escape.
+    """
+    from megaft.tokenizer_check import PROBES
+
+    with naming_errors(source):
+        for text in PROBES:
+            loaded.backend_tokenizer.encode(text, add_special_tokens=True)
+    settings = loaded.init_kwargs | {"chat_template": loaded.chat_template}
+    for name, value in settings.items():
+        if not is_unicode({name: value}):
+            raise DataError(
+                f"{source}: {name!a} of the tokenizer has half of a surrogate pair (\\ud800 to \\udfff), which is no "
+                "text; write the character itself, or remove it."
+            )
 
 
 @contextmanager
@@ -58,14 +67,15 @@ def naming_errors(source: str | Path) -> Iterator[None]:
         yield
     except _ERRORS as error:
         raise DataError(_refusal(source, error)) from error
-    except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises the bare class for whatever it cannot read
+    except BaseException as error:
+        # tokenizers raises the bare class for whatever it cannot read, and panics at what its authors did not expect.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise DataError(_refusal(source, error)) from error
 
 
-def _refusal(source: str | Path, error: Exception) -> str:
-    reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
+def _refusal(source: str | Path, error: BaseException) -> str:
+    reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
     where = "" if Path(source).exists() else " There is no such folder here, so it was taken for a hub name."
     return (
         f"no tokenizer could be loaded from {source} ({reason}).{where} Give a folder with a tokenizer, or a hub "

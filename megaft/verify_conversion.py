@@ -33,6 +33,9 @@ MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
 MAX_CONTEXT = 512
 """Input tokens per forward pass at most."""
 
+PATIENT = "read_timeout=600,heartbeat_timeout=600,keep_alive_max_attempt=120"
+"""Settings of torchrun's rendezvous: on a busy machine it misses its own heartbeats, of which 15 s end a launch."""
+
 TEXT = """The harbour master kept two notebooks. In the first she wrote what the rules asked for: the name of a ship,
 its flag, its draught in metres, the hour at which the pilot went aboard and the hour at which he came back. The second
 was her own. There she wrote that the captain of a grain carrier had asked for fresh basil, that the fog of 12 March
@@ -119,7 +122,7 @@ def rows_of(text: str, source: str) -> list[list[int]]:
 def _nats_of(side: Side, dtype: str, folder: Path) -> Tensor:
     """Run a model on the rows in the folder; return every label's nats in float64."""
     num_ranks, cores = side.num_ranks, os.cpu_count() or 1
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    launcher = ["torch.distributed.run", "--standalone", "--rdzv-conf", PATIENT, f"--nproc-per-node={num_ranks}"]
     program = ["megaft.verify_conversion", str(folder), dtype, *(part for part in side if part)]
     environment = {
         **os.environ,

@@ -45,36 +45,52 @@ run_dir_of() {
     echo "$run_dir"
 }
 
-# starts_since RUN SINCE: how often training started, by RUN/events.jsonl, since its last event SINCE (or ever).
-starts_since() {
+# starts_of RUN: how often training started, by RUN/events.jsonl.
+starts_of() {
     if [ ! -f "$1/events.jsonl" ]; then echo 0; return; fi
-    awk -v since="\"event\": \"$2\"" 'index($0, since) { n = 0 } /"event": "start"/ { n++ } END { print n + 0 }' \
-        "$1/events.jsonl"
+    grep -c '"event": "start"' "$1/events.jsonl" || true
+}
+
+# turns_without_progress RUN: how many turns of this job there were since the last checkpoint, by RUN/events.jsonl. A turn
+# that lost its ranks before training started has an end and no start; one whose ranks were all killed has only a start.
+turns_without_progress() {
+    if [ ! -f "$1/events.jsonl" ]; then echo 0; return; fi
+    awk -v most=$((${SLURM_RESTART_COUNT:-0} + 1)) '
+        /"event": "checkpoint"/ { turns = 0 }
+        /"event": "start"/ { turns++; started = 1 }
+        /"event": "end"/ { turns += !started; started = 0 }
+        END { print (turns < most ? turns : most) + 0 }' "$1/events.jsonl"
+}
+
+# requeue_if_progressing RUN CODE: requeue, but not after three turns in a row without a new checkpoint.
+requeue_if_progressing() {
+    if [ "$(turns_without_progress "$1")" -lt 3 ]; then
+        requeue
+    else
+        echo "$SLURM_JOB_NAME: ended with $2 for the third time without a new checkpoint; not requeued" >&2
+        return 93
+    fi
 }
 
 # finetune FLAGS...: train; where training asks for it (RUN/ended.json says 75), requeue the job, which then goes on.
 # srun's own code cannot tell. The first task to end makes srun end the others, and it shows the highest code of all:
 # 143 where all were to end with 75; and 75, of tasks that were still starting, where one had a mistake to report.
 # Where training had started and left no reason, all ranks were killed or aborted (NCCL's watchdog, a node's memory): the
-# job goes on too, but not after three starts in a row without a new checkpoint.
+# job goes on too. Whichever it is, a job that gets no further is not requeued for ever.
 finetune() {
     local run_dir ended started code=0
     run_dir=$(run_dir_of "$@")
     ended=$run_dir/ended.json
     rm -f "$ended" # of the job's last turn
-    started=$(starts_since "$run_dir" none)
+    started=$(starts_of "$run_dir")
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then set -- "$@" --run.no-fresh; fi # only the first turn starts over
     run_tasks "$MEGAFT_HOME/megaft/train.py" "$@" || code=$?
     if [ -f "$ended" ]; then
         code=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$ended")
-        if [ "$code" -eq 75 ]; then requeue; fi
-    elif [ "$code" -ne 0 ] && [ "$(starts_since "$run_dir" none)" -gt "$started" ]; then
-        if [ "$(starts_since "$run_dir" checkpoint)" -lt 3 ]; then
-            echo "$SLURM_JOB_NAME: ended with $code after its start and left no reason" >&2
-            requeue
-        else
-            echo "$SLURM_JOB_NAME: ended with $code for the third time without a new checkpoint" >&2
-        fi
+        if [ "$code" -eq 75 ]; then requeue_if_progressing "$run_dir" "$code" || code=$?; fi
+    elif [ "$code" -ne 0 ] && [ "$(starts_of "$run_dir")" -gt "$started" ]; then
+        echo "$SLURM_JOB_NAME: ended with $code after its start and left no reason" >&2
+        requeue_if_progressing "$run_dir" "$code" || code=$?
     fi
     exit "$code"
 }

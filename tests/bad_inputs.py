@@ -1,4 +1,4 @@
-"""What a row of the bad-input tables is made of: a command in a process of its own, and a workshop of broken things."""
+"""Rows of the bad-input tables: a command in a process of its own, and a workshop of broken things."""
 
 import json
 import os
@@ -20,7 +20,7 @@ EVALUATE = "evaluate_zero_shot.__main__"
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int | None
     out: str
@@ -78,7 +78,7 @@ def _hold(folder, file, held, stop):
 
 
 def trusted(folder):
-    """What a later run would take for finished, with a hash of each: receipts, checkpoints, exports, results."""
+    """Return the files that a later run would take for finished, hashed: receipts, checkpoints, exports, results."""
     files = (path for path in folder.rglob("*") if path.is_file() and _is_trusted(path))
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -97,11 +97,11 @@ class Case:
     id: str
     code: int
     said: tuple[str, ...]
-    """What the message names: the file or setting, its value, the rule, a way out."""
+    """Pattern of the message: the file or setting, its value, the rule, a way out."""
     make: Callable
     """From a Workshop to the command."""
     leaves: str = "nothing"
-    """What may be there afterwards that was not before, as a pattern: a checkpoint from before a loss went wrong."""
+    """Pattern of the files that may be new afterwards: a checkpoint from before a loss went wrong."""
     before: Callable | None = None
     """Runs in the command's process first, to take away what this machine has."""
 

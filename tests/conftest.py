@@ -1,4 +1,4 @@
-"""What every test may ask for: the real corpora and models, and a small launcher of ranks."""
+"""Fixtures of every test: the real corpora and models, and a small launcher of ranks."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor

@@ -1,4 +1,4 @@
-"""What a Saver and `load` ask of an engine, without DeepSpeed; and a save that is killed half way."""
+"""The part of a DeepSpeed engine that Saver and `load` use, without DeepSpeed; and a save that is killed half way."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What published systems compute, as plainly as their definitions read: row by row, full logits, nothing shared.
+"""Reference computations of published systems, as their definitions read: row by row, full logits, nothing shared.
 
 Every function returns figures under their names in results.json. Models are transformers' own in float32; the
 detokenizer and the windows of lm-evaluation-harness are its own code. Nothing here imports megaft.
@@ -136,7 +136,7 @@ def megaft(reference, documents, detokenize, context_length, stride):
 
 
 def rows_joined(text):
-    """What perplexity.md tokenizes: the rows of Salesforce/wikitext keep their newline, and blank ones are empty."""
+    """Return the text that perplexity.md tokenizes: rows of Salesforce/wikitext with newlines, blank ones empty."""
     return "\n\n".join(f"{line}\n" if line.strip() else "" for line in text.split("\n")[:-1])
 
 

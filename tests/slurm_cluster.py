@@ -22,7 +22,7 @@ GPUS = [f"gpu{number}" for number in range(8)]
 
 CONFIG = """\
 ClusterName=megaft
-SlurmctldHost={controller}
+SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -52,13 +52,13 @@ OverTimeLimit=0
 JobRequeue=1
 GresTypes=gpu
 SlurmdParameters=config_overrides
-SlurmdTimeout={patience}
+SlurmdTimeout=300
 {nodes}
 PartitionName=main Nodes={main} Default=YES MaxTime=60 State=UP DefaultTime=5
 PartitionName=spare Nodes={spare} MaxTime=60 State=UP DefaultTime=5
 """
 NODE = (
-    "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} "
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
     "CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:{num_gpus}"
 )
 
@@ -69,18 +69,11 @@ class Cluster:
 
     folder: Path
     environment: dict[str, str]
-    hosts: tuple = ()
-    """Of tools/benchmarks/faults_hosts.py, each of which is a node; nothing stands for NODES, all on this machine."""
-
-    @property
-    def nodes(self):
-        return [host.name for host in self.hosts] or [*NODES]
 
     def run(self, *command, **kwargs):
-        """Run a command on the controller's host; returns what it wrote."""
-        words = self.hosts[0].command(*command) if self.hosts else command
+        """Run a command of SLURM; returns what it wrote."""
         environment = self.environment | kwargs.pop("environment", {})
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, **kwargs)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **kwargs)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -93,13 +86,6 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster():
     """A running Cluster; its daemons are ended by pid, and its folder goes with them."""
-    with new_cluster() as running:
-        yield running
-
-
-@contextmanager
-def new_cluster(hosts=()):
-    """Start a Cluster on this machine or on hosts; skips where that cannot be."""
     missing = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path=_path()) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge)")
@@ -107,7 +93,7 @@ def new_cluster(hosts=()):
         pytest.skip("SLURM's daemons must be started by root")
     folder = Path(tempfile.mkdtemp(prefix="megaft-slurm-"))  # munge wants every folder above its socket open to all
     try:
-        with _running(folder, hosts) as running:
+        with _running(folder) as running:
             yield running
     finally:
         shutil.rmtree(folder)
@@ -118,9 +104,9 @@ def _path():
 
 
 @contextmanager
-def _running(folder, hosts):
+def _running(folder):
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
-    cluster, daemons = Cluster(folder, environment, hosts), []
+    cluster, daemons = Cluster(folder, environment), []
     _configure(cluster)
     commands = _commands(cluster)
     try:
@@ -128,7 +114,7 @@ def _running(folder, hosts):
             daemons.append(_start(command, folder / f"{len(daemons)}.out", environment))
             if command[0] == "munged":
                 wait_for(lambda: (folder / "munge" / "socket").exists(), folder)
-        wait_for(lambda: _num_idle(cluster) == len(cluster.nodes), folder)
+        wait_for(lambda: _num_idle(cluster) == len(NODES), folder)
         yield cluster
     finally:
         if len(daemons) == len(commands):
@@ -140,9 +126,9 @@ def _running(folder, hosts):
 
 
 def _configure(cluster):
-    folder, nodes = cluster.folder, cluster.nodes
+    folder = cluster.folder
     folder.chmod(0o755)
-    for name in ("munge", "state", *(f"spool/{name}" for name in nodes)):
+    for name in ("munge", "state", *(f"spool/{name}" for name in NODES)):
         (folder / name).mkdir(parents=True)
     (folder / "munge").chmod(0o755)
     key = folder / "munge" / "key"
@@ -151,41 +137,26 @@ def _configure(cluster):
     (folder / "slurm.conf").write_text(_config(cluster))
     for name in GPUS:
         (folder / name).touch()
-    (folder / "gres.conf").write_text(f"NodeName={','.join(nodes)} Name=gpu File={folder}/gpu[0-{len(GPUS) - 1}]\n")
+    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={folder}/gpu[0-{len(GPUS) - 1}]\n")
 
 
 def _config(cluster):
-    where = [(host.name, host.address) for host in cluster.hosts] or [("localhost", "127.0.0.1")] * len(NODES)
-    nodes = [
-        NODE.format(name=name, host=host, address=address, port=free_port(), num_gpus=len(GPUS))
-        for name, (host, address) in zip(cluster.nodes, where, strict=True)
-    ]
     return CONFIG.format(
         folder=cluster.folder,
-        controller="{}({})".format(*where[0]),
         port=free_port(),
-        patience=10 if cluster.hosts else 300,  # seconds until a silent node is lost
-        nodes="\n".join(nodes),
-        main=",".join(cluster.nodes[:2]),
-        spare=",".join(cluster.nodes[-2:]),
+        nodes="\n".join(NODE.format(name=name, port=free_port(), num_gpus=len(GPUS)) for name in NODES),
+        main=",".join(NODES[:2]),
+        spare=",".join(NODES[-2:]),
     )
 
 
 def _commands(cluster):
-    """Return the daemons' commands: munged is a file to all, each of the others is on its host."""
     munge, config = cluster.folder / "munge", ("-f", str(cluster.folder / "slurm.conf"))
     munged = [
         *("munged", "--foreground", "--num-threads=2", f"--key-file={munge}/key", f"--socket={munge}/socket"),
         *(f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={munge}/log"),
     ]
-    controller, slurmds = (
-        ["slurmctld", "-D", *config],
-        [["slurmd", "-D", "-N", name, *config] for name in cluster.nodes],
-    )
-    if hosts := cluster.hosts:
-        controller = hosts[0].command(*controller)
-        slurmds = [host.command(*slurmd) for host, slurmd in zip(hosts, slurmds, strict=True)]
-    return [munged, controller, *slurmds]
+    return [munged, ["slurmctld", "-D", *config], *(["slurmd", "-D", "-N", name, *config] for name in NODES)]
 
 
 def _start(command, output_path, environment):
@@ -226,7 +197,7 @@ def _num_idle(cluster):
     return len({line.split()[0] for line in lines if line.endswith(" idle")})
 
 
-def wait_for(is_there, folder, seconds=30):
+def wait_for(is_there, folder, seconds=300):
     """Wait until SLURM has done something; the daemons' output is shown if it never does."""
     deadline = time.monotonic() + seconds
     while not is_there():

@@ -163,15 +163,19 @@ def test_a_damaged_file_is_named(tmp_path, file, damage, says):
         verify(folder)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/rank-00000.safetensors", ".."])
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "sub/rank-00000.safetensors", "..", "", "a" * 256, "a\0", "a\ud800"]
+)
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path, name):
     folder = write_checkpoint(tmp_path)
     (folder.parent / "outside").write_bytes(b"x")
     manifest = checkpoint.read_manifest(folder)
     manifest["files"][name] = {"bytes": 1, "sha256": "0"}
     write_manifest(folder, manifest)
-    with pytest.raises(CheckpointError, match=r"outside the checkpoint|missing"):
+    with pytest.raises(CheckpointError, match=r"outside the checkpoint"):
         verify(folder)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* holds; .*outside the checkpoint"):
+        checkpoint.find(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,7 @@ DAMAGES = {
     "ranks": (lambda folder: edit(folder / "megatron.json", 'parallel_size": 2', 'parallel_size": 3'), "2 files for 3"),
     "format": (lambda folder: edit(folder / "megatron.json", '"format": 1', '"format": 9'), "format 9"),
     "elsewhere": (lambda folder: edit(folder / "megatron.json", FIRST, f"../{FIRST}"), "not a file beside it"),
+    "name": (lambda folder: edit(folder / "megatron.json", FIRST, "a" * 256), "not a file beside it"),
     "no manifest of ours": (lambda folder: (folder / "megatron.json").write_text("{}"), "damaged"),
     "another model's": (lambda folder: edit(folder / "config.json", '"n_embd": 32', '"n_embd": 64'), "do not fit"),
     "code": (lambda folder: edit(folder / "config.json", "{", '{"auto_map": {"AutoModel": "x.py"},'), "auto_map"),
@@ -281,6 +283,35 @@ def test_float16_that_overflows(tmp_path):
     assert not (tmp_path / "end").exists()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_not_finite(tmp_path, value, dtype):
+    model = make_model("llama").to(getattr(torch, dtype))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[[2, 7], 3] = value
+    model.save_pretrained(tmp_path / "start")
+    for write in (lambda: megatron(tmp_path / "start", tmp_path / "end", 2), lambda: to_hugging_face(tmp_path)):
+        with pytest.raises(DataError, match=r"up_proj\.weight has 2 of 1,536 values .* not finite, .* at \[2, 3\];"):
+            write()
+        assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+def to_hugging_face(folder):
+    run(folder / "start", folder / "end", "hugging-face", dtype="bfloat16")
+
+
+def test_bfloat16_that_overflows(tmp_path):
+    """Its largest number is 3.3895e38, that of float32 3.4028e38."""
+    model = make_model("gpt2")
+    with torch.no_grad():
+        model.transformer.wpe.weight[3, 3] = 3.4e38
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(
+        DataError, match=r"wpe.weight has values up to 3.4e\+38, which bfloat16 cannot hold; use float32"
+    ):
+        to_hugging_face(tmp_path)
+
+
 def test_what_was_written_is_read_before_it_is_published(tmp_path, monkeypatch):
     def untie(config, folder, dtype):
         write_config(config, folder, dtype)
@@ -319,6 +350,30 @@ def test_models_that_differ_are_refused(tmp_path, monkeypatch, apart, refusal):
             verify_conversion.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30)
     else:
         assert verify_conversion.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30).largest < 1e-6
+
+
+def test_verify_waits_for_a_busy_machine(tmp_path, monkeypatch):
+    """By default torchrun gives up on itself after 15 s without a heartbeat of its own."""
+    make_model("gpt2").save_pretrained(tmp_path / "start")
+    megatron(tmp_path / "start", tmp_path / "two", 2)
+    commands = []
+    monkeypatch.setattr(
+        verify_conversion.subprocess,
+        "run",
+        lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1),
+    )
+    with pytest.raises(DataError, match="could not be run on 2 processes"):
+        verify_conversion._nats_of(Side(str(tmp_path / "two")), "float32", tmp_path)
+    settings = launcher_config(commands[0][3:]).rdzv_configs
+    assert settings["heartbeat_timeout"] == settings["read_timeout"] == "600"
+    assert int(settings["keep_alive_max_attempt"]) * 5 == 600
+
+
+def launcher_config(flags):
+    """What torchrun reads of its flags."""
+    from torch.distributed.run import config_from_args, parse_args
+
+    return config_from_args(parse_args(flags))[0]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megaft.chat import Renderer
 from megaft.corpus import Document, Layout, _cut_document, count, cut, documents, pieces
 from megaft.errors import DataError
 from megaft.input_files import expand
@@ -83,7 +84,7 @@ def render(messages, add_generation_prompt=False):
 @pytest.mark.parametrize(("record", "layout", "expected"), RECORDS)
 def test_jsonl(tmp_path, record, layout, expected):
     path = write(tmp_path / "a.jsonl", "\n" + jsonl(record) * 2)
-    found = [list(document.segments) for document in documents(Source(path), Layout(render=render, **layout))]
+    found = [list(document.segments) for document in documents(Source(path), Layout(render=Renderer(render), **layout))]
     assert found == [expected] * 2
 
 
@@ -92,7 +93,7 @@ def test_a_template_that_rewrites_is_refused(tmp_path):
         tmp_path / "a.jsonl",
         jsonl({"m": [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": ""}]}),
     )
-    layout = Layout(messages_key="m", render=lambda messages, add_generation_prompt=False: str(len(messages)))
+    layout = Layout(messages_key="m", render=Renderer(lambda messages, **_: str(len(messages))))
     with pytest.raises(DataError, match="line 1: the chat template rewrites earlier turns"):
         list(documents(Source(path), layout))
 
@@ -118,8 +119,8 @@ BAD = [
     pytest.param("a.jsonl", b'{"text": 5}', "line 1: 'text' is a int", id="no string"),
     pytest.param("a.jsonl", b"[]", "line 1 is a JSON list", id="no object"),
     pytest.param("a.jsonl", b'{"text": "a", "n": 1' + b"0" * 5000 + b"}", "has an integer of thousands", id="digits"),
-    pytest.param("a.jsonl", b'\n{"text": "a", "n": ' + b"[" * 10**5, "line 2 nests lists or objects too", id="nesting"),
-    pytest.param("a", b'{"text": "a", "n": ' + b"[" * 10**5, "line 1 nests lists or objects", id="no name"),
+    pytest.param("a.jsonl", b'\n{"text": "a", "n": ' + b"[" * 10**5, "line 2 .*it nests lists", id="nesting"),
+    pytest.param("a", b'{"text": "a", "n": ' + b"[" * 10**5, "line 1 cannot be read as JSON .it nests", id="no name"),
     pytest.param("a.jsonl", b'{"text": NaN}', "line 1: 'text' is a float", id="NaN"),
     pytest.param("a.jsonl", b'{"text": "a\\u0000"}', "line 1: 'text' has a NUL character", id="NUL"),
     pytest.param("a.jsonl", b'{"text": "a\\udc00"}', "line 1 escapes half of a surrogate", id="half a surrogate"),

@@ -73,7 +73,7 @@ def cut_documents(lengths):
 
 
 def seen(samples, positions):
-    """Which sample of which corpus stands at each position."""
+    """Return the corpus and sample at each position."""
     return [(samples.locate(p)[0], int(samples[p].input_ids[0])) for p in positions]
 
 
@@ -138,7 +138,7 @@ def test_a_blend_keeps_its_weights(weights):
 @given(weights=st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=6), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_locate_counts(weights, seed):
-    """What is computed from the position alone is what a loop from position 0 counts."""
+    """Counts computed from the position alone equal those of a loop from position 0."""
     samples = Samples([Numbers(str(i), 10) for i in range(len(weights))], weights, seed)
     drawn = Counter()
     for position in range(6 * BLOCK):

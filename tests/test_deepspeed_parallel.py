@@ -1,4 +1,4 @@
-"""What docs/parallelism.md says of DeepSpeed's own schemes, so that a new version's mended ways are noticed."""
+"""Limits of DeepSpeed's parallel schemes, as docs/parallelism.md has them, so that an upstream fix is noticed."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, and what it may compute in there: a GPU's answers are put in torch's mouth."""
+"""Assignment of GPUs to ranks, and the precisions of a GPU: torch's answers about GPUs are mocked."""
 
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace

@@ -115,7 +115,7 @@ def on_rank(ports, models, data, output, size):
 
 @pytest.fixture(scope="module")
 def reference(models, shared, tmp_path_factory):
-    """What transformers' modules find."""
+    """Return the figures of transformers' modules."""
     whole = {name: source for name, source in models.items() if name != "cut"}
     found = scored(tmp_path_factory.mktemp("reference"), whole.values(), shared / "data")
     texts = {name: generated(source) for name, source in whole.items()}

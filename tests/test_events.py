@@ -3,8 +3,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from megaft.errors import CheckpointError, ConfigError, NoProgressError
-from megaft.events import Events, recording_errors
+from megaft.errors import CheckpointError, ConfigError, LostPeerError, NoProgressError
+from megaft.events import Events, record_loss, recording_errors
 from megaft.files import json_lines
 
 
@@ -89,3 +89,23 @@ def test_the_reason_of_an_end_is_kept_where_there_is_a_run(tmp_path):
             raise ConfigError("a.b is 1; use 2.")
     assert json.loads((tmp_path / "ended.json").read_text()) == {"exit_code": 2, "reason": "a.b is 1; use 2."}
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "reasons"),
+    [
+        pytest.param(LostPeerError("gloo lost a connection."), ["rank 1 died."], id="the collective saw it too"),
+        pytest.param(ConfigError("a.b is 1."), ["rank 1 died.", "a.b is 1."], id="a mistake of its own"),
+    ],
+)
+def test_a_lost_rank_is_one_end_of_the_run(tmp_path, error, reasons):
+    """The heartbeat and the collective both notice it; slurm/job.sh counts ends."""
+
+    def ends():
+        record_loss(tmp_path, "rank 1 died.")
+        raise error
+
+    with pytest.raises(type(error)), recording_errors(tmp_path, is_main=True):
+        ends()
+    assert [row["reason"] for row in rows_of(tmp_path / "events.jsonl")] == reasons
+    assert json.loads((tmp_path / "ended.json").read_text())["reason"] == reasons[-1]

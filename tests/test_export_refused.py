@@ -1,6 +1,7 @@
 """Exports that are checked before they are published, and refused; what was there before stays."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megaft import export_formats
 from megaft.checkpoint import folder_of
 from megaft.config import parse_train
 from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
+from megaft.export_check import NUM_TOKENS, ROWS_FROM_DISK
 from megaft.export_formats import HuggingFaceExport, MegatronExport
 from megaft.tokenizer import Tokenizer
 
@@ -26,11 +28,31 @@ def config(export_runs, request):
 @of("full")
 @pytest.mark.parametrize("has_room", [True, False])
 def test_an_export_of_the_megatron_backend_is_checked_too(config, has_room, monkeypatch):
-    """Checkpoints of both backends are read alike."""
+    """Checkpoints of both backends are read alike; without room for the model, a block of it at a time computes."""
     monkeypatch.setattr(export_formats, "available_memory", lambda: 1 << 40 if has_room else 0)
+    monkeypatch.setattr(export_formats, "check_nats_from_disk" if has_room else "check_nats", None)
     folder = export_again(replace(config, model=replace(config.model, backend="megatron")))
-    said = "512 held-out tokens: " if has_room else "each tensor in it was compared with the checkpoint's"
-    assert said in (folder / "README.md").read_text()
+    num_tokens = NUM_TOKENS if has_room else ROWS_FROM_DISK * config.longest_input
+    said = rf"{num_tokens} held-out tokens: (\d\.\d+) per token, the trained model (\d\.\d+)\."
+    (nats,) = re.findall(said, (folder / "README.md").read_text())
+    assert float(nats[0]) == pytest.approx(float(nats[1]), rel=1e-5)
+
+
+@of("full", "half")
+def test_an_export_without_room_for_the_model_has_the_same_files(config, monkeypatch):
+    """Loaded and from scratch, in fp32 and bf16: nothing builds the whole model."""
+    state = replace(state_of(config), best_step=None)
+    dtype = "bfloat16" if config.model.from_scratch else "float32"
+    before = contents(export_again(config, state, dtype))
+    monkeypatch.setattr(export_formats, "available_memory", lambda: 0)
+    monkeypatch.setattr(export_formats.hugging_face, "build", None)
+    folder = export_again(config, state, dtype)
+    assert f"{ROWS_FROM_DISK * config.longest_input} held-out tokens" in (folder / "README.md").read_text()
+    assert contents(folder) == before
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
 
 
 @of("full")

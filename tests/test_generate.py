@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import tyro
 from tiny_models import make_model
-from tiny_tokenizers import make_byte_level, make_metaspace, make_sentencepiece
+from tiny_tokenizers import CHATML, make_byte_level, make_metaspace, make_sentencepiece
 
 from megaft.errors import ConfigError, DataError
 from megaft.generate import GenerateConfig, SamplingConfig, main, model_source, print_text
@@ -58,6 +59,7 @@ def test_sampling_settings_are_checked(settings, message):
     ("settings", "message"),
     [
         ({"prompt": ()}, "prompt is empty"),
+        ({"chat": ("b",)}, "prompt and chat are given; use one"),
         ({"max_new_tokens": 0}, "max-new-tokens is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "less than 2"),
@@ -258,3 +260,24 @@ def test_a_model_that_attends_to_later_tokens_is_refused(tmp_path):
     BertLMHeadModel(BertConfig(vocab_size=600, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="attends to later tokens"):
         main(GenerateConfig(model=str(tmp_path), prompt=("To be",)))
+
+
+def test_chats_are_answered_by_the_template(folders, tmp_path, capsys):
+    """The ids are those of transformers' template and the answer is what transformers generates behind them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(folders / "byte-level with a BOS", tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(CHATML)
+    messages = [{"role": "user", "content": "To be"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "chat", dtype=torch.float32)
+    theirs = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+    common: dict[str, Any] = {"model": str(tmp_path / "chat"), "max_new_tokens": 6, "sampling": GREEDY}
+    given: dict[str, Any]
+    for given in ({"chat": ("To be",)}, {"messages": (json.dumps(messages),)}):
+        assert main(GenerateConfig(**common, **given, json=True)) == 0
+        row = json.loads(capsys.readouterr().out)
+        assert (row["messages"], row["prompt_tokens"], row["tokens"]) == (messages, ids[0].tolist(), theirs)
+        assert main(GenerateConfig(**common, **given)) == 0
+        assert capsys.readouterr().out == row["text"] + "\n"

@@ -5,11 +5,12 @@ import random
 import pytest
 
 from megaft.config import GuardConfig
+from megaft.errors import ConfigError
 from megaft.guard import Guard, robust_deviation
 
 
 def guard(state=None, smallest_loss_scale=None, **settings):
-    config = GuardConfig(**{"spike_window": 8, **settings})
+    config = GuardConfig(**{"spike_window": 32, **settings})
     return Guard(config, state or {}, smallest_loss_scale=smallest_loss_scale)
 
 
@@ -21,37 +22,57 @@ def events(watcher, rows):
     return [(t.event, t.step, t.decision) for t in watcher.judge(rows)]
 
 
-CALM = [row(step, 3.0 + 0.01 * (step % 3), 1.0 + 0.02 * (step % 2)) for step in range(1, 9)]
+NUM_CALM = 32
+CALM = [row(step, 3.0 + 0.01 * (step % 3), 1.0 + 0.02 * (step % 2)) for step in range(1, NUM_CALM + 1)]
+NEXT = NUM_CALM + 1
 
 
 @pytest.mark.parametrize(
     ("settings", "bad", "expected"),
     [
-        ({}, row(9), None),
-        ({}, row(9, loss=math.nan), ("non-finite loss", "stop")),
-        ({"non_finite": "rewind"}, row(9, loss=math.inf), ("non-finite loss", "rewind")),
-        ({"non_finite": "skip"}, row(9, grad_norm=math.inf), ("non-finite gradient", "skip")),
-        ({}, row(9, grad_norm=None), ("non-finite gradient", "stop")),
-        ({}, row(9, skipped_steps=1), ("non-finite gradient", "stop")),
-        ({}, row(9, loss=30.0), None),
-        ({"spike": "rewind"}, row(9, loss=30.0), ("loss spike", "rewind")),
-        ({"spike": "stop"}, row(9, grad_norm=9.0), ("gradient norm spike", "stop")),
-        ({"spike": "stop"}, row(9, loss=0.1, grad_norm=0.1), None),
-        ({"spike": "stop", "spike_deviations": 2000.0}, row(9, loss=30.0), None),
-        ({"spike": "stop"}, row(9, loss=3.2), None),  # 0.2 above 3.01 is within 8 times a hundredth of it
-        ({"spike": "stop"}, row(9, loss=3.3), ("loss spike", "stop")),
+        ({}, row(NEXT), None),
+        ({}, row(NEXT, loss=math.nan), ("non-finite loss", "stop")),
+        ({"non_finite": "rewind"}, row(NEXT, loss=math.inf), ("non-finite loss", "rewind")),
+        ({"non_finite": "skip"}, row(NEXT, grad_norm=math.inf), ("non-finite gradient", "skip")),
+        ({}, row(NEXT, grad_norm=None), ("non-finite gradient", "stop")),
+        ({}, row(NEXT, skipped_steps=1), ("non-finite gradient", "stop")),
+        ({}, row(NEXT, loss=30.0), None),
+        ({"spike": "rewind"}, row(NEXT, loss=30.0), ("loss spike", "rewind")),
+        ({"spike": "stop"}, row(NEXT, grad_norm=9.0), ("gradient norm spike", "stop")),
+        ({"spike": "stop"}, row(NEXT, loss=0.1, grad_norm=0.1), None),
+        ({"spike": "stop", "spike_deviations": 2000.0}, row(NEXT, loss=30.0), None),
+        ({"spike": "stop"}, row(NEXT, loss=3.2), None),  # 0.2 above 3.01 is within 8 times a hundredth of it
+        ({"spike": "stop"}, row(NEXT, loss=3.3), ("loss spike", "stop")),
     ],
 )
 def test_a_step_is_judged_by_its_numbers(settings, bad, expected):
     watcher = guard(**settings)
     assert events(watcher, CALM) == []
-    assert events(watcher, [bad]) == ([] if expected is None else [(expected[0], 9, expected[1])])
+    assert events(watcher, [bad]) == ([] if expected is None else [(expected[0], NEXT, expected[1])])
 
 
-def test_no_spike_is_seen_before_a_quarter_of_the_window():
-    watcher = guard(spike="stop")
-    assert events(watcher, [row(1), row(2, loss=99.0)]) == []
-    assert events(watcher, [row(3), row(4, loss=999.0)]) == [("loss spike", 4, "stop")]
+@pytest.mark.parametrize(("window", "fewest"), [(32, 32), (128, 32), (400, 100)])
+def test_no_spike_is_seen_before_there_are_enough_values(window, fewest):
+    """The loss of step 3 and the gradient of the last step but one would be spikes later."""
+    rows = [row(step, 3.0 + (step % 2) / 100) for step in range(1, fewest + 1)]
+    rows[2] = row(3, loss=4.0)
+    rows[fewest - 2] = row(fewest - 1, grad_norm=90.0)
+    watcher = guard(spike="stop", spike_window=window)
+    assert events(watcher, rows) == []
+    assert events(watcher, [row(fewest + 1, loss=4.0)]) == [("loss spike", fewest + 1, "stop")]
+
+
+def test_noise_is_no_spike():
+    """200 runs of 100 steps with normal noise; where two values are enough, 40 of them are stopped."""
+    rng = random.Random(0)
+    runs = [[row(step, rng.gauss(2, 0.2), rng.gauss(1, 0.1)) for step in range(1, 101)] for _ in range(200)]
+    assert [events(guard(spike="stop", spike_window=128), rows) for rows in runs] == [[]] * 200
+
+
+@pytest.mark.parametrize("window", [8, 31])
+def test_a_window_too_short_for_a_deviation_is_refused(window):
+    with pytest.raises(ConfigError, match=rf"guard\.spike-window is {window}; use 32 or more, for example 128"):
+        GuardConfig(spike_window=window)
 
 
 def test_too_many_skips_in_a_row_stop():
@@ -63,8 +84,8 @@ def test_too_many_skips_in_a_row_stop():
 
 def test_a_spike_does_not_become_the_measure_of_the_next():
     watcher = guard(spike="skip", max_skips=99)
-    assert events(watcher, [*CALM, *(row(step, loss=30.0) for step in range(9, 30))]) == [
-        ("loss spike", step, "skip") for step in range(9, 30)
+    assert events(watcher, [*CALM, *(row(step, loss=30.0) for step in range(NEXT, NEXT + 21))]) == [
+        ("loss spike", step, "skip") for step in range(NEXT, NEXT + 21)
     ]
 
 
@@ -90,11 +111,11 @@ def test_a_step_judged_before_its_weights_move_is_not_judged_again():
     for calm in CALM:
         assert watcher.wants(calm["step"], calm["loss"], calm["grad_norm"])
     assert watcher.judge(CALM[:-1]) == []
-    assert not watcher.wants(9, 30.0, 1.0)
-    assert events(watcher, [CALM[-1]]) == [("loss spike", 9, "skip")]
-    assert watcher.judge([row(9, loss=30.0, skipped_steps=1)]) == []
-    assert watcher.wants(10, 3.0, 1.0)
-    assert watcher.judge([row(10, skipped_steps=1)]) == []
+    assert not watcher.wants(NEXT, 30.0, 1.0)
+    assert events(watcher, [CALM[-1]]) == [("loss spike", NEXT, "skip")]
+    assert watcher.judge([row(NEXT, loss=30.0, skipped_steps=1)]) == []
+    assert watcher.wants(NEXT + 1, 3.0, 1.0)
+    assert watcher.judge([row(NEXT + 1, skipped_steps=1)]) == []
 
 
 def test_nothing_after_a_step_that_rewinds_is_judged():
@@ -108,7 +129,7 @@ def test_a_resumed_guard_decides_the_same():
     rows = [row(step, 3 + (step % 17 == 0) + rng.gauss(0, 0.05), rng.gauss(2, 0.1)) for step in range(1, 99)]
     whole = events(guard(spike="skip"), rows)
     assert len(whole) > 2
-    for cut in (1, 16, 17, 50):
+    for cut in (1, 33, 34, 50):
         first = guard(spike="skip")
         found = events(first, rows[:cut])
         state = json.loads(json.dumps(first.state()))

@@ -162,7 +162,7 @@ def test_a_stranger_at_the_port_is_no_peer(main_rank):
 
 
 def test_the_kernel_gives_up_a_silent_host():
-    """What it does then is the kernel's; a test with a cut network needs root and two network namespaces."""
+    """The kernel does the rest; a test with a cut network needs root and two network namespaces."""
     with socket.socket() as connection:
         heartbeat.probe(connection, 60)
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

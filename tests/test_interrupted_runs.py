@@ -87,9 +87,10 @@ def file_put(name, step, rank, patch, run_dir):
 
 def poisoned(positions, spoil, rank, patch, run_dir):
     """The loss of some samples, by their place in the whole sequence, is spoiled."""
-    from megaft import train
+    from megaft import guard, train
     from megaft.models.hugging_face import NatsModel
 
+    patch.setattr(guard, "fewest_values", lambda window: 2)  # these runs are short
     forward, seed = NatsModel.forward, train.dropout_seed
     here = []
     patch.setattr(train, "dropout_seed", lambda run_seed, position: here.append(position) or seed(run_seed, position))
@@ -139,7 +140,7 @@ CASES = [
     ("changed", [limit(STEPS), *CHANGED], partial(poisoned, BAD, not_a_number), settings_of()),
 ]
 CODES = [0, 75, 0, 75, 0, 130, 0, 75, 93, 0, 0, 5, 0, 0]
-SPIKE = ["--guard.spike-window=8", "--guard.spike-deviations=50", limit(STEPS), "--checkpoint.every=2"]
+SPIKE = ["--guard.spike-deviations=50", limit(STEPS), "--checkpoint.every=2"]
 
 
 def guarded(name, spoil, *flags, zero_stage=1, positions=BAD, **more):

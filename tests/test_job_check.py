@@ -1,4 +1,4 @@
-"""What `megaft submit` finds wrong with a job's program before the job waits."""
+"""`megaft submit` checks a job's program before the job waits."""
 
 import json
 

@@ -11,7 +11,7 @@ def values(number, num_quantities=1):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What two ranks kept: batches 0 and 2, 1 and 3."""
+    """Two ranks' results: batches 0 and 2, 1 and 3."""
     for rank in range(2):
         kept = KeptBatches(tmp_path / "windows", rank)
         for number in (rank, rank + 2):

@@ -1,4 +1,4 @@
-"""What other systems are known to do wrong, each in a few lines, and that megaft does not.
+"""Known defects of other systems, each in a few lines, and that megaft does not have them.
 
 The first part of a test shows the defect by its own formula, on this machine; the second holds megaft to the right one.
 """

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ BIN = Path(sys.executable).parent
 PROGRAM = str(ROOT / "megaft" / "train.py")
 
 LAUNCHERS = {
-    "python": [sys.executable, PROGRAM],
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", PROGRAM],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", PROGRAM],
     "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, PROGRAM],
@@ -26,32 +26,55 @@ LAUNCHERS = {
 
 
 @pytest.fixture(scope="module")
-def run_under(toy_model, toy_texts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launchers")
-    settings = folder / "zero1.json"
-    settings.write_text(
-        json.dumps(
-            {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}},
-        )
-    )
-    train, valid = toy_texts
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("launchers")
 
-    def run(launcher, *flags):
-        command = [
-            *LAUNCHERS[launcher],
-            f"--deepspeed_config={settings}",
+
+@pytest.fixture(scope="module")
+def flags_of(folder, toy_model, toy_texts):
+    settings = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    (folder / "zero1.json").write_text(json.dumps(settings))
+
+    def flags(name):
+        return [
+            f"--deepspeed_config={folder}/zero1.json",
             f"--model.path={toy_model}",
-            f"--data.train={train}",
-            f"--data.valid={valid}",
+            f"--data.train={toy_texts[0]}",
+            f"--data.valid={toy_texts[1]}",
             "--data.context-length=32",
-            f"--run.dir={folder / launcher}",
+            f"--run.dir={folder / name}",
             "--run.max-steps=2",
             "--run.export=none",
-            *flags,
         ]
+
+    return flags
+
+
+@pytest.fixture(scope="module")
+def run_under(folder, flags_of):
+    def run(launcher, *flags):
+        command = [*LAUNCHERS[launcher], *flags_of(launcher), *flags]
         # In a folder of its own: nothing may be found by the current directory.
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=dict(os.environ), check=False)
         return done, folder / launcher
+
+    return run
+
+
+def trained(output_path, flags):
+    """Return the exit code of `python megaft/train.py`, in a process that has its imports, and what it wrote."""
+    from megaft import train
+
+    with output_path.open("w") as output, redirect_stdout(output), redirect_stderr(output):
+        code = train.main(flags)
+    return code, output_path.read_text()
+
+
+@pytest.fixture(scope="module")
+def run_alone(folder, flags_of, run_ranks):
+    def run(*flags):
+        [(code, said)] = run_ranks(1, trained, folder / "output.log", [*flags_of("alone"), *flags])
+        return code, said, folder / "alone"
 
     return run
 
@@ -61,9 +84,9 @@ def rows(run_dir):
 
 
 @pytest.fixture(scope="module")
-def reference(run_under):
-    done, run_dir = run_under("python")
-    assert done.returncode == 0, done.stderr
+def reference(run_alone):
+    code, said, run_dir = run_alone()
+    assert code == 0, said
     return rows(run_dir)
 
 
@@ -118,19 +141,19 @@ def test_a_library_first_on_the_path_is_not_hidden(run_under, tmp_path):
     assert "--deepspeed-config" in done.stdout
 
 
-def test_a_run_continues_with_its_own_settings_only(run_under, reference):
+def test_a_run_continues_with_its_own_settings_only(run_alone, reference):
     """Another learning rate or validation window would make its rows and its best checkpoint mean two things."""
-    done, run_dir = run_under("python", "--optim.learning-rate=3e-3", "--eval.stride=8", "--run.max-steps=3")
-    assert done.returncode == 4
+    code, said, run_dir = run_alone("--optim.learning-rate=3e-3", "--eval.stride=8", "--run.max-steps=3")
+    assert code == 4
     for setting in (
         "optim.learning_rate: 0.0001 then, 0.003 now",
         "validation: ",
         "schedule_steps: 2 then, 3 now",
         "--run.fresh",
     ):
-        assert setting in done.stderr
+        assert setting in said
     assert rows(run_dir) == reference
-    done, run_dir = run_under("python")
-    assert done.returncode == 0
-    assert "after 2 steps" in done.stdout
+    code, said, run_dir = run_alone()
+    assert code == 0
+    assert "after 2 steps" in said
     assert rows(run_dir) == reference

@@ -13,6 +13,7 @@ from tiny_models import MODELS, change_tensors, edit_json, make_model
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.models import hugging_face, trials
+from megaft.models.causal_lm import vocab_size
 from megaft.models.stand_in import is_partitioned
 
 WORLD_SIZE = 2
@@ -30,7 +31,7 @@ CASES = [
 
 
 def engine_config(dtype="float32", stage=3):
-    """What deepspeed.initialize gets."""
+    """Return the configuration that deepspeed.initialize gets."""
     return {
         "train_batch_size": WORLD_SIZE,
         "train_micro_batch_size_per_gpu": 1,
@@ -66,7 +67,7 @@ def on_ranks(function, *arguments):
 
 @pytest.fixture(scope="module")
 def compared(folders, run_ranks):
-    """What differs between each case built whole and in parts, on each rank."""
+    """Return the differences between each case built whole and partitioned, on each rank."""
     return run_ranks(WORLD_SIZE, on_ranks, compare_all, folders)
 
 
@@ -120,7 +121,7 @@ def properties(model):
     return {
         "names": [name for name, _ in model.named_parameters()],
         "architecture": hugging_face.architecture(model),
-        "vocab_size": hugging_face.vocab_size(model),
+        "vocab_size": vocab_size(model),
         "has a linear head": hugging_face.NatsModel(model).head is not None,
         "keeps documents apart": keeps_documents_apart(),
         "dropouts": [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)],
@@ -200,7 +201,7 @@ def answer(folder):
 
 @pytest.fixture(scope="module")
 def answered(folders, run_ranks, tmp_path_factory):
-    """What building each folder in parts says on each rank."""
+    """Return the error of building each folder partitioned, on each rank."""
     root = tmp_path_factory.mktemp("refused")
     cases = REFUSED | {"equal under both names": ("gpt2", lambda folder: add_head(folder, 1), None)}
     for case, (name, change, _) in cases.items():

@@ -200,12 +200,11 @@ NOTHING_SCORED = [
         [{"p": "a", "c": ""}] * 2, {"prompt_key": "p", "completion_key": "c"}, "completion-key c is empty", id="empty"
     ),
     pytest.param(
-        [chat("user", "model"), chat("human", "gpt")],
+        [chat("user", "narrator"), chat("human", "cat")],
         {"messages_key": "m"},
-        "'assistant' are, and --messages-key m has the roles 'gpt', 'human', 'model', 'user'",
+        "'assistant' are, and --messages-key m has the roles 'cat', 'human', 'narrator', 'user'",
         id="other roles",
     ),
-    pytest.param([chat("user", "Assistant")], {"messages_key": "m"}, "roles 'Assistant', 'user'", id="capital"),
 ]
 
 

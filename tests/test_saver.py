@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -286,7 +287,7 @@ def test_groups_that_step_otherwise_than_they_were_built_to_are_found(tmp_path):
 
 
 def on_two_ranks(folder):
-    """What each rank sees: a whole save, then one that only the second rank's disk refuses, then a damaged file."""
+    """Return each rank's view: a whole save, one that only the second rank's disk refuses, a damaged file."""
     parallel.join(parallel.discover(os.environ))
     seen = {}
     for name, is_background in (("sync", False), ("async", True)):
@@ -324,8 +325,8 @@ def no_room(path, pieces):
 def test_what_one_rank_cannot_write_or_read_all_ranks_know(run_ranks, tmp_path):
     main, other = run_ranks(2, on_two_ranks, tmp_path)
     for name in ("sync", "async"):
-        assert "rank 1 could not go on" in main[name]
-        assert "rank-00001.safetensors cannot be written: No space left on device" in other[name]
+        assert re.search(r"rank-00001\.safetensors cannot be written: No space left on device", other[name])
+        assert main[name] == f"rank 1: {other[name]}"
         assert main[f"{name} left"] == other[f"{name} left"] == ["latest", "step-00000001"]
         assert main[f"{name} then"] == other[f"{name} then"] == (0.75, True)
         assert main[f"{name} found"] == other[f"{name} found"]

@@ -71,7 +71,7 @@ def test_every_sample_holds_a_scored_token_and_none_of_these_is_lost(tmp_path, k
 
 
 def test_only_a_dataset_with_such_samples_has_another_order_than_before(tmp_path):
-    """What a checkpoint remembers of the data: a run begun when these samples took part is another run."""
+    """A checkpoint remembers the data: a run begun when these samples took part is another run."""
     documents = cut_documents([9, 3])
     whole = write_dataset(tmp_path / "a", documents, masked(documents, {3, 7, 11}))
     holed = write_dataset(tmp_path / "b", documents, masked(documents, {7, 11}))

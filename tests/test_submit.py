@@ -42,7 +42,7 @@ def programs(tmp_path, monkeypatch):
 
 
 def submitted(capsys, *arguments, code=0):
-    """What `megaft submit` says; tyro's boxes are unwrapped."""
+    """Return the output of `megaft submit`, with tyro's boxes unwrapped."""
     try:
         ended = main(["submit", *arguments])
     except SystemExit as exit_of_parser:

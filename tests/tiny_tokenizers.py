@@ -5,6 +5,19 @@ from pathlib import Path
 
 TEXT_CHARACTERS = 60_000
 
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
 
 def corpus() -> str:
     import toy
@@ -73,11 +86,7 @@ def make_llama_chat(folder: Path, **settings) -> Path:
     added = {"<|im_start|>": 800, "<|im_end|>": 801}
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
     decoder = {str(id_): {"content": token, **plain} for token, id_ in added.items()}
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    chat = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>", "chat_template": template, "legacy": False}
+    chat = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>", "chat_template": CHATML, "legacy": False}
     make_llama(folder, **chat | settings)
     (folder / "added_tokens.json").write_text(json.dumps(added))
     return folder

@@ -30,7 +30,7 @@ SSH = """\
 #!/bin/sh
 exec {ssh} -F none -i {folder}/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"
 """
-"""What keeps the user's own keys and settings out of it."""
+"""SSH options that leave out the user's own keys and settings."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TwoHosts:
                 stderr=subprocess.STDOUT,
             )
 
-    def run_on(self, host, *words, seconds=120, **environment):
+    def run_on(self, host, *words, seconds=600, **environment):
         """Run a command on host 0 or 1; returns its exit code and what it said."""
         log = self.folder / f"{time.monotonic_ns()}.log"
         code = self.start(host, *words, log=log, **environment).wait(seconds)
@@ -72,7 +72,7 @@ class TwoHosts:
             ]
         return [rank.exception() or rank.result() for rank in ranks]
 
-    def run_on_both(self, command, seconds=120, **environment):
+    def run_on_both(self, command, seconds=600, **environment):
         """Run `command(host number)` on both at the same time; returns two exit codes and what both said."""
         logs = [self.folder / f"{time.monotonic_ns()}-{number}.log" for number in (0, 1)]
         started = [self.start(number, *command(number), log=logs[number], **environment) for number in (0, 1)]

@@ -1,4 +1,4 @@
-"""What checks annotations in tests; an int will do for a float."""
+"""Configuration of the type checker that tests check annotations with; an int will do for a float."""
 
 from beartype import BeartypeConf, beartype
 

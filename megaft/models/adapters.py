@@ -12,9 +12,7 @@ from torch import nn
 from megaft.config import LoraConfig
 from megaft.errors import ConfigError
 from megaft.masking import without_secrets
-
-CausalLM = Any
-"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
+from megaft.models.causal_lm import CausalLM
 
 
 def add_adapters(model: CausalLM, lora: LoraConfig, seed: int) -> None:

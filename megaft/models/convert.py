@@ -36,7 +36,7 @@ def write_hugging_face(weights: Weights, folder: Path, dtype: torch.dtype) -> No
     """Write a folder that transformers loads.
 
     Raises:
-        DataError: A weight cannot be read, or is too large for float16.
+        DataError: A weight cannot be read, is not finite, or is too large for the dtype.
     """
     parts = _parts(weights, dtype)
     names = [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
@@ -72,7 +72,7 @@ def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int
 
     Raises:
         ConfigError: The model cannot be cut over so many.
-        DataError: A weight cannot be read, or is too large for float16.
+        DataError: A weight cannot be read, is not finite, or is too large for the dtype.
     """
     require_cuttable(weights.config, size)
     layout = layout_of(weights.config)
@@ -100,11 +100,28 @@ def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a parameter in another dtype; DataError where float16 has no number so large."""
+    """Return a parameter in another dtype.
+
+    Raises:
+        DataError: It has NaN or infinite values, or some too large for the dtype.
+    """
+    if not _is_finite(tensor):
+        at = (~tensor.isfinite()).nonzero()
+        raise DataError(
+            f"{name} has {len(at):,} of {tensor.numel():,} values that are not finite, the first at {at[0].tolist()}; "
+            "the model is damaged. Copy it anew, or go back to a checkpoint before it."
+        )
     result = tensor.to(dtype)
-    if dtype == torch.float16 and result.isinf().sum() > tensor.isinf().sum():
-        raise DataError(f"{name} has values up to {tensor.abs().max():g}, which float16 cannot hold; use bfloat16.")
+    if not _is_finite(result):
+        short = str(dtype).removeprefix("torch.")
+        fix = "use bfloat16" if dtype == torch.float16 else "use float32"
+        raise DataError(f"{name} has values up to {tensor.abs().max():g}, which {short} cannot hold; {fix}.")
     return result
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether every value is finite, without a copy of the tensor: aminmax passes a NaN on."""
+    return all(bound.isfinite() for bound in tensor.aminmax())
 
 
 def _write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:

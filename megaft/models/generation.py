@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaft.errors import DataError
 from megaft.models import trials
-from megaft.models.hugging_face import CausalLM, context_limit, vocab_size
+from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.rope import rescaling_lengths
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
@@ -65,10 +65,14 @@ class CachedModel:
         return output.logits[0, -1]
 
 
-def exact_cache(model: CausalLM) -> str | None:
+def exact_cache(model: CausalLM, tried: CausalLM | None = None) -> str | None:
     """Return the keyword of the family's cache, if tokens read one by one have the logits of one pass over all of them.
 
     It is tried on the model itself, and on longer texts on a small stand-in.
+
+    Args:
+        model: A whole model.
+        tried: What `trials.on_trial` yields for it.
 
     Raises:
         DataError: The model does not read tokens alone.
@@ -87,7 +91,8 @@ def exact_cache(model: CausalLM) -> str | None:
         logits = [reader.read(ids[:TRIAL_PROMPT], 0)]
         logits += [reader.read([ids[place]], place) for place in range(TRIAL_PROMPT, TRIAL_TOKENS)]
         is_exact = _agree(logits[0], expected[0]) and _agree(logits[-1], expected[1])
-        return name if is_exact and trials.keeps_cache(model, lambda small: CachedModel(small, name)) else None
+        keeps = is_exact and trials.keeps_cache(model, lambda small: CachedModel(small, name), tried)
+        return name if keeps else None
     except FORWARD_ERRORS:
         return None
 

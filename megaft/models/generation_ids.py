@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megaft.errors import DataError
+from megaft.errors import REPORT, DataError
 
 GENERATION = "generation_config.json"
 KINDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -44,7 +44,7 @@ def require_same_generation_ids(expected: dict[str, set[int]], found: dict[str, 
         if found[kind] != expected[kind]:
             raise DataError(
                 f"{folder} was not published: its {kind} is {sorted(found[kind])} for transformers, not "
-                f"{sorted(expected[kind])} as the model that was trained. The checkpoint is whole; report this."
+                f"{sorted(expected[kind])} as the model that was trained. The checkpoint is whole; {REPORT}."
             )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,31 +15,35 @@ from jaxtyping import Float32, Int64
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from megaft import parallel
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
 from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
+from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
+from megaft.models.config_errors import first_line
+from megaft.models.gguf_file import read_header, require_all_taken
 from megaft.models.loading_report import without_report_table
 from megaft.models.padding_tokens import read_padding_tokens
+from megaft.models.size_limit import no_larger_than, no_larger_than_memory
 from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.stored_weights import freeze_as_constructed, keeping_stored_weights
+from megaft.models.text_model import require_causal_class
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
-
-CausalLM = Any
-"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
 
 
 class NatsModel(nn.Module):
     """A language model that returns the nats of its labels instead of logits."""
 
-    def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked"):
+    def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked", tried: CausalLM | None = None):
+        """Take a model; `tried` is what `trials.on_trial` yields for it, where that is at hand."""
         super().__init__()
         self.language_model = language_model
         self.head = (
             Head(language_model.get_output_embeddings(), cross_entropy)
-            if trials.head_is_linear(language_model)
+            if trials.head_is_linear(language_model, tried)
             else None
         )
 
@@ -78,7 +83,7 @@ def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor,
     return steps - torch.where(is_first, steps, 0).cummax(1).values
 
 
-LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, OverflowError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, SafetensorError, UnpicklingError)
 """Exceptions of transformers for a model it cannot read, or for a config.json whose values make no model."""
 
 
@@ -96,15 +101,18 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     logging.disable_progress_bar()  # every rank would draw its own
     where, options = _location(source)
     require_inert("model.path", where)
-    if not options and Path(where).is_dir():
-        require_weights(Path(where))
+    header = read_header(Path(source)) if options else None
+    limit: AbstractContextManager[None] = nullcontext()
+    if header is not None or Path(where).is_dir():
+        size = require_weights(Path(where)) if header is None else header.size
+        limit = no_larger_than(size, f"model.path is {source}")
     config: Any = None
     try:
         config = _load_config(where, options)
         if not options:
             require_not_quantized("model.path", source, config)
         set_dropout(config, dropout)
-        with keeping_stored_weights(), without_report_table():
+        with limit, keeping_stored_weights(), without_report_table():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
@@ -120,14 +128,17 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
         # Some families fail there only, with a message that says nothing.
         where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
         raise DataError(
-            f"model.path is {source}; transformers cannot load it{where}: {_first_line(error, config)}"
+            f"model.path is {source}; transformers cannot load it{where}: {first_line(error, config)}"
         ) from error
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
     if not is_deepspeed_zero3_enabled():
         freeze_as_constructed(model)
-    return read_padding_tokens(_without_quantization(model) if options else model)
+    if header is not None:
+        require_all_taken(Path(source), header, model)
+        model = _without_quantization(model)
+    return read_padding_tokens(model)
 
 
 def _require_tied(source: str, model: CausalLM) -> None:
@@ -139,16 +150,34 @@ def _require_tied(source: str, model: CausalLM) -> None:
 
 def create_language_model(config_path: str, seed: int, dropout: float | None = None) -> CausalLM:
     """Initialise a new model from a config.json; the weights are a function of the seed."""
+    config = read_new_config(config_path, dropout)
+    return create_from(config, config_path, seed)
+
+
+def read_new_config(config_path: str, dropout: float | None = None) -> Any:
+    """Return the transformers configuration of a model to be initialised."""
     require_inert("model.from-scratch", config_path)
-    config: Any = None
-    try:
+    with _naming_bad_config(config_path):
         config = _load_config(config_path, {})
         set_dropout(config, dropout)
+        return config
+
+
+def create_from(config: Any, config_path: str, seed: int) -> CausalLM:
+    """Initialise a new model of a configuration that was read from a config.json."""
+    with _naming_bad_config(config_path, config):
         torch.manual_seed(seed)
-        return new_model(config)
+        with no_larger_than_memory(f"model.from-scratch is {config_path}", parallel.world_size()):
+            return new_model(config)
+
+
+@contextmanager
+def _naming_bad_config(config_path: str, config: Any = None) -> Iterator[None]:
+    try:
+        yield
     except LOAD_ERRORS as error:
         raise DataError(
-            f"model.from-scratch is {config_path}; not a model config: {_first_line(error, config)}"
+            f"model.from-scratch is {config_path}; not a model config: {first_line(error, config)}"
         ) from error
 
 
@@ -174,14 +203,32 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
             parts, in the engine's precision. One with adapters or from a GGUF file is taken apart by DeepSpeed later.
     """
     is_gguf = config.path is not None and config.path.endswith(".gguf")
-    with in_parts(None if lora.rank or is_gguf else engine_config, is_new=config.path is None):
-        if config.path is not None:
+    if lora.rank or is_gguf or not is_stage_3(engine_config):
+        return parallel.together(_build_whole, config, lora, seed)
+    if config.path is not None:
+        with in_parts(engine_config, is_new=False):
             model = load_language_model(config.path, dropout=config.dropout)
-        else:
-            assert config.from_scratch is not None
-            model = create_language_model(config.from_scratch, seed, config.dropout)
+    else:
+        assert config.from_scratch is not None
+        new_config = parallel.together(read_new_config, config.from_scratch, config.dropout)
+        with in_parts(engine_config, is_new=True):
+            model = create_from(new_config, config.from_scratch, seed)
+    return parallel.together(_recomputing, model, config)
+
+
+def _build_whole(config: ModelConfig, lora: LoraConfig, seed: int) -> CausalLM:
+    if config.path is not None:
+        model = load_language_model(config.path, dropout=config.dropout)
+    else:
+        assert config.from_scratch is not None
+        model = create_language_model(config.from_scratch, seed, config.dropout)
     if lora.rank:
         add_adapters(model, lora, seed)
+    return _recomputing(model, config)
+
+
+def _recomputing(model: CausalLM, config: ModelConfig) -> CausalLM:
+    """Return the model, with activation checkpointing where it is asked for."""
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(
@@ -191,9 +238,14 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     return model
 
 
+def is_stage_3(engine_config: dict[str, Any] | None) -> bool:
+    """Return whether what deepspeed.initialize gets asks for ZeRO stage 3."""
+    return engine_config is not None and engine_config.get("zero_optimization", {}).get("stage") == 3
+
+
 def in_parts(engine_config: dict[str, Any] | None, *, is_new: bool) -> AbstractContextManager[None]:
     """Return a context in which models are built as what deepspeed.initialize gets asks for: at stage 3 in parts."""
-    if engine_config is None or engine_config.get("zero_optimization", {}).get("stage") != 3:
+    if engine_config is None or not is_stage_3(engine_config):
         return nullcontext()
     from megaft.models import partitioned
 
@@ -226,17 +278,6 @@ def architecture_of(class_name: str, shapes: dict[str, torch.Size]) -> str:
     """Return the architecture of a model of a class of transformers, by the shapes of its trained parameters."""
     trained = sorted((name, tuple(shape)) for name, shape in shapes.items())
     return f"{class_name} {blake2b(repr(trained).encode(), digest_size=8).hexdigest()}"
-
-
-def context_limit(model: CausalLM) -> int | None:
-    """Return the longest input the model has positions for, if it has a limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit is None or limit > 0 else None  # XLNet, which has none, gives -1
-
-
-def vocab_size(model: CausalLM) -> int:
-    """Return the number of tokens that the model embeds."""
-    return model.config.get_text_config().vocab_size
 
 
 def require_there(source: str) -> None:
@@ -272,36 +313,6 @@ def _load_config(where: str, options: dict[str, str]):
     return config
 
 
-def require_causal_class(config: Any) -> None:
-    """Raise ValueError where transformers makes no causal language model of a configuration, or one of several."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"it has no causal language model of model_type {config.model_type}; use a model of another family"
-        )
-    try:
-        config.get_text_config()
-    except ValueError as error:
-        raise ValueError(f"model_type {config.model_type} has several text models; use a folder of one") from error
-
-
-def keep_composite_config(model: CausalLM, source: str | None, folder: Path) -> None:
-    """Write the source's whole config.json where transformers loads the model by that alone, and not by its text part.
-
-    Args:
-        model: The model that was saved, with the configuration of its text part (Emu3, Mllama).
-        source: The model.path it is from.
-        folder: Where it was saved.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    if source is not None and type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        whole.text_config = model.config
-        whole.save_pretrained(folder)
-
-
 def _attention(config) -> str:
     """Return torch's fused attention where the architecture has it. What config.json names may be code on the hub."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -333,25 +344,3 @@ def _without_quantization(model: CausalLM) -> CausalLM:
     fresh.load_state_dict(model.state_dict())
     fresh.tie_weights()
     return fresh
-
-
-PADDING = "Padding_idx must be within num_embeddings"
-"""torch's message for a pad_token_id outside the vocabulary, in families that have a padding row."""
-
-
-def padding_rule(error: Exception, config: Any) -> str | None:
-    """Return the rule that a transformers configuration breaks with its pad_token_id, if that is the error."""
-    if PADDING not in str(error):
-        return None
-    text = config.get_text_config()
-    return (
-        f"its pad_token_id is {text.pad_token_id}, which must be null or below vocab_size ({text.vocab_size}) in this "
-        "family, as it has a padding row; set it to null in a copy of config.json"
-    )
-
-
-def _first_line(error: Exception, config: Any = None) -> str:
-    if rule := padding_rule(error, config):
-        return rule
-    first, *others = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

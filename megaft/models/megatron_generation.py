@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megaft import parallel
 from megaft.config import ModelConfig
-from megaft.models.hugging_face import context_limit
+from megaft.models.causal_lm import context_limit
 from megaft.models.megatron import Attention, MegatronModel, build
 
 

@@ -35,7 +35,8 @@ def loading(engine_config: dict[str, Any]) -> Iterator[None]:
         UserError: On every rank what the body raises on any: the first alone sees what does not fit.
     """
     lives = HfDeepSpeedConfig(engine_config)  # transformers asks whether there is one
-    plain, deepspeed.zero.Init = deepspeed.zero.Init, _Init
+    agreement = _Agreement()
+    plain, deepspeed.zero.Init = deepspeed.zero.Init, agreement.then_init
     plain_fill, modeling_utils._load_state_dict_into_zero3_model = (
         modeling_utils._load_state_dict_into_zero3_model,
         _fill,
@@ -49,7 +50,35 @@ def loading(engine_config: dict[str, Any]) -> Iterator[None]:
     finally:
         deepspeed.zero.Init, modeling_utils._load_state_dict_into_zero3_model = plain, plain_fill
         del lives
-    parallel.raise_together(error)
+    agreement.end(error)
+
+
+class _Agreement:
+    """Agreement of the ranks before a model is built in parts, and after it was filled.
+
+    What one rank cannot read is found before it would take part in building, for which the others would wait.
+    """
+
+    def __init__(self) -> None:
+        self._has_begun = False
+        self._known: UserError | None = None
+
+    def then_init(self, config_dict_or_path: dict[str, Any]) -> _Init:
+        """Return the context in which transformers builds the model: it has found configuration and files."""
+        if not self._has_begun:
+            self._has_begun = True
+            try:
+                parallel.raise_together(None)
+            except UserError as error:
+                self._known = error
+                raise
+        return _Init(config_dict_or_path)
+
+    def end(self, error: UserError | None) -> None:
+        """Raise what any rank found, unless all have been told."""
+        if error is not None and error is self._known:
+            raise error
+        parallel.raise_together(error)
 
 
 def _fill(model: Any, state_dict: dict[str, Any], load_config: Any) -> tuple[list[str], set[str]]:

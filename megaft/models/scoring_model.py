@@ -18,14 +18,8 @@ from megaft.config import ModelConfig
 from megaft.engine_state import count
 from megaft.loss import IGNORE_INDEX, Vocabulary, chunks, token_nats
 from megaft.models import trials
-from megaft.models.hugging_face import (
-    CausalLM,
-    NatsModel,
-    context_limit,
-    in_parts,
-    load_language_model,
-    vocab_size,
-)
+from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
+from megaft.models.hugging_face import NatsModel, in_parts, load_language_model
 from megaft.models.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
 from megaft.models.packed import PackedLinear, can_pack, pack_linears
 

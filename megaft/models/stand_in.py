@@ -13,16 +13,15 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from megaft.models.causal_lm import CausalLM
 from megaft.models.padding_tokens import read_padding_tokens
-
-CausalLM = Any
-"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
 
 STAND_IN_ERRORS = (
     AssertionError,
     AttributeError,
     IndexError,
     KeyError,
+    OverflowError,
     RuntimeError,
     StrictDataclassError,
     TypeError,
@@ -35,7 +34,10 @@ WORDS = 64
 """Vocabulary of a stand-in."""
 
 MOST_PARAMETERS = 50_000_000
-"""Largest stand-in that keeps all its layers; larger ones keep one layer of every kind."""
+"""Largest stand-in with a model's own number of layers and experts: 0.2 GB, made in a second."""
+
+MOST_OF_FEW_LAYERS = 2_000_000_000
+"""Largest stand-in with one layer of every kind, whose width is the model's: 8 GB, for a width of 20,480."""
 
 SHORT_BLOCKS = dict.fromkeys(
     (
@@ -71,15 +73,16 @@ def stand_in(model: CausalLM) -> CausalLM | None:
     """Return a small random model of a model's configuration, or None where none can be made that runs.
 
     It has the width and every switch of the model, a short vocabulary, short windows, and the first layers up to one of
-    every kind. Its weights are loud: an influence between tokens shows in its logits.
+    every kind; all layers of a small model whose configuration cannot be cut so. Its weights are loud: an influence
+    between tokens shows in its logits.
     """
     make, attention = type(model)._from_config, model.config._attn_implementation
     ids = torch.arange(5).unsqueeze(0)
-    for config in _configurations(model.config, make):
+    for config, most_parameters in _configurations(model.config, make):
         with keeping_random_states(), torch.no_grad():
             torch.manual_seed(0)
             try:
-                if num_parameters(config, make) > 40 * MOST_PARAMETERS:
+                if num_parameters(config, make) > most_parameters:
                     continue
                 small = make(config, dtype=torch.float32, attn_implementation=attention)
                 make_loud(read_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
@@ -98,9 +101,9 @@ def make_loud(model: CausalLM) -> CausalLM:
     return model
 
 
-def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterator[Any]:
-    """Yield configurations of smaller models, the smallest first."""
-    for make in (_with_few_layers, lambda one: one):
+def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterator[tuple[Any, int]]:
+    """Yield configurations of smaller models, the smallest first, and how many parameters each may have."""
+    for make, most_parameters in ((_with_few_layers, MOST_OF_FEW_LAYERS), (lambda one: one, MOST_PARAMETERS)):
         small = deepcopy(config)
         try:
             text = small.get_text_config()
@@ -110,7 +113,7 @@ def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterato
                 _lower(text, FEW_EXPERTS | NARROW)
         except STAND_IN_ERRORS:
             continue
-        yield small
+        yield small, most_parameters
 
 
 def _shorten(text: Any) -> None:

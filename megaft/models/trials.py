@@ -20,11 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaft.errors import ConfigError, DataError
+from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.rope import length_limit
 from megaft.models.stand_in import STAND_IN_ERRORS, is_partitioned, keeping_random_states, numbers_of, stand_in
-
-CausalLM = Any
-"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
 
 TOLERANCE = 1e-3
 """Largest difference, relative to the mean size of the values, that counts as rounding. In float32 rounding is some
@@ -34,15 +32,19 @@ SHORTEST, LONGEST = 24, 320
 """Tokens of a trial: beyond any block that the configuration names, unless that takes more than LONGEST."""
 
 
-def require_language_model(model: CausalLM) -> None:
+def require_language_model(model: CausalLM, tried: CausalLM | None = None) -> None:
     """Refuse models that attend to later tokens, or whose rows depend on the rest of their batch.
+
+    Args:
+        model: The model.
+        tried: What `on_trial` yields for it; by default it is made here. So it is with the other trials below.
 
     Raises:
         DataError: The model is neither a causal language model of tokens alone, nor can it be tried.
     """
-    require_causal(model)
-    with on_trial(model) as tried, _naming_what_fails(model):
-        apart = keeps_rows_apart(tried)
+    with on_trial(model, tried) as small, _naming_what_fails(model):
+        require_causal(model, small)
+        apart = keeps_rows_apart(small)
     if not apart:
         raise DataError(
             f"{family(model)} gives a text other states beside other texts of a batch; "
@@ -50,14 +52,14 @@ def require_language_model(model: CausalLM) -> None:
         )
 
 
-def require_causal(model: CausalLM) -> None:
+def require_causal(model: CausalLM, tried: CausalLM | None = None) -> None:
     """Refuse models that attend to later tokens.
 
     Raises:
         DataError: The model is no causal language model of tokens alone, or cannot be tried.
     """
-    with on_trial(model) as tried, _naming_what_fails(model):
-        causal = is_causal(tried)
+    with on_trial(model, tried) as small, _naming_what_fails(model):
+        causal = is_causal(small)
     if not causal:
         raise DataError(
             f"{family(model)} attends to later tokens: it predicts each token from the text behind it too, "
@@ -76,14 +78,14 @@ def _naming_what_fails(model: CausalLM) -> Iterator[None]:
         ) from error
 
 
-def require_keeps_documents_apart(model: CausalLM) -> None:
+def require_keeps_documents_apart(model: CausalLM, tried: CausalLM | None = None) -> None:
     """Refuse models whose attention is not confined by positions that begin anew.
 
     Raises:
         ConfigError: The documents of a row influence each other.
     """
-    with on_trial(model) as tried:
-        is_apart = keeps_documents_apart(tried)
+    with on_trial(model, tried) as small:
+        is_apart = keeps_documents_apart(small)
     if not is_apart:
         raise ConfigError(
             f"data.attend-within-documents is set, but {family(model)} attends across documents; "
@@ -105,7 +107,7 @@ def is_causal(model: CausalLM) -> bool:
 
 def _changed(model: CausalLM, tokens: Tensor, first: int) -> tuple[int, Tensor]:
     """Return `first` and the tokens, all of them different from there on."""
-    return first, torch.cat([tokens[:, :first], (tokens[:, first:] + 1) % _num_tokens(model)], 1)
+    return first, torch.cat([tokens[:, :first], (tokens[:, first:] + 1) % vocab_size(model)], 1)
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ def keeps_rows_apart(model: CausalLM) -> bool:
 def keeps_documents_apart(model: CausalLM) -> bool:
     """Return whether documents in one row, given by positions that begin anew, have the states that each has alone."""
     longest = trial_length(model)
-    scale = min(1.0, (_limit(model) or math.inf) / (2 * longest + 12))
+    scale = min(1.0, (context_limit(model) or math.inf) / (2 * longest + 12))
     lengths = [max(3, int(part * scale)) for part in (longest, 5, longest + 2, 3)]
     documents = [random_tokens(model, length, seed=seed) for seed, length in enumerate(lengths)]
     positions = torch.cat([torch.arange(length, device=model.device) for length in lengths]).unsqueeze(0)
@@ -136,20 +138,21 @@ def keeps_documents_apart(model: CausalLM) -> bool:
 
 
 @torch.no_grad()
-def keeps_cache(model: CausalLM, make_reader: Callable[[CausalLM], Any]) -> bool:
+def keeps_cache(model: CausalLM, make_reader: Callable[[CausalLM], Any], tried: CausalLM | None = None) -> bool:
     """Return whether a text read token by token, with a cache, has the logits of a text read at once.
 
     Args:
         model: A whole model.
         make_reader: From a model to a sampling.Reader, such as generation.CachedModel.
+        tried: What `on_trial` yields for it.
     """
-    with on_trial(model) as tried:
-        tokens = random_tokens(tried, trial_length(tried))
+    with on_trial(model, tried) as small:
+        tokens = random_tokens(small, trial_length(small))
         begin = tokens.shape[1] // 3
-        ids, reader = tokens[0].tolist(), make_reader(tried)
+        ids, reader = tokens[0].tolist(), make_reader(small)
         read = [reader.read(ids[:begin], 0)]
         read += [reader.read(ids[place : place + 1], place) for place in range(begin, len(ids))]
-        whole = tried(input_ids=tokens, use_cache=False).logits[0, begin - 1 :]
+        whole = small(input_ids=tokens, use_cache=False).logits[0, begin - 1 :]
         return _is_close(torch.stack(read), whole)
 
 
@@ -158,19 +161,22 @@ LOUDER = 1000
 
 
 @torch.no_grad()
-def head_is_linear(model: CausalLM) -> bool:
-    """Return whether logits are the output layer of the base model's last state: some families scale or cap them."""
+def head_is_linear(model: CausalLM, tried: CausalLM | None = None) -> bool:
+    """Return whether logits are the output layer of the base model's last state: some families scale or cap them.
+
+    The model itself is asked, unless its weights are partitioned.
+    """
     if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model:
         return False  # no output layer, or one with an adapter; or no model below it by a name of transformers
-    with _whole(model) as tried:
-        inputs = {"input_ids": torch.arange(8, device=tried.device).unsqueeze(0), "use_cache": False}
-        layer = tried.get_output_embeddings()
-        hidden = getattr(tried.base_model(**inputs), "last_hidden_state", None)
+    with on_trial(model, tried if is_partitioned(model) else model) as whole:
+        inputs = {"input_ids": torch.arange(8, device=whole.device).unsqueeze(0), "use_cache": False}
+        layer = whole.get_output_embeddings()
+        hidden = getattr(whole.base_model(**inputs), "last_hidden_state", None)
         if hidden is None:
             return False
         hidden = hidden * LOUDER
         with layer.register_forward_pre_hook(lambda _, inputs: inputs[0] * LOUDER):
-            logits = tried(**inputs).logits
+            logits = whole(**inputs).logits
     if hidden.shape[-1] != layer.weight.shape[1]:
         return False
     linear = F.linear(hidden, layer.weight, layer.bias)
@@ -195,7 +201,7 @@ def states_of(model: CausalLM, input_ids: Tensor, **inputs: Tensor) -> Tensor:
 def random_tokens(model: CausalLM, length: int, seed: int = 0) -> Tensor:
     """Return a row of random tokens, a function of the seed."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, _num_tokens(model), (1, length), generator=generator).to(model.device)
+    return torch.randint(0, vocab_size(model), (1, length), generator=generator).to(model.device)
 
 
 BLOCK_NAME = re.compile(r"block|chunk|window|compress|conv|kernel|local|segment|stride|bucket|group_size|patch")
@@ -207,32 +213,45 @@ def trial_length(model: CausalLM) -> int:
     config = model.config.get_text_config()
     sizes = [size for name, value in config.to_dict().items() if BLOCK_NAME.search(name) for size in numbers_of(value)]
     longest = max((size for size in sizes if 1 < size <= LONGEST // 2), default=0)
-    limits = (max(SHORTEST, longest + 13), _limit(model), length_limit(model.config))
+    limits = (max(SHORTEST, longest + 13), context_limit(model), length_limit(model.config))
     return min(limit for limit in limits if limit is not None)
 
 
 @contextmanager
-def on_trial(model: CausalLM) -> Iterator[CausalLM]:
-    """The stand-in of a model; the model itself, without dropout, where there is none and the weights are whole."""
-    small = stand_in(model)
+def on_trial(model: CausalLM, tried: CausalLM | None = None) -> Iterator[CausalLM]:
+    """The stand-in of a model; the model itself, without dropout, where there is none and the weights are whole.
+
+    A model in half precision computes in float32 meanwhile, in twice its memory: bf16 rounds logits by up to 0.08 of
+    their mean size with two layers, as much as an influence that is looked for.
+
+    Args:
+        model: The model.
+        tried: What this yielded before, and yields again: a stand-in takes time and memory to make.
+    """
+    small = tried if tried is not None else stand_in(model)
     if small is None and is_partitioned(model):
         raise ConfigError(
             f"{family(model)} cannot be tried while ZeRO-3 has its weights in parts; "
             "use zero_optimization.stage 2 or less, or leave out --partition."
         )
-    with keeping_random_states(), _evaluating(small if small is not None else model) as tried:
+    with keeping_random_states(), _evaluating(small if small is not None else model) as evaluated:
         torch.manual_seed(0)
-        yield tried
+        with _in_float32(evaluated):
+            yield evaluated
 
 
 @contextmanager
-def _whole(model: CausalLM) -> Iterator[CausalLM]:
-    if is_partitioned(model):
-        with on_trial(model) as tried:
-            yield tried
-    else:
-        with keeping_random_states(), _evaluating(model) as tried:
-            yield tried
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Give every tensor of half precision the same values in float32; afterwards all are as they were."""
+    tensors = [*model.parameters(), *model.buffers()]
+    halves = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for tensor, _ in halves:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager
@@ -259,12 +278,3 @@ def _is_close(ones: Tensor, others: Tensor) -> bool:
     if not ones.numel():
         return True
     return bool((ones - others).abs().max() <= TOLERANCE * others.abs().mean())
-
-
-def _num_tokens(model: CausalLM) -> int:
-    return model.config.get_text_config().vocab_size
-
-
-def _limit(model: CausalLM) -> int | None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit is None or limit > 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megaft.errors import DataError
-from megaft.files import parse_json
+from megaft.files import LONGEST_NAME, parse_json
+from megaft.models.size_limit import Size
 
 INDEX = "model.safetensors.index.json"
 """Names the file of every weight, where they are several."""
 
-LONGEST_NAME = 255
-"""Bytes of a file's name."""
+BIN_TENSOR_BYTES = 64
+"""Bytes that a .bin file needs at least for every tensor: its description, and the header of its values."""
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -27,8 +29,11 @@ QUANTIZED = re.compile(r"[IU]8$|F(4|6_|8_)")
 """Safetensors' names of the dtypes of quantized weights."""
 
 
-def require_weights(folder: Path) -> None:
+def require_weights(folder: Path) -> Size:
     """Look at the files before transformers does, whose messages do not name the one that is wrong.
+
+    Returns:
+        The size of all of them together.
 
     Raises:
         DataError: There is none, or one is a Git LFS pointer or a safetensors file that is cut short or quantized; or
@@ -42,14 +47,15 @@ def require_weights(folder: Path) -> None:
         raise DataError(f"{folder} has {single.name} and {index.name}; remove the one that is not the model's.")
     if index.is_file() and (missing := sorted(name for name in shard_names(index) if not (folder / name).is_file())):
         raise DataError(f"{folder} has no {missing[0]}, which its {INDEX} names; copy it there.")
+    sizes = []
     for path in files:
         if not path.is_file():
             raise DataError(f"{path} is no file, or leads to none; copy the model anew.")
         with path.open("rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise DataError(f"{path} is a Git LFS pointer, not weights; run git lfs pull in {folder}.")
-        if path.suffix == ".safetensors":
-            _require_whole(path)
+        sizes.append(_require_whole(path) if path.suffix == ".safetensors" else _largest_size(path))
+    return Size(*map(sum, zip(*sizes, strict=True)))
 
 
 def shard_names(index: Path) -> set[str]:
@@ -63,10 +69,12 @@ def shard_names(index: Path) -> set[str]:
     return names
 
 
-def _require_whole(path: Path) -> None:
+def _require_whole(path: Path) -> Size:
     try:
         with safe_open(path, "pt") as file:
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
+            size = Size(len(slices), sum(math.prod(part.get_shape()) for part in slices.values()))
     except SafetensorError as error:
         raise DataError(f"{path} is cut short or damaged ({error}); copy it anew.") from error
     quantized = [name for name, kind in kinds.items() if QUANTIZED.match(kind) and not BUFFERS.search(name)]
@@ -75,6 +83,13 @@ def _require_whole(path: Path) -> None:
             f"{path} stores {quantized[0]} as {kinds[quantized[0]]} ({len(quantized)} such), which is quantized; "
             "give the model it was made from."
         )
+    return size
+
+
+def _largest_size(path: Path) -> Size:
+    """Return the largest size that the weights of a .bin file can have, which is not opened."""
+    num_bytes = path.stat().st_size
+    return Size(num_bytes // BIN_TENSOR_BYTES, num_bytes // 2)
 
 
 def require_not_quantized(setting: str, source: str, config: Any) -> None:

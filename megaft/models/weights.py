@@ -18,12 +18,16 @@ from torch import Tensor
 
 from megaft.config import require
 from megaft.errors import DataError
-from megaft.files import parse_json, sha256_of
+from megaft.files import is_file_name, parse_json, sha256_of
 from megaft.foreign import require_inert
+from megaft.hub import find_file
 from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
-from megaft.models.hugging_face import load_language_model, padding_rule, require_causal_class, require_there
+from megaft.models.config_errors import padding_rule
+from megaft.models.hugging_face import load_language_model, require_there
 from megaft.models.layout import Layout, layout_of
+from megaft.models.size_limit import Size, no_larger_than
 from megaft.models.tensor_file import TensorFile, open_tensors
+from megaft.models.text_model import require_causal_class
 from megaft.models.weight_files import (
     INDEX,
     require_no_more,
@@ -192,22 +196,19 @@ def file_of(source: str, name: str) -> Path | None:
     Raises:
         DataError: There can be no such model.
     """
-    from transformers.utils import cached_file
-
-    quietly = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     try:
-        found = cached_file(source, name, **quietly)
+        return find_file(source, name)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"model is {source}; give a folder, a GGUF file or a hub name. {reason}") from error
-    return Path(found) if found else None
 
 
 def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     config = load_config(source)
     require_not_quantized("model", source, config)
     holders = {name: file for file in files for name in file.spans}
-    shapes, prefix = shapes_of(config), _prefix(config)
+    with no_larger_than(_size_of(files), f"model is {source}"):
+        shapes, prefix = shapes_of(config), _prefix(config)
     layout_of(config)  # of other families, transformers changes names between file and model
     stored = {name: name if name in holders else name.removeprefix(prefix) for name in shapes}
     found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
@@ -219,6 +220,11 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
         return holders[stored[name]].read(stored[name])
 
     return Weights(config, _widest(holders[key].dtype(key) for key in stored.values()), shapes, fetch)
+
+
+def _size_of(files: list[TensorFile]) -> Size:
+    shapes = [span.shape for file in files for span in file.spans.values()]
+    return Size(len(shapes), sum(shape.numel() for shape in shapes))
 
 
 def _prefix(config: Any) -> str:
@@ -321,8 +327,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _checked(folder: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> TensorFile:
     path = folder / name
-    if Path(name).name != name:
-        raise DataError(f"{folder / MANIFEST} names {name}, which is not a file beside it; copy the folder anew.")
+    if not is_file_name(name):
+        raise DataError(f"{folder / MANIFEST} names {name[:80]}, which is not a file beside it; copy the folder anew.")
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         size = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
         raise DataError(f"{path} {size}; {MANIFEST} says {entry['bytes']} bytes. Copy it anew.")

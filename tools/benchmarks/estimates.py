@@ -49,7 +49,7 @@ class Row:
 
     @property
     def error(self) -> float:
-        """How far the estimate is off, as a share of what was measured."""
+        """Relative error of the estimate."""
         return self.estimated / self.measured - 1 if self.measured else float(self.estimated > 0)
 
 

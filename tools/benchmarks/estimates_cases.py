@@ -1,4 +1,4 @@
-"""What the estimates are compared with: models, DeepSpeed settings, ranks."""
+"""Cases that the estimates are compared on: models, DeepSpeed settings, ranks."""
 
 from __future__ import annotations
 

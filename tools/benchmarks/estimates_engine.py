@@ -54,7 +54,7 @@ class Counter(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What an engine holds, in bytes."""
+    """Memory of an engine, in bytes."""
 
     weights: int
     master_weights: int

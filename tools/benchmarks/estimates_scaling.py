@@ -30,7 +30,7 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How the model is cut."""
+    """Parallelism of the model."""
 
     name: str
     file: str

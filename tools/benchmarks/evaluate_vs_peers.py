@@ -32,7 +32,7 @@ class Arguments:
     """Time zero-shot evaluation beside its peers."""
 
     preset: Literal["toy", "gpt2-124m-cpu", "gpt2-xl-h100"]
-    """What is scored, and where."""
+    """Models, texts and device of the benchmark."""
     cases: tuple[str, ...] = ()
     """Only these of its comparisons: stride, pages, padded, lambada."""
     without: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What the evaluation benchmark scores: models, texts, windows, who takes part, and what FLOPs alone predict."""
+"""Workload of the evaluation benchmark: models, texts, windows, systems, and the speed that FLOPs predict."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Case:
     context_length: int | None = None
     stride: int | None = None
     size: int
-    """How much is scored: windows of a stream, about; pages; LAMBADA rows."""
+    """Amount scored: windows of a stream, about; pages; LAMBADA rows."""
     peers: tuple[Contestant, ...]
     goal: float
-    """How many times as fast as its best peer megaft shall be."""
+    """Required speedup of megaft over its best peer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def contestants(self) -> tuple[Contestant, ...]:
-        """Who runs, in this order."""
+        """Systems, in the order they run."""
         return ("megaft", *self.peers)
 
     @property

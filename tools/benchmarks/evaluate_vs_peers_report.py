@@ -53,7 +53,7 @@ class Comparison:
         return [run["seconds"] for run in self.runs[contestant]]
 
     def ratios(self, peer: Contestant) -> list[float]:
-        """How many times as fast megaft was, repeat by repeat."""
+        """Return the speedup of megaft, repeat by repeat."""
         return [a / b for a, b in zip(self.seconds(peer), self.seconds("megaft"), strict=True)]
 
     def predicted(self, peer: Contestant) -> float:
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def is_sound(self) -> bool:
-        """Whether all found the same number, and the same share of right answers."""
+        """Return whether all systems agree on the nats and on the accuracy."""
         limit = AGREEMENT if self.case.dtype == "float32" else HALF_PRECISION_AGREEMENT
         accuracies = {run["accuracy"] for runs in self.runs.values() for run in runs}
         return self.disagreement() <= limit and (len(accuracies) == 1 or self.case.dtype != "float32")

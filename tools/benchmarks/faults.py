@@ -39,7 +39,7 @@ SETTINGS = [(stage, is_background) for stage in range(4) for is_background in (F
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a run."""
+    """Outcome of a run."""
 
     kind: str
     restarts: int
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        """Whether every promise was kept."""
+        """Return whether every promise was kept."""
         return not (self.is_lost or self.is_different or self.accepted_damaged or self.unkept)
 
 
@@ -194,7 +194,7 @@ class Arguments:
     output: Path | None = None
     """Write the table here, between the page's two comment lines."""
     folder: Path | None = None
-    """Where runs that broke a promise are left, with what they said. By default nothing is left."""
+    """Folder for runs that broke a promise, with their output. By default nothing is left."""
 
     def chosen(self) -> list[str]:
         """Return the kinds to try."""

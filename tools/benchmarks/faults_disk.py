@@ -1,4 +1,4 @@
-"""What goes wrong with a disk: a process that dies between two of its changes, damaged files, no room."""
+"""Disk faults: a process that dies between two of its changes, damaged files, no room."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANGES = ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
 
 @dataclass(frozen=True, slots=True)
 class Sabotage:
-    """What a rank does to itself right after one of its operating-system calls that change checkpoints."""
+    """Fault that a rank injects right after one of its system calls that change checkpoints."""
 
     deed: Literal["list", "kill", "hang", "fill"]
     """Write down every call; get SIGKILL or SIGSTOP; or take all room on the disk."""
@@ -29,9 +29,9 @@ class Sabotage:
     step: int
     """Calls count from the first one that names this step's checkpoint, until a later checkpoint is named."""
     at: int = 0
-    """Which call, from 0."""
+    """Number of the system call, from 0."""
     notes: Path = Path()
-    """Where calls are listed, or what takes the room."""
+    """File that lists the calls, or that takes the room."""
 
     def begin(self) -> None:
         """Watch this process from here on."""

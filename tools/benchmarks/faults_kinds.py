@@ -50,7 +50,7 @@ def one_killed(trial: Trial) -> None:
 
 
 def require_survivors_end(trial: Trial, job: Job, codes: list[int | None], victim: int) -> None:
-    """What every rank that lost a peer owes: code 75, or 0 where all was done, and the reason in a line."""
+    """Promise of ranks that lost a peer: code 75, or 0 where all was done, and the reason in a line."""
     for rank, code in enumerate(codes):
         if rank != victim:
             trial.expect(code in (REQUEUE, 0), f"rank {rank} ended with {code} after rank {victim} was lost")
@@ -120,7 +120,7 @@ def flapping(trial: Trial) -> None:
 
 
 def require_all_end(trial: Trial, job: Job, allowed: tuple[int, ...]) -> None:
-    """What a run without one of its ranks owes: every rank ends in time, and the reason is written."""
+    """Promise of a run without one of its ranks: every rank ends in time, and the reason is written."""
     codes = trial.end(job, patience=60 * SHORT_TIMEOUT + SLACK)
     trial.expect({*allowed}.issuperset(codes), f"ended with {codes}: {job.said()[-300:]!r}")
     if 0 not in codes:
@@ -210,7 +210,7 @@ def second_job(trial: Trial) -> None:
 
 
 def is_stopped(pid: int | None) -> bool:
-    """Whether a process was stopped by a signal, as Linux tells."""
+    """Return whether a process is stopped by a signal, by its state in /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:

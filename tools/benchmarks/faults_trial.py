@@ -32,7 +32,7 @@ RETRIED = {0, 75, None, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1}
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How the run is trained and saved, and where its inputs are."""
+    """ZeRO stage and kind of save of a run, and the folder of its inputs."""
 
     inputs: Path
     zero_stage: int
@@ -73,7 +73,7 @@ def make_inputs(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a finished run trained."""
+    """Losses and weights of a finished run."""
 
     losses: dict[int, str]
     """Every step's, in hexadecimal."""
@@ -131,14 +131,14 @@ class Trial:
     start_seconds: float
     """From the start of the undisturbed run to its first step."""
     hosts: tuple[Host, ...] = ()
-    """Where its ranks run; nothing stands for this machine."""
+    """Hosts of its ranks; empty for this machine."""
     flags: tuple[str, ...] = ()
     run_dir: Path = Path()
     restarts: int = -1
     is_lost: bool = False
     accepted_damaged: bool = False
     unkept: list[str] = field(default_factory=list)
-    """What happened otherwise than promised: exit codes, messages, tracebacks."""
+    """Broken promises: exit codes, messages, tracebacks."""
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ class Trial:
         return self.run_dir / "checkpoints"
 
     def sabotage(self, deed: Literal["list", "kill", "hang", "fill"], at: int = 0, notes: Path = Path()) -> Sabotage:
-        """What a rank of this run does to itself in the watched save."""
+        """Return the fault that a rank of this run injects into the watched save."""
         return Sabotage(deed, self.checkpoints, WATCHED_STEP, at, notes)
 
     def start(self, sabotage: Mapping[int, Sabotage] | None = None, *, is_forked: bool = True) -> Job:
@@ -220,7 +220,7 @@ class Reference:
     run_dir: Path
     training: Training
     changes: tuple[list[str], ...]
-    """What each rank did to the disk in the watched save."""
+    """Return each rank's operations on the disk in the watched save."""
     start_seconds: float
     """Until the first step was done."""
 

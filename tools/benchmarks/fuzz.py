@@ -1,7 +1,7 @@
 """Fuzz the readers of foreign files: nothing but success or a one-line error, in time, and no file outside.
 
     python tools/benchmarks/fuzz.py --target jsonl --runs 10000 --seed 0
-    python tools/benchmarks/fuzz.py --target jsonl --runs 1 --seed 4711    # a failure again, with its traceback
+    python tools/benchmarks/fuzz.py --target jsonl --runs 1 --seed 4711    # a failure again
 
 Case N of a target is the valid files with one of them changed by the seed N. Cases run in forked children, so that a
 crash, a hang or an allocation without end is a finding rather than the end.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import os
 import random
@@ -19,6 +20,7 @@ import select
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -26,15 +28,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
+os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # children may not wait for threads of their parent
 
+import psutil
 from fuzz_mutate import fresh_copy, mutate
 from fuzz_targets import TARGETS, Target
 
 SECONDS = 10.0
+"""Of a processor, for a case; on a busy machine WAITING times as many may pass."""
+WAITING = 4
 BATCH = 200
 MEMORY = 6 * 2**30
 """Address space that a case may take beyond what the libraries have."""
 PRINTED = 10
+PROGRESS_SECONDS = 10.0
+"""Of a processor, for a case; on a busy machine WAITING times as many may pass."""
+WAITING = 4
 
 
 @dataclass(slots=True)
@@ -45,6 +54,10 @@ class Counts:
     failures: list[tuple[int, str]] = field(default_factory=list)
     """Seed and description of all that is neither accepted nor refused in one line."""
 
+    def __str__(self) -> str:
+        """Return the number of cases of each outcome."""
+        return ", ".join(f"{number:,} {outcome}" for outcome, number in sorted(self.outcomes.items()))
+
     def add(self, seed: int, outcome: str, detail: str) -> None:
         """Count a case."""
         self.outcomes[outcome] += 1
@@ -52,7 +65,30 @@ class Counts:
             self.failures.append((seed, f"{outcome}: {detail}"))
 
 
-def fuzz(target: Target, runs: int, seed: int) -> Counts:
+@dataclass(slots=True)
+class Progress:
+    """Print to stderr, every few seconds, how far a target's cases are."""
+
+    name: str
+    runs: int
+    begin: float = field(default_factory=time.monotonic)
+    printed: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first case."""
+        return time.monotonic() - self.begin
+
+    def show(self, counts: Counts) -> None:
+        """Print the counts, if the last line is old enough."""
+        if time.monotonic() - self.printed < PROGRESS_SECONDS:
+            return
+        self.printed = time.monotonic()
+        done = counts.outcomes.total()
+        print(f"{self.name}: {done:,} of {self.runs:,} in {self.seconds:.0f} s ({counts})", file=sys.stderr, flush=True)
+
+
+def fuzz(target: Target, runs: int, seed: int, progress: Progress | None = None) -> Counts:
     """Run the cases `seed` to `seed + runs`."""
     import megaft.models.hugging_face
     import megaft.prepare  # noqa: F401  once, before the children are forked
@@ -63,11 +99,14 @@ def fuzz(target: Target, runs: int, seed: int) -> Counts:
         valid.mkdir()
         with _quiet():
             target.make(valid)
+            target.read(fresh_copy(valid, Path(root, "warm", "case")))  # imports, once for all children
         next_seed, end = seed, seed + runs
         while next_seed < end:
             for case, outcome, detail in _batch(target, Path(root), range(next_seed, min(end, next_seed + BATCH))):
                 counts.add(case, outcome, detail)
                 next_seed = case + 1
+                if progress is not None:
+                    progress.show(counts)
     return counts
 
 
@@ -77,23 +116,41 @@ def _batch(target: Target, root: Path, seeds: range) -> Iterator[tuple[int, str,
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _run_cases(target, root, seeds, writer)
-        os._exit(0)
+        try:
+            _run_cases(target, root, seeds, writer)
+        finally:
+            os._exit(0)  # the folder is the parent's to remove
     os.close(writer)
     with os.fdopen(reader, "rb") as lines:
         for seed in seeds:
-            if not select.select([lines], [], [], SECONDS)[0]:
+            if not _answers(lines.fileno(), child):
                 os.kill(child, signal.SIGKILL)
                 yield seed, "hangs", f"more than {SECONDS:.0f} s"
                 break
             line = os.read(lines.fileno(), 4096).decode()
             if not line:
-                yield seed, "crashes", "the process ended"
-                break
+                yield seed, "crashes", _end_of(child)
+                return
             outcome, _, detail = line.partition(" ")
             yield seed, outcome, detail
             os.write(ACKNOWLEDGE[1], b".")
     os.waitpid(child, 0)
+
+
+def _answers(reader: int, child: int) -> bool:
+    """Wait for the outcome of a case; return whether it comes before its time is over."""
+    process = psutil.Process(child)
+    begin, used = time.monotonic(), sum(process.cpu_times()[:2])
+    while not select.select([reader], [], [], SECONDS / 20)[0]:
+        if sum(process.cpu_times()[:2]) - used > SECONDS or time.monotonic() - begin > WAITING * SECONDS:
+            return False
+    return True
+
+
+def _end_of(child: int) -> str:
+    """Wait for a process and return the name of the signal that ended it, or its exit code."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 ACKNOWLEDGE = os.pipe()
@@ -101,6 +158,9 @@ ACKNOWLEDGE = os.pipe()
 
 
 def _run_cases(target: Target, root: Path, seeds: range, writer: int) -> None:
+    faulthandler.disable()  # the parent reports a crash, with the seed that repeats it
+    if len(seeds) > 1:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries of other languages print
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     for seed in seeds:
@@ -126,7 +186,9 @@ def run_case(target: Target, valid: Path, root: Path, seed: int) -> tuple[str, s
         outcome, detail = "accepted", ""
     except UserError as error:
         outcome, detail = ("refused", "") if "\n" not in str(error) else ("lines", str(error))
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of Rust's is no Exception
         frame = traceback.extract_tb(error.__traceback__)[-1]
         ours = [
             one
@@ -155,9 +217,9 @@ def main() -> int:
     arguments = parser.parse_args()
     failed = 0
     for name in TARGETS if arguments.target == "all" else [arguments.target]:
-        counts = fuzz(TARGETS[name], arguments.runs, arguments.seed)
-        said = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.outcomes.items()))
-        print(f"{name}: {said}", flush=True)
+        progress = Progress(name, arguments.runs)
+        counts = fuzz(TARGETS[name], arguments.runs, arguments.seed, progress)
+        print(f"{name}: {counts}; {progress.seconds:.0f} s", flush=True)
         kinds: dict[str, int] = {}
         for seed, what in counts.failures:
             kinds.setdefault(" ".join(what.split()[:3]), seed)

@@ -143,7 +143,8 @@ def _changed(value: Any, rng: random.Random) -> Any:
     return [value] if rng.random() < 0.1 else rng.choice(NASTY)
 
 
-def fresh_copy(seed: Path, folder: Path) -> None:
-    """Put a copy of the seed's folder where the last case was."""
+def fresh_copy(seed: Path, folder: Path) -> Path:
+    """Put a copy of the seed's folder where the last case was, and return it."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(seed, folder, symlinks=True)
+    return folder

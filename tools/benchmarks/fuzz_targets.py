@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import toy
+import toy_gguf
 
 LINES = "".join(
     json.dumps(
@@ -25,6 +27,7 @@ LINES = "".join(
     + "\n"
     for i in range(4)
 )
+CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +74,23 @@ def _zst(data: bytes) -> bytes:
     return zstandard.compress(data)
 
 
-def _encode(path: Path) -> list[int]:
+def _encode(path: Path) -> None:
+    """Use all of a tokenizer: ids, text, a chat where there is a template, and saving."""
     from megaft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("The import statement\n 1 + 1 😀")
-    tokenizer.decode(ids)
-    return [tokenizer.vocab_size, *tokenizer.opening_ids, *ids]
+    tokenizer.decode([*ids, *tokenizer.opening_ids, tokenizer.vocab_size - 1])
+    if tokenizer.chat_template is not None:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    with TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+
+
+def _make_chat_tokenizer(folder: Path) -> None:
+    toy.make_tokenizer(folder, toy.text()[:20_000])
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHAT_TEMPLATE}))
 
 
 def _make_sentencepiece(folder: Path) -> None:
@@ -118,13 +131,31 @@ def _make_sharded(folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="40KB")
 
 
-def _load_model(folder: Path) -> None:
+def _load_model(source: Path) -> None:
+    """Load a model as training and evaluation do, and score three tokens."""
     import torch
 
-    from megaft.models.hugging_face import load_language_model
+    from megaft.models.hugging_face import NatsModel, load_language_model
+    from megaft.models.trials import require_language_model
 
-    model = load_language_model(str(folder))
-    model(input_ids=torch.arange(3).unsqueeze(0))
+    model = load_language_model(str(source))
+    require_language_model(model)
+    ids = torch.arange(3).unsqueeze(0)
+    NatsModel(model)(ids, ids)
+
+
+def _make_gguf(folder: Path) -> None:
+    toy_gguf.make_gguf(folder / "model.gguf")
+
+
+def _load_gguf(folder: Path) -> None:
+    """Load a GGUF file's model for training or evaluation, its tokenizer, and its weights for converting."""
+    from megaft.tokenizer import load_tokenizer
+
+    path = folder / "model.gguf"
+    load_tokenizer(path).encode("The import statement")
+    _load_model(path)
+    _read_weights(path)
 
 
 def _end_ids(folder: Path) -> Any:
@@ -136,10 +167,10 @@ def _end_ids(folder: Path) -> Any:
     return end_ids(str(folder), tokenizer, 512)
 
 
-def _open_weights(folder: Path) -> None:
+def _read_weights(source: Path) -> None:
     from megaft.models.weights import open_weights
 
-    weights = open_weights(str(folder))
+    weights = open_weights(str(source))
     for name in weights.names:
         weights.read(name)
 
@@ -254,14 +285,15 @@ TARGETS = {
     "text": Target(_text("a.txt", LINES.encode()), _prepare("a.txt", unit="document"), ("a.txt",)),
     "text-gz": Target(_text("a.txt.gz", gzip.compress(LINES.encode(), mtime=0)), _prepare("a.txt.gz"), ("a.txt.gz",)),
     "text-zst": Target(_text("a.txt.zst", _zst(LINES.encode())), _prepare("a.txt.zst"), ("a.txt.zst",)),
-    "tokenizer": Target(lambda folder: toy.make_tokenizer(folder, toy.text()[:20_000]), _encode, ("*.json",)),
+    "tokenizer": Target(_make_chat_tokenizer, _encode, ("*.json",)),
     "sentencepiece": Target(_make_sentencepiece, lambda folder: _encode(folder / "tokenizer.model"), ("*.model",)),
     "vocabulary": Target(_make_vocabulary, _encode, ("vocab.json", "merges.txt")),
     "model-config": Target(_make_model, _load_model, ("config.json",)),
     "generation-config": Target(_make_model, _end_ids, ("generation_config.json", "config.json")),
     "safetensors": Target(_make_model, _load_model, ("model.safetensors",)),
     "safetensors-index": Target(_make_sharded, _load_model, ("model.safetensors.index.json",)),
-    "weights": Target(_make_sharded, _open_weights, ("*.safetensors", "*.index.json", "config.json")),
+    "weights": Target(_make_sharded, _read_weights, ("*.safetensors", "*.index.json", "config.json")),
+    "gguf": Target(_make_gguf, _load_gguf, ("model.gguf",)),
     "deepspeed-json": Target(_make_deepspeed, _resolve, ("*.json",)),
     "prepared": Target(_make_prepared, _read_prepared, ("out.*",)),
     "checkpoint": Target(

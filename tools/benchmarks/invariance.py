@@ -75,7 +75,7 @@ REFERENCES = {
     ("adamw", "bf16"): Way(1, 8, 1, precision="bf16"),
     ("adamw", "fp16"): Way(1, 8, 1, precision="fp16"),
 }
-"""What each cut of an optimizer and a precision is compared with."""
+"""Reference run of each optimizer and precision."""
 
 WAYS = (
     *REFERENCES.values(),
@@ -113,7 +113,7 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How far a cut's run is from the reference's."""
+    """Differences of a run from the reference."""
 
     way: Way
     first_loss: float
@@ -127,7 +127,7 @@ class Outcome:
 
     @property
     def is_equal(self) -> bool:
-        """Whether losses, gradient norms and weights agree to TOLERANCE."""
+        """Return whether losses, gradient norms and weights agree to TOLERANCE."""
         return max(self.loss_difference, self.norm_difference, self.weight_difference) <= TOLERANCE
 
 
@@ -242,7 +242,7 @@ class Arguments:
     output: Path | None = None
     """Write the table here, between the page's two comment lines."""
     folder: Path | None = None
-    """Where the runs go; given to the ranks of a launch."""
+    """Folder of the runs; given to the ranks of a launch."""
 
 
 def main(arguments: Arguments) -> int:

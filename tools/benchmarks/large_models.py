@@ -55,14 +55,14 @@ class Arguments:
     cases: tuple[str, ...] = tuple(WHAT)
     """Some of forward, train, fake and cut."""
     folder: Path | None = None
-    """Where 13 GB can be written. By default a temporary one."""
+    """Folder with room for 13 GB. By default a temporary one."""
     hardware: str = f"cpu{os.cpu_count()}"
     """A name for the result files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What a case took, and what its ranks said."""
+    """Time and memory of a case, and the output of its ranks."""
 
     seconds: float
     anonymous_bytes: int

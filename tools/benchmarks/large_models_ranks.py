@@ -1,4 +1,4 @@
-"""What a rank of large_models.py does: score with a model in parts, or build training's engine as one of many ranks.
+"""Program of a rank of large_models.py: score with a partitioned model, or build an engine as one of many ranks.
 
 python large_models_ranks.py forward|fake|cut FOLDER FIGURES.json
 """

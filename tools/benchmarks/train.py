@@ -28,9 +28,9 @@ class Arguments:
     """Time megaft's training beside its peers."""
 
     preset: Literal["toy", "gpt2-124m-cpu", "gpt2-xl-h100"]
-    """What is trained, and where."""
+    """Model, text and device of the benchmark."""
     contestants: tuple[Contestant, ...] = ("megaft", "trainer", "torch")
-    """Who runs, in this order."""
+    """Contestants, in the order they run."""
     repeats: int = 3
     """Launches of each."""
     results: Path = HERE / "results"

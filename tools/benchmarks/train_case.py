@@ -1,4 +1,4 @@
-"""What every contestant of the training benchmark runs: the model's shape, the text, the batch, the precision."""
+"""Workload of the training benchmark, the same for every contestant: model shape, text, batch, precision."""
 
 from __future__ import annotations
 

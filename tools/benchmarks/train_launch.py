@@ -14,18 +14,17 @@ from typing import Literal
 from train_case import BETAS, EPSILON, LEARNING_RATE, SEED, WEIGHT_DECAY, Case
 
 from megaft.parallel import free_port
+from megaft.verify_conversion import PATIENT
 
 Contestant = Literal["megaft", "trainer", "torch"]
 HERE = Path(__file__).parent
 MEGAFT = HERE.parents[1] / "megaft" / "train.py"
 SECONDS_BETWEEN_LOOKS = 0.02
-PATIENT = "read_timeout=600,heartbeat_timeout=600,keep_alive_max_attempt=120"
-"""Settings of torchrun's rendezvous: on a busy machine it misses its own heartbeats, of which 15 s end a launch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What a launch reported."""
+    """Report of a launch."""
 
     contestant: Contestant
     seconds_to_first_step: float

@@ -1,4 +1,4 @@
-"""What the peers of the training benchmark share: their arguments, their samples, and rows as megaft writes them."""
+"""Code that the peers of the training benchmark share: arguments, samples, and rows as megaft writes them."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Report:
 
     @property
     def is_sound(self) -> bool:
-        """Whether everything ran, and began at one loss."""
+        """Return whether every contestant ran, and all began at the same loss."""
         return all(run.failure is None for run in self.runs) and self.first_loss_difference() <= FIRST_LOSS_TOLERANCE
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Report:
 
     @property
     def hardware(self) -> str:
-        """What it ran on."""
+        """Hardware of the run."""
         if self.case.device == "cuda":
             return f"{self.case.num_ranks} x {self.environment['device']}"
         return f"{self.environment['num_cores']} cores {cpu_name()}"

@@ -17,7 +17,7 @@ VERBATIM = MARK * 2
 UNFRAMED = f"{MARK} "
 """At the start of a text: its lines have no space at either end."""
 JOINT = "\n"
-"""Where `mark_joints` would close a space; no line holds one."""
+"""Mark of a place where `mark_joints` would close a space; no line holds one."""
 
 _LONGEST_TRIAL = 6  # tokens tried as one word, once the whole run failed; keeps time linear
 _SPECIAL = re.compile(r"(?<![^ ])\w*+[^ \w][^ ]*+")  # a word of anything but letters and digits, which all stay

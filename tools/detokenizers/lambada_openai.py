@@ -1,4 +1,4 @@
-"""What OpenAI did to LAMBADA before it scored GPT-2 (its authors in github.com/openai/gpt-2, issue 131)."""
+"""OpenAI's preprocessing of LAMBADA before it scored GPT-2 (its authors in github.com/openai/gpt-2, issue 131)."""
 
 SOURCE = "LAMBADA as OpenAI scored it with GPT-2"
 

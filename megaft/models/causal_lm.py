@@ -1,0 +1,19 @@
+"""A causal language model of transformers: its type, its vocabulary and its positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CausalLM = Any
+"""A transformers `...ForCausalLM`, whose attributes differ from family to family."""
+
+
+def context_limit(model: CausalLM) -> int | None:
+    """Return the longest input the model has positions for, if it has a limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is None or limit > 0 else None  # XLNet, which has none, gives -1
+
+
+def vocab_size(model: CausalLM) -> int:
+    """Return the number of tokens that the model embeds."""
+    return model.config.get_text_config().vocab_size

@@ -1,0 +1,103 @@
+"""Models larger than the host's memory: weights are read when a module computes, and freed after it (by accelerate)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaft.models import hugging_face
+
+FILE_SIZE = "2GB"
+"""Of the files that an offloaded model is written to, at most."""
+
+Fetch = Callable[[str], Tensor]
+"""Returns a parameter by transformers' name; of tied ones by the first of their names."""
+
+
+def num_offloadable(config: Any) -> int | None:
+    """Return the parameters of a configuration's model; None where its state holds more, which no checkpoint has."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    has_more = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    return None if has_more else model.num_parameters()
+
+
+def offloaded_model(config: Any, fetch: Fetch, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a transformers model of a configuration that fetches its parameters, one block at a time.
+
+    Args:
+        config: transformers' configuration.
+        fetch: Returns a parameter in `dtype`.
+        dtype: That of the model.
+    """
+    from accelerate import cpu_offload, init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = hugging_face.new_model(config)
+    model.tie_weights()
+    weights: Any = _Fetched(fetch, _first_names(model))
+    blocks: list[str] = [*(model._no_split_modules or ())]
+    return cpu_offload(model.to(dtype), torch.device("cpu"), state_dict=weights, preload_module_classes=blocks)
+
+
+def save_offloaded(model: Any, folder: Path) -> None:
+    """Write an offloaded model by `save_pretrained`, which holds one file's weights at a time."""
+    model.hf_device_map = {"": "disk"}  # by which save_pretrained knows
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=FILE_SIZE)
+
+
+@contextmanager
+def from_disk(folder: Path) -> Iterator[Any]:
+    """Load a model folder by transformers' from_pretrained, its matrices left on disk until their layer computes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    with TemporaryDirectory(dir=folder.parent, prefix="offload.") as converted:
+        yield AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, device_map=dict(_places(empty)), offload_folder=converted
+        )
+
+
+class _Fetched(Mapping[str, Tensor]):
+    def __init__(self, fetch: Fetch, first_names: dict[str, str]) -> None:
+        self._fetch, self._first_names = fetch, first_names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._fetch(self._first_names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._first_names)
+
+    def __len__(self) -> int:
+        return len(self._first_names)
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Return the first name of each parameter by each of its names."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
+
+
+def _places(module: nn.Module, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the device of each innermost module: "disk" where it has a matrix, else "cpu"."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    children = dict(module.named_children())
+    if name and (tensors or not children):
+        is_large = any(parameter.ndim > 1 for parameter in module.parameters())
+        yield name, "disk" if is_large else "cpu"
+    else:
+        for child, part in children.items():
+            yield from _places(part, f"{name}.{child}" if name else child)

@@ -1,0 +1,135 @@
+"""Stop the construction of a model that its config.json makes far larger than its weight files or the host's memory.
+
+transformers builds all modules before it compares them with the weights: a wrong number of layers takes minutes, a
+wrong width takes the host's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules import module as registration
+
+from megaft.errors import DataError
+from megaft.host_memory import available_memory
+
+TENSORS = 1_000
+TENSORS_FACTOR = 100
+"""Parameters of a model per stored tensor, as where the experts of a layer are stored as one."""
+NUMBERS = 100_000_000
+NUMBERS_FACTOR = 4
+"""Elements of a model per stored element: an embedding that is tied to another is built twice."""
+FP32_BYTES = 4
+SMALL_BYTES = 2**30
+"""Bytes of buffers up to which nobody asks how much memory is free."""
+
+
+class Size(NamedTuple):
+    """The size of a model or of its weight files."""
+
+    tensors: int
+    numbers: int
+    """Elements of all tensors."""
+
+
+@dataclass(slots=True)
+class _Built:
+    """Counts what is registered with modules, each name of a module once."""
+
+    tensors: int = 0
+    numbers: int = 0
+    buffer_bytes: int = 0
+
+    def add_parameter(self, owner: nn.Module, name: str, parameter: Any) -> None:
+        if owner._parameters.get(name) is None:
+            self.tensors += 1
+            self.numbers += parameter.numel()
+
+    def add_buffer(self, owner: nn.Module, name: str, buffer: Any) -> None:
+        if buffer is not None and owner._buffers.get(name) is None:
+            self.buffer_bytes += buffer.nbytes
+
+
+@contextmanager
+def no_larger_than(stored: Size, model: str) -> Iterator[None]:
+    """Refuse, while it is built, a model that is far larger than its weight files.
+
+    Small differences pass here; comparing every tensor finds them afterwards.
+
+    Args:
+        stored: The size of the weight files.
+        model: How the message names the model, such as "model.path is DIR".
+
+    Raises:
+        DataError: It has far more parameters, or buffers larger than this host's free memory.
+    """
+    most = Size(TENSORS_FACTOR * stored.tensors + TENSORS, NUMBERS_FACTOR * stored.numbers + NUMBERS)
+
+    def check(built: _Built) -> None:
+        if built.tensors > most.tensors or built.numbers > most.numbers:
+            raise DataError(
+                f"{model}; its weights do not fit its config.json, which makes a model of more than "
+                f"{built.numbers:,} weights in {built.tensors:,} tensors, but {stored.numbers:,} in "
+                f"{stored.tensors:,} are stored. Copy both from one model."
+            )
+        if built.buffer_bytes > SMALL_BYTES:
+            _require_room(model, built.buffer_bytes, available_memory())
+
+    with _counting(check):
+        yield
+
+
+@contextmanager
+def no_larger_than_memory(model: str, ranks: int) -> Iterator[None]:
+    """Refuse, while it is built, a new model in fp32 that this host's free memory cannot hold.
+
+    Args:
+        model: How the message names the model, such as "model.from-scratch is DIR".
+        ranks: Ranks that may hold a part each.
+
+    Raises:
+        DataError: Its parameters and buffers take more.
+    """
+
+    room = available_memory()
+
+    def check(built: _Built) -> None:
+        _require_room(model, FP32_BYTES * built.numbers // ranks + built.buffer_bytes, room)
+
+    with _counting(check):
+        yield
+
+
+def _require_room(model: str, num_bytes: int, room: int) -> None:
+    if num_bytes > room:
+        raise DataError(
+            f"{model}; its config.json makes a model that takes more than {num_bytes:,} bytes of memory, but "
+            f"{room:,} are free on this host. Correct its sizes, or use a host with more memory."
+        )
+
+
+@contextmanager
+def _counting(check: Any) -> Iterator[None]:
+    built = _Built()
+
+    def on_parameter(owner: nn.Module, name: str, parameter: Any) -> None:
+        built.add_parameter(owner, name, parameter)
+        check(built)
+
+    def on_buffer(owner: nn.Module, name: str, buffer: Any) -> None:
+        built.add_buffer(owner, name, buffer)
+        check(built)
+
+    handles = (
+        registration.register_module_parameter_registration_hook(on_parameter),
+        registration.register_module_buffer_registration_hook(on_buffer),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,89 @@
+"""A mistake that one rank alone finds, as where a node lacks a file: every rank ends with its message and exit code."""
+
+import json
+import os
+from datetime import timedelta
+
+import pytest
+
+from megaft.errors import ConfigError, DataError, UserError
+
+pytestmark = pytest.mark.slow
+
+
+def refuse(*_, **__):
+    raise ConfigError("a setting is wrong on this node.")
+
+
+EMPTY = "an empty folder"
+"""What rank 1 finds in place of the model."""
+# ZeRO stage; the flag that names the model; what is broken, and on which rank; and what that rank says
+CASES = {
+    "no weights": (1, "path", EMPTY, 1, DataError, "has no weights"),
+    "no weights, stage 3": (3, "path", EMPTY, 1, DataError, "has no weights"),
+    "no weights on the main rank, stage 3": (3, "path", EMPTY, 0, DataError, "has no weights"),
+    "no config.json": (1, "from-scratch", EMPTY, 1, DataError, "not a model config"),
+    "no config.json, stage 3": (3, "from-scratch", EMPTY, 1, DataError, "not a model config"),
+    "no such precision": (1, "path", "require_supported", 1, ConfigError, "a setting is wrong"),
+    "a model that looks ahead": (1, "path", "trials.require_language_model", 1, ConfigError, "a setting is wrong"),
+    "no validation text": (1, "path", "Validation", 1, ConfigError, "a setting is wrong"),
+    "no such optimizer": (1, "path", "build_optimizer", 1, ConfigError, "a setting is wrong"),
+    "a disk that is full": (1, "path", "write_config", 0, ConfigError, "a setting is wrong"),
+}
+
+
+def train_all(folder, model, texts):
+    """Return the exit code and message of every case on this rank."""
+    from megaft import parallel
+
+    topology = parallel.discover(os.environ)
+    parallel.join(topology, timedelta(seconds=60))
+    try:
+        return {name: failure_of(folder / name, model, texts, topology, *case[:4]) for name, case in CASES.items()}
+    finally:
+        parallel.leave()
+
+
+def failure_of(run_dir, model, texts, topology, stage, flag, broken, culprit):
+    from megaft import assemble, parallel
+    from megaft.config import parse_train
+    from megaft.train import run
+
+    settings = run_dir.parent / f"stage-{stage}-{topology.rank}.json"
+    settings.write_text(json.dumps({"train_batch_size": 2, "zero_optimization": {"stage": stage}}))
+    model = run_dir.parent if broken == EMPTY and topology.rank == culprit else model
+    flags = [f"--deepspeed_config={settings}", f"--model.{flag}={model}", f"--data.tokenizer={texts.tokenizer}"]
+    flags += [f"--data.train={texts.train}", f"--data.valid={texts.valid}", "--data.context-length=32"]
+    with pytest.MonkeyPatch.context() as patch:
+        if broken != EMPTY and topology.rank == culprit:
+            patch.setattr(f"{assemble.__name__}.{broken}", refuse)
+        try:
+            run(parse_train([*flags, f"--run.dir={run_dir}", "--run.max-steps=1"]), topology)
+        except UserError as error:
+            return error.exit_code, str(error)
+        finally:
+            parallel.barrier()  # the main rank has written why the run ended
+    return 0, ""
+
+
+class Texts:
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, (self.train, self.valid) = tokenizer, texts
+
+
+@pytest.fixture(scope="module")
+def failures(run_ranks, tmp_path_factory, toy_model, toy_texts):
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, run_ranks(2, train_all, folder, toy_model, Texts(toy_model, toy_texts))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_ranks_end_with_what_one_found(failures, name):
+    folder, found = failures
+    *_, culprit, kind, said = CASES[name]
+    code, message = found[culprit][name]
+    assert code == kind.exit_code
+    assert said in message
+    assert found[1 - culprit][name] == (code, f"rank {culprit}: {message}")
+    ended = json.loads((folder / name / "ended.json").read_text())
+    assert ended == {"exit_code": code, "reason": found[0][name][1]}

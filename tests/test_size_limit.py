@@ -1,0 +1,115 @@
+"""Configurations that make a model far larger than its weights or the memory: refused before it is built."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import edit_json, make_model
+
+from megaft.errors import DataError
+from megaft.foreign import MOST_LAYERS, require_inert
+from megaft.models import size_limit
+from megaft.models.hugging_face import create_language_model, load_language_model
+from megaft.models.size_limit import Size, no_larger_than
+from megaft.models.weights import open_weights
+
+LLAMA_PARAMETERS = 2 * (61 * 32) + 32 + 2 * (2 * 32 + 32 * 32 * 2 + 2 * 16 * 32 + 3 * 48 * 32)
+LLAMA_TENSORS = 2 + 1 + 2 * (2 + 4 + 3)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    make_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    for path in llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        pytest.param("config.json", {"n_layer": 1_000_002}, "n_layer 1000002; .* 10,000 layers", id="a million layers"),
+        pytest.param("config.json", {"text_config": {"num_hidden_layers": 10_001}}, "num_hidden_layers", id="nested"),
+        pytest.param("config.json", {"decoder_layers": 1e308}, "decoder_layers", id="a float"),
+        pytest.param("config.json", {"num_layers": float("inf")}, "num_layers Infinity", id="infinitely many"),
+        pytest.param("config.json", {"norm_eps": float("nan")}, "norm_eps NaN", id="NaN"),
+        pytest.param("config.json", {"pad_token_id": 2**63}, "pad_token_id 9223372036854775808", id="beyond 64 bits"),
+        pytest.param("config.json", {"transformers_weights": "b.safetensors"}, "transformers_weights", id="others"),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused_by_name(file, content, says, tmp_path):
+    (tmp_path / file).write_text(json.dumps({"model_type": "gpt2"} | content))
+    for load in (load_language_model, open_weights, lambda source: create_language_model(f"{source}/{file}", seed=0)):
+        with pytest.raises(DataError, match=f"is {tmp_path}.*; its {file} has {says}"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        pytest.param("config.json", {"num_hidden_layers": MOST_LAYERS}, id="as many layers as may be"),
+        pytest.param("config.json", {"full_attention_layers": [1, 20_000], "layers": None}, id="lists of layers"),
+        pytest.param("config.json", {"time_step_limit": [0.0, float("inf")]}, id="infinity, as Mamba 2 has it"),
+        pytest.param("config.json", {"a": -(2**63), "b": 2**63 - 1}, id="64 bits"),
+        pytest.param("tokenizer_config.json", {"model_max_length": 10**30}, id="a tokenizer without a longest text"),
+    ],
+)
+def test_numbers_that_models_have_pass(file, content, tmp_path):
+    (tmp_path / file).write_text(json.dumps(content))
+    require_inert("model.path", tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_language_model, open_weights])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"num_hidden_layers": 9_999}, id="layers"),
+        pytest.param({"hidden_size": 2**20}, id="width"),
+        pytest.param({"vocab_size": 2**40}, id="vocabulary"),
+        pytest.param({"intermediate_size": 10**12}, id="inner width"),
+    ],
+)
+def test_a_model_that_its_weights_cannot_fill_is_not_built(change, load, copy):
+    edit_json(copy / "config.json", **change)
+    stored = f"but {LLAMA_PARAMETERS:,} in {LLAMA_TENSORS} are stored"
+    with pytest.raises(DataError, match=f"is {copy}; its weights do not fit its config.json, .*{stored}"):
+        load(str(copy))
+
+
+@pytest.mark.parametrize("load", [load_language_model, open_weights])
+def test_a_small_difference_is_named_by_its_tensor(load, copy):
+    edit_json(copy / "config.json", num_hidden_layers=3)
+    with pytest.raises(DataError, match=r"do not fit its config\.json: model\.layers\.2\.\S+ is missing \(9 such\)"):
+        load(str(copy))
+
+
+def test_every_parameter_is_counted_once():
+    with no_larger_than(Size(0, 0), "it"):
+        for _ in range(size_limit.TENSORS):
+            layer = torch.nn.Linear(3, 2, bias=False)
+            layer.weight = torch.nn.Parameter(torch.zeros(2, 3))  # as transformers does when it loads
+        with pytest.raises(DataError, match=r"more than 6,006 weights in 1,001 tensors, but 0 in 0 are stored"):
+            torch.nn.Linear(3, 2, bias=False)
+
+
+@pytest.mark.parametrize(("ranks", "lacking", "is_refused"), [(1, 0, False), (1, 1, True), (2, 0, False), (2, 1, True)])
+def test_a_new_model_must_fit_in_memory(ranks, lacking, is_refused, monkeypatch, tmp_path):
+    model = make_model("llama")
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    needed = sum(parameter.nbytes for parameter in model.parameters()) // ranks + buffers
+    assert needed == 4 * LLAMA_PARAMETERS // ranks + buffers
+    model.config.save_pretrained(tmp_path)
+    monkeypatch.setattr(size_limit, "available_memory", lambda: needed - lacking)
+    monkeypatch.setattr("megaft.parallel.world_size", lambda: ranks)
+    source = str(tmp_path / "config.json")
+    if is_refused:
+        with pytest.raises(DataError, match=f"^model.from-scratch is {source}; .*, but {needed - 1:,} are free"):
+            create_language_model(source, seed=0)
+    else:
+        assert sum(parameter.numel() for parameter in create_language_model(source, 0).parameters()) == LLAMA_PARAMETERS
