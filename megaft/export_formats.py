@@ -18,7 +18,7 @@ from megaft.config import TrainConfig
 from megaft.engine_state import WEIGHT
 from megaft.export_check import Rows, check_nats, check_nats_from_disk, load_weights
 from megaft.host_memory import available_memory
-from megaft.models import adapters, convert, hugging_face
+from megaft.models import adapters, convert, hugging_face, text_model
 from megaft.models.convert import rounded
 from megaft.models.generation_ids import (
     GENERATION,
@@ -84,7 +84,7 @@ class HuggingFaceExport:
             adapters.save_adapters(model, folder / "adapter", self.config.model.path)
             model = adapters.merge_adapters(model)
         model.to(self.dtype).save_pretrained(folder)
-        hugging_face.keep_composite_config(model, self.config.model.path, folder)
+        text_model.keep_composite_config(model, self.config.model.path, folder)
 
     @cached_property
     def _is_offloaded(self) -> bool:

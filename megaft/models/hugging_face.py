@@ -23,12 +23,14 @@ from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
 from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
+from megaft.models.config_errors import first_line
 from megaft.models.gguf_file import read_header, require_all_taken
 from megaft.models.loading_report import without_report_table
 from megaft.models.padding_tokens import read_padding_tokens
 from megaft.models.size_limit import no_larger_than, no_larger_than_memory
 from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.stored_weights import freeze_as_constructed, keeping_stored_weights
+from megaft.models.text_model import require_causal_class
 from megaft.models.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
 
 
@@ -126,16 +128,16 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
         # Some families fail there only, with a message that says nothing.
         where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
         raise DataError(
-            f"model.path is {source}; transformers cannot load it{where}: {_first_line(error, config)}"
+            f"model.path is {source}; transformers cannot load it{where}: {first_line(error, config)}"
         ) from error
     model, report = loaded
     require_complete(source, report)
     _require_tied(source, model)
+    if not is_deepspeed_zero3_enabled():
+        freeze_as_constructed(model)
     if header is not None:
         require_all_taken(Path(source), header, model)
         model = _without_quantization(model)
-    if not is_deepspeed_zero3_enabled():
-        freeze_as_constructed(model)
     return read_padding_tokens(model)
 
 
@@ -175,7 +177,7 @@ def _naming_bad_config(config_path: str, config: Any = None) -> Iterator[None]:
         yield
     except LOAD_ERRORS as error:
         raise DataError(
-            f"model.from-scratch is {config_path}; not a model config: {_first_line(error, config)}"
+            f"model.from-scratch is {config_path}; not a model config: {first_line(error, config)}"
         ) from error
 
 
@@ -311,36 +313,6 @@ def _load_config(where: str, options: dict[str, str]):
     return config
 
 
-def require_causal_class(config: Any) -> None:
-    """Raise ValueError where transformers makes no causal language model of a configuration, or one of several."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"it has no causal language model of model_type {config.model_type}; use a model of another family"
-        )
-    try:
-        config.get_text_config()
-    except ValueError as error:
-        raise ValueError(f"model_type {config.model_type} has several text models; use a folder of one") from error
-
-
-def keep_composite_config(model: CausalLM, source: str | None, folder: Path) -> None:
-    """Write the source's whole config.json where transformers loads the model by that alone, and not by its text part.
-
-    Args:
-        model: The model that was saved, with the configuration of its text part (Emu3, Mllama).
-        source: The model.path it is from.
-        folder: Where it was saved.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    if source is not None and type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        whole.text_config = model.config
-        whole.save_pretrained(folder)
-
-
 def _attention(config) -> str:
     """Return torch's fused attention where the architecture has it. What config.json names may be code on the hub."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -372,25 +344,3 @@ def _without_quantization(model: CausalLM) -> CausalLM:
     fresh.load_state_dict(model.state_dict())
     fresh.tie_weights()
     return fresh
-
-
-PADDING = "Padding_idx must be within num_embeddings"
-"""torch's message for a pad_token_id outside the vocabulary, in families that have a padding row."""
-
-
-def padding_rule(error: Exception, config: Any) -> str | None:
-    """Return the rule that a transformers configuration breaks with its pad_token_id, if that is the error."""
-    if PADDING not in str(error):
-        return None
-    text = config.get_text_config()
-    return (
-        f"its pad_token_id is {text.pad_token_id}, which must be null or below vocab_size ({text.vocab_size}) in this "
-        "family, as it has a padding row; set it to null in a copy of config.json"
-    )
-
-
-def _first_line(error: Exception, config: Any = None) -> str:
-    if rule := padding_rule(error, config):
-        return rule
-    first, *others = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

@@ -22,10 +22,12 @@ from megaft.files import is_file_name, parse_json, sha256_of
 from megaft.foreign import require_inert
 from megaft.hub import find_file
 from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
-from megaft.models.hugging_face import load_language_model, padding_rule, require_causal_class, require_there
+from megaft.models.config_errors import padding_rule
+from megaft.models.hugging_face import load_language_model, require_there
 from megaft.models.layout import Layout, layout_of
 from megaft.models.size_limit import Size, no_larger_than
 from megaft.models.tensor_file import TensorFile, open_tensors
+from megaft.models.text_model import require_causal_class
 from megaft.models.weight_files import (
     INDEX,
     require_no_more,
