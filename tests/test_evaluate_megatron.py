@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+import read_once
 import torch
 from tiny_models import LLAMA, make_config
 
@@ -67,7 +68,9 @@ def generated(model, ports=None, **settings):
         for draw in DRAWS.values():
             if ports:
                 elsewhere(ports)
-            config = GenerateConfig(model=str(model), prompt=("The", "In 1998"), sampling=draw, **settings)
+            config = GenerateConfig(
+                model=str(model), prompt=("The", "In 1998"), max_new_tokens=70, sampling=draw, **settings
+            )
             assert generate(config) == 0
     return out.getvalue()
 
@@ -102,6 +105,7 @@ def equal_logits():
 
 def on_rank(ports, models, data, output, size):
     """Score twice, so that all is kept the second time, with all weights on each data rank and in parts; generate."""
+    read_once.tokenizers(pytest.MonkeyPatch())  # for as long as this process lives
     flags = ["--backend=megatron", f"--tensor-parallel-size={size}"]
     ports = iter(ports)
     found = [scored(output, models.values(), data, *flags, ports=ports) for _ in range(2)]
@@ -117,8 +121,10 @@ def on_rank(ports, models, data, output, size):
 def reference(models, shared, tmp_path_factory):
     """What transformers' modules find."""
     whole = {name: source for name, source in models.items() if name != "cut"}
-    found = scored(tmp_path_factory.mktemp("reference"), whole.values(), shared / "data")
-    texts = {name: generated(source) for name, source in whole.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        read_once.tokenizers(patch)
+        found = scored(tmp_path_factory.mktemp("reference"), whole.values(), shared / "data")
+        texts = {name: generated(source) for name, source in whole.items()}
     found |= {("cut", task): found["llama", task] for task in ("wikitext2", "lambada")}
     return found, texts | {"cut": texts["llama"]}
 
