@@ -327,18 +327,29 @@ def damage_last_rank(folder):
     (folder / "megatron.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.slow
-def test_verify_runs_both_models(tmp_path, capsys, monkeypatch, run_ranks):
-    make_model("llama", attention_bias=True, mlp_bias=True).save_pretrained(tmp_path / "start")
-    megatron(tmp_path / "start", tmp_path / "two", 2, dtype="bfloat16", verify=True)
-    assert "verified on" in capsys.readouterr().out
-    damage_last_rank(tmp_path / "two")
+@pytest.fixture
+def launched(monkeypatch, run_ranks):
+    """The sides that --verify runs as it does for users, the first of two ranks; others' ranks import no libraries."""
+    launch, sides = verify_conversion._nats_of, []
 
-    def nats_of(side, dtype, folder):  # as the command's own, but of ranks that need not import their libraries
+    def nats_of(side, dtype, folder):
+        if side.num_ranks == 2 and not sides:
+            sides.append(side)
+            return launch(side, dtype, folder)
         run_ranks(side.num_ranks, verify_conversion.main, [str(folder), dtype, side.source])
         return torch.tensor(json.loads((folder / "nats.json").read_text()), dtype=torch.float64)
 
     monkeypatch.setattr(verify_conversion, "_nats_of", nats_of)
+    return sides
+
+
+@pytest.mark.slow
+def test_verify_runs_both_models(tmp_path, capsys, launched):
+    make_model("llama", attention_bias=True, mlp_bias=True).save_pretrained(tmp_path / "start")
+    megatron(tmp_path / "start", tmp_path / "two", 2, dtype="bfloat16", verify=True)
+    assert "verified on" in capsys.readouterr().out
+    assert launched == [Side(str(tmp_path / "two"))]
+    damage_last_rank(tmp_path / "two")
     text = Path(__file__).read_text()[:300]
     with pytest.raises(NumericsError):
         verify_conversion.verify(Side(str(tmp_path / "start")), Side(str(tmp_path / "two")), "bfloat16", text)
