@@ -66,6 +66,14 @@ def toy_texts(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def smollm2_cut(tmp_path_factory) -> Path:
+    """A GGUF file of SmolLM2's first layers and words, quantized as the published one is."""
+    import smollm2
+
+    return smollm2.cut(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
 def export_runs(tmp_path_factory, toy_model, toy_texts, run_ranks) -> dict[str, list[str]]:
     """The flags of toy runs that ended with an export, by name."""
     from export_runs import make_runs

@@ -6,7 +6,7 @@ CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("deepspeed", "torch._inductor.compile_fx", "transformers", "transformers.models.gpt2.modeling_gpt2"),
-        "deepspeed.runtime.zero.muon.muon_optimizer",
+        *("deepspeed.runtime.zero.muon.muon_optimizer", "megaft.models.megatron"),
         *("sentencepiece", "tyro"),
         *("megaft.cli", "megaft.train", "megaft.prepare", "megaft.assemble", "megaft.export", "megaft.metrics"),
         *("evaluate_zero_shot.__main__", "evaluate_zero_shot.evaluate", "evaluate_zero_shot.report"),

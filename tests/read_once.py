@@ -1,0 +1,29 @@
+"""Models and tokenizers of one source, read by the first command that needs them and kept for the others."""
+
+from functools import cache
+
+
+def tokenizers(patch):
+    """Let `load_tokenizer` of evaluation and generation read a folder once; `patch` is a MonkeyPatch."""
+    from evaluate_zero_shot import subject
+    from megaft import tokenizer
+
+    once = cache(tokenizer.load_tokenizer)
+    patch.setattr(tokenizer, "load_tokenizer", once)
+    patch.setattr(subject, "load_tokenizer", once)
+
+
+def models(patch):
+    """Let evaluations of one model, all with the same dtype and backend, load it once."""
+    from evaluate_zero_shot import subject
+
+    tokenizers(patch)
+    load, kept = subject.load, {}
+
+    def once(source, config, backend, device):
+        key = source, config.dtype, config.partition, backend, device
+        if key not in kept:
+            kept[key] = load(source, config, backend, device)
+        return kept[key]
+
+    patch.setattr(subject, "load", once)
