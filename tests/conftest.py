@@ -2,9 +2,12 @@
 
 import gc
 import os
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import parent_process
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from fork_server import CONTEXT
@@ -25,6 +28,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_finish() -> None:
+    """Spare what was imported from garbage collections, of which exports make many."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the shared test data: data/ (real corpora) and models/ (a small trained GPT-2)."""
@@ -32,6 +40,15 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no test data at {folder}; set MEGAFT_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def memory_folder() -> Iterator[Path]:
+    """A folder in memory, or on disk without room there: fsync costs nothing to tests that save again and again."""
+    memory = Path("/dev/shm")
+    has_room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
+    with TemporaryDirectory(dir=memory if has_room else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
@@ -90,5 +107,4 @@ def _on_rank(rank, world_size, port, function, args):
     import torch
 
     torch.set_num_threads(1)
-    gc.freeze()  # a collection, of which DeepSpeed makes many, need not look at what the fork server imported
     return function(*args)

@@ -7,8 +7,9 @@ CONTEXT.set_forkserver_preload(
     [
         *("deepspeed", "torch._inductor.compile_fx", "transformers", "transformers.models.gpt2.modeling_gpt2"),
         "deepspeed.runtime.zero.muon.muon_optimizer",
-        *("sentencepiece", "tyro"),
+        *("sentencepiece", "tyro", "megatron.core"),
         *("megaft.cli", "megaft.train", "megaft.prepare", "megaft.assemble", "megaft.export", "megaft.metrics"),
         *("evaluate_zero_shot.__main__", "evaluate_zero_shot.evaluate", "evaluate_zero_shot.report"),
+        "tools.benchmarks.preload",  # found from the folder of the repository, where tests start
     ]
 )
