@@ -2,9 +2,12 @@
 
 import gc
 import os
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import parent_process
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from fork_server import CONTEXT
@@ -38,6 +41,11 @@ def pytest_runtest_logreport(report):
         print(f"\n{report.when} of {report.nodeid} failed:\n{report.longreprtext}", flush=True)
 
 
+def pytest_collection_finish() -> None:
+    """Spare what was imported from garbage collections, of which exports make many."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the shared test data: data/ (real corpora) and models/ (a small trained GPT-2)."""
@@ -45,6 +53,15 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no test data at {folder}; set MEGAFT_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def memory_folder() -> Iterator[Path]:
+    """A folder in memory, or on disk without room there: fsync costs nothing to tests that save again and again."""
+    memory = Path("/dev/shm")
+    has_room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
+    with TemporaryDirectory(dir=memory if has_room else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
@@ -111,5 +128,4 @@ def _on_rank(rank, world_size, port, function, args):
     import torch
 
     torch.set_num_threads(1)
-    gc.freeze()  # a collection, of which DeepSpeed makes many, need not look at what the fork server imported
     return function(*args)

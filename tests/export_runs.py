@@ -21,6 +21,8 @@ from megaft.validation import Validation
 
 STEPS, CLIP, WEIGHT_DECAY, EPSILON = 3, 0.5, 0.1, 1e-5
 RATES = [0.5e-3, 1e-3, 1e-3]  # two steps of warm-up to 1e-3, then the cosine's first step
+VALID_BYTES = 1_200
+"""Of validation text: more tokens than the nats of an export are compared on."""
 TOPOLOGY = Topology("test", 0, 0, 1, "", 0)
 LLAMA = {
     "model_type": "llama",
@@ -58,7 +60,9 @@ def train_all(argument_lists):
 
 def make_runs(folder, toy_model, toy_texts, run_ranks):
     """Train three toy models on one rank in one launch; return the flags of each run by name."""
-    train, valid = toy_texts
+    train, whole_valid = toy_texts
+    valid = folder / "valid.txt"
+    valid.write_text(whole_valid.read_text()[-VALID_BYTES:])
     # Documents of every length, so that micro batches score different numbers of tokens.
     text = train.read_text()
     documents = [text[begin : begin + 7 * (1 + begin % 29)] for begin in range(0, 20_000, 500)]

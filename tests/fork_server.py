@@ -10,5 +10,6 @@ CONTEXT.set_forkserver_preload(
         *("sentencepiece", "tyro"),
         *("megaft.cli", "megaft.train", "megaft.prepare", "megaft.assemble", "megaft.export", "megaft.metrics"),
         *("evaluate_zero_shot.__main__", "evaluate_zero_shot.evaluate", "evaluate_zero_shot.report"),
+        "tools.benchmarks.preload",  # found from the folder of the repository, where tests start
     ]
 )

@@ -1,13 +1,17 @@
 """The training benchmark: its sums on invented runs, and all contestants on a toy."""
 
 import json
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import train
+import train_launch
 import tyro
 from train_case import PRESETS
-from train_launch import Run, last_error
+from train_launch import Run, last_error, launch
 from train_report import Report, spread
 
 ENVIRONMENT = {
@@ -86,13 +90,48 @@ def test_a_precision_that_the_recipe_is_not_for_is_refused():
         train.Arguments(preset="gpt2-xl-h100", dtype="fp32")
 
 
+def run_script(script, arguments):
+    """Be a rank that runs a program, with the libraries of the fork server."""
+    sys.argv, sys.path[0:0] = [script, *arguments], [str(Path(script).parent)]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.fixture
+def forked(run_ranks, monkeypatch):
+    """Launches start their ranks from the fork server; return the commands that were to be launched."""
+    commands = []
+
+    def watch(command, environment, metrics, output):
+        commands.append(command)
+        first = next(number for number, word in enumerate(command) if word.endswith(".py"))
+        codes = run_ranks(CASE.num_ranks, run_script, command[first], command[first + 1 :])
+        return 1.0, max(codes)
+
+    monkeypatch.setattr(train_launch, "_watch", watch)
+    return commands
+
+
 @pytest.mark.slow
-def test_all_contestants_train_the_toy_alike(tmp_path):
+def test_all_contestants_train_the_toy_alike(forked, tmp_path):
     flags = ["--preset", "toy", "--repeats", "1", "--steps", "2", "--results", str(tmp_path)]
     assert train.main(tyro.cli(train.Arguments, args=flags)) == 0
+    assert [command[2] for command in forked] == [*["deepspeed.launcher.runner"] * 2, "torch.distributed.run"]
     (raw,) = tmp_path.glob("train-toy-fp32_*.json")
     runs = {run["contestant"]: run for run in json.loads(raw.read_text())["runs"]}
     assert set(runs) == {"megaft", "trainer", "torch"}
     # Equal weights, samples, optimizer and clipping: the Trainer's and torch's losses are one and the same.
     assert runs["trainer"]["losses"] == pytest.approx(runs["torch"]["losses"], abs=1e-4)
     assert runs["megaft"]["losses"] == pytest.approx(runs["torch"]["losses"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_launch_is_watched_until_its_end(tmp_path):
+    """By its launcher, with the plain loop."""
+    CASE.make_inputs(tmp_path)
+    run = launch("torch", CASE, tmp_path, tmp_path / "run")
+    assert (run.failure, len(run.losses), len(run.step_seconds)) == (None, CASE.max_steps, CASE.max_steps)
+    assert run.seconds_to_first_step > 0

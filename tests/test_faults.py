@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory):
-    with campaign_in(tmp_path_factory.mktemp("faults"), seed=0, settings=[*EVERY_CHANGE.values()]) as campaign:
+def campaign(memory_folder):
+    with campaign_in(memory_folder / "faults", seed=0, settings=[*EVERY_CHANGE.values()]) as campaign:
         yield campaign
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 STEPS, CUT_AT = 4, 2
 GLOBAL_BATCH_SIZE = 6
 VALID_BYTES = 600
-"""Of validation text: four batches of windows."""
+"""Of validation text: five batches of windows."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,10 @@ EXPORTED = ("fp32-0", "fp32-2", "fp32-3", "bf16-3", "lora-3", "cut-fp32-3", "cut
 
 
 @pytest.fixture(scope="module")
-def resumed(run_ranks, common, tmp_path_factory):
+def resumed(run_ranks, common, memory_folder):
     """Each engine's run on two ranks with dropout: once whole, and once continued from its checkpoint half-way."""
-    folder = tmp_path_factory.mktemp("resumed")
+    folder = memory_folder / "resumed"
+    folder.mkdir()
     cases = []
     for engine in ENGINES:
         flags = (*engine.flags, "--model.dropout=0.1", f"--run.max-steps={STEPS}", f"--checkpoint.every={CUT_AT}")
@@ -176,7 +177,7 @@ def test_every_stage_tells_the_same_gradient_norm(resumed):
 
 @pytest.fixture(scope="module")
 def on_three_ranks(run_ranks, common, tmp_path_factory):
-    """The same runs on one rank and on three; 4 batches of validation windows do not divide by 3."""
+    """The same runs on one rank and on three; 5 batches of validation windows do not divide by 3."""
     cases = [
         Case("stage3", 3, flags=("--run.max-steps=2", "--optim.learning-rate=0", "--run.validate-every=1")),
         Case("stage1", 1, flags=("--run.max-steps=2", "--model.dropout=0.1")),

@@ -25,6 +25,7 @@ PRELOADED = (
     "megaft.recovery",
     "megaft.train",
     "transformers.models.gpt2.modeling_gpt2",
+    "tools.benchmarks.preload",  # from the folder of the repository
 )
 CONTEXT.set_forkserver_preload([*PRELOADED])
 LIMIT = 240.0
@@ -121,7 +122,7 @@ def run_rank(
         WORLD_SIZE=str(WORLD_SIZE),
         MASTER_ADDR=hosts[0].address if hosts else "127.0.0.1",
         MASTER_PORT=str(port),
-        MEGAFT_RENDEZVOUS_SECONDS="20",
+        MEGAFT_RENDEZVOUS_SECONDS="120",
     )
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

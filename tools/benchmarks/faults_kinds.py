@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,14 +13,16 @@ from random import Random
 
 import faults_disk as disk
 from faults_job import BLOCK, WORLD_SIZE, Job
-from faults_trial import EVERY, STEPS, TIMEOUT_MINUTES, WATCHED_STEP, Trial, ended, newest_whole, read_lines
+from faults_trial import EVERY, PATIENCE, STEPS, TIMEOUT_MINUTES, WATCHED_STEP, Trial, ended, newest_whole, read_lines
 
 Fault = Callable[[Trial], None]
 REQUEUE, CHECKPOINT_ERROR, USAGE = 75, 4, 2
 SHORT_TIMEOUT = 0.15
 """Minutes, for runs in which a rank is not heard of."""
-SLACK = 20.0
-"""Seconds more that a busy machine may take over an ending."""
+SLACK = 120.0
+"""Seconds that a busy machine may take over an ending that is owed."""
+ONE_STOPS = threading.Lock()
+"""Around the making of what is copied."""
 
 
 def killed_at_start(trial: Trial) -> None:
@@ -44,7 +48,7 @@ def one_killed(trial: Trial) -> None:
     trial.some_time(job)
     was_training = bool(read_lines(trial.run_dir / "metrics.jsonl"))
     job.send(signal.SIGKILL, victim)
-    codes = trial.end(job)
+    codes = trial.end(job, SLACK if was_training else PATIENCE)
     if was_training:
         require_survivors_end(trial, job, codes, victim)
 
@@ -64,7 +68,7 @@ def killed_in_save(trial: Trial, rank: int, at: int, is_alone: bool = False) -> 
     job.first_end()
     if not is_alone:
         job.send(signal.SIGKILL)
-    codes = trial.end(job)
+    codes = trial.end(job, SLACK)
     trial.expect(codes[rank] == -signal.SIGKILL, f"the save was over before its change {at}: {codes}")
     if is_alone:
         require_survivors_end(trial, job, codes, rank)
@@ -78,7 +82,8 @@ def hung(trial: Trial, victim: int, at: int | None) -> None:
         job.send(signal.SIGSTOP, victim)
     trial.expect(job.first_end(60 * SHORT_TIMEOUT + SLACK), "nobody noticed that a rank hangs")
     job.send(signal.SIGKILL, victim)
-    require_survivors_end(trial, job, trial.end(job), victim)
+    require_survivors_end(trial, job, trial.end(job, SLACK), victim)
+    trial.flags = ()
 
 
 def blocked(trial: Trial, is_alone: bool) -> None:
@@ -91,6 +96,7 @@ def blocked(trial: Trial, is_alone: bool) -> None:
         job.first_end(trial.random.uniform(0.0, 0.5))
         job.send(signal.SIGKILL, 1 - victim)
     require_all_end(trial, job, (REQUEUE, 0) if is_alone else (REQUEUE, 0, -signal.SIGKILL))
+    trial.flags = ()
 
 
 def cut_off(trial: Trial) -> None:
@@ -103,6 +109,7 @@ def cut_off(trial: Trial) -> None:
         require_all_end(trial, job, (REQUEUE, 0))
     finally:
         host.heal()
+    trial.flags = ()
 
 
 def flapping(trial: Trial) -> None:
@@ -133,7 +140,7 @@ def signalled(trial: Trial, number: signal.Signals) -> None:
     trial.some_time(job)
     was_training = bool(read_lines(trial.run_dir / "metrics.jsonl"))
     job.send(number, target)
-    codes = trial.end(job)
+    codes = trial.end(job, SLACK if was_training else PATIENCE)
     if was_training:
         trial.expect(codes in ([REQUEUE] * WORLD_SIZE, [0] * WORLD_SIZE), f"{number.name}: {codes}")
         trial.expect(ended(trial.run_dir) == codes[0], "ended.json tells another code")
@@ -154,11 +161,16 @@ def damaged(trial: Trial, file: str, damage: Callable[[Path, Random], None]) -> 
 
 
 def stop_half_way(trial: Trial) -> None:
-    """Leave a run whose newest checkpoint is the one before the watched save."""
-    job = trial.start({0: trial.sabotage("kill", 0)})
-    job.first_end()
-    job.send(signal.SIGKILL)
-    trial.end(job)
+    """Leave a run whose newest checkpoint is the one before the watched save: killed once a setting, then copied."""
+    stopped = trial.setting.inputs.with_name(f"{trial.setting.name}-half-way")
+    with ONE_STOPS:
+        if not stopped.exists():
+            job = trial.start({0: trial.sabotage("kill", 0)})
+            job.first_end()
+            job.send(signal.SIGKILL)
+            trial.end(job)
+            shutil.move(trial.run_dir, stopped)
+    shutil.copytree(stopped, trial.run_dir)
 
 
 def all_damaged(trial: Trial) -> None:
@@ -169,7 +181,7 @@ def all_damaged(trial: Trial) -> None:
     for file in files:
         disk.flip_bit(file, trial.random)
     job = trial.start()
-    codes = trial.end(job)
+    codes = trial.end(job, SLACK)
     trial.accepted_damaged |= codes[0] != CHECKPOINT_ERROR
     trial.expect("no checkpoint in" in job.said() and "--run.fresh" in job.said(), f"it said {job.said()[-300:]!r}")
     for file, data in whole.items():
@@ -185,7 +197,7 @@ def disk_full(trial: Trial, at: int | None) -> None:
         job = trial.start()
     else:
         job = trial.start({0: trial.sabotage("fill", at, filler)})
-    codes = trial.end(job)
+    codes = trial.end(job, SLACK)
     trial.expect(codes[0] == CHECKPOINT_ERROR, f"ended with {codes}: {job.said()[-300:]!r}")
     trial.expect(ended(trial.run_dir) in (CHECKPOINT_ERROR, None), "ended.json tells another code")
     trial.expect(newest_whole(trial.run_dir) >= WATCHED_STEP - EVERY, "the last checkpoint is gone")
