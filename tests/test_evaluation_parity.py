@@ -188,9 +188,9 @@ def test_fairseq(tiny, shared, beginning, evaluate, tokens_per_sample, context_w
 
 @slow
 def test_in_context_ralm(tiny, shared, beginning, evaluate):
-    path, text = beginning("wikitext103", 6)
-    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext103", "ralm", path, 256))
-    require_equal(result, references.ralm(tiny, text, 256, 4))
+    path, text = beginning("wikitext103", 4)
+    result = evaluate(shared / "models/tiny-gpt2-wikitext2", *flags("wikitext103", "ralm", path, 128))
+    require_equal(result, references.ralm(tiny, text, 128, 4))
 
 
 @pytest.mark.parametrize("context_length", [255, 1024])
