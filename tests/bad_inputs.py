@@ -74,7 +74,7 @@ def _hold(folder, file, held, stop):
 
     with locked(folder, file=file):
         held.set()
-        stop.wait(60)
+        stop.wait(600)
 
 
 def trusted(folder):
@@ -223,7 +223,7 @@ class Workshop:
         process.start()
         self.at_end(process.join)
         self.at_end(stop.set)
-        assert held.wait(5)
+        assert held.wait(120)
 
     def rank(self, rank, world_size, **environment):
         """Be one rank of several; return the port where they would meet."""

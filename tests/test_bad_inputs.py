@@ -91,7 +91,7 @@ def test_refused_by_the_installed_command(name, workshop):
     case = BY_ID[name]
     command = [str(Path(sys.executable).parent / "megaft"), *case.make(workshop)]
     before = trusted(workshop.folder)
-    done = subprocess.run(command, cwd=workshop.folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=workshop.folder, capture_output=True, text=True, timeout=300)
     check_refusal(case, Done(done.returncode, done.stdout, done.stderr), workshop.folder, before)
 
 

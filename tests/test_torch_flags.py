@@ -1,6 +1,8 @@
 """torch's switches, in processes of their own: they are global, and some are read once."""
 
+import contextlib
 import inspect
+import io
 import json
 import os
 import re
@@ -55,9 +57,17 @@ def test_fp32_is_fp32_in_a_container_that_switches_tf32_on():
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in found["variables"]
 
 
+def switches_on_rank(is_deterministic, size, variables):
+    """Return what the program prints in a process that has imported torch; its variables are read at the call."""
+    os.environ.update(variables)
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit, match="0"):
+        exec(PROGRAM.format(is_deterministic=is_deterministic, size=size), {})
+    return json.loads(out.getvalue())
+
+
 @pytest.mark.slow
-def test_what_deterministic_switches_on():
-    found = switches(True, 2, NCCL_ALGO="Tree")
+def test_what_deterministic_switches_on(run_ranks):
+    (found,) = run_ranks(1, switches_on_rank, True, 2, {"NCCL_ALGO": "Tree"})
     assert found["recorded"]["is_deterministic"] is True
     assert (found["warns"], found["fills"], found["compiler"]) == (False, False, True)
     assert found["variables"].items() >= DETERMINISTIC_ENVIRONMENT.items()
