@@ -66,8 +66,8 @@ def run(folder: Path, as_json: bool, topology: Topology) -> int:
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning)
     device = parallel.join(topology, TIMEOUT)
     ranks = Ranks(topology, device, folder / f"megaft-doctor-{topology.master_port}")
-    parallel.together(_make, ranks.folder)
     try:
+        parallel.together(_make, ranks.folder)
         checks = [same_versions(ranks), *collectives(ranks), *same_losses(ranks)]
         if checks[0].status == "pass":  # a checkpoint needs the shared folder
             checks += same_after_resume(ranks)

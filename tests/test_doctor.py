@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from megaft import doctor_machine, doctor_ranks, doctor_toy, parallel
 from megaft.doctor import main
 from megaft.doctor_machine import Kernel, disks, requirements, variables, versions
 from megaft.doctor_table import Check, exit_code, show
+from megaft.exit_code import exit_code_of
 from megaft.floors import FLOORS
 
 BIN = Path(sys.executable).parent
@@ -92,13 +94,16 @@ APEX = doctor_machine.KERNELS[0]
         pytest.param({}, "none", "not installed; would give --optim.name apex-adamw", id="not there"),
         pytest.param({"apex/__init__.py": ""}, "warn", "another project called apex", id="PyPI's web toolkit"),
         pytest.param(
-            {"apex/__init__.py": "", "apex/optimizers/__init__.py": ""},
+            {"apex/__init__.py": "", "apex/optimizers/__init__.py": "", "torch.py": ""},
             "warn",
             "does not work: ModuleNotFoundError: No module named 'amp_C'",
             id="NVIDIA's without kernels",
         ),
         pytest.param(
-            {"apex/__init__.py": "", "apex/optimizers/__init__.py": "", "amp_C.py": ""}, "pass", "works", id="NVIDIA's"
+            {"apex/__init__.py": "", "apex/optimizers/__init__.py": "", "amp_C.py": "", "torch.py": ""},
+            "pass",
+            "works",
+            id="NVIDIA's",
         ),
     ],
 )
@@ -202,55 +207,93 @@ def test_json_is_one_line_with_the_environment(capsys, monkeypatch):
     assert CANARY not in out
 
 
-def prove(folder, fault=""):
-    """Run the proof on a rank, perhaps with something broken on rank 1."""
-    topology = parallel.discover(os.environ)
-    if fault == "data" and topology.rank == 1:
+TWO_CUTS = ((0, 4), (2, 1))
+
+
+def break_data(folder, rank, patch):
+    """Rank 1 trains on other samples."""
+    if rank == 1:
         whole = doctor_toy.sample
-        doctor_toy.sample = lambda position: whole(position + 1)
-    if fault == "folder":
-        folder = folder / str(topology.rank)
-        doctor_ranks.SECONDS_FOR_FILES = 1
-    if fault == "no folder" and topology.rank == 1:
-        folder = Path(__file__) / "folder"
-    if fault == "reduce" and topology.rank == 1:
-        reduce = doctor_ranks.dist.all_reduce
+        patch.setattr(doctor_toy, "sample", lambda position: whole(position + 1))
+    return folder
 
-        def flipped(tensor, *args, **kwargs):
-            done = reduce(tensor, *args, **kwargs)
-            if tensor.numel() > 1000:
-                tensor.view(-1)[7] += 1
-            return done
 
-        doctor_ranks.dist.all_reduce = flipped
+def break_reduce(folder, rank, patch):
+    """Rank 1 gets another sum."""
+    reduce = doctor_ranks.dist.all_reduce
+
+    def flipped(tensor, *args, **kwargs):
+        done = reduce(tensor, *args, **kwargs)
+        if tensor.numel() > 1000:
+            tensor.view(-1)[7] += 1
+        return done
+
+    if rank == 1:
+        patch.setattr(doctor_ranks.dist, "all_reduce", flipped)
+    return folder
+
+
+def part_folders(folder, rank, patch):
+    """Each rank has a folder of its own."""
+    patch.setattr(doctor_ranks, "SECONDS_FOR_FILES", 0)
+    return folder / str(rank)
+
+
+def refuse_folder(folder, rank, patch):
+    """Rank 1 cannot write."""
+    return Path(__file__) / "folder" if rank == 1 else folder
+
+
+FAULTS = {"data": break_data, "reduce": break_reduce, "own folder": part_folders, "no folder": refuse_folder}
+
+
+def prove_all(folder):
+    """Run the proof on a rank once a fault; return the exit codes, and what the table says."""
+    topology = parallel.discover(os.environ)
+    proven = {name: prove(fault, folder, topology) for name, fault in FAULTS.items()}
+    parallel.leave()
+    return proven
+
+
+def prove(fault, folder, topology):
     found = []
-    doctor_ranks.show = lambda title, checks, as_json: found.extend(checks)
-    code = parallel.exit_code_on_ranks(lambda _: doctor_ranks.run(folder, False, topology))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor_ranks, "show", lambda title, checks, as_json: found.extend(checks))
+        patch.setattr(doctor_ranks, "CUTS", TWO_CUTS)
+        patch.setattr(doctor_ranks, "RESUMED", ())
+        patch.setattr(doctor_ranks, "TIMEOUT", timedelta(minutes=10))
+        folder = fault(folder, topology.rank, patch)
+        code = exit_code_of(doctor_ranks.run, folder, False, topology)
     return code, [(check.name, check.status, check.found) for check in found]
+
+
+@pytest.fixture(scope="module")
+def proven(run_ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("doctor")
+    return folder, run_ranks(2, prove_all, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "code", "failing", "said"),
     [
-        pytest.param("", 0, None, None, id="sound"),
         pytest.param("data", 5, "ZeRO 2, micro-batch 1 x 4", "off by", id="a rank trains on other samples"),
         pytest.param("reduce", 5, "all-reduce", "on rank 1", id="a rank gets another sum"),
-        pytest.param("folder", 2, "shared folder", "not one for all ranks", id="a folder of each rank's own"),
-        pytest.param("no folder", 2, None, None, id="a rank cannot write the folder"),
+        pytest.param("own folder", 2, "shared folder", "not one for all ranks", id="a folder of each rank's own"),
     ],
 )
-def test_two_ranks(fault, code, failing, said, run_ranks, tmp_path):
-    ranks = run_ranks(2, prove, tmp_path, fault)
-    assert [rank[0] for rank in ranks] == [code, code]
-    checks, nothing = ranks[0][1], ranks[1][1]
-    assert nothing == []
-    if fault == "no folder":
-        assert checks == []
-        return
-    failed = {name: found for name, status, found in checks if status == "fail"}
-    assert list(failed) == [] if failing is None else said in failed[failing]
-    assert not list(tmp_path.rglob("megaft-doctor-*"))
+def test_a_fault_on_one_of_two_ranks_is_found(fault, code, failing, said, proven):
+    _, (main, other) = proven
+    assert (main[fault][0], other[fault]) == (code, (code, []))
+    failed = {name: found for name, status, found in main[fault][1] if status == "fail"}
+    assert said in failed[failing]
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_the_folder_ends_all_and_nothing_is_left(proven):
+    folder, ranks = proven
+    assert [rank["no folder"] for rank in ranks] == [(2, []), (2, [])]
+    assert not list(folder.rglob("megaft-doctor-*"))
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ def runs(folder, common, cases):
         parallel.join(topology)
         parallel.barrier()
         stop._received.clear()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` switches off
         stop.listen()
         arguments = [f"--deepspeed_config={path}", f"--run.dir={folder / name}", *common, *flags]
         with pytest.MonkeyPatch.context() as patch:
@@ -156,7 +157,7 @@ ALWAYS = range(12, 99)
 GUARDED = [
     guarded("nan-stop", NAN),
     *(guarded(f"nan-skip-{stage}", NAN, "--guard.non-finite=skip", zero_stage=stage) for stage in range(4)),
-    *(guarded(f"huge-skip-{stage}", HUGE, "--guard.spike=skip", zero_stage=stage) for stage in range(4)),
+    guarded("huge-skip", HUGE, "--guard.spike=skip", zero_stage=2),
     *(guarded(f"nan-rewind-{stage}", NAN, "--guard.non-finite=rewind", zero_stage=stage) for stage in range(4)),
     guarded("huge-rewind", HUGE, "--guard.spike=rewind"),
     guarded("huge-stop", HUGE, "--guard.spike=stop"),
@@ -184,14 +185,16 @@ def common(toy_model, toy_texts):
 
 
 @pytest.fixture(scope="module")
-def interrupted(run_ranks, common, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("interrupted")
+def interrupted(run_ranks, common, memory_folder):
+    folder = memory_folder / "interrupted"
+    folder.mkdir()
     return folder, run_ranks(2, runs, folder, common, CASES)
 
 
 @pytest.fixture(scope="module")
-def watched(run_ranks, common, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("watched")
+def watched(run_ranks, common, memory_folder):
+    folder = memory_folder / "watched"
+    folder.mkdir()
     return folder, run_ranks(2, runs, folder, common, [*GUARDED, *OVERFLOWING])
 
 
@@ -213,7 +216,7 @@ def test_one_ranks_signal_ends_all_ranks_with_the_code_to_requeue(interrupted):
 def test_what_was_stopped_goes_on_as_the_undisturbed_run(interrupted, name):
     folder, _ = interrupted
     assert losses(folder / name) == losses(folder / "whole")
-    assert shard_hashes(folder / name) == shard_hashes(folder / "whole")
+    assert shard_hashes(folder / name, STEPS) == shard_hashes(folder / "whole", STEPS)
 
 
 @pytest.mark.parametrize(

@@ -122,13 +122,14 @@ def test_a_save_publishes_the_one_before(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("is_background", MODES)
 @pytest.mark.parametrize("step", [pytest.param(2, id="a new step"), pytest.param(1, id="the same step again")])
-def test_a_killed_save_leaves_the_old_or_the_new(tmp_path, step, is_background):
+def test_a_killed_save_leaves_the_old_or_the_new(memory_folder, step, is_background):
+    folder = memory_folder / f"{step}-{is_background}"
     settings = {"keep_last": 1, "in_background": is_background}
-    save(tmp_path / "before", 1, 0.5).publish()
+    save(folder / "before", 1, 0.5).publish()
     outcomes = []
     for at in count(1):
-        run_dir = tmp_path / str(at)
-        shutil.copytree(tmp_path / "before", run_dir)
+        run_dir = folder / str(at)
+        shutil.copytree(folder / "before", run_dir)
         exit_code = save_killed(run_dir, step, 0.75, at, settings)
         found = find(run_dir).folder
         assert (checkpoint.peek(run_dir) or {})["state"]["step"] == checkpoint.step_of(found)

@@ -60,7 +60,7 @@ def in_thread(function, *arguments, **settings):
     thread.start()
 
     def result():
-        thread.join(timeout=20)
+        thread.join(timeout=300)
         assert outcome, "still waiting"
         return outcome[0]
 
