@@ -116,7 +116,7 @@ class HuggingFaceExport:
     def _trained(self) -> Any:
         """Return the module that trains, with the checkpoint's weights in fp32 and its adapters not merged."""
         gc.collect()  # of a model before
-        model = hugging_face.build(self.config.model, self.config.lora, self.config.run.seed)
+        model = hugging_face.build_whole(self.config.model, self.config.lora, self.config.run.seed)
         load_weights(model, self.saved(model.config))
         return model
 

@@ -193,7 +193,7 @@ def new_model(config: Any) -> CausalLM:
 
 
 def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[str, Any] | None = None) -> CausalLM:
-    """Return the model a run starts from: loaded or new, with its adapters, in fp32.
+    """Return the model a run starts from: loaded or new, with its adapters, in fp32. Every rank calls this.
 
     Args:
         config: Where it comes from.
@@ -204,7 +204,7 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     """
     is_gguf = config.path is not None and config.path.endswith(".gguf")
     if lora.rank or is_gguf or not is_stage_3(engine_config):
-        return parallel.together(_build_whole, config, lora, seed)
+        return parallel.together(build_whole, config, lora, seed)
     if config.path is not None:
         with in_parts(engine_config, is_new=False):
             model = load_language_model(config.path, dropout=config.dropout)
@@ -216,7 +216,8 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     return parallel.together(_recomputing, model, config)
 
 
-def _build_whole(config: ModelConfig, lora: LoraConfig, seed: int) -> CausalLM:
+def build_whole(config: ModelConfig, lora: LoraConfig, seed: int) -> CausalLM:
+    """Return the model a run starts from, whole on this rank, which may be alone in calling this."""
     if config.path is not None:
         model = load_language_model(config.path, dropout=config.dropout)
     else:
