@@ -177,9 +177,9 @@ def head_is_linear(model: CausalLM, tried: CausalLM | None = None) -> bool:
         hidden = hidden * LOUDER
         with layer.register_forward_pre_hook(lambda _, inputs: inputs[0] * LOUDER):
             logits = whole(**inputs).logits
-    if hidden.shape[-1] != layer.weight.shape[1]:
-        return False
-    linear = F.linear(hidden, layer.weight, layer.bias)
+        if hidden.shape[-1] != layer.weight.shape[1]:
+            return False
+        linear = F.linear(hidden, layer.weight, layer.bias)  # here, where weights are in the dtype of the trial
     return bool((logits - linear).abs().max() <= 1e-4 * linear.abs().max())
 
 
