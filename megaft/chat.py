@@ -70,6 +70,8 @@ class Renderer:
 def require_messages(where: str, key: str, messages: Any) -> Messages:
     """Return messages that have a role and a text each, and perhaps a `weight` of 0 or 1, as OpenAI's format has it.
 
+    A weight of null, as tables have it where only some messages have a weight, counts as 1.
+
     Args:
         where: The file and line, or the setting.
         key: The record's key.
@@ -86,8 +88,10 @@ def require_messages(where: str, key: str, messages: Any) -> Messages:
     for message in messages:
         if "\0" in message["content"]:
             raise DataError(f"{where}: {key!r} has a NUL character (\\u0000), which no text has; leave it out.")
-        if (weight := message.get("weight", 1)) not in (0, 1):
-            raise DataError(f"{where}: {key!r} has a turn of weight {weight!r}; give 0 (not trained on) or 1.")
+        if message.get("weight") not in (None, 0, 1):
+            raise DataError(
+                f"{where}: {key!r} has a turn of weight {message['weight']!r}; give 0 (not trained on) or 1."
+            )
         if message["role"] != SCORED_ROLE and _is_assistant(message["role"]):
             raise DataError(
                 f"{where}: {key!r} has a turn of role {message['role']!r}, which would not be trained on: only role "
@@ -113,7 +117,7 @@ def segments(where: str, messages: Messages, render: Callable[..., str]) -> list
         if message["role"] == SCORED_ROLE:
             prompt = render(messages[:end], add_generation_prompt=True)
             answer = render(messages[: end + 1])
-            is_scored = message.get("weight", 1) == 1
+            is_scored = message.get("weight") != 0
             found += [Segment(_after(where, done, prompt), False), Segment(_after(where, prompt, answer), is_scored)]
             done = answer
     rest = _after(where, done, render(messages))

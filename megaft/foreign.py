@@ -18,7 +18,7 @@ FILES = (
 )
 _CODE_KEYS = ("auto_map", "trust_remote_code")
 _KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation")
-_LAYERS_KEY = re.compile(r"(.*_)?layers?")
+_LAYERS_KEY = re.compile(r"(.*_)?(?<!per_)layers?")
 MOST_LAYERS = 10_000
 """transformers builds thousands in seconds, and a million, as a damaged number may be, in hours."""
 
@@ -64,7 +64,7 @@ def _fault(path: Path) -> str | None:
             return f"has {key} {json.dumps(value)}, which may be code on the hub; remove the entry in a copy of it."
         if key == "transformers_weights" and value:
             return f"has {key} {json.dumps(value)}, which takes other weights than the folder's; remove the entry."
-        if not path.name.startswith("tokenizer") and _is_no_setting(value):
+        if not (path.name.startswith("tokenizer") or key.endswith("max_length")) and _is_no_setting(value):
             return f"has {key} {json.dumps(value)[:80]}, which is no number that a model can have; copy it anew."
         if _LAYERS_KEY.fullmatch(key) and _is_above(value, MOST_LAYERS):
             return f"has {key} {json.dumps(value)[:80]}; models have {MOST_LAYERS:,} layers at most. Copy it anew."

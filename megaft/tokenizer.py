@@ -31,6 +31,7 @@ Span = tuple[int, int]
 OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 """Files of tokenizers that transformers knows, but that are not read here."""
 LARGEST_ID = 10_000_000
+"""Largest token id that is read: tokenizers allocates a vocabulary up to the largest id."""
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
 
 

@@ -105,13 +105,14 @@ def test_turns_of_another_name_of_the_assistant_are_refused(tmp_path, folders, r
     assert [path.name for path in tmp_path.iterdir()] == ["chats.jsonl"]
 
 
-def test_turns_of_weight_0_are_read_and_not_trained_on(tmp_path, folders):
+@pytest.mark.parametrize("other", [1, None])
+def test_turns_of_weight_0_are_read_and_not_trained_on(tmp_path, folders, other):
     """OpenAI's format marks them so: the tokens stay, and those of the other answer are scored."""
     folder = folders["byte level, chatml"]
     whole, weighted = tmp_path / "whole", tmp_path / "weighted"
     for place, first in ((whole, TURNS[1]), (weighted, TURNS[1] | {"weight": 0})):
         place.mkdir()
-        prepared(place, folder, [TURNS[0], first, TURNS[2], TURNS[3] | {"weight": 1}])
+        prepared(place, folder, [TURNS[0], first, TURNS[2], TURNS[3] | {"weight": other}])
     assert all_tokens(whole / "out") == all_tokens(weighted / "out")
     every, last = (all_tokens(place / "out.scored") for place in (whole, weighted))
     again = every.index(0, every.index(1))  # the user's second turn
@@ -119,7 +120,7 @@ def test_turns_of_weight_0_are_read_and_not_trained_on(tmp_path, folders):
     assert sum(last) > 0
 
 
-@pytest.mark.parametrize("weight", [0.5, -1, "1", None])
+@pytest.mark.parametrize("weight", [0.5, -1, "1"])
 def test_other_weights_of_turns_are_refused(tmp_path, folders, weight):
     with pytest.raises(DataError, match=r"chats.jsonl, line 1: 'm' has a turn of weight"):
         prepared(tmp_path, folders["byte level, chatml"], [TURNS[0], TURNS[1] | {"weight": weight}])

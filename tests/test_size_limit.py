@@ -60,6 +60,8 @@ def test_numbers_that_no_model_has_are_refused_by_name(file, content, says, tmp_
         pytest.param("config.json", {"full_attention_layers": [1, 20_000], "layers": None}, id="lists of layers"),
         pytest.param("config.json", {"time_step_limit": [0.0, float("inf")]}, id="infinity, as Mamba 2 has it"),
         pytest.param("config.json", {"a": -(2**63), "b": 2**63 - 1}, id="64 bits"),
+        pytest.param("config.json", {"neurons_per_layer": 20_000}, id="a number per layer"),
+        pytest.param("config.json", {"model_max_length": 10**30}, id="a model without a longest text"),
         pytest.param("tokenizer_config.json", {"model_max_length": 10**30}, id="a tokenizer without a longest text"),
     ],
 )

@@ -22,13 +22,17 @@ Fetch = Callable[[str], Tensor]
 
 
 def num_offloadable(config: Any) -> int | None:
-    """Return the parameters of a configuration's model; None where its state holds more, which no checkpoint has."""
+    """Return the number of parameters of a configuration's model.
+
+    None where its state holds buffers or frozen parameters, which no checkpoint has.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     has_more = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
-    return None if has_more else model.num_parameters()
+    has_frozen = not all(parameter.requires_grad for parameter in model.parameters())
+    return None if has_more or has_frozen else model.num_parameters()
 
 
 def offloaded_model(config: Any, fetch: Fetch, dtype: torch.dtype = torch.float32) -> Any:

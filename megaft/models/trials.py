@@ -28,6 +28,8 @@ TOLERANCE = 1e-3
 """Largest difference, relative to the mean size of the values, that counts as rounding. In float32 rounding is some
 1e-6; an influence of one token of a hundred on the others is some 1e-2."""
 
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+
 SHORTEST, LONGEST = 24, 320
 """Tokens of a trial: beyond any block that the configuration names, unless that takes more than LONGEST."""
 
@@ -164,11 +166,12 @@ LOUDER = 1000
 def head_is_linear(model: CausalLM, tried: CausalLM | None = None) -> bool:
     """Return whether logits are the output layer of the base model's last state: some families scale or cap them.
 
-    The model itself is asked, unless its weights are partitioned.
+    The model itself is asked, unless its weights are partitioned or in half precision, which float32 would double.
     """
     if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model:
         return False  # no output layer, or one with an adapter; or no model below it by a name of transformers
-    with on_trial(model, tried if is_partitioned(model) else model) as whole:
+    asked = tried if is_partitioned(model) or model.dtype in HALF_PRECISIONS else model
+    with on_trial(model, asked) as whole:
         inputs = {"input_ids": torch.arange(8, device=whole.device).unsqueeze(0), "use_cache": False}
         layer = whole.get_output_embeddings()
         hidden = getattr(whole.base_model(**inputs), "last_hidden_state", None)
@@ -244,7 +247,7 @@ def on_trial(model: CausalLM, tried: CausalLM | None = None) -> Iterator[CausalL
 def _in_float32(model: nn.Module) -> Iterator[None]:
     """Give every tensor of half precision the same values in float32; afterwards all are as they were."""
     tensors = [*model.parameters(), *model.buffers()]
-    halves = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
+    halves = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in HALF_PRECISIONS]
     try:
         for tensor, _ in halves:
             tensor.data = tensor.data.float()

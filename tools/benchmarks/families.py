@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -169,13 +170,18 @@ def report(rows: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Model families",
         "",
-        "Results for a tiny random model of each model type that AutoModelForCausalLM takes, part by part. "
-        "*Right* means equal to plain forward passes of the transformers model that was saved: weights and greedy "
-        "tokens exactly, losses and nats to 2e-5. *Refused* means one line before anything is trained or printed. "
-        "The numbers are notes below the table, where NAME is the model type, CLASS its class and MODEL the folder.",
+        _wrapped(
+            "Results for a tiny random model of each model type that AutoModelForCausalLM takes, part by part. "
+            "*Right* means equal to plain forward passes of the transformers model that was saved: weights and greedy "
+            "tokens exactly, losses and nats to 2e-5. *Refused* means an error of one line before anything is trained "
+            "or printed. The numbers are those of the notes below the table, where NAME is the model type, CLASS its "
+            "class and MODEL the folder."
+        ),
         "",
-        f"`python tools/benchmarks/families.py --output docs/families.md` with transformers {version('transformers')}, "
-        f"torch {version('torch')}, deepspeed {version('deepspeed')}, on a CPU.",
+        _wrapped(
+            "`python tools/benchmarks/families.py --output docs/families.md` with transformers "
+            f"{version('transformers')}, torch {version('torch')}, deepspeed {version('deepspeed')}, on a CPU."
+        ),
         "",
         f"| {len(rows)} configurations | {' | '.join(KINDS)} |",
         f"|---|{'---:|' * len(KINDS)}",
@@ -188,8 +194,14 @@ def report(rows: dict[str, dict[str, str]]) -> str:
     for name, row in rows.items():
         cells = [_cell(_without_names(row[part]), notes) for part in PARTS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {note}" for note, number in notes.items()), ""]
+    lines += ["", *(_wrapped(f"{number}. {note}") for note, number in notes.items()), ""]
     return "\n".join(lines)
+
+
+def _wrapped(text: str) -> str:
+    """Return a paragraph, or an item of a list, in lines of 120 columns."""
+    indent = " " * (text.find(" ") + 1) if text[0].isdigit() else ""
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _without_names(cell: str) -> str:
