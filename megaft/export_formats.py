@@ -38,8 +38,8 @@ Saved = Callable[[Any], Canonical]
 class HuggingFaceExport:
     """Export of a run of transformers' modules, block by block where the host has no room for a model without adapters.
 
-    A model is whole in memory with adapters, from a GGUF file, as a part of a larger model, or where its state is more
-    than its parameters.
+    A model is whole in memory with adapters, from a GGUF file, as a part of a larger model, or where its state has
+    buffers or frozen parameters.
     """
 
     def __init__(self, config: TrainConfig, saved: Saved, dtype: torch.dtype, tokenizer: AnyTokenizer) -> None:

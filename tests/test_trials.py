@@ -56,6 +56,13 @@ def test_partitioned_models_are_tried_on_the_host(monkeypatch):
     assert trials.head_is_linear(model)
 
 
+def test_the_output_layer_of_half_precision_is_tried_on_the_stand_in(monkeypatch):
+    """The model itself in float32 would take twice its memory."""
+    model = new_model("llama", {}).bfloat16()
+    monkeypatch.setattr(model, "forward", None)
+    assert trials.head_is_linear(model)
+
+
 # Causality
 
 

@@ -35,15 +35,14 @@ from fuzz_mutate import fresh_copy, mutate
 from fuzz_targets import TARGETS, Target
 
 SECONDS = 10.0
-"""Of a processor, for a case; on a busy machine WAITING times as many may pass."""
+"""Processor time of a case at most; on a busy machine WAITING times as many seconds may pass."""
 WAITING = 4
 BATCH = 200
 MEMORY = 6 * 2**30
 """Address space that a case may take beyond what the libraries have."""
 PRINTED = 10
 PROGRESS_SECONDS = 10.0
-"""Of a processor, for a case; on a busy machine WAITING times as many may pass."""
-WAITING = 4
+"""Seconds between two lines of progress."""
 
 
 @dataclass(slots=True)
