@@ -19,6 +19,7 @@ from megaft import parallel
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
+from megaft.host_memory import available_memory
 from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
@@ -163,11 +164,11 @@ def read_new_config(config_path: str, dropout: float | None = None) -> Any:
         return config
 
 
-def create_from(config: Any, config_path: str, seed: int) -> CausalLM:
-    """Initialise a new model of a configuration that was read from a config.json."""
+def create_from(config: Any, config_path: str, seed: int, room: int | None = None) -> CausalLM:
+    """Initialise a new model of a configuration that was read from a config.json; `room` as `no_larger_than_memory`."""
     with _naming_bad_config(config_path, config):
         torch.manual_seed(seed)
-        with no_larger_than_memory(f"model.from-scratch is {config_path}", parallel.world_size()):
+        with no_larger_than_memory(f"model.from-scratch is {config_path}", parallel.world_size(), room):
             return new_model(config)
 
 
@@ -211,8 +212,9 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     else:
         assert config.from_scratch is not None
         new_config = parallel.together(read_new_config, config.from_scratch, config.dropout)
+        room = -parallel.max_over_ranks([-available_memory()])[0]
         with in_parts(engine_config, is_new=True):
-            model = create_from(new_config, config.from_scratch, seed)
+            model = create_from(new_config, config.from_scratch, seed, room)
     return parallel.together(_recomputing, model, config)
 
 

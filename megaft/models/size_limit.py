@@ -84,21 +84,21 @@ def no_larger_than(stored: Size, model: str) -> Iterator[None]:
 
 
 @contextmanager
-def no_larger_than_memory(model: str, ranks: int) -> Iterator[None]:
+def no_larger_than_memory(model: str, ranks: int, room: int | None = None) -> Iterator[None]:
     """Refuse, while it is built, a new model in fp32 that this host's free memory cannot hold.
 
     Args:
         model: How the message names the model, such as "model.from-scratch is DIR".
         ranks: Ranks that may hold a part each.
+        room: Free memory in bytes. Ranks that build one model together need the same, so that all refuse it or none.
 
     Raises:
         DataError: Its parameters and buffers take more.
     """
-
-    room = available_memory()
+    most = available_memory() if room is None else room
 
     def check(built: _Built) -> None:
-        _require_room(model, FP32_BYTES * built.numbers // ranks + built.buffer_bytes, room)
+        _require_room(model, FP32_BYTES * built.numbers // ranks + built.buffer_bytes, most)
 
     with _counting(check):
         yield
