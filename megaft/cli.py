@@ -34,6 +34,9 @@ COMMANDS = {
     "submit": Command("fill in a batch script and hand it to SLURM", "megaft.submit", None),
 }
 
+EVALUATION = "`python -m evaluate_zero_shot` scores models"
+"""A program of its own, for which users of other libraries look among the commands."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `megaft COMMAND ...` and return its exit code: 0 done, 2 usage or config, and those of megaft.errors.
@@ -74,12 +77,17 @@ def usage() -> str:
     """Return the table of commands."""
     lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: megaft COMMAND [flags]", "", *lines, "", "`megaft COMMAND --help` lists a command's flags."]
+        [
+            *("usage: megaft COMMAND [flags]", "", *lines, ""),
+            f"`megaft COMMAND --help` lists a command's flags; {EVALUATION}.",
+        ]
     )
 
 
 def unknown(name: str) -> str:
     """Return what to say about a command that does not exist."""
+    if name.startswith(("eval", "score")):
+        return f"megaft has no command {name!r}; {EVALUATION}."
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean `megaft {close[0]}`?" if close else f"use one of {', '.join(COMMANDS)}."
     return f"megaft has no command {name!r}; {hint}"

@@ -73,6 +73,7 @@ def test_version(capsys):
     ("name", "said"),
     [
         pytest.param("prepair", "did you mean `megaft prepare`?", id="close to one"),
+        pytest.param("evaluate", "`python -m evaluate_zero_shot`", id="another program's"),
         pytest.param("xyzzy", "prepare, train, generate", id="close to none"),
     ],
 )
