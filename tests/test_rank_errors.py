@@ -35,9 +35,9 @@ CASES = {
 
 # What rank 1 lacks of the model, and whether its weights are partitioned
 EVALUATIONS = {
-    "no tokenizer": ("tokenizer.json", False),
-    "no weights": ("model.safetensors", False),
-    "no weights, partitioned": ("model.safetensors", True),
+    "evaluation: no tokenizer": ("tokenizer.json", False),
+    "evaluation: no weights": ("model.safetensors", False),
+    "evaluation: no weights, partitioned": ("model.safetensors", True),
 }
 
 
