@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import secrets
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from megaft.errors import ConfigError
 
@@ -95,8 +98,23 @@ def _agree_over_mpi() -> tuple[str, int]:
     return MPI.COMM_WORLD.bcast((socket.gethostname(), free_port()), root=0)
 
 
+LOWEST_PORT = 10_000
+GIVEN_AWAY = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Linux's first and last port of those that it gives to programs that ask for any."""
+
+
 def free_port() -> int:
-    """Return a port that nothing on this machine listens to."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a port that nothing on this machine listens to.
+
+    It is none of those that the kernel gives away, so that it is still free when a rank listens to it seconds later.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    end = int(GIVEN_AWAY.read_text().split()[0]) if GIVEN_AWAY.exists() else 2**15
+    drawn = [LOWEST_PORT + secrets.randbelow(end - LOWEST_PORT) for _ in range(100) if end > LOWEST_PORT]
+    for port in (*drawn, 0):  # 0 is any
+        with suppress(OSError), socket.socket() as listener:
+            listener.bind(("", port))
+            return listener.getsockname()[1]
+    raise ConfigError("no port is free on this machine; set MASTER_PORT to one that will be.")

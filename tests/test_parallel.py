@@ -1,5 +1,8 @@
+import socket
+
 import pytest
 
+from megaft import topology
 from megaft.errors import ConfigError
 from megaft.topology import discover, first_host, is_main_of
 
@@ -104,3 +107,21 @@ def test_ranks_without_a_master_are_refused():
 )
 def test_who_speaks_is_known_before_the_ranks_meet(environment, is_main):
     assert is_main_of(environment) is is_main
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_away(monkeypatch):
+    """Else another program may have it before a rank listens to it."""
+    first, taken = int(topology.GIVEN_AWAY.read_text().split()[0]), topology.free_port()
+    with socket.create_server(("127.0.0.1", taken)):
+        free = topology.free_port()
+        assert taken < first
+        assert free < first
+        draws = iter([taken - topology.LOWEST_PORT, *[free - topology.LOWEST_PORT] * 99])
+        monkeypatch.setattr(topology.secrets, "randbelow", lambda _: next(draws))
+        assert topology.free_port() == free != taken
+
+
+def test_any_port_is_taken_where_the_kernel_gives_all_away(monkeypatch, tmp_path):
+    monkeypatch.setattr(topology, "GIVEN_AWAY", tmp_path / "range")
+    (tmp_path / "range").write_text("1024\t65535\n")
+    assert topology.free_port() > 1023
