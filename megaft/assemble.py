@@ -98,7 +98,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     parallel.together(require_supported, setup.dtype)
     model, architecture = _model(config, setup)
     longest_alike = length_limit(model.language_model.config)
-    validation = parallel.together(_validation, sources, config, tokenizer, model.language_model)
+    validation = parallel.together(_validation, sources, config, tokenizer, model.language_model, longest_alike)
     padded_to = parallel.together(_padded_to, config, longest_alike)
     identity = Identity(
         global_batch_size=setup.global_batch_size,
@@ -240,11 +240,10 @@ def nats_model(language_model: Any, config: TrainConfig) -> hugging_face.NatsMod
 
 
 def _validation(
-    sources: Sources, config: TrainConfig, tokenizer: AnyTokenizer, language_model: Any
+    sources: Sources, config: TrainConfig, tokenizer: AnyTokenizer, language_model: Any, longest_alike: int | None
 ) -> Validation | None:
     """Return the validation text, where there is one, once the model reads tokens and inputs of this run."""
     hugging_face.require_fits(language_model, tokenizer, config.longest_input)
-    longest_alike = length_limit(language_model.config)
     return Validation(sources.valid, config, tokenizer, longest_alike) if sources.valid else None
 
 

@@ -17,7 +17,7 @@ def refuse(*_, **__):
 
 
 EMPTY = "an empty folder"
-"""What rank 1 finds in place of the model."""
+"""The broken model folder of one rank: it has no files of a model."""
 # ZeRO stage; the flag that names the model; what is broken, and on which rank; and what that rank says
 CASES = {
     "no weights": (1, "path", EMPTY, 1, DataError, "has no weights"),

@@ -61,7 +61,7 @@ def test_verify_waits_for_a_busy_machine(tmp_path, monkeypatch):
 
 
 def launcher_config(flags):
-    """What torchrun reads of its flags."""
+    """Return torchrun's configuration for these flags."""
     from torch.distributed.run import config_from_args, parse_args
 
     return config_from_args(parse_args(flags))[0]

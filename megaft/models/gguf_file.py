@@ -27,7 +27,7 @@ _ERRORS = (OSError, ValueError, LookupError, OverflowError, MemoryError, struct.
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says before its tensors' values."""
+    """Header of a GGUF file: settings of the architecture, and the sizes of the tensors."""
 
     architecture: str
     settings: dict[str, Any]
