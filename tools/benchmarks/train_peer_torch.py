@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -40,11 +41,8 @@ def micro_batches(samples: Windows, case: Case, topology: Topology, device: torc
         epoch += 1
 
 
-def main() -> None:
-    """Train the case."""
-    case, folder, run_dir = arguments()
-    topology = discover(os.environ)
-    device = join(case, topology)
+def train(case: Case, folder: Path, run_dir: Path, topology: Topology, device: torch.device) -> None:
+    """Train the case, and write a row a step."""
     language_model = new_model(folder).to(device)
     language_model.config.use_cache = False
     language_model.train()
@@ -68,6 +66,18 @@ def main() -> None:
         optimizer.zero_grad()
         recorder.step(step + 1)
     recorder.close()
+
+
+def main() -> None:
+    """Train the case on this rank.
+
+    DDP must be gone before the group it joins: as the group's last owner it waits, holding Python's lock, for a thread
+    of gloo's that may be waiting for that lock.
+    """
+    case, folder, run_dir = arguments()
+    topology = discover(os.environ)
+    device = join(case, topology)
+    train(case, folder, run_dir, topology, device)
     dist.destroy_process_group()
 
 
