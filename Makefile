@@ -8,8 +8,8 @@ TORCH ?= torch==2.13.0
 # What setuptools says of every editable installation is no news, in a box of asterisks.
 INSTALL := PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-# Two files of tests at a time.
-PYTEST := $(BIN)/python -m pytest -p xdist -n 2 --dist loadfile --no-loadscope-reorder
+# Two files of tests at a time; a test that hangs ends its worker, and then the run.
+PYTEST := $(BIN)/python -m pytest -p xdist -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 export HF_HUB_OFFLINE ?= 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
