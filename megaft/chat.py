@@ -212,8 +212,12 @@ def rendered(where: str, messages: Messages, render: Callable[..., str], *, add_
     try:
         return render(messages, add_generation_prompt=add_generation_prompt)
     except ChatTemplateError as error:
-        roles = ", ".join(message["role"] for message in messages[:8]) + ", ..." * (len(messages) > 8)
-        raise DataError(f"{where}: {error} ({roles or 'none before the first'}); {_way_out(roles, error)}.") from error
+        roles = ", ".join(f"{message['role']!r:.40}" for message in messages[:8]) + ", ..." * (len(messages) > 8)
+        raise DataError(f"{where}: {error} ({_named(roles)}); {_way_out(roles, error)}.") from error
+
+
+def _named(roles: str) -> str:
+    return f"roles: {roles}" if roles else "without a message before the assistant's"
 
 
 def _way_out(roles: str, error: ChatTemplateError) -> str:

@@ -42,14 +42,16 @@ def prepared(tmp_path, tokenizer, messages):
 
 
 REFUSED = [
-    pytest.param(GEMMA, ("system", "user"), '"System role not supported" (system, user)', "first user's", id="system"),
+    pytest.param(
+        GEMMA, ("system", "user"), "\"System role not supported\" (roles: 'system', 'user')", "first", id="system"
+    ),
     pytest.param(GEMMA, ("user", "user"), '"Conversation roles must alternate', "join neighbouring", id="alternation"),
     pytest.param(
         "{{ messages[0].parts.text }}", ("user",), "\"'dict object' has no attribute 'parts'\"", "own", id="undefined"
     ),
     pytest.param("{{ messages[0]['content'] + 1 }}", ("user",), '"can only concatenate str', "own", id="types"),
     pytest.param("{% for %}", ("user",), "\"Expected an expression, got 'end of statement", "own", id="syntax"),
-    pytest.param("{{ raise_exception('a\nb') }}", ("user",), '"a b" (user)', "own template", id="two lines"),
+    pytest.param("{{ raise_exception('a\nb') }}", ("user",), "\"a b\" (roles: 'user')", "own template", id="two lines"),
 ]
 
 
@@ -71,9 +73,8 @@ def test_what_a_template_refuses_has_a_place_and_a_way_out(tmp_path, with_templa
 def test_a_chat_that_the_assistant_begins_is_refused_where_the_template_renders_nothing_before_it(
     tmp_path, with_template
 ):
-    message = (
-        r'line 2: .*"list object has no element 0" \(none before the first\); begin the chat with a turn of the user'
-    )
+    fault = r'"list object has no element 0" \(without a message before the assistant'
+    message = rf"line 2: .*{fault}'s\); begin the chat with a turn of the user's"
     with pytest.raises(DataError, match=message):
         prepared(tmp_path, with_template(GEMMA), chat("assistant", "user"))
 
