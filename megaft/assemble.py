@@ -136,7 +136,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     if topology.is_main:
         lengths, unscored = notes_on_lengths(sources.train, config.data), notes_on_unscored(sources.train, samples)
         inexact = [torch_flags.NOT_EXACT] if has_cuda and not config.run.deterministic else []
-        templates = notes_on_templates(sources.train, tokenizer)
+        templates = notes_on_templates(sources, tokenizer)
         for note in (*setup.notes, *lengths, *unscored, *templates, *inexact, *_notes_on_cpu(setup, device)):
             print(note, flush=True)
     engine_state.keep_loss_scale_at_floor(engine)

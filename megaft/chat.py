@@ -38,10 +38,11 @@ class Renderer:
 
     Attributes:
         turns: Messages of each role so far.
-        changed: Those of which the rendered text does not hold the content as it stands, by role.
-        weight_0: The assistant's turns that are not scored because their weight is 0.
-        empty: Turns that are trained on and have neither text nor a call of a tool: only their end is scored.
-        with_tools: Records that define tools, and where the first is.
+        changed: Those whose content, or the name of a tool they call, the rendered text does not hold, by role.
+        weight_0: Turns of the assistant that are not scored because their weight is 0.
+        empty: Scored turns with neither text nor a tool call: only the template's end of turn is scored.
+        with_tools: Records that define tools.
+        first_tools: File and line of the first such record.
     """
 
     def __init__(self, apply_chat_template: Callable[..., str]) -> None:
@@ -72,13 +73,13 @@ class Renderer:
             self.first_tools = self.first_tools or record.where
 
     def warnings(self) -> list[str]:
-        """Return a line for each role that is not a common one, and for each whose turns the template does not keep."""
+        """Return warnings of uncommon roles, of content that the template does not keep, empty answers, and tools."""
         unknown = [role for role in sorted(self.turns) if role != SCORED_ROLE and role.lower() not in PROMPT_ROLES]
         tools = (
             f"{self.with_tools:,} records define tools beside their messages ({' or '.join(TOOL_KEYS)}; first "
             f"{self.first_tools}), which are not rendered; put them into a system turn."
         )
-        empty = f"turns of role {SCORED_ROLE!r} have no text ({self.empty:,}); of them only the end is trained on."
+        empty = f"turns of role {SCORED_ROLE!r} have no text ({self.empty:,}); only their end of turn is trained on."
         return [
             *(
                 f"turns of role {role!r} ({self.turns[role]:,}) are not trained on; only those of {SCORED_ROLE!r} are."
@@ -129,10 +130,9 @@ def require_messages(where: str, key: str, messages: Any) -> Messages:
     Raises:
         DataError: They have not, or a role is another name of the assistant's, whose turns would not be trained on.
     """
-    if not isinstance(messages, list) or not messages or _is_share_gpt(messages[0]):
-        fix = SHARE_GPT if isinstance(messages, list) and messages else ""
+    if not isinstance(messages, list) or not messages:
         raise DataError(
-            f"{where}: {key!r} must be a list of one or more objects with a role and a content, both strings{fix}."
+            f"{where}: {key!r} must be a list of one or more objects with a role and a content, both strings."
         )
     for number, message in enumerate(messages, 1):
         if fault := _fault(message):
@@ -153,6 +153,10 @@ def _fault(message: Any) -> str | None:
     """Return how a message differs from an object with a role and a content, both strings, and how to mend it."""
     if not isinstance(message, dict):
         return f"is a {type(message).__name__}; give an object with a role and a content"
+    if "role" not in message and {"from", "value"} <= message.keys():  # ShareGPT's form
+        return (
+            f"has from and value; rename from, value to role, content, and the roles human, gpt to user, {SCORED_ROLE}"
+        )
     if not isinstance(message.get("role"), str):
         return f"has the role {message.get('role')!r}; give a string, such as 'user'"
     content, role = message.get("content"), message["role"]
@@ -243,11 +247,3 @@ def _after(where: str, beginning: str, text: str, fault: str) -> str:
 
 def _is_assistant(role: str) -> bool:
     return "".join(filter(str.isalnum, role.lower())) in ASSISTANT_ROLES
-
-
-SHARE_GPT = f"; rename from, value to role, content, and the roles human, gpt to user, {SCORED_ROLE}"
-"""The way out for messages in ShareGPT's form."""
-
-
-def _is_share_gpt(message: Any) -> bool:
-    return isinstance(message, dict) and {"from", "value"} <= message.keys()

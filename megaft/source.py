@@ -37,7 +37,8 @@ class Source:
         num_bytes: Bytes of the file read so far, as they are on disk.
         byte_order_marks: Byte order marks removed from its beginning: 0 or 1.
         crlfs: Line ends changed from CRLF to LF.
-        blank_records: Records without text, which are left out; and where the first is.
+        blank_records: Records without text, which are left out.
+        first_blank: File and line of the first such record.
     """
 
     def __init__(self, path: Path, read_as: ReadAs = "auto") -> None:

@@ -45,6 +45,11 @@ class Sources:
     train: tuple[Source, ...]
     valid: Source | None
 
+    @property
+    def all(self) -> tuple[Source, ...]:
+        """The training datasets, and the validation text if there is one."""
+        return self.train if self.valid is None else (*self.train, self.valid)
+
 
 def prepare_sources(config: DataConfig, tokenizer: str, run_dir: Path, topology: Topology) -> Sources:
     """Return prepared datasets for everything named; text files are tokenized by the main rank while the others wait.
@@ -187,10 +192,10 @@ def notes_on_unscored(sources: Sequence[Source], samples: Samples) -> list[str]:
     return notes
 
 
-def notes_on_templates(sources: Sequence[Source], tokenizer: AnyTokenizer) -> list[str]:
+def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
     """Return a sentence for each dataset whose chats another template rendered than the run's tokenizer has."""
     notes = []
-    for source in sources:
+    for source in sources.all:
         made_with = load_receipt(source.prefix).get("chat_template_sha256")
         if made_with is None or made_with == template_sha256(tokenizer.chat_template):
             continue
@@ -204,7 +209,7 @@ def notes_on_templates(sources: Sequence[Source], tokenizer: AnyTokenizer) -> li
 
 def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:
     """Raise DataError for a dataset with other tokens than the run's tokenizer gives."""
-    for source in (*sources.train, *([sources.valid] if sources.valid else [])):
+    for source in sources.all:
         receipt = load_receipt(source.prefix)
         made_with = receipt["tokenizer"]
         if made_with["sha256"] != tokenizer.sha256:

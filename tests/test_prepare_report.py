@@ -11,7 +11,7 @@ from megaft.indexed import TokenFile
 from megaft.prepare import PrepareConfig, main, prepare
 from megaft.receipt import load_receipt
 from megaft.tokenizer import load_tokenizer
-from megaft.training_data import Source, notes_on_templates
+from megaft.training_data import Source, Sources, notes_on_templates
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_receipt_has_the_hash_of_the_chat_template(run):
 
 def test_chats_are_trained_with_the_template_that_rendered_them(run, tokenizer, tmp_path):
     run("a.jsonl", CHATS, messages_key="m")
-    sources = [Source(str(tmp_path / "out"))]
+    sources = Sources((), Source(str(tmp_path / "out")))
     assert notes_on_templates(sources, load_tokenizer(tokenizer)) == []
     for template, has in ((None, "has none"), (CHATML + " ", "has another")):
         other = make_byte_level(tmp_path / "other", template=template)
