@@ -32,6 +32,7 @@ from megaft.trackers import check_trackers
 from megaft.training_data import (
     Sources,
     notes_on_lengths,
+    notes_on_templates,
     notes_on_unscored,
     open_samples,
     prepare_sources,
@@ -135,7 +136,8 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     if topology.is_main:
         lengths, unscored = notes_on_lengths(sources.train, config.data), notes_on_unscored(sources.train, samples)
         inexact = [torch_flags.NOT_EXACT] if has_cuda and not config.run.deterministic else []
-        for note in (*setup.notes, *lengths, *unscored, *inexact, *_notes_on_cpu(setup, device)):
+        templates = notes_on_templates(sources, tokenizer)
+        for note in (*setup.notes, *lengths, *unscored, *templates, *inexact, *_notes_on_cpu(setup, device)):
             print(note, flush=True)
     engine_state.keep_loss_scale_at_floor(engine)
     state = _state(config, engine, identity, events, max_steps)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from megaft.chat import Renderer
+from megaft.chat import Renderer, scored_contents
 from megaft.errors import DataError
 from megaft.record_file import records_of
 from megaft.records import Record, Segment
@@ -22,12 +22,27 @@ _WIDE_SPACES = [space for code in range(128, 0x3001) if (space := chr(code)).iss
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """One document as its file has it."""
+
+    where: str
+    """The file and line."""
+    segments: Sequence[Segment]
+    counted: Sequence[str]
+    """Strings whose words and bytes are counted: the text, the completion, or the content of each scored turn."""
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
-    """One document, detokenized, with the words (by `str.split`) and UTF-8 bytes of its original text."""
+    """One document, detokenized, with the words (by `str.split`) and UTF-8 bytes of its original text.
+
+    Of a prompt with its completion these are the completion's, of a chat those of the contents of its scored turns.
+    """
 
     segments: tuple[Segment, ...]
     num_words: int
     num_bytes: int
+    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +53,7 @@ class Piece:
     num_words: int
     num_bytes: int
     ends_document: bool
+    where: str
 
     @property
     def text(self) -> str:
@@ -61,17 +77,19 @@ class Layout:
 
 
 def documents(source: Source, layout: Layout) -> Iterator[Document]:
-    """Yield the documents of one file; blank ones do not count.
+    """Yield the documents of one file without the blank ones; blank records are counted in the source.
 
     Raises:
         DataError: The file has no documents, or a record that cannot be used, named by its line.
     """
     read = _texts if source.format == "text" else _records
     document = None
-    for segments in read(source, layout):
-        if any(segment.text.strip() for segment in segments):
-            document = _document(segments, layout.detokenize)
+    for text in read(source, layout):
+        if any(segment.text.strip() for segment in text.segments):
+            document = _document(text, layout.detokenize)
             yield document
+        elif source.format != "text":
+            source.add_blank(text.where)
     if document is None:
         raise DataError(f"{source.path} holds only blank lines; give a file with text.")
 
@@ -133,7 +151,7 @@ def _streamed(source: Source) -> Iterator[Piece]:
     for text in chain(cut(source.blocks()), [None]):
         if previous:
             is_blank = is_blank and previous.isspace()
-            yield Piece((Segment(previous),), *count(previous), text is None)
+            yield Piece((Segment(previous),), *count(previous), text is None, str(source.path))
         previous = text
     if is_blank:
         raise DataError(f"{source.path} holds only blank lines; give a file with text.")
@@ -144,8 +162,8 @@ def _cut_document(document: Document, *, may_cut: bool) -> Iterator[Piece]:
         *first, last = _cut_segments(document.segments)
     else:
         first, last = [], document.segments
-    yield from (Piece(segments, num_words=0, num_bytes=0, ends_document=False) for segments in first)
-    yield Piece(last, document.num_words, document.num_bytes, ends_document=True)
+    yield from (Piece(segments, 0, 0, ends_document=False, where=document.where) for segments in first)
+    yield Piece(last, document.num_words, document.num_bytes, ends_document=True, where=document.where)
 
 
 def _cut_segments(segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
@@ -168,11 +186,13 @@ def _slices(text: str) -> Iterator[str]:
     return (text[begin : begin + BLOCK_BYTES] for begin in range(0, len(text), BLOCK_BYTES))
 
 
-def _document(segments: Sequence[Segment], detokenize: Callable[[str], str] | None) -> Document:
-    num_words, num_bytes = map(sum, zip(*(count(segment.text) for segment in segments), strict=True))
+def _document(text: Text, detokenize: Callable[[str], str] | None) -> Document:
+    counts = [count(counted) for counted in text.counted]
+    segments = text.segments
     if detokenize is not None:
         segments = [Segment(detokenize(segment.text), segment.is_scored) for segment in segments]
-    return Document(tuple(segments), num_words, num_bytes)
+    num_words, num_bytes = sum(words for words, _ in counts), sum(num_bytes for _, num_bytes in counts)
+    return Document(tuple(segments), num_words, num_bytes, text.where)
 
 
 def count(text: str) -> tuple[int, int]:
@@ -185,26 +205,36 @@ def count(text: str) -> tuple[int, int]:
     return int(np.count_nonzero(begins)) + int(len(data) > 0 and not is_space[0]), len(data)
 
 
-def _texts(source: Source, layout: Layout) -> Iterator[list[Segment]]:
+def _texts(source: Source, layout: Layout) -> Iterator[Text]:
     match layout.unit:
         case "file":
-            yield [Segment("".join(source.blocks()))]
+            yield _plain(str(source.path), "".join(source.blocks()))
         case "line":
-            yield from ([Segment(line)] for line in source.lines())
+            yield from (_plain(f"{source.path}, line {at}", line) for at, line in enumerate(source.lines(), 1))
         case "document":
-            for is_blank, lines in groupby(source.lines(), key=lambda line: not line.strip()):
+            numbered = enumerate(source.lines(), 1)
+            for is_blank, group in groupby(numbered, key=lambda line: not line[1].strip()):
                 if not is_blank:
-                    yield [Segment("\n".join(lines))]
+                    at, first = next(group)
+                    yield _plain(f"{source.path}, line {at}", "\n".join([first, *(line for _, line in group)]))
 
 
-def _records(source: Source, layout: Layout) -> Iterator[list[Segment]]:
-    return (_segments(record, layout) for record in records_of(source))
+def _plain(where: str, text: str) -> Text:
+    return Text(where, [Segment(text)], [text])
 
 
-def _segments(record: Record, layout: Layout) -> list[Segment]:
+def _records(source: Source, layout: Layout) -> Iterator[Text]:
+    return (_of_record(record, layout) for record in records_of(source))
+
+
+def _of_record(record: Record, layout: Layout) -> Text:
     if layout.messages_key is not None:
         assert layout.render is not None
-        return layout.render(record.where, layout.messages_key, record.get(layout.messages_key))
+        messages = record.get(layout.messages_key)
+        segments = layout.render(record.where, layout.messages_key, messages)
+        layout.render.count_tools(record)
+        return Text(record.where, segments, scored_contents(messages))
     if layout.prompt_key is not None and layout.completion_key is not None:
-        return [Segment(record.text(layout.prompt_key), False), Segment(record.text(layout.completion_key))]
-    return [Segment(record.text(layout.text_key))]
+        prompt, completion = record.text(layout.prompt_key), record.text(layout.completion_key)
+        return Text(record.where, [Segment(prompt, False), Segment(completion)], [completion])
+    return _plain(record.where, record.text(layout.text_key))

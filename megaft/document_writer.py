@@ -16,10 +16,17 @@ from megaft.receipt import temporary
 
 @dataclass(slots=True)
 class Counts:
-    """Counts of a dataset; words and UTF-8 bytes are of the original text of the documents kept."""
+    """Counts of a dataset; words and UTF-8 bytes are of the original text of the documents kept.
+
+    `documents_skipped` are those left out as too short; `documents_unscored` are kept, but none of their own text is
+    scored. The places are the first such document's file and line.
+    """
 
     documents: int = 0
     documents_skipped: int = 0
+    first_skipped: str | None = None
+    documents_unscored: int = 0
+    first_unscored: str | None = None
     tokens: int = 0
     scored_tokens: int = 0
     words: int = 0
@@ -27,11 +34,7 @@ class Counts:
 
 
 class DocumentWriter:
-    """Writer of a dataset's temporary files: the tokens, and with `has_mask` a loss mask, 1 for each scored token.
-
-    Attributes:
-        has_scored_text: A token of some document's own text is scored; end-of-document tokens do not count.
-    """
+    """Writer of a dataset's temporary files: the tokens, and with `has_mask` a loss mask, 1 for each scored token."""
 
     def __init__(
         self,
@@ -54,7 +57,6 @@ class DocumentWriter:
             eod_id: End-of-document token, scored where the document's last segment is; None appends none.
         """
         self.counts = Counts()
-        self.has_scored_text = False
         self._prefix, self._min_tokens, self._eod_id = prefix, min_tokens, eod_id
         self._tokens = TokenWriter(temporary(prefix, ".bin"), cardinality=vocab_size)
         self._mask = TokenWriter(temporary(prefix, ".scored.bin"), cardinality=None) if has_mask else None
@@ -72,13 +74,14 @@ class DocumentWriter:
         if not self._is_open:
             ids, is_scored = self._open_document(ids, is_scored)
         self._held.append((ids, is_scored))
+        self._has_scored_text = self._has_scored_text or bool(is_scored.any())
         self._num_tokens += len(ids)
         self._num_words += piece.num_words
         self._num_bytes += piece.num_bytes
         if self._num_tokens >= self._min_tokens:
             self._write_held()
         if piece.ends_document:
-            self._end_document(is_end_scored=piece.segments[-1].is_scored)
+            self._end_document(piece.where, is_end_scored=piece.segments[-1].is_scored)
 
     def close(self) -> str:
         """Write what remains through to the disk and return the SHA-256 of the tokens."""
@@ -89,7 +92,7 @@ class DocumentWriter:
     def _start_document(self) -> None:
         # Held until the document is known to be long enough to keep.
         self._held: list[tuple[Tokens, Bool[np.ndarray, " tokens"]]] = []
-        self._is_open = False
+        self._is_open = self._has_scored_text = False
         self._num_tokens = self._num_words = self._num_bytes = 0
 
     def _open_document(
@@ -105,7 +108,6 @@ class DocumentWriter:
     def _write_held(self) -> None:
         for tokens, is_scored in self._held:
             self._write(tokens, is_scored)
-            self.has_scored_text = self.has_scored_text or bool(is_scored.any())
         self._held = []
 
     def _write(self, tokens: Tokens, is_scored: Bool[np.ndarray, " tokens"]) -> None:
@@ -115,15 +117,20 @@ class DocumentWriter:
         self.counts.tokens += len(tokens)
         self.counts.scored_tokens += int(is_scored.sum())
 
-    def _end_document(self, *, is_end_scored: bool) -> None:
+    def _end_document(self, where: str, *, is_end_scored: bool) -> None:
+        counts = self.counts
         if self._num_tokens < self._min_tokens:
-            self.counts.documents_skipped += 1
+            counts.documents_skipped += 1
+            counts.first_skipped = counts.first_skipped or where
         else:
+            if not self._has_scored_text:
+                counts.documents_unscored += 1
+                counts.first_unscored = counts.first_unscored or where
             if self._eod_id is not None:
                 self._write(np.array([self._eod_id], self.dtype), np.array([is_end_scored]))
             for writer in filter(None, (self._tokens, self._mask)):
                 writer.end_document()
-            self.counts.documents += 1
-            self.counts.words += self._num_words
-            self.counts.bytes += self._num_bytes
+            counts.documents += 1
+            counts.words += self._num_words
+            counts.bytes += self._num_bytes
         self._start_document()

@@ -20,6 +20,10 @@ class DataError(UserError):
     exit_code = 3
 
 
+class ChatTemplateError(DataError):
+    """A chat that the tokenizer's chat template refuses, in the template's words."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is damaged, incomplete, or belongs to another run."""
 

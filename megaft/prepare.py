@@ -13,9 +13,10 @@ from typing import Any
 import detokenizers
 
 import megaft
-from megaft.chat import SCORED_ROLE, Renderer
+from megaft import prepare_report
+from megaft.chat import SCORED_ROLE, Renderer, template_sha256
 from megaft.corpus import Layout, Piece, coded, pieces
-from megaft.document_writer import DocumentWriter
+from megaft.document_writer import Counts, DocumentWriter
 from megaft.encoding import Encoder
 from megaft.errors import DataError
 from megaft.files import naming_disk_errors, sha256_of, to_json
@@ -76,8 +77,7 @@ def ensure_prepared(text_path: Path, prefix: Path, tokenizer_source: str, detoke
 def main(config: PrepareConfig) -> int:
     """Run `megaft prepare`."""
     receipt = prepare(config)
-    skipped = f" ({receipt['documents_skipped']:,} skipped)" if receipt["documents_skipped"] else ""
-    print(f"{config.output}: {receipt['documents']:,} documents{skipped}, {receipt['tokens']:,} tokens")
+    print(prepare_report.summary(config.output, receipt))
     if config.json:
         print(to_json(receipt))
     return 0
@@ -113,6 +113,11 @@ def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
     if key is not None and texts:
         raise DataError(
             f"{texts[0]} holds no JSON records, so the key {key!r} means nothing in it; prepare it by itself."
+        )
+    if config.unit != "file" and not texts:
+        raise DataError(
+            f"unit is {config.unit}, which means nothing in {sources[0].path}: each of its JSON records is a document; "
+            "drop --unit."
         )
 
 
@@ -155,9 +160,7 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
     _tell_changes(list(sources))
     bin_sha256 = writer.close()
     _require_scored(config, writer, set(renderer.turns))
-    for warning in renderer.warnings():
-        _warn(f"warning: {warning}")
-    return {
+    receipt = {
         "format_version": FORMAT_VERSION,
         "megaft_version": megaft.__version__,
         "tokenizer": {
@@ -168,15 +171,36 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
         },
         "opening_ids": list(opening_ids),
         "eod_id": eod_id,
-        **_text_settings(config),
+        **_text_settings(config, list(sources)),
         "dtype": writer.dtype.name,
         "has_mask": config.has_mask,
+        **_counts(list(sources), writer.counts),
+        **(_chat_fields(tokenizer, renderer) if config.messages_key is not None else {}),
+        "bin_sha256": bin_sha256,
+    }
+    for warning in [*renderer.warnings(), *prepare_report.warnings(receipt)]:
+        _warn(f"warning: {warning}")
+    return receipt
+
+
+def _counts(sources: list[Source], counts: Counts) -> dict[str, Any]:
+    return {
         "sources": [source.record() for source in sources],
-        **asdict(writer.counts),
-        **({} if config.messages_key is None else {"turns": dict(sorted(renderer.turns.items()))}),
+        **asdict(counts),
+        "scored_share": round(counts.scored_tokens / counts.tokens, 6),
+        "documents_blank": sum(source.blank_records for source in sources),
+        "first_blank": next((source.first_blank for source in sources if source.first_blank), None),
         "byte_order_marks": sum(source.byte_order_marks for source in sources),
         "crlfs": sum(source.crlfs for source in sources),
-        "bin_sha256": bin_sha256,
+    }
+
+
+def _chat_fields(tokenizer: AnyTokenizer, renderer: Renderer) -> dict[str, Any]:
+    return {
+        "chat_template_sha256": template_sha256(tokenizer.chat_template),
+        "turns": dict(sorted(renderer.turns.items())),
+        "turns_of_weight_0": renderer.weight_0,
+        "turns_without_text": renderer.empty,
     }
 
 
@@ -191,7 +215,7 @@ def opening_ids_of(tokenizer: AnyTokenizer, *, is_chat: bool) -> tuple[int, ...]
 def _require_scored(config: PrepareConfig, writer: DocumentWriter, roles: set[str]) -> None:
     if writer.counts.documents == 0:
         raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
-    if writer.has_scored_text:
+    if writer.counts.documents_unscored < writer.counts.documents:
         return
     if config.messages_key is not None:
         raise DataError(
@@ -225,10 +249,23 @@ def _layout(config: PrepareConfig, renderer: Renderer) -> Layout:
     )
 
 
-def _text_settings(config: PrepareConfig) -> dict[str, Any]:
+def _text_settings(config: PrepareConfig, sources: list[Source]) -> dict[str, Any]:
+    """Return the settings that decided what was read, None for those that nothing was read by, and what was counted."""
+    formats = {source.format for source in sources}
+    has_records = not formats <= {"text"}
+    reads_text = config.prompt_key is None and config.messages_key is None
     values = {name: getattr(config, name) for name in _TEXT_SETTINGS}
-    values["json_key"] = config.json_key or DEFAULT_KEY
+    values["unit"] = config.unit if "text" in formats else None
+    values["json_key"] = (config.json_key or DEFAULT_KEY) if has_records and reads_text else None
+    values["words_and_bytes_of"] = _counted(config)
     return values | {"control_codes": list(config.control_codes)}  # as JSON gives them back
+
+
+def _counted(config: PrepareConfig) -> str:
+    """Name the text whose words and bytes are in the receipt; only of whole texts do perplexities divide by them."""
+    if config.messages_key is not None:
+        return "contents of scored turns"
+    return "texts" if config.completion_key is None else "completions"
 
 
 def _is_current(config: PrepareConfig) -> bool:
@@ -238,8 +275,9 @@ def _is_current(config: PrepareConfig) -> bool:
         return False
     tokenizer = load_tokenizer(config.tokenizer)
     opening_ids = opening_ids_of(tokenizer, is_chat=config.messages_key is not None)
-    settings = {"eod_id": None, "opening_ids": list(opening_ids), **_text_settings(config)}
     paths = expand(config.inputs)
+    text_settings = _text_settings(config, [Source(path, config.format) for path in paths])
+    settings = {"eod_id": None, "opening_ids": list(opening_ids), **text_settings}
     return (
         settings.items() <= receipt.items()
         and [source["sha256"] for source in receipt["sources"]] == [sha256_of(path) for path in paths]

@@ -4,10 +4,11 @@ template does."""
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megaft.chat import SCORED_ROLE, require_messages
+from megaft.chat import SCORED_ROLE, changed_roles, changed_warnings, rendered, require_messages
 from megaft.errors import DataError
 from megaft.files import parse_json
 from megaft.unicode_text import is_unicode
@@ -89,9 +90,20 @@ def chat_prompt(tokenizer: AnyTokenizer, messages: Messages) -> Prompt:
     Raises:
         DataError: The tokenizer has no chat template, or it refuses the messages.
     """
-    ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    where = f"messages {str(messages)[:40]!r}"
+    text = rendered(where, messages, tokenizer.apply_chat_template, add_generation_prompt=True)
+    _warn_of_changes(messages, text)
+    ids = tokenizer.encode(text)
     if not ids:
         raise DataError("the chat template renders no text of the messages; give it a role that it knows.")
     opening = list(tokenizer.opening_ids)
     num_opening = len(opening) if ids[: len(opening)] == opening else 0
     return Prompt({"messages": messages}, "", ids, num_opening)
+
+
+def _warn_of_changes(messages: Messages, text: str) -> None:
+    from megaft import parallel
+
+    if parallel.is_main():
+        for warning in changed_warnings(Counter(changed_roles(messages, text))):
+            print(f"warning: {warning}", file=sys.stderr)

@@ -47,6 +47,10 @@ class Record:
             raise DataError(f"{self.where}: {key!r} has a NUL character (\\u0000), which no text has; leave it out.")
         return value
 
+    def has(self, key: str) -> bool:
+        """Return whether there is a value under a key that is neither null nor empty."""
+        return bool(self._fields.get(key))
+
     def get(self, key: str) -> Any:
         """Return the value under a key; DataError if there is none, or several."""
         if key not in self._fields:

@@ -37,6 +37,8 @@ class Source:
         num_bytes: Bytes of the file read so far, as they are on disk.
         byte_order_marks: Byte order marks removed from its beginning: 0 or 1.
         crlfs: Line ends changed from CRLF to LF.
+        blank_records: Records without text, which are left out.
+        first_blank: File and line of the first such record.
     """
 
     def __init__(self, path: Path, read_as: ReadAs = "auto") -> None:
@@ -45,6 +47,8 @@ class Source:
         self.num_bytes = 0
         self.byte_order_marks = 0
         self.crlfs = 0
+        self.blank_records = 0
+        self.first_blank: str | None = None
         self._hash = hashlib.sha256()
 
     @cached_property
@@ -78,7 +82,13 @@ class Source:
 
     def record(self) -> dict[str, str | int]:
         """Return what a receipt says of the file, after the last of it was read."""
-        return {"path": str(self.path), "sha256": self._hash.hexdigest(), "bytes": self.num_bytes}
+        read = {"path": str(self.path), "sha256": self._hash.hexdigest(), "bytes": self.num_bytes}
+        return read | {"format": self.format}
+
+    def add_blank(self, where: str) -> None:
+        """Count a record without text."""
+        self.blank_records += 1
+        self.first_blank = self.first_blank or where
 
     def lines(self) -> Iterator[str]:
         """Yield lines without their line end. Only LF and CRLF end a line."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaft import sentencepiece_folder
-from megaft.errors import DataError
+from megaft.errors import ChatTemplateError, DataError
 from megaft.files import parse_json
 from megaft.foreign import require_inert
 from megaft.hub import find_file_if_any
@@ -140,20 +140,24 @@ class Tokenizer:
     def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation, up to where the assistant would speak with `add_generation_prompt`.
 
+        Without messages that is what comes before a chat which the assistant begins.
+
         Raises:
-            DataError: The tokenizer has no chat template, or the template refuses the messages.
+            ChatTemplateError: The template refuses the messages.
+            DataError: The tokenizer has no chat template.
         """
         if self._hugging_face.chat_template is None:
             raise DataError(
                 "the tokenizer has no chat template; use one of a chat model, or prompt and completion keys."
             )
         try:
-            text = self._hugging_face.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            # A batch of one: transformers takes no empty chat by itself, whether or not the template does.
+            (text,) = self._hugging_face.apply_chat_template(
+                [messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except _template_errors() as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"the tokenizer's chat template refuses the messages: {reason}.") from error
+            raise ChatTemplateError(f'the tokenizer\'s chat template refuses the messages: "{reason}"') from error
         assert isinstance(text, str)
         return text
 

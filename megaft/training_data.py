@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megaft.chat import template_sha256
 from megaft.config import DataConfig
 from megaft.dataset import Documents, Samples, Stream
 from megaft.errors import ConfigError, DataError, LostPeerError, UserError
@@ -21,8 +22,9 @@ from megaft.prepare import ensure_prepared, opening_ids_of
 from megaft.receipt import load_receipt
 from megaft.tokenizer import AnyTokenizer
 
-LAYOUT = 2
-"""Counted up whenever the same text gives other tokens than before, so that no rank takes an older version's data."""
+LAYOUT = 3
+"""Counted up whenever the same text gives other tokens or another receipt than before, so that no rank takes an older
+version's data while the main rank prepares them again."""
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_OF_DOUBT = 60
 """Ranks start this close together: a failure found before and still there after is of this run."""
@@ -42,6 +44,11 @@ class Sources:
 
     train: tuple[Source, ...]
     valid: Source | None
+
+    @property
+    def all(self) -> tuple[Source, ...]:
+        """The training datasets, and the validation text if there is one."""
+        return self.train if self.valid is None else (*self.train, self.valid)
 
 
 def prepare_sources(config: DataConfig, tokenizer: str, run_dir: Path, topology: Topology) -> Sources:
@@ -185,9 +192,24 @@ def notes_on_unscored(sources: Sequence[Source], samples: Samples) -> list[str]:
     return notes
 
 
+def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
+    """Return a sentence for each dataset whose chats another template rendered than the run's tokenizer has."""
+    notes = []
+    for source in sources.all:
+        made_with = load_receipt(source.prefix).get("chat_template_sha256")
+        if made_with is None or made_with == template_sha256(tokenizer.chat_template):
+            continue
+        has = "has none" if tokenizer.chat_template is None else "has another"
+        notes.append(
+            f"warning: the chats of {source.prefix} were rendered by the chat template of SHA-256 {made_with[:12]}, "
+            f"but the run's tokenizer {has}, which the export will have; name that of the chats with --data.tokenizer."
+        )
+    return notes
+
+
 def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:
     """Raise DataError for a dataset with other tokens than the run's tokenizer gives."""
-    for source in (*sources.train, *([sources.valid] if sources.valid else [])):
+    for source in sources.all:
         receipt = load_receipt(source.prefix)
         made_with = receipt["tokenizer"]
         if made_with["sha256"] != tokenizer.sha256:

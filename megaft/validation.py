@@ -29,7 +29,7 @@ class Validation:
     def __init__(self, source: Source, config: TrainConfig, tokenizer: AnyTokenizer, longest_alike: int | None = None):
         receipt = load_receipt(source.prefix)
         self.tokens = TokenFile(source.prefix, receipt["tokenizer"]["vocab_size"])
-        # Of a text with unscored prompts, words and bytes of the scored part alone are not known.
+        # Tokens of completions and answers may hold the prompt's characters or the template's: they are not its words.
         has_mask = receipt["has_mask"]
         num_opening = len(receipt.get("opening_ids", ()))
         self.prefix_id = None if has_mask or num_opening else tokenizer.prefix_id

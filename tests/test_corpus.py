@@ -88,13 +88,41 @@ def test_jsonl(tmp_path, record, layout, expected):
     assert found == [expected] * 2
 
 
-def test_a_template_that_rewrites_is_refused(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl",
-        jsonl({"m": [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": ""}]}),
-    )
-    layout = Layout(messages_key="m", render=Renderer(lambda messages, **_: str(len(messages))))
-    with pytest.raises(DataError, match="line 1: the chat template rewrites earlier turns"):
+def count_turns(messages, **_):
+    return f"{len(messages)} turns"
+
+
+def think(messages, add_generation_prompt=False):
+    """Render as templates of some reasoning models do, which open a thought for the answer and drop it afterwards."""
+    return render(messages, add_generation_prompt) + "<think>" * add_generation_prompt
+
+
+def number(messages, add_generation_prompt=False):
+    """Render the answers as they are asked for, but mark the last turn."""
+    return "".join(f"<{'last' if m is messages[-1] else ''}>{m['content']}" for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "fault"),
+    [
+        pytest.param(
+            count_turns,
+            "begins an answer otherwise than its generation prompt, '1 turns' in place of '0 turns'",
+            id="counts",
+        ),
+        pytest.param(
+            think,
+            "begins an answer otherwise than its generation prompt, 'x\\\\n' in place of '<think>'",
+            id="thoughts",
+        ),
+        pytest.param(number, "rewrites earlier turns, '>x<last>y' in place of 'last>x'", id="the last turn"),
+    ],
+)
+def test_a_template_that_rewrites_is_refused(tmp_path, rewrite, fault):
+    turns = [("assistant", "x"), ("user", "y"), ("assistant", "")]
+    path = write(tmp_path / "a.jsonl", jsonl({"m": [{"role": role, "content": text} for role, text in turns]}))
+    layout = Layout(messages_key="m", render=Renderer(rewrite))
+    with pytest.raises(DataError, match=rf"line 1: the chat template {fault}; use prompt and completion keys"):
         list(documents(Source(path), layout))
 
 
@@ -282,8 +310,8 @@ def test_long_record_is_cut_too(tmp_path):
         assert "".join(part.text for part in parts if part.is_scored is is_scored) == record[key]
     assert max(len(piece.text) for piece in found) <= 2 * BLOCK_BYTES
     assert (found[-1].num_words, found[-1].num_bytes, found[-1].ends_document) == (
-        2 * BLOCK_BYTES,
-        8 * BLOCK_BYTES,
+        BLOCK_BYTES,
+        3 * BLOCK_BYTES,  # of the completion
         True,
     )
 
@@ -298,7 +326,7 @@ def test_a_cut_document_keeps_its_segments(lengths, block):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megaft.corpus.BLOCK_BYTES", block)
-        found = list(_cut_document(Document(tuple(segments), 1, 2), may_cut=True))
+        found = list(_cut_document(Document(tuple(segments), 1, 2, "a"), may_cut=True))
     assert len(found) > 1
     characters = [(letter, part.is_scored) for part in segments for letter in part.text]
     assert [

@@ -45,7 +45,7 @@ def tokenizers(hugging_faces, sentencepiece):
 
 def encoded(tokenizer, segments):
     """The ids of a document and which of them are scored."""
-    ((document,),) = Encoder(tokenizer)([Piece(tuple(segments), 0, 0, True)])
+    ((document,),) = Encoder(tokenizer)([Piece(tuple(segments), 0, 0, True, "a")])
     return document.ids.tolist(), document.is_scored.tolist()
 
 

@@ -91,7 +91,8 @@ def test_published_counts(run, shared, tmp_path, name, detokenizer, num_tokens, 
     data = path.read_bytes()
     assert (receipt["tokens"], receipt["words"], receipt["bytes"]) == (num_tokens, num_words, len(data))
     assert len(tokens) == receipt["scored_tokens"] == num_tokens
-    assert receipt["sources"] == [{"path": str(path), "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}]
+    digest = hashlib.sha256(data).hexdigest()
+    assert receipt["sources"] == [{"path": str(path), "sha256": digest, "bytes": len(data), "format": "text"}]
     assert receipt["bin_sha256"] == hashlib.sha256((tmp_path / "out.bin").read_bytes()).hexdigest()
     assert (receipt["dtype"], receipt["tokenizer"]["round_trip"]) == ("uint16", True)
 

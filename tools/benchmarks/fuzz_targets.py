@@ -290,7 +290,7 @@ TARGETS = {
     "jsonl-prompts": Target(
         _text("a.jsonl", LINES.encode()), _prepare("a.jsonl", prompt_key="p", completion_key="c"), ("a.jsonl",)
     ),
-    "text": Target(_text("a.txt", LINES.encode()), _prepare("a.txt", unit="document"), ("a.txt",)),
+    "text": Target(_text("a.txt", LINES.encode()), _prepare("a.txt", unit="document", format="text"), ("a.txt",)),
     "text-gz": Target(_text("a.txt.gz", gzip.compress(LINES.encode(), mtime=0)), _prepare("a.txt.gz"), ("a.txt.gz",)),
     "text-zst": Target(_text("a.txt.zst", _zst(LINES.encode())), _prepare("a.txt.zst"), ("a.txt.zst",)),
     "tokenizer": Target(_make_chat_tokenizer, _encode, ("*.json",)),
