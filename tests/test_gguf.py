@@ -60,6 +60,7 @@ def test_a_file_is_the_model_that_was_written(make):
         pytest.param({"tensors": {"blk.0.attn_q.bias": 32}}, r"48,320 weights, .* takes 48,288", id="a bias"),
         pytest.param({"tensors": {"rope_freqs.weight": 4}}, r"leaves out rope_freqs\.weight", id="Llama 3's positions"),
         pytest.param({"texts": {"llama.rope.scaling.type": "yarn"}}, r"rope\.scaling\.type 'yarn'", id="YaRN"),
+        pytest.param({"llama.logit_scale": 0.0625}, r"llama\.logit_scale 0\.0625", id="scaled logits"),
         pytest.param({"llama.embedding_length": 2**31}, r"do not fit its config\.json", id="width"),
     ],
 )
@@ -76,6 +77,16 @@ def test_settings_that_contradict_each_other_are_refused_with_the_tokenizer_too(
     for load in (load_tokenizer, load_language_model):
         with pytest.raises(DataError, match=r"hidden size \(32\) is not a multiple of the number of attention heads"):
             load(str(path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_settings_that_change_nothing_pass(dtype, make):
+    path = make(**{"llama.logit_scale": 1.0, "llama.expert_count": 0, "llama.attention.key_length": 8})
+    loaded, model = load_language_model(str(path), dtype), toy_gguf.make_llama()
+    for parameter in model.parameters():  # buffers stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
 @pytest.mark.parametrize("scaling", [{}, {"texts": {"llama.rope.scaling.type": "none"}}])

@@ -160,7 +160,7 @@ def _require_layers(path: Path, header: GgufHeader) -> None:
 def require_all_taken(path: Path, header: GgufHeader, model: Any) -> None:
     """Refuse a model that lacks something of its GGUF file: transformers leaves out what it does not know.
 
-    Llama 3's rope_freqs, biases of attention, and scaled rotary embeddings are such.
+    Llama 3's rope_freqs and biases of attention are such.
 
     Args:
         path: Of the file, for the message.
@@ -168,7 +168,7 @@ def require_all_taken(path: Path, header: GgufHeader, model: Any) -> None:
         model: What transformers made of it.
 
     Raises:
-        DataError: The file has other weights than the model, or scales positions where the model does not.
+        DataError: The file has other weights than the model.
     """
     taken = sum(parameter.numel() for parameter in model.parameters())
     stored = header.size.numbers
@@ -181,15 +181,3 @@ def require_all_taken(path: Path, header: GgufHeader, model: Any) -> None:
             f"{path} has {stored:,} weights, but transformers' {type(model).__name__} takes {taken:,} of "
             f"them{extra}; give the model's safetensors folder instead."
         )
-    scaling = header.setting("rope.scaling.type")
-    if scaling not in (None, "none") and not _scales_positions(model.config.get_text_config()):
-        raise DataError(
-            f"{path} has {header.architecture}.rope.scaling.type {scaling!r}, which transformers leaves out of a GGUF "
-            "file; give the model's safetensors folder instead."
-        )
-
-
-def _scales_positions(config: Any) -> bool:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type", "default") != "default" for kind in kinds)

@@ -26,6 +26,7 @@ from megaft.models.adapters import add_adapters
 from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.config_errors import first_line
 from megaft.models.gguf_file import read_header, require_all_taken
+from megaft.models.gguf_settings import require_same_settings
 from megaft.models.loading_report import without_report_table
 from megaft.models.padding_tokens import read_padding_tokens
 from megaft.models.size_limit import no_larger_than, no_larger_than_memory
@@ -138,6 +139,7 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
         freeze_as_constructed(model)
     if header is not None:
         require_all_taken(Path(source), header, model)
+        require_same_settings(Path(source), header, model)
         model = _without_quantization(model)
     return read_padding_tokens(model)
 
