@@ -21,6 +21,7 @@ from megaft.dataset import Samples
 from megaft.engine_state import WEIGHT
 from megaft.errors import REPORT, NumericsError
 from megaft.models.offload import Fetch, from_disk, offloaded_model
+from megaft.models.padding_tokens import read_padding_tokens
 from megaft.validation import Validation
 
 NUM_TOKENS = 512
@@ -91,7 +92,8 @@ def check_nats(trained: Callable[[], nn.Module], folder: Path, rows: Rows) -> Ve
     gc.collect()
     from transformers import AutoModelForCausalLM
 
-    found = _nats(_PlainNats(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)), rows)
+    loaded = read_padding_tokens(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    found = _nats(_PlainNats(loaded), rows)
     return _verified(expected, found, folder)
 
 
@@ -109,7 +111,7 @@ def check_nats_from_disk(architecture: Any, fetch: Fetch, folder: Path, rows: Ro
     """
     expected = _nats(_PlainNats(offloaded_model(architecture, fetch)), rows[:ROWS_FROM_DISK])
     with from_disk(folder) as model:
-        found = _nats(_PlainNats(model), rows[:ROWS_FROM_DISK])
+        found = _nats(_PlainNats(read_padding_tokens(model)), rows[:ROWS_FROM_DISK])
     return _verified(expected, found, folder)
 
 

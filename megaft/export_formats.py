@@ -28,6 +28,7 @@ from megaft.models.generation_ids import (
     require_same_generation_ids,
 )
 from megaft.models.offload import num_offloadable, offloaded_model, save_offloaded
+from megaft.models.stored_weights import keep_padding_row
 from megaft.models.weights import Weights, file_of, load_config, open_weights, shapes_of
 from megaft.tokenizer import AnyTokenizer
 
@@ -54,7 +55,9 @@ class HuggingFaceExport:
         """
         try:
             if self._is_offloaded:
-                save_offloaded(offloaded_model(self._architecture, self._rounded_weight, self.dtype), folder)
+                model = offloaded_model(self._architecture, self._rounded_weight, self.dtype)
+                keep_padding_row(model)
+                save_offloaded(model, folder)
             else:
                 self._write_whole(folder)
         except SafetensorError as error:  # as which safetensors passes on what the disk refuses
@@ -83,6 +86,7 @@ class HuggingFaceExport:
         if self.config.lora.rank:
             adapters.save_adapters(model, folder / "adapter", self.config.model.path)
             model = adapters.merge_adapters(model)
+        keep_padding_row(model)
         model.to(self.dtype).save_pretrained(folder)
         text_model.keep_composite_config(model, self.config.model.path, folder)
 

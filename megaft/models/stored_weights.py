@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 
 from megaft.models.stand_in import keeping_random_states
 
+ZEROES_PADDING = ("youtu",)
+"""Families whose embedding gets a zero row for the padding token whenever transformers loads it."""
+
 
 @contextmanager
 def keeping_stored_weights() -> Iterator[None]:
@@ -38,6 +41,17 @@ def keeping_stored_weights() -> Iterator[None]:
 def _is_loaded(module: nn.Module) -> bool:
     """Return whether transformers has marked every tensor of a module and of its children as loaded."""
     return all(getattr(tensor, "_is_hf_initialized", False) for tensor in chain(module.parameters(), module.buffers()))
+
+
+def keep_padding_row(model: Any) -> None:
+    """Leave the padding token to generation_config.json, where transformers would zero its row by config.json.
+
+    A trained or stored row is lost otherwise when plain transformers loads the folder that the model is saved to; with
+    tied embeddings every token's probability changes.
+    """
+    if model.config.model_type in ZEROES_PADDING:
+        model.config = deepcopy(model.config)
+        model.config.pad_token_id = None
 
 
 def freeze_as_constructed(model: Any) -> None:
