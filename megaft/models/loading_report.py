@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import modeling_utils
 
+from megaft.models.replaced import replaced
+
 
 @contextmanager
 def without_report_table() -> Iterator[None]:
@@ -16,12 +18,8 @@ def without_report_table() -> Iterator[None]:
     Raises:
         RuntimeError: Stored weights could not be converted to the parameters of the family.
     """
-    plain = modeling_utils.log_state_dict_report
-    modeling_utils.log_state_dict_report = _raise_conversion_errors
-    try:
+    with replaced(modeling_utils, "log_state_dict_report", _raise_conversion_errors):
         yield
-    finally:
-        modeling_utils.log_state_dict_report = plain
 
 
 def _raise_conversion_errors(*_: Any, loading_info: Any, **__: Any) -> None:

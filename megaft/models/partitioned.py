@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from megaft import parallel
 from megaft.errors import UserError
+from megaft.models.replaced import replaced
 from megaft.models.weight_files import require_complete, untied_weights
 
 
@@ -36,19 +37,19 @@ def loading(engine_config: dict[str, Any]) -> Iterator[None]:
     """
     lives = HfDeepSpeedConfig(engine_config)  # transformers asks whether there is one
     agreement = _Agreement()
-    plain, deepspeed.zero.Init = deepspeed.zero.Init, agreement.then_init
-    plain_fill, modeling_utils._load_state_dict_into_zero3_model = (
-        modeling_utils._load_state_dict_into_zero3_model,
-        _fill,
-    )
     error = None
     try:
-        with _gathering(_own_weights), _renaming_as_without_zero(), _returning_memory():
+        with (
+            replaced(deepspeed.zero, "Init", agreement.then_init),
+            replaced(modeling_utils, "_load_state_dict_into_zero3_model", _fill),
+            _gathering(_own_weights),
+            _renaming_as_without_zero(),
+            _returning_memory(),
+        ):
             yield
     except UserError as caught:
         error = caught
     finally:
-        deepspeed.zero.Init, modeling_utils._load_state_dict_into_zero3_model = plain, plain_fill
         del lives
     agreement.end(error)
 
@@ -124,11 +125,8 @@ def _renaming_as_without_zero() -> Iterator[None]:
             return plain(source_key, [], [], *model)
         return renamed, pattern
 
-    core_model_loading.rename_source_key = rename
-    try:
+    with replaced(core_model_loading, "rename_source_key", rename):
         yield
-    finally:
-        core_model_loading.rename_source_key = plain
 
 
 @contextmanager
@@ -190,11 +188,8 @@ def _gathering(weights_of: Callable[[nn.Module], AbstractContextManager[None]]) 
             with weights_of(module):
                 plain(self, module, is_custom_code)
 
-    PreTrainedModel._initialize_weights = gathered
-    try:
+    with replaced(PreTrainedModel, "_initialize_weights", gathered):
         yield
-    finally:
-        PreTrainedModel._initialize_weights = plain
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's names of what mallopt sets

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from megaft.models.replaced import replaced
 from megaft.models.stand_in import keeping_random_states
 
 ZEROES_PADDING = ("youtu",)
@@ -31,11 +32,8 @@ def keeping_stored_weights() -> Iterator[None]:
         if not _is_loaded(module):
             plain(self, module, is_custom_code)
 
-    PreTrainedModel._initialize_weights = initialize
-    try:
+    with replaced(PreTrainedModel, "_initialize_weights", initialize):
         yield
-    finally:
-        PreTrainedModel._initialize_weights = plain
 
 
 def _is_loaded(module: nn.Module) -> bool:
