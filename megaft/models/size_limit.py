@@ -6,7 +6,7 @@ wrong width takes the host's memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -113,20 +113,19 @@ def _require_room(model: str, num_bytes: int, room: int) -> None:
 
 
 @contextmanager
-def _counting(check: Any) -> Iterator[None]:
+def _counting(check: Callable[[_Built], None]) -> Iterator[None]:
     built = _Built()
 
-    def on_parameter(owner: nn.Module, name: str, parameter: Any) -> None:
-        built.add_parameter(owner, name, parameter)
-        check(built)
+    def then_check(add: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Module, str, Any], None]:
+        def hook(owner: nn.Module, name: str, tensor: Any) -> None:
+            add(owner, name, tensor)
+            check(built)
 
-    def on_buffer(owner: nn.Module, name: str, buffer: Any) -> None:
-        built.add_buffer(owner, name, buffer)
-        check(built)
+        return hook
 
     handles = (
-        registration.register_module_parameter_registration_hook(on_parameter),
-        registration.register_module_buffer_registration_hook(on_buffer),
+        registration.register_module_parameter_registration_hook(then_check(built.add_parameter)),
+        registration.register_module_buffer_registration_hook(then_check(built.add_buffer)),
     )
     try:
         yield
