@@ -185,6 +185,16 @@ def test_generation_makes_one_stand_in(made, tmp_path):
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma2 with capped logits"])
+def test_scoring_makes_one_stand_in(made, name, tmp_path):
+    """With a fast trunk, with a linear head that is found by trial, and with neither."""
+    make_model(name).save_pretrained(tmp_path)
+    scorer = load_scoring_model(str(tmp_path), dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert (scorer.head.weight is None) == ("capped" in name)
+    assert scorer.head.weight is None or scorer.head.weight.dtype is torch.bfloat16
+    assert len(made) == 1
+
+
 def test_generation_refuses_a_model_before_it_is_moved_to_the_gpu(tmp_path, monkeypatch):
     moved = []
     monkeypatch.setattr(nn.Module, "to", lambda self, *_: moved.append(self) or self)

@@ -27,10 +27,18 @@ from megaft.models.packed import PackedLinear, can_pack, pack_linears
 class ScoringModel(nn.Module):
     """A language model in evaluation: what each scored token costs, and whether it was the model's first choice."""
 
-    def __init__(self, language_model: CausalLM, *, with_choices: bool = False, banned: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        language_model: CausalLM,
+        *,
+        with_choices: bool = False,
+        banned: Sequence[int] = (),
+        tried: CausalLM | None = None,
+    ) -> None:
+        """Take a model; `tried` is what `trials.on_trial` yields for it, where that is at hand."""
         super().__init__()
         self.language_model = language_model.eval()
-        self.trunk, output_layer, vocabulary = _taken_apart(language_model)
+        self.trunk, output_layer, vocabulary = _taken_apart(language_model, tried)
         self.head = ScoringHead(output_layer, with_choices, banned, vocabulary)
 
     def pack(self) -> None:
@@ -149,14 +157,16 @@ class LogitsTrunk(nn.Module):
         return logits[is_scored[:, columns]]
 
 
-def _taken_apart(language_model: CausalLM) -> tuple[nn.Module, nn.Module | None, Vocabulary | None]:
+def _taken_apart(
+    language_model: CausalLM, tried: CausalLM | None
+) -> tuple[nn.Module, nn.Module | None, Vocabulary | None]:
     """Return what gives states of scored positions, the layer from states to logits unless they are that, its words."""
     if hasattr(language_model, "vocabulary"):
         return MegatronTrunk(language_model), language_model.output_layer(), language_model.vocabulary()
     output_layer = language_model.get_output_embeddings()
     if type(output_layer) is nn.Linear and (trunk := fast_trunk(language_model)):
         return trunk, output_layer, None
-    if NatsModel(language_model).head is not None:  # found by trial
+    if NatsModel(language_model, tried=tried).head is not None:
         return AnyTrunk(language_model), output_layer, None
     return LogitsTrunk(language_model), None, None
 
@@ -218,15 +228,15 @@ def load_scoring_model(
     """
     if backend == "megatron":
         language_model = _load_megatron(source, dtype, is_partitioned)
+        model = ScoringModel(language_model)
     else:
         language_model = (
             _load_partitioned(source, dtype)
             if is_partitioned
             else parallel.together(load_language_model, source, dtype)
         )
-        parallel.together(trials.require_language_model, language_model)
-        fuse_activations(language_model)
-    model, num_parameters = ScoringModel(language_model), count(language_model.parameters())
+        model = parallel.together(_tried_model, language_model)
+    num_parameters = count(language_model.parameters())
     if can_pack(dtype, device) and not is_partitioned:
         model.pack()
     return Scorer(
@@ -237,6 +247,14 @@ def load_scoring_model(
         context_limit=context_limit(language_model),
         vocab_size=vocab_size(language_model),
     )
+
+
+def _tried_model(language_model: CausalLM) -> ScoringModel:
+    """Return the scoring model of a causal language model, once trials have found it to be one."""
+    with trials.on_trial(language_model) as tried:
+        trials.require_language_model(language_model, tried)
+    fuse_activations(language_model)
+    return ScoringModel(language_model, tried=tried)
 
 
 def _load_megatron(source: str, dtype: torch.dtype, is_partitioned: bool) -> CausalLM:
