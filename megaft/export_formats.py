@@ -16,6 +16,7 @@ from torch import nn
 from megaft.canonical import Canonical
 from megaft.config import TrainConfig
 from megaft.engine_state import WEIGHT
+from megaft.errors import ConfigError
 from megaft.export_check import Rows, check_nats, check_nats_from_disk, load_weights
 from megaft.host_memory import available_memory
 from megaft.models import adapters, convert, hugging_face, text_model
@@ -27,7 +28,10 @@ from megaft.models.generation_ids import (
     ids_of,
     require_same_generation_ids,
 )
+from megaft.models.gguf_file import read_header
 from megaft.models.offload import num_offloadable, offloaded_model, save_offloaded
+from megaft.models.size_limit import FP32_BYTES
+from megaft.models.stand_in import num_parameters as count_parameters
 from megaft.models.stored_weights import keep_padding_row
 from megaft.models.weights import Weights, file_of, load_config, open_weights, shapes_of
 from megaft.tokenizer import AnyTokenizer
@@ -118,11 +122,29 @@ class HuggingFaceExport:
         return hugging_face.NatsModel(model)
 
     def _trained(self) -> Any:
-        """Return the module that trains, with the checkpoint's weights in fp32 and its adapters not merged."""
+        """Return the module that trains, with the checkpoint's weights in fp32 and its adapters not merged.
+
+        Raises:
+            ConfigError: The host has no memory for it.
+        """
         gc.collect()  # of a model before
+        self._require_room()
         model = hugging_face.build_whole(self.config.model, self.config.lora, self.config.run.seed)
         load_weights(model, self.saved(model.config))
         return model
+
+    def _require_room(self) -> None:
+        """Refuse to build a model that the host has no memory for: the system would kill the process."""
+        source = self.config.model.path or ""
+        is_gguf = source.endswith(".gguf")
+        num_parameters = read_header(Path(source)).size.numbers if is_gguf else count_parameters(self._architecture)
+        num_bytes, room = FP32_BYTES * num_parameters, available_memory()
+        if room < num_bytes:
+            raise ConfigError(
+                f"run.export is {self.config.run.export}; the exported model must be whole in host memory, as with "
+                f"adapters, from a GGUF file, or with frozen parameters or buffers: {num_bytes:,} bytes in fp32, and "
+                f"{room:,} are free. The checkpoint is whole: give the same command where there is more memory."
+            )
 
 
 class MegatronExport:
@@ -173,7 +195,7 @@ MEMORY_FACTOR = 1.2
 
 def has_room_for(num_parameters: int) -> bool:
     """Return whether this host has memory for so many parameters in fp32."""
-    return available_memory() > MEMORY_FACTOR * 4 * num_parameters
+    return available_memory() > MEMORY_FACTOR * FP32_BYTES * num_parameters
 
 
 def _architecture_of(config: TrainConfig, tokenizer: AnyTokenizer) -> Any:

@@ -17,6 +17,7 @@ from megaft.config import parse_train
 from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
 from megaft.export_check import NUM_TOKENS, ROWS_FROM_DISK
 from megaft.export_formats import HuggingFaceExport, MegatronExport
+from megaft.models.hugging_face import load_language_model
 from megaft.tokenizer import Tokenizer
 
 
@@ -106,6 +107,18 @@ def test_a_full_disk_is_named_and_the_export_before_stays(config, monkeypatch):
     with pytest.raises(ConfigError, match=r"full/export cannot be written: .*No space left on device"):
         export_again(config)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@of("adapters")
+def test_an_export_with_adapters_needs_memory_for_the_model(config, monkeypatch):
+    before = contents(export_again(config))
+    parameters = sum(weight.numel() for weight in load_language_model(config.model.path).parameters())
+    monkeypatch.setattr(export_formats, "available_memory", lambda: 4 * parameters - 1)
+    with pytest.raises(ConfigError, match=f"run.export is best.* {4 * parameters:,} bytes"):
+        export_again(config)
+    assert contents(config.run.dir / "export") == before
+    monkeypatch.setattr(export_formats, "available_memory", lambda: 4 * parameters)
+    assert contents(export_again(config)) == before
 
 
 @of("full")
