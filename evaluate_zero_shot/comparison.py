@@ -1,4 +1,4 @@
-"""Whether a measured number may stand for a published one, and if not, why."""
+"""Compare a measured number with a published one, or give the reasons why the two are not comparable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evaluate_zero_shot.tasks import TASKS
 
 _PROMPTED = ("Detokenizer", "Prefix token of a prompt")
 _LABELS = {"last-word": (*_PROMPTED, "LAMBADA"), "cloze": (*_PROMPTED, "Children's Book Test")}
-"""What of a protocol decides the numbers of tasks without windows."""
+"""The rules of a protocol that decide the figures of tasks without windows."""
 _NOT_OF_TEXT = {"Prefix token of a prompt", "LAMBADA", "Children's Book Test"}
 _LENGTHS = {"Context length", "Stride"}
 """Compared as they were, not as the protocols name them."""
@@ -33,7 +33,7 @@ class Comparison:
 
     @property
     def is_reproduced(self) -> bool:
-        """Whether this is the same quantity, and the published digits came out."""
+        """True if this is the same quantity and equals the published digits."""
         return not self.reasons and self.measured is not None and self.figure.agrees(self.measured)
 
     @property
@@ -51,7 +51,7 @@ class Comparison:
 
     @property
     def measured_text(self) -> str:
-        """What was measured, in the published digits."""
+        """Measured figure, in the published digits."""
         if self.measured is None or not math.isfinite(self.measured):
             return written(self.measured, self.figure.metric)
         return self.figure.in_its_digits(self.measured)

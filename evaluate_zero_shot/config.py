@@ -37,7 +37,7 @@ class EvaluateConfig:
     stride: str | None = None
     """Tokens from a window to the next; several, with commas, make a sweep. By default the protocol's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; cross-entropy and sums never use less than float32."""
+    """Dtype of the model's computation; cross-entropy and sums never use less than float32."""
     output: Path = Path("evaluation")
     """Folder of results.json, report.md, report.html and the finished windows."""
     limit: int | None = None
@@ -47,7 +47,7 @@ class EvaluateConfig:
     partition: bool = False
     """Spread the weights over the ranks (ZeRO-3), for models larger than a device."""
     backend: Backend | None = None
-    """Whose modules run the models. By default transformers', megatron-core's for folders in megatron's format."""
+    """Model implementation. By default transformers, or megatron-core for folders in megatron's format."""
     tensor_parallel_size: int = 1
     """Neighbouring ranks that share each matrix and score the same windows; above 1 with megatron-core's modules."""
 

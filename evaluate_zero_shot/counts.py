@@ -1,4 +1,4 @@
-"""What nats are divided by: words and bytes of the original text, by each protocol's own rule."""
+"""Word and byte counts of the original text by each protocol's rule: the divisors of nats."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from megaft.scoring import Score, batches_of, score
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """What it is evaluated on, and how."""
+    """Task, data and windows of one evaluation."""
 
     task: Task
     cut: Geometry

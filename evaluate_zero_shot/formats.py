@@ -1,4 +1,4 @@
-"""How numbers are written in a report."""
+"""Format numbers for a report."""
 
 from __future__ import annotations
 

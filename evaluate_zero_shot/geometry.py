@@ -1,4 +1,4 @@
-"""Which windows a protocol cuts for a model: context length and stride, as named and as the engine takes them."""
+"""Context length and stride of a protocol for a model, as named and as the engine takes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Geometry:
     """In the protocol's own counting."""
     stride: int
     is_own: bool
-    """Whether both are what the protocol says; what it leaves to the model is its own."""
+    """True if both are the protocol's own, or left to the model by it."""
 
     @property
     def num_inputs(self) -> int:

@@ -19,7 +19,7 @@ _CHECKSUM = struct.Struct("<I")
 
 
 class KeptBatches:
-    """What batches have cost, in one folder a key: each rank appends to a file of its own, and the first reads all.
+    """Store of finished batches' nats, one folder a key: each rank appends to its own file, rank 0 reads all.
 
     A record that was cut off or damaged is computed again.
     """

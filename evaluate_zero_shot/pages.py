@@ -1,4 +1,4 @@
-"""Where a text's documents begin: lm-evaluation-harness's pages, the hub's rows, and documents that lose nothing."""
+"""Split a text into documents: lm-evaluation-harness's pages, the hub's rows, and documents that lose nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def documents(text: str, task: Task) -> list[str]:
 
 
 def _is_title(line: str) -> bool:
-    """Whether lm-eval's loader sees the title of an article: `= Title =`, where a section's has more signs."""
+    """Return True for an article's title by lm-eval's rule: `= Title =`; a section's has more signs."""
     line = line.replace("= = =", "===").replace("= =", "==").strip()
     return line.startswith("= ") and line.endswith(" =")
 

@@ -1,4 +1,4 @@
-"""What an evaluation will do: its data, and for every model its trials."""
+"""Plan of an evaluation: its data, and the trials of every model."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Lines = Mapping[str, Sequence[Point]]
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """What a template needs to draw one."""
+    """A plot as the template draws it."""
 
     x_label: str
     y_label: str

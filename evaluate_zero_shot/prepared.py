@@ -35,7 +35,7 @@ class TokenText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What is scored, and the counts of the original text."""
+    """Tokens and rows to score, and the counts of the original text."""
 
     detokenizer: str
     tokens: TokenText
@@ -43,22 +43,22 @@ class Prepared:
     prefix_id: int | None = None
     num_original_tokens: int
     num_words: int | None
-    """What nats are divided by in the word perplexity."""
+    """Divisor of the nats in word perplexity."""
     num_bytes: int | None
     document_words: tuple[int, ...] | None = None
     """Words of each document, where documents are scored one by one."""
     is_prompted: bool = False
-    """Whether each document is a prompt with a target, right or wrong."""
+    """True if each document is a prompt with a target, right or wrong."""
     banned: tuple[int, ...] = ()
     """Tokens that no model may choose first: LAMBADA's stop words."""
     num_options: tuple[int, ...] = ()
-    """How many documents in a row are the options of each question; empty: a prompt is right or wrong by itself."""
+    """Number of options of each question, consecutive documents; empty if a prompt is right or wrong by itself."""
     answers: tuple[int, ...] = ()
     """The right option of each question."""
 
     @property
     def has_whole_prompts(self) -> bool:
-        """Whether these are prompts, of which none lost its beginning to the context length."""
+        """True if these are prompts and none was cut off at its beginning by the context length."""
         return self.is_prompted and not any(row.window.begin for row in self.rows)
 
 
@@ -132,7 +132,7 @@ def _text(
 
 
 def _gives_back(tokenizer: AnyTokenizer, texts: Sequence[str], tokens: TokenText) -> bool:
-    """Whether decoding gives the texts back. If not, the nats are not of their bytes, and figures by byte flatter."""
+    """Return True if decoding gives the texts back. Otherwise figures per byte are too low: bytes were lost."""
     ends = itertools.pairwise(tokens.document_offsets)
     if all(tokenizer.decode(tokens.read(*end).tolist()) == text for text, end in zip(texts, ends, strict=True)):
         return True

@@ -16,47 +16,47 @@ LastWord = Literal["strict", "last-token", "lm-eval", "stop-word"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """How a system turns a corpus and a model into a number."""
+    """Evaluation protocol: the rules by which a system turns a corpus and a model into a figure."""
 
     name: str
     title: str
     source: str
-    """Where the definition is published."""
+    """Publication of the definition."""
     text: Literal["tokens", "raw", "rows"]
     """The word-tokenized file, the raw one, or the raw one as the rows of its public dataset, a blank line between."""
     scope: Literal["stream", "document", "page"]
-    """What is detokenized and tokenized at once, and what windows never leave: the whole file, each document, or each
+    """Unit that is detokenized and tokenized at once, and that no window leaves: the whole file, each document, or each
     page as lm-evaluation-harness cuts them out of WikiText."""
     detokenizer: Detokenizer
-    """Which rules undo the corpus's tokenization, where the corpus has such rules."""
+    """Rules that undo the corpus's word tokenization, if it has one."""
     has_prefix: bool
-    """Whether the tokenizer's beginning-of-text token stands before each scope, so that the first token is scored."""
+    """True if the beginning-of-text token is put before each scope, so that the first token is scored."""
     has_prompt_prefix: bool = False
-    """Whether it also stands before the context of LAMBADA and of the Children's Book Test."""
+    """True if it is also put before the context of LAMBADA and of the Children's Book Test."""
     context_length: int | None
     """Tokens of a window; None: as many as the model has positions for."""
     stride: int | Literal["context", "half"]
     """Tokens from a window to the next; or the context length, or half of it."""
     window: Literal["inputs", "tokens"] = "inputs"
-    """What `context_length` counts: the model's inputs, or the window's tokens, the last of which is only a target."""
+    """Unit of `context_length`: the model's inputs, or the window's tokens, the last of which is only a target."""
     first: Literal["full", "stride"] = "full"
-    """Whether the first window scores all its targets, or as many as a later one."""
+    """Targets that the first window scores: all, or as many as a later one."""
     last: Literal["short", "extended"]
-    """Whether the last window has a shorter context, or begins earlier to have a full one."""
+    """The last window has a shorter context, or begins earlier to have a full one."""
     weighting: Literal["tokens", "windows"] = "tokens"
-    """Whether perplexity's mean runs over tokens, or over windows weighted by their labels minus one."""
+    """Mean of perplexity: over tokens, or over windows weighted by their labels minus one."""
     words: Literal["whitespace", "original tokens", "original tokens, less one", "whitespace, per document", "spaces"]
-    """What divides the nats in the word perplexity."""
+    """Divisor of the nats in word perplexity."""
     headline: Literal["perplexity"] | None = None
-    """What it reports of a text; None: the task's usual figure."""
+    """Main metric of a text; None: the task's usual one."""
     exponent_limit: float | None = None
     """Largest nats per unit before exp."""
     last_word: LastWord | None = None
     """LAMBADA: what is predicted, and from what context; None: the system has no such task."""
     has_cloze: bool = False
-    """Whether the system chooses among candidates, as the Children's Book Test asks."""
+    """True if the system chooses among candidates, as the Children's Book Test asks."""
     note: str
-    """What else must be known to compare its numbers."""
+    """Further caveats in comparing its figures."""
 
 
 _ALL = (

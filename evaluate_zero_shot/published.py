@@ -37,7 +37,7 @@ class Model:
     num_parameters: int | None
 
     def is_model(self, name: str, num_parameters: int | None) -> bool:
-        """Whether `name`, or the last part of its path, is an alias, and the parameters agree where both are known."""
+        """Return True if `name` or the last part of its path is an alias, and the parameter counts, if known, agree."""
         is_same_size = None in (num_parameters, self.num_parameters) or num_parameters == self.num_parameters
         return is_same_size and not {name, name.rstrip("/").rsplit("/", 1)[-1]}.isdisjoint(self.aliases)
 
@@ -55,13 +55,13 @@ class Figure:
     """The protocol it was measured by; None where none here is its own."""
     context_length: int | None
     stride: int | None
-    """Where they are not the protocol's own."""
+    """None, as `context_length`, if it is the protocol's own."""
     data_name: str | None
     """The known file that the protocol and the task mean; None where it is not known here."""
     unpublished: tuple[str, ...]
     """Labels of what the source leaves open."""
     caveat: str
-    """What else keeps it apart from the protocol named."""
+    """Further differences from the protocol named."""
     title: str
     """Of the source, in a few words."""
     source: str
@@ -82,7 +82,7 @@ class Figure:
         return f"{self.in_its_unit(measured):,.{decimals}f}{unit}"
 
     def agrees(self, measured: float) -> bool:
-        """Whether a result's number, rounded to the printed digits, is this one."""
+        """Return True if a result, rounded to the printed digits, equals the published figure."""
         return self.in_its_digits(measured) == self.printed
 
 

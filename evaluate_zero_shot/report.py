@@ -31,7 +31,7 @@ from megaft.nested import leaves
 
 TEMPLATES = Path(__file__).with_name("templates")
 REQUIRED = ("model_name", "task", "protocol")
-"""What a result must have; for anything else that it lacks the report shows a dash."""
+"""Required fields of a result; the report shows a dash for any other that is missing."""
 METRICS = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
 _MARKDOWN = re.compile(r"[\\`*|\[\]<>&~$]|(?<!\w)_|_(?!\w)")
 

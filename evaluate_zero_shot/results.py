@@ -31,14 +31,14 @@ class Result:
     detokenizer: str
     data_file: str
     data_name: str | None
-    """Which published file it is by SHA-256; None for any other."""
+    """Name of the published file with this SHA-256; None for any other."""
     data_sha256: str
     limit_lines: int | None
     """Only the first lines were scored: no figure to publish."""
     context_length: int
     stride: int
     is_protocol_default: bool
-    """Whether context length and stride are the protocol's own, or cut nothing off: of prompts no stride does."""
+    """True if context length and stride are the protocol's own, or cut nothing off (no stride cuts prompts)."""
     dtype: str
     tokens_per_batch: int
     nats: float
@@ -48,12 +48,12 @@ class Result:
     num_original_tokens: int
     """len(text.strip().split(" ")): Megatron-LM's T_o."""
     num_words: int | None
-    """What divides the nats in word_perplexity, by the protocol's rule."""
+    """Divisor of the nats in word_perplexity, by the protocol's rule."""
     num_bytes: int | None
     """UTF-8 bytes of the original text."""
     num_documents: int
     headline: str
-    """Which of the next five stands for the task."""
+    """The task's main metric, one of the next five."""
     perplexity: float
     word_perplexity: float | None
     byte_perplexity: float | None
@@ -67,7 +67,7 @@ class Result:
     segments: list[tuple[int, float]]
     """In text order: scored tokens, their nats."""
     segment_unit: str
-    """What a segment is: "document", "documents" (some together) or "block"."""
+    """Unit of a segment: "document", "documents" (some together) or "block"."""
     seconds: float
     """Of scoring alone, by the command that finished it."""
     tokens_per_second: float | None
@@ -75,9 +75,9 @@ class Result:
     world_size: int
     """Ranks, all of them."""
     backend: str
-    """Whose modules ran the model: "hugging-face" or "megatron"."""
+    """Model implementation: "hugging-face" or "megatron"."""
     tensor_parallel_size: int
-    """Over how many of the ranks each matrix was cut."""
+    """Tensor-parallel size."""
     device: str
     command: list[str]
     environment: dict[str, Any]
@@ -85,7 +85,7 @@ class Result:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What a later result of the same kind replaces."""
+        """Key of a result: a later one with the same key replaces it."""
         return tuple(getattr(self, name) for name in _IDENTITY)
 
 

@@ -1,4 +1,4 @@
-"""What the report shows, arranged by task: plain values that both templates print."""
+"""Contents of the report by task: plain values that both templates print."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What was measured of a task, and what others published of it."""
+    """Measured and published figures of a task."""
 
     title: str
     tables: Sequence[Table]
@@ -101,7 +101,7 @@ def warnings(result: Result) -> tuple[str, ...]:
 
 
 def _is_other_text(result: Result) -> bool:
-    """Whether a corpus with a word-tokenized and a raw file was read as the one that the protocol does not score."""
+    """Return True if the raw file was scored where the protocol scores the word-tokenized one, or the reverse."""
     name = result["data_name"]
     if TASKS[result["task"]].raw_files is None or name is None:
         return False

@@ -16,9 +16,9 @@ class Files:
     """One file, by the names it goes by."""
 
     paths: tuple[str, ...]
-    """Where it may lie in a folder of data; the first that is there is taken."""
+    """Candidate paths in a data folder; the first that exists is taken."""
     origin: str
-    """Where it is usually got."""
+    """Usual source of the file."""
     hub: tuple[str, str] | None = None
     """The public dataset, and its configuration, whose test rows are the file's lines."""
 
@@ -35,17 +35,17 @@ class Task:
     name: str
     title: str
     corpus: Literal["wikitext", "ptb", "lambada", "1bw", "text8", "identity"]
-    """Whose word tokenization the text has: the family of detokenizers."""
+    """Word tokenization of the text, which selects the detokenizers."""
     kind: Literal["text", "last-word", "cloze"] = "text"
     last_word: LastWord | None = None
     """LAMBADA: what is predicted (see `lambada`); None leaves it to the protocol."""
     headline: Literal["word_perplexity", "bits_per_byte", "accuracy"]
     files: Files | None
-    """What most publications score; None: a file the user names."""
+    """The files that most publications score; None: a file the user names."""
     raw_files: Files | None = None
     """The text before rare words became <unk>, where there is one."""
     unit: Literal["page", "line", "file"] = "file"
-    """What a document is."""
+    """Unit of a document."""
     description: str
 
     def wanted(self, text: Text) -> Files | None:
@@ -53,7 +53,7 @@ class Task:
         return self.raw_files if text == "raw" and self.raw_files is not None else self.files
 
     def is_defined_by(self, protocol: Protocol) -> bool:
-        """Whether the protocol says how to score it; any text, every protocol does."""
+        """Return True if the protocol defines how to score the task; every protocol scores any text."""
         if self.kind == "cloze":
             return protocol.has_cloze
         return self.kind == "text" or (self.last_word or protocol.last_word) is not None

@@ -43,7 +43,7 @@ from megaft.validation import Validation
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """What the loop works with."""
+    """Objects that the training loop works with."""
 
     config: TrainConfig
     engine: Any

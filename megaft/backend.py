@@ -1,4 +1,4 @@
-"""Which modules run a model: transformers' own, or megatron-core's, whose matrices may be cut over ranks."""
+"""Model implementation: transformers, or megatron-core, which supports tensor parallelism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint as if transformers' modules had written it, whichever did, and the parts of it that an engine's need."""
+"""Present any checkpoint in transformers' parameter names and layout, sliced for this engine's ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megaft.models.layout import Layout, layout_of
 from megaft.pieces import Pieces
 
 HUGGING_FACE, MEGATRON = "language_model.", "language_model.gpt."
-"""What stands before a parameter's name, by the modules that have it."""
+"""Prefix of a parameter's name in a checkpoint of each backend."""
 
 
 class Canonical:
@@ -44,7 +44,7 @@ class Canonical:
 
 
 class Recut:
-    """What `Pieces` gives, for modules of another backend or over another number of tensor-parallel ranks."""
+    """Reader as `Pieces`, for another backend or tensor-parallel size than the checkpoint's."""
 
     def __init__(self, canonical: Canonical, layout: Layout | None) -> None:
         """Read for modules of megatron-core, which have a layout, or for transformers'."""

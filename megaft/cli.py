@@ -14,7 +14,7 @@ from megaft.exit_code import exit_code_of
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Where a command lives, and what it does in one line."""
+    """A subcommand: its one-line summary and the module that runs it."""
 
     summary: str
     module: str

@@ -36,13 +36,13 @@ class ModelConfig:
     from_scratch: str | None = None
     """Instead of --model.path: a config.json (or its folder) to initialise a new model from."""
     backend: Literal["hugging-face", "megatron"] = "hugging-face"
-    """Whose modules compute: transformers', or megatron-core's, whose matrices can be cut over ranks."""
+    """Model implementation: transformers, or megatron-core, which supports tensor parallelism."""
     dropout: float | None = None
     """Every dropout probability of the model. By default as its own configuration says."""
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the block again in the backward pass: a third more work, less memory."""
     cross_entropy: Literal["chunked", "liger"] = "chunked"
-    """How nats are computed without full logits: torch in chunks, or Liger's CUDA kernel (the [fast] extra)."""
+    """Cross-entropy without full logits: torch in chunks, or Liger's CUDA kernel (the [fast] extra)."""
 
     def __post_init__(self) -> None:
         require(
@@ -58,7 +58,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How the model is cut over ranks, besides what ZeRO does (the DeepSpeed JSON says)."""
+    """Tensor parallelism; ZeRO is set in the DeepSpeed JSON."""
 
     tensor_parallel_size: int = 1
     """Neighbouring ranks that share each matrix and compute on the same samples; the others multiply the batch."""
@@ -90,7 +90,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """What is trained on, and what is validated on."""
+    """Training and validation data."""
 
     train: tuple[str, ...]
     """A prepared prefix or a text file; or several as WEIGHT,PREFIX pairs, such as 0.7,books 0.3,wiki."""
@@ -135,7 +135,7 @@ class OptimConfig:
     momentum: float = 0.0
     """SGD's momentum."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls after the warm-up, a function of the step alone."""
+    """Learning-rate decay after the warm-up, a function of the step alone."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     final_fraction: float = 0.1
@@ -158,7 +158,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """How long the run is, what it keeps, and where."""
+    """Length, folder, seed and validation of a run."""
 
     dir: Path
     """The run's folder: metrics, checkpoints, export. The same command continues from its newest checkpoint."""
@@ -173,11 +173,11 @@ class RunConfig:
     patience: int = 0
     """Stop after this many validations without improvement; 0 never does."""
     export: Literal["best", "last", "none"] = "best"
-    """Which checkpoint becomes RUN/export: the best by validation, or the last."""
+    """Checkpoint to export to RUN/export: the best by validation, or the last."""
     max_minutes: float | None = None
-    """Save and end with exit code 75 (requeue me) after the step in which so many minutes since the start are over."""
+    """After this many minutes, finish the current step, save, and exit with code 75 (requeue)."""
     timeout_minutes: float = 10.0
-    """End with exit code 75 when other ranks have not been heard of for so long. Longer than any validation or save."""
+    """Exit with code 75 when another rank has been silent this long. Must exceed the longest validation or save."""
     deterministic: bool = False
     """On CUDA: the same bits every time on GPUs of one model, at some cost in speed. CPUs always give them."""
     fresh: bool = False
@@ -215,7 +215,7 @@ class CheckpointConfig:
     in_background: Annotated[bool, tyro.conf.arg(name="async")] = False
     """Copy the state to host memory and write it while training goes on."""
     allow_changed: tuple[str, ...] = ()
-    """What a resumed run may do otherwise than its checkpoint says, by the name the refusal gives it, such as data."""
+    """Settings in which a resumed run may differ from its checkpoint, named as in the refusal, such as data."""
 
     def __post_init__(self) -> None:
         ranges = {"every": at_least(0), "keep_last": at_least(1).such_as("2"), "keep_every": at_least(0)}
@@ -234,7 +234,7 @@ FEWEST_VALUES = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
-    """What happens when a step goes wrong; RUN/events.jsonl records each case.
+    """Handling of bad steps: non-finite values, loss spikes, repeated overflows. RUN/events.jsonl records each.
 
     stop ends the run with exit code 5; skip leaves the weights as they were before the step; rewind goes back to the
     last checkpoint and leaves the step's samples out.
@@ -245,7 +245,7 @@ class GuardConfig:
     spike: Policy = "ignore"
     """For a loss or gradient norm far above the recent ones."""
     spike_deviations: float = 8.0
-    """How far above: robust standard deviations (1.4826 times the median distance) from the median of the window."""
+    """Spike threshold: robust standard deviations (1.4826 times the median distance) above the median of the window."""
     spike_window: int = 128
     """Steps that are compared with; a quarter of them, and 32 at least, must be there first."""
     max_overflows: int = 20
@@ -284,7 +284,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricsConfig:
-    """Where metrics go besides RUN/metrics.jsonl, which is always written."""
+    """Experiment trackers, besides RUN/metrics.jsonl, which is always written."""
 
     wandb: bool = False
     """Log to Weights & Biases (set WANDB_MODE=offline where there is no network)."""
@@ -363,7 +363,7 @@ class TrainConfig:
 
     @property
     def tokenizer_source(self) -> str:
-        """Where the tokenizer is loaded from."""
+        """Hub name, folder or file that the tokenizer is loaded from."""
         source = self.data.tokenizer or self.model.path
         assert source is not None, "checked above"
         return source

@@ -38,9 +38,9 @@ class ConvertConfig:
     format: Literal["hugging-face", "megatron"]
     """hugging-face is a folder that transformers loads; megatron has one file a tensor-parallel rank."""
     tensor_parallel_size: int = 1
-    """How many ranks the megatron format is cut for."""
+    """Tensor-parallel size of the megatron format."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What the weights are rounded to. By default they stay as they are."""
+    """Dtype that the weights are rounded to. By default they stay as they are."""
     model_config: str | None = None
     """For a checkpoint that does not say what model it is of: the folder or config.json of transformers' model."""
     verify: bool = False

@@ -63,7 +63,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Where the documents of a file are."""
+    """Layout of a file of documents: its unit, format and keys."""
 
     unit: Unit = "file"
     text_key: str = "text"

@@ -217,7 +217,7 @@ class Samples:
 
     @property
     def sha256(self) -> str:
-        """What the order of samples depends on besides the seed."""
+        """Hash of the corpora and their shares, on which the order of samples depends besides the seed."""
         return " ".join(
             f"{corpus.sha256}:{len(corpus)}:{share}" for corpus, share in zip(self.corpora, self.shares, strict=True)
         )
@@ -251,7 +251,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How the global batch is cut: which of its samples this rank takes, and in which pieces."""
+    """Split of the global batch over data-parallel ranks and micro-batches."""
 
     micro_batch_size: int
     gradient_accumulation_steps: int

@@ -34,10 +34,10 @@ from megaft.nested import leaves
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resolved:
-    """What a DeepSpeed JSON means on a given number of ranks."""
+    """A DeepSpeed JSON resolved for a number of ranks."""
 
     engine_config: dict[str, Any]
-    """What deepspeed.initialize gets: no optimizer and no scheduler, all three batch sizes, nothing left to guess."""
+    """Configuration for deepspeed.initialize: all three batch sizes, no "auto", no optimizer and no scheduler."""
     micro_batch_size: int
     gradient_accumulation_steps: int
     global_batch_size: int
@@ -51,7 +51,7 @@ class Resolved:
     total_num_steps: int | None
     """The scheduler block's length of the run. It must equal the run's steps, known to the caller only."""
     notes: tuple[str, ...]
-    """What was translated or filled in, a sentence each, to be printed once."""
+    """Settings that were translated or filled in, a sentence each, to be printed once."""
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:

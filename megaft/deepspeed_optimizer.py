@@ -16,7 +16,7 @@ from megaft.deepspeed_keys import Dtype, fail, refuse_unknown_keys
 
 
 class Block(NamedTuple):
-    """What one type of optimizer or scheduler block means; `...` as DeepSpeed's default: it must be given."""
+    """Translation of one type of optimizer or scheduler block; a parameter whose default is `...` is required."""
 
     sets: dict[str, Any]
     """OptimConfig fields that the type alone decides."""

@@ -1,4 +1,4 @@
-"""What this machine has and lacks. Nothing here joins other ranks or takes a GPU's memory."""
+"""Check this machine's hardware, libraries and limits. Nothing here joins other ranks or takes a GPU's memory."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Kernel:
 
     module: str
     imports: str
-    """What has to work for it to be of any use."""
+    """Module whose import proves that it works."""
     gives: str
     part: str = ""
     """A module that another project of the same name lacks."""

@@ -1,4 +1,4 @@
-"""Whether ranks compute rightly together: communication, ZeRO stages 0 to 3, and an elastic resume, on a toy model.
+"""Test ranks together on a toy model: communication, ZeRO stages 0 to 3, and an elastic resume.
 
 Losses are compared with plain torch's, which trains the same toy on every rank alone, without DeepSpeed.
 """

@@ -1,4 +1,4 @@
-"""What was looked at and what came out, as a table or as JSON."""
+"""Results of the doctor's checks, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Check:
     found: str
     fix: str = ""
     is_numeric: bool = False
-    """Whether a failure means wrong numbers instead of a wrong installation."""
+    """True if a failure means wrong numbers rather than a wrong installation."""
 
 
 def exit_code(checks: Sequence[Check]) -> int:

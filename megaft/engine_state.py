@@ -1,4 +1,4 @@
-"""What a DeepSpeed engine has learned, as named pieces of flat fp32 tensors, whatever its ZeRO stage.
+"""Weights and optimizer states of a DeepSpeed engine at any ZeRO stage, as named pieces of flat fp32 tensors.
 
 Every stage keeps the same numbers in another place: stage 0 in the parameters, stages 1 and 2 in one flat partition a
 parameter group, stage 3 in one a sub-group. A Place says where a piece of a parameter lies on this rank, so that
@@ -25,7 +25,7 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a piece of one parameter lies in the optimizer's tensors."""
+    """Position of a piece of one parameter in the optimizer's flat tensors."""
 
     name: str
     offset: int
@@ -51,7 +51,7 @@ def places(engine) -> Iterator[Place]:
 
 
 def is_cut(parameter: Any) -> bool:
-    """Whether the tensor-parallel ranks have a part of the parameter each; where not, all have the same."""
+    """Return True if the parameter is sharded over tensor-parallel ranks (otherwise it is replicated)."""
     return parallel.tensor_parallel_size() > 1 and getattr(parameter, "tensor_model_parallel", False)
 
 

@@ -1,4 +1,4 @@
-"""What a run was made with, written beside its output so that the numbers can be traced."""
+"""Provenance of a run: commit, library versions and hardware, written beside its output."""
 
 from __future__ import annotations
 

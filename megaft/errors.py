@@ -1,4 +1,4 @@
-"""What a user can get wrong, and the exit code each kind ends the program with."""
+"""Errors that a user can mend, and the exit code of each kind."""
 
 
 class UserError(Exception):

@@ -45,7 +45,7 @@ class EstimateConfig:
     hardware: str = "h100"
     """The GPU: h100, h200, b200, a100, a100-40gb, l40s, a6000, rtx4090, v100, v100-32gb, t4."""
     backend: Literal["hugging-face", "megatron"] = "hugging-face"
-    """Whose modules compute, as --model.backend."""
+    """Model implementation, as --model.backend."""
     activation_checkpointing: bool = False
     """Each layer keeps its input only, as --model.activation-checkpointing."""
     dropout: float | None = None
@@ -194,7 +194,7 @@ def _speed_lines(answer: dict[str, Any]) -> list[str]:
 
 
 def _kinds(answer: dict[str, Any]) -> str:
-    """Whose shares of the peak they are."""
+    """Return the GPU on which the shares of peak speed were measured, for the text."""
     kind, hardware = answer["mfu_gpu"], answer["hardware"]
     return kind if kind in hardware else f"{kind}; nobody's figures for the {hardware}"
 

@@ -1,4 +1,4 @@
-"""How a program ends: one message for what the user got wrong, and the exit code of its kind."""
+"""End a program with one message for a user's error, and the exit code of its kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megaft.errors import UserError
 from megaft.unicode_text import escape_unencodable
 
 REQUEUE, DO_NOT_REQUEUE = 75, 93
-"""What batch scripts look for: saved and to be continued; ended on purpose or without hope."""
+"""Exit codes that batch scripts look for: saved, to be requeued; and not to be requeued."""
 
 SECONDS_FOR_MAIN = 20.0
 

@@ -19,7 +19,7 @@ class Floor:
     why: str
 
     def is_above(self, version: str) -> bool:
-        """Whether `version` is too old; a pre-release of the floor is."""
+        """Return True if `version` is too old, as a pre-release of the floor is."""
         return Version(version) < Version(self.version)
 
 

@@ -1,4 +1,4 @@
-"""What watches the numbers of a run: not finite, far above what they were, or overflowing again and again.
+"""Detect bad steps: non-finite values, spikes of loss or gradient norm, and repeated overflows.
 
 A decision is a function of the steps before it alone, and what it compares with is in the checkpoint, so every rank,
 and a resumed run, decides the same.
@@ -84,7 +84,7 @@ class Guard:
 
     @property
     def decides_before_the_step(self) -> bool:
-        """Whether a step may be skipped, so that its numbers are needed before the weights move."""
+        """True if a step may be skipped, so that its loss and norm are needed before the weights move."""
         return "skip" in (self._config.non_finite, self._config.spike)
 
     def judge(self, rows: Iterable[dict[str, Any]]) -> list[Trouble]:

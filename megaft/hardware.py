@@ -34,7 +34,7 @@ class Gpu:
     memory_bytes: int
     """As nvidia-smi shows it."""
     has_bf16: bool = True
-    """Whether its tensor cores compute in bf16: those of compute capability 8.0 (A100) and above."""
+    """True if its tensor cores compute in bf16: compute capability 8.0 (A100) and above."""
 
 
 GPUS = {

@@ -1,4 +1,4 @@
-"""What a job's program would refuse at its start, found before the job waits in the queue."""
+"""Check a batch job before it is queued: everything that its program would refuse at its start."""
 
 from __future__ import annotations
 

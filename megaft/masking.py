@@ -1,4 +1,4 @@
-"""What leaves a secret out of whatever a run writes down."""
+"""Redact secrets from logs, events and reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one rank of a run holds in memory, in bytes, by closed formulas; docs/estimates.md compares them with tensors.
+"""Memory of one rank of a run in bytes, by closed formulas; docs/estimates.md compares them with real tensors.
 
 Everything is counted as DeepSpeed 0.19 and torch really keep it: ZeRO's partitions are padded, its buckets are whole
 from the first gradient on, its half-precision engines keep fp32 gradients, and a layer keeps what its backward needs.
@@ -58,7 +58,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class States:
-    """What training keeps from micro-batch to micro-batch, and what a step adds."""
+    """Bytes of weights, gradients, optimizer states and buckets, and what a step adds."""
 
     weights: int
     master_weights: int
@@ -72,9 +72,9 @@ class States:
     gradients_reduced: int
     """Of those, what is left of them when the optimizer steps."""
     buckets: int = 0
-    """What gradients are reduced in."""
+    """Buckets in which gradients are reduced."""
     buckets_before: int = 0
-    """Of those, what is there when the last backward pass begins."""
+    """The part of those that is allocated when the last backward pass begins."""
     gathered: int = 0
     """Stage 3: whole parameters at once, at most."""
     reducing: int = 0
@@ -87,7 +87,7 @@ class States:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
-    """What the forward pass keeps for the backward pass, and what the two hold besides."""
+    """Bytes that the forward pass saves for the backward pass, and temporary ones of both."""
 
     saved: int
     """By all layers and around them."""

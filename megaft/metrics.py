@@ -1,4 +1,4 @@
-"""What a run reports: RUN/metrics.jsonl always, the terminal, and trackers on request; written by the main rank."""
+"""Metrics of a run, written by the main rank: RUN/metrics.jsonl, the terminal, and trackers on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of JSON values to any depth."""
+"""Walk JSON values of any depth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a line now and then elsewhere. All goes to standard error."""
+"""Progress of a long job on standard error: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

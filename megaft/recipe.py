@@ -13,7 +13,7 @@ from megaft.shape import Shape, require_cuttable
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What memory and speed depend on."""
+    """Model, batch and parallelism of a run: everything that memory and speed depend on."""
 
     shape: Shape
     deepspeed: dict[str, Any]
@@ -48,7 +48,7 @@ class Recipe:
         return self.world_size // self.tensor_parallel_size
 
     def setup(self) -> Resolved:
-        """What the DeepSpeed JSON means on these ranks.
+        """Return the DeepSpeed JSON resolved for these ranks.
 
         Raises:
             ConfigError: Anything that training would refuse.
@@ -84,7 +84,7 @@ class Footprint:
     states: States
     activations: Activations
     moments: dict[str, dict[str, int]]
-    """What is held at those moments of a step that can be its peak."""
+    """Bytes held, by kind, at each moment of a step that can be its peak."""
 
     @property
     def peak_moment(self) -> str:

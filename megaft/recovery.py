@@ -1,4 +1,4 @@
-"""What is done about a step gone wrong: end the run, do without the step, or go back and do without its samples."""
+"""Recovery from a bad step: stop the run, skip the step, or rewind to a checkpoint and leave out its samples."""
 
 from __future__ import annotations
 

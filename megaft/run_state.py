@@ -1,4 +1,4 @@
-"""What a run is besides its weights: how far it has come, and what must not change under it."""
+"""Training state besides weights and optimizer states: progress, and the settings a resumed run must not change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a run knows besides its weights and moments."""
+    """Progress of a run, saved with its weights and optimizer states."""
 
     step: int = 0
     """Optimizer steps tried."""
@@ -25,7 +25,7 @@ class RunState:
     best_nats_per_token: float | None = None
     validations_since_best: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
-    """What the guard compares the next step with."""
+    """State of the guard: the recent steps that the next is compared with."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
@@ -43,7 +43,7 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What must be the same for a checkpoint to continue the same run."""
+    """Settings that must equal the checkpoint's for it to continue the same run."""
 
     global_batch_size: int
     seed: int
@@ -59,4 +59,4 @@ class Identity:
     """The run's steps, where the learning rate depends on them."""
     validation: str | None
     names: dict[str, str] = field(default_factory=dict)
-    """What parts that are hashes were called; for messages, never compared."""
+    """Readable names of the fields that are hashes; for messages, never compared."""

@@ -71,18 +71,18 @@ class Saver:
         self._pending: Pending | None = None
         self._host_copy = torch.empty(0)
         self.blocking_seconds = 0.0
-        """How long the last save kept training waiting."""
+        """Seconds for which the last save blocked training."""
         self.written_bytes = 0
         """Of the last save's tensors, over all ranks."""
 
     @property
     def is_pending(self) -> bool:
-        """Whether a checkpoint was begun and is not published yet."""
+        """True if a checkpoint was begun and is not published yet."""
         return self._pending is not None
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's part of a pending checkpoint is on disk, or failed; true where none is pending."""
+        """True if no checkpoint is pending, or this rank's part of it is on disk or failed."""
         return self._pending is None or all(writer.done() for writer in self._pending.writers)
 
     def save(self, engine: Any, state: RunState) -> None:
@@ -115,7 +115,7 @@ class Saver:
             self.publish()
 
     def _fits(self, sizes: list[list[int]]) -> bool:
-        """Whether this rank's copy was made before, or the copies of all ranks on this host have room."""
+        """Return True if this rank's copy was made before, or the copies of all ranks on this host have room."""
         mine, host = sizes[parallel.rank()]
         here = sum(num_bytes for num_bytes, where in sizes if where == host)
         return self._host_copy.nbytes >= mine or PINNED_FACTOR * here < available_memory()

@@ -40,7 +40,7 @@ class Window(NamedTuple):
 
     @property
     def columns(self) -> slice:
-        """Where in the row the targets are predicted: column t predicts token begin + t + 1."""
+        """Columns of the row that predict the targets: column t predicts token begin + t + 1."""
         return slice(self.scored_from - self.begin - 1, self.end - self.begin - 1)
 
 
@@ -98,7 +98,7 @@ class Score:
     token_nats: Float64[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
     """Nats of each token of the text, in its order; 0.0 where a token is not scored."""
     is_first_choice: Bool[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
-    """Where a token was scored and the model said that it was its first choice."""
+    """True at scored tokens that had the largest logit."""
 
     def of(self, is_scored: Bool[np.ndarray, " tokens"]) -> Score:
         """Return the score of some of the text's tokens, of which no words or bytes are known."""
@@ -163,7 +163,7 @@ class Row(NamedTuple):
 
     @property
     def places(self) -> slice:
-        """Where in the text its targets are."""
+        """Positions of the targets in the text."""
         return slice(self.first + self.window.scored_from, self.first + self.window.end)
 
     @property

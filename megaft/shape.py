@@ -11,10 +11,10 @@ from megaft.config import require
 from megaft.sizes import Sizes
 
 Weights = Counter[tuple[int, ...]]
-"""How many parameters there are of each shape."""
+"""Number of parameters of each shape."""
 LLAMAS = ("llama", "mistral", "qwen2")
 MAX_RANKS = 64
-"""Over how many ranks a model's matrices are cut at most."""
+"""Largest tensor-parallel size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +33,10 @@ class Shape:
     num_positions: int
     """The longest context."""
     is_tied: bool
-    """Whether the output layer is the embedding."""
+    """True if the output layer is tied to the embedding."""
     has_qkv_bias: bool
     has_bias: bool
-    """Whether the other matrices of a layer have biases."""
+    """True if the other matrices of a layer have biases."""
     activation: str
     dropout: float
     """Of the residual stream. That of attention is drawn again in the backward pass by fused kernels."""

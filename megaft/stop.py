@@ -1,4 +1,4 @@
-"""What ends a run before its last step, or saves it in between: signals, the clock, and files in its folder.
+"""Requests to stop or save a run between steps: signals, the clock, and files in its folder.
 
 Imported before the heavy libraries, and imports none of them: importing torch takes seconds, in which a signal would
 kill the process.
@@ -16,7 +16,7 @@ from megaft.exit_code import DO_NOT_REQUEUE, REQUEUE
 
 STARTED = time.monotonic()
 SIGNALS = {signal.SIGUSR1: REQUEUE, signal.SIGTERM: REQUEUE, signal.SIGHUP: REQUEUE, signal.SIGINT: 130}
-"""What a run that one of them stopped ends with; 130 is what shells show after Ctrl-C."""
+"""Exit code of a run that a signal stopped; 130 is what shells show after Ctrl-C."""
 
 _received: list[int] = []
 _is_training = False
@@ -43,10 +43,10 @@ def _note(number: int, _: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of all ranks after a step."""
+    """Request to all ranks after a step."""
 
     exit_code: int | None
-    """What to end with after a save; None goes on."""
+    """Exit code to end with after saving; None goes on."""
     reason: str
 
 

@@ -34,7 +34,7 @@ class SubmitConfig:
     print: bool = False
     """Print the script instead of submitting it."""
     nodes: int | None = None
-    """How many nodes."""
+    """Number of nodes."""
     gpus_per_node: int | None = None
     """GPUs, and ranks, on each node; 0 for nodes without."""
     ntasks_per_node: int | None = None

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens per second, the share of the device's peak, and the memory it took."""
+"""Throughput of a run: tokens per second, model FLOPs utilization, and peak memory."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Meter:
     peak_flops: float
     """Of one device."""
     peak_source: str
-    """Where that figure is from."""
+    """Source of the peak."""
 
     @classmethod
     def of(

@@ -49,7 +49,7 @@ class Tokenizer:
 
     @property
     def prefix_id(self) -> int | None:
-        """What scoring puts before a document: the beginning-of-sequence token, else the end-of-sequence one."""
+        """Prefix token that scoring puts before a document: beginning-of-sequence, else end-of-sequence."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
     @cached_property
@@ -65,7 +65,7 @@ class Tokenizer:
 
     @cached_property
     def cuts_at_spaces(self) -> bool:
-        """Whether encoding a text in parts, cut before any space or newline that follows a non-space, is exact.
+        """True if encoding a text in parts, split before any space or newline that follows a non-space, is exact.
 
         GPT-2's pre-tokenizer has no alternative in which white space follows something else, so a match always ends
         there, and the lookahead in `\\s+(?!\\S)` begins at a white space. Unknown for other pre-tokenizers, for

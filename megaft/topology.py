@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks of its launcher, told from the environment alone."""
+"""Rank, local rank and world size from the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAUNCHERS = (
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Where this process stands among the ranks of the run."""
+    """Rank, local rank and world size of this process."""
 
     launcher: str
     rank: int
@@ -36,7 +36,7 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and speaks."""
+        """True if this rank writes files and prints."""
         return self.rank == 0
 
 
@@ -50,7 +50,7 @@ def discover(environment: Mapping[str, str]) -> Topology:
 
 
 def is_main_of(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the one that speaks, told without asking the others."""
+    """Return True if this process is the main rank, by its environment alone."""
     ranks = [environment.get(rank) for _, sign, rank, *_ in LAUNCHERS if sign in environment]
     return not ranks or ranks[0] == "0"
 

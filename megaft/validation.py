@@ -52,7 +52,7 @@ class Validation:
         }
         self.source = source.prefix
         self.name = f"{receipt['bin_sha256']}, windows of {config.eval_context_length}, stride {config.eval_stride}"
-        """What makes two scores comparable."""
+        """Name of data and windows; scores of equal names are comparable."""
 
     def __call__(self, engine, device: torch.device) -> Score:
         """Score the text with the engine's weights of now; every rank calls this and gets the same score.

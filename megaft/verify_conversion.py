@@ -1,4 +1,4 @@
-"""What every token of a text costs a model, on as many CPU processes as it is cut for: `megaft convert --verify`.
+"""`megaft convert --verify`: compare two models' nats per token on CPU, one process a tensor-parallel shard.
 
 `python -m megaft.verify_conversion`, under torchrun, is one of those processes. They compute in float32, on weights
 rounded to the dtype of the conversion, so that two models differ by the order of sums alone.
@@ -29,7 +29,7 @@ from megaft.models.weights import MANIFEST, Weights, is_checkpoint, load_config,
 from megaft.tokenizer import load_tokenizer
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
-"""How far a token's cost, and relatively the mean, may be apart; what is wrong differs by a thousand times that."""
+"""Tolerance of one token's nats, and relative tolerance of the mean; a wrong weight differs a thousandfold."""
 MAX_CONTEXT = 512
 """Input tokens per forward pass at most."""
 
@@ -57,7 +57,7 @@ stood like a second town turned upside down, and said: "Somebody has to write do
 
 
 class Difference(NamedTuple):
-    """How two models differ on a text."""
+    """Difference of two models' nats on a text."""
 
     num_tokens: int
     mean: float
@@ -77,7 +77,7 @@ class Side(NamedTuple):
 
     @property
     def num_ranks(self) -> int:
-        """How many processes run it."""
+        """Number of processes that run it."""
         folder = Path(self.source)
         return read_manifest(folder)["tensor_parallel_size"] if (folder / MANIFEST).is_file() else 1
 

@@ -45,7 +45,7 @@ NAMES = (
     (r"\.dense_h_to_4h\.", ".linear_fc1."),
     (r"\.dense_4h_to_h\.", ".linear_fc2."),
 )
-"""What becomes of a name to be megatron-core's."""
+"""Renamings from Megatron-LM's classic parameter names to megatron-core's."""
 
 USUAL = {
     **{"swiglu": False, "squared_relu": False, "normalization": "LayerNorm", "add_bias_linear": True},
@@ -67,13 +67,13 @@ class Record:
 
 
 def is_classic(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of Megatron-LM's, or has some."""
+    """Return True if a folder is, or contains, a checkpoint of Megatron-LM."""
     return (folder / TRACKER).is_file() or any(folder.glob("mp_rank_*/model*_rng.pt"))
 
 
 @dataclass(frozen=True, slots=True)
 class ClassicCheckpoint:
-    """What every tensor-parallel rank has, by megatron-core's names."""
+    """Shards of every tensor-parallel rank, by megatron-core's names."""
 
     folder: Path
     ranks: list[dict[str, Tensor]]

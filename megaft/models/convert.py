@@ -29,7 +29,7 @@ COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
-"""What a model's folder may have besides its configuration and weights."""
+"""Files of a model folder besides its configuration and weights."""
 
 
 def write_hugging_face(weights: Weights, folder: Path, dtype: torch.dtype) -> None:

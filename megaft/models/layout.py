@@ -1,4 +1,4 @@
-"""How the parameters of a transformers model lie in a megatron-core one, whole or cut over tensor-parallel ranks.
+"""Map parameters between transformers and megatron-core, whole or sharded over tensor-parallel ranks.
 
 transformers' names and shapes are the canonical form: folders, checkpoints and models of any backend and any number of
 ranks are read as if they held those, and written from them. Pure arithmetic of tensors; megatron-core is not needed.
@@ -24,7 +24,7 @@ FAMILIES = ("gpt2", *shape.LLAMAS)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How one parameter of megatron-core is made of parameters of transformers.
+    """Mapping of one megatron-core parameter from transformers' parameters.
 
     Megatron keeps the queries, keys and values of an attention group together, so that a cut between groups is one
     between ranks, and of a gated layer each rank's gate before its values.
@@ -33,7 +33,7 @@ class Rule:
     sources: tuple[str, ...]
     """Their names in transformers."""
     axis: Literal[0, 1] | None = None
-    """What is cut over the ranks, of the matrix as (out, in); None where every rank has the whole."""
+    """Sharded axis of the matrix as (out, in); None if it is replicated."""
     groups: int = 0
     """Query groups of the whole model, where queries, keys and values lie together."""
     is_transposed: bool = False

@@ -16,7 +16,7 @@ ROWS = 2048
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch has oneDNN's packed product for such a model."""
+    """Return True if torch has oneDNN's packed matrix product for this device and dtype."""
     is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return is_there and device.type == "cpu" and dtype is torch.float32
 

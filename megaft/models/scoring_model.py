@@ -285,7 +285,7 @@ def _engine(model: ScoringModel, dtype: torch.dtype) -> Callable[[Tensor, Tensor
 
 
 LIVE_PARAMETERS = 300_000_000
-"""How many a rank of a partitioned model may hold beside its own: two layers of 8.3 B. DeepSpeed would take 10^9."""
+"""Parameters that a rank may gather beside its own partition: two layers of 8.3 B. DeepSpeed's default is 10^9."""
 
 
 def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def fuse_activations(language_model: CausalLM) -> None:
 
 
 ACTIVATION_BYTES = 8 * 2**30
-"""What a CUDA device may spend on the activations of a layer."""
+"""Memory of a CUDA device for the activations of a layer."""
 
 CPU_TOKENS = 2048
 """Tokens whose activations stay in memory that malloc keeps, measured with GPT-2 124M and SmolLM2 135M."""

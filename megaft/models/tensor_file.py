@@ -24,7 +24,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class Span(NamedTuple):
-    """Where one tensor lies, and what it is."""
+    """Dtype, shape and byte range of a tensor in its file."""
 
     dtype: str
     shape: torch.Size

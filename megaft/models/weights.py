@@ -45,7 +45,7 @@ CONFIG_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
     *(AssertionError, ImportError, StrictDataclassError),
 )
-"""What comes of values in a config.json that make no sense."""
+"""Exceptions of transformers and torch for a config.json whose values make no model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Weights:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers they are."""
+        """Number of elements of all weights."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     @property
@@ -123,7 +123,7 @@ def model_folder(source: str) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of a run."""
+    """Return True if a folder is a checkpoint of a run."""
     return (folder / "manifest.json").is_file()
 
 
@@ -228,7 +228,7 @@ def _size_of(files: list[TensorFile]) -> Size:
 
 
 def _prefix(config: Any) -> str:
-    """What transformers puts before the names of the model without its output layer, and files may leave out."""
+    """Return transformers' prefix of the base model's parameter names, which files may leave out."""
     return "transformer." if config.model_type == "gpt2" else "model."
 
 

@@ -38,7 +38,7 @@ SHAPES = {
     "llama-3-8b": {"vocab_size": 128256, "num_key_value_heads": 8, "intermediate_size": 14336},
     "llama-160m": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 8},
 }
-"""What differs from the 32 layers of transformers' default, which is the first."""
+"""Differences from the first, which is transformers' default of 32 layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class Arguments:
     model: str = "llama-2-7b"
     """One of SHAPES, its weights random."""
     tensor_parallel_size: int = 8
-    """How many ranks it is cut for on the way."""
+    """Tensor-parallel size of the format between."""
     folder: Path | None = None
     """On the disk to write to. By default a temporary one."""
     hardware: str = f"cpu{os.cpu_count()}"

@@ -76,7 +76,7 @@ SMALL = {
     "original_max_position_embeddings": 256,
     "is_decoder": True,
 }
-"""What a tiny model has where its configuration has a setting of that name."""
+"""Settings of a tiny model, applied where its configuration has a setting of that name."""
 
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
@@ -162,7 +162,7 @@ ODD: dict[str, dict[str, Any]] = {
     "mpt": {"max_seq_len": 512},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
-"""What single families need besides."""
+"""Further settings of single families."""
 
 
 def model_types() -> list[str]:

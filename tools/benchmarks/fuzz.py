@@ -47,7 +47,7 @@ PROGRESS_SECONDS = 10.0
 
 @dataclass(slots=True)
 class Counts:
-    """What became of a target's cases."""
+    """Outcomes of a target's cases."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[int, str]] = field(default_factory=list)
