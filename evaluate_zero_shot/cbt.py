@@ -1,4 +1,4 @@
-"""The Children's Book Test: a file of questions -> contexts and continuations to compare."""
+"""Children's Book Test: read questions into contexts and candidate continuations."""
 
 from __future__ import annotations
 

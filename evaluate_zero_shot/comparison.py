@@ -17,7 +17,7 @@ _LABELS = {"last-word": (*_PROMPTED, "LAMBADA"), "cloze": (*_PROMPTED, "Children
 """The rules of a protocol that decide the figures of tasks without windows."""
 _NOT_OF_TEXT = {"Prefix token of a prompt", "LAMBADA", "Children's Book Test"}
 _LENGTHS = {"Context length", "Stride"}
-"""Compared as they were, not as the protocols name them."""
+"""Settings whose actual values are compared, not the protocols' names for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Comparison:
     figure: Figure
     measured: float | None
     reasons: tuple[str, ...]
-    """Why the two are not the same quantity; empty where they are."""
+    """Reasons why the two are not the same quantity; empty if they are."""
     is_same_protocol: bool
 
     @property

@@ -84,5 +84,5 @@ class EvaluateConfig:
 
 
 def parse(arguments: list[str] | None = None, is_main: bool = True) -> EvaluateConfig:
-    """The command line of `python -m evaluate_zero_shot`; exits with 2 on a bad one, whose rule the main rank says."""
+    """Parse the command line of `python -m evaluate_zero_shot`; exit with 2 on an error, which the main rank prints."""
     return tyro.cli(EvaluateConfig, args=own_flags(arguments), prog="evaluate_zero_shot", console_outputs=is_main)

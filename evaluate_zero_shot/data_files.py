@@ -1,4 +1,4 @@
-"""Finds the file a task scores, says by its hash what it is, and reads it exactly."""
+"""Find a task's data file, identify it by its hash, and read it exactly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megaft.record_file import records_of
 from megaft.source import Source
 
 FULL_BYTES, TEST_BYTES = 100_000_000, 5_000_000
-"""enwik8 and text8: the whole, and its conventional test part."""
+"""Size of enwik8 and text8, and of their conventional test part."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One model on one task under one protocol."""
+"""Evaluate one model on one task under one protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From nats to figures: a protocol's perplexities, accuracy, intervals, and what the plots show."""
+"""Figures from nats: a protocol's perplexities, accuracy, confidence intervals and plot data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_BINS = 32
 NUM_SEGMENTS = 200
 NUM_BLOCKS = 100
 FEWEST_DOCUMENTS = 10
-"""Fewer say too little about how documents vary."""
+"""Fewest documents for a confidence interval."""
 
 
 def figures(found: Score, prepared: Prepared, protocol: Protocol) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class Geometry:
 
     protocol: Protocol
     context_length: int
-    """In the protocol's own counting."""
+    """Context length as the protocol counts it."""
     stride: int
     is_own: bool
     """True if both are the protocol's own, or left to the model by it."""

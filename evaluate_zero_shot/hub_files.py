@@ -1,4 +1,4 @@
-"""The rows of a public dataset -> the very file they were made from."""
+"""Rebuild a published file from the rows of its public dataset."""
 
 from __future__ import annotations
 

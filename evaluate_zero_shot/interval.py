@@ -1,4 +1,4 @@
-"""95 % confidence intervals: how far a figure might be off on other text of the same kind."""
+"""95 % confidence intervals of a figure over documents of the same kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published files by SHA-256: what each is, and which tasks it fits."""
+"""Published files by SHA-256: name and tasks of each."""
 
 from __future__ import annotations
 

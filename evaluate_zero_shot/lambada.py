@@ -1,4 +1,4 @@
-"""LAMBADA: the rows of OpenAI's file -> what is given and what is to be predicted, in each published way."""
+"""LAMBADA: split rows of OpenAI's file into context and target, in each published way."""
 
 from __future__ import annotations
 

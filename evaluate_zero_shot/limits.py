@@ -12,7 +12,7 @@ from evaluate_zero_shot.protocols import Protocol
 
 FIGURES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "accuracy")
 LARGEST = f"above {sys.float_info.max:.2g}"
-"""A perplexity that is inf: its nats are finite, but its exponential is no float."""
+"""Label of an infinite perplexity whose nats are finite: its exponential is no float."""
 
 
 def is_capped(value: float | None, protocol: Protocol) -> bool:

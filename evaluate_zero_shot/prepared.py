@@ -1,4 +1,4 @@
-"""A task as one model sees it under one protocol: tokens, windows, and what the nats are divided by."""
+"""Prepare a task for one model under one protocol: tokens, windows, and the divisors of nats."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _cloze(
 
 
 def parted(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
-    """Tokenize both as one text and part them after the context's tokens, as lm-evaluation-harness does.
+    """Tokenize both as one text and split it after the context's tokens, as lm-evaluation-harness does.
 
     Megatron-LM tokenizes each by itself. In GPT-2's tokens that is the same; sentencepiece would put a token of its own
     before the target, which no model expects.

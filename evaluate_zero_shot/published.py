@@ -1,4 +1,4 @@
-"""The figures of published.json: what others report, by which protocol, in the digits they print."""
+"""Published figures of published.json: value in printed digits, protocol and source."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class Figure:
     data_name: str | None
     """The known file that the protocol and the task mean; None where it is not known here."""
     unpublished: tuple[str, ...]
-    """Labels of what the source leaves open."""
+    """Labels of the settings that the source does not state."""
     caveat: str
     """Further differences from the protocol named."""
     title: str
-    """Of the source, in a few words."""
+    """Short title of the source."""
     source: str
 
     @property

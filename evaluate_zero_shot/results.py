@@ -20,10 +20,10 @@ class Result:
     model: str
     """As the user named it."""
     model_name: str
-    """Its last part."""
+    """Last part of `model`."""
     num_parameters: int
     model_sha256: str
-    """Over the names and contents of the files the model was loaded from."""
+    """SHA-256 over the names and contents of the model's files."""
     tokenizer_sha256: str
     task: str
     task_title: str
@@ -69,11 +69,11 @@ class Result:
     segment_unit: str
     """Unit of a segment: "document", "documents" (some together) or "block"."""
     seconds: float
-    """Of scoring alone, by the command that finished it."""
+    """Seconds of scoring alone, in the command that finished it."""
     tokens_per_second: float | None
     """Scored tokens, over all ranks; None where an earlier command had scored some of them."""
     world_size: int
-    """Ranks, all of them."""
+    """Number of all ranks."""
     backend: str
     """Model implementation: "hugging-face" or "megatron"."""
     tensor_parallel_size: int

@@ -27,7 +27,7 @@ class Pairing:
 
     run: str
     title: str
-    """Of the source, in a few words."""
+    """Short title of the source."""
     source: str
     metric: str
     reasons: tuple[str, ...]
@@ -52,7 +52,7 @@ class Task:
     tables: Sequence[Table]
     pairings: Sequence[Pairing]
     others: Sequence[Figure]
-    """Published for models that were not measured."""
+    """Published figures of models that were not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A model under evaluation: loaded, named by the hash of its files, asked for what a task needs."""
+"""Load the model under evaluation, and identify it by the hash of its files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megaft.models.scoring_model import Scorer, load_scoring_model
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja")
-"""Endings of the files that decide what a model computes, and those beside them."""
+"""Suffixes of weight files and of the configuration files beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Tasks as data: which file is scored, what a document of it is, and which number stands for it."""
+"""Tasks as data: file, unit of a document, and main metric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Text = Literal["tokens", "raw"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
-    """One file, by the names it goes by."""
+    """Paths and sources of one data file."""
 
     paths: tuple[str, ...]
     """Candidate paths in a data folder; the first that exists is taken."""

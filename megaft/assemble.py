@@ -1,4 +1,4 @@
-"""Everything a run is made of, built in the order in which mistakes are cheapest to find."""
+"""Build a training run: settings, data, ranks, model, engine and checkpoint, the cheapest checks first."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class Parts:
     guard: Guard
     events: Events
     state: RunState
-    """Of the checkpoint the run continues from, or a new run's."""
+    """State of the checkpoint that the run continues from, or of a new run."""
     max_steps: int
     settings: dict[str, Any]
-    """As resolved, for RUN/config.json and the trackers."""
+    """Resolved settings, for RUN/config.json and the trackers."""
 
     def end(self, state: RunState, exit_code: int, reason: str) -> int:
         """Leave the reason in the run's folder and return the exit code."""

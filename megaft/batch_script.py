@@ -1,4 +1,4 @@
-"""The text of a batch script: found, read, filled in. Every value that goes into one is quoted."""
+"""Find, read and fill in batch scripts. Every value that goes into one is quoted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The smallest changes of a recipe that make it fit into a GPU, the least invasive first."""
+"""Search for the smallest changes of a recipe that make it fit into a GPU, the least invasive first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megaft.recipe import Footprint, Recipe
 
 MOST_SHOWN = 3
 MOST_TIMES = 64
-"""Times as many ranks as given, at most."""
+"""Largest multiple of the given ranks that is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Change:
     settings: tuple[str, ...]
     peak_bytes: int
     offloaded_bytes: int
-    """Of the host's memory, for each rank; the host has to have it for all of its GPUs."""
+    """Offloaded bytes of host memory per rank; the host needs them for each of its GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Option:
     """One value of one kind of setting."""
 
     rank: int
-    """0 is the value as given; each next one asks for more."""
+    """Order of the values: 0 is the given one; later ones change more."""
     text: str
     recipe: dict[str, Any]
     """Fields of the recipe that change."""

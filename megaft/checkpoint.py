@@ -1,4 +1,4 @@
-"""Checkpoints: published whole or not at all, read back at any ZeRO stage, world size and tensor-parallel size.
+"""Checkpoints: published atomically, and resumed at any ZeRO stage, world size and tensor-parallel size.
 
     RUN/checkpoints/step-00000020/
         rank-00000.safetensors ...  each rank's pieces, keyed kind/name@offset, fp32
@@ -60,12 +60,12 @@ def step_of(folder: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The checkpoint to continue from, and what was passed over."""
+    """The checkpoint to continue from, and the damaged ones that were skipped."""
 
     folder: Path | None
-    """None where the run is new."""
+    """None for a new run."""
     skipped: tuple[tuple[str, str], ...]
-    """Name and reason of what does not hold, and of a pointer that names something else."""
+    """Name and reason of every damaged checkpoint, and of a pointer that names a missing one."""
 
 
 def find(run_dir: Path) -> Found:
@@ -294,7 +294,7 @@ def _names(then: str | None, now: str | None) -> str:
 
 
 def remove_all(run_dir: Path) -> None:
-    """Forget every checkpoint of a run that starts over."""
+    """Remove every checkpoint of a run that starts over."""
     folder, hidden = run_dir / "checkpoints", run_dir / "checkpoints.old"
     with naming_disk_errors(folder):
         if hidden.exists():  # of one that was killed here

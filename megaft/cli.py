@@ -18,9 +18,9 @@ class Command:
 
     summary: str
     module: str
-    """Its `main` runs the command."""
+    """Module whose `main` runs the command."""
     config: str | None
-    """module:class of what `main` takes, whose fields are the flags; None where `main` parses a list itself."""
+    """module:class of the dataclass that `main` takes, its fields the flags; None if `main` parses a list itself."""
 
 
 COMMANDS = {
@@ -35,7 +35,7 @@ COMMANDS = {
 }
 
 EVALUATION = "`python -m evaluate_zero_shot` scores models"
-"""A program of its own, for which users of other libraries look among the commands."""
+"""The evaluation, which is a program of its own, listed among the commands for users who look for it there."""
 
 
 def main(arguments: list[str] | None = None) -> int:

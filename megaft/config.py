@@ -1,4 +1,4 @@
-"""The settings of training: one dataclass a room, one flag a field.
+"""Settings of training: one dataclass per group, one flag per field.
 
 The DeepSpeed JSON owns batch sizes, precision, ZeRO and clipping (see `deepspeed_json`); everything else is here.
 Nothing in this file imports torch, so `--help` answers at once.
@@ -29,7 +29,7 @@ def require(rule_holds: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The language model that is trained."""
+    """The language model to train."""
 
     path: str | None = None
     """Pretrained model: a hub name, a folder, or a GGUF file."""
@@ -204,7 +204,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When checkpoints are written, and which are kept. The best by validation always is."""
+    """Frequency and retention of checkpoints. The best by validation is always kept."""
 
     every: int = 0
     """Steps between checkpoints; 0 saves at the end only (and where validation improves)."""
@@ -241,13 +241,13 @@ class GuardConfig:
     """
 
     non_finite: Literal["stop", "skip", "rewind"] = "stop"
-    """For a loss or gradient norm that is not finite."""
+    """Action on a loss or gradient norm that is not finite."""
     spike: Policy = "ignore"
-    """For a loss or gradient norm far above the recent ones."""
+    """Action on a loss or gradient norm far above the recent ones."""
     spike_deviations: float = 8.0
     """Spike threshold: robust standard deviations (1.4826 times the median distance) above the median of the window."""
     spike_window: int = 128
-    """Steps that are compared with; a quarter of them, and 32 at least, must be there first."""
+    """Recent steps that a step is compared with; a quarter of them, and at least 32, must be recorded first."""
     max_overflows: int = 20
     """fp16 overflows in a row after which the run stops."""
     max_skips: int = 10
@@ -385,7 +385,7 @@ class TrainConfig:
 
 
 def parse_train(arguments: list[str] | None = None, is_main: bool = True) -> TrainConfig:
-    """The command line of `megaft/train.py`; exits with 2 on a bad one, whose rule the main rank says."""
+    """Parse the command line of `megaft/train.py`; on an error the main rank prints the rule and all exit with 2."""
     return tyro.cli(TrainConfig, args=own_flags(arguments), prog="megaft/train.py", console_outputs=is_main)
 
 

@@ -24,7 +24,7 @@ from megaft.ranges import at_least, require_ranges
 from megaft.unicode_text import is_unicode
 
 MIN_TEXT = 100
-"""Characters that --verify compares models on at least."""
+"""Least length in characters of the text of --verify."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class ConvertConfig:
     source: Annotated[str, tyro.conf.arg(name="from")]
     """A model folder, hub name or GGUF file, a converted folder, a run or its checkpoint, or classic Megatron-LM's."""
     to: Path
-    """The folder to be made. There must be none."""
+    """Folder to create; it must not exist."""
     format: Literal["hugging-face", "megatron"]
     """hugging-face is a folder that transformers loads; megatron has one file a tensor-parallel rank."""
     tensor_parallel_size: int = 1
@@ -46,7 +46,7 @@ class ConvertConfig:
     verify: bool = False
     """Run both models on a text, on as many CPU processes as each has ranks, and compare what every token costs."""
     text: Path | None = None
-    """The text of --verify. By default a short one of ours."""
+    """Text file of --verify. By default a short built-in text."""
 
     def __post_init__(self) -> None:
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))

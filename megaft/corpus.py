@@ -1,4 +1,4 @@
-"""Files -> documents: which files, what a document is in each, and what of it is scored."""
+"""Read documents from files: their boundaries, and the segments of each that are scored."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Layout:
     completion_key: str | None = None
     messages_key: str | None = None
     detokenize: Callable[[str], str] | None = None
-    """None leaves the text as it is."""
+    """Detokenizer; None leaves the text as it is."""
     render: Renderer | None = None
     """The tokenizer's chat template."""
 

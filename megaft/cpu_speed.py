@@ -1,4 +1,4 @@
-"""Half precision on a CPU, which without instructions for it (AVX-512 BF16, AMX) is many times slower than fp32."""
+"""Speed of half precision on a CPU: without AVX-512 BF16 or AMX it is many times slower than fp32."""
 
 from __future__ import annotations
 

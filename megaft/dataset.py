@@ -1,4 +1,4 @@
-"""Samples and their order.
+"""Training samples: cutting, blending and shuffling.
 
 Sample k of a run is a function of the seed and k alone: not of the number of steps, of ranks, or of resumes. A sample
 is input tokens and their labels, a label being the next token, or IGNORE_INDEX where it is not scored.
@@ -29,7 +29,7 @@ from megaft.receipt import load_receipt
 from megaft.scored_samples import holds_scored_token
 
 BLOCK = 64
-"""After every so many samples, each corpus of a blend has given its share of them to within one or two."""
+"""Samples after which each corpus of a blend has given its share, to within one or two."""
 
 NOWHERE = np.zeros(0, np.int64)
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read, checked, translated, filled in.
+"""Read, check, translate and complete the DeepSpeed JSON.
 
 DeepSpeed accepts unknown top-level keys silently and divides batch sizes without looking at the remainder, so whatever
 a user can get wrong is found here, before a GPU is taken. Imports neither torch nor deepspeed.
@@ -47,9 +47,9 @@ class Resolved:
     gradient_clipping: float
     """The largest norm of a step's gradient; 0 clips nothing."""
     optim: OptimConfig
-    """The settings, with those that the JSON's optimizer and scheduler blocks give."""
+    """Optimizer settings, with those of the JSON's optimizer and scheduler blocks."""
     total_num_steps: int | None
-    """The scheduler block's length of the run. It must equal the run's steps, known to the caller only."""
+    """Total steps of the scheduler block, which must equal the run's; the caller checks that."""
     notes: tuple[str, ...]
     """Settings that were translated or filled in, a sentence each, to be printed once."""
 
@@ -99,7 +99,7 @@ def resolve(
     has_cuda: bool,
     resumed_batch_size: int | None = None,
 ) -> Resolved:
-    """Check a DeepSpeed JSON and say what it means.
+    """Check a DeepSpeed JSON and resolve it for a number of ranks.
 
     Args:
         raw: As `read_deepspeed_json` gives it; it is not changed.

@@ -1,4 +1,4 @@
-"""The keys of a DeepSpeed JSON, as tables: which pass, which are refused and why, which have only one right value.
+"""Tables of DeepSpeed JSON keys: passed on, refused with the reason, or allowed with one value only.
 
 Read off DeepSpeed 0.19.8; tests/test_deepspeed_json.py holds them against its own parser.
 """

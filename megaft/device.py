@@ -1,4 +1,4 @@
-"""The device that a rank computes on, and what it computes in."""
+"""Device and dtype of a rank's computation."""
 
 from __future__ import annotations
 

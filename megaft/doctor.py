@@ -1,4 +1,4 @@
-"""`megaft doctor`: what this machine has and lacks. With --distributed, whether ranks on it compute rightly.
+"""`megaft doctor`: check this machine's installation, or with --distributed the results of its ranks.
 
 megaft doctor
 deepspeed --module megaft.doctor --distributed
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig:
-    """Say what this machine has and lacks: exit code 0, or 2 where something must be mended first.
+    """Check this machine's installation: exit code 0, or 2 where something must be mended first.
 
     With --distributed, started by deepspeed, torchrun, srun or mpirun, try communication, ZeRO stages 0 to 3 and an
     elastic resume on all ranks with a toy model: exit code 0, or 5 where numbers are wrong.

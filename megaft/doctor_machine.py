@@ -25,7 +25,7 @@ from megaft.masking import SECRET_NAME, without_secrets
 
 GIB = 2**30
 SECONDS = 120
-"""For another program, or an import, to end."""
+"""Timeout in seconds of another program or an import."""
 
 
 def run(as_json: bool) -> int:
@@ -107,7 +107,7 @@ def cpu_precision(seconds: dict[torch.dtype, float]) -> Check:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A package that is there for speed alone."""
+    """Optional package with faster kernels."""
 
     module: str
     imports: str
@@ -205,7 +205,7 @@ def _run(*command: str) -> tuple[bool, list[str]]:
 
 
 def disks() -> Iterator[Check]:
-    """Look for room where files go."""
+    """Check free space of the disks that files are written to."""
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     places = {"this folder": Path.cwd(), "temporary": Path(tempfile.gettempdir()), "models": cache}
     places["shared memory"] = Path("/dev/shm")

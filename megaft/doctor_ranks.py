@@ -34,7 +34,7 @@ from megaft.saver import Saver
 TOLERANCE = 1e-5
 """Nats per token: fp32 sums in another order differ by some 1e-6."""
 TIMEOUT = timedelta(seconds=60)
-"""Ranks do little between two meetings here: who is later than this is lost."""
+"""Timeout of collectives: ranks do little between two of them here."""
 SECONDS_FOR_FILES = 30
 """Network file systems show a new file to the other hosts after a while."""
 
@@ -200,7 +200,7 @@ SAVED_AT = 2
 RESUMED = ((3, 1), (1, 2), (0, 4))
 UNTOLD: dict[str, Any] = {field.name: None for field in fields(Identity)}
 IDENTITY = replace(Identity(**UNTOLD), optim=asdict(doctor_toy.OPTIM))
-"""Of the one run there is here: the rest needs no telling apart."""
+"""Identity of the toy run, the only one here."""
 
 
 def same_after_resume(ranks: Ranks) -> list[Check]:

@@ -24,7 +24,7 @@ class Check:
 
     name: str
     status: Literal["pass", "warn", "fail", "none"]
-    """none: it is not there, and nothing is wrong with that."""
+    """Outcome; "none" means absent and not needed."""
     found: str
     fix: str = ""
     is_numeric: bool = False

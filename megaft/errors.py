@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A setting, or two settings that do not go together."""
+    """A setting out of range, or settings that contradict each other."""
 
 
 class DataError(UserError):

@@ -1,4 +1,4 @@
-"""`megaft estimate`: what a run takes of each GPU's memory and how long it lasts, before there is a GPU or a run.
+"""`megaft estimate`: memory of each GPU, speed and duration of a run, computed without a GPU.
 
 Closed formulas, nothing is built: an answer takes a second for any size. docs/estimates.md shows how near they come.
 """
@@ -22,12 +22,12 @@ from megaft.validate import bytes_per_parameter
 GIB = 2**30
 SECONDS_PER_DAY = 86_400
 RECOMPUTED = 3 / 4
-"""Of a step's work, what remains model FLOPs where each layer is computed forward twice."""
+"""Share of a step's work that counts as model FLOPs with activation checkpointing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EstimateConfig:
-    """Say what a run would take: memory of each rank, whether it fits and what would make it, speed, days, disk.
+    """Estimate a run: memory of each rank, changes that would make it fit, speed, days and disk.
 
     Exit code 0, also where it does not fit.
     """
@@ -39,7 +39,7 @@ class EstimateConfig:
     world_size: int = 1
     """Ranks, one a GPU."""
     tensor_parallel_size: int = 1
-    """Of them, those that share each matrix (backend megatron)."""
+    """Ranks that share each matrix (backend megatron)."""
     context_length: int = 1024
     """Input tokens per sample."""
     hardware: str = "h100"

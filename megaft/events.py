@@ -1,4 +1,4 @@
-"""RUN/events.jsonl: the audit trail of a run, what happened and what was decided; and RUN/ended.json, why it ended."""
+"""Audit trail of a run in RUN/events.jsonl, and the reason for its end in RUN/ended.json."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megaft.exit_code import REQUEUE
 from megaft.files import json_lines, naming_disk_errors, to_json, write_json_atomic
 
 STARTS_WITHOUT_PROGRESS = 3
-"""As many starts of a requeued job at one step are enough."""
+"""Starts of a requeued job at the same step after which it is not requeued."""
 CLAIM = "ended.json.claim"
-"""Made by the rank that writes ended.json in place of the main one."""
+"""File that a rank creates to write ended.json in place of the main rank."""
 
 
 class Events:

@@ -32,7 +32,7 @@ MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
 fp32, so they differ by the order of sums alone. A wrong weight, merge or layout differs a thousand times as much."""
 
 SMALLEST_MEAN = 0.1
-"""Nats per token that a smaller mean counts as: the difference of fp32 logits is not exact to 1e-5 of less."""
+"""Floor of the mean in the relative tolerance: fp32 logits are not exact to 1e-5 of less."""
 
 ROWS_FROM_DISK = 8
 """Rows that models larger than the host's memory are compared on, at most: each reads all weights of both."""

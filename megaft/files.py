@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, never half of each."""
+"""Atomic file writes: a reader sees the old file or the new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oldest versions that are safe to hand a foreign file to, and the hole that each closes.
+"""Minimum safe versions of packages that parse untrusted files, and the vulnerability that each fixes.
 
 What megaft needs in order to work at all is in pyproject.toml, whose bounds are never below these.
 """

@@ -20,7 +20,7 @@ _CODE_KEYS = ("auto_map", "trust_remote_code")
 _KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation")
 _LAYERS_KEY = re.compile(r"(.*_)?(?<!per_)layers?")
 MOST_LAYERS = 10_000
-"""transformers builds thousands in seconds, and a million, as a damaged number may be, in hours."""
+"""Most layers of a model: transformers builds thousands in seconds, but a damaged number of a million in hours."""
 
 
 def require_inert(setting: str, source: str | Path) -> None:

@@ -19,7 +19,7 @@ MAD_TO_DEVIATION = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation (Rousseeuw & Croux 1993, eq. 1.3)."""
 
 SMALLEST_DEVIATION = 0.01
-"""Of the median: what hardly varies must not turn a small change into a spike."""
+"""Least deviation as a share of the median, so that a small change of a steady value is no spike."""
 
 
 def fewest_values(window: int) -> int:
@@ -34,7 +34,7 @@ def fewest_values(window: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """A step gone wrong, and what is decided about it."""
+    """A bad step and the decision about it."""
 
     event: str
     step: int

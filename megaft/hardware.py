@@ -1,4 +1,4 @@
-"""GPUs: what they compute and hold, and what share of that others have published."""
+"""GPUs: peak FLOP/s, memory, and published model FLOPs utilizations."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Gpu:
     """A kind of GPU, as `--hardware` names it."""
 
     name: str
-    """As the driver says it; a key of PEAK_FLOPS matches it."""
+    """Name in the driver; a key of PEAK_FLOPS matches it."""
     memory_bytes: int
-    """As nvidia-smi shows it."""
+    """Memory as nvidia-smi shows it."""
     has_bf16: bool = True
     """True if its tensor cores compute in bf16: compute capability 8.0 (A100) and above."""
 
@@ -52,12 +52,12 @@ GPUS = {
 }
 
 RESERVED_BYTES = 2048 * MIB
-"""Of each GPU for what torch's allocator does not count: the CUDA context, cuBLAS workspaces, NCCL, fragments."""
+"""Bytes of each GPU outside torch's allocator: CUDA context, cuBLAS workspaces, NCCL, fragments."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A published share of the peak, model FLOPs alone counted."""
+    """A published model FLOPs utilization."""
 
     gpu: str
     lowest: float
@@ -72,7 +72,7 @@ PUBLISHED = (
     Share("H100", 0.33, 0.39, "torchtitan: Llama3-8B by FSDP, 8 GPUs, without and with torch.compile"),
     Share("V100", 0.24, 0.31, "Shoeybi et al. 2019: 15.1 PFLOP/s on 512 GPUs; 39 TFLOP/s on one"),
 )
-"""Of GPUs that are not listed, the H100's shares stand in."""
+"""Published utilizations by GPU; the H100's stand in for GPUs that are not listed."""
 
 
 def data_sheet_flops(name: str) -> float | None:

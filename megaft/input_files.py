@@ -1,4 +1,4 @@
-"""The files that inputs name: files, folders with the folders linked in them, and globs."""
+"""Expand inputs to files: files, folders with the folders linked in them, and globs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples that a run leaves out, as rising ranges [begin, end) of its whole sequence of samples.
+"""Samples that a run leaves out, as ascending ranges [begin, end) of its whole sequence of samples.
 
 The run sees the sequence without them; its order stays a function of the seed, the position and these ranges.
 """

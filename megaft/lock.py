@@ -17,7 +17,7 @@ from megaft.files import naming_disk_errors
 
 @contextmanager
 def locked(folder: Path, is_main: bool = True, file: Path | None = None) -> Iterator[None]:
-    """Keep every other process, on any machine that sees the folder, out of such a block with the same one.
+    """Hold the lock of a folder in the block, against every process on any machine that sees the folder.
 
     The kernel lets go when the process dies, however it dies. Where a file system has no locks it says so and goes on.
 

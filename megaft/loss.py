@@ -50,7 +50,7 @@ def chunks(num_tokens: int, vocab_size: int, device: torch.device) -> list[slice
 
 
 class Vocabulary(NamedTuple):
-    """The words whose logits this rank computes."""
+    """Vocabulary entries whose logits this rank computes."""
 
     begin: int
     end: int

@@ -10,7 +10,7 @@ from megaft.nested import mapped
 
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
 LEAST_LENGTH = 8
-"""Characters of a value that may be one: a shorter one would be found in words that are none."""
+"""Least length of a secret: a shorter one would be found in ordinary words."""
 
 
 def without_secrets(text: str) -> str:

@@ -20,7 +20,7 @@ from megaft.validate import bytes_per_parameter
 
 FLOAT = 4
 LOGITS_BYTES = 128 * 2**20
-"""fp32 logits of a chunk on CUDA: megaft.loss.CHUNK_BYTES."""
+"""Bytes of a chunk of fp32 logits on CUDA, as megaft.loss.CHUNK_BYTES."""
 BUCKET = 500_000_000
 """Elements of DeepSpeed's reduce bucket by default, and of the buffer that stage 0 reduces in."""
 STAGE_3 = {  # DeepSpeed's defaults, in elements
@@ -41,9 +41,9 @@ class Work:
     tensor_parallel_size: int = 1
     is_megatron: bool = False
     is_recomputed: bool = False
-    """Each layer keeps its input only."""
+    """True if each layer keeps only its input."""
     word_bytes: int = 2
-    """Of a weight and an activation."""
+    """Bytes of a weight and of an activation."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,25 +64,25 @@ class States:
     master_weights: int
     """fp32 copies that the optimizer steps."""
     optimizer: int
-    """Moments."""
+    """Moments of the optimizer."""
     gradients: int
-    """At their fullest, at the end of a step's last backward pass."""
+    """Gradients at the end of a step's last backward pass, when they are largest."""
     gradients_before: int
-    """Of those, what is there when that pass begins."""
+    """Gradients that are allocated when that pass begins."""
     gradients_reduced: int
-    """Of those, what is left of them when the optimizer steps."""
+    """Gradients that are left when the optimizer steps."""
     buckets: int = 0
     """Buckets in which gradients are reduced."""
     buckets_before: int = 0
     """The part of those that is allocated when the last backward pass begins."""
     gathered: int = 0
-    """Stage 3: whole parameters at once, at most."""
+    """Largest size of gathered parameters at stage 3."""
     reducing: int = 0
-    """Held besides while gradients are reduced after the last backward pass."""
+    """Temporaries of the reduction of gradients after the last backward pass."""
     stepping: int = 0
-    """Held besides while the optimizer steps, or takes the gradient's norm."""
+    """Temporaries of the optimizer step and the gradient norm."""
     host: int = 0
-    """Offloaded to the host's memory."""
+    """Bytes offloaded to host memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,17 +90,17 @@ class Activations:
     """Bytes that the forward pass saves for the backward pass, and temporary ones of both."""
 
     saved: int
-    """By all layers and around them."""
+    """Saved activations of the whole model."""
     first: int
-    """By the first layer alone, whose backward pass is the last."""
+    """Saved activations of the first layer, whose backward pass is the last."""
     layer: int
-    """The most that the backward pass of one layer holds besides, with a recomputed layer's own."""
+    """Largest temporaries of one layer's backward pass, with those of its recomputation."""
     head: int
     """The gradient of the output layer's weight, the first of all."""
     loss: int
-    """The most that the output layer and its loss hold besides."""
+    """Largest temporaries of the output layer and its loss."""
     embedding: int
-    """The most that the backward pass of the embedding holds besides."""
+    """Largest temporaries of the embedding's backward pass."""
 
 
 def activations(work: Work) -> Activations:

@@ -107,7 +107,7 @@ def _copy_to_host(value: Tensor) -> Tensor:
 
 
 class Metrics:
-    """The loop's one place to report to. Every rank makes one, with the same arguments but `is_main`."""
+    """Metrics of the training loop. Every rank makes one, with the same arguments but `is_main`."""
 
     def __init__(
         self,

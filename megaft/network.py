@@ -22,7 +22,7 @@ from megaft.errors import ConfigError
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 KEY = "megaft/network"
 TRIAL_SECONDS = 10.0
-"""An address that answers no connection for so long is out of reach."""
+"""Timeout in seconds of a trial connection."""
 
 
 class Place(NamedTuple):

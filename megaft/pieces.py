@@ -1,4 +1,4 @@
-"""The pieces of a checkpoint, whichever rank wrote them, read by parameter."""
+"""Read parameters from the pieces of a checkpoint that all ranks wrote."""
 
 from __future__ import annotations
 

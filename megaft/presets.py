@@ -1,4 +1,4 @@
-"""Models by name: the configurations that transformers would load, as their makers published them."""
+"""Published model configurations by name, as transformers would load them."""
 
 from __future__ import annotations
 

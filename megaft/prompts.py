@@ -27,7 +27,7 @@ class Prompt:
     """Text printed before the continuation."""
     ids: list[int]
     num_opening: int
-    """Tokens in front that are no text: the beginning-of-sequence token."""
+    """Number of special tokens in front, such as the beginning-of-sequence token."""
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from megaft.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Numbers a setting may be; never one that is not finite."""
+    """Range of a numeric setting; never a value that is not finite."""
 
     text: str
     holds: Callable[[float], bool]

@@ -1,4 +1,4 @@
-"""A training run by its sizes and settings alone, and the memory that one rank of it takes."""
+"""Sizes and settings of a training run, and the memory of one of its ranks."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ class Footprint:
 
     @property
     def peak_moment(self) -> str:
-        """When the most is held."""
+        """Moment of the peak."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is held."""
+        """Peak memory in bytes."""
         return sum(self.moments[self.peak_moment].values())

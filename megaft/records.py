@@ -13,14 +13,14 @@ from megaft.unicode_text import is_unicode
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of text that is scored, or not: a prompt is not."""
+    """A stretch of text that is scored, as a completion is, or not, as a prompt."""
 
     text: str
     is_scored: bool = True
 
 
 class Record:
-    """A JSON object that complains with its file and line."""
+    """A JSON object whose errors name its file and line."""
 
     def __init__(self, where: str, line: str) -> None:
         self.where = where

@@ -14,11 +14,11 @@ class RunState:
     step: int = 0
     """Optimizer steps tried."""
     skipped_steps: int = 0
-    """Those dropped for fp16 overflow."""
+    """Steps dropped for fp16 overflow."""
     tokens_seen: int = 0
     """Scored tokens trained on, over all ranks."""
     position: int = 0
-    """Samples taken from the run's sequence, which is without those left out."""
+    """Samples taken from the run's sequence, without those left out."""
     left_out: tuple[tuple[int, int], ...] = ()
     """Samples the guard left out, as rising ranges [begin, end) of the whole sequence."""
     best_step: int | None = None

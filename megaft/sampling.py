@@ -1,4 +1,4 @@
-"""The choice of the next token, and the loop that continues a list of tokens.
+"""Sampling of the next token, and the generation loop.
 
 Written out rather than left to transformers' `generate`, so that a seed gives the same text on any device and in any
 company. The filters apply in transformers' order: repetition penalty, temperature, top-k, top-p.
@@ -93,12 +93,12 @@ def keep_top_p(logits: Float32[Tensor, " vocab"], p: float) -> Float32[Tensor, "
 
 @runtime_checkable
 class Reader(Protocol):
-    """A language model in evaluation that reads a text bit by bit."""
+    """A language model in evaluation that reads a text incrementally."""
 
     max_positions: int | None
-    """Its longest input; None where it has no limit."""
+    """Longest input; None if there is no limit."""
     vocab_size: int
-    """Tokens that it embeds."""
+    """Number of tokens that the model embeds."""
 
     def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
         """Read more of a text, and return the logits after its last token.

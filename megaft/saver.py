@@ -1,4 +1,4 @@
-"""Publishing checkpoints: written beside, hashed, synced, and renamed into place in one step.
+"""Publish checkpoints: written to a temporary folder, hashed, synced, and renamed into place.
 
 No moment is without a valid checkpoint once there was one: the old ones go after the new one is in place, and what a
 killed save leaves behind has a name that is never read.
@@ -34,9 +34,9 @@ from megaft.run_state import Identity, RunState
 from megaft.shard import write_shard
 
 SPARE_BYTES = 1 << 20
-"""For the manifest, the shards' headers and other files of the run."""
+"""Free space left for the manifest, headers and other files of the run."""
 PARTS, PART_BYTES = 4, 1 << 28
-"""A rank writes so many files at once, each by a thread that hashes it as well, where they get so long or longer."""
+"""Files that a rank writes at once, each hashed by its own thread, and the least length of one."""
 PINNED_FACTOR = 2
 """torch rounds page-locked memory up to a power of two."""
 
@@ -56,9 +56,9 @@ class Pending:
     temporary: Path
     best_step: int | None
     manifest: dict[str, Any]
-    """All but its files."""
+    """Manifest of the checkpoint without its files."""
     writers: list[Future[tuple[int, bytes]]]
-    """Bytes and SHA-256 of each of this rank's files."""
+    """Futures of the bytes and SHA-256 of each of this rank's files."""
 
 
 class Saver:
@@ -73,7 +73,7 @@ class Saver:
         self.blocking_seconds = 0.0
         """Seconds for which the last save blocked training."""
         self.written_bytes = 0
-        """Of the last save's tensors, over all ranks."""
+        """Bytes of the last save's tensors over all ranks."""
 
     @property
     def is_pending(self) -> bool:

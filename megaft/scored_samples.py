@@ -1,4 +1,4 @@
-"""Selection of samples that hold a scored token: one without any teaches nothing, and has no mean to be averaged."""
+"""Select the samples that hold a scored token; the others train nothing and have no mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sliding windows, and the nats of every token of a text: the one evaluator, used in training too.
+"""Score a text by sliding windows: nats of every token. Training validates with it too.
 
 Windows never cross documents. Batches are formed over the whole text and dealt to the data ranks in turn; the nats of
 each token go to its own place in one array, and the sum runs over that array: the same score on any number of ranks.
@@ -131,7 +131,7 @@ class Score:
         return self.nats / (math.log(2) * self.num_bytes) if self.num_bytes else None
 
     def as_dict(self) -> dict[str, float]:
-        """The row for metrics: every quantity that is known."""
+        """Return the row for metrics: every quantity that is known."""
         names = ("nats", "num_scored_tokens", "nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -232,7 +232,7 @@ def batches_of(rows: Sequence[Row], tokens_per_batch: int, longest_alike: int | 
 
 @runtime_checkable
 class Keeper(Protocol):
-    """Keeps what batches have cost, so that an interrupted evaluation continues."""
+    """Store of finished batches' nats, with which an interrupted evaluation continues."""
 
     finished: dict[int, np.ndarray]
     """By a batch's number, Float32 "quantity targets": what an earlier evaluation kept; the main rank's counts."""

@@ -1,4 +1,4 @@
-"""Folders with a sentencepiece `tokenizer.model`: what the files beside it add, and saving so that ids stay."""
+"""Tokenizer folders with a sentencepiece `tokenizer.model`: special tokens of the files beside it, and saving."""
 
 from __future__ import annotations
 

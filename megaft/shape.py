@@ -1,4 +1,4 @@
-"""The sizes of a language model, from which its parameters, memory and work follow. Imports no torch."""
+"""Shapes of a language model, from which parameters, memory and FLOPs follow. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Shape:
     width: int
     num_heads: int
     num_groups: int
-    """Of keys and values, each for num_heads / num_groups queries."""
+    """Key and value heads, each shared by num_heads / num_groups query heads."""
     head_width: int
     inner_width: int
     vocab_size: int
     num_positions: int
-    """The longest context."""
+    """Positions of the model, its longest context."""
     is_tied: bool
     """True if the output layer is tied to the embedding."""
     has_qkv_bias: bool
@@ -39,7 +39,7 @@ class Shape:
     """True if the other matrices of a layer have biases."""
     activation: str
     dropout: float
-    """Of the residual stream. That of attention is drawn again in the backward pass by fused kernels."""
+    """Dropout of the residual stream. Fused kernels draw attention's again in the backward pass."""
 
     @classmethod
     def of(cls, config: dict[str, Any], dropout: float | None = None, source: str = "config.json") -> Shape:

@@ -1,4 +1,4 @@
-"""The numbers of a model's config.json, each checked as it is read. Imports no torch."""
+"""Read and check the numbers of a model's config.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megaft.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A configuration, and where it is from."""
+    """A configuration and its source."""
 
     config: dict[str, Any]
     source: str

@@ -23,7 +23,7 @@ _is_training = False
 
 
 def listen() -> None:
-    """Note signals from here on instead of dying of them; any number of them is noted as the first one.
+    """Record signals from here on instead of ending by them; repeated ones count once.
 
     Those that the parent has switched off stay so, as `nohup` does. A second Ctrl-C ends the process at once.
     """
@@ -51,7 +51,7 @@ class Request:
 
 
 class Stops:
-    """This rank's view of what may end the run."""
+    """Stop requests as seen by this rank."""
 
     def __init__(self, run_dir: Path, max_minutes: float | None, is_main: bool) -> None:
         global _is_training

@@ -92,9 +92,9 @@ class Meter:
     device: torch.device
     num_devices: int
     flops_per_token: float | None
-    """None where the architecture does not tell its layers: MFU is then unknown."""
+    """None if the architecture's layers are unknown, and MFU with them."""
     peak_flops: float
-    """Of one device."""
+    """Peak FLOP/s of one device."""
     peak_source: str
     """Source of the peak."""
 

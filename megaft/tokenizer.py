@@ -1,4 +1,4 @@
-"""Tokenizers: text <-> ids, without special tokens unless the text spells them, and a hash of what they do."""
+"""Tokenizers: text to ids and back, special tokens only where the text spells them; and a hash of what decides ids."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 """Character offsets of a token, its begin and end in the text; equal for a token that stands for no character."""
 OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
-"""Files of tokenizers that transformers knows, but that are not read here."""
+"""Tokenizer files of transformers that are not supported here."""
 LARGEST_ID = 10_000_000
 """Largest token id that is read: tokenizers allocates a vocabulary up to the largest id."""
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")

@@ -30,7 +30,7 @@ PROBES = (
     "aaaaaaaaaa ========== ---------- !!!???...",
     "",
 )
-"""Texts in which tokenizers that pass for the same have been seen to differ."""
+"""Texts that tokenizers which seem equal have encoded differently."""
 
 
 def require_same_ids(tokenizer: AnyTokenizer, folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard behind one face. A tracker that fails is switched off; training goes on."""
+"""Weights & Biases and TensorBoard behind one interface. A tracker that fails is switched off; training goes on."""
 
 from __future__ import annotations
 

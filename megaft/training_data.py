@@ -1,4 +1,4 @@
-"""From what --data.train and --data.valid name to samples; a text file is prepared once, before training."""
+"""Load the samples of --data.train and --data.valid; a text file is prepared once, before training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYOUT = 3
 version's data while the main rank prepares them again."""
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_OF_DOUBT = 60
-"""Ranks start this close together: a failure found before and still there after is of this run."""
+"""Most seconds between the starts of ranks: an older failure that is still there later is of this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """All that a run reads."""
+    """Training and validation data of a run."""
 
     train: tuple[Source, ...]
     valid: Source | None

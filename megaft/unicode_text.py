@@ -1,4 +1,4 @@
-"""Texts that cannot be written as UTF-8: they have half of a surrogate pair, as JSON escapes and odd file names may."""
+"""Texts that UTF-8 cannot encode: lone surrogates, as from JSON escapes and odd file names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megaft validate`: everything training checks before its first step, with no GPU and as one of so many ranks.
+"""`megaft validate`: run every check of training's start without a GPU, as for a given number of ranks.
 
 It takes training's own way: the data is prepared, the model loaded, the DeepSpeed engine built as rank 0 of N on a CPU,
 and the newest checkpoint loaded into it. The other ranks do not exist: torch's fake process group answers for them.
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidateConfig(TrainConfig):
-    """Check a training run before it takes a GPU, and say what it would be. Takes the flags of training.
+    """Check a training run before it takes a GPU, and print its plan. Takes the flags of training.
 
     Nothing is written into the run's folder. The exit code is the one training would end with.
     """
 
     world_size: int = 1
-    """Ranks the run will have."""
+    """Ranks of the run."""
     json: bool = False
     """Print one line of JSON instead of a table."""
 

@@ -34,7 +34,7 @@ MAX_CONTEXT = 512
 """Input tokens per forward pass at most."""
 
 PATIENT = "read_timeout=600,heartbeat_timeout=600,keep_alive_max_attempt=120"
-"""Settings of torchrun's rendezvous: on a busy machine it misses its own heartbeats, of which 15 s end a launch."""
+"""Rendezvous settings for torchrun, whose default heartbeat timeout of 15 s ends launches on a busy machine."""
 
 TEXT = """The harbour master kept two notebooks. In the first she wrote what the rules asked for: the name of a ship,
 its flag, its draught in metres, the hour at which the pilot went aboard and the hour at which he came back. The second
@@ -63,17 +63,17 @@ class Difference(NamedTuple):
     mean: float
     """Nats per token of the first."""
     largest: float
-    """Of a token's nats."""
+    """Largest difference of one token's nats."""
     relative: float
-    """Of the mean, to the mean."""
+    """Difference of the means, relative to the first."""
 
 
 class Side(NamedTuple):
-    """A model to be run."""
+    """One of the two models that are compared."""
 
     source: str
     model_config: str | None = None
-    """Of a checkpoint that does not say what model it is of."""
+    """Configuration for a checkpoint that does not name its model."""
 
     @property
     def num_ranks(self) -> int:

@@ -1,4 +1,4 @@
-"""A causal language model of transformers: its type, its vocabulary and its positions."""
+"""Causal language models of transformers: type, vocabulary size and context limit."""
 
 from __future__ import annotations
 

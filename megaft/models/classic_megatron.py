@@ -34,7 +34,7 @@ KNOWN = re.compile(
     r"|megatron\.(legacy\.|core\.)?(model\.)?enums\.\w+|megatron\.core\.transformer\.enums\.\w+"
     r"|numpy(\.(_?core\.multiarray\.(_reconstruct|scalar)|ndarray|dtype))"
 )
-"""Names in the checkpoints' settings, loss scalers and random states, none of which is asked for here."""
+"""Classes in the checkpoints' pickles (settings, loss scalers, random states) that are not needed here."""
 
 NAMES = (
     (r"^(transformer|encoder)\.", "decoder."),
@@ -56,7 +56,7 @@ USUAL = {
 
 
 class Record:
-    """Stands for an object of any class: what it was made of, without its code."""
+    """Stand-in for an unpickled object of any class: its state, without its code."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -78,9 +78,9 @@ class ClassicCheckpoint:
     folder: Path
     ranks: list[dict[str, Tensor]]
     version: float
-    """Decides in which order the rows of queries, keys and values lie."""
+    """Checkpoint version, which decides the order of the rows of queries, keys and values."""
     settings: dict[str, Any] | None
-    """Megatron-LM's command line, where the checkpoint has it."""
+    """Megatron-LM's arguments, if the checkpoint has them."""
 
     @staticmethod
     def open(folder: Path) -> ClassicCheckpoint:

@@ -1,4 +1,4 @@
-"""A model's weights written tensor by tensor: as transformers' folder, or as one file a tensor-parallel rank.
+"""Write a model's weights tensor by tensor: as a transformers folder, or as one file a tensor-parallel rank.
 
 All of a folder's files are open, their headers first, which the shapes alone decide; then each parameter is read,
 rounded, cut and written before the next. Memory is bounded by the largest parameter.
@@ -23,7 +23,7 @@ from megaft.models.weights import FORMAT, MANIFEST, Weights, file_of, local_shap
 from megaft.tokenizer import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000
-"""A file of transformers' folder has no more, unless it is of one larger tensor."""
+"""Largest file of a transformers folder, unless a single tensor is larger."""
 
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

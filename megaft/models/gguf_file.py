@@ -1,4 +1,4 @@
-"""GGUF files: their settings and tensors are read and checked before transformers takes what it knows of them.
+"""Read and check a GGUF file's header, and compare its tensors with the model that transformers made.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -31,9 +31,9 @@ class GgufHeader:
 
     architecture: str
     settings: dict[str, Any]
-    """All but arrays, which only tokenizers need."""
+    """Metadata; the value of an array is None."""
     tensors: dict[str, int]
-    """The number of elements of each."""
+    """Number of elements of each tensor."""
 
     @property
     def size(self) -> Size:

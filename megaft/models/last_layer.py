@@ -1,4 +1,4 @@
-"""Language models below their output layer, at scored positions: of the others the last layer needs keys and values.
+"""Hidden states at scored positions: at the others the last layer computes keys and values only.
 
 A window of stride 32 scores 32 of its 1024 positions. Every layer but the last needs all of them, as keys and values
 of the next; the last layer's queries, its output projection, its MLP and the final norm serve the scored ones alone.
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from megaft.models.packed import PackedLinear
 
 LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-"""Their decoder layers differ in biases and in norms of queries and keys only."""
+"""Families like Llama but for biases and norms of queries and keys."""
 
 
 class AnyTrunk(nn.Module):

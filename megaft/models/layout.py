@@ -19,7 +19,7 @@ from megaft.config import require
 from megaft.shape import MAX_RANKS as MAX_RANKS  # of this arithmetic too
 
 FAMILIES = ("gpt2", *shape.LLAMAS)
-"""transformers' model types that have a layout."""
+"""Model types of transformers that have a layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,15 @@ class Rule:
     """
 
     sources: tuple[str, ...]
-    """Their names in transformers."""
+    """Names of the parameters in transformers."""
     axis: Literal[0, 1] | None = None
     """Sharded axis of the matrix as (out, in); None if it is replicated."""
     groups: int = 0
     """Query groups of the whole model, where queries, keys and values lie together."""
     is_transposed: bool = False
-    """GPT-2 keeps matrices as (in, out)."""
+    """True if transformers stores the matrix as (in, out), as GPT-2 does."""
     rows: int = 0
-    """Words, where rows of zeros fill the vocabulary up to a multiple of the ranks."""
+    """Vocabulary entries, if rows of zeros pad them to a multiple of the ranks."""
 
 
 def local(rule: Rule, sources: Sequence[Tensor], size: int, rank: int) -> Tensor:

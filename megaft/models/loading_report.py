@@ -1,4 +1,4 @@
-"""transformers' report of a loading: as an error of one line, not as a table beside ours that says to ignore it."""
+"""Raise the errors of transformers' loading report in one line, in place of its table."""
 
 from __future__ import annotations
 

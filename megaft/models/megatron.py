@@ -1,4 +1,4 @@
-"""megatron-core's GPT of a transformers model, its matrices cut over tensor-parallel ranks, as a module of nats.
+"""megatron-core's GPT of a transformers model, sharded over tensor-parallel ranks, as a module that returns nats.
 
 It runs on CUDA and on CPUs. Three things are our own, since megatron-core's need CUDA or Transformer Engine: attention
 itself (torch's fused one), the random numbers of its dropout, and recomputing a layer. By them weights that all ranks
@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 class MegatronModel(nn.Module):
-    """This rank's part of megatron-core's GPTModel, which gives last hidden states."""
+    """This rank's shard of megatron-core's GPTModel, which returns last hidden states."""
 
     def __init__(self, config: Any, *, recompute: bool = False) -> None:
         """Make the modules, whose weights have no values yet.

@@ -1,4 +1,4 @@
-"""A megatron-core model that continues texts, its matrices cut over tensor-parallel ranks."""
+"""Generation with a megatron-core model that is sharded over tensor-parallel ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights of a new model: each a function of the seed and of its name, so that any rank makes any part of them."""
+"""Initial weights of a new model, each a function of the seed and its name, so that any rank can make any part."""
 
 from __future__ import annotations
 

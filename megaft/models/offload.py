@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megaft.models import hugging_face
 
 FILE_SIZE = "2GB"
-"""Of the files that an offloaded model is written to, at most."""
+"""Largest file that an offloaded model is written to."""
 
 Fetch = Callable[[str], Tensor]
 """Returns a parameter by transformers' name; of tied ones by the first of their names."""

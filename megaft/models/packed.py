@@ -1,4 +1,4 @@
-"""Matrices of a model that only infers, in oneDNN's own layout.
+"""Linear layers for inference on CPUs, with weights packed in oneDNN's layout.
 
 torch multiplies float32 matrices on CPUs with MKL, which on AMD's has no AVX-512 kernels; oneDNN's on matrices packed
 once are up to twice as fast there, in the same precision. What TorchInductor does with frozen weights.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 ROWS = 2048
-"""The layout is chosen for about so many rows. Always the same, so that every rank computes the same bits."""
+"""Rows that the layout is optimized for; constant, so that every rank computes the same bits."""
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Padding tokens inside a text, which every model reads as it reads other tokens."""
+"""Attention to padding tokens inside a text, as to other tokens, in families that would mask them."""
 
 from __future__ import annotations
 

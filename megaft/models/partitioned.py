@@ -1,4 +1,4 @@
-"""ZeRO-3 from the first weight on: models that are built and loaded in parts, of which each rank holds its own.
+"""Build and load models partitioned by ZeRO-3 from the start.
 
 A rank never has more than its part of the model and the weights of about a layer, which are gathered to be filled.
 """

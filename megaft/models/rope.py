@@ -1,4 +1,4 @@
-"""Rotary positions that look at the length of the input: LongRoPE and dynamic NTK scaling."""
+"""Rotary embeddings that depend on the length of the input: LongRoPE and dynamic NTK scaling."""
 
 from __future__ import annotations
 

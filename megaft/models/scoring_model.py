@@ -173,7 +173,7 @@ def _taken_apart(
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A loaded ScoringModel, called as that is, and what must be known of it to batch a text for it."""
+    """A loaded ScoringModel with the limits that batching needs; called as the model is."""
 
     model: Callable[[Tensor, Tensor], Tensor]
     head: ScoringHead

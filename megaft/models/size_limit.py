@@ -25,7 +25,7 @@ NUMBERS_FACTOR = 4
 """Elements of a model per stored element: an embedding that is tied to another is built twice."""
 FP32_BYTES = 4
 SMALL_BYTES = 2**30
-"""Bytes of buffers up to which nobody asks how much memory is free."""
+"""Bytes of buffers below which free memory is not checked."""
 
 
 class Size(NamedTuple):

@@ -1,4 +1,4 @@
-"""Loaded weights stay as stored, and frozen ones frozen; transformers keeps neither in every family."""
+"""Keep loaded weights as stored and frozen parameters frozen, where a family of transformers does not."""
 
 from __future__ import annotations
 

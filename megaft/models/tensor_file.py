@@ -1,4 +1,4 @@
-"""Safetensors files read and written one tensor at a time: no map, whose touched pages would stay resident.
+"""Read and write safetensors files one tensor at a time, unmapped: touched pages of a map would stay resident.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -20,7 +20,7 @@ from megaft.errors import DataError
 from megaft.files import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Those that weights may have, by the format's names."""
+"""Dtypes of weights by the format's names."""
 
 
 class Span(NamedTuple):

@@ -1,4 +1,4 @@
-"""The causal language model that transformers makes of a folder, which may be a part of a larger model."""
+"""Causal language models that are a part of a larger model, as of text and images."""
 
 from __future__ import annotations
 

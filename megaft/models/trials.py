@@ -1,4 +1,4 @@
-"""Trials of a model before it is trusted: that it is causal, and that rows, documents and caches do not matter.
+"""Trials of a model before use: causality, and independence of batch rows, packed documents and caches.
 
 A model whose states look at later tokens trains to a loss near zero and scores as well, without an error anywhere. Each
 trial is a few forward passes over random tokens. They run on a stand-in, a small random model of the same
@@ -159,7 +159,7 @@ def keeps_cache(model: CausalLM, make_reader: Callable[[CausalLM], Any], tried: 
 
 
 LOUDER = 1000
-"""Caps on logits show where logits are large, and those of a small new model are not."""
+"""Factor of hidden states in the trial: caps on logits show only where logits are large."""
 
 
 @torch.no_grad()

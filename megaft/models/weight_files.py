@@ -15,7 +15,7 @@ from megaft.files import LONGEST_NAME, parse_json
 from megaft.models.size_limit import Size
 
 INDEX = "model.safetensors.index.json"
-"""Names the file of every weight, where they are several."""
+"""Index of the weight files of a sharded model."""
 
 BIN_TENSOR_BYTES = 64
 """Bytes that a .bin file needs at least for every tensor: its description, and the header of its values."""
@@ -26,7 +26,7 @@ BUFFERS = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 """Names of tensors that older versions of transformers stored beside weights, and newer ones compute."""
 
 QUANTIZED = re.compile(r"[IU]8$|F(4|6_|8_)")
-"""Safetensors' names of the dtypes of quantized weights."""
+"""Dtypes of quantized weights, by safetensors' names."""
 
 
 def require_weights(folder: Path) -> Size:

@@ -39,7 +39,7 @@ from megaft.models.weight_files import (
 
 MANIFEST = "megatron.json"
 FORMAT = 1
-"""Of a megatron folder; the number in its manifest."""
+"""Format version in the manifest of a megatron folder."""
 
 CONFIG_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
@@ -55,9 +55,9 @@ class Weights:
     config: Any
     """transformers' configuration."""
     dtype: torch.dtype
-    """One that holds every stored value exactly."""
+    """Dtype that holds every stored value exactly."""
     shapes: dict[str, torch.Size]
-    """Of all parameters; one that is tied to another is not among them."""
+    """Shapes of all parameters, without those tied to another."""
     fetch: Callable[[str], Tensor]
 
     @property
