@@ -24,7 +24,7 @@ def num_bytes(text: str) -> int:
 
 
 def word_divisor(protocol: Protocol, text: str, documents: Sequence[str]) -> int:
-    """Return what the protocol divides nats by in its word perplexity.
+    """Return the protocol's divisor of nats in word perplexity.
 
     Args:
         protocol: Whose rule.

@@ -125,7 +125,7 @@ def _score(subject: Subject, trial: Trial, keeper: KeptBatches) -> Score:
 
 
 def _key(subject: Subject, trial: Trial) -> str:
-    """Return a hash of everything that decides what a batch costs: the very tokens and batches, model and libraries."""
+    """Return a hash of everything that decides a batch's nats: tokens, batches, model and libraries."""
     prepared = trial.prepared
     digest = hashlib.sha256()
     batches = batches_of(prepared.rows, trial.tokens_per_batch, length_limit(subject.scorer.config))

@@ -21,7 +21,7 @@ FEWEST_DOCUMENTS = 10
 
 
 def figures(found: Score, prepared: Prepared, protocol: Protocol) -> dict[str, Any]:
-    """Return what results.json says of a score, from `nats` to `accuracy`."""
+    """Return the fields of results.json for a score, from `nats` to `accuracy`."""
     if prepared.num_options:
         found = _right_options(found, prepared)
     assert math.isfinite(found.nats), "scoring refuses nats that are not finite"
@@ -71,7 +71,7 @@ def _nats_per_word(found: Score, prepared: Prepared, protocol: Protocol) -> floa
 
 
 def right_ones(found: Score, prepared: Prepared) -> np.ndarray:
-    """Return what the model got right: by question, or by prompt; empty for a text."""
+    """Return a flag for each question or prompt, True if the model got it right; empty for a text."""
     if not prepared.is_prompted:
         return np.zeros(0, bool)
     assert found.token_nats is not None

@@ -57,7 +57,7 @@ def _passage(line: str, where: str) -> str:
 
 
 def items(rows: Sequence[str], variant: LastWord) -> list[Item]:
-    """Return what each passage gives and asks.
+    """Return the context and target of each passage.
 
     Args:
         rows: Passages, already detokenized as the protocol wants.

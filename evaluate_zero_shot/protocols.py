@@ -311,7 +311,7 @@ def describe(protocol: Protocol) -> str:
 
 
 def differences(ours: Protocol, theirs: Protocol) -> list[str]:
-    """Return what the two do differently, a sentence a field: ours first."""
+    """Return the differences of two protocols, a sentence a field, the first one's value first."""
     phrases = statements(theirs)
     return [
         f"{label}: {phrase}; there {phrases[label]}"

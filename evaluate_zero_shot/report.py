@@ -60,7 +60,7 @@ def _rendered(path: Path) -> dict[str, str]:
 
 
 def _view(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the templates print."""
+    """Return the values that the templates print."""
     results = _named([_complete(entry) for entry in content["results"]])
     protocols = {one["protocol"]: _protocol(one["protocol"], content.get("protocols") or {}) for one in results}
     return {
@@ -79,7 +79,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _complete(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result with every field; KeyError where a required one lacks, or its task is none of ours."""
+    """Return a result with every field; KeyError if a required one is missing or its task is unknown."""
     optional = dict.fromkeys(Result.__slots__) | {"task_title": TASKS[entry["task"]].title}
     complete = optional | {key: entry[key] for key in REQUIRED} | dict(entry)
     return complete if limits.has_finite_nats(complete) else limits.without_figures(complete)

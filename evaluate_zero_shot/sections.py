@@ -72,7 +72,7 @@ def window(result: Result) -> str:
 
 
 def run_name(result: Result) -> str:
-    """Return how a result was measured: the protocol, its window where it has one, and less than float32."""
+    """Return a label of a result's measurement: protocol, window if any, and dtype below float32."""
     precision = result["dtype"] if result["dtype"] not in (None, "float32") else MISSING
     return ", ".join(part for part in (result["protocol"], window(result), precision) if part != MISSING)
 
@@ -89,7 +89,7 @@ def summary(results: Sequence[Result]) -> dict[tuple[str, str, str, tuple[str, .
 
 
 def warnings(result: Result) -> tuple[str, ...]:
-    """Return what keeps a result from being the one its protocol and task name."""
+    """Return the differences of a result from its protocol and task as defined."""
     limit = result["limit_lines"]
     return (
         *(["unknown file"] if result["data_name"] is None and TASKS[result["task"]].files else []),
@@ -109,7 +109,7 @@ def _is_other_text(result: Result) -> bool:
 
 
 def provenance(results: Sequence[Result], *fields: str) -> list[tuple[Any, ...]]:
-    """Return what the results have of the fields, each combination once."""
+    """Return the distinct combinations of the fields in the results."""
     return list(dict.fromkeys(tuple(one[field] for field in fields) for one in results))
 
 

@@ -182,7 +182,7 @@ def resumed_batch_size(config: TrainConfig) -> int | None:
 
 
 def _names(config: TrainConfig) -> dict[str, str]:
-    """Return what the parts of the run's identity that are hashes were called."""
+    """Return readable names of the hashed fields of the run's identity."""
     names = {
         "data": " ".join(config.data.train),
         "tokenizer": config.tokenizer_source,
@@ -193,7 +193,7 @@ def _names(config: TrainConfig) -> dict[str, str]:
 
 
 def _require_trainable(config: TrainConfig, setup: Resolved) -> None:
-    """Raise where the model is not there, its backend cannot read it, or the optimizer needs other modules."""
+    """Refuse a model that does not exist or that its backend cannot read, and an optimizer for other modules."""
     is_megatron = config.model.backend == "megatron"
     if config.model.path is not None:
         hugging_face.require_there(config.model.path)

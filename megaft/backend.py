@@ -11,7 +11,7 @@ Backend = Literal["hugging-face", "megatron"]
 
 
 def backend_of(source: str, asked: Backend | None, tensor_parallel_size: int) -> Backend:
-    """Return whose modules run a model: by default transformers', unless its folder is in megatron's format.
+    """Return the model implementation: by default transformers, or megatron-core for a folder in megatron's format.
 
     Args:
         source: Where the model's files are.

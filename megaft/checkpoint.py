@@ -38,7 +38,7 @@ NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Return where the checkpoint after `step` steps lies."""
+    """Return the folder of the checkpoint after `step` steps."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
@@ -96,7 +96,7 @@ def find(run_dir: Path) -> Found:
 
 
 def _damage(folder: Path) -> str:
-    """Return what is wrong with this rank's share of a checkpoint."""
+    """Return the first defect in this rank's share of a checkpoint."""
     try:
         verify(folder, parallel.rank(), parallel.world_size())
     except CheckpointError as error:
@@ -105,7 +105,7 @@ def _damage(folder: Path) -> str:
 
 
 def _stray_pointer(folder: Path, found: str) -> str:
-    """Return what is wrong with `latest`, on the main rank."""
+    """Return the defect of `latest`, on the main rank."""
     if not parallel.is_main() or not folder.is_dir():
         return ""
     try:
@@ -210,7 +210,7 @@ def _manifest_sha256(manifest: dict[str, Any]) -> str:
 
 
 def canonical(folder: Path, architecture: Any) -> Canonical:
-    """Return what a checkpoint holds by transformers' names.
+    """Return a checkpoint's weights and moments by transformers' names.
 
     Args:
         folder: The checkpoint's.
@@ -248,7 +248,7 @@ def _load(engine, folder: Path, identity: Identity, allow_changed: Collection[st
 
 
 def _reader(engine: Any, folder: Path, manifest: dict[str, Any]) -> Callable[[str, str, int, int], Tensor]:
-    """Return what reads the pieces that this rank has, as they are where the same modules wrote them."""
+    """Return a reader of this rank's pieces, unconverted if the same backend and tensor-parallel size wrote them."""
     pieces, cut = Pieces(folder, manifest), engine_state.cut(engine)
     if all(manifest[name] == value for name, value in cut.items()):
         return pieces.read

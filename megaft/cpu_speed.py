@@ -25,7 +25,7 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def slowdown(seconds: dict[torch.dtype, float], dtype: torch.dtype) -> float | None:
-    """Return how many times as long as fp32 a dtype takes, where that is slow; None where it is not."""
+    """Return the time of a slow dtype relative to fp32; None if the dtype is not slow."""
     ratio = seconds[dtype] / max(seconds[torch.float32], 1e-9)
     return ratio if ratio >= SLOW else None
 
@@ -45,5 +45,5 @@ def notes_on_precision(
 
 
 def name(dtype: torch.dtype) -> str:
-    """Return what DeepSpeed's JSON calls a dtype."""
+    """Return the name of a dtype in DeepSpeed's JSON."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]

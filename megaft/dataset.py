@@ -96,7 +96,7 @@ class _Tokens(ABC):
         return self._num_whole - self.num_left_out
 
     def range_of(self, index: int) -> tuple[int, int]:
-        """Return where the tokens of a sample begin and end, its last label included."""
+        """Return the token range of a sample, its last label included."""
         begin, end = self.labels(index if self._used is None else self._used[index])
         return int(begin) - 1, int(end)
 
@@ -111,7 +111,7 @@ class _Tokens(ABC):
         return Sample(tokens[:-1], labels, np.zeros_like(labels))
 
     def _is_opening(self, positions: Int64[np.ndarray, " time"]) -> Bool[np.ndarray, " time"]:
-        """Return which tokens are of those that their preparation put at the beginning of every document."""
+        """Return a mask of the special tokens that preparation put at the beginning of every document."""
         offsets = self.tokens.document_offsets
         return positions - offsets[np.searchsorted(offsets, positions, side="right") - 1] < self.num_opening
 
@@ -188,7 +188,7 @@ class Samples:
         return chosen[permute(index, len(chosen), self.seed, chosen.sha256, epoch)]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return which corpus the sample at `position` comes from, and how many came from it before.
+        """Return the corpus of the sample at `position`, and the number of earlier samples of that corpus.
 
         Both are known without a look at earlier blocks, from how many samples each corpus has given by a block's ends.
         """
@@ -203,7 +203,7 @@ class Samples:
         return [(corpus, next(numbers[corpus])) for corpus in corpora]
 
     def taken(self, position: int) -> list[int]:
-        """Return how many of the first `position` samples, a multiple of BLOCK, come from each corpus.
+        """Return the number of samples of each corpus among the first `position`, a multiple of BLOCK.
 
         From the largest, each corpus takes its share of what is left, rounded, so that no count ever falls. (The
         differences of rounded cumulative weights, which are simpler, do fall where a weight is small.)
@@ -223,7 +223,7 @@ class Samples:
         )
 
     def num_steps(self, epochs: float, global_batch_size: int) -> int:
-        """Return how many steps see as many samples as `epochs` passes over every corpus hold."""
+        """Return the number of steps in `epochs` passes over every corpus."""
         return max(1, math.ceil(epochs * sum(len(corpus) for corpus in self.corpora) / global_batch_size))
 
 
@@ -240,7 +240,7 @@ class Batch:
     first_position: int
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what the model takes, on its device; from pinned memory, so that nothing waits for a GPU."""
+        """Return the model's inputs on its device, copied from pinned memory without waiting for a GPU."""
 
         def moved(tensor: Tensor) -> Tensor:
             return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
@@ -264,7 +264,7 @@ class Cut:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_ranks
 
     def first_positions(self, position: int) -> list[int]:
-        """Return where in the sequence of samples each micro batch of this rank begins, in a step from `position` on.
+        """Return the first position of each of this rank's micro batches, in a step that begins at `position`.
 
         Piece m of rank r is number m * num_ranks + r of the global batch, so that with one micro-batch size the same
         pieces exist on any number of ranks.

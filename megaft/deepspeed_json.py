@@ -302,7 +302,7 @@ def _legal_batches(train: int, micro: int, accumulation: int, world_size: int) -
 
 
 def data_parallel_size(world_size: int, tensor_parallel_size: int) -> int:
-    """Return how many parts of the batch so many ranks compute at once.
+    """Return the number of data-parallel groups of this many ranks.
 
     Raises:
         ConfigError: They do not make whole tensor-parallel groups.

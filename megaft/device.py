@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def device_of(topology: Topology) -> torch.device:
-    """Return where this rank computes, and make it the current CUDA device if it is one."""
+    """Return this rank's device, and make it the current CUDA device if it is one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()

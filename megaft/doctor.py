@@ -29,7 +29,7 @@ class DoctorConfig:
     """
 
     distributed: bool = False
-    """Try the ranks that a launcher started, instead of looking at this machine."""
+    """Test the ranks that a launcher started, instead of this machine."""
     folder: Path = Path()
     """With --distributed: a folder that all ranks share. What is written in it is removed at the end."""
     json: bool = False

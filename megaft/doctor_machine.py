@@ -29,7 +29,7 @@ SECONDS = 120
 
 
 def run(as_json: bool) -> int:
-    """Look at everything, print it, and return the exit code."""
+    """Run all checks, print the table, and return the exit code."""
     found = [
         *versions(),
         requirements(),
@@ -117,7 +117,7 @@ class Kernel:
     """A module that another project of the same name lacks."""
 
     def check(self) -> Check:
-        """Say whether it is there, is the right project, and really imports (in a process of its own)."""
+        """Check that it is installed, is the right project, and imports in a process of its own."""
         spec = importlib.util.find_spec(self.module)
         if spec is None:
             missing = "warn" if torch.cuda.is_available() and self.gives.startswith("--") else "none"

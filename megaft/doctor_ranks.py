@@ -87,7 +87,7 @@ def _make(folder: Path) -> None:
 
 
 def same_versions(ranks: Ranks) -> Check:
-    """See on every rank that all have the same libraries and share the folder."""
+    """Check that all ranks have the same libraries and share the folder."""
     rank, world_size = ranks.topology.rank, ranks.topology.world_size
     versions = " ".join(f"{package} {version(package)}" for package in ("torch", "deepspeed", "transformers"))
     (ranks.folder / f"rank-{rank}.txt").write_text(f"{versions}\n{socket.gethostname()}\n")
@@ -156,7 +156,7 @@ def _latency(ranks: Ranks) -> Check:
 
 
 def _seconds(function: Callable[[], object], device: torch.device, times: int) -> float:
-    """Return how long one call takes, after one to warm up."""
+    """Return the seconds of one call, after one to warm up."""
 
     def wait() -> None:
         if device.type == "cuda":

@@ -72,7 +72,7 @@ class Encoder:
 
 
 def scored_tokens(piece: Piece, spans: list[Span]) -> Bool[np.ndarray, " tokens"]:
-    """Return which tokens are scored: those with at least one character of a scored segment.
+    """Return the mask of scored tokens: those with at least one character of a scored segment.
 
     A token across a border belongs to the scored side, as in the `assistant_masks` of transformers: unscored, a
     completion's first word would never be learnt. (TRL counts the tokens of the prompt by itself instead.)

@@ -68,7 +68,7 @@ def count(parameters: Iterable[Any]) -> int:
 
 
 def part_name(name: str, tensor_parallel_rank: int) -> str:
-    """Return what a rank's part of a cut parameter is called in checkpoints."""
+    """Return the name in checkpoints of a rank's shard of a parameter."""
     return f"{name}|{tensor_parallel_rank}"
 
 
@@ -106,7 +106,7 @@ def inner_optimizer(engine) -> torch.optim.Optimizer:
 
 
 def cut(engine) -> dict[str, Any]:
-    """Return whose modules have the parameters, and over how many ranks these are cut."""
+    """Return the backend and tensor-parallel size of the parameters."""
     is_megatron = hasattr(engine.module, "language_model") and hasattr(engine.module.language_model, "gpt")
     backend = "megatron" if is_megatron else "hugging-face"
     return {"backend": backend, "tensor_parallel_size": parallel.tensor_parallel_size()}
@@ -173,7 +173,7 @@ def check_settings(engine, weight_decay: float) -> None:
 
 
 def _group_indices(engine, parameters: list[Any]) -> set[int]:
-    """Return which of the optimizer's groups step the parameters, of those this rank has a part of."""
+    """Return the optimizer groups of those parameters that this rank has a part of."""
     zero = engine.optimizer
     if stage(engine) == 3:
         return {zero.sub_group_to_group_id[zero.grad_position[zero.get_param_id(one)][0]] for one in parameters}
@@ -185,7 +185,7 @@ def _group_indices(engine, parameters: list[Any]) -> set[int]:
 
 
 def _ensure_moments(engine) -> None:
-    """Let an optimizer that has not stepped create its moments, by a step of zero gradients at learning rate zero."""
+    """Make an optimizer create its moments, by a step of zero gradients at learning rate zero."""
     optimizer = inner_optimizer(engine)
     owners = list({id(place.owner): place.owner for place in places(engine)}.values())
     if all(optimizer.state.get(owner) for owner in owners):
@@ -313,5 +313,5 @@ def keep_loss_scale_at_floor(engine) -> None:
 
 
 def smallest_loss_scale(engine) -> float | None:
-    """Return what the fp16 loss scale can fall to, 0 where it never falls; None in other precisions."""
+    """Return the least fp16 loss scale, 0 if the scale is constant; None in other precisions."""
     return getattr(engine.optimizer.loss_scaler, "min_scale", 0) if engine.fp16_enabled() else None

@@ -29,7 +29,7 @@ class Events:
         self._path = run_dir / "events.jsonl" if is_main else None
 
     def record(self, event: str, step: int | None, **details: Any) -> None:
-        """Write what happened after `step` steps (None: not known); it is on disk when this returns."""
+        """Write an event after `step` steps (None: not known); it is on disk when this returns."""
         if self._path is None:
             return
         row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **details}
@@ -66,7 +66,7 @@ class Events:
 
 
 def job() -> dict[str, str | int]:
-    """Return which process this is, as messages about a folder in use name it."""
+    """Return host, process id and SLURM job, for messages about a folder in use."""
     environment = {"job": "SLURM_JOB_ID", "restarts": "SLURM_RESTART_COUNT"}
     named = {key: os.environ[name] for key, name in environment.items() if name in os.environ}
     return {"host": socket.gethostname(), "pid": os.getpid(), **named}

@@ -98,7 +98,7 @@ def check_nats(trained: Callable[[], nn.Module], folder: Path, rows: Rows) -> Ve
 
 
 def check_nats_from_disk(architecture: Any, fetch: Fetch, folder: Path, rows: Rows) -> Verified:
-    """Do as `check_nats` for a model that the host has no memory for, reading its weights anew for each row.
+    """Compare as `check_nats` for a model larger than host memory, reading its weights anew for each row.
 
     Args:
         architecture: transformers' configuration of the model.

@@ -74,7 +74,7 @@ def compression_of(begin: bytes) -> str | None:
 
 
 def foreign(path: Path, head: bytes) -> tuple[str, str] | None:
-    """Return what a file is that is neither text nor JSON, and the way out; None for one that may be text.
+    """Return the format of a file that is neither text nor JSON, and the way out; None for one that may be text.
 
     Args:
         path: By its suffix alone a table (.csv, .tsv) is told from prose with commas.

@@ -53,7 +53,7 @@ def _finite(value: Any) -> Any:
 def naming_disk_errors(
     path: Path, kind: type[UserError] = ConfigError, fix: str = "Free space there or name another folder."
 ) -> Iterator[None]:
-    """Turn what the disk refuses inside the block (full, read-only, not ours) into a `kind` that names `path`."""
+    """Turn disk errors in the block (full, read-only, no permission) into a `kind` that names `path`."""
     try:
         yield
     except OSError as error:

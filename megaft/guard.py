@@ -23,7 +23,7 @@ SMALLEST_DEVIATION = 0.01
 
 
 def fewest_values(window: int) -> int:
-    """Return how many steps must lie in the window before a step can be called a spike.
+    """Return the fewest steps in the window with which a step can be called a spike.
 
     A quarter of it, and 32 at least. A deviation estimated from few values is often far too small: a normally
     distributed value lies 8 robust deviations above the median of 2 others once in 22 cases, of 8 once in 550, of 16
@@ -72,7 +72,7 @@ class Guard:
         self._troubles: list[Trouble] = []
 
     def state(self) -> dict[str, Any]:
-        """Return what later decisions depend on, as JSON values."""
+        """Return the state that later decisions depend on, as JSON values."""
         return {
             "losses": list(self._losses),
             "grad_norms": list(self._grad_norms),

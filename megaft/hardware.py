@@ -83,5 +83,5 @@ def data_sheet_flops(name: str) -> float | None:
 
 
 def published_shares(name: str) -> list[Share]:
-    """Return what others have reached on the GPU called `name`."""
+    """Return the published utilizations of the GPU called `name`."""
     return [one for one in PUBLISHED if one.gpu in name] or [one for one in PUBLISHED if one.gpu == "H100"]

@@ -18,7 +18,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Yield what is left of each limit on this process's control groups; pages of files count as free."""
+    """Yield the bytes left under each limit of this process's control groups; pages of files count as free."""
     for folder in _groups(root):
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             most, used = _number(folder / limit), _number(folder / usage)

@@ -27,7 +27,7 @@ Tokens = Integer[np.ndarray, " tokens"]
 
 
 def idx_bytes(num_documents: int) -> int:
-    """Return how long the .idx of so many documents is."""
+    """Return the length in bytes of the .idx of this many documents."""
     return _HEADER.size + num_documents * (4 + 8) + (num_documents + 1) * 8
 
 

@@ -24,7 +24,7 @@ ARRAY = re.compile(rf"{_TASKS}(?:,{_TASKS})*(?:%[1-9]\d*)?")
 
 
 def check_program(recipe: str, flags: list[str], asked: dict[str, str]) -> None:
-    """Check what the program of a recipe takes; of another script's nothing is known.
+    """Check the flags of a recipe's program; another script's program is not known.
 
     Files are looked for where `sbatch` is. Elsewhere the script is to be carried to its cluster, and only a DeepSpeed
     JSON that is here as well is looked into.
@@ -51,7 +51,7 @@ def check_program(recipe: str, flags: list[str], asked: dict[str, str]) -> None:
 
 
 def recipe_flags(recipe: str) -> list[str]:
-    """Return what a training recipe gives the program before the user's flags; its last line has them."""
+    """Return a training recipe's own flags, which stand before the user's in its last line."""
     *_, last = read_text(find_script(recipe)).splitlines()
     return shlex.split(last.replace("$MEGAFT_HOME", str(ROOT)))[1:-1]
 

@@ -11,7 +11,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def whole_position(position: int, left_out: Ranges) -> int:
-    """Return where in the whole sequence the sample stands that is at `position` without those left out."""
+    """Return the place in the whole sequence of the sample at `position` of the sequence without those left out."""
     for begin, end in left_out:
         if position < begin:
             break
@@ -20,7 +20,7 @@ def whole_position(position: int, left_out: Ranges) -> int:
 
 
 def whole_ranges(begin: int, end: int, left_out: Ranges) -> Ranges:
-    """Return where in the whole sequence the samples at `begin` to `end` - 1 stand."""
+    """Return the places in the whole sequence of the samples at `begin` to `end` - 1."""
     return _ranges([whole_position(position, left_out) for position in range(begin, end)])
 
 

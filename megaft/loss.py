@@ -84,7 +84,7 @@ class Vocabulary(NamedTuple):
         return parallel.gather_over_tensor_ranks(words).gather(0, first).squeeze(0)
 
     def places(self, labels: Int64[Tensor, " tokens"]) -> tuple[Bool[Tensor, "tokens 1"], Int64[Tensor, "tokens 1"]]:
-        """Return which labels are among this rank's words, and their columns; column 0 for others."""
+        """Return a mask of the labels among this rank's vocabulary entries, and their columns; column 0 for others."""
         labels = labels.unsqueeze(-1)
         is_here = (labels >= self.begin) & (labels < self.end) if self.is_cut else labels >= 0
         return is_here, (labels - self.begin) * is_here

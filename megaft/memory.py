@@ -161,7 +161,7 @@ def _bytes_around_layers(work: Work) -> int:
 def states(
     weights: Weights, setup: Resolved, num_ranks: int, matrices: tuple[int, ...] = (), rank: int | None = None
 ) -> States:
-    """Return what training keeps of these weights on one rank.
+    """Return the bytes that training keeps of these weights on one rank.
 
     Args:
         weights: The parameters that a data-parallel rank has before ZeRO.

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def leaves(value: Any, separator: str, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield what lies below an object and is none itself, with its path: "bf16.enabled" where the separator is "."."""
+    """Yield every leaf of nested objects with its path, such as "bf16.enabled" with the separator "."."""
     if not isinstance(value, dict):
         yield path, value
         return

@@ -149,7 +149,7 @@ def _ip_addresses(addresses: list[Any]) -> list[str]:
 
 
 def host_id() -> str:
-    """Return what ranks share that reach each other over the loopback interface: a boot, and a network stack."""
+    """Return an id that ranks which reach each other over loopback share: boot id and network namespace."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return f"{file.read().strip()}-{os.stat('/proc/self/ns/net').st_ino}"
 

@@ -9,7 +9,7 @@ ROUNDS = 6
 
 
 def permute(index: int, length: int, *key: object) -> int:
-    """Return where `index` goes in the pseudo-random permutation of range(length) that `key` names.
+    """Return the image of `index` in the pseudo-random permutation of range(length) that `key` names.
 
     A Feistel network over the next even power of two, walked until it lands inside the range (Black and Rogaway 2002,
     "Ciphers with arbitrary finite domains"). It depends on nothing but its arguments: no library's generator, no state.

@@ -84,6 +84,6 @@ def configuration(model: str) -> dict[str, Any]:
 
 
 def source_of(model: str) -> str:
-    """Return where a model's configuration is: its name in PRESETS, or its file."""
+    """Return the source of a model's configuration: its name in PRESETS, or its file."""
     path = Path(model)
     return str(path / "config.json" if model not in PRESETS and path.is_dir() else path)

@@ -77,7 +77,7 @@ def _check_length(path: Path, expected: int) -> None:
 
 
 def temporary(prefix: Path, suffix: str) -> Path:
-    """Return where a file lies until it is published."""
+    """Return the temporary path of a file until it is published."""
     return with_suffix(prefix, f"{suffix}.tmp")
 
 

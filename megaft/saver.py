@@ -221,7 +221,7 @@ def _file_name(rank: int, part: int) -> str:
 
 
 def _files(written: list[list[int]]) -> dict[str, dict[str, Any]]:
-    """Return what the manifest says of the files, from every rank's bytes and SHA-256s."""
+    """Return the manifest's entry of files, from every rank's bytes and SHA-256s."""
     length = len(written[0]) // PARTS
     parts = {
         _file_name(rank, part): numbers[part * length : (part + 1) * length]

@@ -19,7 +19,7 @@ _EXTRA_SPACES = ((rf"\A +|[ {_SPACE}]+\z", ""), (" {2,}", " "))
 
 
 def parse(data: bytes) -> ModelProto:
-    """Return a model file's content; google.protobuf's DecodeError where it is none."""
+    """Return a model file's content; google.protobuf's DecodeError if it is no model."""
     from sentencepiece import sentencepiece_model_pb2
 
     made: Any = sentencepiece_model_pb2
@@ -27,7 +27,7 @@ def parse(data: bytes) -> ModelProto:
 
 
 def prefix_of(model: ModelProto) -> Prefix:
-    """Return where sentencepiece itself puts a space, as `add_dummy_prefix` says."""
+    """Return sentencepiece's own placement of the space prefix, by `add_dummy_prefix`."""
     return "always" if model.normalizer_spec.add_dummy_prefix else "never"
 
 

@@ -67,7 +67,7 @@ class Stops:
         return [next(iter(_received), 0), int(is_late), *files]
 
     def request(self, number: int, is_late: int, to_stop: int, to_save: int) -> Request | None:
-        """Return what the ranks were asked for, together; files that asked are taken away.
+        """Return the ranks' combined request; request files are removed.
 
         Whoever put STOP there wants no requeue, so it goes before a signal.
         """

@@ -134,7 +134,7 @@ class Tokenizer:
         return self._backend.decode_batch(batch, skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Write what transformers' AutoTokenizer loads."""
+        """Write files that transformers' AutoTokenizer loads."""
         self._hugging_face.save_pretrained(folder)
 
     def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
@@ -230,7 +230,7 @@ class SentencePieceTokenizer:
         return self._processor.decode(list(map(list, batch)), num_threads=_num_threads())
 
     def save(self, folder: str | Path) -> None:
-        """Write what transformers' AutoTokenizer loads."""
+        """Write files that transformers' AutoTokenizer loads."""
         sentencepiece_folder.save(self._path, folder)
 
     def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:

@@ -48,7 +48,7 @@ def use_deterministic_algorithms() -> None:
 
 
 def switches() -> dict[str, Any]:
-    """Return how they stand, for the record beside a result."""
+    """Return the switches' values, for the record beside a result."""
     return {
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "is_deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -68,7 +68,7 @@ def prepare_sources(config: DataConfig, tokenizer: str, run_dir: Path, topology:
 
 
 def named_sources(config: DataConfig) -> list[Source]:
-    """Return what data.train names, before text files are prepared.
+    """Return the inputs of data.train, before text files are prepared.
 
     Raises:
         ConfigError: Several without a weight each.
@@ -166,7 +166,7 @@ def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Sa
 
 
 def notes_on_lengths(sources: Sequence[Source], config: DataConfig) -> list[str]:
-    """Return how many documents are longer than the context, and how long the longest is; a sentence a dataset."""
+    """Return the number of documents longer than the context, and the longest's length; a sentence a dataset."""
     if config.sample == "stream":
         return []
     notes = []
@@ -181,7 +181,7 @@ def notes_on_lengths(sources: Sequence[Source], config: DataConfig) -> list[str]
 
 
 def notes_on_unscored(sources: Sequence[Source], samples: Samples) -> list[str]:
-    """Return how many samples are left out because none of their tokens is scored; a sentence a dataset with some."""
+    """Return the number of samples left out for want of a scored token; a sentence a dataset that has some."""
     notes = []
     for source, corpus in zip(sources, samples.corpora, strict=True):
         if corpus.num_left_out:

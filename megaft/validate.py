@@ -56,7 +56,7 @@ def main(config: ValidateConfig) -> int:
 
 
 def validate(config: ValidateConfig) -> dict[str, Any]:
-    """Return what the run would be, as JSON values.
+    """Return the plan of the run, as JSON values.
 
     Raises:
         UserError: What training would refuse.
@@ -148,7 +148,7 @@ def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, An
 
 
 def bytes_per_parameter(optim: OptimConfig) -> int:
-    """Return what a trained parameter takes in a checkpoint at most: the weight and each moment in fp32."""
+    """Return the largest bytes of a trained parameter in a checkpoint: the weight and each moment in fp32."""
     moments = {"adamw": 2, "apex-adamw": 2, "adafactor": 1, "sgd": int(optim.momentum > 0)}
     return 4 * (1 + moments[optim.name])
 

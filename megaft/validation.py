@@ -85,7 +85,7 @@ def scored_from(position: int, windows: Iterable[Window]) -> Iterator[Window]:
 
 
 def _scored_tokens(prefix: str, tokens: TokenFile) -> Bool[np.ndarray, " tokens"]:
-    """Return which tokens training scores; nothing in a document's own context predicts its first."""
+    """Return the mask of tokens that training scores; nothing in a document's own context predicts its first."""
     is_scored = TokenFile(f"{prefix}.scored").read(0, tokens.num_tokens) != 0
     is_scored[tokens.document_offsets[:-1]] = False
     if not is_scored.any():

@@ -186,7 +186,7 @@ def _filled(weights: Weights, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def run(topology: parallel.Topology, folder: Path, dtype: str, side: Side) -> int:
-    """Write what every label of the rows in the folder costs; all ranks compute it, the main one writes."""
+    """Write the nats of every label of the rows in the folder; all ranks compute, the main one writes."""
     rows = json.loads((folder / "rows.json").read_text())
     model = model_of(side, getattr(torch, dtype)).eval()
     nats: list[float] = []

@@ -146,7 +146,7 @@ class ClassicCheckpoint:
         return {name: tensor.shape for name, tensor in self.ranks[rank].items()}
 
     def require_only(self, layout: Layout) -> None:
-        """Raise DataError that names a tensor which the model of the configuration has not, such as a further layer."""
+        """Refuse a tensor that the configuration's model lacks, such as a further layer, by its name."""
         if unknown := sorted(self.ranks[0].keys() - layout.rules.keys()):
             raise DataError(
                 f"{self.folder} has {unknown[0]} ({len(unknown)} such), which the model of its configuration has not; "

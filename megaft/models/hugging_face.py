@@ -244,7 +244,7 @@ def _recomputing(model: CausalLM, config: ModelConfig) -> CausalLM:
 
 
 def is_stage_3(engine_config: dict[str, Any] | None) -> bool:
-    """Return whether what deepspeed.initialize gets asks for ZeRO stage 3."""
+    """Return True if the DeepSpeed configuration sets ZeRO stage 3."""
     return engine_config is not None and engine_config.get("zero_optimization", {}).get("stage") == 3
 
 
@@ -273,7 +273,7 @@ def require_fits(model: CausalLM, tokenizer, longest_input: int) -> None:
 
 
 def architecture(model: CausalLM) -> str:
-    """Return what a checkpoint's parameters depend on: names and shapes of the trained ones, as a hash."""
+    """Return a hash of the trained parameters' names and shapes, which a checkpoint must match."""
     parameters: Any = model.named_parameters()  # in parts, DeepSpeed keeps the shape of the whole in ds_shape
     trained = {name: getattr(one, "ds_shape", one.shape) for name, one in parameters if one.requires_grad}
     return architecture_of(type(model).__name__, trained)

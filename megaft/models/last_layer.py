@@ -166,7 +166,7 @@ def fast_trunk(language_model: Any) -> GPT2Trunk | LlamaTrunk | None:
 
 
 def query_columns(is_scored: Bool[Tensor, "batch time"]) -> Int64[Tensor, "batch queries"] | None:
-    """Return the columns of each row whose queries are needed, its scored ones first; None where that is most.
+    """Return the columns of each row whose queries are needed, its scored ones first; None if that is most columns.
 
     Rows with fewer scored columns than others are filled up with some that are not. Attention over all columns needs
     no mask, which halves its work, so above half of them there is nothing to save.

@@ -43,7 +43,7 @@ class Rule:
 
 
 def local(rule: Rule, sources: Sequence[Tensor], size: int, rank: int) -> Tensor:
-    """Return what rank `rank` of `size` holds, from the parameters of transformers that the rule names."""
+    """Return the shard of rank `rank` of `size`, from the parameters of transformers that the rule names."""
     tensors = [tensor.T if rule.is_transposed and tensor.ndim == 2 else tensor for tensor in sources]
     if rule.rows:
         missing = -rule.rows % size
@@ -87,7 +87,7 @@ class Layout:
     num_groups: int
 
     def local(self, name: str, sources: Sequence[Tensor], size: int, rank: int) -> Tensor:
-        """Return what rank `rank` of `size` holds of the parameter `name` of megatron-core."""
+        """Return the shard of rank `rank` of `size` of the megatron-core parameter `name`."""
         return local(self.rules[name], sources, size, rank)
 
     def whole(self, name: str, shards: Sequence[Tensor]) -> dict[str, Tensor]:

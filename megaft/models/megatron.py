@@ -123,7 +123,7 @@ class MegatronModel(nn.Module):
         return tied if self.config.tie_word_embeddings else self.gpt.output_layer
 
     def vocabulary(self) -> Vocabulary:
-        """Return which words this rank has the rows of."""
+        """Return the vocabulary entries of this rank's rows."""
         num_rows = padded_vocab_size(self.config.vocab_size) // parallel.tensor_parallel_size()
         begin = num_rows * parallel.tensor_parallel_rank()
         end = max(begin, min(begin + num_rows, self.config.vocab_size))
@@ -185,7 +185,7 @@ class MegatronNats(nn.Module):
 
 
 def mask_of(document_ids: Int64[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
-    """Return which tokens may be attended to: those before, of the same document."""
+    """Return the attention mask: earlier tokens of the same document."""
     time = document_ids.shape[1]
     before = torch.ones(time, time, dtype=torch.bool, device=document_ids.device).tril()
     return (before & (document_ids[:, :, None] == document_ids[:, None, :])).unsqueeze(1)
@@ -283,7 +283,7 @@ def rotary_frequencies(config: Any) -> Float32[Tensor, " half_width"]:
 
 
 def layer_spec(config: Any, *, recompute: bool) -> ModuleSpec:
-    """Return what a layer is made of: megatron-core's parts, with our attention."""
+    """Return the layer specification: megatron-core's modules, with this file's attention."""
     spec: Any = get_gpt_layer_local_spec(normalization="LayerNorm" if config.model_type == "gpt2" else "RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = Attention
     if recompute:
@@ -295,7 +295,7 @@ class RecomputedLayer(TransformerLayer):
     """A layer that keeps its input only and computes all else again in the backward pass, dropout and all."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what the layer returns."""
+        """Run the layer."""
         if not self.training:
             return super().forward(hidden_states, *args, **kwargs)
         # A positional tensor tells the checkpoint which device's random numbers to keep.
@@ -332,7 +332,7 @@ def weights_of(settings: ModelConfig, seed: int) -> Weights:
 
 
 def architecture(model: MegatronModel) -> str:
-    """Return what transformers' own modules of this model are known by: checkpoints of both continue each other."""
+    """Return the architecture hash of the same model in transformers: checkpoints of both continue each other."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]

@@ -27,7 +27,7 @@ from megaft.models.weight_files import require_complete, untied_weights
 
 @contextmanager
 def loading(engine_config: dict[str, Any]) -> Iterator[None]:
-    """Let `from_pretrained` fill parts: rank 0 maps the files and sends the weights of one module at a time.
+    """Let `from_pretrained` fill partitions: rank 0 maps the files and sends the weights of one module at a time.
 
     Args:
         engine_config: What deepspeed.initialize gets. Its precision is that of the parts.
@@ -76,7 +76,7 @@ class _Agreement:
         return _Init(config_dict_or_path)
 
     def end(self, error: UserError | None) -> None:
-        """Raise what any rank found, unless all have been told."""
+        """Raise the error of any rank on all, unless all have raised it already."""
         if error is not None and error is self._known:
             raise error
         parallel.raise_together(error)
@@ -131,7 +131,7 @@ def _renaming_as_without_zero() -> Iterator[None]:
 
 @contextmanager
 def _without_zero() -> Iterator[None]:
-    """Let transformers forget the engine's configuration meanwhile."""
+    """Hide the engine's configuration from transformers in the block."""
     known = integrations.deepspeed._hf_deepspeed_config_weak_ref
     integrations.deepspeed.unset_hf_deepspeed_config()
     try:
@@ -166,7 +166,7 @@ def _differ(first: Tensor | None, second: Tensor | None) -> bool:
 
 @contextmanager
 def making(engine_config: dict[str, Any]) -> Iterator[None]:
-    """Let `from_config` make parts of the very weights that it makes elsewhere.
+    """Let `from_config` make partitions of the same weights that it makes without ZeRO-3.
 
     transformers' own way leaves out what a layer's constructor draws, and draws on the device and in the precision of
     the run: the same seed would give other weights than at other stages.
@@ -180,7 +180,7 @@ def making(engine_config: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _gathering(weights_of: Callable[[nn.Module], AbstractContextManager[None]]) -> Iterator[None]:
-    """Let every module that transformers initializes have whole weights meanwhile: those that `weights_of` gathers."""
+    """Gather the weights that `weights_of` names whenever transformers initializes a module."""
     plain = PreTrainedModel._initialize_weights
 
     def gathered(self: Any, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -201,7 +201,7 @@ WHILE_BUILDING, AFTERWARDS = (
 
 @contextmanager
 def _returning_memory() -> Iterator[None]:
-    """Let a freed weight go back to the system at once.
+    """Return freed memory to the system at once in the block.
 
     Parts that stay lie among whole weights that do not, and holes between them are lost: the 2.5 B shape held 14 GB
     on two CPU ranks where its parts are 5.

@@ -1,4 +1,4 @@
-"""Replace a function of another library for a while."""
+"""Replace a function of another library temporarily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Put `function` in the place of a module's or class's function, and put that back at the end.
+    """Replace a function of a module or class in the block, and restore it afterwards.
 
     Raises:
         AttributeError: The owner has no such function: the library is another version.

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def length_limit(config: Any) -> int | None:
-    """Return the longest input whose states do not depend on how long it is; None where no input's do.
+    """Return the longest input whose rotary frequencies do not depend on its length; None if no input's do.
 
     Args:
         config: A transformers configuration.

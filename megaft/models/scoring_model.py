@@ -160,7 +160,7 @@ class LogitsTrunk(nn.Module):
 def _taken_apart(
     language_model: CausalLM, tried: CausalLM | None
 ) -> tuple[nn.Module, nn.Module | None, Vocabulary | None]:
-    """Return what gives states of scored positions, the layer from states to logits unless they are that, its words."""
+    """Return the trunk for scored positions, the output layer (None if the trunk returns logits) and its vocabulary."""
     if hasattr(language_model, "vocabulary"):
         return MegatronTrunk(language_model), language_model.output_layer(), language_model.vocabulary()
     output_layer = language_model.get_output_embeddings()
@@ -319,7 +319,7 @@ KNOWN_HEADS = {"gpt2", "llama", "mistral", "qwen2", "qwen3"}
 
 
 def tokens_per_batch(model_config: Any, context_length: int, device_type: str, dtype: torch.dtype) -> int:
-    """Return how many tokens a forward pass may hold; at least one row of them."""
+    """Return the most tokens of a forward pass, at least one row."""
     if device_type == "cpu":
         return max(context_length, CPU_TOKENS)
     config = model_config.get_text_config()

@@ -212,7 +212,7 @@ BLOCK_NAME = re.compile(r"block|chunk|window|compress|conv|kernel|local|segment|
 
 
 def trial_length(model: CausalLM) -> int:
-    """Return how many tokens a trial needs to go beyond every block of tokens that the configuration names."""
+    """Return the length of a trial: beyond every block of tokens that the configuration names."""
     config = model.config.get_text_config()
     sizes = [size for name, value in config.to_dict().items() if BLOCK_NAME.search(name) for size in numbers_of(value)]
     longest = max((size for size in sizes if 1 < size <= LONGEST // 2), default=0)

@@ -30,7 +30,7 @@ QUANTIZED = re.compile(r"[IU]8$|F(4|6_|8_)")
 
 
 def require_weights(folder: Path) -> Size:
-    """Look at the files before transformers does, whose messages do not name the one that is wrong.
+    """Check the weight files before transformers reads them, whose messages do not name the bad one.
 
     Returns:
         The size of all of them together.

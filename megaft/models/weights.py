@@ -117,7 +117,7 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
 
 
 def model_folder(source: str) -> str:
-    """Return where a model is that may be given by its run's folder, which keeps it in export/."""
+    """Return the folder of a model; for a run's folder, its export/."""
     export = Path(source) / "export"
     return str(export) if (export / "config.json").is_file() else source
 
@@ -128,7 +128,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def described_by(source: str, model_config: str | None) -> str:
-    """Return where the configuration and the tokenizer of a model are, which a checkpoint has not."""
+    """Return the source of a model's configuration and tokenizer, which a checkpoint does not contain."""
     if model_config is None and is_checkpoint(Path(source)):
         from megaft.models.checkpoint_weights import model_of_run
 
@@ -263,7 +263,7 @@ def _from_megatron(folder: Path, is_hashed: bool) -> Weights:
 
 
 def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[TensorFile]:
-    """Return what each tensor-parallel rank has in a converted folder: the sizes and shapes of the files are right.
+    """Return the file of each tensor-parallel rank in a converted folder, their sizes and shapes checked.
 
     Raises:
         DataError: One is missing or different; the message names it.

@@ -123,7 +123,7 @@ def row(name: str, runs: list[dict[str, float]], state_bytes: int) -> tuple[str,
 
 
 def ratios(runs: dict[str, list[dict[str, float]]], name: str, peer: str) -> list[float]:
-    """Return how many times longer training waits for the peer, repeat by repeat."""
+    """Return the ratio of the peer's blocking time to ours, repeat by repeat."""
     pairs = zip(runs[peer], runs[name], strict=True)
     return [theirs["blocking_seconds"] / ours["blocking_seconds"] for theirs, ours in pairs]
 

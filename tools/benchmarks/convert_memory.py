@@ -69,7 +69,7 @@ def main(arguments: Arguments) -> None:
 
 
 def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
-    """Return what each conversion took, and what the smallest model takes: Python and its libraries."""
+    """Return the memory of each conversion, and of the smallest model's: Python and its libraries."""
     start, cut, end = (folder / name for name in ("start", "cut", "end"))
     ways = [(start, cut, ["megatron", "--tensor-parallel-size", str(arguments.tensor_parallel_size)])]
     ways += [(cut, end, ["hugging-face"])]

@@ -104,7 +104,7 @@ def _try_here(types: list[str], file: Path) -> None:
 
 
 def try_family(model_type: str, parts: tuple[str, ...] = PARTS) -> dict[str, str]:
-    """Return what becomes of a family in each part, by a word and a reason."""
+    """Return the outcome of a family in each part: a word and a reason."""
     from families_cases import CASES
     from families_models import VARIANTS, tiny_config
 
@@ -143,7 +143,7 @@ def _save(config: Any, folder: str) -> Any:
 
 
 def outcome(case: Callable[[str, Any], None], folder: str, model: Any) -> str:
-    """Return what a case ended with."""
+    """Return the outcome of a case."""
     from megaft.errors import UserError
 
     try:

@@ -100,7 +100,7 @@ class Job:
             return [None if rank in left else rank.exitcode for rank in self.ranks]
 
     def said(self) -> str:
-        """Return what the ranks wrote."""
+        """Return the output of the ranks."""
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
 

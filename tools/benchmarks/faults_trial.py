@@ -82,7 +82,7 @@ class Training:
 
 
 def training_of(run_dir: Path) -> Training:
-    """Return what a run trained, trusting no manifest."""
+    """Return the losses and file hashes of a run, trusting no manifest."""
     rows = [row for row in read_lines(run_dir / "metrics.jsonl") if "loss" in row]
     losses = {row["step"]: float(row["loss"]).hex() for row in rows}
     assert [*losses] == [row["step"] for row in rows], "each step once"

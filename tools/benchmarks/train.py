@@ -100,7 +100,7 @@ def measure(case: Case, contestants: tuple[Contestant, ...], repeats: int) -> It
 
 
 def line(repeat: int, run: Run) -> str:
-    """Say how a launch went."""
+    """Return a line about the outcome of a launch."""
     steps = " ".join(f"{seconds:.3f}" for seconds in run.step_seconds)
     outcome = f"failed: {run.failure}" if run.failure else f"first step after {run.seconds_to_first_step:.1f} s"
     return f"repeat {repeat + 1} {run.contestant}: {outcome}; steps of {steps} s"
