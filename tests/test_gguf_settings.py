@@ -25,7 +25,7 @@ MODELS = {
     "mistral": ("mistral", ROTARY | {"sliding_window": None}, "llama", {"rope.freq_base": 1e6}),
     "windowed mistral": ("mistral", ROTARY | {"sliding_window": 8}, "llama", {"rope.freq_base": 1e6}),
     "phi3": ("phi3", LLAMA, "phi3", {"rope.dimension_count": 8}),
-    "stablelm": ("stablelm", LLAMA, "stablelm", {"rope.dimension_count": 2, "use_parallel_residual": False}),
+    "stablelm": ("stablelm", LLAMA, "stablelm", {"rope.dimension_count": 2, "use_parallel_residual": True}),
     "starcoder2": ("starcoder2", LLAMA, "starcoder2", {"attention.layer_norm_epsilon": 1e-5}),
     "qwen3 moe": ("qwen3_moe", MOE, "qwen3moe", {"rope.freq_base": 1e6, "expert_used_count": 2}),
     "gemma2": (
@@ -113,7 +113,6 @@ def test_a_setting_that_changes_nothing_passes(key, value):
         pytest.param("gemma2", "attention.sliding_window", 32, id="another window"),
         pytest.param("gemma3", "attention.sliding_window_pattern", 3, id="windows in other layers"),
         pytest.param("gemma3", "attention.sliding_window_pattern", None, id="windows by layer"),
-        pytest.param("stablelm", "use_parallel_residual", True, id="parallel residual"),
         pytest.param("qwen3 moe", "expert_used_count", 3, id="experts of a token"),
         pytest.param("qwen3 moe", "expert_weights_scale", 2.5, id="scale of experts"),
         pytest.param("qwen3 moe", "expert_gating_func", 2, id="sigmoid routing"),

@@ -29,6 +29,7 @@ _SHAPES = frozenset(
         "expert_shared_feed_forward_length",
         "embedding_length_per_layer_input",
         "leading_dense_block_count",
+        "use_parallel_residual",
         "interleave_moe_layer_step",
         "moe_every_n_layers",
         "attention.head_count_kv",
@@ -43,7 +44,7 @@ _SHAPES = frozenset(
         "ssm.time_step_rank",
     )
 )
-"""Shapes or presence of tensors: transformers refuses tensors of another model."""
+"""Shapes or presence of tensors, by which transformers goes (StableLM's parallel residual too) or refuses a model."""
 
 _NO_EFFECT = frozenset(
     ("context_length", "tensor_data_layout", "pooling_type", "nextn_predict_layers", "n_deepstack_layers")
@@ -61,7 +62,6 @@ _CONFIG = {
     "final_logit_softcapping": ("final_logit_softcapping",),
     "expert_used_count": ("num_experts_per_tok", "top_k_experts"),
     "expert_weights_norm": ("norm_topk_prob",),
-    "use_parallel_residual": ("use_parallel_residual",),
 }
 """The attributes of transformers' configurations that hold a setting, whichever the family declares."""
 
