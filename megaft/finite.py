@@ -1,4 +1,4 @@
-"""Refuse nats that are not finite: one NaN among a million tokens leaves no figure of a text."""
+"""Refusal of nats that are not finite: one NaN among a million tokens leaves no figure of a text."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 }
 _DAMAGED = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError)
 ReadAs = Literal["auto", "text", "jsonl"]
-"""Format to read a file as: by its content, as plain text, or as one JSON record a line."""
+"""By its content, as a plain text whatever it looks like, or as one JSON record a line."""
 
 
 class Source:

@@ -18,12 +18,25 @@ LOCAL = {
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
 }
 GEMMA = LLAMA | {"query_pre_attn_scalar": 8, "sliding_window": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e6}
 MOE = ROTARY | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
 # name: model type, settings, its GGUF architecture, what the file says of it
 MODELS = {
     "llama": ("llama", ROTARY, "llama", {"rope.freq_base": 1e6}),
     "mistral": ("mistral", ROTARY | {"sliding_window": None}, "llama", {"rope.freq_base": 1e6}),
     "windowed mistral": ("mistral", ROTARY | {"sliding_window": 8}, "llama", {"rope.freq_base": 1e6}),
+    "scaled llama": (
+        "llama",
+        LLAMA | {"rope_parameters": YARN},
+        "llama",
+        {
+            "rope.freq_base": 1e6,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.finetuned": True,
+        },
+    ),
     "phi3": ("phi3", LLAMA, "phi3", {"rope.dimension_count": 8}),
     "stablelm": ("stablelm", LLAMA, "stablelm", {"rope.dimension_count": 2, "use_parallel_residual": True}),
     "starcoder2": ("starcoder2", LLAMA, "starcoder2", {"attention.layer_norm_epsilon": 1e-5}),
@@ -109,6 +122,14 @@ def test_a_setting_that_changes_nothing_passes(key, value):
         pytest.param("llama", "rope.scaling.factor", 4.0, id="linear scaling by its factor alone"),
         pytest.param("llama", "rope.scale_linear", 4.0, id="linear scaling by its old key"),
         pytest.param("llama", "rope.scaling.type", "linear", id="scaling by type"),
+        pytest.param("scaled llama", "rope.scaling.factor", 2.0, id="another factor"),
+        pytest.param("scaled llama", "rope.scaling.original_context_length", 32, id="another first length"),
+        pytest.param("scaled llama", "rope.scaling.yarn_beta_fast", 16.0, id="another ramp"),
+        pytest.param("scaled llama", "rope.freq_base", 1e4, id="another base of scaled positions"),
+        pytest.param("gpt2", "rope.scaling.type", "linear", id="scaling without rotary positions"),
+        pytest.param("gpt2", "rope.freq_base", 1e4, id="base without rotary positions"),
+        pytest.param("mamba", "attention.scale", 0.5, id="attention scale without attention"),
+        pytest.param("llama", "rope.freq_base", 2**64 - 1, id="any number"),
         pytest.param("phi3", "attention.sliding_window", 16, id="window that transformers does not read"),
         pytest.param("gemma2", "attention.sliding_window", 32, id="another window"),
         pytest.param("gemma3", "attention.sliding_window_pattern", 3, id="windows in other layers"),

@@ -7,7 +7,8 @@ Keys: gguf.constants.Keys, and https://github.com/ggml-org/ggml/blob/master/docs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,10 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     "attention.clamp_kqv": (0,),
     "attention.head_count": (0,),
     "attention.max_alibi_bias": (0,),
-    "attention.scale": (0,),
     "attention.shared_kv_layers": (0,),
-    "attention.sliding_window": (0,),
     "attention.temperature_scale": (0,),
     "attn_logit_softcapping": (0,),
     "embedding_scale": (0, 1),
-    "expert_gating_func": (0, 1),
     "expert_group_count": (0, 1),
     "expert_group_used_count": (0, 1),
     "expert_used_count": (0,),
@@ -94,8 +92,8 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
 }
 """The values with which a setting changes nothing, as llama.cpp reads it; 0 stands for "not set"."""
 
-_SIGMOID = 2
-"""llama.cpp's number of sigmoid routing, which transformers has in MiniMax-M2 whatever the configuration says."""
+_SOFTMAX, _SIGMOID = (0, 1), 2
+"""llama.cpp's numbers of routing functions; transformers' MiniMax-M2 always has the sigmoid."""
 _DEFAULT_BASE = 10_000.0
 """llama.cpp's base of rotary embeddings where a file has none."""
 _CLOSE = 1e-5
@@ -150,7 +148,7 @@ def _is_scaled(header: GgufHeader) -> bool:
 
 
 def _agrees(name: str, value: Any, header: GgufHeader, model: Any) -> bool:
-    """Return whether the model computes with a setting of its file, so far as that can be told."""
+    """Return True if the model computes with a setting of its file."""
     config = model.config.get_text_config()
     if name.startswith("rope.scaling.") and _is_scaled(header):
         return _scaling_agrees(name.removeprefix("rope.scaling."), value, config)
@@ -158,14 +156,10 @@ def _agrees(name: str, value: Any, header: GgufHeader, model: Any) -> bool:
         return False
     if name.removesuffix("_swa") in ("rope.freq_base", "rope.dimension_count"):
         return _positions_agree(name, value, header, model)
-    if name == "attention.sliding_window_pattern":
-        return _pattern_agrees(value, config)
-    if name == "attention.sliding_window" and not _declared(config, name):
-        return value == 0 or value >= getattr(config, "max_position_embeddings", math.inf)
-    if name == "attention.scale" and value:
-        return math.isclose(value, _query_scale(config) ** -0.5, rel_tol=_CLOSE)
-    if name == "expert_gating_func" and config.model_type == "minimax_m2":
-        return value == _SIGMOID
+    return _RULES.get(name, partial(_config_agrees, name))(value, config)
+
+
+def _config_agrees(name: str, value: float, config: Any) -> bool:
     declared = _declared(config, name)
     if declared is None:
         return value in _NEUTRAL.get(name, ())
@@ -173,7 +167,7 @@ def _agrees(name: str, value: Any, header: GgufHeader, model: Any) -> bool:
 
 
 def _declared(config: Any, name: str) -> Any:
-    """Return the value of a setting in a configuration; None where its family has no such attribute."""
+    """Return the value of a setting in a configuration; None if its family has no such attribute."""
     known = {*dir(type(config)), *config.attribute_map}  # a reader may add attributes that no module looks at
     return next((getattr(config, one) for one in _CONFIG.get(name, ()) if one in known), None)
 
@@ -191,18 +185,18 @@ def _positions_agree(name: str, value: Any, header: GgufHeader, model: Any) -> b
     if "dimension_count" in name:
         return bool(found) and all(2 * len(one) == value for one in found)
     if _is_scaled(header):  # frequencies are scaled; the base is in the config
-        parameters = model.config.get_text_config().rope_parameters
+        parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         return math.isclose(value, parameters.get("rope_theta", 0), rel_tol=_CLOSE)
     return bool(found) and all(_is_geometric(one, value) for one in found)
 
 
 def _is_geometric(frequencies: Tensor, base: float) -> bool:
     exponents = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
-    return torch.allclose(frequencies.double().cpu(), base**-exponents, rtol=_CLOSE, atol=0)
+    return torch.allclose(frequencies.double().cpu(), float(base) ** -exponents, rtol=_CLOSE, atol=0)
 
 
 def _scaling_agrees(name: str, value: Any, config: Any) -> bool:
-    """Return whether scaled positions are scaled as the file says: `name` is the part of a key behind rope.scaling."""
+    """Return True if positions are scaled as the file says; `name` is the part of a key after "rope.scaling."."""
     parameters = getattr(config, "rope_parameters", None) or {}
     known = {"type": "rope_type", "attn_factor": "attention_factor"}
     known["original_context_length"] = "original_max_position_embeddings"
@@ -212,17 +206,39 @@ def _scaling_agrees(name: str, value: Any, config: Any) -> bool:
     return name == "finetuned" or (value is not None and value == expected)
 
 
-def _pattern_agrees(period: Any, config: Any) -> bool:
-    """Return whether the last of every so many layers, and no other, attends to all positions."""
+def _window_agrees(window: float, config: Any) -> bool:
+    if _declared(config, "attention.sliding_window"):
+        return _config_agrees("attention.sliding_window", window, config)
+    return window == 0 or window >= getattr(config, "max_position_embeddings", math.inf)
+
+
+def _pattern_agrees(period: float, config: Any) -> bool:
+    """Return True if the last of every `period` layers, and no other, attends to all positions."""
     kinds = getattr(config, "layer_types", None)
     if period < 1 or kinds is None:
         return False
     return [kind == "sliding_attention" for kind in kinds] == [n % period < period - 1 for n in range(len(kinds))]
 
 
+def _scale_agrees(scale: float, config: Any) -> bool:
+    return scale == 0 or math.isclose(scale, _query_scale(config) ** -0.5, rel_tol=_CLOSE)
+
+
+def _gating_agrees(function: float, config: Any) -> bool:
+    return function == _SIGMOID if config.model_type == "minimax_m2" else function in _SOFTMAX
+
+
+_RULES: dict[str, Callable[[float, Any], bool]] = {
+    "attention.scale": _scale_agrees,
+    "attention.sliding_window": _window_agrees,
+    "attention.sliding_window_pattern": _pattern_agrees,
+    "expert_gating_func": _gating_agrees,
+}
+
+
 def _query_scale(config: Any) -> float:
-    """Return the number by whose square root attention scores are divided."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Return the square of the divisor of attention scores."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     return getattr(config, "query_pre_attn_scalar", None) or head
 
 
