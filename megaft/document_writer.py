@@ -65,7 +65,7 @@ class DocumentWriter:
 
     @property
     def dtype(self) -> np.dtype:
-        """The type of the tokens on disk."""
+        """Dtype of the tokens on disk."""
         return self._tokens.dtype
 
     def add(self, encoded: Encoded) -> None:
@@ -84,7 +84,7 @@ class DocumentWriter:
             self._end_document(piece.where, is_end_scored=piece.segments[-1].is_scored)
 
     def close(self) -> str:
-        """Write what remains through to the disk and return the SHA-256 of the tokens."""
+        """Flush to disk and return the SHA-256 of the tokens."""
         if self._mask:
             self._mask.close(temporary(self._prefix, ".scored.idx"))
         return self._tokens.close(temporary(self._prefix, ".idx"))

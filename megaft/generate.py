@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How the next token is chosen."""
+    """Sampling of the next token."""
 
     temperature: float = 1.0
     """Divides the logits; 0 always takes the most likely token."""
     top_k: int = 0
     """Draw from the k most likely tokens only; 0 draws from all."""
     top_p: float = 1.0
-    """Draw from the fewest tokens that hold this much probability; 1 draws from all."""
+    """Draw from the fewest tokens whose probabilities sum to this; 1 draws from all."""
     repetition_penalty: float = 1.0
     """Makes tokens seen before less likely where above 1; 1 does nothing."""
 
@@ -72,11 +72,11 @@ class GenerateConfig:
     """Tokens after the prompt, unless the model ends the text before. Beyond its context it forgets the oldest."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
     seed: int = 0
-    """Fixes every draw."""
+    """Seed of every draw."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in."""
+    """Dtype of the model's computation."""
     backend: Backend | None = None
-    """Whose modules run the model. By default transformers', megatron-core's for a folder in megatron's format."""
+    """Model implementation. By default transformers, or megatron-core for a folder in megatron's format."""
     tensor_parallel_size: int = 1
     """Ranks that share each matrix, with megatron-core's modules: all that `torchrun -m megaft generate` starts."""
     ignore_eos: bool = False
@@ -163,7 +163,7 @@ def _require_fits(model: Reader, prompt: Prompt) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print in the output's encoding; what that has no letter for is escaped."""
+    """Print in the output's encoding, with the characters that it lacks escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
@@ -206,7 +206,7 @@ def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: A
 
 
 def model_source(model: str) -> str:
-    """Return where the model's files are: a run's folder keeps them in export/.
+    """Return the folder of the model's files; for a run's folder, its export/.
 
     Raises:
         DataError: The folder holds no model.

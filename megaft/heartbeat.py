@@ -26,9 +26,9 @@ from megaft.errors import UserError
 from megaft.exit_code import REQUEUE
 
 SILENT_SECONDS = 60.0
-"""A host that answers no probe for so long is lost; or a shorter timeout of the run."""
+"""Seconds without an answer to probes after which a host is lost, unless the run's timeout is shorter."""
 GRACE_SECONDS = 10.0
-"""After a loss the main thread may still end by itself: it may have been told too, or be at the end of its work."""
+"""Seconds after a loss in which the main thread may still end by itself, by an error or by finishing."""
 
 KEY = "megaft/heartbeat"
 DONE = b"done\n"
@@ -64,14 +64,14 @@ class Heartbeat:
         self._thread.start()
 
     def end(self) -> None:
-        """Say goodbye: this rank has done its part, and the others miss it no more."""
+        """Announce that this rank is done, so that the others do not take it for lost."""
         self._is_over.set()
         with suppress(OSError):  # the thread has ended before
             self._wake.send(DONE)
         self._thread.join(self._grace_seconds)
 
     def stand_down(self) -> None:
-        """Leave the end to the main thread, which has an error to report; the others notice when it has ended."""
+        """Leave the exit to the main thread, which has an error to report; the others notice when it has ended."""
         self._is_over.set()
 
     def _listen(self, store: Any) -> Callable[[], None]:

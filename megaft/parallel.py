@@ -32,10 +32,10 @@ from megaft.torch_flags import forbid_tf32
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
-"""By default, after this long without its peers a collective ends with an error."""
+"""Default timeout of collectives."""
 _timeout = TIMEOUT
 _watches_peers = False
-"""True in a process that a launcher started as a rank: it may be ended when a peer is lost."""
+"""True in a process that a launcher started as a rank, which may be ended when a peer is lost."""
 _heartbeat: Heartbeat | None = None
 
 
@@ -109,7 +109,7 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
 
 
 def pretend(world_size: int) -> Topology:
-    """Make this process rank 0 of so many, of which the others do not exist: what they would say is this rank's own."""
+    """Make this process rank 0 of this many without starting the others; collectives return this rank's own values."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -117,7 +117,7 @@ def pretend(world_size: int) -> Topology:
 
 
 def uncut() -> None:
-    """Give every rank whole matrices again."""
+    """Undo `cut_matrices`: every rank has whole matrices again."""
     global _groups
     if _groups is not None:
         import deepspeed
@@ -129,18 +129,18 @@ def uncut() -> None:
 
 
 class Groups(NamedTuple):
-    """torch's groups of ranks that this one belongs to where matrices are cut."""
+    """Process groups of this rank under tensor parallelism."""
 
     tensor: Any
     data: Any
 
 
 _groups: Groups | None = None
-"""None where every rank has whole matrices."""
+"""None without tensor parallelism."""
 
 
 def cut_matrices(tensor_parallel_size: int) -> None:
-    """Give each group of so many neighbouring ranks one model between them, as megatron-core has it.
+    """Shard one model over each group of neighbouring ranks, as megatron-core does.
 
     Call it once on every rank after `join`, before a model of megatron-core is built.
     """
@@ -157,7 +157,7 @@ def cut_matrices(tensor_parallel_size: int) -> None:
 
 
 def mpu() -> SimpleNamespace | None:
-    """Return what DeepSpeed asks about the groups where matrices are cut: ZeRO shards over the data ranks alone."""
+    """Return the tensor-parallel groups as DeepSpeed's `mpu`: ZeRO shards over the data ranks alone."""
     if _groups is None:
         return None
     model = {"rank": tensor_parallel_rank(), "world_size": tensor_parallel_size(), "group": _groups.tensor}
@@ -229,37 +229,37 @@ def naming_lost_peers(rank: int) -> Iterator[None]:
 
 
 def world_size() -> int:
-    """How many ranks there are."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Return this process's rank."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def data_parallel_size() -> int:
-    """How many groups of ranks train on different samples."""
+    """Return the data-parallel size: the number of groups of ranks that train on different samples."""
     return world_size() // tensor_parallel_size()
 
 
 def data_parallel_rank() -> int:
-    """Which of those groups this rank is in. The ranks of one are neighbours, and so on one node."""
+    """Return the data-parallel rank. The ranks of a group are neighbours, and so on one node."""
     return rank() // tensor_parallel_size()
 
 
 def tensor_parallel_size() -> int:
-    """Over how many ranks each matrix is cut, all of which compute on the same samples."""
+    """Return the tensor-parallel size: the ranks that share each matrix and compute on the same samples."""
     return dist.get_world_size(_groups.tensor) if _groups else 1
 
 
 def tensor_parallel_rank() -> int:
-    """Which part of each matrix this rank has."""
+    """Return the tensor-parallel rank: the shard of each matrix that this rank has."""
     return rank() % tensor_parallel_size()
 
 
 def is_main() -> bool:
-    """Whether this rank writes files and speaks."""
+    """Return True if this rank writes files and prints."""
     return rank() == 0
 
 
@@ -271,7 +271,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def sum_over_data_ranks(tensor: Tensor) -> Tensor:
-    """Replace `tensor`, the same on ranks that share a model, by its sum over the models, and return it.
+    """Replace `tensor`, equal on the ranks of a tensor-parallel group, by its sum over data ranks, and return it.
 
     It is the same to the last bit on all ranks, which decide by it what they do together.
     """
@@ -281,7 +281,7 @@ def sum_over_data_ranks(tensor: Tensor) -> Tensor:
 
 
 def sum_over_tensor_ranks(tensor: Tensor) -> Tensor:
-    """Replace `tensor`, on every rank, by its sum over the parts of the model, and return it."""
+    """Replace `tensor`, on every rank, by its sum over the tensor-parallel group, and return it."""
     if tensor_parallel_size() > 1:
         assert _groups
         dist.all_reduce(tensor, group=_groups.tensor)
@@ -289,7 +289,7 @@ def sum_over_tensor_ranks(tensor: Tensor) -> Tensor:
 
 
 def gather_over_tensor_ranks(tensor: Tensor) -> Tensor:
-    """Return the tensors, all of one shape, of the ranks that have the parts of the model, stacked in their order."""
+    """Return the tensors, all of one shape, of the tensor-parallel group, stacked in rank order."""
     if tensor_parallel_size() == 1:
         return tensor.unsqueeze(0)
     assert _groups
@@ -299,7 +299,7 @@ def gather_over_tensor_ranks(tensor: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank calls this."""
     if world_size() > 1:
         dist.barrier()
 
@@ -315,12 +315,12 @@ def max_over_ranks(values: list[int]) -> list[int]:
 
 @cache
 def _host_group(world: object) -> Any:
-    """A group of all ranks that computes on the host, made once a process group (whose end ends it)."""
+    """Return the gloo group of all ranks beside NCCL's (None without NCCL), made once per process group."""
     return dist.new_group(backend="gloo", timeout=_timeout) if dist.get_backend() == "nccl" else None
 
 
 AGREED_BYTES = 1000
-"""UTF-8 bytes of a text that ranks tell each other."""
+"""Most UTF-8 bytes of a text that `agreed` exchanges."""
 
 
 def agreed(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`megaft prepare`: a corpus -> tokens on disk, with a receipt that says what they are."""
+"""`megaft prepare`: tokenize a corpus to disk, with a receipt of data, tokenizer and counts."""
 
 from __future__ import annotations
 

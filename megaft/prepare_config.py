@@ -1,4 +1,4 @@
-"""The settings of preparing data."""
+"""Settings of `megaft prepare`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PrepareConfig:
     format: ReadAs = "auto"
     """`auto` looks into each file for JSON records; `text` takes braces for text; `jsonl` wants a record a line."""
     unit: Literal["file", "line", "document"] = "file"
-    """What a document is in a text file: the whole file, a line, or lines up to a blank one."""
+    """Unit of a document in a text file: the whole file, a line, or lines up to a blank one."""
     json_key: str | None = None
     """JSON records: the key that holds the text, `text` by default."""
     prompt_key: str | None = None
@@ -82,5 +82,5 @@ class PrepareConfig:
 
     @property
     def has_mask(self) -> bool:
-        """Whether a record may hold tokens that are not scored."""
+        """True if a record may hold tokens that are not scored."""
         return self.prompt_key is not None or self.messages_key is not None or bool(self.control_codes)

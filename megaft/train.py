@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(config: TrainConfig, topology: Topology) -> int:
-    """Hold the run's folder while training; a second job on it is refused, and why this one ended is written there."""
+    """Lock the run's folder while training, so that a second job is refused, and record the reason for the end."""
     from megaft.events import recording_errors
     from megaft.lock import locked
     from megaft.parallel import naming_lost_peers
@@ -176,12 +176,12 @@ def train(config: TrainConfig, topology: Topology) -> int:
 
 
 def is_over(config: TrainConfig, state: RunState, max_steps: int) -> bool:
-    """Whether the last step is done, or patience has run out."""
+    """Return True if the last step is done, or patience has run out."""
     return state.step >= max_steps or 0 < config.run.patience <= state.validations_since_best
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something done every so many steps comes after this one; 0 is never."""
+    """Return True if something done every `every` steps is due after step `step`; 0 is never."""
     return every > 0 and step % every == 0
 
 

@@ -1,4 +1,4 @@
-"""A transformers causal language model that continues texts, with whatever cache its family has."""
+"""Generation with transformers' causal language models, with the cache of their family."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.rope import rescaling_lengths
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
-"""Keyword and output under which families keep what they have read: attention, state space models, RWKV."""
+"""Keywords and outputs of families' caches: attention, state space models, RWKV."""
 
 TRIAL_TOKENS = 8
 TRIAL_PROMPT = 5

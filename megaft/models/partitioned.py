@@ -27,7 +27,7 @@ from megaft.models.weight_files import require_complete, untied_weights
 
 @contextmanager
 def loading(engine_config: dict[str, Any]) -> Iterator[None]:
-    """Let `from_pretrained` fill partitions: rank 0 maps the files and sends the weights of one module at a time.
+    """Let `from_pretrained` fill parts: rank 0 maps the files and sends the weights of one module at a time.
 
     Args:
         engine_config: What deepspeed.initialize gets. Its precision is that of the parts.
