@@ -121,7 +121,13 @@ def _verified(trained: Tensor, exported: Tensor, folder: Path) -> Verified:
 
 
 def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
-    """Raise NumericsError where two models' nats of the same tokens are not equal but for rounding."""
+    """Raise NumericsError where two models' nats of the same tokens are not equal but for rounding, or not finite."""
+    if num_bad := int((~trained.isfinite()).sum()):
+        raise NumericsError(
+            f"{folder} was not published: the trained model's nats of {num_bad:,} of {len(trained):,} held-out tokens "
+            "are not finite. Its weights are damaged, or overflow: export an earlier checkpoint, and lower "
+            "optim.learning-rate."
+        )
     mean, other = float(trained.mean()), float(exported.mean())
     largest = float((trained - exported).abs().max())
     if not (largest <= MAX_NATS * max(1, mean) and abs(mean - other) <= MAX_RELATIVE * max(SMALLEST_MEAN, mean)):

@@ -1,9 +1,11 @@
-"""Refusal of nats that are not finite: one NaN among a million tokens leaves no figure of a text."""
+"""Refusal of nats and logits that are not finite: one NaN among a million tokens leaves no figure of a text."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int64
+from torch import Tensor
 
 from megaft.errors import NumericsError
 
@@ -44,4 +46,26 @@ def require_finite(
     raise NumericsError(
         f"{name}: {int(is_bad.sum()):,} of {num_scored_tokens:,} scored tokens have nats that are not finite, first "
         f"{place}: {token_nats[first]}. {ADVICE}"
+    )
+
+
+def require_finite_logits(logits: Float[Tensor, " vocab"], num_read: int) -> None:
+    """Refuse logits with NaN or infinity; -inf marks a token that the model rules out.
+
+    Args:
+        logits: In the dtype that the model computes in.
+        num_read: Tokens that the model has read.
+
+    Raises:
+        NumericsError: With the first such token, and how many there are.
+    """
+    wrong = logits.isnan() | logits.isposinf()
+    if not wrong.any() and not logits.isneginf().all():
+        return
+    token = int(wrong.int().argmax())
+    fix = "check the model's weights" if logits.dtype == torch.float32 else "use --dtype float32"
+    raise NumericsError(
+        f"the model's logits after {num_read:,} token{'s' * (num_read != 1)} are not finite: that of token {token} is "
+        f"{float(logits[token])} ({int(wrong.sum()):,} of {len(logits):,} such); the model is damaged, or it overflows "
+        f"in {str(logits.dtype).removeprefix('torch.')}: {fix}."
     )

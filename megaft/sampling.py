@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from megaft.errors import NumericsError
+from megaft.finite import require_finite_logits
 from megaft.generate import SamplingConfig
 
 
@@ -27,25 +27,14 @@ def next_token(
     Raises:
         NumericsError: A logit is not a number, or infinite; -inf marks a token that the model rules out.
     """
+    require_finite_logits(logits, len(previous_ids))
     logits = logits.float().cpu()  # a CPU generator draws the same numbers beside every device
-    _require_numbers(logits, len(previous_ids))
     logits = penalize_repetition(logits, previous_ids, settings.repetition_penalty)
     if settings.temperature == 0:
         return int(logits.argmax())
     logits = keep_top_k(divide(logits, settings.temperature), settings.top_k)
     logits = keep_top_p(logits, settings.top_p)
     return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-
-
-def _require_numbers(logits: Float32[Tensor, " vocab"], num_read: int) -> None:
-    wrong = logits.isnan() | logits.isposinf()
-    if wrong.any() or logits.isneginf().all():
-        token = int(wrong.int().argmax())
-        raise NumericsError(
-            f"the model's logits after {num_read} tokens are not finite: that of token {token} is "
-            f"{float(logits[token])} ({int(wrong.sum())} of {len(logits)} such); check the checkpoint, or use "
-            "--dtype float32."
-        )
 
 
 def divide(logits: Float32[Tensor, " vocab"], temperature: float) -> Float32[Tensor, " vocab"]:

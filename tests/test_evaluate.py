@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import change_tensors, overflow
 
 from evaluate_zero_shot import evaluate as evaluate_module
 from evaluate_zero_shot.__main__ import main
@@ -128,14 +129,10 @@ def test_results_of_other_commands_stay(trial, tmp_path):
 
 @pytest.fixture(scope="module")
 def damaged(toy_model, tmp_path_factory):
-    """A model whose position 40 is not a number, and a file of each kind of task."""
-    from safetensors.torch import load_file, save_file
-
+    """A model whose position 40 makes norms overflow, and a file of each kind of task."""
     folder = tmp_path_factory.mktemp("damaged")
     shutil.copytree(toy_model, folder / "model")
-    weights = load_file(folder / "model/model.safetensors")
-    weights["transformer.wpe.weight"][40] = float("nan")
-    save_file(weights, folder / "model/model.safetensors", metadata={"format": "pt"})
+    change_tensors(folder / "model", lambda tensors: overflow(tensors["transformer.wpe.weight"][40]))
     passages = [{"text": "The ship sailed far over the sea " * repeats} for repeats in (1, 1, 3)]
     (folder / "lambada.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
     sentences = "".join(f"{number} They ran , all of them .\n" for number in range(1, 21))

@@ -1,5 +1,6 @@
 """ZeRO-3 from the first weight on: models built in parts are the models that are built whole."""
 
+import math
 import os
 import re
 import shutil
@@ -169,6 +170,19 @@ REFUSED = {
         "gpt2",
         lambda folder: add_head(folder, 1.001),  # equal in bfloat16
         r"ties lm_head\.weight to transformer\.wte\.weight, but .*tie_word_embeddings",
+    ),
+    "a value that is not a number": (
+        "llama",
+        lambda folder: change_tensors(folder, lambda tensors: tensors["model.norm.weight"][-1].fill_(math.nan)),
+        r"in model\.safetensors model\.norm\.weight has 1 of 32 values that are not finite, the first at \[31\]",
+    ),
+    "a NaN in both copies of tied weights": (
+        "gpt2",
+        lambda folder: (
+            change_tensors(folder, lambda tensors: tensors["transformer.wte.weight"][0, 0].fill_(math.nan)),
+            add_head(folder, 1),
+        ),
+        r"in model\.safetensors lm_head\.weight has 1 of 1,952 values .* \(2 tensors",
     ),
     "an output layer that is missing": (
         "qwen2",

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,25 +23,24 @@ SLOWER_BUILDS = ((0, 1), (1, 8), (2, 8))
 @pytest.fixture
 def config(toy_model, toy_texts, tmp_path):
     """config(stage=2, world_size=4, **DeepSpeed keys) is a run's settings."""
-    train, valid = toy_texts
+    return partial(settings_of, toy_model, toy_texts, tmp_path)
 
-    def make(*flags, stage=2, world_size=1, **keys):
-        settings = {"train_batch_size": GLOBAL_BATCH_SIZE, "train_micro_batch_size_per_gpu": 2, **keys}
-        path = tmp_path / "deepspeed.json"
-        path.write_text(json.dumps(settings | {"zero_optimization": {"stage": stage}}))
-        arguments = [
-            f"--deepspeed-config={path}",
-            f"--model.path={toy_model}",
-            f"--data.train={train}",
-            f"--data.valid={valid}",
-            "--data.context-length=32",
-            f"--run.dir={tmp_path / 'run'}",
-            "--run.max-steps=10",
-            f"--world-size={world_size}",
-        ]
-        return tyro.cli(ValidateConfig, args=[*arguments, *flags])
 
-    return make
+def settings_of(model, texts, folder, *flags, stage=2, world_size=1, **keys):
+    settings = {"train_batch_size": GLOBAL_BATCH_SIZE, "train_micro_batch_size_per_gpu": 2, **keys}
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps(settings | {"zero_optimization": {"stage": stage}}))
+    arguments = [
+        f"--deepspeed-config={path}",
+        f"--model.path={model}",
+        f"--data.train={texts[0]}",
+        f"--data.valid={texts[1]}",
+        "--data.context-length=32",
+        f"--run.dir={folder / 'run'}",
+        "--run.max-steps=10",
+        f"--world-size={world_size}",
+    ]
+    return tyro.cli(ValidateConfig, args=[*arguments, *flags])
 
 
 @pytest.fixture

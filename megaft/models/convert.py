@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megaft.errors import DataError
 from megaft.files import write_json_atomic
+from megaft.models.finite_weights import is_finite, require_finite
 from megaft.models.layout import layout_of, require_cuttable
 from megaft.models.tensor_file import TensorWriter
 from megaft.models.weight_files import INDEX
@@ -105,23 +106,12 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         DataError: It has NaN or infinite values, or some too large for the dtype.
     """
-    if not _is_finite(tensor):
-        at = (~tensor.isfinite()).nonzero()
-        raise DataError(
-            f"{name} has {len(at):,} of {tensor.numel():,} values that are not finite, the first at {at[0].tolist()}; "
-            "the model is damaged. Copy it anew, or go back to a checkpoint before it."
-        )
-    result = tensor.to(dtype)
-    if not _is_finite(result):
+    result = require_finite(name, tensor).to(dtype)
+    if not is_finite(result):
         short = str(dtype).removeprefix("torch.")
         fix = "use bfloat16" if dtype == torch.float16 else "use float32"
         raise DataError(f"{name} has values up to {tensor.abs().max():g}, which {short} cannot hold; {fix}.")
     return result
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether every value is finite, without a copy of the tensor: aminmax passes a NaN on."""
-    return all(bound.isfinite() for bound in tensor.aminmax())
 
 
 def _write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:

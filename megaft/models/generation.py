@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megaft.errors import DataError
+from megaft.finite import require_finite_logits
 from megaft.models import trials
 from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.rope import rescaling_lengths
@@ -76,6 +77,7 @@ def exact_cache(model: CausalLM, tried: CausalLM | None = None) -> str | None:
 
     Raises:
         DataError: The model does not read tokens alone.
+        NumericsError: Its logits are not finite.
     """
     ids, plain = _trial_ids(model), CachedModel(model)
     try:
@@ -83,6 +85,8 @@ def exact_cache(model: CausalLM, tried: CausalLM | None = None) -> str | None:
     except FORWARD_ERRORS as error:
         reason = f"{type(error).__name__} {error}".splitlines()[0]
         raise DataError(f"model's {type(model).__name__} cannot read a plain text ({reason}).") from error
+    for logits, num_read in zip(expected, (TRIAL_PROMPT, TRIAL_TOKENS), strict=True):
+        require_finite_logits(logits, num_read)
     name = _cache_name(model)
     if name is None:
         return None
@@ -108,9 +112,8 @@ def _trial_ids(model: CausalLM) -> list[int]:
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
     tolerance = TOLERANCE.get(theirs.dtype, HALF_TOLERANCE)
-    largest = theirs.float().abs().max()
-    # Logits that are not finite in the same places are left to sampling, which says which.
-    return torch.allclose(ours.float(), theirs.float(), rtol=0, atol=tolerance * float(largest), equal_nan=True)
+    largest = float(theirs[theirs.isfinite()].abs().max())  # a token that the model rules out has -inf
+    return torch.allclose(ours.float(), theirs.float(), rtol=0, atol=tolerance * largest)
 
 
 def _takes(model: CausalLM, name: str) -> bool:

@@ -25,6 +25,7 @@ from megaft.models import trials
 from megaft.models.adapters import add_adapters
 from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.config_errors import first_line
+from megaft.models.finite_weights import require_finite_weights
 from megaft.models.gguf_file import read_header, require_all_taken
 from megaft.models.gguf_settings import require_same_settings
 from megaft.models.loading_report import without_report_table
@@ -93,8 +94,8 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     """Load a pretrained model from a hub name, a folder or a GGUF file.
 
     Raises:
-        DataError: It is not there, transformers cannot read it, or its weights are quantized or not those of its
-            config.json.
+        DataError: It is not there, transformers cannot read it, or its weights are quantized, not finite, or not those
+            of its config.json.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -134,7 +135,9 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
         ) from error
     model, report = loaded
     require_complete(source, report)
-    _require_tied(source, model)
+    if not is_deepspeed_zero3_enabled():  # there partitioned._fill checks whole weights
+        require_finite_weights(f"model.path is {source}", source, model.named_parameters())
+    _require_tied(source, model)  # after that: a NaN does not equal itself
     if not is_deepspeed_zero3_enabled():
         freeze_as_constructed(model)
     if header is not None:

@@ -27,6 +27,7 @@ from megaft import parallel
 from megaft.config import ModelConfig, require
 from megaft.foreign import require_inert
 from megaft.loss import Head, Vocabulary
+from megaft.models.finite_weights import require_finite
 from megaft.models.hugging_face import architecture_of, positions_within, set_dropout
 from megaft.models.layout import MAX_RANKS, biases_of, layout_of, require_cuttable
 from megaft.models.new_weights import new_weights
@@ -318,7 +319,8 @@ def build(settings: ModelConfig, seed: int, engine_config: dict[str, Any] | None
     set_dropout(weights.config, settings.dropout)
     with in_parts(engine_config):
         model = MegatronModel(weights.config, recompute=settings.activation_checkpointing)
-    parallel.together(fill, model, weights.read)
+    where = f"model.path is {settings.path}; "
+    parallel.together(fill, model, lambda name: require_finite(name, weights.read(name), where))
     return model
 
 

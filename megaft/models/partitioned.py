@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from megaft import parallel
 from megaft.errors import UserError
+from megaft.models.finite_weights import require_finite_weights
 from megaft.models.replaced import replaced
 from megaft.models.weight_files import require_complete, untied_weights
 
@@ -86,14 +87,22 @@ def _fill(model: Any, state_dict: dict[str, Any], load_config: Any) -> tuple[lis
     """Fill the model as transformers does, after the checks that it leaves out under ZeRO-3.
 
     Raises:
-        DataError: On every rank, where the weights are not those of config.json.
+        DataError: On every rank, where the weights are not finite, or not those of config.json.
     """
     source = model.config.name_or_path
     require_complete(source, _report(model, state_dict))
+    parallel.together(_require_finite, model, source, state_dict)
     for head, embedding in model.all_tied_weights_keys.items():
         if _differ(*(_stored(model, state_dict, name) for name in (head, embedding))):
             raise untied_weights(f"model.path is {source}", head, embedding)
     return _load_state_dict_into_zero3_model(model, state_dict, load_config)
+
+
+def _require_finite(model: Any, source: str, state_dict: dict[str, Any]) -> None:
+    """Refuse stored weights that are not finite; only rank 0 has their values."""
+    stored = ((name, _stored(model, state_dict, name)) for name, _ in model.named_parameters())
+    here = ((name, tensor) for name, tensor in stored if tensor is not None and tensor.device.type != "meta")
+    require_finite_weights(f"model.path is {source}", source, here)
 
 
 def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

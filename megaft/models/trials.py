@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaft.errors import ConfigError, DataError
+from megaft.errors import ConfigError, DataError, NumericsError
 from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.rope import length_limit
 from megaft.models.stand_in import STAND_IN_ERRORS, is_partitioned, keeping_random_states, numbers_of, stand_in
@@ -154,7 +154,7 @@ def keeps_cache(model: CausalLM, make_reader: Callable[[CausalLM], Any], tried: 
         ids, reader = tokens[0].tolist(), make_reader(small)
         read = [reader.read(ids[:begin], 0)]
         read += [reader.read(ids[place : place + 1], place) for place in range(begin, len(ids))]
-        whole = small(input_ids=tokens, use_cache=False).logits[0, begin - 1 :]
+        whole = states_of(small, tokens)[0, begin - 1 :]
         return _is_close(torch.stack(read), whole)
 
 
@@ -198,7 +198,25 @@ def family(model: CausalLM) -> str:
 
 def states_of(model: CausalLM, input_ids: Tensor, **inputs: Tensor) -> Tensor:
     """Return the logits of every position."""
-    return model(input_ids=input_ids, use_cache=False, **inputs).logits
+    return _comparable(model(input_ids=input_ids, use_cache=False, **inputs).logits)
+
+
+def _comparable(logits: Tensor) -> Tensor:
+    """Return the logits with 0.0 for tokens that the model rules out by -inf or float32's lowest value.
+
+    NaN is refused: it differs from every number, and so looks like an influence.
+
+    Raises:
+        NumericsError: Some are NaN or infinite.
+    """
+    logits = logits.masked_fill(logits <= torch.finfo(logits.dtype).min / 2, 0.0)
+    num_bad = int((~logits.isfinite()).sum())
+    if num_bad:
+        raise NumericsError(
+            f"the model cannot be tried: {num_bad:,} of {logits.numel():,} logits of random tokens are not finite. Its "
+            "weights are damaged, or a number of its config.json makes it overflow; copy the model anew."
+        )
+    return logits
 
 
 def random_tokens(model: CausalLM, length: int, seed: int = 0) -> Tensor:

@@ -23,6 +23,7 @@ from megaft.foreign import require_inert
 from megaft.hub import find_file
 from megaft.models.classic_megatron import ClassicCheckpoint, is_classic
 from megaft.models.config_errors import padding_rule
+from megaft.models.finite_weights import require_finite
 from megaft.models.hugging_face import load_language_model, require_there
 from megaft.models.layout import Layout, layout_of
 from megaft.models.size_limit import Size, no_larger_than
@@ -238,7 +239,8 @@ def _require_tied(source: str, config: Any, holders: dict[str, TensorFile], stor
     if head not in holders or head in stored:
         return
     embedding = next(key for name, key in stored.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
-    if not torch.equal(holders[head].read(head), holders[embedding].read(embedding)):
+    pair = [require_finite(key, holders[key].read(key), f"model is {source}; ") for key in (head, embedding)]
+    if not torch.equal(*pair):
         raise untied_weights(f"model is {source}", head, embedding)
 
 
