@@ -157,5 +157,5 @@ def overflowing():
 )
 def test_logits_that_are_not_finite_are_named_as_such(overflowing, monkeypatch, ask):
     monkeypatch.setattr("megaft.models.trials.stand_in", lambda model: None)  # try the model itself
-    with pytest.raises(NumericsError, match="logits .*not finite"):
+    with pytest.raises(NumericsError, match=r"logits .*not finite"):
         ask(overflowing)

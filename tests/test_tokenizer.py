@@ -131,7 +131,7 @@ BAD = [
     ),
     pytest.param(lambda t, s: write(t / "a.gguf", b"GGUF"), "a.gguf is no GGUF file, cut short", id="truncated GGUF"),
     pytest.param(lambda t, s: write(t / "a.txt"), "is no tokenizer", id="another file"),
-    pytest.param(lambda t, s: "nobody/has-this-one", "no tokenizer could be loaded from nobody", id="no network"),
+    pytest.param(lambda t, s: "nobody/has-this-one", "nobody/has-this-one is no folder here nor in", id="no network"),
 ]
 
 

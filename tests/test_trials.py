@@ -109,6 +109,14 @@ def test_a_stand_in_of_all_layers_is_small(monkeypatch, num_layers, is_made):
     assert (stand_in(model) is not None) is is_made
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_stand_in_reads_no_setting_that_transformers_warns_of(name, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("transformers.configuration_utils.logger.warning_once", warnings.append)
+    assert stand_in(make_model(name)) is not None
+    assert warnings == []
+
+
 def test_evaluation_refuses_them(tmp_path):
     new_model("bert", {"is_decoder": False}).save_pretrained(tmp_path)
     with pytest.raises(DataError, match=r"BertLMHeadModel .* attends to later tokens"):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from megaft.models.causal_lm import CausalLM
 from megaft.models.padding_tokens import read_padding_tokens
@@ -132,7 +132,8 @@ def _lower(text: Any, largest: dict[str, int]) -> None:
 def _with_few_layers(text: Any) -> None:
     """Keep the first layers, up to one of every kind that the configuration's lists tell apart."""
     depth = text.num_hidden_layers
-    lists = {name: value for name in dir(text) if _is_list_of(depth, value := _read(text, name))}
+    names = sorted(set(dir(text)) - set(dir(PreTrainedConfig)))  # some that all families have warn when they are read
+    lists = {name: value for name in names if _is_list_of(depth, value := _read(text, name))}
     if depth < 2 or not lists:
         text.num_hidden_layers = min(depth, 1 + getattr(text, "first_k_dense_replace", 0))
         return
