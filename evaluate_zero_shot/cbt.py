@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaft.errors import DataError
+from megaft.plural import counted
 
 BLANK = "XXXXX"
 SENTENCES = 21
@@ -71,7 +72,9 @@ def _question(block: list[tuple[int, str]], path: Path) -> Question:
     sentences = [_sentence(index, *line, path) for index, line in enumerate(block, 1)]
     where = f"{path}, line {block[-1][0]}"
     if len(sentences) != SENTENCES:
-        raise DataError(f"{where} ends a question after {len(sentences)} lines; it has {SENTENCES}, then a blank line.")
+        raise DataError(
+            f"{where} ends a question after {counted(len(sentences), 'line')}; it has {SENTENCES}, then a blank line."
+        )
     query, *answers = sentences[-1].rstrip().split("\t")
     before, blank, after = query.partition(BLANK)
     if not blank or len(answers) < 2:

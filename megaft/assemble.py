@@ -24,6 +24,7 @@ from megaft.models.rope import length_limit
 from megaft.models.weights import MANIFEST
 from megaft.optim import build_optimizer, parameter_groups
 from megaft.parallel import Topology
+from megaft.plural import counted
 from megaft.run_state import Identity, RunState
 from megaft.saver import Saver
 from megaft.throughput import Meter
@@ -213,8 +214,8 @@ def _max_steps(config: TrainConfig, setup: Resolved, samples: Samples) -> int:
     max_steps = config.run.max_steps or samples.num_steps(config.run.epochs or 1, setup.global_batch_size)
     require(
         setup.total_num_steps in (None, max_steps),
-        f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, the run {max_steps} steps;"
-        " give one length.",
+        f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, "
+        f"the run {counted(max_steps, 'step')}; give one length.",
     )
     return max_steps
 
@@ -294,7 +295,7 @@ def _state(config: TrainConfig, engine: Any, identity: Identity, events: Events,
     if found.folder is not None:
         state = checkpoint.load(engine, found.folder, identity, config.checkpoint.allow_changed)
         if parallel.is_main():
-            print(f"continues from {found.folder.name}, after {state.step} steps", flush=True)
+            print(f"continues from {found.folder.name}, after {counted(state.step, 'step')}", flush=True)
         then, now = checkpoint.read_manifest(found.folder)["identity"], asdict(identity)
         for name in config.checkpoint.allow_changed:
             events.record("allowed change", state.step, name=name, then=then.get(name), now=now[name])

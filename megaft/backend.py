@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megaft.config import require
+from megaft.plural import counted
 
 Backend = Literal["hugging-face", "megatron"]
 
@@ -42,6 +43,7 @@ def require_whole_groups(world_size: int, tensor_parallel_size: int) -> None:
     """Raise ConfigError unless so many ranks make whole tensor-parallel groups."""
     require(
         world_size % tensor_parallel_size == 0,
-        f"tensor-parallel-size is {tensor_parallel_size}, but there are {world_size} ranks; start a multiple of it, "
+        f"tensor-parallel-size is {tensor_parallel_size}, but this runs on {counted(world_size, 'rank')}; "
+        "start a multiple of it, "
         f"such as with torchrun --nproc-per-node {tensor_parallel_size}.",
     )

@@ -20,6 +20,7 @@ from megaft.config import require
 from megaft.errors import ConfigError, DataError
 from megaft.files import fsync, naming_disk_errors
 from megaft.masking import without_secrets
+from megaft.plural import counted
 from megaft.ranges import at_least, require_ranges
 from megaft.unicode_text import is_unicode
 
@@ -121,7 +122,7 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise DataError(f"text is {path}, which cannot be read ({error}); give a text file in UTF-8.") from error
     if len(text) < MIN_TEXT:
-        raise DataError(f"text is {path}, which has {len(text)} characters; give {MIN_TEXT} or more.")
+        raise DataError(f"text is {path}, which has {counted(len(text), 'character')}; give {MIN_TEXT} or more.")
     return text
 
 

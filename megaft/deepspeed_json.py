@@ -30,6 +30,7 @@ from megaft.deepspeed_optimizer import check_optimizer, translate_blocks
 from megaft.errors import ConfigError
 from megaft.files import parse_json
 from megaft.nested import leaves
+from megaft.plural import counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,7 +251,8 @@ def _batch_sizes(config: dict[str, Any], world_size: int, notes: list[str]) -> t
     if train is None:
         train = (micro or 1) * (accumulation or 1) * world_size
         notes.append(
-            f"train_batch_size is {train} on {world_size} ranks; give it to train alike on any number of them."
+            f"train_batch_size is {train} on {counted(world_size, 'rank')}; give it to train alike on any number of "
+            "ranks."
         )
     if micro is None:
         micro = train // ((accumulation or 1) * world_size)
@@ -269,7 +271,9 @@ def _fall_to_dividing_micro_batch(
     size = largest_micro_batch_size(train, asked, world_size)
     config |= zip(BATCH_KEYS, (train, size, "auto"), strict=True)
     if size != asked:
-        notes.append(f"{BATCH_KEYS[1]} falls from {asked} to {size}, to cut {train} evenly over {world_size} ranks.")
+        notes.append(
+            f"{BATCH_KEYS[1]} falls from {asked} to {size}, to cut {train} evenly over {counted(world_size, 'rank')}."
+        )
 
 
 def _positive(config: dict[str, Any], key: str) -> int | None:
@@ -288,7 +292,7 @@ def _fail_batch(config: dict[str, Any], train: int, micro: int, accumulation: in
         for size, count in _legal_batches(train, micro, accumulation, world_size)
     )
     rule = f"{BATCH_KEYS[0]} must be {BATCH_KEYS[1]} x {BATCH_KEYS[2]} x ranks"
-    raise ConfigError(f"DeepSpeed JSON: {given} on {world_size} ranks: {rule}. Use {choices}.")
+    raise ConfigError(f"DeepSpeed JSON: {given} on {counted(world_size, 'rank')}: {rule}. Use {choices}.")
 
 
 def _legal_batches(train: int, micro: int, accumulation: int, world_size: int) -> list[tuple[int, int]]:
@@ -310,7 +314,7 @@ def data_parallel_size(world_size: int, tensor_parallel_size: int) -> int:
     size, rest = divmod(world_size, tensor_parallel_size)
     require(
         rest == 0,
-        f"parallel.tensor-parallel-size is {tensor_parallel_size}, but there are {world_size} ranks; "
+        f"parallel.tensor-parallel-size is {tensor_parallel_size}, but this runs on {counted(world_size, 'rank')}; "
         "start a multiple of it.",
     )
     return size
@@ -325,7 +329,8 @@ def largest_micro_batch_size(global_batch_size: int, at_most: int, world_size: i
     per_rank, rest = divmod(global_batch_size, world_size)
     require(
         rest == 0,
-        f"train_batch_size {global_batch_size} does not divide over {world_size} ranks; use a number that does.",
+        f"train_batch_size {global_batch_size} does not divide over {counted(world_size, 'rank')}; "
+        "use a number that does.",
     )
     return next(size for size in range(min(at_most, per_rank), 0, -1) if per_rank % size == 0)
 

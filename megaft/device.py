@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megaft.errors import ConfigError
+from megaft.plural import counted
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -22,8 +23,8 @@ def device_of(topology: Topology) -> torch.device:
     index = 0 if count == 1 else topology.local_rank  # launchers may show each rank its own GPU alone
     if index >= count:
         raise ConfigError(
-            f"rank {topology.rank} has local rank {index}, but sees {count} GPUs; start one rank a GPU, or let the "
-            "launcher show each rank its own alone, as srun --gpus-per-task=1 does."
+            f"rank {topology.rank} has local rank {index}, but sees {counted(count, 'GPU')}; start one rank a GPU, or "
+            "let the launcher show each rank its own alone, as srun --gpus-per-task=1 does."
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

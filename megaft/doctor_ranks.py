@@ -28,6 +28,7 @@ from megaft.files import naming_disk_errors
 from megaft.models.causal_lm import CausalLM
 from megaft.parallel import Topology
 from megaft.pieces import Pieces
+from megaft.plural import counted
 from megaft.run_state import Identity, RunState
 from megaft.saver import Saver
 
@@ -76,7 +77,7 @@ def run(folder: Path, as_json: bool, topology: Topology) -> int:
         shutil.rmtree(ranks.folder, ignore_errors=True)
     if topology.is_main:
         seconds = time.perf_counter() - began
-        show(f"megaft doctor: {topology.world_size} ranks, {device.type}, {seconds:.0f} s", checks, as_json)
+        show(f"megaft doctor: {counted(topology.world_size, 'rank')}, {device.type}, {seconds:.0f} s", checks, as_json)
     parallel.barrier()  # who leaves first with a bad code makes the launcher end the others
     return exit_code(checks)
 
@@ -106,7 +107,7 @@ def same_versions(ranks: Ranks) -> Check:
         return Check(
             "versions", "fail", f"ranks differ: {versions}; {'; '.join(others)}", "Install the same everywhere"
         )
-    return Check("ranks", "pass", f"{world_size} on {len(hosts)} host(s), {versions}; the folder is shared")
+    return Check("ranks", "pass", f"{world_size} on {counted(len(hosts), 'host')}, {versions}; the folder is shared")
 
 
 def collectives(ranks: Ranks) -> list[Check]:

@@ -17,6 +17,7 @@ from megaft.export_check import Rows
 from megaft.export_formats import HuggingFaceExport, MegatronExport
 from megaft.files import fsync, json_lines, naming_disk_errors
 from megaft.masking import without_secrets
+from megaft.plural import counted
 from megaft.run_state import RunState
 from megaft.tokenizer import AnyTokenizer
 from megaft.tokenizer_check import require_same_ids
@@ -89,7 +90,8 @@ def model_card(config: TrainConfig, step: int, verified: str) -> str:
         "---",
         f"# {config.run.dir.resolve().name}",
         "",
-        f"{base}, finetuned for {step} steps with megaft on {' '.join(config.data.train)}; seed {config.run.seed}.",
+        f"{base}, finetuned for {counted(step, 'step')} with megaft on {' '.join(config.data.train)}; "
+        f"seed {config.run.seed}.",
         "`config.json` of the run's folder has every setting, and `metrics.jsonl` every step.",
     ]
     if validations:

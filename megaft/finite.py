@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from megaft.errors import NumericsError
+from megaft.plural import counted
 
 ADVICE = (
     "Its weights may be damaged, or it overflows in this precision: check where they come from, or use float32; "
@@ -65,7 +66,7 @@ def require_finite_logits(logits: Float[Tensor, " vocab"], num_read: int) -> Non
     token = int(wrong.int().argmax())
     fix = "check the model's weights" if logits.dtype == torch.float32 else "use --dtype float32"
     raise NumericsError(
-        f"the model's logits after {num_read:,} token{'s' * (num_read != 1)} are not finite: that of token {token} is "
+        f"the model's logits after {counted(num_read, 'token')} are not finite: that of token {token} is "
         f"{float(logits[token])} ({int(wrong.sum()):,} of {len(logits):,} such); the model is damaged, or it overflows "
         f"in {str(logits.dtype).removeprefix('torch.')}: {fix}."
     )

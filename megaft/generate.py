@@ -17,6 +17,7 @@ import tyro
 from megaft.backend import Backend, backend_of
 from megaft.config import require
 from megaft.errors import DataError
+from megaft.plural import counted
 from megaft.ranges import NOT_NEGATIVE, SEED, Range, at_least, require_ranges
 from megaft.unicode_text import is_unicode
 
@@ -159,7 +160,10 @@ def _require_fits(model: Reader, prompt: Prompt) -> None:
         )
     limit = model.max_positions
     if limit is not None and len(ids) > limit and parallel.is_main():
-        print(f"warning: the prompt has {len(ids)} tokens, of which the model reads the last {limit}.", file=sys.stderr)
+        print(
+            f"warning: the prompt has {counted(len(ids), 'token')}, of which the model reads the last {limit}.",
+            file=sys.stderr,
+        )
 
 
 def print_text(text: str) -> None:
@@ -195,8 +199,8 @@ def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: A
     size = config.tensor_parallel_size
     require(
         topology.world_size == size,
-        f"tensor-parallel-size is {size}, but there are {topology.world_size} ranks; start as many as it says, "
-        f"such as with torchrun --nproc-per-node {size} -m megaft generate.",
+        f"tensor-parallel-size is {size}, but this runs on {counted(topology.world_size, 'rank')}; "
+        f"start as many as it says, such as with torchrun --nproc-per-node {size} -m megaft generate.",
     )
     device = parallel.join(topology)
     parallel.cut_matrices(size)

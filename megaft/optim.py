@@ -12,6 +12,7 @@ from torch import nn
 
 from megaft.config import OptimConfig, require
 from megaft.errors import ConfigError
+from megaft.plural import counted
 
 FUSED_ADAMW_DEVICES = ("cuda", "cpu")  # on a CPU three times as fast as the unfused one, and equal to 2.4e-7
 
@@ -82,7 +83,7 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     warmup_steps = config.warmup_steps
     require(
         warmup_steps <= max_steps,
-        f"optim.warmup-steps is {warmup_steps}, but the run has {max_steps} steps; use at most that, "
+        f"optim.warmup-steps is {warmup_steps}, but the run has {counted(max_steps, 'step')}; use at most that, "
         f"for example {max_steps // 10}.",
     )
     if step < warmup_steps:

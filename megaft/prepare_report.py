@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from megaft.chat import SCORED_ROLE
+from megaft.plural import counted
 
 
 def summary(output: object, receipt: dict[str, Any]) -> str:
     """Return one line with the numbers of documents and tokens."""
     skipped = f" ({receipt['documents_skipped']:,} skipped)" if receipt["documents_skipped"] else ""
     scored = f", of which {receipt['scored_tokens']:,} ({receipt['scored_share']:.1%}) are scored"
-    return f"{output}: {receipt['documents']:,} documents{skipped}, {receipt['tokens']:,} tokens" + (
-        scored if receipt["has_mask"] else ""
-    )
+    documents, tokens = counted(receipt["documents"], "document"), counted(receipt["tokens"], "token")
+    return f"{output}: {documents}{skipped}, {tokens}" + (scored if receipt["has_mask"] else "")
 
 
 def warnings(receipt: dict[str, Any]) -> list[str]:
@@ -22,20 +22,23 @@ def warnings(receipt: dict[str, Any]) -> list[str]:
     lines = [
         (
             receipt["documents_skipped"],
-            f"documents have fewer than {receipt['min_tokens']} tokens (--min-tokens) and are left out; the first is "
+            "document",
+            f"of fewer than {receipt['min_tokens']} tokens (--min-tokens) left out; the first is "
             f"{receipt['first_skipped']}.",
         ),
         (
             receipt["documents_blank"],
-            f"records have no text and are left out; the first is {receipt['first_blank']}.",
+            "record",
+            f"without text left out; the first is {receipt['first_blank']}.",
         ),
         (
             unscored,
+            "",
             f"of {kept:,} documents have no scored text, so nothing is learnt from them: {_reason(receipt)}; the first "
             f"is {receipt['first_unscored']}.",
         ),
     ]
-    return [f"{number:,} {line}" for number, line in lines if number]
+    return [f"{counted(number, noun) if noun else f'{number:,}'} {line}" for number, noun, line in lines if number]
 
 
 def _reason(receipt: dict[str, Any]) -> str:

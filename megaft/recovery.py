@@ -9,6 +9,7 @@ from megaft.assemble import Parts
 from megaft.errors import NumericsError
 from megaft.guard import Trouble
 from megaft.left_out import leave_out, whole_ranges
+from megaft.plural import counted
 from megaft.run_state import RunState
 from megaft.scoring import Score
 
@@ -69,7 +70,8 @@ def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:
 def _stopped(run: Parts, trouble: Trouble, samples: tuple[tuple[int, int], ...]) -> str:
     advice = "look at those samples, or let guard.non-finite or guard.spike be skip or rewind."
     if run.guard.rewinds or run.guard.skips:
-        advice = f"the run went back {run.guard.rewinds} times and skipped {run.guard.skips} steps in a row before."
+        rewinds, skips = counted(run.guard.rewinds, "time"), counted(run.guard.skips, "step")
+        advice = f"the run went back {rewinds} and skipped {skips} in a row before."
     return (
         f"{trouble}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; "
         f"{_last_before(run, trouble.step)}. "

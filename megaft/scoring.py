@@ -22,6 +22,7 @@ from megaft.config import require
 from megaft.errors import DataError
 from megaft.finite import require_finite
 from megaft.loss import IGNORE_INDEX
+from megaft.plural import counted
 
 TokenScorer = Callable[[Tensor, Tensor], Tensor]
 """The model, in evaluation mode: (input_ids, labels), both Int64 "batch time", to Float32 "quantity batch time".
@@ -284,7 +285,9 @@ def score(
     """
     if not rows:
         num_documents = len(documents.document_offsets) - 1
-        raise DataError(f"{num_documents} documents have no token to score; give a text of two words or more.")
+        raise DataError(
+            f"{counted(num_documents, 'document')} without a token to score; give a text of two words or more."
+        )
     batches = batches_of(rows, tokens_per_batch, longest_alike)
     values = np.zeros((2, int(documents.document_offsets[-1])))
     waiting = _fill_with_finished(values, batches, keeper)

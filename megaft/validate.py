@@ -181,10 +181,11 @@ def show(plan: dict[str, Any], as_json: bool) -> None:
 
 def _lines(plan: dict[str, Any]) -> dict[str, str]:
     cut = "{global_batch_size} = micro-batch {micro_batch_size} x accumulation {gradient_accumulation_steps}"
+    size = plan["tensor_parallel_size"]
     done = f", of which {plan['done_steps']:,} are done" if plan["resumes_from"] else ""
     return {
         "global batch": f"{cut} x data-parallel ranks {{data_parallel_size}}".format(**plan),
-        "ranks": "{world_size}, of which {tensor_parallel_size} share a model".format(**plan),
+        "ranks": str(plan["world_size"]) + (f", each {size} of which share a model" if size > 1 else ""),
         "engine": "ZeRO {zero_stage}, {dtype}, {optimizer}".format(**plan),
         "steps": f"{plan['max_steps']:,}{done}",
         "tokens": f"{plan['tokens']:,} at most",

@@ -26,6 +26,7 @@ from megaft.models.classic_megatron import is_classic
 from megaft.models.hugging_face import NatsModel, load_language_model, set_dropout
 from megaft.models.tensor_file import TensorFile
 from megaft.models.weights import MANIFEST, Weights, is_checkpoint, load_config, open_weights, read_manifest, shards_of
+from megaft.plural import counted
 from megaft.tokenizer import load_tokenizer
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
@@ -132,7 +133,9 @@ def _nats_of(side: Side, dtype: str, folder: Path) -> Tensor:
     command = [sys.executable, "-m", *launcher, "-m", *program]
     done = subprocess.run(command, env=environment, stdout=2)  # what they print is no result of ours
     if done.returncode:
-        raise DataError(f"{side.source} could not be run on {num_ranks} processes; their own messages say why.")
+        raise DataError(
+            f"{side.source} could not be run on {counted(num_ranks, 'process', 'processes')}; their messages say why."
+        )
     return torch.tensor(json.loads((folder / "nats.json").read_text()), dtype=torch.float64)
 
 

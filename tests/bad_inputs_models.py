@@ -71,7 +71,7 @@ def _(workshop):
 @refuse(
     "26 batch is not micro x accumulation x ranks",
     2,
-    r"train_batch_size 5, train_micro_batch_size_per_gpu 2, gradient_accumulation_steps 2 on 1 ranks: .* must be",
+    r"train_batch_size 5, train_micro_batch_size_per_gpu 2, gradient_accumulation_steps 2 on 1 rank: .* must be",
     r"Use (train_batch_size \d+, [^,]*, gradient_accumulation_steps \d+(, or |\.)){3}",
 )
 def _(workshop):
@@ -81,7 +81,7 @@ def _(workshop):
 @refuse(
     "27 a division that hides the mismatch",
     2,
-    r"train_batch_size 10, train_micro_batch_size_per_gpu 4 on 1 ranks: .*Use train",
+    r"train_batch_size 10, train_micro_batch_size_per_gpu 4 on 1 rank: .*Use train",
 )
 def _(workshop):
     return workshop.deepspeed(train_batch_size=10, train_micro_batch_size_per_gpu=4)

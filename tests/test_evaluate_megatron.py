@@ -213,7 +213,7 @@ def test_as_many_ranks_as_share_a_matrix_are_needed(models, shared, tmp_path, ca
     from evaluate_zero_shot.__main__ import main
 
     assert main([f"--model={models['gpt2']}", "--task=wikitext2", *flags]) == 2
-    assert "there are 1 ranks; start a multiple of it" in capsys.readouterr().err
+    assert "this runs on 1 rank; start a multiple of it" in capsys.readouterr().err
     config = GenerateConfig(model=str(models["gpt2"]), prompt=("a",), backend="megatron", tensor_parallel_size=2)
     assert generate(config) == 2
-    assert "there are 1 ranks; start as many" in capsys.readouterr().err
+    assert "this runs on 1 rank; start as many" in capsys.readouterr().err

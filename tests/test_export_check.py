@@ -143,6 +143,13 @@ def test_tolerance(trained, exported, is_same, tmp_path):
             require_same_nats(*nats, tmp_path)
 
 
+def test_a_trained_model_whose_nats_are_not_finite_is_no_defect_of_the_export(tmp_path):
+    nats = torch.tensor([2.0, float("nan"), 4.0], dtype=torch.float64)
+    with pytest.raises(NumericsError, match=r"nats of 1 of 3 held-out tokens are not finite") as refused:
+        require_same_nats(nats, nats, tmp_path)
+    assert "defect of megaft" not in str(refused.value)
+
+
 # Held-out tokens
 
 

@@ -103,6 +103,17 @@ def test_a_cache_that_is_not_exact_is_not_used(harm):
     assert continuation(reader, [5, 9, 11], 20) == expected
 
 
+def test_a_token_that_the_model_rules_out_hides_no_inexact_cache():
+    model = make("gpt2", GPT2)
+
+    def rule_out(module, inputs, output):
+        logits = output.logits.index_fill(-1, torch.tensor([3]), -torch.inf)
+        return type(output)(logits=logits, past_key_values=output.past_key_values and forgetful(output.past_key_values))
+
+    model.register_forward_hook(rule_out)
+    assert exact_cache(model) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_alone_costs_no_cache(dtype):
     assert exact_cache(make("llama", LLAMA).to(dtype)) == "past_key_values"

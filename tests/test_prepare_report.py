@@ -126,7 +126,7 @@ NOT_LEARNT = [
         lines({"text": "one"}, {"text": ""}, {"text": " \n"}),
         {},
         {"documents": 1, "documents_blank": 2, "first_blank": "a.jsonl, line 2", "documents_unscored": 0},
-        ["2 records have no text and are left out; the first is "],
+        ["2 records without text left out; the first is "],
         id="blank records",
     ),
     pytest.param(
@@ -134,7 +134,7 @@ NOT_LEARNT = [
         "\none two three four\n\nfive\nsix\n",
         {"unit": "line", "min_tokens": 4},
         {"documents": 1, "documents_skipped": 2, "first_skipped": "a.txt, line 4", "documents_unscored": 0},
-        ["2 documents have fewer than 4 tokens (--min-tokens) and are left out; the first is "],
+        ["2 documents of fewer than 4 tokens (--min-tokens) left out; the first is "],
         id="short lines",
     ),
     pytest.param(
@@ -142,7 +142,7 @@ NOT_LEARNT = [
         "\n\nsix\n\none two three four\nfive\n",
         {"unit": "document", "min_tokens": 4},
         {"documents": 1, "documents_skipped": 1, "first_skipped": "a.txt, line 3"},
-        ["1 documents have fewer than 4 tokens (--min-tokens) and are left out; the first is "],
+        ["1 document of fewer than 4 tokens (--min-tokens) left out; the first is "],
         id="short paragraphs",
     ),
     pytest.param(

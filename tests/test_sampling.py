@@ -170,6 +170,16 @@ def test_logits_that_are_not_finite_are_refused(logits, message, settings):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "fix"),
+    [(torch.float32, "check the model's weights"), (torch.bfloat16, "use --dtype float32")],
+    ids=["float32", "bfloat16"],
+)
+def test_float32_is_advised_where_the_model_computes_in_less(dtype, fix):
+    with pytest.raises(NumericsError, match=rf"after 1 token are not finite: .*{fix}\.$"):
+        next_token(torch.tensor([0.0, math.nan], dtype=dtype), [0], GREEDY, torch.Generator())
+
+
+@pytest.mark.parametrize(
     ("settings", "expected"),
     [
         pytest.param({"temperature": 1e-45}, {2}, id="a temperature of float32's least"),

@@ -149,6 +149,26 @@ def test_rows_that_depend_on_each_other_are_seen(monkeypatch):
         trials.require_language_model(Mixing(model))
 
 
+class Ruling(Mixing):
+    """Such a GPT-2 that rules out a token, by the lowest number or by -inf."""
+
+    def __init__(self, model, lowest):
+        super().__init__(model)
+        self.lowest = lowest
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits[..., 3] = self.lowest
+        return output
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -torch.inf])
+def test_a_token_that_the_model_rules_out_hides_nothing(lowest):
+    model = Ruling(make_model("gpt2").eval(), lowest)
+    assert trials.is_causal(model)
+    assert not trials.keeps_rows_apart(model)
+
+
 # Half precision
 
 

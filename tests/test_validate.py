@@ -65,7 +65,7 @@ def test_a_run_is_built_as_one_of_n_ranks(config, planned, stage, world_size, tm
 @pytest.mark.parametrize(
     ("flags", "keys", "error", "said"),
     [
-        pytest.param([], {"train_batch_size": 15}, ConfigError, "on 1 ranks", id="batch sizes"),
+        pytest.param([], {"train_batch_size": 15}, ConfigError, "on 1 rank:", id="batch sizes"),
         pytest.param([], {"train_batch": 1}, ConfigError, "did you mean", id="a key of the JSON"),
         pytest.param(["--data.context-length=4096"], {}, ConfigError, "128 positions", id="model"),
         pytest.param(["--data.train=missing.txt"], {}, DataError, "missing.txt", id="data"),
@@ -183,8 +183,6 @@ def test_what_is_printed(config, planned, capsys):
     assert json.loads(capsys.readouterr().out) == plan
     show(plan, as_json=False)
     out = capsys.readouterr().out
-    assert (
-        "16 = micro-batch 2 x accumulation 2 x data-parallel ranks 4\nranks          4, of which 1 share a model" in out
-    )
+    assert "16 = micro-batch 2 x accumulation 2 x data-parallel ranks 4\nranks          4\n" in out
     assert "45,952, of which 45,952 are trained" in out
     assert "a checkpoint   551,424 bytes\ncontinues from nothing: a new run\n" in out

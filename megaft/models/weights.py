@@ -37,6 +37,7 @@ from megaft.models.weight_files import (
     shard_names,
     untied_weights,
 )
+from megaft.plural import counted
 
 MANIFEST = "megatron.json"
 FORMAT = 1
@@ -274,7 +275,10 @@ def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[Ten
     layout, shapes, size = layout_of(config), shapes_of(config), manifest["tensor_parallel_size"]
     files = [_checked(folder, name, entry, is_hashed) for name, entry in sorted(manifest["files"].items())]
     if len(files) != size:
-        raise DataError(f"{folder / MANIFEST} names {len(files)} files for {size} ranks; convert the model anew.")
+        raise DataError(
+            f"{folder / MANIFEST} names {counted(len(files), 'file')} for {counted(size, 'rank')}; "
+            "convert the model anew."
+        )
     for rank, file in enumerate(files):
         found = {name: span.shape for name, span in file.spans.items()}
         require_fitting(str(file.path), local_shapes(layout, shapes, size, rank), found)

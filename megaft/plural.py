@@ -1,0 +1,6 @@
+"""Numbers of things in messages."""
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return the number with its noun, such as "1 document" or "1,200 documents"; `plural` is the noun and s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
