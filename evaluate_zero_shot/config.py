@@ -52,7 +52,7 @@ class EvaluateConfig:
     """Neighbouring ranks that share each matrix and score the same windows; above 1 with megatron-core's modules."""
 
     def __post_init__(self) -> None:
-        require(len(self.model) > 0, "model is empty; give a hub name, a folder, a GGUF file or a run's folder.")
+        require(len(self.model) > 0, "--model is empty; give a hub name, a folder, a GGUF file or a run's folder.")
         for name in self.tasks:
             require(name in TASKS, f"task {name!r} is unknown; use one of {', '.join(TASKS)}.")
         for name in self.protocols:
@@ -62,7 +62,7 @@ class EvaluateConfig:
             require(protocol in able, f"protocol {protocol} does not define task {task}; use {' or '.join(able)}.")
         require(
             self.stride is None or all(part.isdecimal() and int(part) for part in self.stride.split(",")),
-            f"stride is {self.stride!r}; use a number of 1 or more, or several with commas, such as 32,256,1024.",
+            f"--stride is {self.stride!r}; use a number of 1 or more, or several with commas, such as 32,256,1024.",
         )
         require_ranges(self, context_length=at_least(1), limit=at_least(1), tokens_per_batch=at_least(1))
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))

@@ -52,14 +52,15 @@ def geometry(protocol: Protocol, context_limit: int | None, context_length: int 
     largest = wanted - (protocol.window == "tokens" and protocol.last == "extended")
     require(
         1 <= found.stride <= largest,
-        f"stride is {found.stride}; use 1 to {largest} with protocol {protocol.name} at a context length of {wanted}.",
+        f"--stride is {found.stride}; use 1 to {largest} with protocol {protocol.name} at a context length of "
+        f"{wanted}.",
     )
     require(
         context_limit is None or found.num_inputs <= context_limit,
         f"protocol {protocol.name} has a context length of {wanted}, but the model has {context_limit} positions; "
         f"give --context-length {context_limit} and, if need be, a smaller --stride; the report will say so.",
     )
-    require(found.num_inputs >= 1, f"context-length is {wanted}; use 2 or more with protocol {protocol.name}.")
+    require(found.num_inputs >= 1, f"--context-length is {wanted}; use 2 or more with protocol {protocol.name}.")
     return found
 
 

@@ -200,13 +200,15 @@ def _require_trainable(config: TrainConfig, setup: Resolved) -> None:
         hugging_face.require_there(config.model.path)
         require(
             is_megatron or not (Path(config.model.path) / MANIFEST).is_file(),
-            f"model.path is {config.model.path}, which has megatron's format; give model.backend megatron, or write it "
+            f"--model.path is {config.model.path}, which has megatron's format; "
+            "give --model.backend megatron, or write it "
             "anew with megaft convert --format hugging-face.",
         )
     require(
         not (is_megatron and setup.optim.name == "adafactor"),
-        "optim.name is adafactor, which looks at whole matrices, and those of model.backend megatron are put together "
-        "otherwise; give optim.name adamw or model.backend hugging-face.",
+        "--optim.name is adafactor, which looks at whole matrices, "
+        "and those of --model.backend megatron are put together "
+        "otherwise; give --optim.name adamw or --model.backend hugging-face.",
     )
 
 
@@ -262,9 +264,9 @@ def _padded_to(config: TrainConfig, longest_alike: int | None) -> int | None:
     is_length_felt = longest_alike is not None and context > longest_alike
     require(
         not (is_length_felt and config.data.attend_within_documents),
-        f"data.attend-within-documents is set and data.context-length is {context}, but the model has other rotary "
+        f"--data.attend-within-documents is set and --data.context-length is {context}, but the model has other rotary "
         f"positions for inputs longer than {longest_alike} tokens, chosen by the longest document of a micro-batch; "
-        f"use data.context-length {longest_alike} or less, or data.sample document.",
+        f"use --data.context-length {longest_alike} or less, or --data.sample document.",
     )
     return context if is_length_felt or config.data.sample == "stream" else None
 

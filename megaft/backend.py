@@ -33,7 +33,7 @@ def backend_of(source: str, asked: Backend | None, tensor_parallel_size: int) ->
     )
     require(
         backend == "megatron" or tensor_parallel_size == 1,
-        f"tensor-parallel-size is {tensor_parallel_size}, but transformers' matrices are whole; "
+        f"--tensor-parallel-size is {tensor_parallel_size}, but transformers' matrices are whole; "
         "give --backend megatron.",
     )
     return backend
@@ -43,7 +43,7 @@ def require_whole_groups(world_size: int, tensor_parallel_size: int) -> None:
     """Raise ConfigError unless so many ranks make whole tensor-parallel groups."""
     require(
         world_size % tensor_parallel_size == 0,
-        f"tensor-parallel-size is {tensor_parallel_size}, but this runs on {counted(world_size, 'rank')}; "
+        f"--tensor-parallel-size is {tensor_parallel_size}, but this runs on {counted(world_size, 'rank')}; "
         "start a multiple of it, "
         f"such as with torchrun --nproc-per-node {tensor_parallel_size}.",
     )

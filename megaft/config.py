@@ -47,12 +47,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(
             (self.path is None) != (self.from_scratch is None),
-            f"model.path is {self.path} and model.from_scratch is {self.from_scratch}; give exactly one of the two.",
+            f"--model.path is {self.path} and --model.from-scratch is {self.from_scratch}; "
+            "give exactly one of the two.",
         )
         require_ranges(self, "model.", dropout=BELOW_1.such_as("0.1"))
         require(
             self.backend == "hugging-face" or self.cross_entropy == "chunked",
-            f"model.cross-entropy is {self.cross_entropy}, but model.backend megatron has its own; drop it.",
+            f"--model.cross-entropy is {self.cross_entropy}, but --model.backend megatron has its own; drop it.",
         )
 
 
@@ -84,7 +85,7 @@ class LoraConfig:
         require_ranges(self, "lora.", rank=at_least(0).such_as("8"), alpha=at_least(1).such_as("16"), dropout=BELOW_1)
         require(
             self.rank > 0 or (self.alpha, self.dropout, self.target_modules) == (16, 0, ()),
-            "lora.rank is 0, so the other lora settings have no effect; give lora.rank, for example 8.",
+            "--lora.rank is 0, so the other lora settings have no effect; give --lora.rank, for example 8.",
         )
 
 
@@ -108,11 +109,11 @@ class DataConfig:
     """For text files: the detokenizer that undoes the corpus's tokenization, such as wikitext_megatron."""
 
     def __post_init__(self) -> None:
-        require(len(self.train) > 0, "data.train is empty; give a text file or a prepared prefix.")
+        require(len(self.train) > 0, "--data.train is empty; give a text file or a prepared prefix.")
         require_ranges(self, "data.", context_length=at_least(2).such_as("1024"))
         require(
             not (self.attend_within_documents and self.sample == "document"),
-            "data.attend-within-documents has no effect with data.sample document, whose samples never leave one.",
+            "--data.attend-within-documents has no effect with --data.sample document, whose samples never leave one.",
         )
 
 
@@ -186,9 +187,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(
             (self.max_steps is None) != (self.epochs is None),
-            f"run.max-steps is {self.max_steps} and run.epochs is {self.epochs}; give exactly one of the two.",
+            f"--run.max-steps is {self.max_steps} and --run.epochs is {self.epochs}; give exactly one of the two.",
         )
-        require(is_unicode(str(self.dir)), f"run.dir is {self.dir!s}, which is not UTF-8; name another folder.")
+        require(is_unicode(str(self.dir)), f"--run.dir is {self.dir!s}, which is not UTF-8; name another folder.")
         require_ranges(
             self,
             "run.",
@@ -222,7 +223,8 @@ class CheckpointConfig:
         require_ranges(self, "checkpoint.", **ranges)
         require(
             set(self.allow_changed) <= CHANGEABLE,
-            f"checkpoint.allow-changed is {' '.join(self.allow_changed)}; use some of {' '.join(sorted(CHANGEABLE))}.",
+            f"--checkpoint.allow-changed is {' '.join(self.allow_changed)}; "
+            f"use some of {' '.join(sorted(CHANGEABLE))}.",
         )
 
 
@@ -299,7 +301,7 @@ class MetricsConfig:
         require_ranges(self, "metrics.", peak_flops=ABOVE_0.such_as("989e12"))
         require(
             self.wandb or self.wandb_project == "megaft",
-            f"metrics.wandb-project is {self.wandb_project}, but metrics.wandb is off; switch it on.",
+            f"--metrics.wandb-project is {self.wandb_project}, but --metrics.wandb is off; switch it on.",
         )
 
 
@@ -327,38 +329,39 @@ class TrainConfig:
         has_validation = self.data.valid is not None
         require(
             has_validation or self.run.validate_every == 0,
-            f"run.validate-every is {self.run.validate_every} but data.valid is not given; give both or neither.",
+            f"--run.validate-every is {self.run.validate_every} but --data.valid is not given; give both or neither.",
         )
         require(
             has_validation or self.eval == EvalConfig(),
-            "eval settings have no effect without a text to validate on; give data.valid, or drop them.",
+            "eval settings have no effect without a text to validate on; give --data.valid, or drop them.",
         )
         require(
             has_validation or self.run.patience == 0,
-            f"run.patience is {self.run.patience} but data.valid is not given; patience counts validations.",
+            f"--run.patience is {self.run.patience} but --data.valid is not given; patience counts validations.",
         )
         require(
             self.model.path is not None or self.data.tokenizer is not None,
-            "model.from-scratch brings no tokenizer; give data.tokenizer.",
+            "--model.from-scratch brings no tokenizer; give --data.tokenizer.",
         )
         require(
             self.model.path is not None or self.lora.rank == 0,
-            f"lora.rank is {self.lora.rank}, but a model from scratch has nothing to adapt; give model.path.",
+            f"--lora.rank is {self.lora.rank}, but a model from scratch has nothing to adapt; give --model.path.",
         )
         size = self.parallel.tensor_parallel_size
         require(
             self.model.backend == "megatron" or size == 1,
-            f"parallel.tensor-parallel-size is {size}, but transformers' matrices are whole; "
-            "give model.backend megatron.",
+            f"--parallel.tensor-parallel-size is {size}, but transformers' matrices are whole; "
+            "give --model.backend megatron.",
         )
         require(
             self.model.backend == "hugging-face" or self.lora.rank == 0,
-            f"lora.rank is {self.lora.rank}, but adapters need transformers' modules; give model.backend hugging-face.",
+            f"--lora.rank is {self.lora.rank}, but adapters need transformers' modules; "
+            "give --model.backend hugging-face.",
         )
         stride = self.eval.stride or 1
         require(
             stride <= self.eval_context_length,
-            f"eval.stride is {stride}; use 1 to {self.eval_context_length} (eval.context-length).",
+            f"--eval.stride is {stride}; use 1 to {self.eval_context_length} (--eval.context-length).",
         )
 
     @property

@@ -51,14 +51,14 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
-        require(is_unicode(str(self.to)), f"to is {self.to!s}, which is not UTF-8; name another folder.")
+        require(is_unicode(str(self.to)), f"--to is {self.to!s}, which is not UTF-8; name another folder.")
         require(
             self.format == "megatron" or self.tensor_parallel_size == 1,
-            f"tensor-parallel-size is {self.tensor_parallel_size}, but format hugging-face has no ranks; drop it.",
+            f"--tensor-parallel-size is {self.tensor_parallel_size}, but --format hugging-face has no ranks; drop it.",
         )
         require(
             self.verify or self.text is None,
-            f"text is {self.text}, which has no effect without --verify; add that, or drop it.",
+            f"--text is {self.text}, which has no effect without --verify; add that, or drop it.",
         )
 
 
@@ -120,15 +120,15 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise DataError(f"text is {path}, which cannot be read ({error}); give a text file in UTF-8.") from error
+        raise DataError(f"--text is {path}, which cannot be read ({error}); give a text file in UTF-8.") from error
     if len(text) < MIN_TEXT:
-        raise DataError(f"text is {path}, which has {counted(len(text), 'character')}; give {MIN_TEXT} or more.")
+        raise DataError(f"--text is {path}, which has {counted(len(text), 'character')}; give {MIN_TEXT} or more.")
     return text
 
 
 def require_new(folder: Path) -> None:
     """Raise ConfigError where there is something already."""
-    require(not os.path.lexists(folder), f"to is {folder}, which exists; name a folder that does not, or remove it.")
+    require(not os.path.lexists(folder), f"--to is {folder}, which exists; name a folder that does not, or remove it.")
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def publishing(folder: Path, num_bytes: int) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
         free = shutil.disk_usage(folder.parent).free
         if free < num_bytes:
-            raise ConfigError(f"to is {folder}, which needs {num_bytes:,} bytes of {free:,} free; free space there.")
+            raise ConfigError(f"--to is {folder}, which needs {num_bytes:,} bytes of {free:,} free; free space there.")
         temporary.mkdir()
         try:
             yield temporary

@@ -173,7 +173,7 @@ class Samples:
         assert len(corpora) == len(weights) > 0
         for corpus in corpora:
             if len(corpus) == 0:
-                raise ConfigError("data.train has a dataset without a single token to predict; give a longer text.")
+                raise ConfigError("--data.train has a dataset without a single token to predict; give a longer text.")
         self.corpora = corpora
         self.seed = seed
         exact = [Fraction(weight) for weight in weights]

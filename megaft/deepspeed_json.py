@@ -314,7 +314,7 @@ def data_parallel_size(world_size: int, tensor_parallel_size: int) -> int:
     size, rest = divmod(world_size, tensor_parallel_size)
     require(
         rest == 0,
-        f"parallel.tensor-parallel-size is {tensor_parallel_size}, but this runs on {counted(world_size, 'rank')}; "
+        f"--parallel.tensor-parallel-size is {tensor_parallel_size}, but this runs on {counted(world_size, 'rank')}; "
         "start a multiple of it.",
     )
     return size

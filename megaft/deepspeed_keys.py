@@ -58,16 +58,16 @@ BLOCK_KEYS = {  # what may stand inside a block
 HOLDS_STRINGS = ("device", "nvme_path", "leaf_module")  # keys of those blocks whose values are not numbers or booleans
 
 SAMPLES = "megaft owns the order and the length of samples (data.*), so this would have no effect or undo it"
-METRICS = "megaft writes the metrics itself: use metrics.wandb, metrics.tensorboard or RUN/metrics.jsonl"
+METRICS = "megaft writes the metrics itself: use --metrics.wandb, --metrics.tensorboard or RUN/metrics.jsonl"
 CHECKPOINT = "megaft writes its own checkpoints and never calls DeepSpeed's, so this has no effect"
 REMOVED = "DeepSpeed 0.19 no longer has it"
 TENSOR = (
     "it leaves embeddings and the output layer whole, and checkpoints would hold halves of matrices for wholes: use "
-    "model.backend megatron with parallel.tensor-parallel-size (docs/parallelism.md)"
+    "--model.backend megatron with --parallel.tensor-parallel-size (docs/parallelism.md)"
 )
 SEQUENCE = (
     "at ZeRO 0 to 2 its gradient is as many times too large as a sequence has parts, and documents in one sample "
-    "attend to each other (docs/parallelism.md): use model.activation-checkpointing and a smaller micro-batch"
+    "attend to each other (docs/parallelism.md): use --model.activation-checkpointing and a smaller micro-batch"
 )
 PARALLEL = "megaft has no pipeline and no expert parallelism (docs/parallelism.md)"
 ROUNDS = "it rounds what ranks exchange, so the number of GPUs would change what is learned"
@@ -103,7 +103,7 @@ REFUSED = {  # top-level keys that DeepSpeed knows and megaft does not run
     "seq_parallel_communication_data_type": SEQUENCE,
     "disable_allgather": "DeepSpeed reads it and does nothing with it",
     "vocabulary_size": "the model says its own",
-    "activation_checkpointing": "the models do not use DeepSpeed's: use model.activation-checkpointing",
+    "activation_checkpointing": "the models do not use DeepSpeed's: use --model.activation-checkpointing",
     "compile": "it acts only on engine.compile(), which megaft does not call",
     "tensorboard": METRICS,
     "wandb": METRICS,

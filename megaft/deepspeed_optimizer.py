@@ -99,7 +99,7 @@ def translate_blocks(config: dict[str, Any], optim: OptimConfig, notes: list[str
     total_num_steps = said.pop(TOTAL_STEPS, (None,))[0]
     for field, (value, path) in said.items():
         set_value = getattr(optim, field)
-        flag = f"optim.{field.replace('_', '-')}"
+        flag = f"--optim.{field.replace('_', '-')}"
         if set_value not in (getattr(defaults, field), value):
             fail(path, value, f"but {flag} is {set_value}. Say it once, or the same twice.")
     values = {field: value for field, (value, _) in said.items()}
@@ -156,17 +156,17 @@ def check_optimizer(optim: OptimConfig, stage: int, dtype: Dtype, on_cuda: bool)
     """Refuse an optimizer that would not be itself, and settings without effect."""
     require(
         optim.name != "adafactor" or (stage == 0 and dtype == "float32"),
-        f"optim.name is adafactor with zero_optimization.stage {stage} in {dtype}. Adafactor looks at whole matrices "
+        f"--optim.name is adafactor with zero_optimization.stage {stage} in {dtype}. Adafactor looks at whole matrices "
         "and ZeRO flattens them, so it is another optimizer there. Use ds_configs/zero0_fp32.json, or adamw.",
     )
     require(
         optim.name != "apex-adamw" or on_cuda,
-        "optim.name is apex-adamw, which updates on a CUDA device only: use adamw without CUDA or with offload.",
+        "--optim.name is apex-adamw, which updates on a CUDA device only: use adamw without CUDA or with offload.",
     )
     defaults = OptimConfig()
     for field in (*UNUSED_SETTINGS[optim.name], *UNUSED_SETTINGS[optim.schedule]):
         value, user = getattr(optim, field), optim.schedule if field == "final_fraction" else optim.name
         require(
             value == getattr(defaults, field),
-            f"optim.{field.replace('_', '-')} is {value}, which has no effect on {user}: leave it out.",
+            f"--optim.{field.replace('_', '-')} is {value}, which has no effect on {user}: leave it out.",
         )

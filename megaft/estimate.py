@@ -57,7 +57,7 @@ class EstimateConfig:
     """Print one line of JSON instead of a table."""
 
     def __post_init__(self) -> None:
-        require(self.hardware in GPUS, f"hardware is {self.hardware}; use one of {', '.join(GPUS)}.")
+        require(self.hardware in GPUS, f"--hardware is {self.hardware}; use one of {', '.join(GPUS)}.")
         one = at_least(1)
         require_ranges(self, world_size=one, tensor_parallel_size=one, context_length=one)
         require_ranges(self, dropout=BELOW_1.such_as("0.1"), tokens=ABOVE_0.such_as("1e9"))

@@ -61,7 +61,7 @@ class Events:
         if starts[-STARTS_WITHOUT_PROGRESS:] == [step] * STARTS_WITHOUT_PROGRESS:
             raise NoProgressError(
                 f"the job started {STARTS_WITHOUT_PROGRESS} times at step {step} and never got to its next checkpoint; "
-                "it is not requeued again. Look at its log, give it more time, or save more often (checkpoint.every)."
+                "it is not requeued again. Look at its log, give it more time, or save more often (--checkpoint.every)."
             )
 
 

@@ -25,7 +25,7 @@ _ROWS = (
 )
 _UNPACK = "unpack it and give the folder"
 _EXPORT = 'write its texts as JSON lines, one {"text": ...} each'
-_MODEL = "give texts; a model belongs to model.path or --model"
+_MODEL = "give texts; a model belongs to --model.path or --model"
 _PLAIN = "convert it to plain text"
 _CONTROL = rb"[\0-\x08\x0e-\x1f]"
 _MAGIC = (
@@ -57,7 +57,11 @@ _MAGIC = (
     (rb"(?i:\s*(<\?xml[^>]*>\s*)?(<!doctype html|<html[\s>]))", "an HTML page", f"{_PLAIN}, without its tags"),
     (rb"GGUF[\x01-\x09]\0", "a GGUF model", _MODEL),
     (rb".{4}\0\0\0\0\{\"", "a safetensors file", _MODEL),
-    (rb"MMIDIDX\0\0", "the index of a prepared dataset", "give its prefix, without .idx, to data.train or data.valid"),
+    (
+        rb"MMIDIDX\0\0",
+        "the index of a prepared dataset",
+        "give its prefix, without .idx, to --data.train or --data.valid",
+    ),
     (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}|OggS\0|\x7fELF", "no text but an image, sound or program", _EXPORT),
 )
 _SUFFIXES = {
@@ -85,7 +89,7 @@ def foreign(path: Path, head: bytes) -> tuple[str, str] | None:
             return what, way_out.replace("FILE", str(path))
     suffix = plain_suffix(path)
     if suffix == ".bin" and path.with_suffix(".idx").is_file():
-        return "the tokens of a prepared dataset", "give its prefix, without .bin, to data.train or data.valid"
+        return "the tokens of a prepared dataset", "give its prefix, without .bin, to --data.train or --data.valid"
     if dialect := _TABLES.get(suffix):
         return f"a table ({suffix})", (
             "convert it: python -c 'import csv, json, sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin, "

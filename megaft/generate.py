@@ -51,7 +51,7 @@ class SamplingConfig:
         )
         require(
             self.temperature > 0 or (self.top_k == 0 and self.top_p == 1),
-            f"top-k is {self.top_k} and top-p is {self.top_p}, which have no effect at temperature 0; drop them.",
+            f"--top-k is {self.top_k} and --top-p is {self.top_p}, which have no effect at --temperature 0; drop them.",
         )
 
 
@@ -87,10 +87,10 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         given = {name: texts for name in ("prompt", "chat", "messages") if (texts := getattr(self, name))}
-        require(len(given) > 0, "prompt is empty; give a text to continue, or a chat to answer (chat, messages).")
-        require(len(given) == 1, f"{' and '.join(given)} are given; use one of them.")
+        require(len(given) > 0, "--prompt is empty; give a text to continue, or a chat to answer (--chat, --messages).")
+        require(len(given) == 1, f"{' and '.join(f'--{name}' for name in given)} are given; use one of them.")
         for name, text in ((name, text) for name, texts in given.items() for text in texts):
-            require(is_unicode(text), f"{name} is {text!r}, which has bytes that are not UTF-8; give UTF-8 text.")
+            require(is_unicode(text), f"--{name} is {text!r}, which has bytes that are not UTF-8; give UTF-8 text.")
         require_ranges(self, max_new_tokens=at_least(1).such_as("100"), seed=SEED)
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
 
@@ -181,7 +181,7 @@ def load_cached_model(source: str, dtype: Any) -> Any:
     from megaft.models.trials import on_trial, require_causal
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    language_model = load_language_model(source, dtype).eval()
+    language_model = load_language_model(source, dtype, setting="--model").eval()
     with on_trial(language_model) as tried:
         require_causal(language_model, tried)  # before it takes memory of the GPU
     cache_name = exact_cache(language_model.to(device), tried)
@@ -199,7 +199,7 @@ def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: A
     size = config.tensor_parallel_size
     require(
         topology.world_size == size,
-        f"tensor-parallel-size is {size}, but this runs on {counted(topology.world_size, 'rank')}; "
+        f"--tensor-parallel-size is {size}, but this runs on {counted(topology.world_size, 'rank')}; "
         f"start as many as it says, such as with torchrun --nproc-per-node {size} -m megaft generate.",
     )
     device = parallel.join(topology)
@@ -220,7 +220,7 @@ def model_source(model: str) -> str:
         return str(folder / "export")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DataError(
-            f"model is {model}, a folder with neither config.json nor export/; "
+            f"--model is {model}, a folder with neither config.json nor export/; "
             "give a model's folder, or a run's after it has ended."
         )
     return model

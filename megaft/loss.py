@@ -207,8 +207,8 @@ def _liger():
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
     except ImportError as error:
         raise ConfigError(
-            "model.cross-entropy is liger, but liger-kernel is not there; install megaft[fast]."
+            "--model.cross-entropy is liger, but liger-kernel is not there; install megaft[fast]."
         ) from error
     if not torch.cuda.is_available():
-        raise ConfigError("model.cross-entropy is liger, which needs a CUDA device; use chunked here.")
+        raise ConfigError("--model.cross-entropy is liger, which needs a CUDA device; use chunked here.")
     return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32)

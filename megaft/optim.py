@@ -60,11 +60,13 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, device
 
 def _apex_fused_adam() -> Any:
     """NVIDIA's class; PyPI's `apex` is a toolkit for the Pyramid web framework."""
-    fix = "Build it with --cuda_ext from github.com/NVIDIA/apex, or use optim.name adamw."
-    require(importlib.util.find_spec("apex") is not None, f"optim.name is apex-adamw, but apex is not installed. {fix}")
+    fix = "Build it with --cuda_ext from github.com/NVIDIA/apex, or use --optim.name adamw."
+    require(
+        importlib.util.find_spec("apex") is not None, f"--optim.name is apex-adamw, but apex is not installed. {fix}"
+    )
     if importlib.util.find_spec("amp_C") is None:  # the CUDA kernels that apex.optimizers loads
         raise ConfigError(
-            "optim.name is apex-adamw, but the apex installed here is not NVIDIA's with CUDA kernels (no amp_C); "
+            "--optim.name is apex-adamw, but the apex installed here is not NVIDIA's with CUDA kernels (no amp_C); "
             f"`pip install apex` gives another project. {fix}"
         )
     return importlib.import_module("apex.optimizers").FusedAdam
@@ -83,7 +85,7 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     warmup_steps = config.warmup_steps
     require(
         warmup_steps <= max_steps,
-        f"optim.warmup-steps is {warmup_steps}, but the run has {counted(max_steps, 'step')}; use at most that, "
+        f"--optim.warmup-steps is {warmup_steps}, but the run has {counted(max_steps, 'step')}; use at most that, "
         f"for example {max_steps // 10}.",
     )
     if step < warmup_steps:

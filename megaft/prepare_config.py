@@ -55,29 +55,29 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         names = detokenizers.names()
         require(len(self.inputs) > 0, "inputs is empty; name a text or .jsonl file, a folder or a glob.")
-        require(self.detokenizer in names, f"detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
+        require(self.detokenizer in names, f"--detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
         require_ranges(self, min_tokens=at_least(1), workers=at_least(1))
         require(
             len(self.control_codes) in (0, len(self.inputs)),
-            f"control-codes are {len(self.control_codes)} ({' '.join(self.control_codes)}) for {len(self.inputs)} "
+            f"--control-codes are {len(self.control_codes)} ({' '.join(self.control_codes)}) for {len(self.inputs)} "
             f"inputs ({' '.join(self.inputs)}); give each input one.",
         )
         require(
             (self.prompt_key is None) == (self.completion_key is None),
-            f"prompt-key is {self.prompt_key} and completion-key {self.completion_key}; give both or neither.",
+            f"--prompt-key is {self.prompt_key} and --completion-key is {self.completion_key}; give both or neither.",
         )
         other_key = self.prompt_key or self.messages_key
         require(
             self.json_key is None or other_key is None,
-            f"json-key is {self.json_key}, which means nothing beside the key {other_key}; drop one.",
+            f"--json-key is {self.json_key}, which means nothing beside the key {other_key}; drop one.",
         )
         require(
             self.format != "text" or (self.json_key or other_key) is None,
-            f"format is text, in which the key {self.json_key or other_key} means nothing; drop one.",
+            f"--format is text, in which the key {self.json_key or other_key} means nothing; drop one.",
         )
         require(
             self.messages_key is None or (self.prompt_key is None and self.detokenizer == "identity"),
-            f"messages-key is {self.messages_key}; it goes with neither prompt-key nor a detokenizer. Drop one.",
+            f"--messages-key is {self.messages_key}; it goes with neither --prompt-key nor --detokenizer. Drop one.",
         )
 
     @property

@@ -72,7 +72,7 @@ def configuration(model: str) -> dict[str, Any]:
     if model in PRESETS:
         return PRESETS[model]
     path = Path(source_of(model))
-    require(path.is_file(), f"model is {model}; give a folder with a config.json, or one of {', '.join(PRESETS)}.")
+    require(path.is_file(), f"--model is {model}; give a folder with a config.json, or one of {', '.join(PRESETS)}.")
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:

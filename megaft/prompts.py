@@ -45,9 +45,9 @@ def parse_messages(value: str) -> Messages:
     try:
         messages = parse_json(value)
     except ValueError as error:
-        raise DataError(f"messages is {value[:40]!r}, which is not JSON ({str(error)[:60]}); give a list.") from error
+        raise DataError(f"--messages is {value[:40]!r}, which is not JSON ({str(error)[:60]}); give a list.") from error
     if not is_unicode(messages):
-        raise DataError(f"messages is {value[:40]!r}, which escapes half of a surrogate pair; write the character.")
+        raise DataError(f"--messages is {value[:40]!r}, which escapes half of a surrogate pair; write the character.")
     require_messages("the command line", "messages", messages)
     if messages[-1]["role"] == SCORED_ROLE:
         raise DataError(f"messages ends with a turn of role {SCORED_ROLE!r}, which the model is to write; drop it.")

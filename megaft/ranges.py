@@ -45,4 +45,4 @@ def require_ranges(settings: Any, section: str = "", **ranges: Range) -> None:
     for name, numbers in ranges.items():
         value = getattr(settings, name)
         if value is not None and not (abs(value) < math.inf and numbers.holds(value)):
-            raise ConfigError(f"{section}{name.replace('_', '-')} is {value}; use {numbers.text}.")
+            raise ConfigError(f"--{section}{name.replace('_', '-')} is {value}; use {numbers.text}.")

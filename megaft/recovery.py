@@ -68,14 +68,14 @@ def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:
 
 
 def _stopped(run: Parts, trouble: Trouble, samples: tuple[tuple[int, int], ...]) -> str:
-    advice = "look at those samples, or let guard.non-finite or guard.spike be skip or rewind."
+    advice = "look at those samples, or let --guard.non-finite or --guard.spike be skip or rewind."
     if run.guard.rewinds or run.guard.skips:
         rewinds, skips = counted(run.guard.rewinds, "time"), counted(run.guard.skips, "step")
         advice = f"the run went back {rewinds} and skipped {skips} in a row before."
     return (
         f"{trouble}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; "
         f"{_last_before(run, trouble.step)}. "
-        f"Lower optim.learning-rate; {advice}"
+        f"Lower --optim.learning-rate; {advice}"
     )
 
 

@@ -64,12 +64,15 @@ class SubmitConfig:
         require(
             self.time is None
             or (WALLTIME.fullmatch(self.time) is not None and re.search("[1-9]", self.time) is not None),
-            f"time is {self.time!r}; use MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, for example 12:00:00.",
+            f"--time is {self.time!r}; use MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, "
+            "for example 12:00:00.",
         )
-        require(self.mem is None or MEMORY.fullmatch(self.mem) is not None, f"mem is {self.mem!r}; use 64G, 500M or 0.")
+        require(
+            self.mem is None or MEMORY.fullmatch(self.mem) is not None, f"--mem is {self.mem!r}; use 64G, 500M or 0."
+        )
         require(
             self.array is None or ARRAY.fullmatch(self.array) is not None,
-            f"array is {self.array!r}; use numbers and ranges of tasks, such as 1-6, 1,3,5-9 or 1-6%2.",
+            f"--array is {self.array!r}; use numbers and ranges of tasks, such as 1-6, 1,3,5-9 or 1-6%2.",
         )
 
     def directives(self) -> dict[str, str]:
@@ -128,7 +131,7 @@ def require_time_before_signal(asked: dict[str, str]) -> None:
     time = asked.get("time", "")
     require(
         WALLTIME.fullmatch(time) is None or seconds_of(time) > int(seconds),
-        f"time is {time}, but the script is signalled {seconds} s before that; use more, or change its --signal.",
+        f"--time is {time}, but the script is signalled {seconds} s before that; use more, or change its --signal.",
     )
 
 
@@ -145,14 +148,15 @@ def require_resources(asked: dict[str, str]) -> None:
     names = [name.rstrip("*") for name, *_ in rows]
     default = next((name.rstrip("*") for name, *_ in rows if name.endswith("*")), names[0] if names else "")
     wanted = asked.get("partition", default)
-    require(wanted in names, f"partition is {wanted}; use one of {', '.join(dict.fromkeys(names))}.")
+    require(wanted in names, f"--partition is {wanted}; use one of {', '.join(dict.fromkeys(names))}.")
     here = [(int(nodes), limit, _gpus(gres)) for name, nodes, limit, gres in rows if name.rstrip("*") == wanted]
     _require_at_most("nodes", asked, sum(nodes for nodes, *_ in here), wanted)
     _require_at_most("gpus-per-node", asked, max(gpus for *_, gpus in here), wanted)
     time, limit = asked.get("time", ""), here[0][1]
     require(
         not (WALLTIME.fullmatch(time) and WALLTIME.fullmatch(limit)) or seconds_of(time) <= seconds_of(limit),
-        f"time is {time}; partition {wanted} gives {limit} at most. Use that or less; the rest is done in more turns.",
+        f"--time is {time}; partition {wanted} gives {limit} at most. "
+        "Use that or less; the rest is done in more turns.",
     )
 
 

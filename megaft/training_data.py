@@ -77,7 +77,7 @@ def named_sources(config: DataConfig) -> list[Source]:
     named = [parse_source(name) for name in config.train]
     if len(named) > 1 and any(weight is None for weight, _ in named):
         raise ConfigError(
-            f"data.train is {' '.join(config.train)}; several need a weight each, such as 0.7,books 0.3,wiki."
+            f"--data.train is {' '.join(config.train)}; several need a weight each, such as 0.7,books 0.3,wiki."
         )
     for name in (*(name for _, name in named), *filter(None, [config.valid])):
         if not _is_prepared(name) and not Path(name).is_file():
@@ -99,7 +99,9 @@ def parse_source(text: str) -> tuple[float | None, str]:
     except ValueError:
         return None, text
     if not comma or not name or not 0 < value < float("inf"):
-        raise ConfigError(f"data.train has {text!r}; a pair is WEIGHT,PREFIX with a weight above 0, such as 0.7,books.")
+        raise ConfigError(
+            f"--data.train has {text!r}; a pair is WEIGHT,PREFIX with a weight above 0, such as 0.7,books."
+        )
     return value, name
 
 
@@ -157,11 +159,12 @@ def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Sa
     for source, corpus in zip(sources, corpora, strict=True):
         if len(corpus) == 0 and corpus.num_left_out > 0:
             raise DataError(
-                f"data.train has {source.prefix}, of which no token is scored: its completions are empty, or no message"
+                f"--data.train has {source.prefix}, of which no token is scored: "
+                "its completions are empty, or no message"
                 " has the role assistant. Correct the records, and run megaft prepare again."
             )
         if len(corpus) == 0:
-            raise DataError(f"{source.prefix} has no document of two tokens or more; give data.train a longer text.")
+            raise DataError(f"{source.prefix} has no document of two tokens or more; give --data.train a longer text.")
     return Samples(corpora, [source.weight for source in sources], seed)
 
 
@@ -174,7 +177,7 @@ def notes_on_lengths(sources: Sequence[Source], config: DataConfig) -> list[str]
         lengths = np.diff(TokenFile(source.prefix).document_offsets) - 1
         num_longer, longest = int((lengths > config.context_length).sum()), int(lengths.max(initial=0))
         notes.append(
-            f"{source.prefix}: {num_longer:,} of {len(lengths):,} documents are longer than data.context-length, "
+            f"{source.prefix}: {num_longer:,} of {len(lengths):,} documents are longer than --data.context-length, "
             f"{config.context_length}, and are cut; the longest has {longest:,} tokens to predict."
         )
     return notes
@@ -187,7 +190,7 @@ def notes_on_unscored(sources: Sequence[Source], samples: Samples) -> list[str]:
         if corpus.num_left_out:
             notes.append(
                 f"{source.prefix}: {corpus.num_left_out:,} of {len(corpus) + corpus.num_left_out:,} samples have no "
-                "scored token within data.context-length tokens, as where a prompt is longer, and are left out."
+                "scored token within --data.context-length tokens, as where a prompt is longer, and are left out."
             )
     return notes
 

@@ -157,13 +157,13 @@ def require_room(config: ValidateConfig, checkpoint_bytes: int) -> None:
     """Raise CheckpointError where there is no room for the checkpoints kept, the best one, and one in the making."""
     run_dir = config.run.dir
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    require(os.access(there, os.W_OK), f"run.dir is {run_dir}, and {there} cannot be written; name another folder.")
+    require(os.access(there, os.W_OK), f"--run.dir is {run_dir}, and {there} cannot be written; name another folder.")
     count = config.checkpoint.keep_last + 2
     kept = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
     needed, free = count * checkpoint_bytes - kept, shutil.disk_usage(there).free
     if free < needed:
         raise CheckpointError(
-            f"{there} has {free:,} bytes free, but {count} checkpoints of {checkpoint_bytes:,} (checkpoint.keep-last "
+            f"{there} has {free:,} bytes free, but {count} checkpoints of {checkpoint_bytes:,} (--checkpoint.keep-last "
             f"and two more) need {needed:,}; free space there, keep fewer, or name another --run.dir."
         )
 

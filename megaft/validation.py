@@ -43,7 +43,7 @@ class Validation:
             eod_id=None if has_mask else receipt["eod_id"],
         )
         if not self.rows:
-            raise DataError(f"{source.prefix} has no token to validate on; give data.valid a longer text.")
+            raise DataError(f"{source.prefix} has no token to validate on; give --data.valid a longer text.")
         self.options = {
             "longest_alike": longest_alike,
             "tokens_per_batch": config.eval.batch_size * config.eval_context_length,
@@ -69,7 +69,7 @@ class Validation:
                 device=device,
                 prefix_id=self.prefix_id,
                 is_counted=self.is_scored,
-                name=f"data.valid {self.source}",
+                name=f"--data.valid {self.source}",
                 **self.options,
             )
         finally:
@@ -89,5 +89,5 @@ def _scored_tokens(prefix: str, tokens: TokenFile) -> Bool[np.ndarray, " tokens"
     is_scored = TokenFile(f"{prefix}.scored").read(0, tokens.num_tokens) != 0
     is_scored[tokens.document_offsets[:-1]] = False
     if not is_scored.any():
-        raise DataError(f"{prefix} has no scored token to validate on; give data.valid a text with completions.")
+        raise DataError(f"{prefix} has no scored token to validate on; give --data.valid a text with completions.")
     return is_scored

@@ -61,7 +61,7 @@ def _(workshop):
 @refuse(
     "12 documents too short to predict anything",
     3,
-    r"short has no document of two tokens or more; give data\.train a longer text",
+    r"short has no document of two tokens or more; give --data\.train a longer text",
 )
 def _(workshop):
     return workshop.train("--data.sample=document", data=single_tokens(workshop))
@@ -79,7 +79,7 @@ def _(workshop):
     )
 
 
-@refuse("14 zero validation windows", 3, r"short has no token to validate on; give data\.valid a longer text")
+@refuse("14 zero validation windows", 3, r"short has no token to validate on; give --data\.valid a longer text")
 def _(workshop):
     model = without_special_tokens(workshop)
     return workshop.train(model=model, data=workshop.toy.train, valid=single_tokens(workshop))

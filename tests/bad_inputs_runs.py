@@ -163,7 +163,7 @@ def _(workshop):
 @refuse(
     "56 NaN loss",
     5,
-    r"non-finite loss at step 2 .*, samples 4-7; the last checkpoint before it is step 1\. Lower optim\.learning-rate",
+    r"non-finite loss at step 2 .*, samples 4-7; the last checkpoint before it is step 1\. Lower --optim\.learning-rate",
     leaves=r"run/checkpoints/(latest|step-00000001/manifest\.json)",
 )
 def _(workshop):

@@ -176,7 +176,7 @@ def test_text_that_is_mended(texts, content, mended, said, counted):
     ("context_length", "num_samples", "said"),
     [
         pytest.param(
-            8, 5, r"data: 2 of 3 documents are longer than data\.context-length, 8, and are cut", id="11 longer"
+            8, 5, r"data: 2 of 3 documents are longer than --data\.context-length, 8, and are cut", id="11 longer"
         ),
         pytest.param(64, 3, r"data: 0 of 3 documents are longer .* longest has 13 tokens to predict", id="12 shorter"),
     ],

@@ -37,7 +37,7 @@ def test_underscores_are_accepted():
     [
         ({"model__from_scratch": "c.json"}, "exactly one of the two"),
         ({"model__path": None}, "exactly one of the two"),
-        ({"model__path": None, "model__from_scratch": "c.json"}, "give data.tokenizer"),
+        ({"model__path": None, "model__from_scratch": "c.json"}, "give --data.tokenizer"),
         ({"model__dropout": "1"}, "model.dropout is 1.0"),
         ({"run__epochs": "1"}, "exactly one of the two"),
         ({"run__max_steps": "0"}, "run.max-steps is 0"),
@@ -45,7 +45,7 @@ def test_underscores_are_accepted():
         ({"checkpoint__keep_last": "0"}, "checkpoint.keep-last is 0"),
         ({"run__patience": "2"}, "data.valid is not given"),
         ({"run__validate_every": "2"}, "data.valid is not given"),
-        ({"eval__stride": "9"}, "give data.valid"),
+        ({"eval__stride": "9"}, "give --data.valid"),
         ({"data__valid": "v", "eval__stride": "2000"}, "eval.stride is 2000; use 1 to 1024"),
         ({"data__context_length": "1"}, "data.context-length is 1"),
         ({"optim__learning_rate": "nan"}, "optim.learning-rate is nan"),

@@ -54,11 +54,11 @@ def from_megatron(folder):
         parallel.leave()
 
 
-LOADERS = {
-    "training": load_language_model,
-    "training in half precision": lambda folder: load_language_model(folder, torch.bfloat16),
-    "evaluation": lambda folder: load_scoring_model(folder, dtype=torch.float32, device=CPU),
-    "generation": lambda folder: load_cached_model(folder, torch.float32),
+LOADERS = {  # name: the setting that the message names, and what loads a folder
+    "training": ("--model.path", load_language_model),
+    "training in half precision": ("--model.path", lambda folder: load_language_model(folder, torch.bfloat16)),
+    "evaluation": ("--model", lambda folder: load_scoring_model(folder, dtype=torch.float32, device=CPU)),
+    "generation": ("--model", lambda folder: load_cached_model(folder, torch.float32)),
 }
 
 
@@ -75,19 +75,19 @@ def damaged(tmp_path):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
-def test_a_damaged_model_is_named_however_it_is_loaded(damaged, load, capsys):
+@pytest.mark.parametrize(("setting", "load"), LOADERS.values(), ids=LOADERS)
+def test_a_damaged_model_is_named_however_it_is_loaded(damaged, setting, load, capsys):
     with pytest.raises(DataError) as refused:
         load(damaged)
     assert str(refused.value) == (
-        f"model.path is {damaged}; in model.safetensors {UP} has 2 of 1,536 values that are not finite, the first at "
+        f"{setting} is {damaged}; in model.safetensors {UP} has 2 of 1,536 values that are not finite, the first at "
         "[2, 3] (2 tensors have such values); the model is damaged. Copy it anew, or go back to a checkpoint before it."
     )
     assert "cache" not in capsys.readouterr().err
 
 
 def test_megatron_core_gets_no_damaged_weight(damaged, run_ranks):
-    assert run_ranks(1, _message_of, damaged)[0].startswith(f"model.path is {damaged}; {UP} has 2 of 1,536 values")
+    assert run_ranks(1, _message_of, damaged)[0].startswith(f"--model.path is {damaged}; {UP} has 2 of 1,536 values")
 
 
 def _message_of(folder):

@@ -243,7 +243,7 @@ REFUSED = {
     "a rank without words": ("gpt2", {"vocab_size": 5}, 4, "its 5 words leave a rank without any; use one of 1, 2"),
     "window": ("mistral with a sliding window", {}, 1, "attention scaled or windowed"),
     "activation": ("gpt2", {"activation_function": "tanh"}, 1, "activation is tanh"),
-    "two dropouts": ("gpt2", {"embd_pdrop": 0.2, "resid_pdrop": 0.1}, 1, "give model.dropout"),
+    "two dropouts": ("gpt2", {"embd_pdrop": 0.2, "resid_pdrop": 0.1}, 1, "give --model.dropout"),
     "yarn": (
         "llama",
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},

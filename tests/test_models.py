@@ -275,7 +275,7 @@ def test_a_folder_that_is_no_model_is_refused(broken, tmp_path, saved_gpt2):
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "/no/such.gguf", "a/b/c"])
 def test_a_missing_path_is_named(source):
-    with pytest.raises(DataError, match=rf"^model.path is {source}; there is no such (file|folder)\. Give"):
+    with pytest.raises(DataError, match=rf"^--model.path is {source}; there is no such (file|folder)\. Give"):
         hugging_face.load_language_model(source)
 
 
@@ -284,7 +284,7 @@ def test_a_missing_or_broken_config_is_named(tmp_path, text):
     path = tmp_path / "config.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(DataError, match=rf"^model.from-scratch is {path}; ") as error:
+    with pytest.raises(DataError, match=rf"^--model.from-scratch is {path}; ") as error:
         hugging_face.create_language_model(str(path), 0)
     assert "\n" not in str(error.value)
 

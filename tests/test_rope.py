@@ -89,7 +89,7 @@ def test_rows_are_padded_to_the_context_where_lengths_are_felt(flags, context, l
 
 def test_packed_documents_on_both_sides_of_the_switch_are_refused():
     config = config_of("--data.attend-within-documents")
-    with pytest.raises(ConfigError, match=r"^data\.attend-within-documents .*use data\.context-length 70 or less"):
+    with pytest.raises(ConfigError, match=r"^--data\.attend-within-documents .*use --data\.context-length 70 or less"):
         _padded_to(config, SWITCH)
     assert _padded_to(config, None) == CONTEXT
 

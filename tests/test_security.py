@@ -156,7 +156,7 @@ def test_a_file_that_asks_for_more_than_weights_is_refused_by_name(file, content
         with pytest.raises(DataError, match=f"is {model}; its {file} .*{says}"):
             load(str(model))
     if file == "config.json":
-        with pytest.raises(DataError, match=f"^model.from-scratch is {model / file}; its {file} .*{says}"):
+        with pytest.raises(DataError, match=f"^--model.from-scratch is {model / file}; its {file} .*{says}"):
             hugging_face.create_language_model(str(model / file), seed=0)
 
 

@@ -240,7 +240,7 @@ def test_generation_refuses_a_model_before_it_is_moved_to_the_gpu(tmp_path, monk
 
 @pytest.mark.parametrize("model_type", ["deepseek_v4", "bloom", "mamba", "opt", "recurrent_gemma"])
 def test_documents_that_influence_each_other_are_refused(model_type):
-    with pytest.raises(ConfigError, match=r"^data\.attend-within-documents is set, but .* attends across documents"):
+    with pytest.raises(ConfigError, match=r"^--data\.attend-within-documents is set, but .* attends across documents"):
         trials.require_keeps_documents_apart(new_model(model_type, {}))
 
 

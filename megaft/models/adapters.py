@@ -36,7 +36,7 @@ def add_adapters(model: CausalLM, lora: LoraConfig, seed: int) -> None:
         inject_adapter_in_model(config, model)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"lora.target-modules is {lora.target_modules}: {reason}") from error
+        raise ConfigError(f"--lora.target-modules is {lora.target_modules}: {reason}") from error
     _require_mergeable(model, lora.target_modules)
 
 
@@ -137,7 +137,8 @@ def _require_mergeable(model: CausalLM, targets: tuple[str, ...]) -> None:
         names = _names_of(model, _weight_of(layer))
         if len(names) > 1 and not (layer in ends and len(names) == len(ends) and embedding_names == {*names}):
             raise ConfigError(
-                f"lora.target-modules is {targets}, which adapts {name}, whose weight is shared by {', '.join(names)}; "
+                f"--lora.target-modules is {targets}, which adapts {name}, "
+                f"whose weight is shared by {', '.join(names)}; "
                 "merging one adapter would change them all. Name other layers."
             )
 

@@ -27,7 +27,7 @@ def require_finite(name: str, tensor: Tensor, where: str = "") -> Tensor:
     Args:
         name: Of the weight.
         tensor: The weight.
-        where: How the message begins, such as "model.path is DIR; ".
+        where: How the message begins, such as "--model.path is DIR; ".
 
     Raises:
         DataError: It holds NaN or infinite values.
@@ -44,7 +44,7 @@ def require_finite_weights(model: str, source: str, weights: Iterable[tuple[str,
     then, a tensor at a time.
 
     Args:
-        model: How the message names the model, such as "model.path is DIR".
+        model: How the message names the model, such as "--model.path is DIR".
         source: The model.
         weights: Loaded weights and their names.
 

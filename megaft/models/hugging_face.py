@@ -86,12 +86,23 @@ def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor,
     return steps - torch.where(is_first, steps, 0).cummax(1).values
 
 
+MODEL_SETTING = "--model.path"
+"""How the user of training names the model that is loaded."""
+
 LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, SafetensorError, UnpicklingError)
 """Exceptions of transformers for a model it cannot read, or for a config.json whose values make no model."""
 
 
-def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout: float | None = None) -> CausalLM:
+def load_language_model(
+    source: str, dtype: torch.dtype = torch.float32, dropout: float | None = None, setting: str = MODEL_SETTING
+) -> CausalLM:
     """Load a pretrained model from a hub name, a folder or a GGUF file.
+
+    Args:
+        source: The model.
+        dtype: Of its weights, once they are loaded.
+        dropout: Every dropout probability; None leaves them as they are.
+        setting: Names the model in messages, as the user of the command gives it.
 
     Raises:
         DataError: It is not there, transformers cannot read it, or its weights are quantized, not finite, or not those
@@ -102,18 +113,18 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # every rank would draw its own
-    where, options = _location(source)
-    require_inert("model.path", where)
+    where, options = _location(source, setting)
+    require_inert(setting, where)
     header = read_header(Path(source)) if options else None
     limit: AbstractContextManager[None] = nullcontext()
     if header is not None or Path(where).is_dir():
         size = require_weights(Path(where)) if header is None else header.size
-        limit = no_larger_than(size, f"model.path is {source}")
+        limit = no_larger_than(size, f"{setting} is {source}")
     config: Any = None
     try:
         config = _load_config(where, options)
         if not options:
-            require_not_quantized("model.path", source, config)
+            require_not_quantized(setting, source, config)
         set_dropout(config, dropout)
         with limit, keeping_stored_weights(), without_report_table():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -131,13 +142,13 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
         # Some families fail there only, with a message that says nothing.
         where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
         raise DataError(
-            f"model.path is {source}; transformers cannot load it{where}: {first_line(error, config)}"
+            f"{setting} is {source}; transformers cannot load it{where}: {first_line(error, config)}"
         ) from error
     model, report = loaded
-    require_complete(source, report)
+    require_complete(f"{setting} is {source}", report)
     if not is_deepspeed_zero3_enabled():  # there partitioned._fill checks whole weights
-        require_finite_weights(f"model.path is {source}", source, model.named_parameters())
-    _require_tied(source, model)  # after that: a NaN does not equal itself
+        require_finite_weights(f"{setting} is {source}", source, model.named_parameters())
+    _require_tied(f"{setting} is {source}", model)  # after that: a NaN does not equal itself
     if not is_deepspeed_zero3_enabled():
         freeze_as_constructed(model)
     if header is not None:
@@ -147,11 +158,11 @@ def load_language_model(source: str, dtype: torch.dtype = torch.float32, dropout
     return read_padding_tokens(model)
 
 
-def _require_tied(source: str, model: CausalLM) -> None:
+def _require_tied(name: str, model: CausalLM) -> None:
     """Refuse weights that config.json ties and transformers did not: both are stored, and they differ."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     if apart := sorted(tied.keys() - model.all_tied_weights_keys.keys()):
-        raise untied_weights(f"model.path is {source}", apart[0], tied[apart[0]])
+        raise untied_weights(name, apart[0], tied[apart[0]])
 
 
 def create_language_model(config_path: str, seed: int, dropout: float | None = None) -> CausalLM:
@@ -162,7 +173,7 @@ def create_language_model(config_path: str, seed: int, dropout: float | None = N
 
 def read_new_config(config_path: str, dropout: float | None = None) -> Any:
     """Return the transformers configuration of a model to be initialised."""
-    require_inert("model.from-scratch", config_path)
+    require_inert("--model.from-scratch", config_path)
     with _naming_bad_config(config_path):
         config = _load_config(config_path, {})
         set_dropout(config, dropout)
@@ -173,7 +184,7 @@ def create_from(config: Any, config_path: str, seed: int, room: int | None = Non
     """Initialise a new model of a configuration that was read from a config.json; `room` as `no_larger_than_memory`."""
     with _naming_bad_config(config_path, config):
         torch.manual_seed(seed)
-        with no_larger_than_memory(f"model.from-scratch is {config_path}", parallel.world_size(), room):
+        with no_larger_than_memory(f"--model.from-scratch is {config_path}", parallel.world_size(), room):
             return new_model(config)
 
 
@@ -183,7 +194,7 @@ def _naming_bad_config(config_path: str, config: Any = None) -> Iterator[None]:
         yield
     except LOAD_ERRORS as error:
         raise DataError(
-            f"model.from-scratch is {config_path}; not a model config: {first_line(error, config)}"
+            f"--model.from-scratch is {config_path}; not a model config: {first_line(error, config)}"
         ) from error
 
 
@@ -240,7 +251,7 @@ def _recomputing(model: CausalLM, config: ModelConfig) -> CausalLM:
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(
-                f"model.activation-checkpointing is set, but {trials.family(model)} does not support it; drop it."
+                f"--model.activation-checkpointing is set, but {trials.family(model)} does not support it; drop it."
             )
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -251,13 +262,15 @@ def is_stage_3(engine_config: dict[str, Any] | None) -> bool:
     return engine_config is not None and engine_config.get("zero_optimization", {}).get("stage") == 3
 
 
-def in_parts(engine_config: dict[str, Any] | None, *, is_new: bool) -> AbstractContextManager[None]:
+def in_parts(
+    engine_config: dict[str, Any] | None, *, is_new: bool, setting: str = MODEL_SETTING
+) -> AbstractContextManager[None]:
     """Return a context in which models are built as what deepspeed.initialize gets asks for: at stage 3 in parts."""
     if engine_config is None or not is_stage_3(engine_config):
         return nullcontext()
     from megaft.models import partitioned
 
-    return partitioned.making(engine_config) if is_new else partitioned.loading(engine_config)
+    return partitioned.making(engine_config) if is_new else partitioned.loading(engine_config, setting)
 
 
 def require_fits(model: CausalLM, tokenizer, longest_input: int) -> None:
@@ -270,7 +283,7 @@ def require_fits(model: CausalLM, tokenizer, longest_input: int) -> None:
     limit = context_limit(model)
     if limit is not None and longest_input > limit:
         raise ConfigError(
-            f"data.context-length or eval.context-length is {longest_input}, but the model has {limit} positions; "
+            f"--data.context-length or --eval.context-length is {longest_input}, but the model has {limit} positions; "
             f"use {limit} or less."
         )
 
@@ -288,20 +301,20 @@ def architecture_of(class_name: str, shapes: dict[str, torch.Size]) -> str:
     return f"{class_name} {blake2b(repr(trained).encode(), digest_size=8).hexdigest()}"
 
 
-def require_there(source: str) -> None:
+def require_there(source: str, setting: str = MODEL_SETTING) -> None:
     """Raise DataError for what looks like a path and is not there; a hub name is found out later."""
-    _location(source)
+    _location(source, setting)
 
 
-def _location(source: str) -> tuple[str, dict[str, str]]:
+def _location(source: str, setting: str) -> tuple[str, dict[str, str]]:
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise DataError(f"model.path is {source}; there is no such file. Give a GGUF file, a folder or a hub name.")
+            raise DataError(f"{setting} is {source}; there is no such file. Give a GGUF file, a folder or a hub name.")
         return str(path.parent), {"gguf_file": path.name}
     looks_local = path.is_absolute() or source.startswith(".") or source.count("/") > 1
     if looks_local and not path.is_dir():
-        raise DataError(f"model.path is {source}; there is no such folder. Give a folder, a GGUF file or a hub name.")
+        raise DataError(f"{setting} is {source}; there is no such folder. Give a folder, a GGUF file or a hub name.")
     return source, {}
 
 

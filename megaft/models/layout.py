@@ -110,8 +110,8 @@ def layout_of(config: Any) -> Layout:
     """
     require(
         config.model_type in FAMILIES,
-        f"the model is of type {config.model_type}; model.backend megatron and `megaft convert` know "
-        f"{', '.join(FAMILIES)}; use model.backend hugging-face.",
+        f"the model is of type {config.model_type}; --model.backend megatron and `megaft convert` know "
+        f"{', '.join(FAMILIES)}; use --model.backend hugging-face.",
     )
     if config.model_type == "gpt2":
         return _gpt2(config)
@@ -189,7 +189,7 @@ def biases_of(config: Any) -> tuple[bool, bool]:
     require(
         in_attention == in_mlp,
         f"the model has attention_bias {in_attention} and mlp_bias {in_mlp}, which megatron-core cannot tell apart; "
-        "use model.backend hugging-face.",
+        "use --model.backend hugging-face.",
     )
     return in_attention, in_attention
 
@@ -198,4 +198,4 @@ def require_cuttable(config: Any, size: int) -> None:
     """Raise ConfigError unless transformers' model can be cut over `size` ranks; see `megaft.shape`."""
     groups = layout_of(config).num_groups
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    shape.require_cuttable(groups, inner, config.vocab_size, size, "parallel.tensor-parallel-size")
+    shape.require_cuttable(groups, inner, config.vocab_size, size, "--parallel.tensor-parallel-size")

@@ -226,7 +226,7 @@ def _gpt2_options(config: Any) -> dict[str, Any]:
     require(
         config.resid_pdrop == config.embd_pdrop,
         f"the model has resid_pdrop {config.resid_pdrop} and embd_pdrop {config.embd_pdrop}, and megatron-core one "
-        "probability for both; give model.dropout.",
+        "probability for both; give --model.dropout.",
     )
     activations = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
     unusual = config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights
@@ -263,7 +263,8 @@ def require_known(config: Any, activations: dict[str, Any], is_unusual: bool) ->
     require(
         name in activations and not is_unusual,
         f"the model's activation is {name}, its attention {'scaled or windowed' if is_unusual else 'plain'}; "
-        f"model.backend megatron knows {', '.join(activations)} with plain attention; use model.backend hugging-face.",
+        f"--model.backend megatron knows {', '.join(activations)} with plain attention; "
+        "use --model.backend hugging-face.",
     )
 
 
@@ -275,8 +276,8 @@ def rotary_frequencies(config: Any) -> Float32[Tensor, " half_width"]:
     kinds = ("default", "linear", "llama3")
     require(
         rotary.rope_type in kinds and rotary.attention_scaling == 1,
-        f"the model's rope_type is {rotary.rope_type}; model.backend megatron knows {', '.join(kinds)}; "
-        "use model.backend hugging-face.",
+        f"the model's rope_type is {rotary.rope_type}; --model.backend megatron knows {', '.join(kinds)}; "
+        "use --model.backend hugging-face.",
     )
     inverse = rotary.inv_freq
     assert torch.is_tensor(inverse)
@@ -319,7 +320,7 @@ def build(settings: ModelConfig, seed: int, engine_config: dict[str, Any] | None
     set_dropout(weights.config, settings.dropout)
     with in_parts(engine_config):
         model = MegatronModel(weights.config, recompute=settings.activation_checkpointing)
-    where = f"model.path is {settings.path}; "
+    where = f"--model.path is {settings.path}; "
     parallel.together(fill, model, lambda name: require_finite(name, weights.read(name), where))
     return model
 
@@ -329,7 +330,7 @@ def weights_of(settings: ModelConfig, seed: int) -> Weights:
     if settings.path is not None:
         return open_weights(settings.path)
     assert settings.from_scratch is not None
-    require_inert("model.from-scratch", settings.from_scratch)
+    require_inert("--model.from-scratch", settings.from_scratch)
     return new_weights(load_config(settings.from_scratch), seed)
 
 

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -27,11 +28,12 @@ from megaft.models.weight_files import require_complete, untied_weights
 
 
 @contextmanager
-def loading(engine_config: dict[str, Any]) -> Iterator[None]:
+def loading(engine_config: dict[str, Any], setting: str) -> Iterator[None]:
     """Let `from_pretrained` fill parts: rank 0 maps the files and sends the weights of one module at a time.
 
     Args:
         engine_config: What deepspeed.initialize gets. Its precision is that of the parts.
+        setting: Names the model in messages.
 
     Raises:
         UserError: On every rank what the body raises on any: the first alone sees what does not fit.
@@ -42,7 +44,7 @@ def loading(engine_config: dict[str, Any]) -> Iterator[None]:
     try:
         with (
             replaced(deepspeed.zero, "Init", agreement.then_init),
-            replaced(modeling_utils, "_load_state_dict_into_zero3_model", _fill),
+            replaced(modeling_utils, "_load_state_dict_into_zero3_model", partial(_fill, setting)),
             _gathering(_own_weights),
             _renaming_as_without_zero(),
             _returning_memory(),
@@ -83,26 +85,27 @@ class _Agreement:
         parallel.raise_together(error)
 
 
-def _fill(model: Any, state_dict: dict[str, Any], load_config: Any) -> tuple[list[str], set[str]]:
+def _fill(setting: str, model: Any, state_dict: dict[str, Any], load_config: Any) -> tuple[list[str], set[str]]:
     """Fill the model as transformers does, after the checks that it leaves out under ZeRO-3.
 
     Raises:
         DataError: On every rank, where the weights are not finite, or not those of config.json.
     """
     source = model.config.name_or_path
-    require_complete(source, _report(model, state_dict))
-    parallel.together(_require_finite, model, source, state_dict)
+    name = f"{setting} is {source}"
+    require_complete(name, _report(model, state_dict))
+    parallel.together(_require_finite, name, source, model, state_dict)
     for head, embedding in model.all_tied_weights_keys.items():
         if _differ(*(_stored(model, state_dict, name) for name in (head, embedding))):
-            raise untied_weights(f"model.path is {source}", head, embedding)
+            raise untied_weights(name, head, embedding)
     return _load_state_dict_into_zero3_model(model, state_dict, load_config)
 
 
-def _require_finite(model: Any, source: str, state_dict: dict[str, Any]) -> None:
+def _require_finite(name: str, source: str, model: Any, state_dict: dict[str, Any]) -> None:
     """Refuse stored weights that are not finite; only rank 0 has their values."""
-    stored = ((name, _stored(model, state_dict, name)) for name, _ in model.named_parameters())
-    here = ((name, tensor) for name, tensor in stored if tensor is not None and tensor.device.type != "meta")
-    require_finite_weights(f"model.path is {source}", source, here)
+    stored = ((key, _stored(model, state_dict, key)) for key, _ in model.named_parameters())
+    here = ((key, tensor) for key, tensor in stored if tensor is not None and tensor.device.type != "meta")
+    require_finite_weights(name, source, here)
 
 
 def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

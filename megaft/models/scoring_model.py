@@ -233,7 +233,7 @@ def load_scoring_model(
         language_model = (
             _load_partitioned(source, dtype)
             if is_partitioned
-            else parallel.together(load_language_model, source, dtype)
+            else parallel.together(load_language_model, source, dtype, None, "--model")
         )
         model = parallel.together(_tried_model, language_model)
     num_parameters = count(language_model.parameters())
@@ -267,11 +267,13 @@ def _load_megatron(source: str, dtype: torch.dtype, is_partitioned: bool) -> Cau
 
 def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
     if not source.endswith(".gguf"):
-        with in_parts(_deepspeed_config(dtype), is_new=False):
-            return load_language_model(source, dtype)
+        with in_parts(_deepspeed_config(dtype), is_new=False, setting="--model"):
+            return load_language_model(source, dtype, setting="--model")
     import deepspeed
 
-    language_model = parallel.together(load_language_model, source, dtype)  # filled outside ZeRO's hooks
+    language_model = parallel.together(
+        load_language_model, source, dtype, None, "--model"
+    )  # filled outside ZeRO's hooks
     deepspeed.zero.Init(module=language_model, config_dict_or_path=_deepspeed_config(dtype))
     return language_model
 

@@ -90,8 +90,8 @@ def require_keeps_documents_apart(model: CausalLM, tried: CausalLM | None = None
         is_apart = keeps_documents_apart(small)
     if not is_apart:
         raise ConfigError(
-            f"data.attend-within-documents is set, but {family(model)} attends across documents; "
-            "drop it, or use data.sample document."
+            f"--data.attend-within-documents is set, but {family(model)} attends across documents; "
+            "drop it, or use --data.sample document."
         )
 
 

@@ -101,20 +101,27 @@ def require_not_quantized(setting: str, source: str, config: Any) -> None:
         )
 
 
-def require_complete(source: str, report: dict[str, Any]) -> None:
+def require_complete(model: str, report: dict[str, Any]) -> None:
     """Refuse weights that are not those of config.json, by the loading report of transformers, which would only warn.
 
     A weight that is missing would start random, and one too many would be left out.
+
+    Args:
+        model: How the message names the model, such as "--model.path is DIR".
+        report: transformers'.
+
+    Raises:
+        DataError: A weight is missing, of another shape, or one too many.
     """
     wrong = dict.fromkeys(report["missing_keys"], "is missing")
     wrong |= {name: f"is {list(file)}, not {list(config)}" for name, file, config in report["mismatched_keys"]}
     if wrong:
         name = min(wrong)
         raise DataError(
-            f"model.path is {source}; its weights do not fit its config.json: {name} {wrong[name]} "
+            f"{model}; its weights do not fit its config.json: {name} {wrong[name]} "
             f"({len(wrong)} such). Copy both from one model."
         )
-    require_no_more(f"model.path is {source}", (), sorted(report["unexpected_keys"]))
+    require_no_more(model, (), sorted(report["unexpected_keys"]))
 
 
 def require_no_more(model: str, expected: Collection[str], found: Iterable[str]) -> None:

@@ -100,7 +100,7 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
     """
     source = model_folder(source)
     folder = Path(source)
-    require_there(source)
+    require_there(source, "model")
     if is_classic(folder):
         return _from_classic(folder, model_config)
     if is_checkpoint(folder):
@@ -251,7 +251,7 @@ def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def _from_whole(source: str) -> Weights:
     dtype = torch.float32 if source.endswith(".gguf") else load_config(source).dtype or torch.float32
-    model = load_language_model(source, dtype)
+    model = load_language_model(source, dtype, setting="model")
     layout_of(model.config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     state = model.state_dict()
