@@ -79,5 +79,5 @@ class Stops:
         if number:
             return Request(SIGNALS[signal.Signals(number)], signal.Signals(number).name)
         if is_late:
-            return Request(REQUEUE, "--run.max-minutes is over")
+            return Request(REQUEUE, "run.max-minutes is over")
         return Request(None, "the file SAVE") if to_save else None

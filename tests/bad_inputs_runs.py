@@ -163,7 +163,8 @@ def _(workshop):
 @refuse(
     "56 NaN loss",
     5,
-    r"non-finite loss at step 2 .*, samples 4-7; the last checkpoint before it is step 1\. Lower --optim\.learning-rate",
+    r"non-finite loss at step 2 .*, samples 4-7; the last checkpoint before it is step 1\. "
+    r"Lower --optim\.learning-rate",
     leaves=r"run/checkpoints/(latest|step-00000001/manifest\.json)",
 )
 def _(workshop):
@@ -174,7 +175,7 @@ def _(workshop):
 @refuse(
     "56 a validation that is not finite",
     5,
-    r"validation after step 0 \(there is no checkpoint before it\): data\.valid .*valid: [\d,]+ of [\d,]+ scored",
+    r"validation after step 0 \(there is no checkpoint before it\): --data\.valid .*valid: [\d,]+ of [\d,]+ scored",
     r"not finite, first token 0 of document 0",
 )
 def _(workshop):

@@ -109,7 +109,7 @@ def test_adapters_are_a_function_of_the_seed():
 
 
 def test_a_target_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match=r"^lora.target-modules is .*no_such_layer.*$") as error:
+    with pytest.raises(ConfigError, match=r"^--lora.target-modules is .*no_such_layer.*$") as error:
         adapters.add_adapters(make_model(), LoraConfig(rank=2, target_modules=("no_such_layer",)), seed=0)
     assert "\n" not in str(error.value)
 
@@ -120,7 +120,7 @@ def test_layers_that_share_a_weight_are_refused():
     first, second = (layer.mlp for layer in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
     with pytest.raises(
-        ConfigError, match=r"^lora.target-modules is .*adapts model\.layers\.0\.mlp\.up_proj, .* is shared by"
+        ConfigError, match=r"^--lora.target-modules is .*adapts model\.layers\.0\.mlp\.up_proj, .* is shared by"
     ):
         adapters.add_adapters(model, LoraConfig(rank=2, target_modules=("up_proj",)), seed=0)
     adapters.add_adapters(make_model("llama"), LoraConfig(rank=2, target_modules=("up_proj",)), seed=0)

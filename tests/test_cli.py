@@ -118,7 +118,7 @@ def test_a_refused_setting_is_one_line(fake_command, capsys):
     fake_command(raising(AssertionError("must not run")))
     assert main(["fake", "--learning-rate", "-1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: optim.learning-rate is -1.0; use")
+    assert line.startswith("error: --optim.learning-rate is -1.0; use")
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,8 @@ def test_blocks_become_settings(blocks, optim, expected):
 @pytest.mark.parametrize(
     ("optim", "said"),
     [
-        ({"learning_rate": 5e-4}, "optimizer.params.lr is 0.0003; but optim.learning-rate is 0.0005"),
-        ({"name": "adafactor"}, 'optimizer.type is "adamw"; but optim.name is adafactor'),
+        ({"learning_rate": 5e-4}, "optimizer.params.lr is 0.0003; but --optim.learning-rate is 0.0005"),
+        ({"name": "adafactor"}, 'optimizer.type is "adamw"; but --optim.name is adafactor'),
     ],
 )
 def test_said_twice_with_different_values(optim, said):

@@ -46,8 +46,8 @@ def test_flags_have_no_prefixes():
         ({"repetition_penalty": 0.0}, "repetition-penalty is 0.0"),
         ({"repetition_penalty": 1e38}, r"repetition-penalty is 1e\+38"),
         ({"temperature": float("inf")}, "temperature is inf"),
-        ({"temperature": 0.0, "top_k": 5}, "no effect at temperature 0"),
-        ({"temperature": 0.0, "top_p": 0.9}, "no effect at temperature 0"),
+        ({"temperature": 0.0, "top_k": 5}, "no effect at --temperature 0"),
+        ({"temperature": 0.0, "top_p": 0.9}, "no effect at --temperature 0"),
     ],
 )
 def test_sampling_settings_are_checked(settings, message):
@@ -59,7 +59,7 @@ def test_sampling_settings_are_checked(settings, message):
     ("settings", "message"),
     [
         ({"prompt": ()}, "prompt is empty"),
-        ({"chat": ("b",)}, "prompt and chat are given; use one"),
+        ({"chat": ("b",)}, "--prompt and --chat are given; use one"),
         ({"max_new_tokens": 0}, "max-new-tokens is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "less than 2"),

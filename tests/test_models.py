@@ -268,7 +268,7 @@ def with_fewer_weights_than_layers(folder, saved):
 )
 def test_a_folder_that_is_no_model_is_refused(broken, tmp_path, saved_gpt2):
     broken(tmp_path, saved_gpt2)
-    with pytest.raises(DataError, match=rf"^(model.path is )?{tmp_path}") as error:
+    with pytest.raises(DataError, match=rf"^(--model.path is )?{tmp_path}") as error:
         hugging_face.load_language_model(str(tmp_path))
     assert "\n" not in str(error.value)
 

@@ -289,7 +289,7 @@ def test_loading_in_bf16(trained):
 
 
 def test_a_model_that_is_not_there():
-    with pytest.raises(DataError, match=r"model.path is \./nowhere"):
+    with pytest.raises(DataError, match=r"--model is \./nowhere"):
         load_scoring_model("./nowhere", dtype=torch.float32, device=CPU)
 
 

@@ -114,7 +114,7 @@ def test_a_new_model_must_fit_in_memory(ranks, lacking, is_refused, monkeypatch,
     monkeypatch.setattr("megaft.parallel.world_size", lambda: ranks)
     source = str(tmp_path / "config.json")
     if is_refused:
-        with pytest.raises(DataError, match=f"^model.from-scratch is {source}; .*, but {needed - 1:,} are free"):
+        with pytest.raises(DataError, match=f"^--model.from-scratch is {source}; .*, but {needed - 1:,} are free"):
             create_language_model(source, seed=0)
     else:
         assert sum(parameter.numel() for parameter in create_language_model(source, 0).parameters()) == LLAMA_PARAMETERS
