@@ -47,8 +47,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(
             (self.path is None) != (self.from_scratch is None),
-            f"--model.path is {self.path} and --model.from-scratch is {self.from_scratch}; "
-            "give exactly one of the two.",
+            f"--model.path is {self.path} and --model.from-scratch is {self.from_scratch}; give exactly one of them.",
         )
         require_ranges(self, "model.", dropout=BELOW_1.such_as("0.1"))
         require(

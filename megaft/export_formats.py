@@ -141,7 +141,7 @@ class HuggingFaceExport:
         num_bytes, room = FP32_BYTES * num_parameters, available_memory()
         if room < num_bytes:
             raise ConfigError(
-                f"run.export is {self.config.run.export}; the exported model must be whole in host memory, as with "
+                f"--run.export is {self.config.run.export}; the exported model must be whole in host memory, as with "
                 f"adapters, from a GGUF file, or with frozen parameters or buffers: {num_bytes:,} bytes in fp32, and "
                 f"{room:,} are free. The checkpoint is whole: give the same command where there is more memory."
             )

@@ -35,8 +35,8 @@ def test_underscores_are_accepted():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"model__from_scratch": "c.json"}, "exactly one of the two"),
-        ({"model__path": None}, "exactly one of the two"),
+        ({"model__from_scratch": "c.json"}, "exactly one of them"),
+        ({"model__path": None}, "exactly one of them"),
         ({"model__path": None, "model__from_scratch": "c.json"}, "give --data.tokenizer"),
         ({"model__dropout": "1"}, "model.dropout is 1.0"),
         ({"run__epochs": "1"}, "exactly one of the two"),
