@@ -53,6 +53,7 @@ def _rank(rank: int, port: int, case: Case, answers: Any) -> None:
     parallel.join(parallel.discover(os.environ))
     _train(replace(case.recipe, shape=Shape.of(WARM_UP, 0.0)))  # whatever a first step loads
     gc.collect()
+    libc.malloc_trim(0)  # also of the parent's memory, which this process began with
     before = resident_bytes()
     engine = _train(case.recipe)
     found = asdict(estimates_engine.held(engine, 0, 0)) | {"resident": resident_bytes() - before}
