@@ -48,5 +48,16 @@ class LostPeerError(UserError):
     exit_code = 75
 
 
+class FailedPeerError(UserError):
+    """Another rank ended with an exception that is no UserError, whose traceback it printed."""
+
+    exit_code = 1
+
+
+def kind_of(exit_code: int) -> type[UserError]:
+    """Return the class of errors that end the program with this code."""
+    return next(kind for kind in UserError.__subclasses__() if kind.exit_code == exit_code)
+
+
 REPORT = "this is a defect of megaft: open an issue in its repository, with the run's config.json"
 """End of messages about what only a defect explains."""

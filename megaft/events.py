@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megaft import heartbeat
-from megaft.errors import CheckpointError, LostPeerError, NoProgressError, UserError
+from megaft.ending import ending_of
+from megaft.errors import CheckpointError, LostPeerError, NoProgressError
 from megaft.exit_code import REQUEUE
-from megaft.files import json_lines, naming_disk_errors, to_json, write_json_atomic
+from megaft.files import json_lines, naming_disk_errors, parse_json, to_json, write_json_atomic
 
 STARTS_WITHOUT_PROGRESS = 3
 """Starts of a requeued job at the same step after which it is not requeued."""
@@ -74,24 +75,26 @@ def job() -> dict[str, str | int]:
 
 @contextmanager
 def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
-    """Write the reason into RUN/ended.json when the block ends with a UserError: launchers' codes are unreliable.
+    """Write the reason into RUN/ended.json when the block raises: launchers' codes are unreliable.
 
     While the block runs there is none, so that a process that is killed leaves no earlier one's. Where that was the
-    main rank, another one writes it.
+    main rank, another one writes it. A GPU that fails leaves none either: the run may go on elsewhere.
     """
     if is_main:
         for name in ("ended.json", CLAIM):
             (run_dir / name).unlink(missing_ok=True)
     try:
-        with heartbeat.at_loss(partial(record_loss, run_dir)):
+        with heartbeat.at_end(partial(record_first, run_dir)):
             yield
     except LostPeerError as error:
         if is_main:
-            record_loss(run_dir, str(error))
+            record_first(run_dir, REQUEUE, str(error))
         raise
-    except UserError as error:
-        if is_main:
-            record_end(run_dir, None, error.exit_code, str(error))
+    except Exception as error:  # whatever it is, it goes on
+        ending = ending_of(0, error)
+        # What another rank said first stays, but an error of its own says more than a lost peer.
+        if is_main and ending and recorded_code(run_dir) in (None, REQUEUE):
+            record_end(run_dir, None, ending.exit_code, ending.reason)
         raise
 
 
@@ -102,8 +105,14 @@ def record_end(run_dir: Path, step: int | None, exit_code: int, reason: str) -> 
         write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": reason})
 
 
-def record_loss(run_dir: Path, reason: str) -> None:
-    """Write that a peer was lost as the run's end, unless a reason is there: any rank may call this, one writes."""
+def recorded_code(run_dir: Path) -> int | None:
+    """Return the exit code in RUN/ended.json, if there is one."""
+    path = run_dir / "ended.json"
+    return parse_json(path.read_bytes())["exit_code"] if path.exists() else None
+
+
+def record_first(run_dir: Path, exit_code: int, reason: str) -> None:
+    """Write why another rank ended the run, unless a reason is there: any rank may call this, one writes."""
     claim = run_dir / CLAIM
     try:
         claim.touch(exist_ok=False)
@@ -111,6 +120,6 @@ def record_loss(run_dir: Path, reason: str) -> None:
         return
     try:
         if not (run_dir / "ended.json").exists():
-            record_end(run_dir, None, REQUEUE, reason)
+            record_end(run_dir, None, exit_code, reason)
     finally:
         claim.unlink(missing_ok=True)

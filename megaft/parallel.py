@@ -9,21 +9,23 @@ from __future__ import annotations
 import logging
 import os
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megaft import exit_code
 from megaft.device import device_of, require_own_gpu
-from megaft.errors import ConfigError, LostPeerError, UserError
-from megaft.exit_code import exit_code_of
+from megaft.ending import CRASH, ending_of
+from megaft.errors import ConfigError, LostPeerError, UserError, kind_of
 from megaft.heartbeat import Heartbeat
 from megaft.network import connect_hosts, require_interfaces
 from megaft.topology import Topology, discover, free_port, integer, is_main_of
@@ -190,7 +192,7 @@ def _leave_group() -> None:
 
 def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
     """Run a program as the rank that the launcher made of this process; return its exit code, with no group left."""
-    return exit_code_of(lambda: _run_and_leave(program, discover(os.environ)), is_main=is_main_of(os.environ))
+    return exit_code.exit_code_of(lambda: _run_and_leave(program, discover(os.environ)), is_main=is_main_of(os.environ))
 
 
 def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> int:
@@ -200,12 +202,21 @@ def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> in
     try:
         with naming_lost_peers(topology.rank):
             code = program(topology)
-    except UserError as error:
-        if not isinstance(error, LostPeerError):  # leaving could wait for the lost one
+    except Exception as error:  # whatever it is, the others are told
+        is_crash = not (topology.is_main or isinstance(error, UserError))
+        if is_crash:
+            traceback.print_exc()  # now: the main rank ends first, and the launcher then ends this one
+        is_for_good = ending_of(topology.rank, error) is not None
+        if is_for_good:  # leaving could wait for a lost one
+            tell(error)
             _leave_group()
         if _heartbeat:
             _heartbeat.stand_down()
-        raise
+        if not is_crash:
+            raise
+        if _heartbeat and is_for_good:
+            _heartbeat.wait_for_main(exit_code.SECONDS_FOR_MAIN)
+        return CRASH
     finally:
         _watches_peers = False
     leave()
@@ -214,13 +225,16 @@ def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> in
 
 @contextmanager
 def naming_lost_peers(rank: int) -> Iterator[None]:
-    """Turn a collective's complaint that another rank ended or hangs into a LostPeerError."""
+    """Turn a collective's complaint that another rank ended or hangs into that rank's error, or a LostPeerError."""
     try:
         yield
     except RuntimeError as error:
         # The store that ranks meet at is gone with the main rank, and has an error of its own.
         if not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo/", "NCCL"))):
             raise
+        news = _heartbeat.news() if _heartbeat else None
+        if news and not news.is_loss:
+            raise news.error_on(rank) from error
         what = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise LostPeerError(
             f"rank {rank} lost its peers ({what}): another rank ended, or hangs; its own message says why. "
@@ -345,8 +359,26 @@ def raise_together(error: UserError | None) -> None:
     if error:
         raise error
     if said:
-        exit_code, _, message = said.partition(" ")
-        raise next(kind for kind in UserError.__subclasses__() if kind.exit_code == int(exit_code))(message)
+        code, _, message = said.partition(" ")
+        raise kind_of(int(code))(message)
+
+
+def tell(error: BaseException) -> None:
+    """Tell the other ranks why this one ends, wherever they are; the first rank to tell is heard."""
+    ending = ending_of(rank(), error)
+    if _heartbeat and ending:
+        _heartbeat.tell(ending)
+
+
+def raise_from_anywhere(error: UserError) -> NoReturn:
+    """Raise, on every rank, an error that others may not wait for: they may be in a collective of another kind.
+
+    Where ranks have no heartbeat, as in a program that is no launcher's, all must come to `raise_together`.
+    """
+    if _heartbeat is None:
+        raise_together(error)
+    tell(error)
+    raise error
 
 
 def together(function: Callable[..., T], *arguments: Any) -> T:

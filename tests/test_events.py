@@ -2,9 +2,10 @@ import json
 from contextlib import nullcontext
 
 import pytest
+import torch
 
 from megaft.errors import CheckpointError, ConfigError, LostPeerError, NoProgressError
-from megaft.events import Events, record_loss, recording_errors
+from megaft.events import Events, record_first, recorded_code, recording_errors
 from megaft.files import json_lines
 
 
@@ -92,20 +93,38 @@ def test_the_reason_of_an_end_is_kept_where_there_is_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "reasons"),
+    ("code", "error", "reasons"),
     [
-        pytest.param(LostPeerError("gloo lost a connection."), ["rank 1 died."], id="the collective saw it too"),
-        pytest.param(ConfigError("a.b is 1."), ["rank 1 died.", "a.b is 1."], id="a mistake of its own"),
+        pytest.param(75, LostPeerError("gloo lost a connection."), ["rank 1 died."], id="the collective saw it too"),
+        pytest.param(75, ConfigError("a.b is 1."), ["rank 1 died.", "a.b is 1."], id="a mistake of its own"),
+        pytest.param(75, OSError(5, "no disk"), ["rank 1 died.", "OSError: [Errno 5] no disk"], id="its own crash"),
+        pytest.param(3, LostPeerError("gloo lost a connection."), ["rank 1 died."], id="rank 1 had said why"),
+        pytest.param(3, ConfigError("a.b is 1."), ["rank 1 died."], id="both said why"),
     ],
 )
-def test_a_lost_rank_is_one_end_of_the_run(tmp_path, error, reasons):
+def test_a_rank_that_ends_is_one_end_of_the_run(tmp_path, code, error, reasons):
     """The heartbeat and the collective both notice it; slurm/job.sh counts ends."""
 
     def ends():
-        record_loss(tmp_path, "rank 1 died.")
+        record_first(tmp_path, code, "rank 1 died.")
         raise error
 
     with pytest.raises(type(error)), recording_errors(tmp_path, is_main=True):
         ends()
     assert [row["reason"] for row in rows_of(tmp_path / "events.jsonl")] == reasons
     assert json.loads((tmp_path / "ended.json").read_text())["reason"] == reasons[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, id="out of memory"),
+        pytest.param(MemoryError(), 1, id="no message"),
+        pytest.param(torch.AcceleratorError("CUDA error: uncorrectable ECC error"), None, id="a GPU that fails"),
+        pytest.param(KeyboardInterrupt(), None, id="Ctrl-C"),
+    ],
+)
+def test_a_crash_is_an_end_that_may_not_be_requeued(tmp_path, error, code):
+    with pytest.raises(type(error)), recording_errors(tmp_path, is_main=True):
+        raise error
+    assert recorded_code(tmp_path) == code

@@ -1,6 +1,7 @@
 """A rank whose peer died ends with the code to requeue, although its main thread is in a call that never returns."""
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ import pytest
 from fork_server import CONTEXT
 
 from megaft import exit_code, heartbeat, parallel
-from megaft.errors import ConfigError
+from megaft.ending import Ending
+from megaft.errors import ConfigError, DataError
 from megaft.events import recording_errors
+from megaft.line_socket import LONGEST_LINE, probe
 
 GRACE_SECONDS = 0.5
 ENOUGH = 300
@@ -27,6 +30,13 @@ MISTAKE = {"exit_code": 2, "reason": "a setting is wrong."}
 def blocked(topology):
     """Stay in C code, where no Python error is raised, as behind a kernel that waits for a peer."""
     ctypes.CDLL(None).sleep(NEVER)
+
+
+def failing(error, culprit, topology):
+    """One rank raises while the others are in C code."""
+    if topology.rank == culprit:
+        raise error
+    blocked(topology)
 
 
 def mistaken(topology):
@@ -106,6 +116,40 @@ def test_a_blocked_rank_ends_with_the_code_to_requeue_when_a_peer_dies(ranks, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("error", "culprit", "ended"),
+    [
+        pytest.param(
+            OSError(errno.EIO, "Input/output error"),
+            1,
+            {"exit_code": 1, "reason": "rank 1: OSError: [Errno 5] Input/output error"},
+            id="a crash of another rank",
+        ),
+        pytest.param(
+            DataError("train.bin, token 7 is 99."),
+            2,
+            {"exit_code": 3, "reason": "rank 2: train.bin, token 7 is 99."},
+            id="bad data on another rank",
+        ),
+        pytest.param(
+            FloatingPointError("underflow"),
+            0,
+            {"exit_code": 1, "reason": "FloatingPointError: underflow"},
+            id="a crash of the main rank",
+        ),
+    ],
+)
+def test_blocked_ranks_end_as_the_one_that_failed(ranks, tmp_path, error, culprit, ended):
+    processes = ranks(3, partial(failing, error, culprit))
+    for process in processes:
+        process.join(ENOUGH)
+    assert [process.exitcode for process in processes] == [ended["exit_code"]] * 3
+    assert json.loads((tmp_path / "ended.json").read_text()) == ended
+    ends = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(end["exit_code"], end["reason"]) for end in ends] == [tuple(ended.values())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("work", "grace_seconds", "codes", "reason"),
     [
         pytest.param(main_is_last, GRACE_SECONDS, [0, 0], None, id="the main rank ends last"),
@@ -133,7 +177,7 @@ class Store(dict):
 def main_rank(monkeypatch):
     """The main rank of three, its port and secret, and the reasons it would have ended the process for."""
     reasons = []
-    monkeypatch.setattr(heartbeat, "_end", reasons.append)
+    monkeypatch.setattr(heartbeat, "_end", lambda code, reason: reasons.append(f"{code} {reason}"))
     monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 0.0)
     store = Store()
     one = heartbeat.Heartbeat(0, 3, "127.0.0.1", store, 600)
@@ -151,24 +195,40 @@ def until(is_so):
 
 def test_a_stranger_at_the_port_is_no_peer(main_rank):
     one, port, secret, reasons = main_rank
-    for hello in (b"", b"GET / HTTP/1.1\r\n\r\n", f"{'0' * 32}{1:8}".encode()):
+    for hello in (b"", b"GET / HTTP/1.1\r\n\r\n", b"0" * 32 + b" 1\n", b'[1, 3, "no peer"]\n', b"x" * LONGEST_LINE):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(hello)
     with socket.create_connection(("127.0.0.1", port)) as peer, socket.create_connection(("127.0.0.1", port)) as other:
-        peer.sendall(f"{secret}{1:8}".encode())
-        other.sendall(f"{secret}{2:8}".encode())
+        peer.sendall(f"{secret} 1\n".encode())
+        other.sendall(f"{secret} ".encode())
+        other.sendall(b"2\n")
         until(lambda: sorted(rank or 0 for rank in one._peers.values()) == [1, 2])
         assert reasons == []
         peer.close()
-        assert other.recv(64) == b"1\n"
+        assert json.loads(other.recv(64)) == [1, 75, "its process ended"]
         until(lambda: reasons)
-    assert "lost its peers (rank 1: its process ended)" in reasons[0]
+    assert reasons[0].startswith("75 rank 0 lost its peers (rank 1: its process ended)")
+
+
+def test_the_first_failure_is_the_one_that_all_hear_of(main_rank):
+    _, port, secret, reasons = main_rank
+    with socket.create_connection(("127.0.0.1", port)) as peer, socket.create_connection(("127.0.0.1", port)) as other:
+        other.sendall(f"{secret} 2\n".encode())
+        said = Ending(1, 3, "no\nsuch \ud800 file " + "x" * 10_000)
+        for part in (f"{secret} 1\n".encode(), said.to_line()[:50], said.to_line()[50:]):
+            peer.sendall(part)
+        until(lambda: reasons)
+        other.sendall(Ending(2, 5, "not finite").to_line())
+        with other.makefile("rb") as lines:
+            assert Ending.from_line(lines.readline()) == said._replace(reason=said.reason[:4000])
+        until(lambda: reasons[1:])
+    assert {reason[:14] for reason in reasons} == {"3 rank 1: no\ns"}
 
 
 def test_the_kernel_gives_up_a_silent_host():
     """The kernel does the rest; a test with a cut network needs root and two network namespaces."""
     with socket.socket() as connection:
-        heartbeat.probe(connection, 60)
+        probe(connection, 60)
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
         assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [15, 15, 60_000]

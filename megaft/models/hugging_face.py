@@ -126,7 +126,8 @@ def load_language_model(
         if not options:
             require_not_quantized(setting, source, config)
         set_dropout(config, dropout)
-        with limit, keeping_stored_weights(), without_report_table():
+        lost = parallel.naming_lost_peers(parallel.rank())  # while parts are filled
+        with limit, lost, keeping_stored_weights(), without_report_table():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
@@ -191,7 +192,8 @@ def create_from(config: Any, config_path: str, seed: int, room: int | None = Non
 @contextmanager
 def _naming_bad_config(config_path: str, config: Any = None) -> Iterator[None]:
     try:
-        yield
+        with parallel.naming_lost_peers(parallel.rank()):  # while parts are made
+            yield
     except LOAD_ERRORS as error:
         raise DataError(
             f"--model.from-scratch is {config_path}; not a model config: {first_line(error, config)}"

@@ -82,6 +82,8 @@ class _Agreement:
         """Raise the error of any rank on all, unless all have raised it already."""
         if error is not None and error is self._known:
             raise error
+        if error is not None and self._has_begun:  # others may wait for this rank's part of a weight
+            parallel.raise_from_anywhere(error)
         parallel.raise_together(error)
 
 

@@ -1,0 +1,67 @@
+"""How a rank ended: the exit code and the reason that ranks send each other."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from megaft.errors import LostPeerError, UserError, kind_of
+from megaft.exit_code import REQUEUE
+
+CRASH = 1
+"""Python's exit code of an exception that nobody caught."""
+LONGEST_REASON = 4000
+
+
+class Ending(NamedTuple):
+    """A rank's exit code and reason; REQUEUE is the code of one that was lost without a word."""
+
+    rank: int
+    exit_code: int
+    reason: str
+
+    def to_line(self) -> bytes:
+        """Return it as one line of JSON."""
+        return json.dumps([self.rank, self.exit_code, self.reason[:LONGEST_REASON]]).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Ending:
+        """Read what `to_line` wrote."""
+        return cls(*json.loads(line))
+
+    @property
+    def is_loss(self) -> bool:
+        """True for a rank that was killed or is out of reach; a rank that failed has said why."""
+        return self.exit_code == REQUEUE
+
+    def message_on(self, rank: int) -> str:
+        """Return the message that another rank ends with."""
+        if not self.is_loss:
+            return f"rank {self.rank}: {self.reason}"
+        return (
+            f"rank {rank} lost its peers (rank {self.rank}: {self.reason}); its own message says why, if it had time "
+            "for one. The same command continues from the last checkpoint."
+        )
+
+    def error_on(self, rank: int) -> UserError:
+        """Return the error that another rank raises."""
+        return kind_of(self.exit_code)(self.message_on(rank))
+
+
+def ending_of(rank: int, error: BaseException) -> Ending | None:
+    """Return how an error ends a rank for good; None where the run may go on elsewhere, or the user ended it.
+
+    A lost peer, and a GPU that fails (torch.AcceleratorError, which a lost peer causes too), end no run for good.
+    """
+    if isinstance(error, UserError):
+        return None if isinstance(error, LostPeerError) else Ending(rank, error.exit_code, str(error))
+    if not isinstance(error, Exception) or _is_of_the_device(error):
+        return None
+    lines: list[Any] = str(error).splitlines() or [""]
+    return Ending(rank, CRASH, f"{type(error).__name__}: {lines[0]}")
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.AcceleratorError)
