@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from megaft import heartbeat
@@ -21,6 +22,7 @@ STARTS_WITHOUT_PROGRESS = 3
 """Starts of a requeued job at the same step after which it is not requeued."""
 CLAIM = "ended.json.claim"
 """File that a rank creates to write ended.json in place of the main rank."""
+_recording = Lock()
 
 
 class Events:
@@ -92,9 +94,8 @@ def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
         raise
     except Exception as error:  # whatever it is, it goes on
         ending = ending_of(0, error)
-        # What another rank said first stays, but an error of its own says more than a lost peer.
-        if is_main and ending and recorded_code(run_dir) in (None, REQUEUE):
-            record_end(run_dir, None, ending.exit_code, ending.reason)
+        if is_main and ending:
+            record_over_loss(run_dir, ending.exit_code, ending.reason)
         raise
 
 
@@ -103,6 +104,13 @@ def record_end(run_dir: Path, step: int | None, exit_code: int, reason: str) -> 
     if run_dir.is_dir():
         Events(run_dir, is_main=True).record("end", step, exit_code=exit_code, reason=reason)
         write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": reason})
+
+
+def record_over_loss(run_dir: Path, exit_code: int, reason: str) -> None:
+    """Write an error of the main rank, which says more than that a peer was lost; another rank's error stays."""
+    with _recording:
+        if recorded_code(run_dir) in (None, REQUEUE):
+            record_end(run_dir, None, exit_code, reason)
 
 
 def recorded_code(run_dir: Path) -> int | None:
@@ -114,12 +122,13 @@ def recorded_code(run_dir: Path) -> int | None:
 def record_first(run_dir: Path, exit_code: int, reason: str) -> None:
     """Write why another rank ended the run, unless a reason is there: any rank may call this, one writes."""
     claim = run_dir / CLAIM
-    try:
-        claim.touch(exist_ok=False)
-    except OSError:  # another rank's; or no folder, or no disk
-        return
-    try:
-        if not (run_dir / "ended.json").exists():
-            record_end(run_dir, None, exit_code, reason)
-    finally:
-        claim.unlink(missing_ok=True)
+    with _recording:  # else the main thread would leave while the heartbeat's still writes
+        try:
+            claim.touch(exist_ok=False)
+        except OSError:  # another rank's; or no folder, or no disk
+            return
+        try:
+            if recorded_code(run_dir) is None:
+                record_end(run_dir, None, exit_code, reason)
+        finally:
+            claim.unlink(missing_ok=True)

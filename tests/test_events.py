@@ -1,12 +1,15 @@
 import json
+import time
 from contextlib import nullcontext
+from threading import Event, Thread
 
 import pytest
 import torch
 
+from megaft import events
 from megaft.errors import CheckpointError, ConfigError, LostPeerError, NoProgressError
 from megaft.events import Events, record_first, recorded_code, recording_errors
-from megaft.files import json_lines
+from megaft.files import json_lines, write_json_atomic
 
 
 def rows_of(path):
@@ -113,6 +116,25 @@ def test_a_rank_that_ends_is_one_end_of_the_run(tmp_path, code, error, reasons):
         ends()
     assert [row["reason"] for row in rows_of(tmp_path / "events.jsonl")] == reasons
     assert json.loads((tmp_path / "ended.json").read_text())["reason"] == reasons[-1]
+
+
+def test_the_main_thread_waits_while_the_heartbeat_writes(tmp_path, monkeypatch):
+    """The process would end with it, and no reason be left."""
+    has_begun = Event()
+
+    def slowly(path, value):
+        has_begun.set()
+        time.sleep(0.2)
+        write_json_atomic(path, value)
+
+    monkeypatch.setattr(events, "write_json_atomic", slowly)
+    heartbeat = Thread(target=record_first, args=(tmp_path, 75, "rank 1 died."))
+    heartbeat.start()
+    has_begun.wait()
+    record_first(tmp_path, 75, "gloo lost a connection.")
+    assert recorded_code(tmp_path) == 75
+    heartbeat.join()
+    assert [row["reason"] for row in rows_of(tmp_path / "events.jsonl")] == ["rank 1 died."]
 
 
 @pytest.mark.parametrize(

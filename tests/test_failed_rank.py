@@ -55,7 +55,7 @@ def train(rank, port, case, flags):
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port))
-    heartbeat.GRACE_SECONDS, exit_code.SECONDS_FOR_MAIN = 2.0, 6.0
+    heartbeat.GRACE_SECONDS, exit_code.SECONDS_FOR_MAIN = 1.0, 2.5
     _, culprit, place, number, error, *_ = case
     with pytest.MonkeyPatch.context() as patch:
         if rank == culprit:

@@ -3,48 +3,62 @@
 import json
 import os
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+
+from megaft.files import write_json_atomic
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "job.sh"
 SRUN = """cat "$TURN/events" >> "$RUN/events.jsonl"
 [ ! -f "$TURN/ended" ] || cp "$TURN/ended" "$RUN/ended.json"
 exit $CODE"""
 COMMANDS = {"srun": SRUN, "scontrol": 'echo "$@" >> "$TURN/asked"', "sleep": ":"}
+NO_PROGRESS = "for the third time in a row without progress; not requeued"
 START, SAVE, END = "start", "checkpoint", "end"
+
+
+def stand_ins(folder, commands):
+    """Make a folder of programs."""
+    folder.mkdir()
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
 
 
 @pytest.fixture
 def finetune(tmp_path):
     """finetune(before, code, during, ended, restarts) returns the job's code and what was asked of scontrol."""
-    turn, run = tmp_path / "turn", tmp_path / "run"
-    turn.mkdir()
+    turn, run = stand_ins(tmp_path / "turn", COMMANDS), tmp_path / "run"
     run.mkdir()
-    for name, text in COMMANDS.items():
-        (turn / name).write_text(f"#!/bin/bash\n{text}\n")
-        (turn / name).chmod(0o755)
 
     def rows(events):
         return "".join(json.dumps({"time": "now", "event": event, "step": 1}) + "\n" for event in events)
 
-    def one_turn(before, code, during, ended=None, restarts=2):
+    def one_turn(before, code, during, ended=None, restarts=2, reason="so"):
         (run / "events.jsonl").write_text(rows(before))
         (run / "ended.json").write_text('{\n  "exit_code": 75,\n  "reason": "an earlier turn"\n}\n')
         (turn / "events").write_text(rows(during))
         if ended is not None:
-            (turn / "ended").write_text(f'{{\n  "exit_code": {ended},\n  "reason": "so"\n}}\n')
-        environment = {
-            **{"PATH": f"{turn}:{os.environ['PATH']}", "TURN": str(turn), "RUN": str(run), "CODE": str(code)},
-            **{"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job"},
-            **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
-        }
-        command = ["bash", "-c", f'. "{SCRIPT}"; finetune --run.dir "{run}"']
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        asked = turn / "asked"
-        return done.returncode, asked.read_text().split() if asked.exists() else []
+            write_json_atomic(turn / "ended", {"exit_code": ended, "reason": reason})
+        return call(f'finetune --run.dir "{run}"', turn, restarts, RUN=str(run), CODE=str(code))
 
     return one_turn
+
+
+def call(command, turn, restarts, **variables):
+    """Call a function of the script; return its code and what was asked of scontrol."""
+    environment = {
+        **{"PATH": f"{turn}:{os.environ['PATH']}", "TURN": str(turn), **variables},
+        **{"SLURM_SUBMIT_DIR": str(turn.parent), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job"},
+        **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
+    }
+    words = ["bash", "-c", f'. "{SCRIPT}"; {command}']
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    asked = turn / "asked"
+    return done.returncode, asked.read_text().split() if asked.exists() else []
 
 
 @pytest.mark.parametrize(
@@ -87,3 +101,51 @@ def test_only_turns_of_this_job_count(finetune, restarts, is_requeued):
     """An earlier job on the same run may have given up."""
     code, asked = finetune([START, END] * 3, *LOST, restarts=restarts)
     assert (code, asked) == ((75, ["requeue", "7"]) if is_requeued else (93, []))
+
+
+HARD = 'rank 1 lost its peers ("C:\\x" {"exit_code": 0}, 50 % \u00e4); the same command continues.'
+
+
+@pytest.mark.parametrize(
+    ("during", "ended", "said"),
+    [
+        pytest.param([START, END], 75, f"75 {NO_PROGRESS}. Its last turn: {HARD}", id="a lost peer"),
+        pytest.param([START], None, f"143 {NO_PROGRESS}. Its last turn: ended without a reason.", id="all killed"),
+    ],
+)
+def test_a_job_that_gives_up_says_so_in_its_folder(finetune, tmp_path, during, ended, said):
+    code, asked = finetune([START, END] * 2, 143, during, ended, reason=HARD)
+    assert (code, asked) == (93, [])
+    end = {"exit_code": 93, "reason": f"the job ended with {said}"}
+    assert json.loads((tmp_path / "run" / "ended.json").read_text()) == end
+    row = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
+    assert datetime.fromisoformat(row.pop("time")).tzinfo
+    assert row == {"event": "gave up", "step": None, **end}
+
+
+TIME_IS_OVER = "trap 'exit 143' USR1; kill -USR1 $PPID; while :; do :; done"  # the script passes the signal on
+WINDOW = 'mkdir -p "$OUT/windows/k"; echo 1234 >> "$OUT/windows/k/0.nats"; '
+
+
+@pytest.mark.parametrize(
+    ("turns", "ends"),
+    [
+        pytest.param([TIME_IS_OVER], [143], id="time is over"),
+        pytest.param([TIME_IS_OVER] * 3, [143, 143, 93], id="three times without a window"),
+        pytest.param([WINDOW + TIME_IS_OVER] * 4, [143] * 4, id="each time with a window"),
+        pytest.param([TIME_IS_OVER] * 2 + [WINDOW + TIME_IS_OVER] + [TIME_IS_OVER] * 3, [143] * 5 + [93], id="one"),
+        pytest.param(["exit 5"], [5], id="a mistake"),
+        pytest.param([WINDOW + TIME_IS_OVER, "exit 0"], [143, 0], id="done"),
+        # SLURM requeues the job, whose script was killed too.
+        pytest.param(
+            [TIME_IS_OVER] * 2 + [WINDOW + "kill -9 $PPID", TIME_IS_OVER], [143, 143, -9, 143], id="node lost"
+        ),
+    ],
+)
+def test_an_evaluation_without_progress_is_not_requeued_for_ever(tmp_path, turns, ends):
+    seen = []
+    for number, srun in enumerate(turns):
+        turn = stand_ins(tmp_path / f"turn-{number}", COMMANDS | {"srun": srun})
+        out = tmp_path / "out put"
+        seen.append(call(f'evaluate --model gpt2 --output "{out}" --task t', turn, number, OUT=str(out)))
+    assert seen == [(end, ["requeue", "7"] if end == 143 else []) for end in ends]
