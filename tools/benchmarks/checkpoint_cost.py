@@ -11,13 +11,13 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import launchers
 import tyro
 from prepare import short
 from train_report import cpu_name, spread, table
@@ -70,7 +70,7 @@ def measure(case: str, arguments: Arguments) -> dict[str, Any]:
     num_ranks, stage = case.split("x")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         output = Path(folder) / "figures.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_ranks]
+        command = launchers.torchrun(int(num_ranks))
         command += [str(HERE / "checkpoint_cost_ranks.py"), str(output), f"{folder}/run", stage]
         command += [str(arguments.millions), str(arguments.repeats)]
         threads = max(1, (os.cpu_count() or 1) // int(num_ranks))

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import launchers
 import toy
 import tyro
 
@@ -251,7 +252,7 @@ def main(arguments: Arguments) -> int:
         folder = Path(temporary)
         make_inputs(folder)
         for world_size in sorted({way.world_size for way in WAYS}):
-            command = ["deepspeed", "--num_gpus", str(world_size), __file__, "--folder", str(folder)]
+            command = [*launchers.deepspeed(world_size), __file__, "--folder", str(folder)]
             subprocess.run([*command, "--steps", str(arguments.steps)], check=True)
         results = list(outcomes(folder, WAYS, arguments.steps))
     print(table(results))
@@ -268,7 +269,7 @@ def write_between_marks(page: Path, content: str) -> None:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Arguments, args=[a for a in sys.argv[1:] if not a.startswith("--local_rank")])
+    chosen = tyro.cli(Arguments, args=sys.argv[1:])
     if chosen.folder:  # this is a rank
         here = [way for way in WAYS if way.world_size == int(os.environ["WORLD_SIZE"])]
         run_ways(chosen.folder, here, chosen.steps)

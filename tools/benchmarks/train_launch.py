@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import launchers
 from train_case import BETAS, EPSILON, LEARNING_RATE, SEED, WEIGHT_DECAY, Case
-
-from megaft.parallel import free_port
-from megaft.verify_conversion import PATIENT
 
 Contestant = Literal["megaft", "trainer", "torch"]
 HERE = Path(__file__).parent
@@ -42,11 +39,7 @@ class Run:
 
 def command(contestant: Contestant, case: Case, folder: Path, run_dir: Path) -> list[str]:
     """Return the launch: the deepspeed launcher, and torchrun for the plain loop."""
-    ranks = str(case.num_ranks)
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", ranks]
-    deepspeed += ["--master_port", str(free_port())]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    torchrun += ["--rdzv-conf", PATIENT]
+    deepspeed, torchrun = launchers.deepspeed(case.num_ranks), launchers.torchrun(case.num_ranks)
     return {
         "megaft": [*deepspeed, str(MEGAFT), *_megaft_flags(case, folder, run_dir)],
         "trainer": [*deepspeed, str(HERE / "train_peer_trainer.py"), str(folder), str(run_dir)],
