@@ -1,6 +1,8 @@
 """Configurations that make a model far larger than its weights or the memory: refused before it is built."""
 
 import json
+from functools import partial
+from zlib import crc32
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from tiny_models import edit_json, make_model
 
 from megaft.errors import DataError
 from megaft.foreign import MOST_LAYERS, require_inert
-from megaft.models import size_limit
-from megaft.models.hugging_face import create_language_model, load_language_model
-from megaft.models.size_limit import Size, no_larger_than
+from megaft.models import host_room, size_limit
+from megaft.models.hugging_face import create_from, create_language_model, load_language_model, read_new_config
+from megaft.models.size_limit import Room, Size, no_larger_than
 from megaft.models.weights import open_weights
 from megaft.presets import configuration
 
@@ -103,18 +105,40 @@ def test_every_parameter_is_counted_once():
             torch.nn.Linear(3, 2, bias=False)
 
 
-@pytest.mark.parametrize(("ranks", "lacking", "is_refused"), [(1, 0, False), (1, 1, True), (2, 0, False), (2, 1, True)])
-def test_a_new_model_must_fit_in_memory(ranks, lacking, is_refused, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("parts", "ranks"),
+    [
+        pytest.param(1, 1, id="one rank"),
+        pytest.param(1, 2, id="two ranks, each with the whole model"),
+        pytest.param(2, 2, id="two ranks with a half each"),
+        pytest.param(4, 2, id="two of the ranks that have a quarter each"),
+    ],
+)
+def test_a_new_model_must_fit_in_memory(parts, ranks, tmp_path):
     model = make_model("llama")
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    needed = sum(parameter.nbytes for parameter in model.parameters()) // ranks + buffers
-    assert needed == 4 * LLAMA_PARAMETERS // ranks + buffers
+    needed = ranks * (4 * LLAMA_PARAMETERS // parts + buffers)
     model.config.save_pretrained(tmp_path)
-    monkeypatch.setattr(size_limit, "available_memory", lambda: needed - lacking)
-    monkeypatch.setattr("megaft.parallel.world_size", lambda: ranks)
     source = str(tmp_path / "config.json")
-    if is_refused:
-        with pytest.raises(DataError, match=f"^--model.from-scratch is {source}; .*, but {needed - 1:,} are free"):
-            create_language_model(source, seed=0)
-    else:
-        assert sum(parameter.numel() for parameter in create_language_model(source, 0).parameters()) == LLAMA_PARAMETERS
+    config = read_new_config(source)
+    create = partial(create_from, config, source, 0, parts)
+    assert sum(one.numel() for one in create(Room(needed, ranks)).parameters()) == LLAMA_PARAMETERS
+    each = rf" \({needed // ranks:,} on each of its {ranks} ranks\)" if ranks > 1 else ""
+    with pytest.raises(
+        DataError, match=rf"^--model.from-scratch is {source}; .* {needed:,} bytes.*{each}, but {needed - 1:,}"
+    ):
+        create(Room(needed - 1, ranks))
+
+
+def test_ranks_of_a_host_share_its_memory(monkeypatch):
+    """Rank 1 of three, of which the first two are on one host; the third has most to itself."""
+    hosts = {"a": 1 + crc32(b"a"), "b": 1 + crc32(b"b")}
+    agreed = iter([[hosts["a"], hosts["a"], hosts["b"]], [-40]])
+    asked = []
+    monkeypatch.setattr(host_room, "host_id", lambda: "a")
+    monkeypatch.setattr(host_room, "available_memory", lambda: 101)
+    monkeypatch.setattr(host_room.parallel, "rank", lambda: 1)
+    monkeypatch.setattr(host_room.parallel, "world_size", lambda: 3)
+    monkeypatch.setattr(host_room.parallel, "max_over_ranks", lambda values: asked.append(values) or next(agreed))
+    assert host_room.agreed_room() == Room(80, 2)
+    assert asked == [[0, hosts["a"], 0], [-50]]

@@ -19,7 +19,6 @@ from megaft import parallel
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
 from megaft.foreign import require_inert
-from megaft.host_memory import available_memory
 from megaft.loss import Head, token_nats
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
@@ -28,9 +27,10 @@ from megaft.models.config_errors import first_line
 from megaft.models.finite_weights import require_finite_weights
 from megaft.models.gguf_file import read_header, require_all_taken
 from megaft.models.gguf_settings import require_same_settings
+from megaft.models.host_room import agreed_room
 from megaft.models.loading_report import without_report_table
 from megaft.models.padding_tokens import read_padding_tokens
-from megaft.models.size_limit import no_larger_than, no_larger_than_memory
+from megaft.models.size_limit import Room, no_larger_than, no_larger_than_memory
 from megaft.models.stand_in import STAND_IN_ERRORS
 from megaft.models.stored_weights import freeze_as_constructed, keeping_stored_weights
 from megaft.models.text_model import require_causal_class
@@ -166,10 +166,12 @@ def _require_tied(name: str, model: CausalLM) -> None:
         raise untied_weights(name, apart[0], tied[apart[0]])
 
 
-def create_language_model(config_path: str, seed: int, dropout: float | None = None) -> CausalLM:
+def create_language_model(
+    config_path: str, seed: int, dropout: float | None = None, room: Room | None = None
+) -> CausalLM:
     """Initialise a new model from a config.json; the weights are a function of the seed."""
     config = read_new_config(config_path, dropout)
-    return create_from(config, config_path, seed)
+    return create_from(config, config_path, seed, room=room)
 
 
 def read_new_config(config_path: str, dropout: float | None = None) -> Any:
@@ -181,11 +183,11 @@ def read_new_config(config_path: str, dropout: float | None = None) -> Any:
         return config
 
 
-def create_from(config: Any, config_path: str, seed: int, room: int | None = None) -> CausalLM:
-    """Initialise a new model of a configuration that was read from a config.json; `room` as `no_larger_than_memory`."""
+def create_from(config: Any, config_path: str, seed: int, parts: int = 1, room: Room | None = None) -> CausalLM:
+    """Initialise a model of a configuration read from a config.json; `parts`, `room` as `no_larger_than_memory`."""
     with _naming_bad_config(config_path, config):
         torch.manual_seed(seed)
-        with no_larger_than_memory(f"--model.from-scratch is {config_path}", parallel.world_size(), room):
+        with no_larger_than_memory(f"--model.from-scratch is {config_path}", parts, room):
             return new_model(config)
 
 
@@ -223,26 +225,26 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     """
     is_gguf = config.path is not None and config.path.endswith(".gguf")
     if lora.rank or is_gguf or not is_stage_3(engine_config):
-        return parallel.together(build_whole, config, lora, seed)
+        return parallel.together(build_whole, config, lora, seed, agreed_room())
     if config.path is not None:
         with in_parts(engine_config, is_new=False):
             model = load_language_model(config.path, dropout=config.dropout)
     else:
         assert config.from_scratch is not None
         new_config = parallel.together(read_new_config, config.from_scratch, config.dropout)
-        room = -parallel.max_over_ranks([-available_memory()])[0]
+        parts, room = parallel.world_size(), agreed_room()
         with in_parts(engine_config, is_new=True):
-            model = create_from(new_config, config.from_scratch, seed, room)
+            model = create_from(new_config, config.from_scratch, seed, parts, room)
     return parallel.together(_recomputing, model, config)
 
 
-def build_whole(config: ModelConfig, lora: LoraConfig, seed: int) -> CausalLM:
+def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, room: Room | None = None) -> CausalLM:
     """Return the model a run starts from, whole on this rank, which may be alone in calling this."""
     if config.path is not None:
         model = load_language_model(config.path, dropout=config.dropout)
     else:
         assert config.from_scratch is not None
-        model = create_language_model(config.from_scratch, seed, config.dropout)
+        model = create_language_model(config.from_scratch, seed, config.dropout, room)
     if lora.rank:
         add_adapters(model, lora, seed)
     return _recomputing(model, config)

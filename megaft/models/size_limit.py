@@ -36,6 +36,13 @@ class Size(NamedTuple):
     """Elements of all tensors."""
 
 
+class Room(NamedTuple):
+    """Free memory of a host, in bytes, and the ranks there, each of which builds a model."""
+
+    free: int
+    ranks: int = 1
+
+
 @dataclass(slots=True)
 class _Built:
     """Counts what is registered with modules, each name of a module once."""
@@ -77,38 +84,42 @@ def no_larger_than(stored: Size, model: str) -> Iterator[None]:
                 f"{stored.tensors:,} are stored. Copy both from one model."
             )
         if built.buffer_bytes > SMALL_BYTES:
-            _require_room(model, built.buffer_bytes, available_memory())
+            _require_room(model, built.buffer_bytes, Room(available_memory()))
 
     with _counting(check):
         yield
 
 
 @contextmanager
-def no_larger_than_memory(model: str, ranks: int, room: int | None = None) -> Iterator[None]:
+def no_larger_than_memory(model: str, parts: int = 1, room: Room | None = None) -> Iterator[None]:
     """Refuse, while it is built, a new model in fp32 that this host's free memory cannot hold.
 
     Args:
         model: How the message names the model, such as "model.from-scratch is DIR".
-        ranks: Ranks that may hold a part each.
-        room: Free memory in bytes. Ranks that build one model together need the same, so that all refuse it or none.
+        parts: Parts of the model, of which each rank holds one.
+        room: By default this host's, for one rank. Ranks that build one model together need the same, so that all
+            refuse it or none.
 
     Raises:
         DataError: Its parameters and buffers take more.
     """
-    most = available_memory() if room is None else room
+    most = room or Room(available_memory())
 
     def check(built: _Built) -> None:
-        _require_room(model, FP32_BYTES * built.numbers // ranks + built.buffer_bytes, most)
+        _require_room(model, FP32_BYTES * built.numbers // parts + built.buffer_bytes, most)
 
     with _counting(check):
         yield
 
 
-def _require_room(model: str, num_bytes: int, room: int) -> None:
-    if num_bytes > room:
+def _require_room(model: str, num_bytes: int, room: Room) -> None:
+    total = num_bytes * room.ranks
+    if total > room.free:
+        ranks = f" ({num_bytes:,} on each of its {room.ranks} ranks)" if room.ranks > 1 else ""
         raise DataError(
-            f"{model}; its config.json makes a model that takes more than {num_bytes:,} bytes of memory, but "
-            f"{room:,} are free on this host. Correct its sizes, or use a host with more memory."
+            f"{model}; its config.json makes a model that takes more than {total:,} bytes of memory{ranks}, but "
+            f"{room.free:,} are free on this host. Correct its sizes, or use a host with more memory"
+            f"{' or ZeRO stage 3' if room.ranks > 1 else ''}."
         )
 
 
