@@ -371,10 +371,7 @@ def tell(error: BaseException) -> None:
 
 
 def raise_from_anywhere(error: UserError) -> NoReturn:
-    """Raise, on every rank, an error that others may not wait for: they may be in a collective of another kind.
-
-    Where ranks have no heartbeat, as in a program that is no launcher's, all must come to `raise_together`.
-    """
+    """Raise an error on every rank, also on those in another collective; without a heartbeat, `raise_together`."""
     if _heartbeat is None:
         raise_together(error)
     tell(error)
