@@ -30,7 +30,21 @@ def programs(tmp_path, monkeypatch):
     """programs(name, script) puts a program before all others on PATH; SLURM's own are not on it."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("bash", "sed", "xargs", "printf", "rm", "sleep", "cat", "touch", "env"):
+    for name in (
+        "bash",
+        "sed",
+        "xargs",
+        "printf",
+        "rm",
+        "sleep",
+        "cat",
+        "touch",
+        "env",
+        "mkdir",
+        "find",
+        "awk",
+        "tail",
+    ):
         (folder / name).symlink_to(str(shutil.which(name)))
     monkeypatch.setenv("PATH", str(folder))
 
@@ -258,6 +272,7 @@ def test_a_signal_to_the_script_reaches_the_ranks(script, flags, is_requeued, st
     )
     job = start_job(script, ranks, *flags)
     while not (tmp_path / "ready").exists():
+        assert job.poll() is None, job.stderr.read()
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=ENOUGH) == (-signal.SIGKILL if is_requeued else 3)
