@@ -60,7 +60,7 @@ class Heartbeat:
         self._silent_seconds = min(SILENT_SECONDS, timeout_seconds)
         # The main rank ends first where it lives: it writes the reason, and the launcher may end the rest.
         self._grace_seconds = min(GRACE_SECONDS, timeout_seconds) * (1.0 if rank == 0 else 1.5)
-        self._is_over, self._has_news = threading.Event(), threading.Event()
+        self._is_over, self._has_news, self._has_told = threading.Event(), threading.Event(), threading.Event()
         self._news: Ending | None = None
         self._peers: dict[LineSocket, int | None] = {}  # None: has not said which rank it is
         self._wake, woken = socket.socketpair()
@@ -79,6 +79,8 @@ class Heartbeat:
         """Tell the other ranks why this one ends, unless the run ends for another reason already."""
         if self._note(ending) is ending:
             self._wake_with(ending.to_line())
+            if self._thread.is_alive():
+                self._has_told.wait(self._grace_seconds)  # else this process may end before
 
     def news(self) -> Ending | None:
         """Return how the first rank ended, where one did; wait for that as long as a main thread may take to end."""
@@ -176,6 +178,7 @@ class Heartbeat:
         lines, _ = self._woken.read()
         for line in lines:
             send_all(connections, line + b"\n")
+        self._has_told.set()
         return DONE in lines
 
     def _hear(self, peer: Any) -> bool:

@@ -233,3 +233,13 @@ def test_the_kernel_gives_up_a_silent_host():
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT)
         assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [15, 15, 60_000]
         assert connection.gettimeout() is None
+
+
+def test_others_have_been_told_when_the_process_may_end(main_rank):
+    one, port, secret, reasons = main_rank
+    with socket.create_connection(("127.0.0.1", port)) as peer:
+        peer.sendall(f"{secret} 1\n".encode())
+        until(lambda: 1 in one._peers.values())
+        one.tell(Ending(0, 1, "OSError"))
+        assert peer.recv(64, socket.MSG_DONTWAIT) == b'[0, 1, "OSError"]\n'
+    assert reasons == []
