@@ -242,4 +242,4 @@ def test_others_have_been_told_when_the_process_may_end(main_rank):
         until(lambda: 1 in one._peers.values())
         one.tell(Ending(0, 1, "OSError"))
         assert peer.recv(64, socket.MSG_DONTWAIT) == b'[0, 1, "OSError"]\n'
-    assert reasons == []
+        assert reasons == []
