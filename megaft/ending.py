@@ -14,7 +14,7 @@ LONGEST_REASON = 4000
 
 
 class Ending(NamedTuple):
-    """A rank's exit code and reason; REQUEUE is the code of one that was lost without a word."""
+    """A rank's exit code and reason; REQUEUE is the code of one that was lost, or whose disk or network failed."""
 
     rank: int
     exit_code: int
@@ -31,7 +31,7 @@ class Ending(NamedTuple):
 
     @property
     def is_loss(self) -> bool:
-        """True for a rank that was killed or is out of reach; a rank that failed has said why."""
+        """True where the run may continue from its checkpoint: a rank was killed, out of reach, or lost its disk."""
         return self.exit_code == REQUEUE
 
     def message_on(self, rank: int) -> str:
@@ -49,16 +49,18 @@ class Ending(NamedTuple):
 
 
 def ending_of(rank: int, error: BaseException) -> Ending | None:
-    """Return how an error ends a rank for good; None where the run may go on elsewhere, or the user ended it.
+    """Return how an error ends a rank; None where others find that out by themselves, or the user ended it.
 
-    A lost peer, and a GPU that fails (torch.AcceleratorError, which a lost peer causes too), end no run for good.
+    A disk or network that fails (OSError) may serve again, so the code is REQUEUE. A lost peer, and a GPU that fails
+    (torch.AcceleratorError, which a lost peer causes too), are found by the others.
     """
     if isinstance(error, UserError):
         return None if isinstance(error, LostPeerError) else Ending(rank, error.exit_code, str(error))
     if not isinstance(error, Exception) or _is_of_the_device(error):
         return None
     lines: list[Any] = str(error).splitlines() or [""]
-    return Ending(rank, CRASH, f"{type(error).__name__}: {lines[0]}")
+    exit_code = REQUEUE if isinstance(error, OSError) else CRASH
+    return Ending(rank, exit_code, f"{type(error).__name__}: {lines[0]}")
 
 
 def _is_of_the_device(error: Exception) -> bool:

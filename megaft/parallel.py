@@ -206,17 +206,17 @@ def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> in
         is_crash = not (topology.is_main or isinstance(error, UserError))
         if is_crash:
             traceback.print_exc()  # now: the main rank ends first, and the launcher then ends this one
-        is_for_good = ending_of(topology.rank, error) is not None
-        if is_for_good:  # leaving could wait for a lost one
+        ending = ending_of(topology.rank, error)
+        if ending:  # else leaving could wait for a lost one
             tell(error)
             _leave_group()
         if _heartbeat:
             _heartbeat.stand_down()
         if not is_crash:
             raise
-        if _heartbeat and is_for_good:
+        if _heartbeat and ending:
             _heartbeat.wait_for_main(exit_code.SECONDS_FOR_MAIN)
-        return CRASH
+        return ending.exit_code if ending else CRASH
     finally:
         _watches_peers = False
     leave()

@@ -121,7 +121,17 @@ def test_a_blocked_rank_ends_with_the_code_to_requeue_when_a_peer_dies(ranks, tm
         pytest.param(
             OSError(errno.EIO, "Input/output error"),
             1,
-            {"exit_code": 1, "reason": "rank 1: OSError: [Errno 5] Input/output error"},
+            {
+                "exit_code": 75,
+                "reason": "rank 0 lost its peers (rank 1: OSError: [Errno 5] Input/output error); its own message says "
+                "why, if it had time for one. The same command continues from the last checkpoint.",
+            },
+            id="a broken disk of another rank",
+        ),
+        pytest.param(
+            MemoryError("no room"),
+            1,
+            {"exit_code": 1, "reason": "rank 1: MemoryError: no room"},
             id="a crash of another rank",
         ),
         pytest.param(
