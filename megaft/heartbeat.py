@@ -186,6 +186,8 @@ class Heartbeat:
         lines, how = peer.read()
         if self._peers[peer] is None and lines:
             self._peers[peer] = self._rank_of(lines.pop(0))
+            if self._peers[peer] is None:
+                return False
         rank = self._peers[peer]
         is_lost = bool(how) and rank is not None and DONE not in lines
         if failures := [Ending.from_line(line) for line in lines if rank is not None and line != DONE]:
@@ -200,8 +202,10 @@ class Heartbeat:
         peer.socket.close()
 
     def _rank_of(self, hello: bytes) -> int | None:
+        """Return a peer's rank; None for a stranger, such as the same rank of another job that was given this port."""
         secret, _, rank = hello.partition(b" ")
-        return int(rank) if secret == self._secret else None
+        is_peer = secret == self._secret and int(rank) not in self._peers.values()
+        return int(rank) if is_peer else None
 
     def _tell_all_of(self, ending: Ending) -> None:
         if self._note(ending) is ending:

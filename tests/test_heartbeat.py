@@ -220,6 +220,20 @@ def test_a_stranger_at_the_port_is_no_peer(main_rank):
     assert reasons[0].startswith("75 rank 0 lost its peers (rank 1: its process ended)")
 
 
+def test_a_rank_of_another_job_at_the_port_is_no_peer(main_rank):
+    """Two launches on one host with the port of `deepspeed`: the second one's ranks meet the first one's store."""
+    one, port, secret, reasons = main_rank
+    with socket.create_connection(("127.0.0.1", port)) as peer:
+        peer.sendall(f"{secret} 1\n".encode())
+        until(lambda: 1 in one._peers.values())
+        with socket.create_connection(("127.0.0.1", port)) as other:
+            other.sendall(f"{secret} 1\n".encode())
+            assert other.recv(64) == b""  # closed
+        one.tell(Ending(0, 1, "the end"))
+        assert peer.recv(64) == b'[0, 1, "the end"]\n'
+    assert reasons == []
+
+
 def test_the_first_failure_is_the_one_that_all_hear_of(main_rank):
     _, port, secret, reasons = main_rank
     with socket.create_connection(("127.0.0.1", port)) as peer, socket.create_connection(("127.0.0.1", port)) as other:
@@ -250,6 +264,7 @@ def test_others_have_been_told_when_the_process_may_end(main_rank):
     with socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(f"{secret} 1\n".encode())
         until(lambda: 1 in one._peers.values())
+        one._grace_seconds = ENOUGH
         one.tell(Ending(0, 1, "OSError"))
         assert peer.recv(64, socket.MSG_DONTWAIT) == b'[0, 1, "OSError"]\n'
         assert reasons == []
