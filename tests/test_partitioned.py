@@ -19,8 +19,10 @@ from megaft.models.stand_in import is_partitioned
 
 WORLD_SIZE = 2
 FAMILIES = sorted(MODELS)
-# They look at the shapes of loaded weights, write to them once more, or have names that a renaming does not fit.
-LOADED_ODDLY = ("deepseek_v4", "roformer", "rwkv", "youtu")
+# They look at the shapes of loaded weights, write to them once more, have names that a renaming does not fit, or store
+# each expert by itself.
+LOADED_ODDLY = ("deepseek_v4", "mixtral", "roformer", "rwkv", "youtu")
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # In half precision a new model is drawn in float32, and only weights are rounded: gemma2 has a buffer that is not.
 CASES = [
@@ -175,6 +177,11 @@ REFUSED = {
         "llama",
         lambda folder: change_tensors(folder, lambda tensors: tensors["model.norm.weight"][-1].fill_(math.nan)),
         r"in model\.safetensors model\.norm\.weight has 1 of 32 values that are not finite, the first at \[31\]",
+    ),
+    "a value of one expert that is not a number": (
+        "mixtral",
+        lambda folder: change_tensors(folder, lambda tensors: tensors[EXPERT][0, 1].fill_(math.nan)),
+        rf"in model\.safetensors {re.escape(EXPERT)} has 1 of 1,536 values that are not finite, the first at \[0, 1\]",
     ),
     "a NaN in both copies of tied weights": (
         "gpt2",

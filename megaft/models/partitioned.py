@@ -6,6 +6,7 @@ A rank never has more than its part of the model and the weights of about a laye
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -104,10 +105,18 @@ def _fill(setting: str, model: Any, state_dict: dict[str, Any], load_config: Any
 
 
 def _require_finite(name: str, source: str, model: Any, state_dict: dict[str, Any]) -> None:
-    """Refuse stored weights that are not finite; only rank 0 has their values."""
-    stored = ((key, _stored(model, state_dict, key)) for key, _ in model.named_parameters())
-    here = ((key, tensor) for key, tensor in stored if tensor is not None and tensor.device.type != "meta")
-    require_finite_weights(name, source, here)
+    """Refuse stored weights that are not finite; only rank 0 has their values.
+
+    All that are stored for parameters: experts, among others, have names of their own until transformers merges them.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    unread = model._keys_to_ignore_on_load_unexpected or ()
+    stored = (
+        (key, tensor)
+        for key, tensor in state_dict.items()
+        if tensor.device.type != "meta" and key not in buffers and not any(re.search(one, key) for one in unread)
+    )
+    require_finite_weights(name, source, stored)
 
 
 def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
