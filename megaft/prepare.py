@@ -116,8 +116,8 @@ def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
         )
     if config.unit != "file" and not texts:
         raise DataError(
-            f"unit is {config.unit}, which means nothing in {sources[0].path}: each of its JSON records is a document; "
-            "drop --unit."
+            f"--unit is {config.unit}, which means nothing in {sources[0].path}: each of its JSON records is a "
+            "document; drop --unit."
         )
 
 

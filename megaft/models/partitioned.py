@@ -216,10 +216,8 @@ def _gathering(weights_of: Callable[[nn.Module], AbstractContextManager[None]]) 
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's names of what mallopt sets
-WHILE_BUILDING, AFTERWARDS = (
-    2**20,
-    32 * 2**20,
-)  # bytes; malloc comes to the second by itself, and then keeps larger ones
+# Bytes. malloc comes to the second by itself, and then keeps larger ones.
+WHILE_BUILDING, AFTERWARDS = 2**20, 32 * 2**20
 
 
 @contextmanager
