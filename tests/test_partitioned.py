@@ -183,6 +183,11 @@ REFUSED = {
         lambda folder: change_tensors(folder, lambda tensors: tensors[EXPERT][0, 1].fill_(math.nan)),
         rf"in model\.safetensors {re.escape(EXPERT)} has 1 of 1,536 values that are not finite, the first at \[0, 1\]",
     ),
+    "a value that bfloat16 cannot hold": (
+        "llama",
+        lambda folder: change_tensors(folder, lambda tensors: tensors["model.norm.weight"][-1].fill_(3.4e38)),
+        r"in bfloat16 model\.norm\.weight has 1 of 32 values .*; use float32, or copy the model anew",
+    ),
     "a NaN in both copies of tied weights": (
         "gpt2",
         lambda folder: (

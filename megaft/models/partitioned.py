@@ -6,7 +6,6 @@ A rank never has more than its part of the model and the weights of about a laye
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -22,8 +21,8 @@ from transformers.integrations.deepspeed import _load_state_dict_into_zero3_mode
 from transformers.utils import logging
 
 from megaft import parallel
-from megaft.errors import UserError
-from megaft.models.finite_weights import require_finite_weights
+from megaft.errors import DataError, UserError
+from megaft.models.finite_weights import is_finite, require_finite_weights
 from megaft.models.replaced import replaced
 from megaft.models.weight_files import require_complete, untied_weights
 
@@ -97,26 +96,34 @@ def _fill(setting: str, model: Any, state_dict: dict[str, Any], load_config: Any
     source = model.config.name_or_path
     name = f"{setting} is {source}"
     require_complete(name, _report(model, state_dict))
-    parallel.together(_require_finite, name, source, model, state_dict)
     for head, embedding in model.all_tied_weights_keys.items():
         if _differ(*(_stored(model, state_dict, name) for name in (head, embedding))):
             raise untied_weights(name, head, embedding)
-    return _load_state_dict_into_zero3_model(model, state_dict, load_config)
+    with _requiring_finite(name, source):
+        return _load_state_dict_into_zero3_model(model, state_dict, load_config)
 
 
-def _require_finite(name: str, source: str, model: Any, state_dict: dict[str, Any]) -> None:
-    """Refuse stored weights that are not finite; only rank 0 has their values.
+@contextmanager
+def _requiring_finite(name: str, source: str) -> Iterator[None]:
+    """Refuse parameters that are not finite, on every rank, once all are filled.
 
-    All that are stored for parameters: experts, among others, have names of their own until transformers merges them.
+    Rank 0 checks those of a module while it has them whole. To read every file before would keep the other ranks
+    waiting beyond their time-out with a large model, and so would an error that rank 0 raised in between.
     """
-    buffers = {name for name, _ in model.named_buffers()}
-    unread = model._keys_to_ignore_on_load_unexpected or ()
-    stored = (
-        (key, tensor)
-        for key, tensor in state_dict.items()
-        if tensor.device.type != "meta" and key not in buffers and not any(re.search(one, key) for one in unread)
-    )
-    require_finite_weights(name, source, stored)
+    plain = nn.Module._load_from_state_dict
+    errors: list[UserError] = []
+
+    def load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        plain(module, state_dict, prefix, *arguments)
+        if not errors:
+            try:
+                require_finite_weights(name, source, module.named_parameters(prefix.rstrip("."), recurse=False))
+            except DataError as error:
+                errors.append(error)
+
+    with replaced(nn.Module, "_load_from_state_dict", load):
+        yield
+    parallel.raise_together(errors[0] if errors else None)
 
 
 def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -180,11 +187,15 @@ def _stored(model: Any, state_dict: dict[str, Any], name: str) -> Tensor | None:
 
 
 def _differ(first: Tensor | None, second: Tensor | None) -> bool:
-    """Return whether both tensors are stored and their values, which only rank 0 has, differ; every rank calls this."""
+    """Return whether both tensors are stored and their values, which only rank 0 has, differ; every rank calls this.
+
+    Values that are not finite are refused later: a NaN does not equal itself.
+    """
     if first is None or second is None:
         return False
-    is_here = first.device.type != "meta"
-    return bool(parallel.max_over_ranks([int(is_here and not torch.equal(first, second))])[0])
+    is_different = first.device.type != "meta" and not torch.equal(first, second)
+    is_different = is_different and is_finite(first) and is_finite(second)
+    return bool(parallel.max_over_ranks([int(is_different)])[0])
 
 
 @contextmanager
