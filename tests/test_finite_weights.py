@@ -11,7 +11,7 @@ from megaft import parallel
 from megaft.config import ModelConfig
 from megaft.errors import DataError, NumericsError
 from megaft.generate import load_cached_model
-from megaft.models.finite_weights import is_finite, require_finite
+from megaft.models.finite_weights import is_finite, require_finite, require_finite_weights
 from megaft.models.generation import exact_cache
 from megaft.models.hugging_face import load_language_model
 from megaft.models.scoring_model import load_scoring_model
@@ -38,6 +38,14 @@ def test_a_single_value_is_found_and_counted(value, dtype, at):
 @pytest.mark.parametrize("tensor", [torch.ones(0, 3), torch.tensor(2.0), torch.arange(3), torch.full((2,), 3.4e38)])
 def test_finite_tensors_of_any_shape_pass(tensor):
     assert is_finite(tensor)
+
+
+def test_no_precision_is_advised_that_the_model_has():
+    """Of a model whose files are not read again: it comes from the hub, or is a GGUF file."""
+    for dtype, advice in ((torch.float32, "the model is damaged"), (torch.bfloat16, "use float32")):
+        weights = {"w": torch.tensor([1.0, math.nan], dtype=dtype)}
+        with pytest.raises(DataError, match=f"^--model is some/name; .*w has 1 of 2 values .*; {advice}"):
+            require_finite_weights("--model is some/name", "some/name", weights.items())
 
 
 # Every way to load a model

@@ -54,6 +54,8 @@ def require_finite_weights(model: str, source: str, weights: Iterable[tuple[str,
     for name, tensor in weights:
         if not is_finite(tensor):
             _refuse_stored(model, source)
+            if tensor.dtype == torch.float32:
+                require_finite(name, tensor, f"{model}; ")
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise DataError(f"{model}; in {dtype} {_fault(name, tensor)}; use float32, or copy the model anew.")
 
