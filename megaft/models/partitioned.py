@@ -6,6 +6,7 @@ A rank never has more than its part of the model and the weights of about a laye
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -104,10 +105,13 @@ def _fill(setting: str, model: Any, state_dict: dict[str, Any], load_config: Any
 
 
 def _require_finite(name: str, source: str, model: Any, state_dict: dict[str, Any]) -> None:
-    """Refuse stored weights that are not finite; only rank 0 has their values."""
-    stored = ((key, _stored(model, state_dict, key)) for key, _ in model.named_parameters())
-    here = ((key, tensor) for key, tensor in stored if tensor is not None and tensor.device.type != "meta")
-    require_finite_weights(name, source, here)
+    """Refuse stored tensors that are not finite, but for those that the family leaves out; rank 0 alone has values.
+
+    They are looked through as stored: a family's experts may be stored one by one and computed as one tensor.
+    """
+    left_out = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    here = ((key, tensor) for key, tensor in state_dict.items() if tensor.device.type != "meta")
+    require_finite_weights(name, source, (one for one in here if not any(re.search(key, one[0]) for key in left_out)))
 
 
 def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
