@@ -229,6 +229,11 @@ def _require_scored(config: PrepareConfig, writer: DocumentWriter, roles: set[st
         raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
     if writer.counts.documents_unscored < writer.counts.documents:
         return
+    if SCORED_ROLE in roles:
+        raise DataError(
+            f"no token of {' '.join(config.inputs)} would be scored: each turn of role {SCORED_ROLE!r} has weight 0, "
+            "or neither a text nor an end of turn; give turns to learn."
+        )
     if config.messages_key is not None:
         raise DataError(
             f"no token of {' '.join(config.inputs)} would be scored: only the turns of role {SCORED_ROLE!r} are, and "
