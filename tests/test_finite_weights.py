@@ -1,10 +1,12 @@
 """Stored weights that are NaN or infinite: refused by file, tensor and count wherever a model is loaded."""
 
 import math
+import re
 import shutil
 
 import pytest
 import torch
+from families_models import tiny_config, tiny_model
 from tiny_models import change_tensors, make_model
 
 from megaft import parallel
@@ -19,6 +21,8 @@ from megaft.models.trials import require_language_model
 from megaft.models.weights import open_weights
 from megaft.validate import validate
 
+PICKLE = "pytorch_model.bin"
+ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 UP = "model.layers.1.mlp.up_proj.weight"
 CPU = torch.device("cpu")
 
@@ -116,6 +120,23 @@ def test_a_nan_in_tied_weights_is_not_taken_for_two_weights(tmp_path):
     for load in (load_language_model, open_weights):
         with pytest.raises(DataError, match=r"has 1 of 1,952 values that are not finite, the first at \[5, 6\]"):
             load(str(tmp_path))
+
+
+def test_buffers_that_files_hold_are_looked_at_too(tmp_path):
+    """A NaN in the bias of DeepSeek-V3's router leads to other experts, and every logit stays finite."""
+    tiny_model(tiny_config("deepseek_v3", {"first_k_dense_replace": 1})).save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors[ROUTER_BIAS][1].fill_(math.nan))
+    with pytest.raises(DataError, match=rf"in model\.safetensors {re.escape(ROUTER_BIAS)} has 1 of \d+ values"):
+        load_language_model(str(tmp_path))
+
+
+def test_a_damaged_pickle_is_not_told_to_use_the_precision_it_was_loaded_in(tmp_path):
+    model = make_model("gpt2")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict() | {"transformer.wpe.weight": torch.full((64, 32), math.nan)}, tmp_path / PICKLE)
+    with pytest.raises(DataError, match=r"; transformer\.wpe\.weight has 2,048 of .* the model is damaged\. Copy it"):
+        load_language_model(str(tmp_path))
 
 
 def test_a_weight_that_bfloat16_cannot_hold_is_told_from_a_damaged_one(tmp_path):

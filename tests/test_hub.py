@@ -132,5 +132,5 @@ def test_any_answer_is_an_answer(empty_hub):
     assert failure_of(empty_hub, 5) is None
 
 
-def test_an_address_that_is_none_is_named_as_such():
-    assert "unknown url type" in failure_of("hub.example", 5)
+def test_an_endpoint_that_is_no_address_is_named_at_once():
+    assert failure_of("huggingface", 5) == "unknown url type: 'huggingface'"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaft.errors import DataError
 
@@ -35,6 +35,17 @@ def require_finite(name: str, tensor: Tensor, where: str = "") -> Tensor:
     if is_finite(tensor):
         return tensor
     raise DataError(f"{where}{_fault(name, tensor)}; {FIX}")
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's parameters and the buffers that its files hold, with their names.
+
+    DeepSeek-V3's bias of its router is such a buffer: with a NaN there the model takes other experts, and all that it
+    returns is finite.
+    """
+    yield from model.named_parameters()
+    saved = model.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 def require_finite_weights(model: str, source: str, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -6,7 +6,7 @@ A rank never has more than its part of the model and the weights of about a laye
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -99,13 +99,15 @@ def _fill(setting: str, model: Any, state_dict: dict[str, Any], load_config: Any
     for head, embedding in model.all_tied_weights_keys.items():
         if _differ(*(_stored(model, state_dict, name) for name in (head, embedding))):
             raise untied_weights(name, head, embedding)
-    with _requiring_finite(name, source):
-        return _load_state_dict_into_zero3_model(model, state_dict, load_config)
+    with _requiring_finite(name, source) as require:
+        found = _load_state_dict_into_zero3_model(model, state_dict, load_config)
+        require((key, buffer) for key, buffer in model.named_buffers() if key in state_dict)
+    return found
 
 
 @contextmanager
-def _requiring_finite(name: str, source: str) -> Iterator[None]:
-    """Refuse parameters that are not finite, on every rank, once all are filled.
+def _requiring_finite(name: str, source: str) -> Iterator[Callable[[Iterable[tuple[str, Tensor]]], None]]:
+    """Refuse parameters that are not finite, and what the yielded function is given, on every rank at the end.
 
     Rank 0 checks those of a module while it has them whole. To read every file before would keep the other ranks
     waiting beyond their time-out with a large model, and so would an error that rank 0 raised in between.
@@ -113,16 +115,19 @@ def _requiring_finite(name: str, source: str) -> Iterator[None]:
     plain = nn.Module._load_from_state_dict
     errors: list[UserError] = []
 
-    def load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        plain(module, state_dict, prefix, *arguments)
+    def require(weights: Iterable[tuple[str, Tensor]]) -> None:
         if not errors:
             try:
-                require_finite_weights(name, source, module.named_parameters(prefix.rstrip("."), recurse=False))
+                require_finite_weights(name, source, weights)
             except DataError as error:
                 errors.append(error)
 
+    def load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        plain(module, state_dict, prefix, *arguments)
+        require(module.named_parameters(prefix.rstrip("."), recurse=False))
+
     with replaced(nn.Module, "_load_from_state_dict", load):
-        yield
+        yield require
     parallel.raise_together(errors[0] if errors else None)
 
 
