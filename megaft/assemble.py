@@ -200,15 +200,13 @@ def _require_trainable(config: TrainConfig, setup: Resolved) -> None:
         hugging_face.require_there(config.model.path)
         require(
             is_megatron or not (Path(config.model.path) / MANIFEST).is_file(),
-            f"--model.path is {config.model.path}, which has megatron's format; "
-            "give --model.backend megatron, or write it "
-            "anew with megaft convert --format hugging-face.",
+            f"--model.path is {config.model.path}, which has megatron's format; give --model.backend megatron, or "
+            "write it anew with megaft convert --format hugging-face.",
         )
     require(
         not (is_megatron and setup.optim.name == "adafactor"),
-        "--optim.name is adafactor, which looks at whole matrices, "
-        "and those of --model.backend megatron are put together "
-        "otherwise; give --optim.name adamw or --model.backend hugging-face.",
+        "--optim.name is adafactor, which looks at whole matrices, and those of --model.backend megatron are put "
+        "together otherwise; give --optim.name adamw or --model.backend hugging-face.",
     )
 
 

@@ -28,7 +28,7 @@ def backend_of(source: str, asked: Backend | None, tensor_parallel_size: int) ->
     backend: Backend = asked or ("megatron" if is_converted else "hugging-face")
     require(
         backend == "megatron" or not is_converted,
-        f"backend is hugging-face, but {source} has megatron's format; drop --backend, "
+        f"--backend is hugging-face, but {source} has megatron's format; drop --backend, "
         "or write it anew with megaft convert --format hugging-face.",
     )
     require(

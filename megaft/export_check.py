@@ -126,7 +126,7 @@ def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
         raise NumericsError(
             f"{folder} was not published: the trained model's nats of {num_bad:,} of {len(trained):,} held-out tokens "
             "are not finite. Its weights are damaged, or overflow: export an earlier checkpoint, and lower "
-            "optim.learning-rate."
+            "--optim.learning-rate."
         )
     mean, other = float(trained.mean()), float(exported.mean())
     largest = float((trained - exported).abs().max())

@@ -115,7 +115,7 @@ def _ask(endpoint: str, timeout: float) -> str | None:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout).close()
     except (urllib.error.HTTPError, HTTPException):
         return None  # an answer
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: an HF_ENDPOINT that is no address
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):
             return None  # huggingface_hub brings certificates of its own

@@ -18,12 +18,13 @@ from megaft.chat import SCORED_ROLE, Renderer, template_sha256
 from megaft.corpus import Layout, Piece, coded, pieces
 from megaft.document_writer import Counts, DocumentWriter
 from megaft.encoding import Encoder
-from megaft.errors import DataError
+from megaft.errors import ConfigError, DataError
 from megaft.files import naming_disk_errors, sha256_of, to_json
+from megaft.indexed import with_suffix
 from megaft.input_files import expand
 from megaft.prepare_config import DEFAULT_KEY, PrepareConfig
 from megaft.progress import counting
-from megaft.receipt import FORMAT_VERSION, load_receipt, publish, publishing
+from megaft.receipt import FORMAT_VERSION, SUFFIXES, load_receipt, publish, publishing
 from megaft.source import Source
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
 
@@ -44,6 +45,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         ConfigError: The output cannot be written, or another process is at it.
     """
     sources = _sources(config)
+    _require_kept(config, list(sources))
     _check_keys(config, list(sources))
     if config.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # read at the first batch of the process
@@ -107,6 +109,16 @@ def _tell_two_kinds(name: str, sources: list[Source]) -> None:
         _warn(f"warning: {name} has texts ({texts[0]}: {len(texts)} in all) beside JSON records ({records}).")
 
 
+def _require_kept(config: PrepareConfig, sources: list[Source]) -> None:
+    """Refuse an output that would replace an input: x.json with the output x would become its receipt."""
+    written = {with_suffix(config.output, suffix).resolve() for suffix in (".json", *SUFFIXES)}
+    if lost := [source.path for source in sources if source.path.resolve() in written]:
+        raise ConfigError(
+            f"--output {config.output} would overwrite the input {lost[0]}; give another prefix, such as "
+            f"{config.output}-tokens."
+        )
+
+
 def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
     key = config.messages_key or config.prompt_key or config.json_key
     texts = [source.path for source in sources if source.format == "text"]
@@ -116,8 +128,8 @@ def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
         )
     if config.unit != "file" and not texts:
         raise DataError(
-            f"unit is {config.unit}, which means nothing in {sources[0].path}: each of its JSON records is a document; "
-            "drop --unit."
+            f"--unit is {config.unit}, which means nothing in {sources[0].path}: each of its JSON records is a "
+            "document; drop --unit."
         )
 
 
@@ -217,6 +229,11 @@ def _require_scored(config: PrepareConfig, writer: DocumentWriter, roles: set[st
         raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
     if writer.counts.documents_unscored < writer.counts.documents:
         return
+    if SCORED_ROLE in roles:
+        raise DataError(
+            f"no token of {' '.join(config.inputs)} would be scored: each turn of role {SCORED_ROLE!r} has weight 0, "
+            "or neither a text nor an end of turn; give turns to learn."
+        )
     if config.messages_key is not None:
         raise DataError(
             f"no token of {' '.join(config.inputs)} would be scored: only the turns of role {SCORED_ROLE!r} are, and "

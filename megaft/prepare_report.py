@@ -18,27 +18,20 @@ def summary(output: object, receipt: dict[str, Any]) -> str:
 
 def warnings(receipt: dict[str, Any]) -> list[str]:
     """Return a line for each kind of document that is left out or not learnt from, with the place of the first."""
-    kept, unscored = receipt["documents"], receipt["documents_unscored"]
-    lines = [
-        (
-            receipt["documents_skipped"],
-            "document",
-            f"of fewer than {receipt['min_tokens']} tokens (--min-tokens) left out; the first is "
-            f"{receipt['first_skipped']}.",
-        ),
-        (
-            receipt["documents_blank"],
-            "record",
-            f"without text left out; the first is {receipt['first_blank']}.",
-        ),
-        (
-            unscored,
-            "",
-            f"of {kept:,} documents have no scored text, so nothing is learnt from them: {_reason(receipt)}; the first "
-            f"is {receipt['first_unscored']}.",
-        ),
-    ]
-    return [f"{counted(number, noun) if noun else f'{number:,}'} {line}" for number, noun, line in lines if number]
+    lines = []
+    if skipped := receipt["documents_skipped"]:
+        lines.append(
+            f"{counted(skipped, 'document')} of fewer than {receipt['min_tokens']} tokens (--min-tokens) left out; the "
+            f"first is {receipt['first_skipped']}."
+        )
+    if blank := receipt["documents_blank"]:
+        lines.append(f"{counted(blank, 'record')} without text left out; the first is {receipt['first_blank']}.")
+    if unscored := receipt["documents_unscored"]:
+        lines.append(
+            f"{unscored:,} of {receipt['documents']:,} documents have no scored text, so nothing is learnt from them: "
+            f"{_reason(receipt)}; the first is {receipt['first_unscored']}."
+        )
+    return lines
 
 
 def _reason(receipt: dict[str, Any]) -> str:

@@ -29,12 +29,12 @@ class Recipe:
         size, shape = self.tensor_parallel_size, self.shape
         require(
             self.world_size % size == 0,
-            f"--world-size is {self.world_size} and --tensor-parallel-size {size}; "
-            "the first is a multiple of the second.",
+            f"--world-size is {self.world_size} and --tensor-parallel-size {size}; the first is a multiple of the "
+            "second.",
         )
         require(
             size == 1 or self.is_megatron,
-            f"--tensor-parallel-size is {size}, but transformers' matrices are whole; give backend megatron.",
+            f"--tensor-parallel-size is {size}, but transformers' matrices are whole; give --backend megatron.",
         )
         require_cuttable(shape.num_groups, shape.inner_width, shape.vocab_size, size, "--tensor-parallel-size")
         require(

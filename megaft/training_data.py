@@ -159,9 +159,8 @@ def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Sa
     for source, corpus in zip(sources, corpora, strict=True):
         if len(corpus) == 0 and corpus.num_left_out > 0:
             raise DataError(
-                f"--data.train has {source.prefix}, of which no token is scored: "
-                "its completions are empty, or no message"
-                " has the role assistant. Correct the records, and run megaft prepare again."
+                f"--data.train has {source.prefix}, of which no token is scored: its completions are empty, or no "
+                "message has the role assistant. Correct the records, and run megaft prepare again."
             )
         if len(corpus) == 0:
             raise DataError(f"{source.prefix} has no document of two tokens or more; give --data.train a longer text.")

@@ -259,7 +259,7 @@ def test_a_folder_of_a_model(command, tmp_path):
     [
         (["--model=gpt3"], "or one of gpt2"),
         (["--model=gpt2", "--hardware=h1000"], "hardware is h1000"),
-        (["--model=gpt2", "--tensor-parallel-size=2", "--world-size=2"], "give backend megatron"),
+        (["--model=gpt2", "--tensor-parallel-size=2", "--world-size=2"], "give --backend megatron"),
         (["--model=gpt2", "--backend=megatron", "--tensor-parallel-size=2"], "a multiple"),
         (
             ["--model=gpt2", "--backend=megatron", "--tensor-parallel-size=5", "--world-size=5"],

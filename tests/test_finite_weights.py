@@ -1,17 +1,19 @@
 """Stored weights that are NaN or infinite: refused by file, tensor and count wherever a model is loaded."""
 
 import math
+import re
 import shutil
 
 import pytest
 import torch
+from families_models import tiny_config, tiny_model
 from tiny_models import change_tensors, make_model
 
 from megaft import parallel
 from megaft.config import ModelConfig
 from megaft.errors import DataError, NumericsError
 from megaft.generate import load_cached_model
-from megaft.models.finite_weights import is_finite, require_finite
+from megaft.models.finite_weights import is_finite, require_finite, require_finite_weights
 from megaft.models.generation import exact_cache
 from megaft.models.hugging_face import load_language_model
 from megaft.models.scoring_model import load_scoring_model
@@ -19,6 +21,8 @@ from megaft.models.trials import require_language_model
 from megaft.models.weights import open_weights
 from megaft.validate import validate
 
+PICKLE = "pytorch_model.bin"
+ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 UP = "model.layers.1.mlp.up_proj.weight"
 CPU = torch.device("cpu")
 
@@ -38,6 +42,14 @@ def test_a_single_value_is_found_and_counted(value, dtype, at):
 @pytest.mark.parametrize("tensor", [torch.ones(0, 3), torch.tensor(2.0), torch.arange(3), torch.full((2,), 3.4e38)])
 def test_finite_tensors_of_any_shape_pass(tensor):
     assert is_finite(tensor)
+
+
+def test_no_precision_is_advised_that_the_model_has():
+    """Of a model whose files are not read again: it comes from the hub, or is a GGUF file."""
+    for dtype, advice in ((torch.float32, "the model is damaged"), (torch.bfloat16, "use float32")):
+        weights = {"w": torch.tensor([1.0, math.nan], dtype=dtype)}
+        with pytest.raises(DataError, match=f"^--model is some/name; .*w has 1 of 2 values .*; {advice}"):
+            require_finite_weights("--model is some/name", "some/name", weights.items())
 
 
 # Every way to load a model
@@ -108,6 +120,23 @@ def test_a_nan_in_tied_weights_is_not_taken_for_two_weights(tmp_path):
     for load in (load_language_model, open_weights):
         with pytest.raises(DataError, match=r"has 1 of 1,952 values that are not finite, the first at \[5, 6\]"):
             load(str(tmp_path))
+
+
+def test_buffers_that_files_hold_are_looked_at_too(tmp_path):
+    """A NaN in the bias of DeepSeek-V3's router leads to other experts, and every logit stays finite."""
+    tiny_model(tiny_config("deepseek_v3", {"first_k_dense_replace": 1})).save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors[ROUTER_BIAS][1].fill_(math.nan))
+    with pytest.raises(DataError, match=rf"in model\.safetensors {re.escape(ROUTER_BIAS)} has 1 of \d+ values"):
+        load_language_model(str(tmp_path))
+
+
+def test_a_damaged_pickle_is_not_told_to_use_the_precision_it_was_loaded_in(tmp_path):
+    model = make_model("gpt2")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict() | {"transformer.wpe.weight": torch.full((64, 32), math.nan)}, tmp_path / PICKLE)
+    with pytest.raises(DataError, match=r"; transformer\.wpe\.weight has 2,048 of .* the model is damaged\. Copy it"):
+        load_language_model(str(tmp_path))
 
 
 def test_a_weight_that_bfloat16_cannot_hold_is_told_from_a_damaged_one(tmp_path):

@@ -130,3 +130,7 @@ def test_a_server_that_never_answers_is_out_of_reach():
 
 def test_any_answer_is_an_answer(empty_hub):
     assert failure_of(empty_hub, 5) is None
+
+
+def test_an_endpoint_that_is_no_address_is_named_at_once():
+    assert failure_of("huggingface", 5) == "unknown url type: 'huggingface'"

@@ -19,8 +19,12 @@ from megaft.models.stand_in import is_partitioned
 
 WORLD_SIZE = 2
 FAMILIES = sorted(MODELS)
-# They look at the shapes of loaded weights, write to them once more, or have names that a renaming does not fit.
-LOADED_ODDLY = ("deepseek_v4", "roformer", "rwkv", "youtu")
+# They look at the shapes of loaded weights, write to them once more, have names that a renaming does not fit, or store
+# each expert by itself.
+LOADED_ODDLY = ("deepseek_v3", "deepseek_v4", "mixtral", "roformer", "rwkv", "youtu")
+CHANGES = {"deepseek_v3": {"first_k_dense_replace": 1}}  # experts in the second layer
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # In half precision a new model is drawn in float32, and only weights are rounded: gemma2 has a buffer that is not.
 CASES = [
@@ -49,7 +53,7 @@ def folders(tmp_path_factory):
     for name in FAMILIES:
         make_model(name).save_pretrained(root / name)
     for name in LOADED_ODDLY:
-        tiny_model(tiny_config(name)).save_pretrained(root / name)
+        tiny_model(tiny_config(name, CHANGES.get(name))).save_pretrained(root / name)
     return {name: root / name for name in (*FAMILIES, *LOADED_ODDLY)}
 
 
@@ -176,6 +180,16 @@ REFUSED = {
         lambda folder: change_tensors(folder, lambda tensors: tensors["model.norm.weight"][-1].fill_(math.nan)),
         r"in model\.safetensors model\.norm\.weight has 1 of 32 values that are not finite, the first at \[31\]",
     ),
+    "a value of one expert that is not a number": (
+        "mixtral",
+        lambda folder: change_tensors(folder, lambda tensors: tensors[EXPERT][0, 1].fill_(math.nan)),
+        rf"in model\.safetensors {re.escape(EXPERT)} has 1 of 1,536 values that are not finite, the first at \[0, 1\]",
+    ),
+    "a value that bfloat16 cannot hold": (
+        "llama",
+        lambda folder: change_tensors(folder, lambda tensors: tensors["model.norm.weight"][-1].fill_(3.4e38)),
+        r"in bfloat16 model\.norm\.weight has 1 of 32 values .*; use float32, or copy the model anew",
+    ),
     "a NaN in both copies of tied weights": (
         "gpt2",
         lambda folder: (
@@ -183,6 +197,11 @@ REFUSED = {
             add_head(folder, 1),
         ),
         r"in model\.safetensors lm_head\.weight has 1 of 1,952 values .* \(2 tensors",
+    ),
+    "an infinite value in a buffer": (
+        "deepseek_v3",
+        lambda folder: change_tensors(folder, lambda tensors: tensors[ROUTER_BIAS][0].fill_(math.inf)),
+        r"in model\.safetensors model\.layers\.1\.mlp\.gate\.e_score_correction_bias has 1 of",
     ),
     "an output layer that is missing": (
         "qwen2",

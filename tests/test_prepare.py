@@ -206,6 +206,12 @@ NOTHING_SCORED = [
         "'assistant' are, and --messages-key m has the roles 'cat', 'human', 'narrator', 'user'",
         id="other roles",
     ),
+    pytest.param(
+        [{"m": [*chat("user")["m"], *({**turn, "weight": 0} for turn in chat("assistant")["m"])]}],
+        {"messages_key": "m"},
+        "each turn of role 'assistant' has weight 0, or neither a text",
+        id="weight 0",
+    ),
 ]
 
 

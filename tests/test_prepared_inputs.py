@@ -94,3 +94,13 @@ KEYS = [
 def test_a_key_without_effect_is_an_error(run, tmp_path, options, kind, message):
     with pytest.raises(kind, match=message):
         run(write(tmp_path / "a.txt", "To be"), **options)
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.bin"])
+def test_no_input_becomes_the_output(run, tmp_path, name):
+    """The receipt of the prefix "out" is out.json."""
+    content = '{"text": "to be"}\n'
+    with pytest.raises(ConfigError, match=rf"--output .*out would overwrite the input .*{name}; .*out-tokens"):
+        run(write(tmp_path / name, content))
+    assert (tmp_path / name).read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -137,9 +137,8 @@ def _require_mergeable(model: CausalLM, targets: tuple[str, ...]) -> None:
         names = _names_of(model, _weight_of(layer))
         if len(names) > 1 and not (layer in ends and len(names) == len(ends) and embedding_names == {*names}):
             raise ConfigError(
-                f"--lora.target-modules is {targets}, which adapts {name}, "
-                f"whose weight is shared by {', '.join(names)}; "
-                "merging one adapter would change them all. Name other layers."
+                f"--lora.target-modules is {targets}, which adapts {name}, whose weight is shared by "
+                f"{', '.join(names)}; merging one adapter would change them all. Name other layers."
             )
 
 

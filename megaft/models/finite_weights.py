@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaft.errors import DataError
 
@@ -37,6 +37,17 @@ def require_finite(name: str, tensor: Tensor, where: str = "") -> Tensor:
     raise DataError(f"{where}{_fault(name, tensor)}; {FIX}")
 
 
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's parameters and the buffers that its files hold, with their names.
+
+    DeepSeek-V3's bias of its router is such a buffer: with a NaN there the model takes other experts, and all that it
+    returns is finite.
+    """
+    yield from model.named_parameters()
+    saved = model.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
 def require_finite_weights(model: str, source: str, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse loaded weights that are not finite; one pass over memory.
 
@@ -54,6 +65,8 @@ def require_finite_weights(model: str, source: str, weights: Iterable[tuple[str,
     for name, tensor in weights:
         if not is_finite(tensor):
             _refuse_stored(model, source)
+            if tensor.dtype == torch.float32:
+                require_finite(name, tensor, f"{model}; ")
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise DataError(f"{model}; in {dtype} {_fault(name, tensor)}; use float32, or copy the model anew.")
 

@@ -24,7 +24,7 @@ from megaft.models import trials
 from megaft.models.adapters import add_adapters
 from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.models.config_errors import first_line
-from megaft.models.finite_weights import require_finite_weights
+from megaft.models.finite_weights import require_finite_weights, stored_tensors
 from megaft.models.gguf_file import read_header, require_all_taken
 from megaft.models.gguf_settings import require_same_settings
 from megaft.models.host_room import agreed_room
@@ -148,7 +148,7 @@ def load_language_model(
     model, report = loaded
     require_complete(f"{setting} is {source}", report)
     if not is_deepspeed_zero3_enabled():  # there partitioned._fill checks whole weights
-        require_finite_weights(f"{setting} is {source}", source, model.named_parameters())
+        require_finite_weights(f"{setting} is {source}", source, stored_tensors(model))
     _require_tied(f"{setting} is {source}", model)  # after that: a NaN does not equal itself
     if not is_deepspeed_zero3_enabled():
         freeze_as_constructed(model)

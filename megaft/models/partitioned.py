@@ -6,7 +6,7 @@ A rank never has more than its part of the model and the weights of about a laye
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -21,8 +21,8 @@ from transformers.integrations.deepspeed import _load_state_dict_into_zero3_mode
 from transformers.utils import logging
 
 from megaft import parallel
-from megaft.errors import UserError
-from megaft.models.finite_weights import require_finite_weights
+from megaft.errors import DataError, UserError
+from megaft.models.finite_weights import is_finite, require_finite_weights
 from megaft.models.replaced import replaced
 from megaft.models.weight_files import require_complete, untied_weights
 
@@ -96,18 +96,39 @@ def _fill(setting: str, model: Any, state_dict: dict[str, Any], load_config: Any
     source = model.config.name_or_path
     name = f"{setting} is {source}"
     require_complete(name, _report(model, state_dict))
-    parallel.together(_require_finite, name, source, model, state_dict)
     for head, embedding in model.all_tied_weights_keys.items():
         if _differ(*(_stored(model, state_dict, name) for name in (head, embedding))):
             raise untied_weights(name, head, embedding)
-    return _load_state_dict_into_zero3_model(model, state_dict, load_config)
+    with _requiring_finite(name, source) as require:
+        found = _load_state_dict_into_zero3_model(model, state_dict, load_config)
+        require((key, buffer) for key, buffer in model.named_buffers() if key in state_dict)
+    return found
 
 
-def _require_finite(name: str, source: str, model: Any, state_dict: dict[str, Any]) -> None:
-    """Refuse stored weights that are not finite; only rank 0 has their values."""
-    stored = ((key, _stored(model, state_dict, key)) for key, _ in model.named_parameters())
-    here = ((key, tensor) for key, tensor in stored if tensor is not None and tensor.device.type != "meta")
-    require_finite_weights(name, source, here)
+@contextmanager
+def _requiring_finite(name: str, source: str) -> Iterator[Callable[[Iterable[tuple[str, Tensor]]], None]]:
+    """Refuse parameters that are not finite, and what the yielded function is given, on every rank at the end.
+
+    Rank 0 checks those of a module while it has them whole. To read every file before would keep the other ranks
+    waiting beyond their time-out with a large model, and so would an error that rank 0 raised in between.
+    """
+    plain = nn.Module._load_from_state_dict
+    errors: list[UserError] = []
+
+    def require(weights: Iterable[tuple[str, Tensor]]) -> None:
+        if not errors:
+            try:
+                require_finite_weights(name, source, weights)
+            except DataError as error:
+                errors.append(error)
+
+    def load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        plain(module, state_dict, prefix, *arguments)
+        require(module.named_parameters(prefix.rstrip("."), recurse=False))
+
+    with replaced(nn.Module, "_load_from_state_dict", load):
+        yield require
+    parallel.raise_together(errors[0] if errors else None)
 
 
 def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -171,11 +192,15 @@ def _stored(model: Any, state_dict: dict[str, Any], name: str) -> Tensor | None:
 
 
 def _differ(first: Tensor | None, second: Tensor | None) -> bool:
-    """Return whether both tensors are stored and their values, which only rank 0 has, differ; every rank calls this."""
+    """Return whether both tensors are stored and their values, which only rank 0 has, differ; every rank calls this.
+
+    Values that are not finite are refused later: a NaN does not equal itself.
+    """
     if first is None or second is None:
         return False
-    is_here = first.device.type != "meta"
-    return bool(parallel.max_over_ranks([int(is_here and not torch.equal(first, second))])[0])
+    is_different = first.device.type != "meta" and not torch.equal(first, second)
+    is_different = is_different and is_finite(first) and is_finite(second)
+    return bool(parallel.max_over_ranks([int(is_different)])[0])
 
 
 @contextmanager
@@ -207,10 +232,8 @@ def _gathering(weights_of: Callable[[nn.Module], AbstractContextManager[None]]) 
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's names of what mallopt sets
-WHILE_BUILDING, AFTERWARDS = (
-    2**20,
-    32 * 2**20,
-)  # bytes; malloc comes to the second by itself, and then keeps larger ones
+# Bytes. malloc comes to the second by itself, and then keeps larger ones.
+WHILE_BUILDING, AFTERWARDS = 2**20, 32 * 2**20
 
 
 @contextmanager

@@ -271,9 +271,8 @@ def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
             return load_language_model(source, dtype, setting="--model")
     import deepspeed
 
-    language_model = parallel.together(
-        load_language_model, source, dtype, None, "--model"
-    )  # filled outside ZeRO's hooks
+    # Filled outside ZeRO's hooks.
+    language_model = parallel.together(load_language_model, source, dtype, None, "--model")
     deepspeed.zero.Init(module=language_model, config_dict_or_path=_deepspeed_config(dtype))
     return language_model
 

@@ -69,7 +69,7 @@ def no_larger_than(stored: Size, model: str) -> Iterator[None]:
 
     Args:
         stored: The size of the weight files.
-        model: How the message names the model, such as "model.path is DIR".
+        model: How the message names the model, such as "--model.path is DIR".
 
     Raises:
         DataError: It has far more parameters, or buffers larger than this host's free memory.
@@ -95,7 +95,7 @@ def no_larger_than_memory(model: str, parts: int = 1, room: Room | None = None) 
     """Refuse, while it is built, a new model in fp32 that this host's free memory cannot hold.
 
     Args:
-        model: How the message names the model, such as "model.from-scratch is DIR".
+        model: How the message names the model, such as "--model.from-scratch is DIR".
         parts: Parts of the model, of which each rank holds one.
         room: By default this host's, for one rank. Ranks that build one model together need the same, so that all
             refuse it or none.

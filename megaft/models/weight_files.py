@@ -128,7 +128,7 @@ def require_no_more(model: str, expected: Collection[str], found: Iterable[str])
     """Refuse stored weights that config.json has no place for, as those of layers beyond num_hidden_layers.
 
     Args:
-        model: How the message names the model, such as "model.path is DIR".
+        model: How the message names the model, such as "--model.path is DIR".
         expected: Names that are weights of the model.
         found: Names of stored tensors.
 
