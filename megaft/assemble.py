@@ -25,7 +25,9 @@ from megaft.models.weights import MANIFEST
 from megaft.optim import build_optimizer, parameter_groups
 from megaft.parallel import Topology
 from megaft.plural import counted
+from megaft.receipt import load_receipt
 from megaft.run_state import Identity, RunState
+from megaft.same_settings import require_same, settings_of
 from megaft.saver import Saver
 from megaft.throughput import Meter
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
@@ -96,6 +98,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     max_steps = _max_steps(config, setup, samples)
 
     device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
+    require_same(settings_of(config, _contents(raw, sources, samples.sha256, tokenizer)))
     # From here on the others would wait for a rank that raises alone: what one finds, all raise.
     parallel.together(require_supported, setup.dtype)
     model, architecture = _model(config, setup)
@@ -240,6 +243,17 @@ def nats_model(language_model: Any, config: TrainConfig) -> hugging_face.NatsMod
         if config.data.attend_within_documents:
             trials.require_keeps_documents_apart(language_model, small)
         return hugging_face.NatsModel(language_model, config.model.cross_entropy, small)
+
+
+def _contents(raw: dict[str, Any], sources: Sources, samples: str, tokenizer: AnyTokenizer) -> dict[str, Any]:
+    """Return what the files that the settings name hold."""
+    valid = load_receipt(sources.valid.prefix)["bin_sha256"] if sources.valid else None
+    return {
+        "the content of --deepspeed_config": raw,
+        "the SHA-256 of --data.train": samples,
+        "the SHA-256 of --data.valid": valid,
+        "the SHA-256 of the tokenizer": tokenizer.sha256,
+    }
 
 
 def _validation(

@@ -68,8 +68,8 @@ class Source:
         if found == "text" or found == "lines" or found == "array":
             return found
         raise DataError(
-            f"{self.path} is {found}; write one record a line, such as with jq -c '.[]', or say --format text if its "
-            "braces are the text."
+            f"{self.path} is {found}; write one record a line, such as with jq -c . (jq -c '.[]' for a list of them), "
+            "or say --format text if its braces are the text."
         )
 
     def _head(self) -> bytes:

@@ -17,6 +17,10 @@ from megaft.hardware import data_sheet_flops
 from megaft.shape import flops_per_token
 
 MEASURING_SECONDS = 0.3
+SMALLEST_TRUSTED = 512
+"""Rows of the smallest product to measure by; a smaller one may end within another program's turn on the core."""
+PRODUCTS = 3
+"""Products of a size, of which the fastest counts: other programs on the cores make one look slower, never faster."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None = None) -> tuple[float, str]:
@@ -44,10 +48,10 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     while size <= 8192:
         matrix = torch.ones(size, size, device=device, dtype=dtype)
         _seconds_of_product(matrix)  # the first one also loads kernels
-        seconds = _seconds_of_product(matrix)
+        seconds = min(_seconds_of_product(matrix) for _ in range(PRODUCTS))
         best = max(best, 2 * size**3 / seconds)
         spent = time.perf_counter() - begin
-        if spent + 2 * 8 * seconds > MEASURING_SECONDS:  # two products of twice the size
+        if size >= SMALLEST_TRUSTED and spent + (PRODUCTS + 1) * 8 * seconds > MEASURING_SECONDS:  # the next size's
             break
         size *= 2
     return best
@@ -131,12 +135,14 @@ class Meter:
     def rates(self, tokens: int, seconds: float) -> dict[str, float | int | None]:
         """Return the rates of a step that put `tokens` through all devices, and the peak memory so far.
 
-        `mfu` is model FLOPs utilization (PaLM, appendix B): the FLOP/s of the model over the peak of all devices.
+        `mfu` is model FLOPs utilization (PaLM, appendix B): the FLOP/s of the model over the peak of all devices. It
+        is None where it would be above 1: then the peak is wrong, such as one measured while others had the cores.
         """
         per_device = tokens / seconds / self.num_devices
+        share = None if self.flops_per_token is None else per_device * self.flops_per_token / self.peak_flops
         return {
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_device": per_device,
-            "mfu": None if self.flops_per_token is None else per_device * self.flops_per_token / self.peak_flops,
+            "mfu": None if share is None or share > 1 else share,
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }

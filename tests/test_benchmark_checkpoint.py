@@ -20,7 +20,7 @@ def forked(run_ranks, monkeypatch):
 
     def run(command, **_):
         script = command.index(checkpoint_cost_ranks.__file__)
-        run_ranks(int(command[script - 1]), be_a_rank, *command[script + 1 :])
+        run_ranks(int(command[command.index("--nproc-per-node") + 1]), be_a_rank, *command[script + 1 :])
 
     monkeypatch.setattr(checkpoint_cost, "subprocess", SimpleNamespace(run=run))
 

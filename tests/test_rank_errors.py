@@ -18,8 +18,18 @@ def refuse(*_, **__):
 
 EMPTY = "an empty folder"
 """The broken model folder of one rank: it has no files of a model."""
-# ZeRO stage; the flag that names the model; what is broken, and on which rank; and what that rank says
+# ZeRO stage; the flag that names the model; what is broken (or the flag that is given), and on which rank; and what that
+# rank says
 CASES = {
+    "another seed": (1, "path", "--run.seed=7", 1, ConfigError, "--run.seed is 7 here, and another on rank 0; start"),
+    "other settings of the file": (
+        1,
+        "path",
+        "--deepspeed_config={}",
+        1,
+        ConfigError,
+        "the content of --deepspeed_config",
+    ),
     "no weights": (1, "path", EMPTY, 1, DataError, "has no weights"),
     "no weights, stage 3": (3, "path", EMPTY, 1, DataError, "has no weights"),
     "no weights on the main rank, stage 3": (3, "path", EMPTY, 0, DataError, "has no weights"),
@@ -59,8 +69,12 @@ def failure_of(run_dir, model, texts, topology, stage, flag, broken, culprit):
     model = run_dir.parent if broken == EMPTY and topology.rank == culprit else model
     flags = [f"--deepspeed_config={settings}", f"--model.{flag}={model}", f"--data.tokenizer={texts.tokenizer}"]
     flags += [f"--data.train={texts.train}", f"--data.valid={texts.valid}", "--data.context-length=32"]
+    if broken.startswith("--") and topology.rank == culprit:
+        other = run_dir.parent / "other.json"
+        other.write_text(json.dumps({"train_batch_size": 4, "zero_optimization": {"stage": stage}}))
+        flags.append(broken.format(other))
     with pytest.MonkeyPatch.context() as patch:
-        if broken != EMPTY and topology.rank == culprit:
+        if broken != EMPTY and not broken.startswith("--") and topology.rank == culprit:
             patch.setattr(f"{assemble.__name__}.{broken}", refuse)
         try:
             run(parse_train([*flags, f"--run.dir={run_dir}", "--run.max-steps=1"]), topology)

@@ -101,11 +101,17 @@ def test_the_meter_of_a_model():
     assert Meter.of(object(), model, 16, torch.float32, CPU, MetricsConfig(peak_flops=1)).flops_per_token is None
 
 
-def test_mfu_is_unknown_where_the_flops_are():
-    assert (
-        Meter(device=CPU, num_devices=1, flops_per_token=None, peak_flops=1e12, peak_source="").rates(1, 1.0)["mfu"]
-        is None
-    )
+@pytest.mark.parametrize(
+    ("flops_per_token", "expected"),
+    [
+        pytest.param(None, None, id="FLOPs unknown"),
+        pytest.param(1e12, 1.0, id="all of the peak"),
+        pytest.param(2e12, None, id="more than the peak"),
+    ],
+)
+def test_mfu_is_a_share_or_none(flops_per_token, expected):
+    meter = Meter(device=CPU, num_devices=1, flops_per_token=flops_per_token, peak_flops=1e12, peak_source="")
+    assert meter.rates(1, 1.0)["mfu"] == expected
 
 
 def peaks_around_128_mib():
