@@ -18,8 +18,8 @@ def refuse(*_, **__):
 
 EMPTY = "an empty folder"
 """The broken model folder of one rank: it has no files of a model."""
-# ZeRO stage; the flag that names the model; what is broken (or the flag that is given), and on which rank; and what that
-# rank says
+# ZeRO stage; the flag that names the model; what is broken (or the flag that is given), and on which rank; and what
+# that rank says
 CASES = {
     "another seed": (1, "path", "--run.seed=7", 1, ConfigError, "--run.seed is 7 here, and another on rank 0; start"),
     "another batch": (1, "path", "--deepspeed_config={}", 1, ConfigError, "the content of --deepspeed_config is {"),
