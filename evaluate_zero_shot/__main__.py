@@ -83,6 +83,8 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
                 if parallel.is_main():
                     results.write(config.output, done)
                     print(results.summary(done[-1]), flush=True)
+                    if note := results.note_on_guessing(done[-1], subject.tokenizer.vocab_size):
+                        print(note, file=sys.stderr)
             del subject  # before the next model takes its place in memory
         if parallel.is_main():
             report.write(config.output)

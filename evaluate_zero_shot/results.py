@@ -132,6 +132,24 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def note_on_guessing(result: Result, vocab_size: int) -> str | None:
+    """Return a warning where a token costs a nat more than a guess among all tokens, else None.
+
+    A model beside the tokenizer of another one does that, without any other sign where the ids fit. Models that were
+    just made at random cost a little more than a guess.
+
+    Args:
+        result: The measured figures.
+        vocab_size: Number of the tokenizer's tokens.
+    """
+    if result.perplexity <= math.e * vocab_size:
+        return None
+    return (
+        f"warning: {result.model_name} has a perplexity of {result.perplexity:,.0f} per token, worse than a guess "
+        f"among the tokenizer's {vocab_size:,} tokens; is this the tokenizer that the model was trained with?"
+    )
+
+
 def summary(result: Result) -> str:
     """Return a result in a line."""
     names = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import change_tensors, overflow
@@ -14,6 +15,7 @@ from tiny_models import change_tensors, overflow
 from evaluate_zero_shot import evaluate as evaluate_module
 from evaluate_zero_shot.__main__ import main
 from evaluate_zero_shot.kept import KeptBatches
+from evaluate_zero_shot.results import note_on_guessing
 from megaft.lock import locked
 from megaft.parallel import free_port
 
@@ -171,6 +173,14 @@ def test_prompts_that_are_cut_off_are_not_the_protocols(toy_model, tmp_path, fla
     flags = [f"--model={toy_model}", "--task=lambada", f"--data={data}", "--context-length=64", flag]
     (result,) = run(*flags, output=tmp_path / "out")
     assert result["is_protocol_default"] is is_own
+
+
+@pytest.mark.parametrize(("perplexity", "is_worse"), [(1000.0, False), (2718.0, False), (2719.0, True)])
+def test_what_is_worse_than_a_guess_is_remarked_on(perplexity, is_worse):
+    note = note_on_guessing(SimpleNamespace(model_name="mine", perplexity=perplexity), vocab_size=1000)
+    assert (note is not None) == is_worse
+    if note:
+        assert "mine has a perplexity of 2,719 per token, worse than a guess among the tokenizer's 1,000 tokens" in note
 
 
 def test_a_protocol_of_tokens_reports_perplexity_per_token(trial, tmp_path):
