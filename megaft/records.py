@@ -54,9 +54,14 @@ class Record:
     def get(self, key: str) -> Any:
         """Return the value under a key; DataError if there is none, or several."""
         if key not in self._fields:
-            raise DataError(f"{self.where} has no key {key!r}; its keys are {', '.join(map(repr, self._fields))}.")
+            keys = ", ".join(map(repr, self._fields))
+            raise DataError(f"{self.where} has no key {key!r}; its keys are {keys}.{self._way_out_of_chats()}")
         if self._line.count(json.dumps(key)) > 1:  # perhaps of another object within, or as a value
             keys = [name for name, _ in json.loads(self._line, object_pairs_hook=list)]
             if keys.count(key) > 1:
                 raise DataError(f"{self.where} has the key {key!r} {keys.count(key)} times; give it once.")
         return self._fields[key]
+
+    def _way_out_of_chats(self) -> str:
+        chats = [name for name, value in self._fields.items() if isinstance(value, list) and value]
+        return f" Chats are read by megaft prepare --messages-key {chats[0]}." if chats else ""

@@ -144,6 +144,7 @@ BAD = [
     pytest.param("a.zst", b"plain text", "damaged or not a .zst", id="no .zst"),
     pytest.param("a.jsonl", b'{"text": "a"}\n{"text": \n', r"line 2, column \d+: broken JSON", id="broken json"),
     pytest.param("a.jsonl", b'\n{"body": 1, "id": 2}', "line 2 has no key 'text'; .* 'body', 'id'", id="no key"),
+    pytest.param("a.jsonl", b'{"turns": [{}]}', r"no key 'text'; .* 'turns'\. .* --messages-key turns\.", id="chats"),
     pytest.param("a.jsonl", b'{"text": 5}', "line 1: 'text' is a int", id="no string"),
     pytest.param("a.jsonl", b"[]", "line 1 is a JSON list", id="no object"),
     pytest.param("a.jsonl", b'{"text": "a", "n": 1' + b"0" * 5000 + b"}", "has an integer of thousands", id="digits"),
