@@ -1,4 +1,4 @@
-"""How a rank ended: the exit code and the reason that ranks send each other."""
+"""Exit code and reason of a rank that ends, as ranks send them to each other."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor,
 
 
 MODEL_SETTING = "--model.path"
-"""How the user of training names the model that is loaded."""
+"""Setting of training that names the model."""
 
 LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, SafetensorError, UnpicklingError)
 """Exceptions of transformers for a model it cannot read, or for a config.json whose values make no model."""
