@@ -231,7 +231,7 @@ def test_a_rank_of_another_job_at_the_port_is_no_peer(main_rank):
             assert other.recv(64) == b""  # closed
         one.tell(Ending(0, 1, "the end"))
         assert peer.recv(64) == b'[0, 1, "the end"]\n'
-    assert reasons == []
+        assert reasons == []
 
 
 def test_the_first_failure_is_the_one_that_all_hear_of(main_rank):
