@@ -75,7 +75,12 @@ def _trouble(rank: int, world_size: int, store: Any, mine: Place) -> str:
         if rank == 0:
             tried = [_hear(store, f"tried/{number}") for number in range(world_size)]
             _say(store, "trouble", next(filter(None, tried), ""))
-        return _hear(store, "trouble")
+        trouble = _hear(store, "trouble")
+    _say(store, f"heard/{rank}", True)
+    if rank == 0:  # the store is gone with it
+        for number in range(world_size):
+            _hear(store, f"heard/{number}")
+    return trouble
 
 
 def _try(rank: int, neighbour: int, store: Any, mine: Place) -> str:

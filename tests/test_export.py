@@ -34,6 +34,7 @@ from megaft.export_check import NUM_TOKENS
 from megaft.loss import IGNORE_INDEX
 from megaft.models import hugging_face
 from megaft.pieces import Pieces
+from megaft.plural import counted
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import open_samples, prepare_sources
 
@@ -131,7 +132,7 @@ def test_best_and_last(config, wanted, best, expected):
     pieces = Pieces(folder_of(config.run.dir, expected), checkpoint.verify(folder_of(config.run.dir, expected)))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, pieces.whole(f"language_model.{name}", "weight")), name
-    assert f"finetuned for {expected} steps" in (folder / "README.md").read_text()
+    assert f"finetuned for {counted(expected, 'step')} with" in (folder / "README.md").read_text()
     assert not (config.run.dir / "export.tmp").exists()
 
 

@@ -19,7 +19,7 @@ from megaft.throughput import Meter
 from megaft.trackers import Trackers, check_trackers, flat_numbers, open_trackers
 
 CPU = torch.device("cpu")
-METER = Meter(device=CPU, num_devices=1, flops_per_token=6e6, peak_flops=1e12, peak_source="")
+METER = Meter(device=CPU, num_devices=1, flops_per_token=6e6, peak_flops=1e15, peak_source="")
 
 
 def rows_of(path):
@@ -172,7 +172,7 @@ def test_a_run_is_written_row_by_row(tmp_path, capsys):
     assert validation == {"step": 0, "validation": {"nats": 4.0}}
     assert first["seconds"] <= passed - 0.3  # the pause is not in it
     assert first["tokens_per_second"] == pytest.approx(100 / first["seconds"])
-    assert first["mfu"] == pytest.approx(6e6 * 100 / first["seconds"] / 1e12)
+    assert first["mfu"] == pytest.approx(6e6 * 100 / first["seconds"] / 1e15)
     assert second["loss"] == "nan"
     assert second["tokens_seen"] == 180
     assert set(first) == {

@@ -104,6 +104,6 @@ def test_printing_such_a_name_is_no_error(monkeypatch):
 )
 def test_folders_of_weights_are_utf_8(make, setting):
     """safetensors opens no others, which a run would find out after its last step."""
-    with pytest.raises(ConfigError, match=rf"^{setting} is .*not UTF-8"):
+    with pytest.raises(ConfigError, match=rf"^--{setting} is .*not UTF-8"):
         make(Path("runs") / ODD_NAME)
     make(Path("runs") / "café")
