@@ -13,6 +13,7 @@ import torch
 from megaft import parallel
 from megaft.config import TrainConfig
 from megaft.errors import ConfigError
+from megaft.masking import without_secrets
 
 COMPARED_BY_CONTENT = ("--data.train", "--data.valid", "--data.tokenizer", "--model.path", "--model.from-scratch")
 """Settings that name files, which may lie elsewhere on another host."""
@@ -48,8 +49,9 @@ def require_same(settings: Mapping[str, Any]) -> None:
 
 def _error(names: list[str], settings: Mapping[str, Any]) -> ConfigError:
     more = f" (so are {', '.join(names[1:])})" if names[1:] else ""
+    value = without_secrets(str(settings[names[0]]))
     return ConfigError(
-        f"{names[0]} is {settings[names[0]]!s:.200} here, and another on rank 0{more}; start all ranks with the same "
+        f"{names[0]} is {value:.200} here, and another on rank 0{more}; start all ranks with the same "
         "command and the same files."
     )
 

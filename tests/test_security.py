@@ -23,6 +23,7 @@ from megaft.foreign import require_inert
 from megaft.masking import masked, without_secrets
 from megaft.models import hugging_face
 from megaft.pieces import Pieces
+from megaft.same_settings import _error
 from megaft.tokenizer import load_tokenizer
 
 
@@ -291,6 +292,8 @@ def test_secrets_are_masked(monkeypatch):
     assert without_secrets("--x=canary-0123456789") == "--x=***"
     assert without_secrets("https://me:word@host/path@2") == "https://***@host/path@2"
     assert without_secrets("--data.tokenizer=gpt2 --optim.name=adamw") == "--data.tokenizer=gpt2 --optim.name=adamw"
+    said = _error(["--run.dir"], {"--run.dir": Path("/x/canary-0123456789")})
+    assert str(said).startswith("--run.dir is /x/*** here, and another on rank 0;")
     settings = {"a": [Path("/x/canary-0123456789"), ("s3://k:s@b", 1)], "b": None, "c": 0.5}
     assert masked(settings) == {"a": ["/x/***", ["s3://***@b", 1]], "b": None, "c": 0.5}
 
