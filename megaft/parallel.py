@@ -207,8 +207,9 @@ def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> in
         if is_crash:
             traceback.print_exc()  # now: the main rank ends first, and the launcher then ends this one
         ending = ending_of(topology.rank, error)
+        if _heartbeat and ending:
+            _heartbeat.tell(ending)
         if ending:  # else leaving could wait for a lost one
-            tell(error)
             _leave_group()
         if _heartbeat:
             _heartbeat.stand_down()
@@ -363,18 +364,12 @@ def raise_together(error: UserError | None) -> None:
         raise kind_of(int(code))(message)
 
 
-def tell(error: BaseException) -> None:
-    """Tell the other ranks why this one ends, wherever they are; the first rank to tell is heard."""
-    ending = ending_of(rank(), error)
-    if _heartbeat and ending:
-        _heartbeat.tell(ending)
-
-
 def raise_from_anywhere(error: UserError) -> NoReturn:
     """Raise an error on every rank, also on those in another collective; without a heartbeat, `raise_together`."""
     if _heartbeat is None:
         raise_together(error)
-    tell(error)
+    elif ending := ending_of(rank(), error):
+        _heartbeat.tell(ending)
     raise error
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from fork_server import CONTEXT
@@ -232,6 +233,15 @@ def test_a_rank_of_another_job_at_the_port_is_no_peer(main_rank):
         one.tell(Ending(0, 1, "the end"))
         assert peer.recv(64) == b'[0, 1, "the end"]\n'
         assert reasons == []
+
+
+def test_a_rank_that_fails_before_its_group_is_there_tells_its_own_number(monkeypatch):
+    """As one that has another rank's GPU does, found between the heartbeat and the group."""
+    told = []
+    monkeypatch.setattr(parallel, "_heartbeat", SimpleNamespace(tell=told.append, stand_down=lambda: None))
+    with pytest.raises(ConfigError):
+        parallel._run_and_leave(mistaken, parallel.Topology("torch", 1, 1, 2, "127.0.0.1", 29500))
+    assert told == [Ending(1, 2, "a setting is wrong.")]
 
 
 def test_the_first_failure_is_the_one_that_all_hear_of(main_rank):
