@@ -53,8 +53,8 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from megaft import parallel
     from megaft.backend import backend_of, require_whole_groups
     from megaft.device import device_of
-    from megaft.generate import model_source
     from megaft.lock import locked
+    from megaft.models.reading import model_source
     from megaft.tokenizer import load_tokenizer
 
     size = config.tensor_parallel_size

@@ -12,8 +12,8 @@ import tyro
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS
 from megaft.backend import Backend
-from megaft.config import own_flags, require
-from megaft.ranges import at_least, require_ranges
+from megaft.ranges import at_least, require, require_ranges
+from megaft.topology import own_flags
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

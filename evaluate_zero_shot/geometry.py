@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from evaluate_zero_shot.protocols import Protocol
-from megaft.config import require
-from megaft.scoring import Window, windows
+from megaft.ranges import require
+from megaft.windows import Window, windows
 
 
 @dataclass(frozen=True, slots=True)

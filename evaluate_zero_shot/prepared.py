@@ -17,8 +17,9 @@ from evaluate_zero_shot.protocols import LastWord, Protocol
 from evaluate_zero_shot.tasks import Task
 from megaft import parallel
 from megaft.errors import DataError
-from megaft.scoring import Row, Window, rows_of
+from megaft.scoring import Row, rows_of
 from megaft.tokenizer import AnyTokenizer
+from megaft.windows import Window
 
 
 class TokenText:

@@ -14,7 +14,7 @@ from megaft import parallel
 from megaft.backend import Backend
 from megaft.errors import DataError
 from megaft.files import sha256_of
-from megaft.generate import model_source
+from megaft.models.reading import model_source
 from megaft.models.scoring_model import Scorer, load_scoring_model
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
 

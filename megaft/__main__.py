@@ -3,7 +3,7 @@
 import sys
 
 from megaft.cli import main
-from megaft.config import own_flags
+from megaft.topology import own_flags
 
 if __name__ == "__main__":
     sys.exit(main(own_flags()))

@@ -10,25 +10,28 @@ from typing import Any
 import deepspeed
 import torch
 
-from megaft import checkpoint, cpu_speed, engine_state, parallel, torch_flags
-from megaft.config import TrainConfig, require
-from megaft.dataset import Cut, Samples
+from megaft import checkpoint, cpu_speed, engine_state, manifest, parallel, torch_flags
+from megaft.config import TrainConfig
+from megaft.dataset import Cut
 from megaft.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
 from megaft.device import require_supported
-from megaft.environment import write_config
-from megaft.events import Events, job, record_end
+from megaft.environment import job, write_config
+from megaft.events import Events, record_end
 from megaft.guard import Guard
 from megaft.masking import without_secrets
-from megaft.models import hugging_face, trials
+from megaft.models import hugging_face, pretrained, trials
+from megaft.models.megatron_folder import MANIFEST
+from megaft.models.parameters import parameter_groups
 from megaft.models.rope import length_limit
-from megaft.models.weights import MANIFEST
-from megaft.optim import build_optimizer, parameter_groups
+from megaft.optim import build_optimizer
 from megaft.parallel import Topology
 from megaft.plural import counted
+from megaft.ranges import require
 from megaft.receipt import load_receipt
 from megaft.run_state import Identity, RunState
 from megaft.same_settings import require_same, settings_of
 from megaft.saver import Saver
+from megaft.sequence import Samples
 from megaft.throughput import Meter
 from megaft.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.trackers import check_trackers
@@ -181,7 +184,7 @@ def _notes_on_cpu(setup: Resolved, device: torch.device) -> list[str]:
 
 def resumed_batch_size(config: TrainConfig) -> int | None:
     """Return the global batch size of the run that the folder holds; None where there is none to continue."""
-    newest = None if config.run.fresh else checkpoint.peek(config.run.dir)
+    newest = None if config.run.fresh else manifest.peek(config.run.dir)
     return newest["identity"].get("global_batch_size") if newest else None
 
 
@@ -200,7 +203,7 @@ def _require_trainable(config: TrainConfig, setup: Resolved) -> None:
     """Refuse a model that does not exist or that its backend cannot read, and an optimizer for other modules."""
     is_megatron = config.model.backend == "megatron"
     if config.model.path is not None:
-        hugging_face.require_there(config.model.path)
+        pretrained.require_there(config.model.path)
         require(
             is_megatron or not (Path(config.model.path) / MANIFEST).is_file(),
             f"--model.path is {config.model.path}, which has megatron's format; give --model.backend megatron, or "
@@ -310,7 +313,7 @@ def _state(config: TrainConfig, engine: Any, identity: Identity, events: Events,
         state = checkpoint.load(engine, found.folder, identity, config.checkpoint.allow_changed)
         if parallel.is_main():
             print(f"continues from {found.folder.name}, after {counted(state.step, 'step')}", flush=True)
-        then, now = checkpoint.read_manifest(found.folder)["identity"], asdict(identity)
+        then, now = manifest.read_manifest(found.folder)["identity"], asdict(identity)
         for name in config.checkpoint.allow_changed:
             events.record("allowed change", state.step, name=name, then=then.get(name), now=now[name])
     if state.step < max_steps:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from megaft.config import require
 from megaft.plural import counted
+from megaft.ranges import require
 
 Backend = Literal["hugging-face", "megatron"]
 
@@ -22,7 +22,7 @@ def backend_of(source: str, asked: Backend | None, tensor_parallel_size: int) ->
     Raises:
         ConfigError: Those asked for cannot run it, or not on so many ranks.
     """
-    from megaft.models.weights import MANIFEST
+    from megaft.models.megatron_folder import MANIFEST
 
     is_converted = (Path(source) / MANIFEST).is_file()
     backend: Backend = asked or ("megatron" if is_converted else "hugging-face")

@@ -7,8 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from megaft.config import require
 from megaft.errors import ConfigError
+from megaft.ranges import require
 
 ROOT = Path(__file__).parents[1]
 DIRECTIVE = re.compile(r"#SBATCH\s+--([\w-]+)(?:[=\s]\s*(.*))?")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megaft import parallel
-from megaft.engine_state import part_name
+from megaft.manifest import verify
 from megaft.models.layout import Layout, layout_of
-from megaft.pieces import Pieces
+from megaft.pieces import Pieces, part_name
 
 HUGGING_FACE, MEGATRON = "language_model.", "language_model.gpt."
 """Prefix of a parameter's name in a checkpoint of each backend."""
@@ -62,3 +63,17 @@ class Recut:
         sources = [self._canonical.read(source, kind) for source in self._layout.rules[there].sources]
         mine = self._layout.local(there, sources, parallel.tensor_parallel_size(), parallel.tensor_parallel_rank())
         return mine.flatten()[offset : offset + numel]
+
+
+def canonical(folder: Path, architecture: Any) -> Canonical:
+    """Return a checkpoint's weights and moments by transformers' names.
+
+    Args:
+        folder: The checkpoint's.
+        architecture: transformers' configuration of the model.
+
+    Raises:
+        CheckpointError: It does not hold.
+    """
+    manifest = verify(folder)
+    return Canonical(Pieces(folder, manifest), manifest, architecture)

@@ -26,10 +26,12 @@ class Command:
 COMMANDS = {
     "prepare": Command("tokenize text files to disk, once", "megaft.prepare", "megaft.prepare_config:PrepareConfig"),
     "train": Command("finetune a model with DeepSpeed", "megaft.train", None),
-    "generate": Command("continue a text with a model", "megaft.generate", "megaft.generate:GenerateConfig"),
-    "convert": Command("change a model's format", "megaft.convert", "megaft.convert:ConvertConfig"),
+    "generate": Command("continue a text with a model", "megaft.generate", "megaft.generate_config:GenerateConfig"),
+    "convert": Command("change a model's format", "megaft.convert", "megaft.convert_config:ConvertConfig"),
     "validate": Command("check a run before it takes a GPU", "megaft.validate", "megaft.validate:ValidateConfig"),
-    "estimate": Command("tell a run's memory, speed and days", "megaft.estimate", "megaft.estimate:EstimateConfig"),
+    "estimate": Command(
+        "tell a run's memory, speed and days", "megaft.estimate", "megaft.estimate_config:EstimateConfig"
+    ),
     "doctor": Command("look at this machine, or prove its ranks", "megaft.doctor", None),
     "submit": Command("fill in a batch script and hand it to SLURM", "megaft.submit", None),
 }

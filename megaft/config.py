@@ -6,25 +6,18 @@ Nothing in this file imports torch, so `--help` answers at once.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from megaft.errors import ConfigError
-from megaft.ranges import ABOVE_0, BELOW_1, NOT_NEGATIVE, SEED, UP_TO_1, at_least, require_ranges
+from megaft.ranges import ABOVE_0, BELOW_1, NOT_NEGATIVE, SEED, UP_TO_1, at_least, require, require_ranges
+from megaft.topology import own_flags
 from megaft.unicode_text import is_unicode
 
 # What a resumed run can be allowed to change; the other parts of its identity have no override.
 CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
-
-
-def require(rule_holds: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless the rule holds."""
-    if not rule_holds:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -391,10 +384,7 @@ def parse_train(arguments: list[str] | None = None, is_main: bool = True) -> Tra
     return tyro.cli(TrainConfig, args=own_flags(arguments), prog="megaft/train.py", console_outputs=is_main)
 
 
-def own_flags(arguments: list[str] | None = None) -> list[str]:
-    """Return the command line, or these flags, without the --local_rank=N that the deepspeed launcher adds.
-
-    What the ranks are is in the environment.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    return [argument for argument in arguments if not argument.startswith("--local_rank=")]
+def bytes_per_parameter(optim: OptimConfig) -> int:
+    """Return the largest bytes of a trained parameter in a checkpoint: the weight and each moment in fp32."""
+    moments = {"adamw": 2, "apex-adamw": 2, "adafactor": 1, "sgd": int(optim.momentum > 0)}
+    return 4 * (1 + moments[optim.name])

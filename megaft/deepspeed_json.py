@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megaft.config import OptimConfig, require
+from megaft.config import OptimConfig
 from megaft.deepspeed_keys import (
     BATCH_KEYS,
     BLOCK_KEYS,
@@ -31,6 +31,7 @@ from megaft.errors import ConfigError
 from megaft.files import parse_json
 from megaft.nested import leaves
 from megaft.plural import counted
+from megaft.ranges import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

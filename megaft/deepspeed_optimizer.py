@@ -11,8 +11,9 @@ import json
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from megaft.config import OptimConfig, require
+from megaft.config import OptimConfig
 from megaft.deepspeed_keys import Dtype, fail, refuse_unknown_keys
+from megaft.ranges import require
 
 
 class Block(NamedTuple):

@@ -20,14 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megaft import checkpoint, doctor_toy, parallel
+from megaft import checkpoint, doctor_toy, manifest, parallel
 from megaft.config import CheckpointConfig
 from megaft.doctor_table import Check, exit_code, show
-from megaft.engine_state import WEIGHT
 from megaft.files import naming_disk_errors
 from megaft.models.causal_lm import CausalLM
 from megaft.parallel import Topology
-from megaft.pieces import Pieces
+from megaft.pieces import WEIGHT, Pieces
 from megaft.plural import counted
 from megaft.run_state import Identity, RunState
 from megaft.saver import Saver
@@ -214,7 +213,7 @@ def same_after_resume(ranks: Ranks) -> list[Check]:
     engine, cut = doctor_toy.make_engine(ranks.topology, ranks.device, 2, 1)
     doctor_toy.train(engine, cut, range(SAVED_AT), ranks.device)
     Saver(ranks.folder, IDENTITY, CheckpointConfig()).save(engine, RunState(step=SAVED_AT))
-    saved = checkpoint.folder_of(ranks.folder, SAVED_AT)
+    saved = manifest.folder_of(ranks.folder, SAVED_AT)
     checks = [ranks.worst("saved at ZeRO 2, read as one rank", _weight_difference(saved, model), TOLERANCE, "a weight")]
     expected = [next(alone) for _ in range(SAVED_AT, STEPS)]
     return checks + [_same_after_resume(ranks, saved, *cut, expected) for cut in RESUMED]
@@ -229,6 +228,6 @@ def _same_after_resume(ranks: Ranks, saved: Path, stage: int, micro_batch_size: 
 
 
 def _weight_difference(saved: Path, model: CausalLM) -> float:
-    pieces = Pieces(saved, checkpoint.verify(saved))
+    pieces = Pieces(saved, manifest.verify(saved))
     weights = {f"language_model.{name}": weight.detach().cpu() for name, weight in model.named_parameters()}
     return max(float((pieces.whole(name, WEIGHT) - weights[name]).abs().max()) for name in pieces.shapes)

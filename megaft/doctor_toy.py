@@ -12,13 +12,14 @@ import torch.nn.functional as F
 
 from megaft import engine_state, parallel
 from megaft.config import OptimConfig
-from megaft.dataset import Cut, Sample, collate
+from megaft.dataset import Cut, collate
 from megaft.deepspeed_json import resolve
-from megaft.loss import IGNORE_INDEX
 from megaft.models.causal_lm import CausalLM
 from megaft.models.hugging_face import NatsModel
-from megaft.optim import build_optimizer, parameter_groups
+from megaft.models.parameters import parameter_groups
+from megaft.optim import build_optimizer
 from megaft.parallel import Topology
+from megaft.samples import IGNORE_INDEX, Sample
 
 SAMPLES_PER_RANK = 4
 VOCAB_SIZE, CONTEXT_LENGTH, CLIPPING = 64, 32, 1.0

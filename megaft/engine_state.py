@@ -7,7 +7,7 @@ saving and loading are the same few lines for all of them, and no rank ever gath
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,10 +17,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from megaft import parallel
-from megaft.optim import parameter_groups
-
-WEIGHT = "weight"
-"""The kind of the fp32 weight itself; the other kinds are the optimizer's names of its moments."""
+from megaft.models.parameters import is_cut, parameter_groups
+from megaft.pieces import WEIGHT, part_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +46,6 @@ def places(engine) -> Iterator[Place]:
         place = locate(engine, stored, parameter)
         if place is not None and place.numel > 0:
             yield place
-
-
-def is_cut(parameter: Any) -> bool:
-    """Return True if the parameter is sharded over tensor-parallel ranks (otherwise it is replicated)."""
-    return parallel.tensor_parallel_size() > 1 and getattr(parameter, "tensor_model_parallel", False)
-
-
-def count(parameters: Iterable[Any]) -> int:
-    """Return the number of weights in these parameters of the whole model, however they are cut or partitioned.
-
-    Rows that only fill a vocabulary up to a multiple of the ranks do not count.
-    """
-    num_weights = 0
-    for one in parameters:
-        num_parts = parallel.tensor_parallel_size() if is_cut(one) else 1
-        num_weights += getattr(one, "ds_numel", one.numel()) * num_parts - getattr(one, "num_filler", 0)
-    return num_weights
-
-
-def part_name(name: str, tensor_parallel_rank: int) -> str:
-    """Return the name in checkpoints of a rank's shard of a parameter."""
-    return f"{name}|{tensor_parallel_rank}"
 
 
 def stage(engine) -> int:

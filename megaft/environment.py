@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -74,3 +75,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit yet
         return None
     return done.stdout.strip()
+
+
+def job() -> dict[str, str | int]:
+    """Return host, process id and SLURM job, for messages about a folder in use."""
+    environment = {"job": "SLURM_JOB_ID", "restarts": "SLURM_RESTART_COUNT"}
+    named = {key: os.environ[name] for key, name in environment.items() if name in os.environ}
+    return {"host": socket.gethostname(), "pid": os.getpid(), **named}

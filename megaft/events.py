@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -66,13 +65,6 @@ class Events:
                 f"the job started {STARTS_WITHOUT_PROGRESS} times at step {step} and never got to its next checkpoint; "
                 "it is not requeued again. Look at its log, give it more time, or save more often (--checkpoint.every)."
             )
-
-
-def job() -> dict[str, str | int]:
-    """Return host, process id and SLURM job, for messages about a folder in use."""
-    environment = {"job": "SLURM_JOB_ID", "restarts": "SLURM_RESTART_COUNT"}
-    named = {key: os.environ[name] for key, name in environment.items() if name in os.environ}
-    return {"host": socket.gethostname(), "pid": os.getpid(), **named}
 
 
 @contextmanager

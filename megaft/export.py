@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megaft import checkpoint
+from megaft import canonical, manifest
 from megaft.config import TrainConfig
 from megaft.errors import UserError
 from megaft.export_check import Rows
@@ -44,7 +44,7 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
         NumericsError: The export is not the trained model. An export that was there stays, whatever is wrong.
     """
     step = state.step if config.run.export == "last" or state.best_step is None else state.best_step
-    checkpoint_folder = checkpoint.folder_of(config.run.dir, step)
+    checkpoint_folder = manifest.folder_of(config.run.dir, step)
     final = config.run.dir / "export"
     temporary, old = final.with_name("export.tmp"), final.with_name("export.old")
     for leftover in (temporary, old):
@@ -52,7 +52,7 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
     with naming_disk_errors(final), _removed_on_error(temporary):
         temporary.mkdir()
         form = MegatronExport if config.model.backend == "megatron" else HuggingFaceExport
-        written = form(config, partial(checkpoint.canonical, checkpoint_folder), getattr(torch, dtype), tokenizer)
+        written = form(config, partial(canonical.canonical, checkpoint_folder), getattr(torch, dtype), tokenizer)
         written.write(temporary)
         tokenizer.save(temporary)
         require_same_ids(tokenizer, temporary)

@@ -17,15 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaft.canonical import Canonical
-from megaft.dataset import Samples
-from megaft.engine_state import WEIGHT
 from megaft.errors import REPORT, NumericsError
 from megaft.models.offload import Fetch, from_disk, offloaded_model
 from megaft.models.padding_tokens import read_padding_tokens
-from megaft.validation import Validation
-
-NUM_TOKENS = 512
-"""Held-out tokens that both models are compared on, at most."""
+from megaft.pieces import WEIGHT
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
 """Tolerance of one token's nats, and relative tolerance of the mean. Both models have the same weights and compute in
@@ -54,27 +49,6 @@ class Verified:
             "Before it was published, plain transformers loaded it and found the trained model's nats on "
             f"{self.num_tokens} held-out tokens: {self.exported:.6f} per token, the trained model {self.trained:.6f}."
         )
-
-
-def held_out_rows(validation: Validation | None, samples: Samples, longest: int) -> list[list[int]]:
-    """Return the first tokens of the validation text, or without one of the first training samples, as input rows.
-
-    Args:
-        validation: The run's validation.
-        samples: The run's training samples.
-        longest: Input tokens per forward pass.
-    """
-    if validation is not None:
-        opening = [] if validation.prefix_id is None else [validation.prefix_id]
-        ids = opening + validation.tokens.read(0, min(NUM_TOKENS, validation.tokens.num_tokens)).tolist()
-        if len(ids) > 1:
-            return [ids[begin : begin + longest + 1] for begin in range(0, len(ids) - 1, longest)]
-    rows: list[list[int]] = []
-    for position in range(NUM_TOKENS):
-        if sum(map(len, rows)) >= NUM_TOKENS:
-            break
-        rows.append(samples[position].input_ids[: min(longest, NUM_TOKENS) + 1].tolist())
-    return [row for row in rows if len(row) > 1]
 
 
 def check_nats(trained: Callable[[], nn.Module], folder: Path, rows: Rows) -> Verified:

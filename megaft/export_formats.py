@@ -15,11 +15,10 @@ from torch import nn
 
 from megaft.canonical import Canonical
 from megaft.config import TrainConfig
-from megaft.engine_state import WEIGHT
 from megaft.errors import ConfigError
 from megaft.export_check import Rows, check_nats, check_nats_from_disk, load_weights
 from megaft.host_memory import available_memory
-from megaft.models import adapters, convert, hugging_face, text_model
+from megaft.models import adapters, convert, hugging_face, pretrained, text_model
 from megaft.models.convert import rounded
 from megaft.models.generation_ids import (
     GENERATION,
@@ -30,10 +29,12 @@ from megaft.models.generation_ids import (
 )
 from megaft.models.gguf_file import read_header
 from megaft.models.offload import num_offloadable, offloaded_model, save_offloaded
+from megaft.models.reading import file_of, open_weights
 from megaft.models.size_limit import FP32_BYTES
 from megaft.models.stand_in import num_parameters as count_parameters
 from megaft.models.stored_weights import keep_padding_row
-from megaft.models.weights import Weights, file_of, load_config, open_weights, shapes_of
+from megaft.models.weights import Weights, load_config, shapes_of
+from megaft.pieces import WEIGHT
 from megaft.tokenizer import AnyTokenizer
 
 Saved = Callable[[Any], Canonical]
@@ -137,7 +138,7 @@ class HuggingFaceExport:
         """Refuse to build a model that the host has no memory for: the system would kill the process."""
         source = self.config.model.path or ""
         is_gguf = source.endswith(".gguf")
-        num_parameters = read_header(Path(source)).size.numbers if is_gguf else count_parameters(self._architecture)
+        num_parameters = read_header(Path(source)).num_elements if is_gguf else count_parameters(self._architecture)
         num_bytes, room = FP32_BYTES * num_parameters, available_memory()
         if room < num_bytes:
             raise ConfigError(
@@ -182,7 +183,7 @@ class MegatronExport:
         return rounded(name, self.weights.read(name), self.dtype).float()
 
     def _rounded_model(self) -> nn.Module:
-        model = hugging_face.new_model(self.weights.config)
+        model = pretrained.new_model(self.weights.config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self._rounded_weight(name))
@@ -204,7 +205,7 @@ def _architecture_of(config: TrainConfig, tokenizer: AnyTokenizer) -> Any:
     assert source is not None
     is_megatron = config.model.backend == "megatron" and config.model.path is not None
     architecture = open_weights(source).config if is_megatron else load_config(source)
-    hugging_face.set_dropout(architecture, config.model.dropout)
+    pretrained.set_dropout(architecture, config.model.dropout)
     if config.model.from_scratch is not None:
         follow_tokenizer(architecture, tokenizer.bos_id, tokenizer.eos_id)
     return architecture

@@ -12,10 +12,11 @@ from pathlib import Path
 import tyro
 
 from megaft.batch_script import ROOT, find_script, read_text
-from megaft.config import TrainConfig, parse_train, require
+from megaft.config import TrainConfig, parse_train
 from megaft.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
 from megaft.errors import ConfigError, UserError
 from megaft.prepare_config import PrepareConfig
+from megaft.ranges import require
 
 TRAINING = ("finetune_1node", "finetune_multinode", "finetune_megatron_8.3b_tp8", "finetune_megatron_8.3b_zero3")
 SWEEP = "finetune_sweep"
@@ -103,7 +104,7 @@ def _check_training(config: TrainConfig, asked: dict[str, str]) -> None:
     if is_cluster or config.deepspeed_config.is_file():
         _check_batch(config, asked)
     if is_cluster:
-        from megaft.models.hugging_face import require_there
+        from megaft.models.pretrained import require_there
         from megaft.training_data import named_sources
 
         named_sources(config.data)

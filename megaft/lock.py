@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from megaft.environment import job
 from megaft.errors import ConfigError
-from megaft.events import job
 from megaft.files import naming_disk_errors
 
 

@@ -17,9 +17,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from megaft import parallel
-
-IGNORE_INDEX = -100
-"""The label of a token that is not scored."""
+from megaft.samples import IGNORE_INDEX
 
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}
 """Largest fp32 logits held at once, by kind of device. On CPUs what malloc keeps for the next chunk: from 32 MiB on it

@@ -14,9 +14,9 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
+from megaft.config import bytes_per_parameter
 from megaft.deepspeed_json import Resolved
 from megaft.shape import Shape, Weights, count
-from megaft.validate import bytes_per_parameter
 
 FLOAT = 4
 LOGITS_BYTES = 128 * 2**20

@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
-from megaft.config import OptimConfig, require
+from megaft.config import OptimConfig
 from megaft.errors import ConfigError
 from megaft.plural import counted
+from megaft.ranges import require
 
 FUSED_ADAMW_DEVICES = ("cuda", "cpu")  # on a CPU three times as fast as the unfused one, and equal to 2.4e-7
-
-
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings, which are decayed, then biases and norms, which are not.
-
-    Args:
-        named_parameters: As `module.named_parameters()` gives them. Frozen ones are left out. Under ZeRO-3 a parameter
-            has lost its shape; DeepSpeed keeps it in `ds_shape`.
-        weight_decay: Of the first group.
-
-    Returns:
-        torch's parameter groups, empty ones left out.
-    """
-    groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
-    for _, parameter in named_parameters:
-        if parameter.requires_grad:
-            group = groups[0] if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 else groups[1]
-            group["params"].append(parameter)
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, device_type: str) -> torch.optim.Optimizer:

@@ -55,3 +55,12 @@ class Pieces:
         """Return the weight or a moment of a parameter, or a tensor-parallel rank's part of it, in its shape."""
         shape = self.shapes[name.partition("|")[0]]
         return self.read(name, kind, 0, shape.numel()).view(shape)
+
+
+WEIGHT = "weight"
+"""The kind of the fp32 weight itself; the other kinds are the optimizer's names of its moments."""
+
+
+def part_name(name: str, tensor_parallel_rank: int) -> str:
+    """Return the name in checkpoints of a rank's shard of a parameter."""
+    return f"{name}|{tensor_parallel_rank}"

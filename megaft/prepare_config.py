@@ -9,9 +9,7 @@ from typing import Literal
 import detokenizers
 import tyro
 
-from megaft.config import require
-from megaft.ranges import at_least, require_ranges
-from megaft.source import ReadAs
+from megaft.ranges import at_least, require, require_ranges
 
 DEFAULT_KEY = "text"
 """The key of a JSON record that holds its text where no other is named."""
@@ -84,3 +82,7 @@ class PrepareConfig:
     def has_mask(self) -> bool:
         """True if a record may hold tokens that are not scored."""
         return self.prompt_key is not None or self.messages_key is not None or bool(self.control_codes)
+
+
+ReadAs = Literal["auto", "text", "jsonl"]
+"""By its content, as a plain text whatever it looks like, or as one JSON record a line."""

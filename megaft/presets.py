@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megaft.config import require
 from megaft.errors import DataError
 from megaft.files import parse_json
 from megaft.foreign import require_inert
+from megaft.ranges import require
 
 
 def _gpt2(layers: int, width: int, heads: int, vocab_size: int = 50_257) -> dict[str, Any]:

@@ -46,3 +46,9 @@ def require_ranges(settings: Any, section: str = "", **ranges: Range) -> None:
         value = getattr(settings, name)
         if value is not None and not (abs(value) < math.inf and numbers.holds(value)):
             raise ConfigError(f"--{section}{name.replace('_', '-')} is {value}; use {numbers.text}.")
+
+
+def require(rule_holds: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless the rule holds."""
+    if not rule_holds:
+        raise ConfigError(message)

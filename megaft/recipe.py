@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megaft.config import OptimConfig, require
+from megaft.config import OptimConfig
 from megaft.deepspeed_json import Resolved, resolve
 from megaft.memory import Activations, States, Work, activations, moments, states, word_bytes
+from megaft.ranges import require
 from megaft.shape import Shape, require_cuttable
 
 

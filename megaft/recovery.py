@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megaft import checkpoint
+from megaft import checkpoint, manifest
 from megaft.assemble import Parts
 from megaft.errors import NumericsError
 from megaft.guard import Trouble
@@ -80,5 +80,5 @@ def _stopped(run: Parts, trouble: Trouble, samples: tuple[tuple[int, int], ...])
 
 
 def _last_before(run: Parts, step: int) -> str:
-    steps = [saved for saved in checkpoint.saved_steps(run.config.run.dir) if saved < step]
+    steps = [saved for saved in manifest.saved_steps(run.config.run.dir) if saved < step]
     return f"the last checkpoint before it is step {max(steps)}" if steps else "there is no checkpoint before it"

@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from megaft.finite import require_finite_logits
-from megaft.generate import SamplingConfig
+from megaft.generate_config import SamplingConfig
 
 
 def next_token(

@@ -24,12 +24,12 @@ from torch import Tensor
 
 import megaft
 from megaft import engine_state, parallel
-from megaft.checkpoint import FORMAT, MANIFEST, folder_of, manifest_text, published, require_size, step_of
 from megaft.config import CheckpointConfig
+from megaft.environment import job
 from megaft.errors import CheckpointError
-from megaft.events import job
 from megaft.files import fsync, naming_disk_errors
 from megaft.host_memory import available_memory
+from megaft.manifest import FORMAT, MANIFEST, folder_of, manifest_text, published, require_size, step_of
 from megaft.run_state import Identity, RunState
 from megaft.shard import write_shard
 

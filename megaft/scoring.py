@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, groupby, pairwise
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from itertools import groupby, pairwise
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
 from megaft import parallel
-from megaft.config import require
 from megaft.errors import DataError
 from megaft.finite import require_finite
-from megaft.loss import IGNORE_INDEX
 from megaft.plural import counted
+from megaft.samples import IGNORE_INDEX
+from megaft.windows import Window
 
 TokenScorer = Callable[[Tensor, Tensor], Tensor]
 """The model, in evaluation mode: (input_ids, labels), both Int64 "batch time", to Float32 "quantity batch time".
@@ -30,56 +30,6 @@ TokenScorer = Callable[[Tensor, Tensor], Tensor]
 Labels are shifted already, and cost 0.0 where they are IGNORE_INDEX. The first quantity is the nats of each label; the
 second, where there is one, is 1.0 where the label was the model's first choice.
 """
-
-
-class Window(NamedTuple):
-    """A row of a forward pass, as positions in a token list: inputs [begin, end - 1), targets [scored_from, end)."""
-
-    begin: int
-    scored_from: int
-    end: int
-
-    @property
-    def columns(self) -> slice:
-        """Columns of the row that predict the targets: column t predicts token begin + t + 1."""
-        return slice(self.scored_from - self.begin - 1, self.end - self.begin - 1)
-
-
-def windows(
-    num_tokens: int,
-    context_length: int,
-    stride: int,
-    *,
-    first: Literal["full", "stride"] = "full",
-    last: Literal["short", "extended"] = "extended",
-) -> Iterator[Window]:
-    """Yield windows of at most `context_length` inputs that score every token but the first exactly once.
-
-    The defaults are the windows of lm-evaluation-harness's `get_rolling_token_windows`, whose `context_len` is
-    context_length - stride + 1. With last="short" they are those of Megatron-LM's `tasks/zeroshot_gpt`, and a stride of
-    context_length + 1 makes chunks, whose first tokens are not scored.
-
-    Args:
-        num_tokens: Length of the token list.
-        context_length: Most input tokens of a window.
-        stride: Tokens scored per window after the first.
-        first: The first window scores all its targets, or as many as a later one.
-        last: The last window keeps the context that its stride leaves it, or begins earlier to have a full one.
-
-    Raises:
-        ConfigError: A larger stride would leave tokens unscored.
-    """
-    largest = context_length + (last == "short")
-    require(1 <= stride <= largest, f"stride is {stride}; use 1 to {largest} with this context length.")
-    scored_from = 1
-    for nominal_end in count(1 + (context_length if first == "full" else stride), stride):
-        end = min(nominal_end, num_tokens)
-        begin = max(0, (nominal_end if last == "short" else end) - 1 - context_length)
-        scored_from = max(scored_from, begin + 1)
-        if scored_from >= end:
-            return
-        yield Window(begin, scored_from, end)
-        scored_from = end
 
 
 @dataclass(frozen=True, slots=True)

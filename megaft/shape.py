@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from megaft.config import require
+from megaft.ranges import require
 from megaft.sizes import Sizes
 
 Weights = Counter[tuple[int, ...]]

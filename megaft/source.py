@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import zstandard
 
 from megaft.errors import DataError
 from megaft.file_format import HEAD_BYTES, Format, compression_of, foreign, format_of
+from megaft.prepare_config import ReadAs
 
 BLOCK_BYTES = 1 << 13
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
@@ -26,8 +27,6 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".bz2": bz2.BZ2Decompressor,
 }
 _DAMAGED = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError)
-ReadAs = Literal["auto", "text", "jsonl"]
-"""By its content, as a plain text whatever it looks like, or as one JSON record a line."""
 
 
 class Source:

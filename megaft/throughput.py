@@ -12,8 +12,8 @@ import torch
 
 from megaft import parallel
 from megaft.config import MetricsConfig
-from megaft.engine_state import count
 from megaft.hardware import data_sheet_flops
+from megaft.models.parameters import count
 from megaft.shape import flops_per_token
 
 MEASURING_SECONDS = 0.3

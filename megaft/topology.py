@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import socket
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -118,3 +119,12 @@ def free_port() -> int:
             listener.bind(("", port))
             return listener.getsockname()[1]
     raise ConfigError("no port is free on this machine; set MASTER_PORT to one that will be.")
+
+
+def own_flags(arguments: list[str] | None = None) -> list[str]:
+    """Return the command line, or these flags, without the --local_rank=N that the deepspeed launcher adds.
+
+    What the ranks are is in the environment.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return [argument for argument in arguments if not argument.startswith("--local_rank=")]

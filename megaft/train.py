@@ -57,10 +57,10 @@ def train(config: TrainConfig, topology: Topology) -> int:
     from megaft.assemble import assemble
     from megaft.dataset import micro_batches
     from megaft.export import export
-    from megaft.export_check import held_out_rows
     from megaft.metrics import Metrics
     from megaft.optim import learning_rate, set_learning_rate
     from megaft.recovery import recovered, validated
+    from megaft.validation import held_out_rows
 
     run = assemble(config, topology)
     engine, device, state, validation = run.engine, run.device, run.state, run.validation

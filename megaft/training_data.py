@@ -14,12 +14,13 @@ import numpy as np
 
 from megaft.chat import template_sha256
 from megaft.config import DataConfig
-from megaft.dataset import Documents, Samples, Stream
 from megaft.errors import ConfigError, DataError, LostPeerError, UserError
 from megaft.indexed import TokenFile
 from megaft.parallel import Topology
 from megaft.prepare import ensure_prepared, opening_ids_of
 from megaft.receipt import load_receipt
+from megaft.samples import Documents, Stream
+from megaft.sequence import Samples
 from megaft.tokenizer import AnyTokenizer
 
 LAYOUT = 3

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megaft.config import OptimConfig, TrainConfig, require
+from megaft.config import TrainConfig, bytes_per_parameter
 from megaft.errors import CheckpointError, UserError
-from megaft.ranges import at_least, require_ranges
+from megaft.ranges import at_least, require, require_ranges
 
 if TYPE_CHECKING:
     from megaft.assemble import Parts
@@ -61,7 +61,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     Raises:
         UserError: What training would refuse.
     """
-    from megaft import checkpoint, parallel
+    from megaft import manifest, parallel
     from megaft.assemble import assemble, resumed_batch_size
     from megaft.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
 
@@ -79,7 +79,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
             plan = _plan(config, setup, parts)
     finally:
         parallel.leave()
-    plan["resumes_from"] = str(checkpoint.folder_of(config.run.dir, parts.state.step)) if resumed else None
+    plan["resumes_from"] = str(manifest.folder_of(config.run.dir, parts.state.step)) if resumed else None
     plan["notes"] = [*setup.notes, *notes]
     require_room(config, plan["checkpoint_bytes"])
     return plan
@@ -123,11 +123,11 @@ def _stand_in(
 
 
 def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, Any]:
-    from megaft import engine_state
     from megaft.deepspeed_json import data_parallel_size
+    from megaft.models import parameters as parameters_module
 
     parameters = list(parts.engine.module.parameters())
-    num_trained = engine_state.count(parameter for parameter in parameters if parameter.requires_grad)
+    num_trained = parameters_module.count(parameter for parameter in parameters if parameter.requires_grad)
     return {
         "world_size": config.world_size,
         "tensor_parallel_size": config.parallel.tensor_parallel_size,
@@ -141,16 +141,10 @@ def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, An
         "max_steps": parts.max_steps,
         "done_steps": parts.state.step,
         "tokens": parts.max_steps * setup.global_batch_size * config.data.context_length,
-        "parameters": engine_state.count(parameters),
+        "parameters": parameters_module.count(parameters),
         "trained_parameters": num_trained,
         "checkpoint_bytes": num_trained * bytes_per_parameter(setup.optim),
     }
-
-
-def bytes_per_parameter(optim: OptimConfig) -> int:
-    """Return the largest bytes of a trained parameter in a checkpoint: the weight and each moment in fp32."""
-    moments = {"adamw": 2, "apex-adamw": 2, "adafactor": 1, "sgd": int(optim.momentum > 0)}
-    return 4 * (1 + moments[optim.name])
 
 
 def require_room(config: ValidateConfig, checkpoint_bytes: int) -> None:

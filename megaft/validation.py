@@ -12,9 +12,11 @@ from megaft.config import TrainConfig
 from megaft.errors import DataError
 from megaft.indexed import TokenFile
 from megaft.receipt import load_receipt
-from megaft.scoring import Score, Window, rows_of, score, windows
+from megaft.scoring import Score, rows_of, score
+from megaft.sequence import Samples
 from megaft.tokenizer import AnyTokenizer
 from megaft.training_data import Source
+from megaft.windows import Window, windows
 
 
 class Validation:
@@ -91,3 +93,28 @@ def _scored_tokens(prefix: str, tokens: TokenFile) -> Bool[np.ndarray, " tokens"
     if not is_scored.any():
         raise DataError(f"{prefix} has no scored token to validate on; give --data.valid a text with completions.")
     return is_scored
+
+
+NUM_TOKENS = 512
+"""Held-out tokens that both models are compared on, at most."""
+
+
+def held_out_rows(validation: Validation | None, samples: Samples, longest: int) -> list[list[int]]:
+    """Return the first tokens of the validation text, or without one of the first training samples, as input rows.
+
+    Args:
+        validation: The run's validation.
+        samples: The run's training samples.
+        longest: Input tokens per forward pass.
+    """
+    if validation is not None:
+        opening = [] if validation.prefix_id is None else [validation.prefix_id]
+        ids = opening + validation.tokens.read(0, min(NUM_TOKENS, validation.tokens.num_tokens)).tolist()
+        if len(ids) > 1:
+            return [ids[begin : begin + longest + 1] for begin in range(0, len(ids) - 1, longest)]
+    rows: list[list[int]] = []
+    for position in range(NUM_TOKENS):
+        if sum(map(len, rows)) >= NUM_TOKENS:
+            break
+        rows.append(samples[position].input_ids[: min(longest, NUM_TOKENS) + 1].tolist())
+    return [row for row in rows if len(row) > 1]

@@ -23,9 +23,12 @@ from megaft import parallel
 from megaft.errors import DataError, NumericsError
 from megaft.finite import require_finite
 from megaft.models.classic_megatron import is_classic
-from megaft.models.hugging_face import NatsModel, load_language_model, set_dropout
+from megaft.models.hugging_face import NatsModel
+from megaft.models.megatron_folder import MANIFEST, read_manifest, shards_of
+from megaft.models.pretrained import load_language_model, set_dropout
+from megaft.models.reading import is_checkpoint, open_weights
 from megaft.models.tensor_file import TensorFile
-from megaft.models.weights import MANIFEST, Weights, is_checkpoint, load_config, open_weights, read_manifest, shards_of
+from megaft.models.weights import Weights, load_config
 from megaft.plural import counted
 from megaft.tokenizer import load_tokenizer
 

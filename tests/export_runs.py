@@ -7,17 +7,17 @@ import pytest
 import torch
 from tiny_tokenizers import make_sentencepiece
 
-from megaft import checkpoint
-from megaft.checkpoint import folder_of
+from megaft import canonical, manifest
 from megaft.config import parse_train
 from megaft.export import export
-from megaft.export_check import held_out_rows, load_weights
+from megaft.export_check import load_weights
+from megaft.manifest import folder_of
 from megaft.models import hugging_face
 from megaft.parallel import Topology
 from megaft.run_state import RunState
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import prepare_sources
-from megaft.validation import Validation
+from megaft.validation import Validation, held_out_rows
 
 STEPS, CLIP, WEIGHT_DECAY, EPSILON = 3, 0.5, 0.1, 1e-5
 RATES = [0.5e-3, 1e-3, 1e-3]  # two steps of warm-up to 1e-3, then the cosine's first step
@@ -129,12 +129,12 @@ def rows_of(config, key):
 def saved_model(config, step):
     """The weights of a checkpoint in a model as transformers makes it."""
     model = hugging_face.build(config.model, config.lora, config.run.seed)
-    load_weights(model, checkpoint.canonical(folder_of(config.run.dir, step), model.config))
+    load_weights(model, canonical.canonical(folder_of(config.run.dir, step), model.config))
     return model.eval()
 
 
 def state_of(config, step=STEPS):
-    return RunState.from_json(checkpoint.read_manifest(folder_of(config.run.dir, step))["state"])
+    return RunState.from_json(manifest.read_manifest(folder_of(config.run.dir, step))["state"])
 
 
 def exported(folder):

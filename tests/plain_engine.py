@@ -9,7 +9,7 @@ from itertools import count
 import torch
 
 from megaft.config import CheckpointConfig
-from megaft.optim import parameter_groups
+from megaft.models.parameters import parameter_groups
 from megaft.run_state import Identity, RunState
 from megaft.saver import Saver
 

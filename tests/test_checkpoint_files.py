@@ -13,8 +13,10 @@ from safetensors.torch import save as safetensors
 from safetensors.torch import save_file
 
 from megaft import checkpoint
-from megaft.checkpoint import Found, find, folder_of, peek, saved_steps, verify
+from megaft import manifest as manifest_module
+from megaft.checkpoint import Found, find
 from megaft.errors import CheckpointError
+from megaft.manifest import folder_of, peek, saved_steps, verify
 from megaft.pieces import Pieces
 from megaft.run_state import RunState
 
@@ -35,14 +37,14 @@ def write_checkpoint(run_dir, step=1, shards=None):
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256((folder / name).read_bytes()).hexdigest()}
         for name in shards
     }
-    manifest = {"format": checkpoint.FORMAT, "shapes": SHAPES, "files": files}
+    manifest = {"format": manifest_module.FORMAT, "shapes": SHAPES, "files": files}
     write_manifest(folder, manifest)
     (folder.parent / "latest").write_text(f"{folder.name}\n")
     return folder
 
 
 def write_manifest(folder, manifest):
-    (folder / "manifest.json").write_text(checkpoint.manifest_text(manifest))
+    (folder / "manifest.json").write_text(manifest_module.manifest_text(manifest))
 
 
 # The run's state
@@ -169,7 +171,7 @@ def test_a_damaged_file_is_named(tmp_path, file, damage, says):
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path, name):
     folder = write_checkpoint(tmp_path)
     (folder.parent / "outside").write_bytes(b"x")
-    manifest = checkpoint.read_manifest(folder)
+    manifest = manifest_module.read_manifest(folder)
     manifest["files"][name] = {"bytes": 1, "sha256": "0"}
     write_manifest(folder, manifest)
     with pytest.raises(CheckpointError, match=r"outside the checkpoint"):
@@ -215,7 +217,7 @@ def test_a_file_that_is_not_safetensors_is_named(tmp_path):
         if damage is not None:
             (folder / "rank-00001.safetensors").write_bytes(damage)
         with pytest.raises(CheckpointError, match=r"rank-00001.safetensors is not a safetensors file"):
-            Pieces(folder, checkpoint.read_manifest(folder))
+            Pieces(folder, manifest_module.read_manifest(folder))
 
 
 def test_nothing_is_read_through_symbolic_links(tmp_path):
@@ -316,7 +318,7 @@ def test_a_glance_at_the_newest_reads_no_more_than_a_manifest(tmp_path):
     (folder_of(tmp_path, 3) / "manifest.json").write_text("{")
     for path in folder_of(tmp_path, 2).glob("rank-*"):
         path.unlink()
-    assert (peek(tmp_path) or {}) == checkpoint.read_manifest(folder_of(tmp_path, 2))
+    assert (peek(tmp_path) or {}) == manifest_module.read_manifest(folder_of(tmp_path, 2))
 
 
 def test_starting_over_forgets_all(tmp_path):

@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from tiny_models import edit_json, make_model
 from transformers import AutoModelForCausalLM
 
-from megaft import checkpoint, convert
+from megaft import convert, convert_config
+from megaft import manifest as manifest_module
 from megaft.cli import main as command
-from megaft.engine_state import WEIGHT
 from megaft.errors import CheckpointError, ConfigError, DataError
 from megaft.models import convert as writing
-from megaft.models.hugging_face import load_language_model
-from megaft.models.weights import open_weights
+from megaft.models.pretrained import load_language_model
+from megaft.models.reading import open_weights
+from megaft.pieces import WEIGHT
 from megaft.shard import write_shard
 from megaft.tokenizer import load_tokenizer
 
@@ -33,7 +34,7 @@ CASES = {
 
 
 def run(source, to, format, **settings):
-    return convert.main(convert.ConvertConfig(source=str(source), to=to, format=format, **settings))
+    return convert.main(convert_config.ConvertConfig(source=str(source), to=to, format=format, **settings))
 
 
 def megatron(source, to, size, **settings):
@@ -212,13 +213,13 @@ def write_checkpoint(model, folder):
     folder.mkdir(parents=True)
     num_bytes, digest = write_shard(folder / "rank-00000.safetensors", pieces)
     manifest = {
-        "format": checkpoint.FORMAT,
+        "format": manifest_module.FORMAT,
         "backend": "hugging-face",
         "tensor_parallel_size": 1,
         "shapes": {f"language_model.{name}": list(p.shape) for name, p in model.named_parameters()},
         "files": {"rank-00000.safetensors": {"bytes": num_bytes, "sha256": digest.hex()}},
     }
-    (folder / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(manifest))
+    (folder / manifest_module.MANIFEST).write_text(manifest_module.manifest_text(manifest))
 
 
 def test_a_run_s_checkpoint(tmp_path):

@@ -10,12 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megaft.dataset import BLOCK, PADDED_TO, Cut, Documents, Sample, Samples, Stream, collate, micro_batches
+from megaft.dataset import PADDED_TO, Cut, collate, micro_batches
 from megaft.errors import ConfigError
 from megaft.files import write_json_atomic
 from megaft.indexed import TokenWriter
-from megaft.loss import IGNORE_INDEX
 from megaft.receipt import FORMAT_VERSION
+from megaft.samples import IGNORE_INDEX, Documents, Sample, Stream
+from megaft.sequence import BLOCK, Samples
 
 IGNORED = IGNORE_INDEX
 reusing_folder = settings(

@@ -9,8 +9,9 @@ import torch
 from plain_engine import IDENTITY, WEIGHT_DECAY
 
 from megaft import checkpoint, engine_state
-from megaft.checkpoint import folder_of, load, verify
+from megaft.checkpoint import load
 from megaft.config import CheckpointConfig, OptimConfig
+from megaft.manifest import folder_of, verify
 from megaft.pieces import Pieces
 from megaft.run_state import RunState
 from megaft.saver import Saver
@@ -37,7 +38,8 @@ class Hop:
 def make_engine(stage, dtype="fp32", persistence_threshold=0):
     import deepspeed
 
-    from megaft.optim import build_optimizer, parameter_groups
+    from megaft.models.parameters import parameter_groups
+    from megaft.optim import build_optimizer
 
     torch.manual_seed(0)
     layers = [torch.nn.Linear(SIZES[0], SIZES[1]), torch.nn.GELU(), torch.nn.Linear(SIZES[1], SIZES[2])]

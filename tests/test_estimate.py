@@ -8,7 +8,8 @@ import pytest
 from megaft.cli import main
 from megaft.config import OptimConfig
 from megaft.errors import ConfigError, DataError
-from megaft.estimate import EstimateConfig, estimate, lines
+from megaft.estimate import estimate, lines
+from megaft.estimate_config import EstimateConfig
 from megaft.hardware import GPUS, PUBLISHED, data_sheet_flops
 from megaft.memory import Work, activations, cut_through, flat_size
 from megaft.presets import PRESETS, configuration

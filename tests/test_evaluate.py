@@ -61,7 +61,8 @@ def test_validation_in_training_says_the_same_number(trial, toy_model, toy_texts
     import torch
 
     from megaft.config import parse_train
-    from megaft.models.hugging_face import NatsModel, load_language_model
+    from megaft.models.hugging_face import NatsModel
+    from megaft.models.pretrained import load_language_model
     from megaft.prepare import prepare
     from megaft.prepare_config import PrepareConfig
     from megaft.tokenizer import load_tokenizer

@@ -11,11 +11,11 @@ import torch
 from tiny_models import LLAMA, make_config
 
 from megaft.backend import backend_of
-from megaft.convert import ConvertConfig
 from megaft.convert import main as convert
+from megaft.convert_config import ConvertConfig
 from megaft.errors import ConfigError
-from megaft.generate import GenerateConfig, SamplingConfig
 from megaft.generate import main as generate
+from megaft.generate_config import GenerateConfig, SamplingConfig
 from megaft.loss import Vocabulary
 from megaft.parallel import free_port
 

@@ -26,17 +26,17 @@ from export_runs import (
     state_of,
 )
 
-from megaft import checkpoint
-from megaft.checkpoint import folder_of
+from megaft import manifest
 from megaft.config import parse_train
 from megaft.export import model_card
-from megaft.export_check import NUM_TOKENS
-from megaft.loss import IGNORE_INDEX
-from megaft.models import hugging_face
+from megaft.manifest import folder_of
+from megaft.models import pretrained
 from megaft.pieces import Pieces
 from megaft.plural import counted
+from megaft.samples import IGNORE_INDEX
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import open_samples, prepare_sources
+from megaft.validation import NUM_TOKENS
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_three_steps_are_those_of_plain_torch(config):
     """
     sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, TOPOLOGY)
     samples = open_samples(sources.train, config.data, config.run.seed)
-    model = hugging_face.load_language_model(str(config.model.path)).train()
+    model = pretrained.load_language_model(str(config.model.path)).train()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -129,7 +129,7 @@ def test_best_and_last(config, wanted, best, expected):
     state = replace(state_of(config), best_step=best)
     folder = export_again(config, state)
     model, _ = exported(folder)
-    pieces = Pieces(folder_of(config.run.dir, expected), checkpoint.verify(folder_of(config.run.dir, expected)))
+    pieces = Pieces(folder_of(config.run.dir, expected), manifest.verify(folder_of(config.run.dir, expected)))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, pieces.whole(f"language_model.{name}", "weight")), name
     assert f"finetuned for {counted(expected, 'step')} with" in (folder / "README.md").read_text()
@@ -154,7 +154,7 @@ def test_adapters_are_merged_and_also_there_alone(config):
     assert merged.state_dict().keys() == base.state_dict().keys()
     alone = PeftModel.from_pretrained(base, config.run.dir / "export" / "adapter")
     torch.testing.assert_close(logits_of(merged), logits_of(alone), rtol=1e-5, atol=1e-5)
-    shapes = checkpoint.read_manifest(folder_of(config.run.dir, STEPS))["shapes"]
+    shapes = manifest.read_manifest(folder_of(config.run.dir, STEPS))["shapes"]
     assert all("lora_" in name for name in shapes), "a checkpoint holds what trains"
 
 

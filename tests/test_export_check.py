@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megaft.config import LoraConfig
 from megaft.errors import DataError, NumericsError
-from megaft.export_check import NUM_TOKENS, check_nats, held_out_rows, require_same_nats
+from megaft.export_check import check_nats, require_same_nats
 from megaft.models import adapters
 from megaft.models.generation_ids import (
     follow_tokenizer,
@@ -23,6 +23,7 @@ from megaft.models.generation_ids import (
     require_same_generation_ids,
 )
 from megaft.models.hugging_face import NatsModel
+from megaft.validation import NUM_TOKENS, held_out_rows
 
 ROWS = torch.randint(0, VOCAB, (8, 41), generator=torch.Generator().manual_seed(1)).tolist()
 

@@ -12,13 +12,14 @@ from tiny_models import change_tensors
 from transformers import PreTrainedModel
 
 from megaft import export_formats
-from megaft.checkpoint import folder_of
 from megaft.config import parse_train
 from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
-from megaft.export_check import NUM_TOKENS, ROWS_FROM_DISK
+from megaft.export_check import ROWS_FROM_DISK
 from megaft.export_formats import HuggingFaceExport, MegatronExport
-from megaft.models.hugging_face import load_language_model
+from megaft.manifest import folder_of
+from megaft.models.pretrained import load_language_model
 from megaft.tokenizer import Tokenizer
+from megaft.validation import NUM_TOKENS
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from evaluate_zero_shot.interval import ratio_interval, share_interval
 from evaluate_zero_shot.limits import is_capped
 from evaluate_zero_shot.prepared import Prepared, TokenText
 from evaluate_zero_shot.protocols import PROTOCOLS
-from megaft.scoring import Score, rows_of, windows
+from megaft.scoring import Score, rows_of
+from megaft.windows import windows
 
 
 def prepared(documents, context_length=8, stride=8, prefix_id=0, **fields):

@@ -15,10 +15,10 @@ from megaft.errors import DataError, NumericsError
 from megaft.generate import load_cached_model
 from megaft.models.finite_weights import is_finite, require_finite, require_finite_weights
 from megaft.models.generation import exact_cache
-from megaft.models.hugging_face import load_language_model
+from megaft.models.pretrained import load_language_model
+from megaft.models.reading import open_weights
 from megaft.models.scoring_model import load_scoring_model
 from megaft.models.trials import require_language_model
-from megaft.models.weights import open_weights
 from megaft.validate import validate
 
 PICKLE = "pytorch_model.bin"

@@ -15,7 +15,9 @@ from tiny_models import make_model
 from tiny_tokenizers import CHATML, make_byte_level, make_metaspace, make_sentencepiece
 
 from megaft.errors import ConfigError, DataError
-from megaft.generate import GenerateConfig, SamplingConfig, main, model_source, print_text
+from megaft.generate import main, print_text
+from megaft.generate_config import GenerateConfig, SamplingConfig
+from megaft.models.reading import model_source
 
 MODEL = "models/tiny-gpt2-wikitext2"
 GREEDY = SamplingConfig(temperature=0)

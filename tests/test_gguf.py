@@ -8,8 +8,8 @@ import toy_gguf
 from megaft.errors import DataError
 from megaft.foreign import MOST_LAYERS
 from megaft.models.gguf_file import read_header
-from megaft.models.hugging_face import load_language_model
-from megaft.models.weights import open_weights
+from megaft.models.pretrained import load_language_model
+from megaft.models.reading import open_weights
 from megaft.tokenizer import load_tokenizer
 
 TOKENS = torch.arange(20)[None]

@@ -12,7 +12,7 @@ from megaft import hub
 from megaft.errors import DataError
 from megaft.foreign import require_inert
 from megaft.hub import failure_of, find_file, find_file_if_any
-from megaft.models.hugging_face import load_language_model
+from megaft.models.pretrained import load_language_model
 from megaft.tokenizer import load_tokenizer
 
 SECONDS = 10  # a single file's retries of huggingface_hub take 23

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from megaft import loss
-from megaft.loss import IGNORE_INDEX, Head, LinearNats, chunks, token_nats
+from megaft.loss import Head, LinearNats, chunks, token_nats
+from megaft.samples import IGNORE_INDEX
 
 VOCAB, WIDTH, TOKENS = 101, 16, 37
 

@@ -48,7 +48,7 @@ def join(size=None):
 def megatron_of(source, **options):
     """Return the model of a folder, or of a transformers model in memory, on this rank."""
     from megaft.models.megatron import MegatronModel, fill
-    from megaft.models.weights import open_weights
+    from megaft.models.reading import open_weights
 
     is_path = isinstance(source, str | Path)
     config, read = (
@@ -131,7 +131,7 @@ def test_logits_nats_and_gradients_are_those_of_transformers(families, name):
 
 
 def trained_model_on_this_rank(source):
-    from megaft.models.hugging_face import load_language_model
+    from megaft.models.pretrained import load_language_model
 
     join()
     reference = load_language_model(str(source))

@@ -7,7 +7,7 @@ import torch
 from tiny_models import GPT2, LLAMA, make_config
 
 from megaft.errors import DataError
-from megaft.generate import SamplingConfig
+from megaft.generate_config import SamplingConfig
 from megaft.models import generation
 from megaft.models.generation import CachedModel, exact_cache
 from megaft.sampling import continue_tokens, next_token

@@ -9,10 +9,11 @@ from torch import nn
 
 from megaft.config import LoraConfig, ModelConfig
 from megaft.errors import ConfigError, DataError
-from megaft.loss import IGNORE_INDEX, token_nats
-from megaft.models import hugging_face, trials
+from megaft.loss import token_nats
+from megaft.models import hugging_face, pretrained, trials
 from megaft.models.adapters import add_adapters
 from megaft.models.hugging_face import NatsModel
+from megaft.samples import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_positions_begin_anew_with_every_document():
 
 
 def test_loading_gives_the_saved_weights_in_fp32(saved_gpt2, tokens):
-    model = hugging_face.load_language_model(str(saved_gpt2))
+    model = pretrained.load_language_model(str(saved_gpt2))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(logits_of(model, tokens), logits_of(make_model(), tokens))
 
@@ -143,7 +144,7 @@ def test_the_dropout_flag_sets_every_dropout(name, tmp_path, tokens):
     make_config(model_type, settings).save_pretrained(tmp_path)
 
     def two_forwards(dropout):
-        model = hugging_face.create_language_model(str(tmp_path), 0, dropout).train()
+        model = pretrained.create_language_model(str(tmp_path), 0, dropout).train()
         return model, *(model(input_ids=tokens).logits for _ in range(2))
 
     model, one, other = two_forwards(0.0)
@@ -162,7 +163,7 @@ def test_the_dropout_flag_reaches_every_family(model_type, tmp_path, tokens):
     tiny_config(model_type).save_pretrained(tmp_path)
 
     def two_forwards(dropout):
-        model = hugging_face.create_language_model(str(tmp_path), 0, dropout).train()
+        model = pretrained.create_language_model(str(tmp_path), 0, dropout).train()
         return [model(input_ids=tokens, use_cache=False).logits for _ in range(2)]
 
     assert torch.equal(*two_forwards(0.0))
@@ -170,9 +171,9 @@ def test_the_dropout_flag_reaches_every_family(model_type, tmp_path, tokens):
 
 
 def test_without_the_flag_dropout_is_the_models_own(saved_gpt2):
-    model = hugging_face.load_language_model(str(saved_gpt2))
+    model = pretrained.load_language_model(str(saved_gpt2))
     assert (model.config.attn_pdrop, model.config.resid_pdrop) == (0.1, 0.1)
-    assert hugging_face.load_language_model(str(saved_gpt2), dropout=0.0).config.attn_pdrop == 0.0
+    assert pretrained.load_language_model(str(saved_gpt2), dropout=0.0).config.attn_pdrop == 0.0
 
 
 def test_activation_checkpointing_changes_no_bit(saved_gpt2, tokens):
@@ -201,9 +202,9 @@ def test_gguf(tmp_path, tokens, monkeypatch, smollm2_cut):
     from transformers import AutoModelForCausalLM
 
     originals = []
-    copy = hugging_face._without_quantization
+    copy = pretrained._without_quantization
     monkeypatch.setattr(hugging_face, "_without_quantization", lambda model: originals.append(model) or copy(model))
-    model = hugging_face.load_language_model(str(smollm2_cut))
+    model = pretrained.load_language_model(str(smollm2_cut))
     logits = logits_of(model, tokens)
     assert torch.equal(logits, logits_of(originals.pop(), tokens))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -269,14 +270,14 @@ def with_fewer_weights_than_layers(folder, saved):
 def test_a_folder_that_is_no_model_is_refused(broken, tmp_path, saved_gpt2):
     broken(tmp_path, saved_gpt2)
     with pytest.raises(DataError, match=rf"^(--model.path is )?{tmp_path}") as error:
-        hugging_face.load_language_model(str(tmp_path))
+        pretrained.load_language_model(str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "/no/such.gguf", "a/b/c"])
 def test_a_missing_path_is_named(source):
     with pytest.raises(DataError, match=rf"^--model.path is {source}; there is no such (file|folder)\. Give"):
-        hugging_face.load_language_model(source)
+        pretrained.load_language_model(source)
 
 
 @pytest.mark.parametrize("text", [None, "", '{"model_type": "no-such-model"}', "{}"])
@@ -285,7 +286,7 @@ def test_a_missing_or_broken_config_is_named(tmp_path, text):
     if text is not None:
         path.write_text(text)
     with pytest.raises(DataError, match=rf"^--model.from-scratch is {path}; ") as error:
-        hugging_face.create_language_model(str(path), 0)
+        pretrained.create_language_model(str(path), 0)
     assert "\n" not in str(error.value)
 
 

@@ -14,12 +14,11 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from megaft.config import parse_train
-from megaft.dataset import Documents, Stream
 from megaft.errors import DataError
 from megaft.indexed import TokenFile
-from megaft.loss import IGNORE_INDEX
 from megaft.prepare import PrepareConfig, ensure_prepared, prepare
 from megaft.receipt import load_receipt
+from megaft.samples import IGNORE_INDEX, Documents, Stream
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import Source, Sources, require_same_tokenizer
 from megaft.validation import Validation

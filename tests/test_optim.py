@@ -7,7 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from megaft.config import OptimConfig
 from megaft.errors import ConfigError
-from megaft.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from megaft.models.parameters import parameter_groups
+from megaft.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 def tiny_gpt2():

@@ -4,8 +4,9 @@ import pytest
 import torch
 from families_models import tiny_config, tiny_model
 
-from megaft.models import hugging_face, trials
-from megaft.models.hugging_face import NatsModel, load_language_model
+from megaft.models import pretrained, trials
+from megaft.models.hugging_face import NatsModel
+from megaft.models.pretrained import load_language_model
 
 PADDING = 2
 TEXTS = {"without padding tokens": (5, 6, 7, 8, 9), "with padding tokens": (5, PADDING, 7, PADDING, 9)}
@@ -44,6 +45,6 @@ def test_a_later_padding_token_changes_no_earlier_state(plain, loaded):
 
 
 def test_new_and_loaded_models_are_taken(plain, loaded):
-    for model in (loaded, hugging_face.new_model(plain.config).eval()):
+    for model in (loaded, pretrained.new_model(plain.config).eval()):
         trials.require_language_model(model)
         assert trials.is_causal(model)

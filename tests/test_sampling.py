@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from megaft.errors import NumericsError
-from megaft.generate import SamplingConfig
+from megaft.generate_config import SamplingConfig
 from megaft.models.generation import CachedModel
 from megaft.sampling import continue_tokens, keep_top_k, keep_top_p, next_token, penalize_repetition
 

@@ -15,9 +15,11 @@ from plain_engine import IDENTITY, PlainEngine, save, save_killed
 from safetensors.torch import load_file
 
 from megaft import checkpoint, parallel, saver
-from megaft.checkpoint import find, folder_of, load, saved_steps, verify
+from megaft import manifest as manifest_module
+from megaft.checkpoint import find, load
 from megaft.config import CheckpointConfig
 from megaft.errors import CheckpointError
+from megaft.manifest import folder_of, saved_steps, verify
 from megaft.run_state import RunState
 from megaft.shard import write_shard
 
@@ -132,9 +134,9 @@ def test_a_killed_save_leaves_the_old_or_the_new(memory_folder, step, is_backgro
         shutil.copytree(folder / "before", run_dir)
         exit_code = save_killed(run_dir, step, 0.75, at, settings)
         found = find(run_dir).folder
-        assert (checkpoint.peek(run_dir) or {})["state"]["step"] == checkpoint.step_of(found)
+        assert (manifest_module.peek(run_dir) or {})["state"]["step"] == manifest_module.step_of(found)
         outcomes.append(fill_of(found))
-        assert checkpoint.step_of(found) == (step if outcomes[-1] == 0.75 else 1)
+        assert manifest_module.step_of(found) == (step if outcomes[-1] == 0.75 else 1)
         save(run_dir, 3, 1.0, keep_last=1)  # the run goes on
         assert (names(run_dir), fill_of(find(run_dir).folder)) == (["latest", "step-00000003"], 1.0)
         if exit_code == 0:

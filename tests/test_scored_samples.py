@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from test_dataset import IGNORED, cut_documents, document_lengths, reusing_folder, write_dataset
 
 from megaft import scored_samples
-from megaft.dataset import Documents, Samples, Stream
+from megaft.samples import Documents, Stream
+from megaft.sequence import Samples
 
 
 def open_corpus(kind, prefix, context_length):

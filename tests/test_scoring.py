@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from megaft import scoring
 from megaft.errors import ConfigError, DataError, NumericsError
-from megaft.loss import IGNORE_INDEX, token_nats
+from megaft.loss import token_nats
 from megaft.models.hugging_face import NatsModel
-from megaft.scoring import Row, Score, Window, batches_of, rows_of, score, windows
+from megaft.samples import IGNORE_INDEX
+from megaft.scoring import Row, Score, batches_of, rows_of, score
+from megaft.windows import Window, windows
 
 CPU = torch.device("cpu")
 PREFIX, EOD = 0, 1

@@ -11,10 +11,9 @@ from transformers.activations import NewGELUActivation
 from megaft import loss
 from megaft.config import LoraConfig
 from megaft.errors import DataError
-from megaft.loss import IGNORE_INDEX
 from megaft.models.adapters import add_adapters
-from megaft.models.hugging_face import load_language_model
 from megaft.models.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk
+from megaft.models.pretrained import load_language_model
 from megaft.models.scoring_model import (
     LogitsTrunk,
     ScoringHead,
@@ -22,6 +21,7 @@ from megaft.models.scoring_model import (
     load_scoring_model,
     tokens_per_batch,
 )
+from megaft.samples import IGNORE_INDEX
 
 TIME = 24
 CPU = torch.device("cpu")

@@ -18,10 +18,11 @@ import torch
 from bad_inputs import start
 
 from megaft import checkpoint, trackers
+from megaft import manifest as manifest_module
 from megaft.errors import CheckpointError, DataError
 from megaft.foreign import require_inert
 from megaft.masking import masked, without_secrets
-from megaft.models import hugging_face
+from megaft.models import pretrained
 from megaft.pieces import Pieces
 from megaft.same_settings import _error
 from megaft.tokenizer import load_tokenizer
@@ -118,7 +119,7 @@ def test_a_model_folder_runs_no_code_in_any_command(command, file, planted, tmp_
 def test_a_pickle_among_weights_is_not_run(dump, file, planted, tmp_path):
     model = planted({file: dump(tmp_path / "canary")}, drop="model.safetensors")
     with pytest.raises(DataError, match=re.escape(str(model))) as error:
-        hugging_face.load_language_model(str(model))
+        pretrained.load_language_model(str(model))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "canary").exists()
 
@@ -153,12 +154,12 @@ EVIL = "someone/kernel"
 )
 def test_a_file_that_asks_for_more_than_weights_is_refused_by_name(file, content, says, planted):
     model = planted({file: content})
-    for load in (hugging_face.load_language_model, load_tokenizer):
+    for load in (pretrained.load_language_model, load_tokenizer):
         with pytest.raises(DataError, match=f"is {model}; its {file} .*{says}"):
             load(str(model))
     if file == "config.json":
         with pytest.raises(DataError, match=f"^--model.from-scratch is {model / file}; its {file} .*{says}"):
-            hugging_face.create_language_model(str(model / file), seed=0)
+            pretrained.create_language_model(str(model / file), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_a_model_of_the_hub_is_looked_at_too(tmp_path, monkeypatch):
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for load in (hugging_face.load_language_model, load_tokenizer):
+    for load in (pretrained.load_language_model, load_tokenizer):
         with pytest.raises(DataError, match=r"is someone/model; its config\.json has _attn_implementation_internal"):
             load("someone/model")
 
@@ -225,20 +226,20 @@ def plant_checkpoint(folder, shard):
     name = "rank-00000.safetensors"
     (folder / name).write_bytes(shard)
     manifest = {
-        "format": checkpoint.FORMAT,
+        "format": manifest_module.FORMAT,
         "state": {"step": 1},
         "identity": {"global_batch_size": 4},
         "shapes": {},
         "files": {name: {"bytes": len(shard), "sha256": sha256(shard).hexdigest()}},
     }
-    (folder / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(manifest))
+    (folder / manifest_module.MANIFEST).write_text(manifest_module.manifest_text(manifest))
     return manifest
 
 
 def test_a_pickle_that_a_manifest_vouches_for_is_not_run(tmp_path):
-    folder = checkpoint.folder_of(tmp_path, 1)
+    folder = manifest_module.folder_of(tmp_path, 1)
     manifest = plant_checkpoint(folder, as_torch_saves(tmp_path / "canary"))
-    checkpoint.verify(folder)
+    manifest_module.verify(folder)
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is not a safetensors file"):
         Pieces(folder, manifest)
     assert not (tmp_path / "canary").exists()
@@ -248,7 +249,7 @@ def test_a_pickle_that_a_manifest_vouches_for_is_not_run(tmp_path):
 def test_training_runs_nothing_that_lies_among_its_checkpoints(toy_model, tmp_path, toy_texts):
     """As DeepSpeed and a Trainer lay them out, which megaft does not read, and one in megaft's own form."""
     canary, checkpoints = tmp_path / "canary", tmp_path / "run" / "checkpoints"
-    plant_checkpoint(checkpoint.folder_of(tmp_path / "run", 1), b"not the pickle")
+    plant_checkpoint(manifest_module.folder_of(tmp_path / "run", 1), b"not the pickle")
     for name in ("global_step1/mp_rank_00_model_states.pt", "checkpoint-1/optimizer.pt", "step-00000001/x.pkl"):
         (checkpoints / name).parent.mkdir(exist_ok=True)
         (checkpoints / name).write_bytes(as_torch_saves(canary))
@@ -263,7 +264,7 @@ def test_training_runs_nothing_that_lies_among_its_checkpoints(toy_model, tmp_pa
 @pytest.mark.parametrize("pointer", ["../../elsewhere/step-00000001", "/elsewhere", "step-00000001/../../x", "\0"])
 def test_latest_leads_nowhere_else(pointer, tmp_path, capsys):
     plant_checkpoint(tmp_path / "elsewhere" / "step-00000001", b"x")
-    folder = checkpoint.folder_of(tmp_path / "run", 1)
+    folder = manifest_module.folder_of(tmp_path / "run", 1)
     plant_checkpoint(folder, b"x")
     (folder.parent / "latest").write_text(pointer.replace("/elsewhere", str(tmp_path / "elsewhere")))
     assert checkpoint.find(tmp_path / "run").folder == folder
@@ -283,7 +284,7 @@ def test_a_link_out_of_the_checkpoints_is_refused(linked, tmp_path):
     checkpoints.mkdir(parents=True, exist_ok=True)
     (checkpoints / linked).symlink_to(real.parent / linked)
     with pytest.raises(CheckpointError):
-        checkpoint.verify(checkpoints / "step-00000001")
+        manifest_module.verify(checkpoints / "step-00000001")
 
 
 def test_secrets_are_masked(monkeypatch):

@@ -11,9 +11,9 @@ from tiny_models import edit_json, make_model
 from megaft.errors import DataError
 from megaft.foreign import MOST_LAYERS, require_inert
 from megaft.models import host_room, size_limit
-from megaft.models.hugging_face import create_from, create_language_model, load_language_model, read_new_config
+from megaft.models.pretrained import create_from, create_language_model, load_language_model, read_new_config
+from megaft.models.reading import open_weights
 from megaft.models.size_limit import Room, Size, no_larger_than
-from megaft.models.weights import open_weights
 from megaft.presets import configuration
 
 LLAMA_PARAMETERS = 2 * (61 * 32) + 32 + 2 * (2 * 32 + 32 * 32 * 2 + 2 * 16 * 32 + 3 * 48 * 32)

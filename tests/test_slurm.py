@@ -5,7 +5,7 @@ import json
 import pytest
 from slurm_jobs import CANARY, STEPS, Jobs
 
-from megaft import checkpoint
+from megaft import manifest
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ["slurm_cluster"]
@@ -69,7 +69,7 @@ def test_an_array_trains_each_line_in_its_own_folder_until_it_is_cancelled(jobs,
     assert list(losses) == list(range(1, last + 1))
     assert losses[1] != undisturbed[1]
     assert ended == {"exit_code": 75, "reason": f"SIGTERM after step {last}; saved"}
-    checkpoint.verify(checkpoint.folder_of(run_dir, last))
+    manifest.verify(manifest.folder_of(run_dir, last))
 
 
 def test_no_secret_is_kept_with_a_job(jobs, undisturbed):

@@ -7,12 +7,15 @@ import pytest
 import torch
 import toy
 
-from megaft import checkpoint
+from megaft import canonical
+from megaft import manifest as manifest_module
 from megaft.assemble import assemble
 from megaft.config import parse_train
 from megaft.errors import ConfigError
-from megaft.models.hugging_face import NatsModel, load_language_model
-from megaft.models.weights import MANIFEST, load_config, shapes_of
+from megaft.models.hugging_face import NatsModel
+from megaft.models.megatron_folder import MANIFEST
+from megaft.models.pretrained import load_language_model
+from megaft.models.weights import load_config, shapes_of
 from megaft.topology import discover
 
 pytestmark = pytest.mark.slow
@@ -88,7 +91,7 @@ def test_weights_and_moments_are_those_of_one_rank(folder, toy_model, name, kind
     config = load_config(str(toy_model))
 
     expected, found = (
-        checkpoint.canonical(checkpoint.folder_of(folder / run, STEPS), config) for run in ("alone", name)
+        canonical.canonical(manifest_module.folder_of(folder / run, STEPS), config) for run in ("alone", name)
     )
     for parameter in shapes_of(config):
         difference = (found.read(parameter, kind) - expected.read(parameter, kind)).abs().max()
@@ -114,7 +117,7 @@ def test_an_export_has_the_files_of_one_of_transformers(folder, name):
 
 
 def test_a_checkpoint_says_how_it_is_cut(folder):
-    manifest = checkpoint.read_manifest(checkpoint.folder_of(folder / "cut-2", STEPS))
+    manifest = manifest_module.read_manifest(manifest_module.folder_of(folder / "cut-2", STEPS))
     assert (manifest["backend"], manifest["tensor_parallel_size"], manifest["world_size"]) == ("megatron", 2, 2)
 
 

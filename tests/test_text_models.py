@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM
 
 from megaft.errors import DataError
 from megaft.models import trials
-from megaft.models.hugging_face import load_language_model
+from megaft.models.pretrained import load_language_model
+from megaft.models.reading import open_weights
 from megaft.models.stand_in import stand_in
 from megaft.models.text_model import keep_composite_config
-from megaft.models.weights import open_weights
 
 
 @pytest.fixture

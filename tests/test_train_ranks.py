@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import toy
 
-from megaft import checkpoint
+from megaft import manifest as manifest_module
 from megaft.pieces import Pieces
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def prepared(folder, common, case):
 
 def copy_checkpoint(source, target):
     """Begin a run with the checkpoint of step CUT_AT of another, and nothing else of it."""
-    shutil.copytree(checkpoint.folder_of(source, CUT_AT), checkpoint.folder_of(target, CUT_AT))
+    shutil.copytree(manifest_module.folder_of(source, CUT_AT), manifest_module.folder_of(target, CUT_AT))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def validations(run_dir):
 
 
 def shard_hashes(run_dir, step=STEPS):
-    manifest = checkpoint.verify(checkpoint.folder_of(run_dir, step))
+    manifest = manifest_module.verify(manifest_module.folder_of(run_dir, step))
     return {name: file["sha256"] for name, file in manifest["files"].items()}
 
 
@@ -218,10 +218,10 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(resumed, run_ranks, common, 
     for step, loss in continued.items():
         assert float.fromhex(loss) == pytest.approx(float.fromhex(whole[step]), abs=1e-5)
     weights = [
-        Pieces(path, checkpoint.verify(path))
+        Pieces(path, manifest_module.verify(path))
         for path in (
-            checkpoint.folder_of(folder / "elastic", STEPS),
-            checkpoint.folder_of(resumed / "fp32-2-whole", STEPS),
+            manifest_module.folder_of(folder / "elastic", STEPS),
+            manifest_module.folder_of(resumed / "fp32-2-whole", STEPS),
         )
     ]
     for name in weights[0].shapes:

@@ -9,12 +9,11 @@ from test_dataset import write_dataset
 
 from megaft import training_data
 from megaft.config import DataConfig
-from megaft.dataset import Documents, Stream
 from megaft.errors import ConfigError, DataError, LostPeerError
 from megaft.indexed import TokenFile
-from megaft.loss import IGNORE_INDEX
 from megaft.parallel import Topology
 from megaft.receipt import load_receipt
+from megaft.samples import IGNORE_INDEX, Documents, Stream
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import (
     Source,

@@ -13,7 +13,7 @@ from megaft.assemble import nats_model
 from megaft.config import parse_train
 from megaft.errors import ConfigError, DataError
 from megaft.generate import load_cached_model
-from megaft.models import hugging_face, trials
+from megaft.models import pretrained, trials
 from megaft.models.scoring_model import load_scoring_model
 from megaft.models.stand_in import stand_in
 
@@ -306,5 +306,5 @@ def test_values_that_make_no_model_are_refused(change, tmp_path):
     config = make_config("llama", LLAMA).to_dict() | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError) as error:
-        trials.require_language_model(hugging_face.create_language_model(str(tmp_path / "config.json"), 0))
+        trials.require_language_model(pretrained.create_language_model(str(tmp_path / "config.json"), 0))
     assert "\n" not in str(error.value)

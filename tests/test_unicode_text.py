@@ -11,7 +11,7 @@ from example_results import result, write_results
 
 from evaluate_zero_shot import report
 from megaft.config import RunConfig
-from megaft.convert import ConvertConfig
+from megaft.convert_config import ConvertConfig
 from megaft.errors import ConfigError, DataError
 from megaft.exit_code import exit_code_of
 from megaft.files import replacing

@@ -10,9 +10,9 @@ import pytest
 import torch.distributed as dist
 import tyro
 
-from megaft.config import OptimConfig
+from megaft.config import OptimConfig, bytes_per_parameter
 from megaft.errors import CheckpointError, ConfigError, DataError
-from megaft.validate import ValidateConfig, bytes_per_parameter, require_room, show, validate
+from megaft.validate import ValidateConfig, require_room, show, validate
 
 GLOBAL_BATCH_SIZE = 16
 PARAMETERS = 45_952  # 512 x 32 + 128 x 32 embeddings, 2 layers of 12,704, 64 of the last norm

@@ -11,10 +11,10 @@ from megaft.indexed import TokenFile
 from megaft.prepare import prepare
 from megaft.prepare_config import PrepareConfig
 from megaft.recovery import validated
-from megaft.scoring import windows
 from megaft.tokenizer import load_tokenizer
 from megaft.training_data import Source
 from megaft.validation import Validation, scored_from
+from megaft.windows import windows
 
 RECORDS = [{"q": "one two three", "a": " four five"}, {"q": "six", "a": " seven"}]
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from megaft.errors import DataError
 from megaft.models.convert import copy_companions
 from megaft.models.layout import layout_of
-from megaft.models.weights import open_weights, shapes_of
+from megaft.models.reading import open_weights
+from megaft.models.weights import shapes_of
 
 CASES = {
     "gpt2": ("gpt2", {}),

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megaft import checkpoint
-from megaft.config import require
-from megaft.engine_state import WEIGHT
+from megaft import canonical
 from megaft.errors import DataError
 from megaft.files import parse_json
 from megaft.foreign import require_inert
 from megaft.models.weights import Weights, load_config, require_fitting, shapes_of
+from megaft.pieces import WEIGHT
+from megaft.ranges import require
 
 
 def model_of_run(folder: Path) -> str:
@@ -46,7 +46,7 @@ def open_checkpoint(folder: Path, model_config: str) -> Weights:
     """
     require_inert("model-config", model_config)
     config = load_config(model_config)
-    saved, shapes = checkpoint.canonical(folder, config), shapes_of(config)
+    saved, shapes = canonical.canonical(folder, config), shapes_of(config)
 
     def fetch(name: str) -> Tensor:
         tensor = saved.read(name, WEIGHT)

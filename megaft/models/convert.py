@@ -18,9 +18,11 @@ from megaft.errors import DataError
 from megaft.files import write_json_atomic
 from megaft.models.finite_weights import is_finite, require_finite
 from megaft.models.layout import layout_of, require_cuttable
+from megaft.models.megatron_folder import FORMAT, MANIFEST, local_shapes
+from megaft.models.reading import file_of
 from megaft.models.tensor_file import TensorWriter
 from megaft.models.weight_files import INDEX
-from megaft.models.weights import FORMAT, MANIFEST, Weights, file_of, local_shapes
+from megaft.models.weights import Weights
 from megaft.tokenizer import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000

@@ -26,7 +26,7 @@ def generation_ids(folder: str | Path) -> dict[str, set[int]]:
     """Return the tokens of each kind by which transformers begins and ends texts with a model's folder or hub name."""
     from transformers import AutoConfig, GenerationConfig
 
-    from megaft.models.weights import file_of
+    from megaft.models.reading import file_of
 
     if file_of(str(folder), GENERATION):
         return ids_of(GenerationConfig.from_pretrained(folder))

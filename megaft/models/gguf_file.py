@@ -1,4 +1,4 @@
-"""Read and check a GGUF file's header, and compare its tensors with the model that transformers made.
+"""Read and check the header of a GGUF file.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -16,7 +16,6 @@ from typing import Any
 
 from megaft.errors import DataError
 from megaft.foreign import MOST_LAYERS
-from megaft.models.size_limit import Size
 
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -36,9 +35,9 @@ class GgufHeader:
     """Number of elements of each tensor."""
 
     @property
-    def size(self) -> Size:
-        """The size of all tensors together."""
-        return Size(len(self.tensors), sum(self.tensors.values()))
+    def num_elements(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(self.tensors.values())
 
     def setting(self, name: str) -> Any:
         """Return a setting of the architecture; None where the file has none."""
@@ -154,30 +153,4 @@ def _require_layers(path: Path, header: GgufHeader) -> None:
     if stored != set(range(layers)):
         raise DataError(
             f"{path} has {header.architecture}.block_count {layers}, but tensors of {len(stored)} layers; copy it anew."
-        )
-
-
-def require_all_taken(path: Path, header: GgufHeader, model: Any) -> None:
-    """Refuse a model that lacks something of its GGUF file: transformers leaves out what it does not know.
-
-    Llama 3's rope_freqs and biases of attention are such.
-
-    Args:
-        path: Of the file, for the message.
-        header: Its header.
-        model: What transformers made of it.
-
-    Raises:
-        DataError: The file has other weights than the model.
-    """
-    taken = sum(parameter.numel() for parameter in model.parameters())
-    stored = header.size.numbers
-    if model.config.get_text_config().tie_word_embeddings:
-        stored -= header.tensors.get("output.weight", 0)  # the embedding once more
-    if stored != taken:
-        scales = [name for name in header.tensors if name.startswith("rope_")]
-        extra = f" and leaves out {scales[0]}, which scales positions" if scales else ""
-        raise DataError(
-            f"{path} has {stored:,} weights, but transformers' {type(model).__name__} takes {taken:,} of "
-            f"them{extra}; give the model's safetensors folder instead."
         )

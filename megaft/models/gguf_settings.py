@@ -252,3 +252,29 @@ def _require_query_scale(path: Path, header: GgufHeader, model: Any) -> None:
             f"{type(model).__name__} takes query_pre_attn_scalar {scalar} for it; give the model's safetensors folder "
             "instead."
         )
+
+
+def require_all_taken(path: Path, header: GgufHeader, model: Any) -> None:
+    """Refuse a model that lacks something of its GGUF file: transformers leaves out what it does not know.
+
+    Llama 3's rope_freqs and biases of attention are such.
+
+    Args:
+        path: Of the file, for the message.
+        header: Its header.
+        model: What transformers made of it.
+
+    Raises:
+        DataError: The file has other weights than the model.
+    """
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    stored = header.num_elements
+    if model.config.get_text_config().tie_word_embeddings:
+        stored -= header.tensors.get("output.weight", 0)  # the embedding once more
+    if stored != taken:
+        scales = [name for name in header.tensors if name.startswith("rope_")]
+        extra = f" and leaves out {scales[0]}, which scales positions" if scales else ""
+        raise DataError(
+            f"{path} has {stored:,} weights, but transformers' {type(model).__name__} takes {taken:,} of "
+            f"them{extra}; give the model's safetensors folder instead."
+        )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaft import shape
-from megaft.config import require
+from megaft.ranges import require
 from megaft.shape import MAX_RANKS as MAX_RANKS  # of this arithmetic too
 
 FAMILIES = ("gpt2", *shape.LLAMAS)

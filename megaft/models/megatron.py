@@ -24,14 +24,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaft import parallel
-from megaft.config import ModelConfig, require
+from megaft.config import ModelConfig
 from megaft.foreign import require_inert
 from megaft.loss import Head, Vocabulary
 from megaft.models.finite_weights import require_finite
-from megaft.models.hugging_face import architecture_of, positions_within, set_dropout
+from megaft.models.hugging_face import architecture_of, positions_within
 from megaft.models.layout import MAX_RANKS, biases_of, layout_of, require_cuttable
 from megaft.models.new_weights import new_weights
-from megaft.models.weights import Weights, load_config, open_weights, shapes_of
+from megaft.models.pretrained import set_dropout
+from megaft.models.reading import open_weights
+from megaft.models.weights import Weights, load_config, shapes_of
+from megaft.ranges import require
 
 
 class Attention(nn.Module):

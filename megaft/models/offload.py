@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaft.models import hugging_face
+from megaft.models import pretrained
 
 FILE_SIZE = "2GB"
 """Largest file that an offloaded model is written to."""
@@ -46,7 +46,7 @@ def offloaded_model(config: Any, fetch: Fetch, dtype: torch.dtype = torch.float3
     from accelerate import cpu_offload, init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model = hugging_face.new_model(config)
+        model = pretrained.new_model(config)
     model.tie_weights()
     weights: Any = _Fetched(fetch, _first_names(model))
     blocks: list[str] = [*(model._no_split_modules or ())]

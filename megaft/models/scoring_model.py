@@ -15,13 +15,15 @@ from transformers.activations import NewGELUActivation
 from megaft import parallel
 from megaft.backend import Backend
 from megaft.config import ModelConfig
-from megaft.engine_state import count
-from megaft.loss import IGNORE_INDEX, Vocabulary, chunks, token_nats
+from megaft.loss import Vocabulary, chunks, token_nats
 from megaft.models import trials
 from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
-from megaft.models.hugging_face import NatsModel, in_parts, load_language_model
+from megaft.models.hugging_face import NatsModel, in_parts
 from megaft.models.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
 from megaft.models.packed import PackedLinear, can_pack, pack_linears
+from megaft.models.parameters import count
+from megaft.models.pretrained import load_language_model
+from megaft.samples import IGNORE_INDEX
 
 
 class ScoringModel(nn.Module):

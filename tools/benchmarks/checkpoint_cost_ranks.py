@@ -19,7 +19,8 @@ import torch
 from megaft import parallel
 from megaft.config import CheckpointConfig, OptimConfig
 from megaft.files import fsync, sha256_of
-from megaft.optim import build_optimizer, parameter_groups
+from megaft.models.parameters import parameter_groups
+from megaft.optim import build_optimizer
 from megaft.run_state import Identity, RunState
 from megaft.saver import Saver
 

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 from megaft import loss, parallel
 from megaft.engine_state import inner_optimizer
 from megaft.models.hugging_face import NatsModel
-from megaft.optim import build_optimizer, parameter_groups
+from megaft.models.parameters import parameter_groups
+from megaft.optim import build_optimizer
 from megaft.recipe import Recipe
 
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from megaft import loss, parallel
-from megaft.models import hugging_face, trials
+from megaft.models import hugging_face, pretrained, trials
 from megaft.presets import PRESETS
 
 
@@ -57,7 +57,7 @@ def _model(case: Passing) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config: Any = AutoConfig.for_model(**PRESETS[case.model])
-    hugging_face.set_dropout(config, case.dropout)
+    pretrained.set_dropout(config, case.dropout)
     if case.tensor_parallel_size:
         from megaft.models import megatron
 

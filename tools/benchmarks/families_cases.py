@@ -10,11 +10,13 @@ from families_ranks import nats_on_ranks
 from torch import Tensor
 
 from megaft.config import LoraConfig, ModelConfig
-from megaft.generate import SamplingConfig, load_cached_model
-from megaft.loss import IGNORE_INDEX, token_nats
+from megaft.generate import load_cached_model
+from megaft.generate_config import SamplingConfig
+from megaft.loss import token_nats
 from megaft.models import hugging_face, trials
 from megaft.models.hugging_face import NatsModel
 from megaft.models.scoring_model import load_scoring_model
+from megaft.samples import IGNORE_INDEX
 from megaft.sampling import continue_tokens
 
 TOLERANCE = 2e-5

@@ -135,7 +135,8 @@ def _load_model(source: Path) -> None:
     """Load a model as training and evaluation do, and score three tokens."""
     import torch
 
-    from megaft.models.hugging_face import NatsModel, load_language_model
+    from megaft.models.hugging_face import NatsModel
+    from megaft.models.pretrained import load_language_model
     from megaft.models.trials import require_language_model
 
     model = load_language_model(str(source))
@@ -145,7 +146,8 @@ def _load_model(source: Path) -> None:
 
 
 def _estimate(folder: Path) -> None:
-    from megaft.estimate import EstimateConfig, estimate
+    from megaft.estimate import estimate
+    from megaft.estimate_config import EstimateConfig
 
     path = folder / "deepspeed.json"
     path.write_text('{"train_batch_size": 2, "train_micro_batch_size_per_gpu": 2}')
@@ -176,7 +178,7 @@ def _end_ids(folder: Path) -> Any:
 
 
 def _read_weights(source: Path) -> None:
-    from megaft.models.weights import open_weights
+    from megaft.models.reading import open_weights
 
     weights = open_weights(str(source))
     for name in weights.names:
@@ -203,9 +205,9 @@ def _make_prepared(folder: Path) -> None:
 
 def _read_prepared(folder: Path) -> None:
     from megaft.config import DataConfig
-    from megaft.dataset import Documents
     from megaft.indexed import TokenFile
     from megaft.receipt import load_receipt
+    from megaft.samples import Documents
 
     load_receipt(folder / "out")
     tokens = TokenFile(folder / "out", 512)
@@ -222,37 +224,43 @@ def _make_checkpoints(folder: Path) -> None:
     import torch
     from safetensors.torch import save
 
-    from megaft import checkpoint
+    from megaft import manifest as manifest_module
 
     for step in (1, 2):
-        inside = checkpoint.folder_of(folder, step)
+        inside = manifest_module.folder_of(folder, step)
         inside.mkdir(parents=True)
         data = {"rank-0.safetensors": save({"w": torch.zeros(4)}), "state.json": b'{"step": 1, "left_out": []}'}
         for name, content in data.items():
             (inside / name).write_bytes(content)
         files = {name: {"bytes": len(content), "sha256": sha256(content).hexdigest()} for name, content in data.items()}
-        manifest = {"format": checkpoint.FORMAT, "files": files, "identity": {"global_batch_size": 4}, "step": step}
-        (inside / checkpoint.MANIFEST).write_text(checkpoint.manifest_text(manifest))
+        manifest = {
+            "format": manifest_module.FORMAT,
+            "files": files,
+            "identity": {"global_batch_size": 4},
+            "step": step,
+        }
+        (inside / manifest_module.MANIFEST).write_text(manifest_module.manifest_text(manifest))
     (folder / "checkpoints" / "latest").write_text("step-00000002")
 
 
 def _sign_manifests(folder: Path) -> None:
-    from megaft import checkpoint
+    from megaft import manifest as manifest_module
 
-    for path in folder.glob(f"checkpoints/*/{checkpoint.MANIFEST}"):
+    for path in folder.glob(f"checkpoints/*/{manifest_module.MANIFEST}"):
         try:
             manifest = json.loads(path.read_text())
             manifest.pop("sha256", None)
-            path.write_text(checkpoint.manifest_text(manifest))
+            path.write_text(manifest_module.manifest_text(manifest))
         except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             continue
 
 
 def _find_checkpoint(folder: Path) -> None:
     from megaft import checkpoint
+    from megaft import manifest as manifest_module
 
-    checkpoint.peek(folder)
-    checkpoint.saved_steps(folder)
+    manifest_module.peek(folder)
+    manifest_module.saved_steps(folder)
     checkpoint.find(folder)
 
 

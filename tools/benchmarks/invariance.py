@@ -201,12 +201,12 @@ def rows_of(run_dir: Path, quantity: str) -> list[float]:
 
 def weights_of(folder: Path, name: str, step: int) -> dict:
     """Return every fp32 weight of a run's checkpoint by transformers' name."""
-    from megaft import checkpoint
-    from megaft.engine_state import WEIGHT
+    from megaft import canonical, manifest
     from megaft.models.weights import load_config, shapes_of
+    from megaft.pieces import WEIGHT
 
     config = load_config(str(folder / "model"))
-    saved = checkpoint.canonical(checkpoint.folder_of(folder / name, step), config)
+    saved = canonical.canonical(manifest.folder_of(folder / name, step), config)
     return {name: saved.read(name, WEIGHT) for name in shapes_of(config)}
 
 

@@ -19,8 +19,9 @@ from megaft import engine_state, parallel
 from megaft.config import LoraConfig, ModelConfig, OptimConfig
 from megaft.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
 from megaft.models import hugging_face
+from megaft.models.parameters import parameter_groups
 from megaft.models.scoring_model import load_scoring_model
-from megaft.optim import build_optimizer, parameter_groups
+from megaft.optim import build_optimizer
 
 ROWS, LENGTH = 2, 128
 WORLD_SIZE = 64

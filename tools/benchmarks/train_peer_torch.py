@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from train_case import BETAS, EPSILON, GRADIENT_CLIPPING, LEARNING_RATE, SEED, WEIGHT_DECAY, Case
 from train_peers import Recorder, Windows, arguments, new_model
 
-from megaft.optim import parameter_groups
+from megaft.models.parameters import parameter_groups
 from megaft.parallel import Topology, discover
 
 

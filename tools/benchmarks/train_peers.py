@@ -13,7 +13,7 @@ from train_case import SEED, Case
 from megaft import parallel
 from megaft.indexed import TokenFile
 from megaft.metrics import MetricsFile, Pending
-from megaft.models.hugging_face import create_language_model
+from megaft.models.pretrained import create_language_model
 from megaft.throughput import peak_memory_bytes
 
 
