@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 from evaluate_zero_shot.config import EvaluateConfig, parse
 from evaluate_zero_shot.protocols import PROTOCOLS, describe
 from evaluate_zero_shot.tasks import TASKS
-from megaft.errors import ConfigError
-from megaft.exit_code import exit_code_of
+from megaft.base.errors import ConfigError
+from megaft.base.exit_code import exit_code_of
 
 if TYPE_CHECKING:
-    from megaft.backend import Backend
-    from megaft.parallel import Topology
+    from megaft.base.parallel import Topology
+    from megaft.models.backend import Backend
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, of megaft.errors."""
+    """Run the command; return its exit code, of megaft.base.errors."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--describe"]:
         return exit_code_of(explain, arguments[1:])
     if {"-h", "--help"} & {*arguments}:
         parse(arguments)  # before the heavy imports, so that it is instant
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
-    from megaft import parallel
+    from megaft.base import parallel
 
     return parallel.exit_code_on_ranks(lambda topology: run(parse(arguments, topology.is_main), topology))
 
@@ -45,17 +45,18 @@ def explain(names: list[str]) -> int:
 
 def run(config: EvaluateConfig, topology: Topology) -> int:
     """Evaluate every model on every task by every protocol and stride; results.json grows with each."""
-    from evaluate_zero_shot import report, results
-    from evaluate_zero_shot.evaluate import evaluate
-    from evaluate_zero_shot.geometry import geometry
-    from evaluate_zero_shot.plan import find_all_data, trial_of
-    from evaluate_zero_shot.subject import load
-    from megaft import parallel
-    from megaft.backend import backend_of, require_whole_groups
-    from megaft.device import device_of
-    from megaft.lock import locked
-    from megaft.models.reading import model_source
-    from megaft.tokenizer import load_tokenizer
+    from evaluate_zero_shot.report import write
+    from evaluate_zero_shot.trial import results
+    from evaluate_zero_shot.trial.evaluate import evaluate
+    from evaluate_zero_shot.trial.geometry import geometry
+    from evaluate_zero_shot.trial.plan import find_all_data, trial_of
+    from evaluate_zero_shot.trial.subject import load
+    from megaft.base import parallel
+    from megaft.base.device import device_of
+    from megaft.base.lock import locked
+    from megaft.data.tokenizer import load_tokenizer
+    from megaft.models.backend import backend_of, require_whole_groups
+    from megaft.weights.reading import model_source
 
     size = config.tensor_parallel_size
     require_whole_groups(topology.world_size, size)
@@ -87,7 +88,7 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
                         print(note, file=sys.stderr)
             del subject  # before the next model takes its place in memory
         if parallel.is_main():
-            report.write(config.output)
+            write.write(config.output)
             print(f"report: {config.output / 'report.html'}")
     parallel.barrier()
     return 0

@@ -11,9 +11,9 @@ import tyro
 
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS
-from megaft.backend import Backend
-from megaft.ranges import at_least, require, require_ranges
-from megaft.topology import own_flags
+from megaft.base.checks import at_least, require, require_ranges
+from megaft.base.topology import own_flags
+from megaft.models.backend import Backend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,8 +2,8 @@
 
 import sys
 
+from megaft.base.topology import own_flags
 from megaft.cli import main
-from megaft.topology import own_flags
 
 if __name__ == "__main__":
     sys.exit(main(own_flags()))

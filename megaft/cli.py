@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import megaft
-from megaft.errors import ConfigError
-from megaft.exit_code import exit_code_of
+from megaft.base.errors import ConfigError
+from megaft.base.exit_code import exit_code_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,22 +18,26 @@ class Command:
 
     summary: str
     module: str
-    """Module whose `main` runs the command."""
+    """Module of megaft whose `main` runs the command."""
     config: str | None
-    """module:class of the dataclass that `main` takes, its fields the flags; None if `main` parses a list itself."""
+    """module:Class of the dataclass that `main` takes, its fields the flags; None if `main` parses a list itself."""
 
 
 COMMANDS = {
-    "prepare": Command("tokenize text files to disk, once", "megaft.prepare", "megaft.prepare_config:PrepareConfig"),
-    "train": Command("finetune a model with DeepSpeed", "megaft.train", None),
-    "generate": Command("continue a text with a model", "megaft.generate", "megaft.generate_config:GenerateConfig"),
-    "convert": Command("change a model's format", "megaft.convert", "megaft.convert_config:ConvertConfig"),
-    "validate": Command("check a run before it takes a GPU", "megaft.validate", "megaft.validate:ValidateConfig"),
-    "estimate": Command(
-        "tell a run's memory, speed and days", "megaft.estimate", "megaft.estimate_config:EstimateConfig"
+    "prepare": Command("tokenize text files to disk, once", "commands.prepare", "config.prepare:PrepareConfig"),
+    "train": Command("finetune a model with DeepSpeed", "train", None),
+    "generate": Command(
+        "continue a text with a model", "commands.generate.command", "commands.generate.config:GenerateConfig"
     ),
-    "doctor": Command("look at this machine, or prove its ranks", "megaft.doctor", None),
-    "submit": Command("fill in a batch script and hand it to SLURM", "megaft.submit", None),
+    "convert": Command("change a model's format", "commands.convert.command", "commands.convert.config:ConvertConfig"),
+    "validate": Command("check a run before it takes a GPU", "commands.validate", "commands.validate:ValidateConfig"),
+    "estimate": Command(
+        "estimate a run's memory, speed and duration",
+        "commands.estimate.command",
+        "commands.estimate.config:EstimateConfig",
+    ),
+    "doctor": Command("check this machine, or test its ranks", "commands.doctor.command", None),
+    "submit": Command("fill in a batch script and hand it to SLURM", "commands.submit.command", None),
 }
 
 EVALUATION = "`python -m evaluate_zero_shot` scores models"
@@ -41,7 +45,7 @@ EVALUATION = "`python -m evaluate_zero_shot` scores models"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run `megaft COMMAND ...` and return its exit code: 0 done, 2 usage or config, and those of megaft.errors.
+    """Run `megaft COMMAND ...` and return its exit code: 0 done, 2 usage or config, and those of megaft.base.errors.
 
     Raises:
         SystemExit: From the parser of the command's flags: 0 after its help, 2 after a bad flag.
@@ -67,12 +71,12 @@ def run(name: str, arguments: list[str]) -> int:
     """Parse a command's flags, then import its module, perhaps a heavy one, and run it."""
     command = COMMANDS[name]
     if command.config is None:
-        return import_module(command.module).main(arguments)
+        return import_module(f"megaft.{command.module}").main(arguments)
     import tyro
 
     module, _, config_class = command.config.partition(":")
-    config = tyro.cli(getattr(import_module(module), config_class), prog=f"megaft {name}", args=arguments)
-    return import_module(command.module).main(config)
+    config = tyro.cli(getattr(import_module(f"megaft.{module}"), config_class), prog=f"megaft {name}", args=arguments)
+    return import_module(f"megaft.{command.module}").main(config)
 
 
 def usage() -> str:

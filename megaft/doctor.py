@@ -1,47 +1,8 @@
-"""`megaft doctor`: check this machine's installation, or with --distributed the results of its ranks.
-
-megaft doctor
-deepspeed --module megaft.doctor --distributed
-srun python -m megaft.doctor --distributed
-"""
-
-from __future__ import annotations
+"""`python -m megaft.doctor`, the former name of `python -m megaft doctor`. It goes in the next release."""
 
 import sys
-from typing import TYPE_CHECKING
 
-import tyro
-
-from megaft.doctor_config import DoctorConfig
-from megaft.topology import own_flags
-
-if TYPE_CHECKING:
-    from megaft.parallel import Topology
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Look, print, and return the exit code."""
-    flags = own_flags(arguments)
-    if "--distributed" in flags and not {"-h", "--help"} & {*flags}:
-        from megaft import parallel
-
-        return parallel.exit_code_on_ranks(lambda topology: _run(parse(flags, topology.is_main), topology))
-    config = parse(flags)
-    from megaft import doctor_machine
-
-    return doctor_machine.run(config.json)
-
-
-def parse(flags: list[str], is_main: bool = True) -> DoctorConfig:
-    """Read the flags; exit with 2 on a bad one, whose rule the main rank says."""
-    return tyro.cli(DoctorConfig, args=flags, prog="megaft doctor", console_outputs=is_main)
-
-
-def _run(config: DoctorConfig, topology: Topology) -> int:
-    from megaft import doctor_ranks
-
-    return doctor_ranks.run(config.folder, config.json, topology)
-
+from megaft.commands.doctor.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

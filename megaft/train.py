@@ -16,12 +16,12 @@ if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
 
 from dataclasses import replace
 
-from megaft import stop
-from megaft.config import TrainConfig, parse_train
+from megaft.config.train import TrainConfig, parse_train
+from megaft.run import stop
 
 if TYPE_CHECKING:
-    from megaft.parallel import Topology
-    from megaft.run_state import RunState
+    from megaft.base.parallel import Topology
+    from megaft.checkpoint.run_state import RunState
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,16 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
         parse_train(arguments)  # before the heavy imports, so that it is instant
     stop.listen()  # and signals are not lost while they last
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
-    from megaft import parallel
+    from megaft.base import parallel
 
     return parallel.exit_code_on_ranks(lambda topology: run(parse_train(arguments, topology.is_main), topology))
 
 
 def run(config: TrainConfig, topology: Topology) -> int:
     """Lock the run's folder while training, so that a second job is refused, and record the reason for the end."""
-    from megaft.events import recording_errors
-    from megaft.lock import locked
-    from megaft.parallel import naming_lost_peers
+    from megaft.base.lock import locked
+    from megaft.base.parallel import naming_lost_peers
+    from megaft.run.events import recording_errors
 
     is_main = topology.is_main
     with locked(config.run.dir, is_main), recording_errors(config.run.dir, is_main), naming_lost_peers(topology.rank):
@@ -51,16 +51,17 @@ def train(config: TrainConfig, topology: Topology) -> int:
     """Run from the newest checkpoint to the end, then export."""
     import torch
 
-    from megaft import engine_state, parallel, torch_flags
+    from megaft.base import parallel, torch_flags
+    from megaft.checkpoint import engine_state
 
     torch_flags.set_before_cuda(config.run.deterministic, config.parallel.tensor_parallel_size)  # DeepSpeed starts it
-    from megaft.assemble import assemble
-    from megaft.dataset import micro_batches
-    from megaft.export import export
-    from megaft.metrics import Metrics
-    from megaft.optim import learning_rate, set_learning_rate
-    from megaft.recovery import recovered, validated
-    from megaft.validation import held_out_rows
+    from megaft.checkpoint.export import export
+    from megaft.data.batches import micro_batches
+    from megaft.run.assemble import assemble
+    from megaft.run.metrics import Metrics
+    from megaft.run.optim import learning_rate, set_learning_rate
+    from megaft.run.recovery import recovered, validated
+    from megaft.run.validation import held_out_rows
 
     run = assemble(config, topology)
     engine, device, state, validation = run.engine, run.device, run.state, run.validation

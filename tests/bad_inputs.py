@@ -70,7 +70,7 @@ def _run(command, folder, out, err, environment, before):
 
 
 def _hold(folder, file, held, stop):
-    from megaft.lock import locked
+    from megaft.base.lock import locked
 
     with locked(folder, file=file):
         held.set()
@@ -227,7 +227,7 @@ class Workshop:
 
     def rank(self, rank, world_size, **environment):
         """Be one rank of several; return the port where they would meet."""
-        from megaft.parallel import free_port
+        from megaft.base.parallel import free_port
 
         port = free_port()
         self.environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}

@@ -14,10 +14,17 @@ from fork_server import CONTEXT
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+ROOT = Path(__file__).parents[1]
+
 # Calls in the tests' own process are checked against the shapes and dtypes that annotations give; ranks run as ever.
-TENSORS = ("dataset", "indexed", "loss", "models", "sampling", "scoring")
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "megaft").rglob("*.py"))
+    if "from jaxtyping import" in path.read_text(encoding="utf-8")
+]
+assert MODULES, "no module of megaft has annotations of shapes"
 if parent_process() is None:
-    install_import_hook([f"megaft.{name}" for name in TENSORS], "type_checker.checked")
+    install_import_hook(MODULES, "type_checker.checked")
 
 # No example is late on a busy machine.
 settings.register_profile("megaft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -104,7 +111,7 @@ def run_ranks():
 
     The ranks are processes with the environment of a launcher; libraries are imported once, in the fork server.
     """
-    from megaft.parallel import free_port
+    from megaft.base.parallel import free_port
 
     def run(world_size, function, *args):
         port = free_port()

@@ -7,17 +7,17 @@ import pytest
 import torch
 from tiny_tokenizers import make_sentencepiece
 
-from megaft import canonical, manifest
-from megaft.config import parse_train
-from megaft.export import export
-from megaft.export_check import load_weights
-from megaft.manifest import folder_of
+from megaft.base.parallel import Topology
+from megaft.checkpoint.export import export
+from megaft.checkpoint.export_check import load_weights
+from megaft.checkpoint.run_state import RunState
+from megaft.config.train import parse_train
+from megaft.data.tokenizer import load_tokenizer
 from megaft.models import hugging_face
-from megaft.parallel import Topology
-from megaft.run_state import RunState
-from megaft.tokenizer import load_tokenizer
-from megaft.training_data import prepare_sources
-from megaft.validation import Validation, held_out_rows
+from megaft.run.sources import prepare_sources
+from megaft.run.validation import Validation, held_out_rows
+from megaft.weights import canonical, manifest
+from megaft.weights.manifest import folder_of
 
 STEPS, CLIP, WEIGHT_DECAY, EPSILON = 3, 0.5, 0.1, 1e-5
 RATES = [0.5e-3, 1e-3, 1e-3]  # two steps of warm-up to 1e-3, then the cosine's first step
@@ -49,7 +49,7 @@ def deepspeed_json(**settings):
 
 
 def train_all(argument_lists):
-    from megaft import parallel
+    from megaft.base import parallel
     from megaft.train import train
 
     topology = parallel.discover(os.environ)

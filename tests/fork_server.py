@@ -8,8 +8,15 @@ CONTEXT.set_forkserver_preload(
         *("deepspeed", "torch._inductor.compile_fx", "transformers", "transformers.models.gpt2.modeling_gpt2"),
         *("deepspeed.runtime.zero.muon.muon_optimizer", "megaft.models.megatron"),
         *("sentencepiece", "tyro"),
-        *("megaft.cli", "megaft.train", "megaft.prepare", "megaft.assemble", "megaft.export", "megaft.metrics"),
-        *("evaluate_zero_shot.__main__", "evaluate_zero_shot.evaluate", "evaluate_zero_shot.report"),
+        *(
+            "megaft.cli",
+            "megaft.train",
+            "megaft.data.prepare",
+            "megaft.run.assemble",
+            "megaft.checkpoint.export",
+            "megaft.run.metrics",
+        ),
+        *("evaluate_zero_shot.__main__", "evaluate_zero_shot.trial.evaluate", "evaluate_zero_shot.report.write"),
         "tools.benchmarks.preload",  # found from the folder of the repository, where tests start
     ]
 )

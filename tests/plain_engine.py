@@ -8,10 +8,10 @@ from itertools import count
 
 import torch
 
-from megaft.config import CheckpointConfig
+from megaft.checkpoint.run_state import Identity, RunState
+from megaft.checkpoint.saver import Saver
+from megaft.config.train import CheckpointConfig
 from megaft.models.parameters import parameter_groups
-from megaft.run_state import Identity, RunState
-from megaft.saver import Saver
 
 WEIGHT_DECAY = 0.1
 IDENTITY = Identity(

@@ -5,8 +5,8 @@ from functools import cache
 
 def tokenizers(patch):
     """Let `load_tokenizer` of evaluation and generation read a folder once; `patch` is a MonkeyPatch."""
-    from evaluate_zero_shot import subject
-    from megaft import tokenizer
+    from evaluate_zero_shot.trial import subject
+    from megaft.data import tokenizer
 
     once = cache(tokenizer.load_tokenizer)
     patch.setattr(tokenizer, "load_tokenizer", once)
@@ -15,7 +15,7 @@ def tokenizers(patch):
 
 def models(patch):
     """Let evaluations of one model, all with the same dtype and backend, load it once."""
-    from evaluate_zero_shot import subject
+    from evaluate_zero_shot.trial import subject
 
     tokenizers(patch)
     load, kept = subject.load, {}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megaft.parallel import free_port
+from megaft.base.parallel import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("n1", "n2", "n3")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megaft.parallel import free_port
+from megaft.base.parallel import free_port
 
 CANARY = "canary-3f9a1c"
 """The secrets of whoever submits."""

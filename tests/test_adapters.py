@@ -6,11 +6,11 @@ import torch
 from tiny_models import VOCAB, logits_of
 from torch import nn
 
-from megaft.config import LoraConfig
-from megaft.errors import ConfigError
-from megaft.loss import token_nats
+from megaft.base.errors import ConfigError
+from megaft.config.train import LoraConfig
 from megaft.models import adapters
 from megaft.models.hugging_face import NatsModel
+from megaft.models.loss import token_nats
 
 
 @pytest.fixture

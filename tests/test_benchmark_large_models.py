@@ -5,7 +5,7 @@ import pytest
 import torch
 from large_models import configuration, markdown, write_model
 
-from megaft.models.pretrained import load_language_model
+from megaft.weights.loading.pretrained import load_language_model
 
 TINY = configuration(3, 64, 4)
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate_zero_shot.cbt import Question, first_questions, options, questions
-from megaft.errors import DataError
+from evaluate_zero_shot.texts.cbt import Question, first_questions, options, questions
+from megaft.base.errors import DataError
 
 CONTEXT = [f"Sentence {number} , he said ." for number in range(1, 21)]
 QUERY = "`` The XXXXX is here , '' said she .\tcat\t\tdog|cat|-LCB-"

@@ -6,11 +6,11 @@ import pytest
 from tiny_tokenizers import CHATML, LLAMA_2, ZEPHYR, make_byte_level, make_llama_chat, make_metaspace
 from transformers import AutoTokenizer
 
-from megaft.errors import DataError
-from megaft.indexed import TokenFile
-from megaft.prepare import PrepareConfig, prepare
-from megaft.prompts import chat_prompt, parse_messages, text_prompt
-from megaft.tokenizer import load_tokenizer
+from megaft.base.errors import DataError
+from megaft.commands.generate.prompts import chat_prompt, parse_messages, text_prompt
+from megaft.data.indexed import TokenFile
+from megaft.data.prepare import PrepareConfig, prepare
+from megaft.data.tokenizer import load_tokenizer
 
 TEMPLATES = {"zephyr": ZEPHYR, "chatml": CHATML, "llama 2": LLAMA_2}
 DROPS_OTHERS = (

@@ -6,11 +6,11 @@ import shutil
 import pytest
 from tiny_tokenizers import CHATML, GEMMA, GEMMA_4, make_byte_level
 
-from megaft.errors import DataError
-from megaft.indexed import TokenFile
-from megaft.prepare import PrepareConfig, prepare
-from megaft.prompts import chat_prompt, parse_messages
-from megaft.tokenizer import load_tokenizer
+from megaft.base.errors import DataError
+from megaft.commands.generate.prompts import chat_prompt, parse_messages
+from megaft.data.indexed import TokenFile
+from megaft.data.prepare import PrepareConfig, prepare
+from megaft.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save as safetensors
 from safetensors.torch import save_file
 
-from megaft import checkpoint
-from megaft import manifest as manifest_module
-from megaft.checkpoint import Found, find
-from megaft.errors import CheckpointError
-from megaft.manifest import folder_of, peek, saved_steps, verify
-from megaft.pieces import Pieces
-from megaft.run_state import RunState
+from megaft.base.errors import CheckpointError
+from megaft.checkpoint import resume
+from megaft.checkpoint.resume import Found, find
+from megaft.checkpoint.run_state import RunState
+from megaft.weights import manifest as manifest_module
+from megaft.weights.manifest import folder_of, peek, saved_steps, verify
+from megaft.weights.pieces import Pieces
 
 SHAPES = {"a.weight": [3, 4], "b": [5]}
 
@@ -177,7 +177,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path, name):
     with pytest.raises(CheckpointError, match=r"outside the checkpoint"):
         verify(folder)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* holds; .*outside the checkpoint"):
-        checkpoint.find(tmp_path)
+        resume.find(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -322,9 +322,9 @@ def test_a_glance_at_the_newest_reads_no_more_than_a_manifest(tmp_path):
 
 
 def test_starting_over_forgets_all(tmp_path):
-    checkpoint.remove_all(tmp_path)
+    resume.remove_all(tmp_path)
     write_checkpoint(tmp_path)
     (tmp_path / "checkpoints").rename(tmp_path / "checkpoints.old")  # it was killed here
     write_checkpoint(tmp_path)
-    checkpoint.remove_all(tmp_path)
+    resume.remove_all(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -11,9 +11,9 @@ import torch
 from tiny_models import VOCAB, logits_of, make_model
 from transformers import AutoModelForCausalLM
 
-from megaft import convert, convert_config
-from megaft.errors import ConfigError, DataError
-from megaft.models.reading import open_weights
+from megaft.base.errors import ConfigError, DataError
+from megaft.commands.convert import command, config
+from megaft.weights.reading import open_weights
 
 LAYERS, HEADS, WIDTH, INNER = 2, 4, 8, 128
 PADDED = 128
@@ -98,7 +98,7 @@ def write(folder, states, version, *, directory="iter_0000010", name="mp_rank_{:
 
 
 def converted(source, to, **options):
-    convert.main(convert_config.ConvertConfig(source=str(source), to=to, format="hugging-face", **options))
+    command.main(config.ConvertConfig(source=str(source), to=to, format="hugging-face", **options))
     return AutoModelForCausalLM.from_pretrained(to)
 
 
@@ -141,7 +141,7 @@ def test_to_ranks_and_back(tmp_path):
     model = make_model("gpt2")
     write(tmp_path / "classic", classic_states(model, 1.0, 2), 1.0, name="mp_rank_{:02d}_000", args=settings())
     arguments = {"format": "megatron", "tensor_parallel_size": 4}
-    convert.main(convert_config.ConvertConfig(source=str(tmp_path / "classic"), to=tmp_path / "four", **arguments))
+    command.main(config.ConvertConfig(source=str(tmp_path / "classic"), to=tmp_path / "four", **arguments))
     require_same_logits(converted(tmp_path / "four", tmp_path / "end"), model)
 
 
@@ -280,7 +280,7 @@ def test_what_libraries_allow_is_not_allowed_here(tmp_path):
 
     from torch.serialization import safe_globals
 
-    from megaft.models.classic_megatron import _load
+    from megaft.weights.classic_megatron import _load
 
     path = tmp_path / "model_optim_rng.pt"
     torch.save({"args": argparse.Namespace(num_layers=2)}, path)

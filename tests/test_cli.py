@@ -7,11 +7,11 @@ import pytest
 
 import megaft
 from evaluate_zero_shot.config import parse
+from megaft.base.environment import git_state
+from megaft.base.errors import CheckpointError, ConfigError, DataError, NumericsError
+from megaft.base.exit_code import exit_code_of
 from megaft.cli import COMMANDS, Command, main
-from megaft.config import OptimConfig
-from megaft.environment import git_state
-from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
-from megaft.exit_code import exit_code_of
+from megaft.config.train import OptimConfig
 
 HEAVY = {"torch", "transformers", "deepspeed", "tokenizers", "megatron", "datasets", "numpy"}
 
@@ -20,9 +20,9 @@ HEAVY = {"torch", "transformers", "deepspeed", "tokenizers", "megatron", "datase
 def fake_command(monkeypatch):
     """`megaft fake`, whose main is set by the test and whose flags are OptimConfig's."""
 
-    def install(function, config="megaft.config:OptimConfig"):
+    def install(function, config="config.train:OptimConfig"):
         module = SimpleNamespace(OptimConfig=OptimConfig, main=function)
-        monkeypatch.setitem(sys.modules, "fake_program", module)
+        monkeypatch.setitem(sys.modules, "megaft.fake_program", module)
         monkeypatch.setitem(COMMANDS, "fake", Command("a stand-in", "fake_program", config))
 
     return install
@@ -162,9 +162,9 @@ def test_interrupt_and_bug(fake_command):
 @pytest.mark.parametrize("arguments", [["--help"], ["fake", "--help"]], ids=["our help", "the parser's help"])
 def test_a_closed_pipe_is_quiet(arguments):
     program = (
-        "import sys, types; from megaft import cli; from megaft.config import OptimConfig\n"
-        "sys.modules['fake'] = types.SimpleNamespace(OptimConfig=OptimConfig, main=print)\n"
-        "cli.COMMANDS['fake'] = cli.Command('', 'fake', 'megaft.config:OptimConfig')\n"
+        "import sys, types; from megaft import cli; from megaft.config.train import OptimConfig\n"
+        "sys.modules['megaft.fake'] = types.SimpleNamespace(OptimConfig=OptimConfig, main=print)\n"
+        "cli.COMMANDS['fake'] = cli.Command('', 'fake', 'config.train:OptimConfig')\n"
         f"sys.exit(cli.main({arguments}))"
     )
     reading, writing = os.pipe()

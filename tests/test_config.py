@@ -1,7 +1,7 @@
 import pytest
 
-from megaft.config import parse_train
-from megaft.errors import ConfigError
+from megaft.base.errors import ConfigError
+from megaft.config.train import parse_train
 
 BASE = {
     "--deepspeed-config": "a.json",

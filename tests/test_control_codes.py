@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 from tiny_tokenizers import make_byte_level, make_metaspace, make_sentencepiece
 
-from megaft.errors import DataError
-from megaft.indexed import TokenFile
-from megaft.prepare import PrepareConfig, prepare
-from megaft.tokenizer import load_tokenizer
+from megaft.base.errors import DataError
+from megaft.data.indexed import TokenFile
+from megaft.data.prepare import PrepareConfig, prepare
+from megaft.data.tokenizer import load_tokenizer
 
 
 def write(path, text):

@@ -10,16 +10,17 @@ from safetensors.torch import load_file
 from tiny_models import edit_json, make_model
 from transformers import AutoModelForCausalLM
 
-from megaft import convert, convert_config
-from megaft import manifest as manifest_module
+from megaft.base.errors import CheckpointError, ConfigError, DataError
 from megaft.cli import main as command
-from megaft.errors import CheckpointError, ConfigError, DataError
-from megaft.models import convert as writing
-from megaft.models.pretrained import load_language_model
-from megaft.models.reading import open_weights
-from megaft.pieces import WEIGHT
-from megaft.shard import write_shard
-from megaft.tokenizer import load_tokenizer
+from megaft.commands.convert import command as convert
+from megaft.commands.convert import config as convert_config
+from megaft.data.tokenizer import load_tokenizer
+from megaft.weights import manifest as manifest_module
+from megaft.weights import writing
+from megaft.weights.loading.pretrained import load_language_model
+from megaft.weights.pieces import WEIGHT
+from megaft.weights.reading import open_weights
+from megaft.weights.shard import write_shard
 
 SMOL = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4, "hidden_size": 36}
 # what it is: model, changes, tensor-parallel sizes on the way
@@ -80,7 +81,7 @@ def test_files_of_at_most_so_many_bytes_in_another_dtype(tmp_path, monkeypatch):
     model = make_model("llama")
     model.save_pretrained(tmp_path / "start")
     (tmp_path / "start/tokenizer.json").write_text("{}")
-    monkeypatch.setattr("megaft.models.convert.SHARD_BYTES", 10_000)
+    monkeypatch.setattr("megaft.weights.writing.SHARD_BYTES", 10_000)
     assert (
         command(f"convert --from {tmp_path}/start --to {tmp_path}/end --format hugging-face --dtype bfloat16".split())
         == 0

@@ -10,13 +10,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaft.chat import Renderer
-from megaft.corpus import Document, Layout, _cut_document, count, cut, documents, pieces
-from megaft.errors import DataError
-from megaft.input_files import expand
-from megaft.records import Segment
-from megaft.source import BLOCK_BYTES, Source
-from megaft.tokenizer import load_tokenizer
+from megaft.base.errors import DataError
+from megaft.data.chat import Renderer
+from megaft.data.corpus import Document, Layout, _cut_document, count, cut, documents, pieces
+from megaft.data.input_files import expand
+from megaft.data.records import Segment
+from megaft.data.text_file import BLOCK_BYTES, Source
+from megaft.data.tokenizer import load_tokenizer
 
 TEXT = " = A = \n one two\n\nthree  é\n \n\nfour"
 
@@ -326,7 +326,7 @@ def test_a_cut_document_keeps_its_segments(lengths, block):
         Segment("", False)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megaft.corpus.BLOCK_BYTES", block)
+        patch.setattr("megaft.data.corpus.BLOCK_BYTES", block)
         found = list(_cut_document(Document(tuple(segments), 1, 2, "a"), may_cut=True))
     assert len(found) > 1
     characters = [(letter, part.is_scored) for part in segments for letter in part.text]

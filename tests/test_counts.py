@@ -5,8 +5,9 @@ import re
 import detokenizers
 import pytest
 
-from evaluate_zero_shot import counts, pages
-from megaft.tokenizer import load_tokenizer
+from evaluate_zero_shot.texts import pages
+from evaluate_zero_shot.trial import counts
+from megaft.data.tokenizer import load_tokenizer
 
 WIKITEXT103 = "wikitext103/wiki.test.tokens"
 WIKITEXT2 = "wikitext2/wiki.test.tokens"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaft.cpu_speed import notes_on_precision, seconds_of_products
-from megaft.doctor_machine import cpu_precision
+from megaft.base.cpu_speed import notes_on_precision, seconds_of_products
+from megaft.commands.doctor.machine import cpu_precision
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

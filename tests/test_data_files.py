@@ -6,11 +6,11 @@ import sys
 import pytest
 import zstandard
 
-from evaluate_zero_shot.data_files import DataFile, find_data, read_text
-from evaluate_zero_shot.known_files import KNOWN
-from evaluate_zero_shot.pages import lines
 from evaluate_zero_shot.tasks import TASKS
-from megaft.errors import DataError
+from evaluate_zero_shot.texts.data_files import DataFile, find_data, read_text
+from evaluate_zero_shot.texts.known_files import KNOWN
+from evaluate_zero_shot.texts.pages import lines
+from megaft.base.errors import DataError
 
 WITH_FILES = [task for task in TASKS.values() if task.files is not None]
 

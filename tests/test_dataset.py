@@ -10,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megaft.dataset import PADDED_TO, Cut, collate, micro_batches
-from megaft.errors import ConfigError
-from megaft.files import write_json_atomic
-from megaft.indexed import TokenWriter
-from megaft.receipt import FORMAT_VERSION
-from megaft.samples import IGNORE_INDEX, Documents, Sample, Stream
-from megaft.sequence import BLOCK, Samples
+from megaft.base.errors import ConfigError
+from megaft.base.files import write_json_atomic
+from megaft.data.batches import PADDED_TO, Cut, collate, micro_batches
+from megaft.data.indexed import TokenWriter
+from megaft.data.receipt import FORMAT_VERSION
+from megaft.data.samples import IGNORE_INDEX, Documents, Sample, Stream
+from megaft.data.sequence import BLOCK, Samples
 
 IGNORED = IGNORE_INDEX
 reusing_folder = settings(

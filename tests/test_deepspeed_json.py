@@ -9,10 +9,10 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
-from megaft.config import OptimConfig
-from megaft.deepspeed_json import largest_micro_batch_size, read_deepspeed_json, resolve
-from megaft.deepspeed_keys import BATCH_KEYS, BLOCK_KEYS, KNOWN_KEYS
-from megaft.errors import ConfigError
+from megaft.base.errors import ConfigError
+from megaft.config.deepspeed_json import largest_micro_batch_size, read_deepspeed_json, resolve
+from megaft.config.deepspeed_keys import BATCH_KEYS, BLOCK_KEYS, KNOWN_KEYS
+from megaft.config.train import OptimConfig
 
 BATCH = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
 BF16 = {"bf16": {"enabled": True}}
@@ -73,7 +73,7 @@ def test_keys_of_a_block_are_the_fields_of_deepspeeds_model(block, model):
 
 
 def test_neither_torch_nor_deepspeed_is_imported():
-    code = "import sys, megaft.deepspeed_json; print(sorted({'torch', 'deepspeed'} & sys.modules.keys()))"
+    code = "import sys, megaft.config.deepspeed_json; print(sorted({'torch', 'deepspeed'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megaft.config import OptimConfig
-from megaft.deepspeed_json import resolve
-from megaft.errors import ConfigError
+from megaft.base.errors import ConfigError
+from megaft.config.deepspeed_json import resolve
+from megaft.config.train import OptimConfig
 
 BATCH = {"train_batch_size": 16}
 

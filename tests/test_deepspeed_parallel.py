@@ -10,7 +10,7 @@ def relative_differences(scheme, stages):
     import torch
     from deepspeed_parallel import LENGTH, ROWS, alone, together
 
-    from megaft import parallel
+    from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
     positions = torch.arange(LENGTH).expand(ROWS, -1)

@@ -9,7 +9,7 @@ from detokenizers._text import decode, encode
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megaft.tokenizer import load_tokenizer
+from megaft.data.tokenizer import load_tokenizer
 
 MARK = "\u2060"
 INVERTIBLE = [name for name in detokenizers.names() if detokenizers.is_invertible(name)]
@@ -190,7 +190,7 @@ def test_a_whole_corpus_comes_back(shared, name, file):
     assert back(name, detokenizers.get(name)(text)) == text
 
 
-# Megatron-LM's rules give the first count (the tests of megaft.prepare pin it), ours came out as the second.
+# Megatron-LM's rules give the first count (the tests of megaft.data.prepare pin it), ours came out as the second.
 COUNTS = [
     pytest.param("wikitext", "wikitext103/wiki.test.tokens", 270_330, 270_242, 14, id="WikiText-103"),
     pytest.param("wikitext", "wikitext2/wiki.test.tokens", 278_365, 278_354, 1, id="WikiText-2"),

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from megaft.device import device_of, require_own_gpu, require_supported
-from megaft.errors import ConfigError
-from megaft.topology import Topology
+from megaft.base.device import device_of, require_own_gpu, require_supported
+from megaft.base.errors import ConfigError
+from megaft.base.topology import Topology
 
 
 @pytest.fixture

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megaft import doctor_machine, doctor_ranks, doctor_toy, parallel
-from megaft.doctor import main
-from megaft.doctor_machine import Kernel, disks, requirements, variables, versions
-from megaft.doctor_table import Check, exit_code, show
-from megaft.exit_code import exit_code_of
-from megaft.floors import FLOORS
+from megaft.base import parallel
+from megaft.base.exit_code import exit_code_of
+from megaft.commands.doctor import machine, toy
+from megaft.commands.doctor import ranks as doctor_ranks
+from megaft.commands.doctor.command import main
+from megaft.commands.doctor.floors import FLOORS
+from megaft.commands.doctor.machine import Kernel, disks, requirements, variables, versions
+from megaft.commands.doctor.table import Check, exit_code, show
 
 BIN = Path(sys.executable).parent
 CANARY = "canary-0123456789"
@@ -43,7 +45,7 @@ def installed(monkeypatch):
                 raise metadata.PackageNotFoundError(name)
             return found
 
-        monkeypatch.setattr("megaft.environment.version", version)
+        monkeypatch.setattr("megaft.base.environment.version", version)
 
     return install
 
@@ -85,7 +87,7 @@ def on_path(tmp_path, monkeypatch):
     return write
 
 
-APEX = doctor_machine.KERNELS[0]
+APEX = machine.KERNELS[0]
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,8 @@ def test_slurm(script, status, said, tmp_path, monkeypatch):
         (tmp_path / "sinfo").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(doctor_machine, "SECONDS", 0.5)
-    check = doctor_machine.slurm()
+    monkeypatch.setattr(machine, "SECONDS", 0.5)
+    check = machine.slurm()
     assert check.status == status
     assert said in check.found
 
@@ -167,8 +169,8 @@ def test_secrets_are_masked_wherever_they_stand(monkeypatch):
 
 
 def test_a_variable_that_lets_checkpoints_run_code_fails(monkeypatch):
-    monkeypatch.setenv(doctor_machine.UNSAFE, "1")
-    assert [check.name for check in variables() if check.status == "fail"] == [doctor_machine.UNSAFE]
+    monkeypatch.setenv(machine.UNSAFE, "1")
+    assert [check.name for check in variables() if check.status == "fail"] == [machine.UNSAFE]
 
 
 def test_little_disk_is_a_warning(monkeypatch):
@@ -213,8 +215,8 @@ TWO_CUTS = ((0, 4), (2, 1))
 def break_data(folder, rank, patch):
     """Rank 1 trains on other samples."""
     if rank == 1:
-        whole = doctor_toy.sample
-        patch.setattr(doctor_toy, "sample", lambda position: whole(position + 1))
+        whole = toy.sample
+        patch.setattr(toy, "sample", lambda position: whole(position + 1))
     return folder
 
 
@@ -299,7 +301,7 @@ def test_a_rank_that_cannot_write_the_folder_ends_all_and_nothing_is_left(proven
 @pytest.mark.slow
 def test_the_deepspeed_launcher_proves_two_ranks(tmp_path):
     port = f"--master_port={parallel.free_port()}"
-    command = [BIN / "deepspeed", "--num_gpus=2", port, "--module", "megaft.doctor", "--distributed"]
+    command = [BIN / "deepspeed", "--num_gpus=2", port, "--module", "megaft.commands.doctor.command", "--distributed"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in ("megaft doctor: 2 ranks, cpu", "│ ZeRO 3, micro-batch 1", "│ resumed at ZeRO 3", "0 warn, 0 fail"):

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from deepspeed.runtime import config as deepspeed_config
 
-from megaft.config import OptimConfig
-from megaft.deepspeed_json import read_deepspeed_json, resolve
+from megaft.config.deepspeed_json import read_deepspeed_json, resolve
+from megaft.config.train import OptimConfig
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
 PATHS = sorted(FOLDER.glob("*.json"))

@@ -8,13 +8,13 @@ import pytest
 import torch
 from plain_engine import IDENTITY, WEIGHT_DECAY
 
-from megaft import checkpoint, engine_state
-from megaft.checkpoint import load
-from megaft.config import CheckpointConfig, OptimConfig
-from megaft.manifest import folder_of, verify
-from megaft.pieces import Pieces
-from megaft.run_state import RunState
-from megaft.saver import Saver
+from megaft.checkpoint import engine_state, resume
+from megaft.checkpoint.resume import load
+from megaft.checkpoint.run_state import RunState
+from megaft.checkpoint.saver import Saver
+from megaft.config.train import CheckpointConfig, OptimConfig
+from megaft.weights.manifest import folder_of, verify
+from megaft.weights.pieces import Pieces
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def make_engine(stage, dtype="fp32", persistence_threshold=0):
     import deepspeed
 
     from megaft.models.parameters import parameter_groups
-    from megaft.optim import build_optimizer
+    from megaft.run.optim import build_optimizer
 
     torch.manual_seed(0)
     layers = [torch.nn.Linear(SIZES[0], SIZES[1]), torch.nn.GELU(), torch.nn.Linear(SIZES[1], SIZES[2])]
@@ -66,7 +66,7 @@ def make_engine(stage, dtype="fp32", persistence_threshold=0):
 
 def train(engine, first, last):
     """Return the losses of steps [first, last): every rank takes its share of each step's samples."""
-    from megaft import parallel
+    from megaft.base import parallel
 
     rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
     share = slice(rank * GLOBAL_BATCH_SIZE // size, (rank + 1) * GLOBAL_BATCH_SIZE // size)
@@ -89,7 +89,7 @@ def save(engine, run_dir, step, **settings):
 
 def joined(function):
     """Run a function as one of the ranks that the environment tells of."""
-    from megaft import parallel
+    from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
     result = function()
@@ -143,9 +143,9 @@ def continued(folder, hop):
             num_read += numel
             return super().read(name, kind, offset, numel)
 
-    checkpoint.Pieces = CountingPieces
+    resume.Pieces = CountingPieces
     load(engine, folder_of(folder / hop.source, CUT_AT), IDENTITY)
-    checkpoint.Pieces = Pieces
+    resume.Pieces = Pieces
     save(engine, folder / hop.target, CUT_AT)
     own = sum(place.numel for place in engine_state.places(engine))
     return {"losses": train(engine, CUT_AT, STEPS), "read": num_read, "own": own}

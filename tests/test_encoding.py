@@ -9,11 +9,11 @@ from tiny_tokenizers import CHATML, LLAMA_2, ZEPHYR, make_byte_level, make_metas
 from tokenizers import normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megaft.chat import Renderer
-from megaft.corpus import Piece
-from megaft.encoding import Encoder
-from megaft.records import Segment
-from megaft.tokenizer import Tokenizer, load_tokenizer
+from megaft.data.chat import Renderer
+from megaft.data.corpus import Piece
+from megaft.data.encoding import Encoder
+from megaft.data.records import Segment
+from megaft.data.tokenizer import Tokenizer, load_tokenizer
 
 # What an assistant's turn is, in each: what generation would have to give after the prompt.
 TEMPLATES = {"zephyr": (ZEPHYR, "{}</s>\n"), "chatml": (CHATML, "{}<|im_end|>\n"), "llama 2": (LLAMA_2, " {} </s>")}

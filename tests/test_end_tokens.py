@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megaft.end_tokens import end_ids
-from megaft.errors import DataError
+from megaft.base.errors import DataError
+from megaft.data.end_tokens import end_ids
 
 TOKENIZER = SimpleNamespace(eos_id=1)
 DERIVED = {"_from_model_config": True}

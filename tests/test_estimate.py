@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from megaft.base.errors import ConfigError, DataError
+from megaft.base.hardware import GPUS, PUBLISHED, data_sheet_flops
 from megaft.cli import main
-from megaft.config import OptimConfig
-from megaft.errors import ConfigError, DataError
-from megaft.estimate import estimate, lines
-from megaft.estimate_config import EstimateConfig
-from megaft.hardware import GPUS, PUBLISHED, data_sheet_flops
-from megaft.memory import Work, activations, cut_through, flat_size
-from megaft.presets import PRESETS, configuration
-from megaft.recipe import Recipe
-from megaft.shape import LLAMAS, Shape, count
+from megaft.commands.estimate.command import estimate, lines
+from megaft.commands.estimate.config import EstimateConfig
+from megaft.commands.estimate.memory import Work, activations, cut_through, flat_size
+from megaft.commands.estimate.presets import PRESETS, configuration
+from megaft.commands.estimate.recipe import Recipe
+from megaft.config.train import OptimConfig
+from megaft.weights.shape import LLAMAS, Shape, count
 
 JSONS = Path(__file__).parents[1] / "ds_configs"
 MIB = 2**20
@@ -320,7 +320,7 @@ def test_sizes_that_make_no_model(config, message, tmp_path, capsys):
 def test_a_cut_is_refused_as_training_refuses_it(changes, size):
     from transformers import GPT2Config
 
-    from megaft.models.layout import require_cuttable
+    from megaft.weights.layout import require_cuttable
 
     def refusal(check):
         try:

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import change_tensors, overflow
 
-from evaluate_zero_shot import evaluate as evaluate_module
 from evaluate_zero_shot.__main__ import main
-from evaluate_zero_shot.kept import KeptBatches
-from evaluate_zero_shot.results import note_on_guessing
-from megaft.lock import locked
-from megaft.parallel import free_port
+from evaluate_zero_shot.trial import evaluate as evaluate_module
+from evaluate_zero_shot.trial.kept import KeptBatches
+from evaluate_zero_shot.trial.results import note_on_guessing
+from megaft.base.lock import locked
+from megaft.base.parallel import free_port
 
 BIN = Path(sys.executable).parent
 CUT = ["--context-length=32", "--stride=16"]
@@ -60,14 +60,14 @@ def test_one_command_leaves_results_and_a_report(trial, alone, tmp_path, capsys)
 def test_validation_in_training_says_the_same_number(trial, toy_model, toy_texts, alone, tmp_path):
     import torch
 
-    from megaft.config import parse_train
+    from megaft.config.prepare import PrepareConfig
+    from megaft.config.train import parse_train
+    from megaft.data.prepare import prepare
+    from megaft.data.tokenizer import load_tokenizer
     from megaft.models.hugging_face import NatsModel
-    from megaft.models.pretrained import load_language_model
-    from megaft.prepare import prepare
-    from megaft.prepare_config import PrepareConfig
-    from megaft.tokenizer import load_tokenizer
-    from megaft.training_data import Source
-    from megaft.validation import Validation
+    from megaft.run.sources import Source
+    from megaft.run.validation import Validation
+    from megaft.weights.loading.pretrained import load_language_model
 
     prefix = tmp_path / "valid"
     prepare(PrepareConfig(inputs=(str(toy_texts[1]),), output=prefix, tokenizer=str(toy_model), append_eod=True))

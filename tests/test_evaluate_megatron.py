@@ -10,14 +10,14 @@ import read_once
 import torch
 from tiny_models import LLAMA, make_config
 
-from megaft.backend import backend_of
-from megaft.convert import main as convert
-from megaft.convert_config import ConvertConfig
-from megaft.errors import ConfigError
-from megaft.generate import main as generate
-from megaft.generate_config import GenerateConfig, SamplingConfig
-from megaft.loss import Vocabulary
-from megaft.parallel import free_port
+from megaft.base.errors import ConfigError
+from megaft.base.parallel import free_port
+from megaft.commands.convert.command import main as convert
+from megaft.commands.convert.config import ConvertConfig
+from megaft.commands.generate.command import main as generate
+from megaft.commands.generate.config import GenerateConfig, SamplingConfig
+from megaft.models.backend import backend_of
+from megaft.models.loss import Vocabulary
 
 DRAWS = {"greedy": SamplingConfig(temperature=0, repetition_penalty=1.3), "drawn": SamplingConfig(top_k=40)}
 CUT = {"one rank": (1, 1), "two parts": (2, 2), "two data ranks": (2, 1)}
@@ -83,7 +83,7 @@ def generated(name, model, ports=None, **settings):
 
 def quantities(models, backend, batch):
     """Return a model's parameters, what every token costs it, and whether it is its choice."""
-    from megaft.models.scoring_model import load_scoring_model
+    from megaft.scoring.model import load_scoring_model
 
     found = {}
     for name, source in models.items():
@@ -94,7 +94,7 @@ def quantities(models, backend, batch):
 
 def of_a_part(models, batch):
     """Return `quantities`, and the choices of logits of which many are equal, by this rank of two."""
-    from megaft import parallel
+    from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
     parallel.cut_matrices(2)

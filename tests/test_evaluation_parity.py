@@ -13,7 +13,7 @@ import smollm2 as smol
 from references import Reference
 
 from evaluate_zero_shot.__main__ import main
-from evaluate_zero_shot.lambada import STOP_WORDS
+from evaluate_zero_shot.texts.lambada import STOP_WORDS
 
 pytestmark = pytest.mark.slow
 

@@ -6,10 +6,10 @@ from threading import Event, Thread
 import pytest
 import torch
 
-from megaft import events
-from megaft.errors import CheckpointError, ConfigError, LostPeerError, NoProgressError
-from megaft.events import Events, record_first, recorded_code, recording_errors
-from megaft.files import json_lines, write_json_atomic
+from megaft.base.errors import CheckpointError, ConfigError, LostPeerError, NoProgressError
+from megaft.base.files import json_lines, write_json_atomic
+from megaft.run import events
+from megaft.run.events import Events, record_first, recorded_code, recording_errors
 
 
 def rows_of(path):

@@ -26,17 +26,17 @@ from export_runs import (
     state_of,
 )
 
-from megaft import manifest
-from megaft.config import parse_train
-from megaft.export import model_card
-from megaft.manifest import folder_of
-from megaft.models import pretrained
-from megaft.pieces import Pieces
-from megaft.plural import counted
-from megaft.samples import IGNORE_INDEX
-from megaft.tokenizer import load_tokenizer
-from megaft.training_data import open_samples, prepare_sources
-from megaft.validation import NUM_TOKENS
+from megaft.base.plural import counted
+from megaft.checkpoint.export import model_card
+from megaft.config.train import parse_train
+from megaft.data.samples import IGNORE_INDEX
+from megaft.data.tokenizer import load_tokenizer
+from megaft.run.sources import open_samples, prepare_sources
+from megaft.run.validation import NUM_TOKENS
+from megaft.weights import manifest
+from megaft.weights.loading import pretrained
+from megaft.weights.manifest import folder_of
+from megaft.weights.pieces import Pieces
 
 
 @pytest.fixture

@@ -12,18 +12,13 @@ import torch
 from tiny_models import VOCAB, edit_json
 from transformers import AutoModelForCausalLM
 
-from megaft.config import LoraConfig
-from megaft.errors import DataError, NumericsError
-from megaft.export_check import check_nats, require_same_nats
+from megaft.base.errors import DataError, NumericsError
+from megaft.checkpoint.export_check import check_nats, require_same_nats
+from megaft.config.train import LoraConfig
 from megaft.models import adapters
-from megaft.models.generation_ids import (
-    follow_tokenizer,
-    generation_ids,
-    ids_of,
-    require_same_generation_ids,
-)
 from megaft.models.hugging_face import NatsModel
-from megaft.validation import NUM_TOKENS, held_out_rows
+from megaft.run.validation import NUM_TOKENS, held_out_rows
+from megaft.weights.generation_ids import follow_tokenizer, generation_ids, ids_of, require_same_generation_ids
 
 ROWS = torch.randint(0, VOCAB, (8, 41), generator=torch.Generator().manual_seed(1)).tolist()
 

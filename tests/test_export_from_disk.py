@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import MODELS, VOCAB, make_model
 
-from megaft import export_check
-from megaft.errors import NumericsError
-from megaft.export_check import ROWS_FROM_DISK, check_nats, check_nats_from_disk
+from megaft.base.errors import NumericsError
+from megaft.checkpoint import export_check
+from megaft.checkpoint.export_check import ROWS_FROM_DISK, check_nats, check_nats_from_disk
 from megaft.models.hugging_face import NatsModel
 
 ROWS = torch.randint(0, VOCAB, (ROWS_FROM_DISK + 1, 41), generator=torch.Generator().manual_seed(1)).tolist()

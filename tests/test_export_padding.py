@@ -8,9 +8,9 @@ import torch
 from families_models import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from megaft import export_formats
-from megaft.config import LoraConfig, ModelConfig
-from megaft.export_formats import HuggingFaceExport
+from megaft.checkpoint import export_formats
+from megaft.checkpoint.export_formats import HuggingFaceExport
+from megaft.config.train import LoraConfig, ModelConfig
 
 PADDING = 2
 FAMILIES = {

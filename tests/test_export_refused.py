@@ -11,15 +11,15 @@ from safetensors import SafetensorError
 from tiny_models import change_tensors
 from transformers import PreTrainedModel
 
-from megaft import export_formats
-from megaft.config import parse_train
-from megaft.errors import CheckpointError, ConfigError, DataError, NumericsError
-from megaft.export_check import ROWS_FROM_DISK
-from megaft.export_formats import HuggingFaceExport, MegatronExport
-from megaft.manifest import folder_of
-from megaft.models.pretrained import load_language_model
-from megaft.tokenizer import Tokenizer
-from megaft.validation import NUM_TOKENS
+from megaft.base.errors import CheckpointError, ConfigError, DataError, NumericsError
+from megaft.checkpoint import export_formats
+from megaft.checkpoint.export_check import ROWS_FROM_DISK
+from megaft.checkpoint.export_formats import HuggingFaceExport, MegatronExport
+from megaft.config.train import parse_train
+from megaft.data.tokenizer import Tokenizer
+from megaft.run.validation import NUM_TOKENS
+from megaft.weights.loading.pretrained import load_language_model
+from megaft.weights.manifest import folder_of
 
 
 @pytest.fixture

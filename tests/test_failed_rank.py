@@ -9,7 +9,7 @@ import sys
 import pytest
 from fork_server import CONTEXT
 
-from megaft.errors import DataError
+from megaft.base.errors import DataError
 
 pytestmark = pytest.mark.slow
 ENOUGH = 300
@@ -37,7 +37,7 @@ def fail_at(number, error):
 
 BROKEN_DISK = OSError(errno.EIO, "Input/output error")
 FILL = "megaft.models.partitioned._load_state_dict_into_zero3_model"
-BATCHES = "megaft.dataset.micro_batches"
+BATCHES = "megaft.data.batches.micro_batches"
 # ZeRO stage; the rank that fails, where and at which call of it, with what; the code and reason of the others
 CASES = {
     "data cannot be read in the second step": (1, 1, BATCHES, 2, BROKEN_DISK, 75, "(rank 1: OSError: [Errno 5] "),
@@ -49,8 +49,8 @@ CASES = {
 
 
 def train(rank, port, case, flags):
-    from megaft import exit_code, heartbeat, parallel
-    from megaft.config import parse_train
+    from megaft.base import exit_code, heartbeat, parallel
+    from megaft.config.train import parse_train
     from megaft.train import run
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
@@ -67,7 +67,7 @@ def train(rank, port, case, flags):
 
 @pytest.mark.parametrize("name", CASES)
 def test_all_ranks_end_as_the_one_that_failed(name, tmp_path, toy_model, toy_texts):
-    from megaft.parallel import free_port
+    from megaft.base.parallel import free_port
 
     stage, culprit, *_, error, code, reason = CASES[name]
     settings = tmp_path / "deepspeed.json"

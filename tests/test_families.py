@@ -11,7 +11,7 @@ ON_ONE_RANK = PARTS[:-1]
 def try_families():
     from families import try_family
 
-    from megaft import parallel
+    from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
     parallel.cut_matrices(1)

@@ -68,7 +68,7 @@ def waits_of_groups():
     import torch
     import torch.distributed as dist
 
-    from megaft import parallel
+    from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ), timedelta(seconds=7))
     groups = (dist.group.WORLD, deepspeed.comm.new_group([0, 1]))

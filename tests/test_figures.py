@@ -3,13 +3,13 @@ import math
 import numpy as np
 import pytest
 
-from evaluate_zero_shot import counts, figures
-from evaluate_zero_shot.interval import ratio_interval, share_interval
-from evaluate_zero_shot.limits import is_capped
-from evaluate_zero_shot.prepared import Prepared, TokenText
 from evaluate_zero_shot.protocols import PROTOCOLS
-from megaft.scoring import Score, rows_of
-from megaft.windows import windows
+from evaluate_zero_shot.trial import counts, figures
+from evaluate_zero_shot.trial.interval import ratio_interval, share_interval
+from evaluate_zero_shot.trial.limits import is_capped
+from evaluate_zero_shot.trial.prepared import Prepared, TokenText
+from megaft.scoring.score import Score, rows_of
+from megaft.scoring.windows import windows
 
 
 def prepared(documents, context_length=8, stride=8, prefix_id=0, **fields):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from megaft.corpus import Layout, documents, pieces
-from megaft.errors import DataError
-from megaft.source import BLOCK_BYTES, Source
+from megaft.base.errors import DataError
+from megaft.data.corpus import Layout, documents, pieces
+from megaft.data.text_file import BLOCK_BYTES, Source
 
 LINES = '{"text": "To be"}\n{"text": "or not"}\n'
 TEXTS = ["To be", "or not"]

@@ -9,17 +9,17 @@ import torch
 from families_models import tiny_config, tiny_model
 from tiny_models import change_tensors, make_model
 
-from megaft import parallel
-from megaft.config import ModelConfig
-from megaft.errors import DataError, NumericsError
-from megaft.generate import load_cached_model
-from megaft.models.finite_weights import is_finite, require_finite, require_finite_weights
+from megaft.base import parallel
+from megaft.base.errors import DataError, NumericsError
+from megaft.commands.generate.command import load_cached_model
+from megaft.commands.validate import validate
+from megaft.config.train import ModelConfig
 from megaft.models.generation import exact_cache
-from megaft.models.pretrained import load_language_model
-from megaft.models.reading import open_weights
-from megaft.models.scoring_model import load_scoring_model
 from megaft.models.trials import require_language_model
-from megaft.validate import validate
+from megaft.scoring.model import load_scoring_model
+from megaft.weights.loading.finite_weights import is_finite, require_finite, require_finite_weights
+from megaft.weights.loading.pretrained import load_language_model
+from megaft.weights.reading import open_weights
 
 PICKLE = "pytorch_model.bin"
 ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"

@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny_tokenizers import make_byte_level
 
-from megaft.errors import DataError
-from megaft.tokenizer import LARGEST_ID, load_tokenizer
+from megaft.base.errors import DataError
+from megaft.data.tokenizer import LARGEST_ID, load_tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}]
 

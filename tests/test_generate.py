@@ -14,10 +14,10 @@ import tyro
 from tiny_models import make_model
 from tiny_tokenizers import CHATML, make_byte_level, make_metaspace, make_sentencepiece
 
-from megaft.errors import ConfigError, DataError
-from megaft.generate import main, print_text
-from megaft.generate_config import GenerateConfig, SamplingConfig
-from megaft.models.reading import model_source
+from megaft.base.errors import ConfigError, DataError
+from megaft.commands.generate.command import main, print_text
+from megaft.commands.generate.config import GenerateConfig, SamplingConfig
+from megaft.weights.reading import model_source
 
 MODEL = "models/tiny-gpt2-wikitext2"
 GREEDY = SamplingConfig(temperature=0)
@@ -26,7 +26,7 @@ PROMPTS = ("The city of", "In 1998 , the")
 
 def test_nothing_heavy_is_imported_for_the_flags():
     heavy = "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
-    code = f"import sys, megaft.generate; {heavy}"
+    code = f"import sys, megaft.commands.generate.command; {heavy}"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

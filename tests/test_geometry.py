@@ -1,8 +1,8 @@
 import pytest
 
-from evaluate_zero_shot.geometry import geometry
 from evaluate_zero_shot.protocols import PROTOCOLS, describe, differences
-from megaft.errors import ConfigError
+from evaluate_zero_shot.trial.geometry import geometry
+from megaft.base.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import pytest
 import torch
 import toy_gguf
 
-from megaft.errors import DataError
-from megaft.foreign import MOST_LAYERS
-from megaft.models.gguf_file import read_header
-from megaft.models.pretrained import load_language_model
-from megaft.models.reading import open_weights
-from megaft.tokenizer import load_tokenizer
+from megaft.base.errors import DataError
+from megaft.base.foreign import MOST_LAYERS
+from megaft.base.gguf import read_header
+from megaft.data.tokenizer import load_tokenizer
+from megaft.weights.loading.pretrained import load_language_model
+from megaft.weights.reading import open_weights
 
 TOKENS = torch.arange(20)[None]
 

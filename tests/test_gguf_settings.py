@@ -7,9 +7,9 @@ import torch
 from tiny_models import GPT2, LLAMA, make_config
 from transformers import AutoModelForCausalLM
 
-from megaft.errors import DataError
-from megaft.models.gguf_file import GgufHeader
-from megaft.models.gguf_settings import require_same_settings
+from megaft.base.errors import DataError
+from megaft.base.gguf import GgufHeader
+from megaft.weights.loading.gguf_settings import require_same_settings
 
 PATH = Path("model.gguf")
 ROTARY = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}

@@ -30,7 +30,7 @@ def errors(cases):
     """
     from deepspeed.accelerator import get_accelerator
 
-    from megaft import parallel
+    from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
     accelerator = get_accelerator()
@@ -47,9 +47,9 @@ def _error(raw, changes):
     import torch
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from megaft import parallel
-    from megaft.config import OptimConfig
-    from megaft.deepspeed_json import resolve
+    from megaft.base import parallel
+    from megaft.config.deepspeed_json import resolve
+    from megaft.config.train import OptimConfig
 
     optim = OptimConfig(name="sgd", learning_rate=1.0, schedule="constant")
     setup = resolve(raw, world_size=parallel.world_size(), optim=optim, has_cuda=False)
@@ -73,7 +73,7 @@ def _error(raw, changes):
 def _expected(model, num_batches, dtype):
     import torch
 
-    from megaft import parallel
+    from megaft.base import parallel
 
     sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in model.parameters()]
     for rank in range(parallel.world_size()):

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from megaft.config import GuardConfig
-from megaft.errors import ConfigError
-from megaft.guard import Guard, robust_deviation
+from megaft.base.errors import ConfigError
+from megaft.config.train import GuardConfig
+from megaft.run.guard import Guard, robust_deviation
 
 
 def guard(state=None, smallest_loss_scale=None, **settings):

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 from fork_server import CONTEXT
 
-from megaft import exit_code, heartbeat, parallel
-from megaft.ending import Ending
-from megaft.errors import ConfigError, DataError
-from megaft.events import recording_errors
-from megaft.line_socket import LONGEST_LINE, probe
+from megaft.base import exit_code, heartbeat, parallel
+from megaft.base.ending import Ending
+from megaft.base.errors import ConfigError, DataError
+from megaft.base.line_socket import LONGEST_LINE, probe
+from megaft.run.events import recording_errors
 
 GRACE_SECONDS = 0.5
 ENOUGH = 300

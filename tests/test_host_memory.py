@@ -1,6 +1,6 @@
 import pytest
 
-from megaft.host_memory import available_memory
+from megaft.base.host_memory import available_memory
 
 GIB = 2**30
 LIMITS = {

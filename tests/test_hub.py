@@ -8,12 +8,12 @@ from threading import Thread
 
 import pytest
 
-from megaft import hub
-from megaft.errors import DataError
-from megaft.foreign import require_inert
-from megaft.hub import failure_of, find_file, find_file_if_any
-from megaft.models.pretrained import load_language_model
-from megaft.tokenizer import load_tokenizer
+from megaft.base import hub
+from megaft.base.errors import DataError
+from megaft.base.foreign import require_inert
+from megaft.base.hub import failure_of, find_file, find_file_if_any
+from megaft.data.tokenizer import load_tokenizer
+from megaft.weights.loading.pretrained import load_language_model
 
 SECONDS = 10  # a single file's retries of huggingface_hub take 23
 COMMIT = "0" * 40

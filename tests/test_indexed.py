@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from megaft.errors import DataError
-from megaft.indexed import TokenFile, TokenWriter, idx_bytes
+from megaft.base.errors import DataError
+from megaft.data.indexed import TokenFile, TokenWriter, idx_bytes
 
 DOCUMENTS = [[[1, 2], [3]], [[]], [[4]], [[5, 6, 7]]]  # in pieces
 

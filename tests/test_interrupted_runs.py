@@ -25,8 +25,10 @@ def runs(folder, common, cases):
     """Run cases of (name, flags, what happens on this rank, DeepSpeed settings) in turn; return each exit code."""
     from deepspeed.accelerator import get_accelerator
 
-    from megaft import parallel, stop, train
-    from megaft.exit_code import exit_code_of
+    from megaft import train
+    from megaft.base import parallel
+    from megaft.base.exit_code import exit_code_of
+    from megaft.run import stop
 
     topology = parallel.discover(os.environ)
     codes = []
@@ -52,8 +54,8 @@ def runs(folder, common, cases):
 
 def signalled(number, step, rank, patch, run_dir):
     """Rank 1 gets a signal during a step, and another during the save."""
-    from megaft.metrics import Metrics
-    from megaft.saver import Saver
+    from megaft.checkpoint.saver import Saver
+    from megaft.run.metrics import Metrics
 
     if rank != 1:
         return
@@ -74,7 +76,7 @@ def signalled(number, step, rank, patch, run_dir):
 
 def file_put(name, step, rank, patch, run_dir):
     """Somebody puts a file into the run's folder during a step."""
-    from megaft.metrics import Metrics
+    from megaft.run.metrics import Metrics
 
     report = Metrics.step
 
@@ -88,8 +90,9 @@ def file_put(name, step, rank, patch, run_dir):
 
 def poisoned(positions, spoil, rank, patch, run_dir):
     """The loss of some samples, by their place in the whole sequence, is spoiled."""
-    from megaft import guard, train
+    from megaft import train
     from megaft.models.hugging_face import NatsModel
+    from megaft.run import guard
 
     patch.setattr(guard, "fewest_values", lambda window: 2)  # these runs are short
     forward, seed = NatsModel.forward, train.dropout_seed
@@ -266,7 +269,7 @@ def test_a_run_goes_back_to_before_a_change_that_was_allowed(interrupted):
     ],
 )
 def test_what_is_asked_for_is_done_and_only_that_is_taken_away(tmp_path, seen, arriving, exit_code, left):
-    from megaft.stop import Stops
+    from megaft.run.stop import Stops
 
     stops = Stops(tmp_path, None, is_main=True)
     for name in arriving:

@@ -3,7 +3,7 @@
 import pytest
 from invariance import LEARNING_RATE, REFERENCES, TOLERANCE, WAYS, Way, make_inputs, outcomes, run_ways, weights_of
 
-from megaft.models.pretrained import load_language_model
+from megaft.weights.loading.pretrained import load_language_model
 
 pytestmark = pytest.mark.slow
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megaft.errors import ConfigError, DataError
-from megaft.job_check import ARRAY, check_program, tasks_of
+from megaft.base.errors import ConfigError, DataError
+from megaft.commands.submit.job_check import ARRAY, check_program, tasks_of
 
 JOB = {"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4"}
 

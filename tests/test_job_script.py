@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megaft.files import write_json_atomic
+from megaft.base.files import write_json_atomic
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "job.sh"
 SRUN = """cat "$TURN/events" >> "$RUN/events.jsonl"

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from evaluate_zero_shot.kept import KeptBatches
-from megaft.errors import ConfigError
+from evaluate_zero_shot.trial.kept import KeptBatches
+from megaft.base.errors import ConfigError
 
 
 def values(number, num_quantities=1):

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate_zero_shot.lambada import STOP_WORDS, Item, items, rows, stop_tokens
-from evaluate_zero_shot.prepared import parted
-from megaft.errors import DataError
-from megaft.tokenizer import load_tokenizer
+from evaluate_zero_shot.texts.lambada import STOP_WORDS, Item, items, rows, stop_tokens
+from evaluate_zero_shot.trial.prepared import parted
+from megaft.base.errors import DataError
+from megaft.data.tokenizer import load_tokenizer
 
 VARIANTS = ["strict", "last-token", "lm-eval", "stop-word"]
 PASSAGES = st.text(" \n\tab.é'", min_size=1).filter(lambda text: len(text.split()) > 1)

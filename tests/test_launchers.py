@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megaft.parallel import free_port
+from megaft.base.parallel import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import GPT2, LLAMA, make_config
 
-from megaft.errors import ConfigError
-from megaft.models.layout import Rule, layout_of, local, whole
+from megaft.base.errors import ConfigError
+from megaft.weights.layout import Rule, layout_of, local, whole
 
 numbers = st.integers(1, 4)
 
@@ -64,7 +64,7 @@ def test_queries_of_a_group_stand_before_its_key_and_value():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "mistral"])
 def test_every_parameter_of_transformers_has_one_place(name):
-    from megaft.models.weights import shapes_of
+    from megaft.weights.parameters import shapes_of
 
     config = make_config(name, GPT2 if name == "gpt2" else LLAMA)
     sources = [source for rule in layout_of(config).rules.values() for source in rule.sources]

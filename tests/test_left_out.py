@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaft.left_out import leave_out, whole_position, whole_ranges
+from megaft.data.left_out import leave_out, whole_position, whole_ranges
 
 RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), max_size=5).map(
     lambda spans: leave_out((), tuple((begin, begin + length) for begin, length in spans))

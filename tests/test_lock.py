@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from megaft.errors import ConfigError
-from megaft.lock import locked
+from megaft.base.errors import ConfigError
+from megaft.base.lock import locked
 
 HOLD = """
 import sys

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from megaft import loss
-from megaft.loss import Head, LinearNats, chunks, token_nats
-from megaft.samples import IGNORE_INDEX
+from megaft.data.samples import IGNORE_INDEX
+from megaft.models import loss
+from megaft.models.loss import Head, LinearNats, chunks, token_nats
 
 VOCAB, WIDTH, TOKENS = 101, 16, 37
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import LLAMA, VOCAB, make_model
 
-from megaft.errors import ConfigError
+from megaft.base.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 9 + [2] * 6, [0] * 20])
 
 
 def join(size=None):
-    from megaft import parallel
+    from megaft.base import parallel
 
     topology = parallel.discover(os.environ)
     parallel.join(topology)
@@ -48,7 +48,7 @@ def join(size=None):
 def megatron_of(source, **options):
     """Return the model of a folder, or of a transformers model in memory, on this rank."""
     from megaft.models.megatron import MegatronModel, fill
-    from megaft.models.reading import open_weights
+    from megaft.weights.reading import open_weights
 
     is_path = isinstance(source, str | Path)
     config, read = (
@@ -63,7 +63,7 @@ def megatron_of(source, **options):
 
 def logits_of(model, input_ids):
     """Return the logits of all words, from the parts of the vocabulary that the ranks have."""
-    from megaft import parallel
+    from megaft.base import parallel
 
     parts = parallel.gather_over_tensor_ranks(model(input_ids) @ model.output_layer().weight.T)
     return torch.cat(list(parts), -1)[..., : model.config.vocab_size]
@@ -71,7 +71,7 @@ def logits_of(model, input_ids):
 
 def compared(reference, megatron, vocab_size, documents=None):
     """Return how far logits, mean nats and nats of tokens are from transformers', and gradients relatively."""
-    from megaft import parallel
+    from megaft.base import parallel
     from megaft.models.hugging_face import NatsModel
     from megaft.models.megatron import MegatronNats
 
@@ -131,7 +131,7 @@ def test_logits_nats_and_gradients_are_those_of_transformers(families, name):
 
 
 def trained_model_on_this_rank(source):
-    from megaft.models.pretrained import load_language_model
+    from megaft.weights.loading.pretrained import load_language_model
 
     join()
     reference = load_language_model(str(source))
@@ -154,7 +154,7 @@ def test_smollm2(run_ranks, smollm2_cut, size):
 
 
 def dropout_on_this_rank():
-    from megaft import parallel
+    from megaft.base import parallel
     from megaft.models.megatron import Attention, MegatronNats
 
     join()
@@ -197,8 +197,9 @@ def test_dropout_and_recomputation_on_two_ranks(run_ranks):
 
 
 def loss_in_chunks_on_this_rank(num_words):
-    from megaft import loss, parallel
-    from megaft.models.layout import Rule, local
+    from megaft.base import parallel
+    from megaft.models import loss
+    from megaft.weights.layout import Rule, local
 
     join()
     size, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
@@ -223,7 +224,7 @@ def test_ranks_with_fewer_words_cut_the_tokens_into_the_same_chunks(run_ranks):
 
 def new_model_on_this_rank():
     from megaft.models.megatron import MegatronModel, fill
-    from megaft.models.new_weights import new_weights
+    from megaft.weights.new_weights import new_weights
 
     join()
     config = make_model("gpt2").config
@@ -255,7 +256,7 @@ REFUSED = {
 
 @pytest.fixture
 def pretended(request):
-    from megaft import parallel
+    from megaft.base import parallel
 
     parallel.pretend(request.param)
     parallel.cut_matrices(request.param)

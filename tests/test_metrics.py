@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaft import metrics as metrics_module
-from megaft.config import MetricsConfig
-from megaft.errors import ConfigError, LostPeerError
-from megaft.files import to_json, write_json_atomic
-from megaft.metrics import Metrics, MetricsFile, Pending
-from megaft.terminal import Terminal
-from megaft.throughput import Meter
-from megaft.trackers import Trackers, check_trackers, flat_numbers, open_trackers
+from megaft.base.errors import ConfigError, LostPeerError
+from megaft.base.files import to_json, write_json_atomic
+from megaft.config.train import MetricsConfig
+from megaft.run import metrics as metrics_module
+from megaft.run.metrics import Metrics, MetricsFile, Pending
+from megaft.run.terminal import Terminal
+from megaft.run.throughput import Meter
+from megaft.run.trackers import Trackers, check_trackers, flat_numbers, open_trackers
 
 CPU = torch.device("cpu")
 METER = Meter(device=CPU, num_devices=1, flops_per_token=6e6, peak_flops=1e15, peak_source="")

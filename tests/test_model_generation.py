@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny_models import GPT2, LLAMA, make_config
 
-from megaft.errors import DataError
-from megaft.generate_config import SamplingConfig
+from megaft.base.errors import DataError
+from megaft.commands.generate.config import SamplingConfig
+from megaft.commands.generate.sampling import continue_tokens, next_token
 from megaft.models import generation
 from megaft.models.generation import CachedModel, exact_cache
-from megaft.sampling import continue_tokens, next_token
 
 SETTINGS = SamplingConfig(temperature=0, repetition_penalty=1.3)
 STATE_SPACE = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}

@@ -7,13 +7,14 @@ from families_models import tiny_config
 from tiny_models import MODELS, VOCAB, logits_of, make_config, make_model
 from torch import nn
 
-from megaft.config import LoraConfig, ModelConfig
-from megaft.errors import ConfigError, DataError
-from megaft.loss import token_nats
-from megaft.models import hugging_face, pretrained, trials
+from megaft.base.errors import ConfigError, DataError
+from megaft.config.train import LoraConfig, ModelConfig
+from megaft.data.samples import IGNORE_INDEX
+from megaft.models import hugging_face, trials
 from megaft.models.adapters import add_adapters
 from megaft.models.hugging_face import NatsModel
-from megaft.samples import IGNORE_INDEX
+from megaft.models.loss import token_nats
+from megaft.weights.loading import pretrained
 
 
 @pytest.fixture(scope="module")

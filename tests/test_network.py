@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from megaft.errors import ConfigError
-from megaft.network import address_of, interface_of, require_interfaces, source_address
+from megaft.base.errors import ConfigError
+from megaft.base.network import address_of, interface_of, require_interfaces, source_address
 
 
 @pytest.fixture(autouse=True)

@@ -13,15 +13,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from megaft.config import parse_train
-from megaft.errors import DataError
-from megaft.indexed import TokenFile
-from megaft.prepare import PrepareConfig, ensure_prepared, prepare
-from megaft.receipt import load_receipt
-from megaft.samples import IGNORE_INDEX, Documents, Stream
-from megaft.tokenizer import load_tokenizer
-from megaft.training_data import Source, Sources, require_same_tokenizer
-from megaft.validation import Validation
+from megaft.base.errors import DataError
+from megaft.config.train import parse_train
+from megaft.data.indexed import TokenFile
+from megaft.data.prepare import PrepareConfig, ensure_prepared, prepare
+from megaft.data.receipt import load_receipt
+from megaft.data.samples import IGNORE_INDEX, Documents, Stream
+from megaft.data.tokenizer import load_tokenizer
+from megaft.run.sources import Source, Sources, require_same_tokenizer
+from megaft.run.validation import Validation
 
 TEXTS = ["To be or not to be", "that is the question", "<s>whether it is nobler", "in the mind"]
 PLAIN, WITH_BOS, WITH_TWO, WITH_END = "$A", "<s> $A", "<s> </s> $A", "$A </s>"
@@ -163,7 +163,7 @@ def test_a_dataset_that_begins_otherwise_is_refused(
     changed = load_receipt(prefix) | changes
     changed = {key: value for key, value in changed.items() if value is not None or key == "messages_key"}
     monkeypatch.setattr(
-        "megaft.training_data.load_receipt", lambda path: changed if path == str(prefix) else load_receipt(path)
+        "megaft.run.sources.load_receipt", lambda path: changed if path == str(prefix) else load_receipt(path)
     )
     pair = (Source(str(prefix)), Source(str(same)))
     sources = Sources((pair[0],), pair[1]) if role == "train" else Sources((pair[1],), pair[0])

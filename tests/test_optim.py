@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from megaft.config import OptimConfig
-from megaft.errors import ConfigError
+from megaft.base.errors import ConfigError
+from megaft.config.train import OptimConfig
 from megaft.models.parameters import parameter_groups
-from megaft.optim import build_optimizer, learning_rate, set_learning_rate
+from megaft.run.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 def tiny_gpt2():

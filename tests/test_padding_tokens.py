@@ -4,9 +4,10 @@ import pytest
 import torch
 from families_models import tiny_config, tiny_model
 
-from megaft.models import pretrained, trials
+from megaft.models import trials
 from megaft.models.hugging_face import NatsModel
-from megaft.models.pretrained import load_language_model
+from megaft.weights.loading import pretrained
+from megaft.weights.loading.pretrained import load_language_model
 
 PADDING = 2
 TEXTS = {"without padding tokens": (5, 6, 7, 8, 9), "with padding tokens": (5, PADDING, 7, PADDING, 9)}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate_zero_shot.pages import documents, hf_rows, lines, wikitext_pages
 from evaluate_zero_shot.tasks import TASKS
+from evaluate_zero_shot.texts.pages import documents, hf_rows, lines, wikitext_pages
 
 # Line ends and blanks of every kind, headings true and false.
 PARTS = [

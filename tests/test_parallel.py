@@ -2,9 +2,9 @@ import socket
 
 import pytest
 
-from megaft import topology
-from megaft.errors import ConfigError
-from megaft.topology import discover, first_host, is_main_of
+from megaft.base import topology
+from megaft.base.errors import ConfigError
+from megaft.base.topology import discover, first_host, is_main_of
 
 MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
 TORCH = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **MASTER}

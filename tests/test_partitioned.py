@@ -11,11 +11,11 @@ import torch
 from families_models import tiny_config, tiny_model
 from tiny_models import MODELS, change_tensors, edit_json, make_model
 
-from megaft.config import LoraConfig, ModelConfig
-from megaft.errors import ConfigError, DataError
+from megaft.base.errors import ConfigError, DataError
+from megaft.config.train import LoraConfig, ModelConfig
 from megaft.models import hugging_face, trials
-from megaft.models.causal_lm import vocab_size
-from megaft.models.stand_in import is_partitioned
+from megaft.weights.loading.causal_lm import vocab_size
+from megaft.weights.loading.stand_in import is_partitioned
 
 WORLD_SIZE = 2
 FAMILIES = sorted(MODELS)
@@ -58,7 +58,7 @@ def folders(tmp_path_factory):
 
 
 def on_ranks(function, *arguments):
-    from megaft import parallel
+    from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
     try:

@@ -1,6 +1,6 @@
 import pytest
 
-from megaft.permutation import permute
+from megaft.data.permutation import permute
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 100, 1000, 4097])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megaft.plural import counted
+from megaft.base.plural import counted
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0, "0 ranks"), (1, "1 rank"), (2, "2 ranks"), (1200, "1,200 ranks")])

@@ -13,11 +13,12 @@ import pytest
 import zstandard
 from tiny_tokenizers import make_byte_level, make_sentencepiece
 
-from megaft import tokenizer
-from megaft.errors import ConfigError, DataError
-from megaft.indexed import TokenFile
-from megaft.lock import locked
-from megaft.prepare import PrepareConfig, ensure_prepared, load_receipt, main, prepare
+from megaft.base.errors import ConfigError, DataError
+from megaft.base.lock import locked
+from megaft.commands.prepare import main
+from megaft.data import tokenizer
+from megaft.data.indexed import TokenFile
+from megaft.data.prepare import PrepareConfig, ensure_prepared, load_receipt, prepare
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -28,7 +29,7 @@ load_tokenizer = cache(tokenizer.load_tokenizer)  # loading takes longer than mo
 
 @pytest.fixture(autouse=True)
 def _tokenizers_are_loaded_once(monkeypatch):
-    monkeypatch.setattr("megaft.prepare.load_tokenizer", load_tokenizer)
+    monkeypatch.setattr("megaft.data.prepare.load_tokenizer", load_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def test_a_lossy_tokenizer_is_reported(shared, tmp_path, capsys, model, holds):
 def test_text_is_prepared_once(source, tmp_path, monkeypatch):
     path, prefix = write(tmp_path / "a.txt", "one two"), tmp_path / "cache" / "a"
     runs = []
-    monkeypatch.setattr("megaft.prepare.prepare", lambda config: (runs.append(config), prepare(config)))
+    monkeypatch.setattr("megaft.data.prepare.prepare", lambda config: (runs.append(config), prepare(config)))
     for _ in range(2):
         assert ensure_prepared(path, prefix, source) == prefix
     assert len(runs) == 1

@@ -6,12 +6,13 @@ import json
 import pytest
 from tiny_tokenizers import CHATML, make_byte_level
 
-from megaft.errors import DataError
-from megaft.indexed import TokenFile
-from megaft.prepare import PrepareConfig, main, prepare
-from megaft.receipt import load_receipt
-from megaft.tokenizer import load_tokenizer
-from megaft.training_data import Source, Sources, notes_on_templates
+from megaft.base.errors import DataError
+from megaft.commands.prepare import main
+from megaft.data.indexed import TokenFile
+from megaft.data.prepare import PrepareConfig, prepare
+from megaft.data.receipt import load_receipt
+from megaft.data.tokenizer import load_tokenizer
+from megaft.run.sources import Source, Sources, notes_on_templates
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from itertools import pairwise
 import pytest
 from tiny_tokenizers import make_byte_level
 
-from megaft.errors import ConfigError, DataError
-from megaft.indexed import TokenFile
-from megaft.prepare import PrepareConfig, ensure_prepared, load_receipt, prepare
-from megaft.tokenizer import load_tokenizer
+from megaft.base.errors import ConfigError, DataError
+from megaft.data.indexed import TokenFile
+from megaft.data.prepare import PrepareConfig, ensure_prepared, load_receipt, prepare
+from megaft.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import json
 import pytest
 from example_results import lambada, result
 
-from evaluate_zero_shot.comparison import compare
 from evaluate_zero_shot.protocols import PROTOCOLS
-from evaluate_zero_shot.published import FILE, load
-from megaft.errors import DataError
+from evaluate_zero_shot.report.comparison import compare
+from evaluate_zero_shot.report.published import FILE, load
+from megaft.base.errors import DataError
 
 FIGURES = load()
 PAPER = "GPT-2 paper"

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from megaft.errors import ConfigError, DataError, UserError
+from megaft.base.errors import ConfigError, DataError, UserError
 
 pytestmark = pytest.mark.slow
 
@@ -46,15 +46,16 @@ EVALUATIONS = {
 
 def train_all(folder, model, texts):
     """Return the exit code and message of every case on this rank."""
-    from megaft import parallel
+    from megaft.base import parallel
 
     topology = parallel.discover(os.environ)
     return {name: failure_of(folder / name, model, texts, topology, *case[:4]) for name, case in CASES.items()}
 
 
 def failure_of(run_dir, model, texts, topology, stage, flag, broken, culprit):
-    from megaft import assemble, parallel
-    from megaft.config import parse_train
+    from megaft.base import parallel
+    from megaft.config.train import parse_train
+    from megaft.run import assemble
     from megaft.train import run
 
     settings = run_dir.parent / f"stage-{stage}-{topology.rank}.json"
@@ -82,7 +83,7 @@ def evaluate_all(folder, model, texts):
     """Return the exit code and message of every evaluation on this rank."""
     from evaluate_zero_shot import __main__ as program
     from evaluate_zero_shot.config import parse
-    from megaft import parallel
+    from megaft.base import parallel
 
     topology, seen = parallel.discover(os.environ), {}
     for name, (part, is_partitioned) in EVALUATIONS.items():
@@ -98,7 +99,7 @@ def evaluate_all(folder, model, texts):
 
 
 def all_cases(*arguments):
-    from megaft import parallel
+    from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ), timedelta(seconds=60))
     try:

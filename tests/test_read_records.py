@@ -3,13 +3,13 @@ import json
 import pytest
 from tiny_tokenizers import make_byte_level
 
-from evaluate_zero_shot.data_files import DataFile, read_records
-from evaluate_zero_shot.geometry import geometry
-from evaluate_zero_shot.prepared import prepare
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS
-from megaft.errors import DataError
-from megaft.tokenizer import load_tokenizer
+from evaluate_zero_shot.texts.data_files import DataFile, read_records
+from evaluate_zero_shot.trial.geometry import geometry
+from evaluate_zero_shot.trial.prepared import prepare
+from megaft.base.errors import DataError
+from megaft.data.tokenizer import load_tokenizer
 
 LINES = '{"text": "To be"}\n{"text": " \\n"}\n{"text": "or not"}\n'
 

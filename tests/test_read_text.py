@@ -5,10 +5,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate_zero_shot import data_files
-from evaluate_zero_shot.data_files import DataFile, read_text
 from evaluate_zero_shot.tasks import TASKS
-from megaft.errors import DataError
+from evaluate_zero_shot.texts import data_files
+from evaluate_zero_shot.texts.data_files import DataFile, read_text
+from megaft.base.errors import DataError
 
 
 def written(path, content):

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from megaft.batch_script import directives_of, find_script, read_script
-from megaft.config import parse_train
-from megaft.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
-from megaft.errors import ConfigError
-from megaft.job_check import TRAINING, check_program, recipe_flags
+from megaft.base.errors import ConfigError
+from megaft.commands.submit.batch_script import directives_of, find_script, read_script
+from megaft.commands.submit.job_check import TRAINING, check_program, recipe_flags
+from megaft.config.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.train import parse_train
 
 FLAGS = ["--model.path=gpt2", "--data.train=t.txt", "--run.dir=r", "--run.max-steps=3"]
 LARGE = [recipe for recipe in TRAINING if "8.3b" in recipe]

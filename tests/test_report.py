@@ -13,9 +13,9 @@ from html.parser import HTMLParser
 import pytest
 from example_results import four_sizes, lambada, result, write_results
 
-from evaluate_zero_shot import plots, report
 from evaluate_zero_shot.protocols import PROTOCOLS, statements
-from megaft.errors import ConfigError, DataError
+from evaluate_zero_shot.report import plots, write
+from megaft.base.errors import ConfigError, DataError
 
 VOID = {"meta", "br"}
 
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 def made(folder, results):
     write_results(folder, results)
-    report.write(folder)
+    write.write(folder)
     html, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     return html, markdown
 
@@ -247,7 +247,7 @@ def test_a_definition_that_changed_since_is_another_protocol(tmp_path):
     content = json.loads(path.read_text())
     content["protocols"]["lm-eval"] = asdict(PROTOCOLS["lm-eval"]) | {"last_word": "last-token"}
     path.write_text(json.dumps(content))
-    report.write(tmp_path)
+    write.write(tmp_path)
     assert "agrees" not in (tmp_path / "report.md").read_text().replace("measured one agrees", "")
 
 
@@ -266,7 +266,7 @@ def test_a_wrong_results_file_is_refused_by_name(tmp_path, text):
     if text is not None:
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(DataError, match=r"results\.json is not"):
-        report.write(tmp_path)
+        write.write(tmp_path)
 
 
 def test_command_makes_both_again_without_torch(tmp_path):
@@ -280,7 +280,7 @@ def test_command_makes_both_again_without_torch(tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--flag"]])
 def test_command_explains_itself(arguments):
     with pytest.raises(ConfigError, match="usage"):
-        report.main(arguments)
+        write.main(arguments)
 
 
 def test_plot_places_points_and_breaks_at_what_is_not_finite():

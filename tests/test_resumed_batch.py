@@ -1,8 +1,8 @@
 import pytest
 
-from megaft.config import OptimConfig
-from megaft.deepspeed_json import resolve
-from megaft.errors import ConfigError
+from megaft.base.errors import ConfigError
+from megaft.config.deepspeed_json import resolve
+from megaft.config.train import OptimConfig
 
 KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 

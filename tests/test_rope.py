@@ -5,19 +5,19 @@ import pytest
 import torch
 from tiny_models import LLAMA, VOCAB, logits_of, make_config
 
-from megaft.assemble import _padded_to
-from megaft.config import TrainConfig, parse_train
-from megaft.dataset import Cut, collate, micro_batches
-from megaft.errors import ConfigError
-from megaft.loss import token_nats
+from megaft.base.errors import ConfigError
+from megaft.config.train import TrainConfig, parse_train
+from megaft.data.batches import Cut, collate, micro_batches
+from megaft.data.samples import IGNORE_INDEX, Corpus, Sample
+from megaft.data.sequence import Samples
 from megaft.models.hugging_face import NatsModel
+from megaft.models.loss import token_nats
 from megaft.models.rope import length_limit
-from megaft.models.scoring_model import ScoringModel
-from megaft.models.stand_in import make_loud
-from megaft.samples import IGNORE_INDEX, Corpus, Sample
-from megaft.scoring import rows_of, score
-from megaft.sequence import Samples
-from megaft.windows import windows
+from megaft.run.assemble import _padded_to
+from megaft.scoring.model import ScoringModel
+from megaft.scoring.score import rows_of, score
+from megaft.scoring.windows import windows
+from megaft.weights.loading.stand_in import make_loud
 
 SWITCH, CONTEXT = 70, 100
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.1, 4.0, 20.0, 60.0]}

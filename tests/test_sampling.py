@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from megaft.errors import NumericsError
-from megaft.generate_config import SamplingConfig
+from megaft.base.errors import NumericsError
+from megaft.commands.generate.config import SamplingConfig
+from megaft.commands.generate.sampling import continue_tokens, keep_top_k, keep_top_p, next_token, penalize_repetition
 from megaft.models.generation import CachedModel
-from megaft.sampling import continue_tokens, keep_top_k, keep_top_p, next_token, penalize_repetition
 
 PROMPT = [5, 17, 3, 17]
 GREEDY = SamplingConfig(temperature=0)

@@ -14,14 +14,15 @@ import torch
 from plain_engine import IDENTITY, PlainEngine, save, save_killed
 from safetensors.torch import load_file
 
-from megaft import checkpoint, parallel, saver
-from megaft import manifest as manifest_module
-from megaft.checkpoint import find, load
-from megaft.config import CheckpointConfig
-from megaft.errors import CheckpointError
-from megaft.manifest import folder_of, saved_steps, verify
-from megaft.run_state import RunState
-from megaft.shard import write_shard
+from megaft.base import parallel
+from megaft.base.errors import CheckpointError
+from megaft.checkpoint import resume, saver
+from megaft.checkpoint.resume import find, load
+from megaft.checkpoint.run_state import RunState
+from megaft.config.train import CheckpointConfig
+from megaft.weights import manifest as manifest_module
+from megaft.weights.manifest import folder_of, saved_steps, verify
+from megaft.weights.shard import write_shard
 
 MODES = [pytest.param(False, id="sync"), pytest.param(True, id="async")]
 
@@ -47,7 +48,7 @@ def test_a_shard_is_what_safetensors_reads(tmp_path, lengths):
     read = load_file(path)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    assert (num_bytes, digest.hex()) == (path.stat().st_size, checkpoint.sha256_of(path))
+    assert (num_bytes, digest.hex()) == (path.stat().st_size, resume.sha256_of(path))
     with pytest.raises(FileExistsError):
         write_shard(path, [])
 
@@ -262,18 +263,18 @@ def test_a_read_only_disk_is_named(small_disk):
 def test_another_run_is_refused_unless_the_change_is_allowed(tmp_path, capsys):
     save(tmp_path, 1, 0.5)
     folder = folder_of(tmp_path, 1)
-    saved = json.loads(json.dumps(checkpoint.asdict(IDENTITY)))
+    saved = json.loads(json.dumps(resume.asdict(IDENTITY)))
     now = saved | {"seed": 1, "data": "e", "optim": saved["optim"] | {"learning_rate": 2e-3}}
     with pytest.raises(CheckpointError) as refused:
-        checkpoint.require_same_run(folder, saved, now, ())
+        resume.require_same_run(folder, saved, now, ())
     message = str(refused.value)
     assert "(seed: 0 then, 1 now; data: d then, e now; optim.learning_rate: 0.001 then, 0.002 now)" in message
     assert "--checkpoint.allow-changed data optim" in message
     with pytest.raises(CheckpointError, match=r"\(seed: 0 then, 1 now\)\. Use the settings it was made with, another"):
-        checkpoint.require_same_run(folder, saved, now, ("data", "optim"))
-    checkpoint.require_same_run(folder, saved, now, ("data", "optim", "seed"))
+        resume.require_same_run(folder, saved, now, ("data", "optim"))
+    resume.require_same_run(folder, saved, now, ("data", "optim", "seed"))
     assert "although seed: 0 then, 1 now; data" in capsys.readouterr().out
-    checkpoint.require_same_run(folder, saved, saved, ())
+    resume.require_same_run(folder, saved, saved, ())
     assert capsys.readouterr().out == ""
 
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_dataset import IGNORED, cut_documents, document_lengths, reusing_folder, write_dataset
 
-from megaft import scored_samples
-from megaft.samples import Documents, Stream
-from megaft.sequence import Samples
+from megaft.data import scored_samples
+from megaft.data.samples import Documents, Stream
+from megaft.data.sequence import Samples
 
 
 def open_corpus(kind, prefix, context_length):

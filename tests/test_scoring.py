@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from megaft import scoring
-from megaft.errors import ConfigError, DataError, NumericsError
-from megaft.loss import token_nats
+from megaft.base.errors import ConfigError, DataError, NumericsError
+from megaft.data.samples import IGNORE_INDEX
 from megaft.models.hugging_face import NatsModel
-from megaft.samples import IGNORE_INDEX
-from megaft.scoring import Row, Score, batches_of, rows_of, score
-from megaft.windows import Window, windows
+from megaft.models.loss import token_nats
+from megaft.scoring import score as scoring
+from megaft.scoring.score import Row, Score, batches_of, rows_of, score
+from megaft.scoring.windows import Window, windows
 
 CPU = torch.device("cpu")
 PREFIX, EOD = 0, 1
@@ -318,7 +318,7 @@ def test_batches_that_are_not_finite_are_not_kept():
 
 
 def refusal_on_rank(value):
-    from megaft import parallel as ranks
+    from megaft.base import parallel as ranks
 
     topology = ranks.discover(os.environ)
     ranks.join(topology)

@@ -8,20 +8,14 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.activations import NewGELUActivation
 
-from megaft import loss
-from megaft.config import LoraConfig
-from megaft.errors import DataError
+from megaft.base.errors import DataError
+from megaft.config.train import LoraConfig
+from megaft.data.samples import IGNORE_INDEX
+from megaft.models import loss
 from megaft.models.adapters import add_adapters
-from megaft.models.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk
-from megaft.models.pretrained import load_language_model
-from megaft.models.scoring_model import (
-    LogitsTrunk,
-    ScoringHead,
-    ScoringModel,
-    load_scoring_model,
-    tokens_per_batch,
-)
-from megaft.samples import IGNORE_INDEX
+from megaft.scoring.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk
+from megaft.scoring.model import LogitsTrunk, ScoringHead, ScoringModel, load_scoring_model, tokens_per_batch
+from megaft.weights.loading.pretrained import load_language_model
 
 TIME = 24
 CPU = torch.device("cpu")
@@ -309,7 +303,7 @@ DEALS = [["all", "the last of each row", "none"], ["none", "all", "ragged"], ["r
 
 def score_partitioned(models):
     """Return of each model the bytes held, the numbers gathered, those in all, and this rank's quantities."""
-    from megaft import parallel
+    from megaft.base import parallel
 
     device = parallel.join(parallel.discover(os.environ))
     results = []
@@ -350,7 +344,7 @@ def test_three_ranks_with_a_third_each_score_as_one_with_all(trained, tmp_path, 
 
 
 def score_narrow_and_wide(source):
-    from megaft import parallel
+    from megaft.base import parallel
 
     device = parallel.join(parallel.discover(os.environ))
     scorer = load_scoring_model(source, dtype=torch.float32, device=device, is_partitioned=True)

@@ -17,15 +17,16 @@ import pytest
 import torch
 from bad_inputs import start
 
-from megaft import checkpoint, trackers
-from megaft import manifest as manifest_module
-from megaft.errors import CheckpointError, DataError
-from megaft.foreign import require_inert
-from megaft.masking import masked, without_secrets
-from megaft.models import pretrained
-from megaft.pieces import Pieces
-from megaft.same_settings import _error
-from megaft.tokenizer import load_tokenizer
+from megaft.base.errors import CheckpointError, DataError
+from megaft.base.foreign import require_inert
+from megaft.base.redaction import masked, without_secrets
+from megaft.checkpoint import resume
+from megaft.data.tokenizer import load_tokenizer
+from megaft.run import trackers
+from megaft.run.same_settings import _error
+from megaft.weights import manifest as manifest_module
+from megaft.weights.loading import pretrained
+from megaft.weights.pieces import Pieces
 
 
 class Canary:
@@ -267,7 +268,7 @@ def test_latest_leads_nowhere_else(pointer, tmp_path, capsys):
     folder = manifest_module.folder_of(tmp_path / "run", 1)
     plant_checkpoint(folder, b"x")
     (folder.parent / "latest").write_text(pointer.replace("/elsewhere", str(tmp_path / "elsewhere")))
-    assert checkpoint.find(tmp_path / "run").folder == folder
+    assert resume.find(tmp_path / "run").folder == folder
     assert "skipped latest" in capsys.readouterr().out
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_models import edit_json, make_model
 
-from megaft.errors import DataError
-from megaft.foreign import MOST_LAYERS, require_inert
-from megaft.models import host_room, size_limit
-from megaft.models.pretrained import create_from, create_language_model, load_language_model, read_new_config
-from megaft.models.reading import open_weights
-from megaft.models.size_limit import Room, Size, no_larger_than
-from megaft.presets import configuration
+from megaft.base.errors import DataError
+from megaft.base.foreign import MOST_LAYERS, require_inert
+from megaft.commands.estimate.presets import configuration
+from megaft.weights.loading import host_room, size_limit
+from megaft.weights.loading.pretrained import create_from, create_language_model, load_language_model, read_new_config
+from megaft.weights.loading.size_limit import Room, Size, no_larger_than
+from megaft.weights.reading import open_weights
 
 LLAMA_PARAMETERS = 2 * (61 * 32) + 32 + 2 * (2 * 32 + 32 * 32 * 2 + 2 * 16 * 32 + 3 * 48 * 32)
 LLAMA_TENSORS = 2 + 1 + 2 * (2 + 4 + 3)

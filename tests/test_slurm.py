@@ -5,7 +5,7 @@ import json
 import pytest
 from slurm_jobs import CANARY, STEPS, Jobs
 
-from megaft import manifest
+from megaft.weights import manifest
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ["slurm_cluster"]

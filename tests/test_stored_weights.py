@@ -5,7 +5,7 @@ import torch
 from families_models import tiny_config, tiny_model
 from safetensors.torch import load_file
 
-from megaft.models.pretrained import load_language_model
+from megaft.weights.loading.pretrained import load_language_model
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megaft import batch_script, submit
 from megaft.cli import main
+from megaft.commands.submit import batch_script
+from megaft.commands.submit import command as submit
 
 SLURM = Path(__file__).parents[1] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))

@@ -37,7 +37,7 @@ def test_accuracy_is_for_what_is_right_or_wrong(task):
 
 def test_tasks_and_data_need_no_heavy_library():
     code = (
-        "import sys, evaluate_zero_shot.data_files, evaluate_zero_shot.lambada\n"
+        "import sys, evaluate_zero_shot.texts.data_files, evaluate_zero_shot.texts.lambada\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

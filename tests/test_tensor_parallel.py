@@ -7,16 +7,16 @@ import pytest
 import torch
 import toy
 
-from megaft import canonical
-from megaft import manifest as manifest_module
-from megaft.assemble import assemble
-from megaft.config import parse_train
-from megaft.errors import ConfigError
+from megaft.base.errors import ConfigError
+from megaft.base.topology import discover
+from megaft.config.train import parse_train
 from megaft.models.hugging_face import NatsModel
-from megaft.models.megatron_folder import MANIFEST
-from megaft.models.pretrained import load_language_model
-from megaft.models.weights import load_config, shapes_of
-from megaft.topology import discover
+from megaft.run.assemble import assemble
+from megaft.weights import canonical
+from megaft.weights import manifest as manifest_module
+from megaft.weights.loading.pretrained import load_language_model
+from megaft.weights.megatron_folder import MANIFEST
+from megaft.weights.parameters import load_config, shapes_of
 
 pytestmark = pytest.mark.slow
 

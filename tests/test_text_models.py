@@ -5,12 +5,12 @@ import torch
 from families_models import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from megaft.errors import DataError
+from megaft.base.errors import DataError
 from megaft.models import trials
-from megaft.models.pretrained import load_language_model
-from megaft.models.reading import open_weights
-from megaft.models.stand_in import stand_in
-from megaft.models.text_model import keep_composite_config
+from megaft.weights.loading.pretrained import load_language_model
+from megaft.weights.loading.stand_in import stand_in
+from megaft.weights.loading.text_model import keep_composite_config
+from megaft.weights.reading import open_weights
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from fork_server import CONTEXT
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megaft.config import MetricsConfig
-from megaft.throughput import (
+from megaft.config.train import MetricsConfig
+from megaft.run.throughput import (
     Mark,
     Meter,
     data_sheet_flops,
@@ -64,7 +64,7 @@ def test_data_sheets(name, tera):
 def test_which_peak_is_taken(dtype, capability, is_known, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("megaft.throughput.measured_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr("megaft.run.throughput.measured_flops", lambda device, dtype: 1e12)
     value, source = peak_flops(torch.device("cuda"), dtype)
     assert value == (756e12 if is_known else 1e12)
     assert ("data sheet" if is_known else "measured") in source

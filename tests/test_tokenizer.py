@@ -9,8 +9,8 @@ from tiny_tokenizers import LLAMA, make_byte_level, make_llama, make_llama_chat,
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from megaft.errors import DataError
-from megaft.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megaft.base.errors import DataError
+from megaft.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 TEXT = "Hello  world's 2024 — naïve 日本語 <unk> \n\n\t x<|endoftext|>"
 

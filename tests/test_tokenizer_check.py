@@ -4,9 +4,9 @@ import shutil
 import pytest
 from tiny_tokenizers import LLAMA, make_byte_level, make_llama, make_llama_chat, make_metaspace, make_sentencepiece
 
-from megaft.errors import DataError
-from megaft.tokenizer import SentencePieceTokenizer, load_tokenizer
-from megaft.tokenizer_check import require_same_ids
+from megaft.base.errors import DataError
+from megaft.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megaft.data.tokenizer_check import require_same_ids
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
 SOURCES = [

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megaft.base.torch_flags import DETERMINISTIC_ENVIRONMENT
 from megaft.models.hugging_face import NatsModel
-from megaft.torch_flags import DETERMINISTIC_ENVIRONMENT
 
 PROGRAM = """
 import json, os, torch

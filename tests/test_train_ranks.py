@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import pytest
 import toy
 
-from megaft import manifest as manifest_module
-from megaft.pieces import Pieces
+from megaft.weights import manifest as manifest_module
+from megaft.weights.pieces import Pieces
 
 pytestmark = pytest.mark.slow
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from test_dataset import write_dataset
 
-from megaft import training_data
-from megaft.config import DataConfig
-from megaft.errors import ConfigError, DataError, LostPeerError
-from megaft.indexed import TokenFile
-from megaft.parallel import Topology
-from megaft.receipt import load_receipt
-from megaft.samples import IGNORE_INDEX, Documents, Stream
-from megaft.tokenizer import load_tokenizer
-from megaft.training_data import (
+from megaft.base.errors import ConfigError, DataError, LostPeerError
+from megaft.base.parallel import Topology
+from megaft.config.train import DataConfig
+from megaft.data.indexed import TokenFile
+from megaft.data.receipt import load_receipt
+from megaft.data.samples import IGNORE_INDEX, Documents, Stream
+from megaft.data.tokenizer import load_tokenizer
+from megaft.run import sources as training_data
+from megaft.run.sources import (
     Source,
     notes_on_unscored,
     open_samples,

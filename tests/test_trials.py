@@ -9,13 +9,14 @@ from tiny_models import LLAMA, make_config, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from megaft.assemble import nats_model
-from megaft.config import parse_train
-from megaft.errors import ConfigError, DataError
-from megaft.generate import load_cached_model
-from megaft.models import pretrained, trials
-from megaft.models.scoring_model import load_scoring_model
-from megaft.models.stand_in import stand_in
+from megaft.base.errors import ConfigError, DataError
+from megaft.commands.generate.command import load_cached_model
+from megaft.config.train import parse_train
+from megaft.models import trials
+from megaft.run.assemble import nats_model
+from megaft.scoring.model import load_scoring_model
+from megaft.weights.loading import pretrained
+from megaft.weights.loading.stand_in import stand_in
 
 CPU = torch.device("cpu")
 GEMMA3 = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -105,7 +106,7 @@ def test_a_stand_in_of_all_layers_is_small(monkeypatch, num_layers, is_made):
     config = make_config("llama", LLAMA | {"hidden_size": 1024, "num_hidden_layers": num_layers, "head_dim": 256})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    monkeypatch.setattr("megaft.models.stand_in._with_few_layers", fail)
+    monkeypatch.setattr("megaft.weights.loading.stand_in._with_few_layers", fail)
     assert (stand_in(model) is not None) is is_made
 
 

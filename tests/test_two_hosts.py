@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from faults_hosts import hosts_text
 
-from megaft import parallel
-from megaft.errors import ConfigError
+from megaft.base import parallel
+from megaft.base.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ["two_hosts"]

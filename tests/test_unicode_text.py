@@ -9,13 +9,13 @@ import pytest
 import toy
 from example_results import result, write_results
 
-from evaluate_zero_shot import report
-from megaft.config import RunConfig
-from megaft.convert_config import ConvertConfig
-from megaft.errors import ConfigError, DataError
-from megaft.exit_code import exit_code_of
-from megaft.files import replacing
-from megaft.tokenizer import load_tokenizer
+from evaluate_zero_shot.report import write
+from megaft.base.errors import ConfigError, DataError
+from megaft.base.exit_code import exit_code_of
+from megaft.base.files import replacing
+from megaft.commands.convert.config import ConvertConfig
+from megaft.config.train import RunConfig
+from megaft.data.tokenizer import load_tokenizer
 
 HALF = "a\ud800b"
 ODD_NAME = "caf\udce9"
@@ -76,7 +76,7 @@ def test_a_report_shows_the_escape(tmp_path):
     pages = []
     for text in (HALF, r"a\ud800b"):
         write_results(tmp_path, [result(model_name=text, data_file=text)])
-        report.write(tmp_path)
+        write.write(tmp_path)
         pages.append((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert pages[0] == pages[1]
     assert r"a\ud800b" in pages[0]

@@ -10,9 +10,9 @@ import pytest
 import torch.distributed as dist
 import tyro
 
-from megaft.config import OptimConfig, bytes_per_parameter
-from megaft.errors import CheckpointError, ConfigError, DataError
-from megaft.validate import ValidateConfig, require_room, show, validate
+from megaft.base.errors import CheckpointError, ConfigError, DataError
+from megaft.commands.validate import ValidateConfig, require_room, show, validate
+from megaft.config.train import OptimConfig, bytes_per_parameter
 
 GLOBAL_BATCH_SIZE = 16
 PARAMETERS = 45_952  # 512 x 32 + 128 x 32 embeddings, 2 layers of 12,704, 64 of the last norm
@@ -130,8 +130,8 @@ def test_too_small_a_disk_is_named_before_training(config, monkeypatch, tmp_path
 
 
 def train_two_steps(arguments):
-    from megaft import parallel
-    from megaft.config import parse_train
+    from megaft.base import parallel
+    from megaft.config.train import parse_train
     from megaft.train import train
 
     return parallel.exit_code_on_ranks(lambda topology: train(parse_train(arguments), topology))

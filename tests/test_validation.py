@@ -5,16 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megaft.config import parse_train
-from megaft.errors import DataError, NumericsError
-from megaft.indexed import TokenFile
-from megaft.prepare import prepare
-from megaft.prepare_config import PrepareConfig
-from megaft.recovery import validated
-from megaft.tokenizer import load_tokenizer
-from megaft.training_data import Source
-from megaft.validation import Validation, scored_from
-from megaft.windows import windows
+from megaft.base.errors import DataError, NumericsError
+from megaft.config.prepare import PrepareConfig
+from megaft.config.train import parse_train
+from megaft.data.indexed import TokenFile
+from megaft.data.prepare import prepare
+from megaft.data.tokenizer import load_tokenizer
+from megaft.run.recovery import validated
+from megaft.run.sources import Source
+from megaft.run.validation import Validation, scored_from
+from megaft.scoring.windows import windows
 
 RECORDS = [{"q": "one two three", "a": " four five"}, {"q": "six", "a": " seven"}]
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_convert import megatron
 from tiny_models import make_model
 
-from megaft import verify_conversion
-from megaft.errors import DataError, NumericsError
-from megaft.verify_conversion import Side, rows_of
+from megaft.base.errors import DataError, NumericsError
+from megaft.commands.convert import verify
+from megaft.commands.convert.verify import Side, rows_of
 
 
 def test_rows_share_their_ends(tmp_path):
@@ -35,12 +35,12 @@ def test_rows_share_their_ends(tmp_path):
 def test_models_that_differ_are_refused(tmp_path, monkeypatch, apart, refusal):
     make_model("gpt2").save_pretrained(tmp_path)
     costs = iter([torch.full((20,), 4.0).double(), torch.full((20,), 4.0 + apart).double()])
-    monkeypatch.setattr(verify_conversion, "_nats_of", lambda *_: next(costs))
+    monkeypatch.setattr(verify, "_nats_of", lambda *_: next(costs))
     if refusal:
         with pytest.raises(NumericsError, match=refusal):
-            verify_conversion.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30)
+            verify.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30)
     else:
-        assert verify_conversion.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30).largest < 1e-6
+        assert verify.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30).largest < 1e-6
 
 
 def test_verify_waits_for_a_busy_machine(tmp_path, monkeypatch):
@@ -49,12 +49,12 @@ def test_verify_waits_for_a_busy_machine(tmp_path, monkeypatch):
     megatron(tmp_path / "start", tmp_path / "two", 2)
     commands = []
     monkeypatch.setattr(
-        verify_conversion.subprocess,
+        verify.subprocess,
         "run",
         lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1),
     )
     with pytest.raises(DataError, match="could not be run on 2 processes"):
-        verify_conversion._nats_of(Side(str(tmp_path / "two")), "float32", tmp_path)
+        verify._nats_of(Side(str(tmp_path / "two")), "float32", tmp_path)
     settings = launcher_config(commands[0][3:]).rdzv_configs
     assert settings["heartbeat_timeout"] == settings["read_timeout"] == "600"
     assert int(settings["keep_alive_max_attempt"]) * 5 == 600
@@ -81,16 +81,16 @@ def damage_last_rank(folder):
 @pytest.fixture
 def launched(monkeypatch, run_ranks):
     """The sides that --verify runs as it does for users, the first of two ranks; others' ranks import no libraries."""
-    launch, sides = verify_conversion._nats_of, []
+    launch, sides = verify._nats_of, []
 
     def nats_of(side, dtype, folder):
         if side.num_ranks == 2 and not sides:
             sides.append(side)
             return launch(side, dtype, folder)
-        run_ranks(side.num_ranks, verify_conversion.main, [str(folder), dtype, side.source])
+        run_ranks(side.num_ranks, verify.main, [str(folder), dtype, side.source])
         return torch.tensor(json.loads((folder / "nats.json").read_text()), dtype=torch.float64)
 
-    monkeypatch.setattr(verify_conversion, "_nats_of", nats_of)
+    monkeypatch.setattr(verify, "_nats_of", nats_of)
     return sides
 
 
@@ -103,4 +103,4 @@ def test_verify_runs_both_models(tmp_path, capsys, launched):
     damage_last_rank(tmp_path / "two")
     text = Path(__file__).read_text()[:300]
     with pytest.raises(NumericsError):
-        verify_conversion.verify(Side(str(tmp_path / "start")), Side(str(tmp_path / "two")), "bfloat16", text)
+        verify.verify(Side(str(tmp_path / "start")), Side(str(tmp_path / "two")), "bfloat16", text)

@@ -8,9 +8,9 @@ import torch
 from families_models import tiny_config, tiny_model
 from tiny_models import change_tensors, edit_json, logits_of, make_model
 
-from megaft.errors import DataError
-from megaft.models.pretrained import load_language_model
-from megaft.models.reading import open_weights
+from megaft.base.errors import DataError
+from megaft.weights.loading.pretrained import load_language_model
+from megaft.weights.reading import open_weights
 
 EMBEDDING = {"gpt2": "transformer.wte.weight", "llama": "model.embed_tokens.weight"}
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -7,11 +7,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import change_tensors, edit_json, make_model
 from transformers import AutoModelForCausalLM
 
-from megaft.errors import DataError
-from megaft.models.convert import copy_companions
-from megaft.models.layout import layout_of
-from megaft.models.reading import open_weights
-from megaft.models.weights import shapes_of
+from megaft.base.errors import DataError
+from megaft.weights.layout import layout_of
+from megaft.weights.parameters import shapes_of
+from megaft.weights.reading import open_weights
+from megaft.weights.writing import copy_companions
 
 CASES = {
     "gpt2": ("gpt2", {}),

@@ -14,7 +14,7 @@ import pytest
 from faults_hosts import Host
 from fork_server import CONTEXT
 
-from megaft.topology import free_port
+from megaft.base.topology import free_port
 
 SSHD = "/usr/sbin/sshd"  # which must be started by its full path
 SSHD_CONFIG = """\

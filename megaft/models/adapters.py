@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from megaft.config import LoraConfig
-from megaft.errors import ConfigError
-from megaft.masking import without_secrets
-from megaft.models.causal_lm import CausalLM
+from megaft.base.errors import ConfigError
+from megaft.base.redaction import without_secrets
+from megaft.config.train import LoraConfig
+from megaft.weights.loading.causal_lm import CausalLM
 
 
 def add_adapters(model: CausalLM, lora: LoraConfig, seed: int) -> None:

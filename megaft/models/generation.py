@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megaft.errors import DataError
-from megaft.finite import require_finite_logits
+from megaft.base.errors import DataError
 from megaft.models import trials
-from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
+from megaft.models.finite import require_finite_logits
 from megaft.models.rope import rescaling_lengths
+from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """Keywords and outputs of families' caches: attention, state space models, RWKV."""

@@ -10,22 +10,22 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
-from megaft import parallel
-from megaft.config import LoraConfig, ModelConfig
-from megaft.errors import ConfigError, DataError
-from megaft.loss import Head, token_nats
+from megaft.base import parallel
+from megaft.base.errors import ConfigError, DataError
+from megaft.config.train import LoraConfig, ModelConfig
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
-from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
-from megaft.models.host_room import agreed_room
-from megaft.models.pretrained import (
+from megaft.models.loss import Head, token_nats
+from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
+from megaft.weights.loading.host_room import agreed_room
+from megaft.weights.loading.pretrained import (
     MODEL_SETTING,
     create_from,
     create_language_model,
     load_language_model,
     read_new_config,
 )
-from megaft.models.size_limit import Room
+from megaft.weights.loading.size_limit import Room
 
 
 class NatsModel(nn.Module):

@@ -23,18 +23,19 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megaft import parallel
-from megaft.config import ModelConfig
-from megaft.foreign import require_inert
-from megaft.loss import Head, Vocabulary
-from megaft.models.finite_weights import require_finite
+from megaft.base import parallel
+from megaft.base.checks import require
+from megaft.base.foreign import require_inert
+from megaft.config.train import ModelConfig
 from megaft.models.hugging_face import architecture_of, positions_within
-from megaft.models.layout import MAX_RANKS, biases_of, layout_of, require_cuttable
-from megaft.models.new_weights import new_weights
-from megaft.models.pretrained import set_dropout
-from megaft.models.reading import open_weights
-from megaft.models.weights import Weights, load_config, shapes_of
-from megaft.ranges import require
+from megaft.models.loss import Head, Vocabulary
+from megaft.weights.layout import biases_of, layout_of, require_cuttable
+from megaft.weights.loading.finite_weights import require_finite
+from megaft.weights.loading.pretrained import set_dropout
+from megaft.weights.new_weights import new_weights
+from megaft.weights.parameters import Weights, load_config, shapes_of
+from megaft.weights.reading import open_weights
+from megaft.weights.shape import MAX_RANKS
 
 
 class Attention(nn.Module):

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from megaft import parallel
-from megaft.config import ModelConfig
-from megaft.models.causal_lm import context_limit
+from megaft.base import parallel
+from megaft.config.train import ModelConfig
 from megaft.models.megatron import Attention, MegatronModel, build
+from megaft.weights.loading.causal_lm import context_limit
 
 
 class CachedPart:

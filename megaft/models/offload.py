@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megaft.models import pretrained
+from megaft.weights.loading import pretrained
 
 FILE_SIZE = "2GB"
 """Largest file that an offloaded model is written to."""

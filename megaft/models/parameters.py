@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from megaft import parallel
+from megaft.base import parallel
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

@@ -20,11 +20,11 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import _load_state_dict_into_zero3_model
 from transformers.utils import logging
 
-from megaft import parallel
-from megaft.errors import DataError, UserError
-from megaft.models.finite_weights import is_finite, require_finite_weights
-from megaft.models.replaced import replaced
-from megaft.models.weight_files import require_complete, untied_weights
+from megaft.base import parallel
+from megaft.base.errors import DataError, UserError
+from megaft.weights.loading.finite_weights import is_finite, require_finite_weights
+from megaft.weights.loading.replaced import replaced
+from megaft.weights.loading.weight_files import require_complete, untied_weights
 
 
 @contextmanager

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaft.errors import ConfigError, DataError, NumericsError
-from megaft.models.causal_lm import CausalLM, context_limit, vocab_size
+from megaft.base.errors import ConfigError, DataError, NumericsError
 from megaft.models.rope import length_limit
-from megaft.models.stand_in import STAND_IN_ERRORS, is_partitioned, keeping_random_states, numbers_of, stand_in
+from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
+from megaft.weights.loading.stand_in import STAND_IN_ERRORS, is_partitioned, keeping_random_states, numbers_of, stand_in
 
 TOLERANCE = 1e-3
 """Largest difference, relative to the mean size of the values, that counts as rounding. In float32 rounding is some

@@ -22,7 +22,7 @@ import tyro
 from prepare import short
 from train_report import cpu_name, spread, table
 
-from megaft.environment import environment
+from megaft.base.environment import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from megaft import parallel
-from megaft.config import CheckpointConfig, OptimConfig
-from megaft.files import fsync, sha256_of
+from megaft.base import parallel
+from megaft.base.files import fsync, sha256_of
+from megaft.checkpoint.run_state import Identity, RunState
+from megaft.checkpoint.saver import Saver
+from megaft.config.train import CheckpointConfig, OptimConfig
 from megaft.models.parameters import parameter_groups
-from megaft.optim import build_optimizer
-from megaft.run_state import Identity, RunState
-from megaft.saver import Saver
+from megaft.run.optim import build_optimizer
 
 WIDTH = 768
 IDENTITY = Identity(8, 0, "", 0, "stream", True, "", "", None, {"weight_decay": 0.1}, None, None)

@@ -27,10 +27,10 @@ from torch import Tensor
 from train_report import cpu_name, table
 from transformers import LlamaConfig
 
-from megaft.environment import environment
-from megaft.files import sha256_of
-from megaft.models.convert import write_hugging_face
-from megaft.models.weights import Weights, shapes_of
+from megaft.base.environment import environment
+from megaft.base.files import sha256_of
+from megaft.weights.parameters import Weights, shapes_of
+from megaft.weights.writing import write_hugging_face
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megaft import parallel
+from megaft.base import parallel
 
 STEPS, ROWS, LENGTH, WORDS = 10, 4, 32, 128
 RATE, CLIPPED_TO = 0.1, 0.5

@@ -24,10 +24,10 @@ from estimates_cases import ENGINES, PASSES, RANKS, Passing
 from estimates_scaling import write_scaling
 from invariance import write_between_marks
 
-from megaft.files import write_json_atomic
-from megaft.memory import States, Work, activations, moments
-from megaft.presets import PRESETS
-from megaft.shape import Shape, count
+from megaft.base.files import write_json_atomic
+from megaft.commands.estimate.memory import States, Work, activations, moments
+from megaft.commands.estimate.presets import PRESETS
+from megaft.weights.shape import Shape, count
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -182,7 +182,7 @@ def main(arguments: Arguments) -> None:
 
 def write(kinds: list[str], rows: list[Row]) -> None:
     """Write the results, of other kinds those that are there, and the page."""
-    from megaft.environment import environment
+    from megaft.base.environment import environment
 
     where = environment()
     stem = RESULTS / f"estimates_cpu{where['num_cores']}_{datetime.now(UTC):%Y%m}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megaft.config import OptimConfig
-from megaft.recipe import Recipe
-from megaft.shape import Shape
+from megaft.commands.estimate.recipe import Recipe
+from megaft.config.train import OptimConfig
+from megaft.weights.shape import Shape
 
 BUCKET = 3_000_000
 TINY = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 8192, "n_positions": 256}

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from megaft import loss, parallel
-from megaft.engine_state import inner_optimizer
+from megaft.base import parallel
+from megaft.checkpoint.engine_state import inner_optimizer
+from megaft.commands.estimate.recipe import Recipe
+from megaft.models import loss
 from megaft.models.hugging_face import NatsModel
 from megaft.models.parameters import parameter_groups
-from megaft.optim import build_optimizer
-from megaft.recipe import Recipe
+from megaft.run.optim import build_optimizer
 
 
 class Counter(TorchDispatchMode):

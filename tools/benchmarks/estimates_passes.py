@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from megaft import loss, parallel
-from megaft.models import hugging_face, pretrained, trials
-from megaft.presets import PRESETS
+from megaft.base import parallel
+from megaft.commands.estimate.presets import PRESETS
+from megaft.models import hugging_face, loss, trials
+from megaft.weights.loading import pretrained
 
 
 @dataclass(frozen=True, slots=True)

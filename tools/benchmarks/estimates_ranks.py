@@ -14,8 +14,8 @@ import estimates_engine
 import torch
 from estimates_cases import RANKS, TINY, Case
 
-from megaft import parallel
-from megaft.shape import Shape
+from megaft.base import parallel
+from megaft.weights.shape import Shape
 
 STEPS = 2
 WARM_UP = TINY | {"n_embd": 32, "n_layer": 1, "vocab_size": 256}

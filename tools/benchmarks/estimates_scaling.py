@@ -8,14 +8,14 @@ from typing import Any
 
 from invariance import write_between_marks
 
-from megaft.config import OptimConfig
-from megaft.deepspeed_json import read_deepspeed_json
-from megaft.errors import ConfigError
-from megaft.estimate import speed
-from megaft.hardware import GPUS, RESERVED_BYTES
-from megaft.presets import PRESETS
-from megaft.recipe import Recipe
-from megaft.shape import Shape
+from megaft.base.errors import ConfigError
+from megaft.base.hardware import GPUS, RESERVED_BYTES
+from megaft.commands.estimate.command import speed
+from megaft.commands.estimate.presets import PRESETS
+from megaft.commands.estimate.recipe import Recipe
+from megaft.config.deepspeed_json import read_deepspeed_json
+from megaft.config.train import OptimConfig
+from megaft.weights.shape import Shape
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30

@@ -59,8 +59,8 @@ class Arguments:
 
 def main(arguments: Arguments) -> int:
     """Predict, measure, report; return 1 where contestants found different numbers."""
-    from megaft.environment import environment
-    from megaft.files import write_json_atomic
+    from megaft.base.environment import environment
+    from megaft.base.files import write_json_atomic
 
     repeats = max(1, arguments.repeats - arguments.quick)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,12 +104,12 @@ def prepared(case: Case, folder: Path, data: Path | None) -> Comparison:
 
 def planned(case: Case, folder: Path, config: Any) -> tuple[list[tuple[int, int]], int]:
     """Return inputs and targets of every window that megaft scores, and the context length."""
-    from evaluate_zero_shot.data_files import DataFile
-    from evaluate_zero_shot.geometry import geometry
-    from evaluate_zero_shot.prepared import prepare
     from evaluate_zero_shot.protocols import PROTOCOLS
     from evaluate_zero_shot.tasks import TASKS
-    from megaft.tokenizer import load_tokenizer
+    from evaluate_zero_shot.texts.data_files import DataFile
+    from evaluate_zero_shot.trial.geometry import geometry
+    from evaluate_zero_shot.trial.prepared import prepare
+    from megaft.data.tokenizer import load_tokenizer
 
     protocol = PROTOCOLS[case.protocol]
     cut = geometry(protocol, config.max_position_embeddings, case.context_length, case.stride)

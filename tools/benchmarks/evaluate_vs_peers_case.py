@@ -119,7 +119,7 @@ def make_model(name: str, folder: Path, tokenizer: Path | None) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from megaft.tokenizer import load_tokenizer
+    from megaft.data.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(**MODELS[name], bos_token_id=0, eos_token_id=0)).save_pretrained(folder)

@@ -52,11 +52,11 @@ def peak_memory_bytes(device: str) -> int:
 def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
     """`python -m evaluate_zero_shot`, without its report."""
     from evaluate_zero_shot.config import EvaluateConfig
-    from evaluate_zero_shot.evaluate import evaluate
-    from evaluate_zero_shot.plan import find_all_data, trial_of
     from evaluate_zero_shot.protocols import PROTOCOLS
-    from evaluate_zero_shot.subject import load
     from evaluate_zero_shot.tasks import TASKS
+    from evaluate_zero_shot.trial.evaluate import evaluate
+    from evaluate_zero_shot.trial.plan import find_all_data, trial_of
+    from evaluate_zero_shot.trial.subject import load
 
     config = EvaluateConfig(
         model=(str(folder / case.model),),

@@ -88,7 +88,7 @@ def _try_in_process(types: list[str]) -> dict[str, dict[str, str]]:
 def _try_here(types: list[str], file: Path) -> None:
     from transformers.utils import logging
 
-    from megaft import parallel
+    from megaft.base import parallel
 
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
@@ -144,7 +144,7 @@ def _save(config: Any, folder: str) -> Any:
 
 def outcome(case: Callable[[str, Any], None], folder: str, model: Any) -> str:
     """Return the outcome of a case."""
-    from megaft.errors import UserError
+    from megaft.base.errors import UserError
 
     try:
         case(folder, model)

@@ -9,15 +9,15 @@ import torch
 from families_ranks import nats_on_ranks
 from torch import Tensor
 
-from megaft.config import LoraConfig, ModelConfig
-from megaft.generate import load_cached_model
-from megaft.generate_config import SamplingConfig
-from megaft.loss import token_nats
+from megaft.commands.generate.command import load_cached_model
+from megaft.commands.generate.config import SamplingConfig
+from megaft.commands.generate.sampling import continue_tokens
+from megaft.config.train import LoraConfig, ModelConfig
+from megaft.data.samples import IGNORE_INDEX
 from megaft.models import hugging_face, trials
 from megaft.models.hugging_face import NatsModel
-from megaft.models.scoring_model import load_scoring_model
-from megaft.samples import IGNORE_INDEX
-from megaft.sampling import continue_tokens
+from megaft.models.loss import token_nats
+from megaft.scoring.model import load_scoring_model
 
 TOLERANCE = 2e-5
 ENGINE = {

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megaft.models.stand_in import STAND_IN_ERRORS, make_loud, num_parameters
+from megaft.weights.loading.stand_in import STAND_IN_ERRORS, make_loud, num_parameters
 
 WORDS, LAYERS, WIDTH, HEADS, LARGEST = 96, 2, 32, 4, 20_000_000
 

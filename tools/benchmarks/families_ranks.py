@@ -21,7 +21,7 @@ def nats_on_ranks(folder: str, tokens: Any) -> list[Any]:
     """
     import torch
 
-    from megaft import parallel
+    from megaft.base import parallel
 
     with tempfile.TemporaryDirectory() as shared:
         torch.save(tokens, f"{shared}/tokens.pt")
@@ -44,8 +44,8 @@ def _start(folder: str, shared: str, environment: dict[str, str]) -> subprocess.
 def _on_rank(folder: str, shared: str) -> None:
     import torch
 
-    from megaft import parallel
-    from megaft.config import ModelConfig
+    from megaft.base import parallel
+    from megaft.config.train import ModelConfig
     from megaft.models import megatron
 
     parallel.join(parallel.discover(os.environ))

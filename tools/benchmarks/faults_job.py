@@ -20,9 +20,9 @@ WORLD_SIZE = 2
 CONTEXT = get_context("forkserver")
 PRELOADED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # drags in torch's compiler, a second and a half
-    "megaft.assemble",
-    "megaft.export",
-    "megaft.recovery",
+    "megaft.run.assemble",
+    "megaft.checkpoint.export",
+    "megaft.run.recovery",
     "megaft.train",
     "transformers.models.gpt2.modeling_gpt2",
     "tools.benchmarks.preload",  # from the folder of the repository
@@ -57,7 +57,7 @@ class Job:
             hosts: Where each rank runs; nothing stands for this machine.
             is_forked: Take the libraries from the fork server; else start Python anew, which takes seconds.
         """
-        from megaft.parallel import free_port
+        from megaft.base.parallel import free_port
 
         self.logs = [logs.with_name(f"{logs.name}-{rank}.txt") for rank in range(WORLD_SIZE)]
         port, deeds = free_port(), sabotage or {}
@@ -132,7 +132,8 @@ def run_rank(
         os.execv(sys.executable, [sys.executable, program, *command])
     import torch
 
-    from megaft import exit_code, heartbeat, train
+    from megaft import train
+    from megaft.base import exit_code, heartbeat
 
     torch.set_num_threads(1)
     # Ranks let the main one speak first, and their main thread end by itself; no need to wait 20 s each time.

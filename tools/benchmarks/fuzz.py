@@ -89,8 +89,6 @@ class Progress:
 
 def fuzz(target: Target, runs: int, seed: int, progress: Progress | None = None) -> Counts:
     """Run the cases `seed` to `seed + runs`."""
-    import megaft.models.hugging_face
-    import megaft.prepare  # noqa: F401  once, before the children are forked
 
     counts = Counts()
     with tempfile.TemporaryDirectory() as root:
@@ -170,7 +168,7 @@ def _run_cases(target: Target, root: Path, seeds: range, writer: int) -> None:
 
 def run_case(target: Target, valid: Path, root: Path, seed: int) -> tuple[str, str]:
     """Change a copy of the valid files by the seed, read it, and return what became of it."""
-    from megaft.errors import UserError
+    from megaft.base.errors import UserError
 
     rng = random.Random(seed)
     folder = root / "cases" / "case"

@@ -44,8 +44,8 @@ class Target:
 
 def _prepare(name: str, **options: Any) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
-        from megaft.prepare import prepare
-        from megaft.prepare_config import PrepareConfig
+        from megaft.config.prepare import PrepareConfig
+        from megaft.data.prepare import prepare
 
         return prepare(
             PrepareConfig(
@@ -76,7 +76,7 @@ def _zst(data: bytes) -> bytes:
 
 def _encode(path: Path) -> None:
     """Use all of a tokenizer: ids, text, a chat where there is a template, and saving."""
-    from megaft.tokenizer import load_tokenizer
+    from megaft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("The import statement\n 1 + 1 😀")
@@ -136,8 +136,8 @@ def _load_model(source: Path) -> None:
     import torch
 
     from megaft.models.hugging_face import NatsModel
-    from megaft.models.pretrained import load_language_model
     from megaft.models.trials import require_language_model
+    from megaft.weights.loading.pretrained import load_language_model
 
     model = load_language_model(str(source))
     require_language_model(model)
@@ -146,8 +146,8 @@ def _load_model(source: Path) -> None:
 
 
 def _estimate(folder: Path) -> None:
-    from megaft.estimate import estimate
-    from megaft.estimate_config import EstimateConfig
+    from megaft.commands.estimate.command import estimate
+    from megaft.commands.estimate.config import EstimateConfig
 
     path = folder / "deepspeed.json"
     path.write_text('{"train_batch_size": 2, "train_micro_batch_size_per_gpu": 2}')
@@ -160,7 +160,7 @@ def _make_gguf(folder: Path) -> None:
 
 def _load_gguf(folder: Path) -> None:
     """Load a GGUF file's model for training or evaluation, its tokenizer, and its weights for converting."""
-    from megaft.tokenizer import load_tokenizer
+    from megaft.data.tokenizer import load_tokenizer
 
     path = folder / "model.gguf"
     load_tokenizer(path).encode("The import statement")
@@ -171,14 +171,14 @@ def _load_gguf(folder: Path) -> None:
 def _end_ids(folder: Path) -> Any:
     from types import SimpleNamespace
 
-    from megaft.end_tokens import end_ids
+    from megaft.data.end_tokens import end_ids
 
     tokenizer: Any = SimpleNamespace(eos_id=0)
     return end_ids(str(folder), tokenizer, 512)
 
 
 def _read_weights(source: Path) -> None:
-    from megaft.models.reading import open_weights
+    from megaft.weights.reading import open_weights
 
     weights = open_weights(str(source))
     for name in weights.names:
@@ -191,8 +191,8 @@ def _make_deepspeed(folder: Path) -> None:
 
 
 def _resolve(folder: Path) -> None:
-    from megaft.config import OptimConfig
-    from megaft.deepspeed_json import read_deepspeed_json, resolve
+    from megaft.config.deepspeed_json import read_deepspeed_json, resolve
+    from megaft.config.train import OptimConfig
 
     for path in sorted(folder.glob("*.json")):
         resolve(read_deepspeed_json(path), world_size=1, optim=OptimConfig(), has_cuda=False)
@@ -204,10 +204,10 @@ def _make_prepared(folder: Path) -> None:
 
 
 def _read_prepared(folder: Path) -> None:
-    from megaft.config import DataConfig
-    from megaft.indexed import TokenFile
-    from megaft.receipt import load_receipt
-    from megaft.samples import Documents
+    from megaft.config.train import DataConfig
+    from megaft.data.indexed import TokenFile
+    from megaft.data.receipt import load_receipt
+    from megaft.data.samples import Documents
 
     load_receipt(folder / "out")
     tokens = TokenFile(folder / "out", 512)
@@ -224,7 +224,7 @@ def _make_checkpoints(folder: Path) -> None:
     import torch
     from safetensors.torch import save
 
-    from megaft import manifest as manifest_module
+    from megaft.weights import manifest as manifest_module
 
     for step in (1, 2):
         inside = manifest_module.folder_of(folder, step)
@@ -244,7 +244,7 @@ def _make_checkpoints(folder: Path) -> None:
 
 
 def _sign_manifests(folder: Path) -> None:
-    from megaft import manifest as manifest_module
+    from megaft.weights import manifest as manifest_module
 
     for path in folder.glob(f"checkpoints/*/{manifest_module.MANIFEST}"):
         try:
@@ -256,12 +256,12 @@ def _sign_manifests(folder: Path) -> None:
 
 
 def _find_checkpoint(folder: Path) -> None:
-    from megaft import checkpoint
-    from megaft import manifest as manifest_module
+    from megaft.checkpoint import resume
+    from megaft.weights import manifest as manifest_module
 
     manifest_module.peek(folder)
     manifest_module.saved_steps(folder)
-    checkpoint.find(folder)
+    resume.find(folder)
 
 
 def _make_results(folder: Path) -> None:
@@ -272,9 +272,9 @@ def _make_results(folder: Path) -> None:
 
 
 def _report(folder: Path) -> None:
-    from evaluate_zero_shot import report
+    from evaluate_zero_shot.report import write
 
-    report.write(folder)
+    write.write(folder)
 
 
 def _make_rows(folder: Path) -> None:
@@ -286,7 +286,7 @@ def _make_rows(folder: Path) -> None:
 
 
 def _read_rows(folder: Path) -> None:
-    from megaft.files import json_lines
+    from megaft.base.files import json_lines
 
     path = folder / "metrics.jsonl"
     for row in json_lines(path) if path.is_file() else ():  # a run makes it, and reads it where it is

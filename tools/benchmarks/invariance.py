@@ -134,8 +134,8 @@ class Outcome:
 
 def make_inputs(folder: Path) -> None:
     """Write the model, and paragraphs of unequal length as prepared documents."""
-    from megaft.prepare import prepare
-    from megaft.prepare_config import PrepareConfig
+    from megaft.config.prepare import PrepareConfig
+    from megaft.data.prepare import prepare
 
     toy.make_model(folder / "model")
     train, _ = toy.make_texts(folder)
@@ -201,9 +201,9 @@ def rows_of(run_dir: Path, quantity: str) -> list[float]:
 
 def weights_of(folder: Path, name: str, step: int) -> dict:
     """Return every fp32 weight of a run's checkpoint by transformers' name."""
-    from megaft import canonical, manifest
-    from megaft.models.weights import load_config, shapes_of
-    from megaft.pieces import WEIGHT
+    from megaft.weights import canonical, manifest
+    from megaft.weights.parameters import load_config, shapes_of
+    from megaft.weights.pieces import WEIGHT
 
     config = load_config(str(folder / "model"))
     saved = canonical.canonical(manifest.folder_of(folder / name, step), config)

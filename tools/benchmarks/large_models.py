@@ -30,9 +30,9 @@ from toy import make_texts, make_tokenizer, text
 from train_report import cpu_name, table
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megaft.environment import environment
-from megaft.loss import token_nats
-from megaft.parallel import free_port
+from megaft.base.environment import environment
+from megaft.base.parallel import free_port
+from megaft.models.loss import token_nats
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

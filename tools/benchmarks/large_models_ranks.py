@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaft import engine_state, parallel
-from megaft.config import LoraConfig, ModelConfig, OptimConfig
-from megaft.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
+from megaft.base import parallel
+from megaft.checkpoint import engine_state
+from megaft.config.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.train import LoraConfig, ModelConfig, OptimConfig
 from megaft.models import hugging_face
 from megaft.models.parameters import parameter_groups
-from megaft.models.scoring_model import load_scoring_model
-from megaft.optim import build_optimizer
+from megaft.run.optim import build_optimizer
+from megaft.scoring.model import load_scoring_model
 
 ROWS, LENGTH = 2, 128
 WORLD_SIZE = 64

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from megaft.parallel import free_port
-from megaft.verify_conversion import PATIENT
+from megaft.base.parallel import free_port
+from megaft.commands.convert.verify import PATIENT
 
 
 def deepspeed(num_ranks: int) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 import tyro
 from train_report import cpu_name, spread, table
 
-from megaft.environment import environment
+from megaft.base.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 BARE_LOOP = """
@@ -99,7 +99,9 @@ def repeat(source: Path, target: Path, num_bytes: int) -> int:
 
 def save_tokenizer(source: str, folder: Path) -> Path:
     """Save the tokenizer where the bare loop can read it; return its tokenizer.json."""
-    program = "import sys; from megaft.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1]).save(sys.argv[2])"
+    program = (
+        "import sys; from megaft.data.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1]).save(sys.argv[2])"
+    )
     subprocess.run([sys.executable, "-c", program, source, str(folder)], check=True)
     return folder / "tokenizer.json"
 

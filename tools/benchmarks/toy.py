@@ -70,8 +70,8 @@ def make_texts(folder: Path, *, train_bytes: int = 60_000, valid_bytes: int = 4_
 
 def train_in_turn(runs: Iterable[tuple[Path, dict, list[str]]]) -> None:
     """Train on this rank, one run after another: where its DeepSpeed JSON goes, that JSON, and the other flags."""
-    from megaft import parallel
-    from megaft.config import parse_train
+    from megaft.base import parallel
+    from megaft.config.train import parse_train
     from megaft.train import train
 
     topology = parallel.discover(os.environ)

@@ -65,8 +65,8 @@ def main(arguments: Arguments) -> int:
     """Launch, report; return 1 where something failed or the contestants began at different losses."""
     import torch
 
-    from megaft.environment import environment
-    from megaft.files import write_json_atomic
+    from megaft.base.environment import environment
+    from megaft.base.files import write_json_atomic
 
     case = arguments.case()
     is_there = "cuda" if torch.cuda.is_available() else "cpu"

@@ -76,8 +76,8 @@ class Case:
         Raises:
             ValueError: The recipe has another precision.
         """
-        from megaft.config import OptimConfig
-        from megaft.deepspeed_json import read_deepspeed_json, resolve
+        from megaft.config.deepspeed_json import read_deepspeed_json, resolve
+        from megaft.config.train import OptimConfig
 
         raw = read_deepspeed_json(RECIPES / self.recipe.format(dtype=self.dtype))
         raw |= {
@@ -95,7 +95,7 @@ class Case:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from megaft.throughput import flops_per_token
+        from megaft.run.throughput import flops_per_token
 
         with torch.device("meta"):
             parameters = AutoModelForCausalLM.from_config(self._architecture()).parameters()
@@ -120,8 +120,8 @@ class Case:
 
     def make_inputs(self, folder: Path) -> None:
         """Write config, tokenizer, prepared text, DeepSpeed JSON and the case itself."""
-        from megaft.prepare import prepare
-        from megaft.prepare_config import PrepareConfig
+        from megaft.config.prepare import PrepareConfig
+        from megaft.data.prepare import prepare
 
         self._architecture().save_pretrained(folder / "model")
         text = toy.text()

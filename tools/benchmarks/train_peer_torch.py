@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from train_case import BETAS, EPSILON, GRADIENT_CLIPPING, LEARNING_RATE, SEED, WEIGHT_DECAY, Case
 from train_peers import Recorder, Windows, arguments, new_model
 
+from megaft.base.parallel import Topology, discover
 from megaft.models.parameters import parameter_groups
-from megaft.parallel import Topology, discover
 
 
 def join(case: Case, topology: Topology) -> torch.device:

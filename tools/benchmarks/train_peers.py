@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from train_case import SEED, Case
 
-from megaft import parallel
-from megaft.indexed import TokenFile
-from megaft.metrics import MetricsFile, Pending
-from megaft.models.pretrained import create_language_model
-from megaft.throughput import peak_memory_bytes
+from megaft.base import parallel
+from megaft.data.indexed import TokenFile
+from megaft.run.metrics import MetricsFile, Pending
+from megaft.run.throughput import peak_memory_bytes
+from megaft.weights.loading.pretrained import create_language_model
 
 
 def arguments() -> tuple[Case, Path, Path]:

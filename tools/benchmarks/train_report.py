@@ -31,7 +31,7 @@ class Report:
     case: Case
     runs: tuple[Run, ...]
     environment: dict[str, Any]
-    """As `megaft.environment` gives it."""
+    """As `megaft.base.environment` gives it."""
     flops_per_token: int
 
     @property

@@ -1,0 +1,124 @@
+"""Compare a measured number with a published one, or give the reasons why the two are not comparable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from evaluate_zero_shot.formats import MISSING, number, written
+from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, differences
+from evaluate_zero_shot.report.published import QUANTITIES, Figure
+from evaluate_zero_shot.tasks import TASKS
+
+_PROMPTED = ("Detokenizer", "Prefix token of a prompt")
+_LABELS = {"last-word": (*_PROMPTED, "LAMBADA"), "cloze": (*_PROMPTED, "Children's Book Test")}
+"""The rules of a protocol that decide the figures of tasks without windows."""
+_NOT_OF_TEXT = {"Prefix token of a prompt", "LAMBADA", "Children's Book Test"}
+_LENGTHS = {"Context length", "Stride"}
+"""Settings whose actual values are compared, not the protocols' names for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A measured number beside a published one."""
+
+    result: Mapping[str, Any]
+    figure: Figure
+    measured: float | None
+    reasons: tuple[str, ...]
+    """Reasons why the two are not the same quantity; empty if they are."""
+    is_same_protocol: bool
+
+    @property
+    def is_reproduced(self) -> bool:
+        """True if this is the same quantity and equals the published digits."""
+        return not self.reasons and self.measured is not None and self.figure.agrees(self.measured)
+
+    @property
+    def verdict(self) -> str:
+        """One line. Only the same quantity can agree."""
+        if not self.is_same_protocol:
+            return "another protocol"
+        if self.reasons:
+            return "same protocol, not the same measurement"
+        if self.measured is None or not math.isfinite(self.measured):
+            return "same protocol: nothing finite was measured"
+        if self.is_reproduced:
+            return "same protocol: agrees to the printed digits"
+        return f"same protocol: differs by {self.difference_text.lstrip('+-')}"
+
+    @property
+    def measured_text(self) -> str:
+        """Measured figure, in the published digits."""
+        if self.measured is None or not math.isfinite(self.measured):
+            return written(self.measured, self.figure.metric)
+        return self.figure.in_its_digits(self.measured)
+
+    @property
+    def difference_text(self) -> str:
+        """Signed percent of the published number."""
+        if self.measured is None or not math.isfinite(self.measured):
+            return MISSING
+        return f"{(self.figure.in_its_unit(self.measured) / self.figure.value - 1) * 100:+.2f} %"
+
+
+def compare(result: Mapping[str, Any], ours: Protocol, figure: Figure) -> Comparison:
+    """Put an entry of results.json, measured by the protocol `ours`, beside a figure of the same task."""
+    task = TASKS[result["task"]]
+    if task.last_word is not None:
+        ours = replace(ours, last_word=task.last_word)
+    apart = tuple(_protocol_reasons(result, ours, figure))
+    measured = number(result[QUANTITIES[figure.metric]])
+    return Comparison(result, figure, measured, (*apart, *_other_reasons(result, figure)), not apart)
+
+
+def published_task(task: str) -> str:
+    """Return the task whose figures are shown beside a result: that of LAMBADA for all its variants."""
+    return "lambada" if TASKS[task].kind == "last-word" else task
+
+
+def _protocol_reasons(result: Mapping[str, Any], ours: Protocol, figure: Figure) -> Iterator[str]:
+    if figure.caveat:
+        yield figure.caveat
+    if figure.protocol is None:
+        return
+    theirs, kind = PROTOCOLS[figure.protocol], TASKS[figure.task].kind
+    if ours.name != theirs.name:
+        yield f"Protocol: {ours.name}; there {theirs.name}"
+    for sentence in differences(ours, theirs):
+        label = sentence.partition(":")[0]
+        skipped = _NOT_OF_TEXT | _LENGTHS | set(figure.unpublished)
+        if label in _LABELS[kind] if kind in _LABELS else label not in skipped:
+            yield sentence
+    if kind == "text":
+        yield from _window_reasons(result, figure, theirs)
+    elif not result["is_protocol_default"]:
+        yield f"Context length: {result['context_length']}, too short for some prompts"
+
+
+def _window_reasons(result: Mapping[str, Any], figure: Figure, theirs: Protocol) -> Iterator[str]:
+    if figure.unpublished:
+        yield f"Not published there: {', '.join(figure.unpublished)}"
+    context_length = figure.context_length or theirs.context_length or 0
+    shares = {"context": context_length, "half": context_length // 2}
+    stride = figure.stride or shares.get(str(theirs.stride), theirs.stride)
+    for label, ours, other in (
+        ("Context length", result["context_length"], context_length),
+        ("Stride", result["stride"], stride),
+    ):
+        if ours != other and label not in figure.unpublished:
+            yield f"{label}: {ours}; there {other}"
+
+
+def _other_reasons(result: Mapping[str, Any], figure: Figure) -> Iterator[str]:
+    if not figure.model.is_model(result["model_name"], result["num_parameters"]):
+        yield f"Model: {result['model_name']}; there {figure.model.title}"
+    if published_task(result["task"]) != figure.task:
+        yield f"Task: {result['task']}; there {figure.task}"
+    if result["data_name"] is None or result["data_name"] != figure.data_name:
+        unknown = "a file not known here"
+        yield f"Data: {result['data_name'] or unknown}; there {figure.data_name or unknown}"
+    if result["limit_lines"] is not None:
+        yield f"Data: only the first {result['limit_lines']:,} lines; there the whole file"

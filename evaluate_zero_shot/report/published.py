@@ -1,0 +1,146 @@
+"""Published figures of published.json: value in printed digits, protocol and source."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluate_zero_shot.protocols import PROTOCOLS, statements
+from evaluate_zero_shot.tasks import TASKS
+from evaluate_zero_shot.texts.known_files import KNOWN
+from megaft.base.errors import DataError
+from megaft.base.files import parse_json
+
+FILE = Path(__file__).with_name("published.json")
+QUANTITIES = {
+    "word_perplexity": "word_perplexity",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits_per_byte",
+    "bits_per_character": "bits_per_byte",  # asked of text8 alone, whose every character is one byte
+    "accuracy": "accuracy",
+}
+"""Metric of a figure -> the entry of a result that holds the same quantity."""
+PERCENT = " %"
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?( %)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as its authors name it, and the names it goes by elsewhere."""
+
+    title: str
+    aliases: tuple[str, ...]
+    num_parameters: int | None
+
+    def is_model(self, name: str, num_parameters: int | None) -> bool:
+        """Return True if `name` or the last part of its path is an alias, and the parameter counts, if known, agree."""
+        is_same_size = None in (num_parameters, self.num_parameters) or num_parameters == self.num_parameters
+        return is_same_size and not {name, name.rstrip("/").rsplit("/", 1)[-1]}.isdisjoint(self.aliases)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """One published number."""
+
+    model: Model
+    task: str
+    metric: str
+    printed: str
+    """As published: its digits say how exact it is. A percentage ends in " %"."""
+    protocol: str | None
+    """The protocol it was measured by; None where none here is its own."""
+    context_length: int | None
+    stride: int | None
+    """None, as `context_length`, if it is the protocol's own."""
+    data_name: str | None
+    """The known file that the protocol and the task mean; None where it is not known here."""
+    unpublished: tuple[str, ...]
+    """Labels of the settings that the source does not state."""
+    caveat: str
+    """Further differences from the protocol named."""
+    title: str
+    """Short title of the source."""
+    source: str
+
+    @property
+    def value(self) -> float:
+        """The number, a percentage as a percentage."""
+        return float(self.printed.removesuffix(PERCENT))
+
+    def in_its_unit(self, measured: float) -> float:
+        """Return a result's number in the unit of this figure: accuracy is a fraction there."""
+        return measured * 100 if self.printed.endswith(PERCENT) else measured
+
+    def in_its_digits(self, measured: float) -> str:
+        """Return a result's number as this figure is printed."""
+        decimals = len(self.printed.removesuffix(PERCENT).partition(".")[2])
+        unit = PERCENT if self.printed.endswith(PERCENT) else ""
+        return f"{self.in_its_unit(measured):,.{decimals}f}{unit}"
+
+    def agrees(self, measured: float) -> bool:
+        """Return True if a result, rounded to the printed digits, equals the published figure."""
+        return self.in_its_digits(measured) == self.printed
+
+
+def load(path: Path = FILE) -> tuple[Figure, ...]:
+    """Return every published figure.
+
+    Raises:
+        DataError: The file is not JSON, or one of its entries breaks a rule; the message names the entry.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        models = {name: _model(fields) for name, fields in content["models"].items()}
+        return tuple(
+            _figure(path, models, content["files"], source, row)
+            for source in content["sources"]
+            for row in source.pop("figures")
+        )
+    except (OSError, json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a list of published figures: {error!r}. Install megaft again.") from error
+
+
+def _model(fields: dict[str, Any]) -> Model:
+    return Model(fields["title"], tuple(fields["aliases"]), fields["num_parameters"])
+
+
+def _figure(
+    path: Path,
+    models: Mapping[str, Model],
+    files: Mapping[str, Mapping[str, str]],
+    source: Mapping[str, Any],
+    row: Sequence[str],
+) -> Figure:
+    name, task, metric, printed = row
+    protocol = PROTOCOLS.get(source["protocol"])
+    text = "tokens" if protocol is None or protocol.text == "tokens" else "raw"
+    fields: dict[str, Any] = {**source, "unpublished": tuple(source["unpublished"])}
+    data_name = files.get(task, {}).get(text)
+    figure = Figure(model=models[name], task=task, metric=metric, printed=printed, data_name=data_name, **fields)
+    if broken := list(_broken_rules(figure)):
+        raise DataError(f"{path}: {figure.title}, {name}, {task}: {'; '.join(broken)}.")
+    return figure
+
+
+def _broken_rules(figure: Figure) -> Iterator[str]:
+    protocol = PROTOCOLS.get(figure.protocol or "")
+    if figure.task not in TASKS:
+        yield f"task {figure.task!r} is none of {', '.join(TASKS)}"
+    if figure.metric not in QUANTITIES:
+        yield f"metric {figure.metric!r} is none of {', '.join(QUANTITIES)}"
+    if not _NUMBER.fullmatch(figure.printed):
+        yield f"{figure.printed!r} is not a number with its digits, such as 37.50 or 45.99 %"
+    if figure.protocol is None and not figure.caveat:
+        yield "protocol is null and caveat does not say why"
+    if figure.protocol is not None and protocol is None:
+        yield f"protocol {figure.protocol!r} is none of {', '.join(PROTOCOLS)}"
+    if protocol is not None and protocol.context_length is None and figure.context_length is None:
+        yield "context_length is null, and the protocol leaves it to the model"
+    if protocol is not None and (unknown := set(figure.unpublished) - set(statements(protocol))):
+        yield f"unpublished has {', '.join(unknown)}, none of {', '.join(statements(protocol))}"
+    if figure.data_name not in {None, *(file.name for file in KNOWN.values())}:
+        yield f"the file {figure.data_name!r} is not a known one"

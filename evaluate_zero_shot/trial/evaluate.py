@@ -1,0 +1,141 @@
+"""Evaluate one model on one task under one protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from evaluate_zero_shot.tasks import Task
+from evaluate_zero_shot.texts.data_files import DataFile
+from evaluate_zero_shot.trial import figures
+from evaluate_zero_shot.trial.geometry import Geometry
+from evaluate_zero_shot.trial.kept import KeptBatches
+from evaluate_zero_shot.trial.limits import is_capped
+from evaluate_zero_shot.trial.prepared import Prepared
+from evaluate_zero_shot.trial.results import Result
+from evaluate_zero_shot.trial.subject import Subject
+from megaft.base import parallel
+from megaft.base.environment import environment
+from megaft.base.progress import counting
+from megaft.base.redaction import without_secrets
+from megaft.models.rope import length_limit
+from megaft.scoring.score import Score, batches_of, score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Task, data and windows of one evaluation."""
+
+    task: Task
+    cut: Geometry
+    data: DataFile
+    limit_lines: int | None
+    prepared: Prepared
+    tokens_per_batch: int
+    """Most input tokens of a forward pass."""
+
+
+def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
+    """Score a task on all ranks, and count it by the protocol's rules.
+
+    Args:
+        subject: Whose result it is.
+        trial: What it is evaluated on.
+        output: Folder that keeps finished windows.
+
+    Raises:
+        NumericsError: Nats of a scored token are not finite.
+    """
+    keeper = KeptBatches(output / "windows" / _key(subject, trial), parallel.data_parallel_rank())
+    begin = time.perf_counter()
+    found = _score(subject, trial, keeper)
+    seconds = time.perf_counter() - begin
+    prepared, protocol, made_with = trial.prepared, trial.cut.protocol, environment()
+    headline = protocol.headline if protocol.headline and not prepared.is_prompted else trial.task.headline
+    values = figures.figures(found, prepared, protocol)
+    return Result(
+        model=without_secrets(subject.source),
+        model_name=Path(subject.source).name,
+        num_parameters=subject.scorer.num_parameters,
+        model_sha256=subject.sha256,
+        tokenizer_sha256=subject.tokenizer.sha256,
+        task=trial.task.name,
+        task_title=trial.task.title,
+        protocol=protocol.name,
+        detokenizer=prepared.detokenizer,
+        data_file=trial.data.path.name,
+        data_name=trial.data.name,
+        data_sha256=trial.data.sha256,
+        limit_lines=trial.limit_lines,
+        context_length=trial.cut.context_length,
+        stride=trial.cut.stride,
+        is_protocol_default=trial.cut.is_own or prepared.has_whole_prompts,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        tokens_per_batch=trial.tokens_per_batch,
+        num_tokenized_tokens=len(prepared.tokens.tokens),
+        num_original_tokens=prepared.num_original_tokens,
+        num_words=prepared.num_words,
+        num_bytes=prepared.num_bytes,
+        num_documents=len(prepared.tokens.document_offsets) - 1,
+        headline=headline,
+        confidence_interval_95=figures.interval(
+            headline, values[headline], found, prepared, is_capped(values[headline], protocol)
+        ),
+        positions=figures.positions(found, prepared.rows, trial.cut.num_inputs),
+        seconds=seconds,
+        tokens_per_second=None if keeper.finished else found.num_scored_tokens / seconds,
+        world_size=parallel.world_size(),
+        backend=subject.backend,
+        tensor_parallel_size=parallel.tensor_parallel_size(),
+        device=torch.cuda.get_device_name() if subject.device.type == "cuda" else subject.device.type,
+        command=made_with.pop("command"),
+        environment=made_with,
+        **values,
+        **figures.segments(found, prepared),
+    )
+
+
+def _score(subject: Subject, trial: Trial, keeper: KeptBatches) -> Score:
+    prepared = trial.prepared
+    model = subject.scorer.ask(with_choices=prepared.is_prompted, banned=prepared.banned)
+    name = f"{Path(subject.source).name}, {trial.task.name}, {trial.cut.protocol.name}, stride {trial.cut.stride}"
+    num_inputs = sum(row.num_inputs for row in prepared.rows)
+    with counting(num_inputs, "tokens", f"{name}:", is_shown=parallel.is_main()) as progress:
+        return score(
+            prepared.tokens,
+            prepared.rows,
+            model,
+            tokens_per_batch=trial.tokens_per_batch,
+            device=subject.device,
+            prefix_id=prepared.prefix_id,
+            num_words=prepared.num_words,
+            num_bytes=prepared.num_bytes,
+            name=name,
+            keeper=keeper,
+            longest_alike=length_limit(subject.scorer.config),
+            progress=progress,
+        )
+
+
+def _key(subject: Subject, trial: Trial) -> str:
+    """Return a hash of everything that decides a batch's nats: tokens, batches, model and libraries."""
+    prepared = trial.prepared
+    digest = hashlib.sha256()
+    batches = batches_of(prepared.rows, trial.tokens_per_batch, length_limit(subject.scorer.config))
+    rows = np.array(
+        [(number, row.first, *row.window) for number, batch in enumerate(batches) for row in batch], np.int64
+    )
+    for part in (prepared.tokens.tokens, rows, np.array(prepared.banned, np.int64)):
+        digest.update(len(part).to_bytes(8, "little") + part.tobytes())
+    made_by = (subject.sha256, subject.dtype, subject.device.type, torch.__version__, transformers.__version__)
+    if subject.backend == "megatron":
+        made_by = (*made_by, version("megatron-core"), parallel.tensor_parallel_size())
+    digest.update(repr((*made_by, prepared.prefix_id, prepared.is_prompted)).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,236 @@
+"""Prepare a task for one model under one protocol: tokens, windows, and the divisors of nats."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import detokenizers
+import numpy as np
+
+from evaluate_zero_shot.protocols import LastWord, Protocol
+from evaluate_zero_shot.tasks import Task
+from evaluate_zero_shot.texts import cbt, lambada, pages
+from evaluate_zero_shot.texts.data_files import DataFile, read_records, read_text
+from evaluate_zero_shot.trial import counts
+from evaluate_zero_shot.trial.geometry import Geometry
+from megaft.base import parallel
+from megaft.base.errors import DataError
+from megaft.data.tokenizer import AnyTokenizer
+from megaft.scoring.score import Row, rows_of
+from megaft.scoring.windows import Window
+
+
+class TokenText:
+    """Documents in tokens, in memory."""
+
+    def __init__(self, documents: Sequence[Sequence[int]]) -> None:
+        self.document_offsets = np.array([0, *itertools.accumulate(map(len, documents))], np.int64)
+        self.tokens = np.fromiter(itertools.chain.from_iterable(documents), np.int64, self.document_offsets[-1])
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Tokens begin to end - 1."""
+        return self.tokens[begin:end]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Tokens and rows to score, and the counts of the original text."""
+
+    detokenizer: str
+    tokens: TokenText
+    rows: list[Row]
+    prefix_id: int | None = None
+    num_original_tokens: int
+    num_words: int | None
+    """Divisor of the nats in word perplexity."""
+    num_bytes: int | None
+    document_words: tuple[int, ...] | None = None
+    """Words of each document, where documents are scored one by one."""
+    is_prompted: bool = False
+    """True if each document is a prompt with a target, right or wrong."""
+    banned: tuple[int, ...] = ()
+    """Tokens that no model may choose first: LAMBADA's stop words."""
+    num_options: tuple[int, ...] = ()
+    """Number of options of each question, consecutive documents; empty if a prompt is right or wrong by itself."""
+    answers: tuple[int, ...] = ()
+    """The right option of each question."""
+
+    @property
+    def has_whole_prompts(self) -> bool:
+        """True if these are prompts and none was cut off at its beginning by the context length."""
+        return self.is_prompted and not any(row.window.begin for row in self.rows)
+
+
+def prepare(
+    task: Task, protocol: Protocol, data: DataFile, limit_lines: int | None, tokenizer: AnyTokenizer, cut: Geometry
+) -> Prepared:
+    """Read a task's data and cut it into windows.
+
+    Raises:
+        DataError: The data are not what the task needs.
+    """
+    assert task.is_defined_by(protocol)
+    records = read_records(data, task, limit_lines)
+    text = read_text(data, task, limit_lines) if records is None else "\n".join(records)
+    detokenizer = detokenizer_of(task, protocol)
+    if task.kind == "text":
+        prepared = _text(text, records, task, protocol, detokenizer, tokenizer, cut)
+        if not prepared.rows:
+            raise DataError(f"{data.path} has no token that protocol {protocol.name} scores; give a longer text.")
+        return prepared
+    if task.kind == "last-word":
+        variant = task.last_word or protocol.last_word
+        assert variant is not None
+        return _last_words(lambada.rows(text, data.path), variant, protocol, detokenizer, tokenizer, cut)
+    return _cloze(cbt.questions(text, data.path), protocol, detokenizer, tokenizer, cut)
+
+
+def detokenizer_of(task: Task, protocol: Protocol) -> str:
+    """Return the name of the protocol's rules for the task's corpus; identity where it has none."""
+    corpus = task.corpus
+    invertible = corpus if corpus in detokenizers.names() else "identity"
+    if protocol.detokenizer in ("none", "invertible"):
+        return "identity" if protocol.detokenizer == "none" else invertible
+    published = f"{corpus}_{protocol.detokenizer}"
+    fallback = invertible if protocol.detokenizer == "openai" else "identity"
+    return published if published in detokenizers.names() else fallback
+
+
+def _text(
+    text: str,
+    records: list[str] | None,
+    task: Task,
+    protocol: Protocol,
+    detokenizer: str,
+    tokenizer: AnyTokenizer,
+    cut: Geometry,
+) -> Prepared:
+    is_wikitext = task.corpus == "wikitext"
+    if protocol.scope == "stream":
+        documents = [pages.hf_rows(text) if protocol.text == "rows" and is_wikitext else text]
+    elif protocol.scope == "page" and is_wikitext:
+        documents = pages.wikitext_pages(text)
+    else:
+        documents = pages.documents(text, task) if records is None else records
+    detokenize = detokenizers.get(detokenizer)
+    texts = [detokenize(document) for document in documents]
+    tokens = TokenText([tokenizer.encode(text) for text in texts])
+    prefix_id = _prefix(tokenizer, protocol) if protocol.has_prefix else None
+    return Prepared(
+        detokenizer=detokenizer,
+        tokens=tokens,
+        rows=rows_of(tokens, cut.windows, prefix_id=prefix_id),
+        prefix_id=prefix_id,
+        num_original_tokens=counts.num_original_tokens(text),
+        num_words=counts.word_divisor(protocol, text, documents),
+        num_bytes=sum(map(counts.num_bytes, documents if protocol.scope == "page" or records is not None else [text]))
+        if _gives_back(tokenizer, texts, tokens)
+        else None,
+        document_words=tuple(map(counts.num_words, documents)) if len(documents) > 1 else None,
+    )
+
+
+def _gives_back(tokenizer: AnyTokenizer, texts: Sequence[str], tokens: TokenText) -> bool:
+    """Return True if decoding gives the texts back. Otherwise figures per byte are too low: bytes were lost."""
+    ends = itertools.pairwise(tokens.document_offsets)
+    if all(tokenizer.decode(tokens.read(*end).tolist()) == text for text, end in zip(texts, ends, strict=True)):
+        return True
+    if parallel.is_main():
+        print(
+            "warning: the tokenizer loses text: decoding does not give it back, so no figure by bytes is given.",
+            file=sys.stderr,
+        )
+    return False
+
+
+def _last_words(
+    rows: Sequence[str],
+    variant: LastWord,
+    protocol: Protocol,
+    detokenizer: str,
+    tokenizer: AnyTokenizer,
+    cut: Geometry,
+) -> Prepared:
+    detokenize = detokenizers.get(detokenizer)
+    items = lambada.items([detokenize(row) for row in rows], variant)
+    pairs = [parted(tokenizer, *item) for item in items]
+    tokens, windows = _prompts(pairs, protocol, tokenizer, cut)
+    whole = TokenText([context + target for context, target in pairs])
+    gives_back = _gives_back(tokenizer, [item.context + item.target for item in items], whole)
+    is_filtered = variant == "stop-word"
+    stop_tokens = lambada.stop_tokens(lambda word: parted(tokenizer, "a", word)[1]) if is_filtered else ()
+    return Prepared(
+        detokenizer=detokenizer,
+        tokens=tokens,
+        rows=windows,
+        num_original_tokens=sum(counts.num_original_tokens(row) for row in rows),
+        num_words=len(items),
+        is_prompted=True,
+        num_bytes=(gives_back and sum(counts.num_bytes(item.target) for item in items)) or None,
+        banned=tuple(sorted(stop_tokens)),
+    )
+
+
+def _cloze(
+    questions: Sequence[cbt.Question], protocol: Protocol, detokenizer: str, tokenizer: AnyTokenizer, cut: Geometry
+) -> Prepared:
+    options = [cbt.options(question) for question in questions]
+    pairs = [parted(tokenizer, *option) for option in itertools.chain.from_iterable(options)]
+    tokens, rows = _prompts(pairs, protocol, tokenizer, cut)
+    return Prepared(
+        detokenizer=detokenizer,
+        tokens=tokens,
+        rows=rows,
+        num_original_tokens=len(questions),
+        num_words=None,
+        num_bytes=None,
+        is_prompted=True,
+        num_options=tuple(map(len, options)),
+        answers=tuple(question.answer for question in questions),
+    )
+
+
+def parted(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
+    """Tokenize both as one text and split it after the context's tokens, as lm-evaluation-harness does.
+
+    Megatron-LM tokenizes each by itself. In GPT-2's tokens that is the same; sentencepiece would put a token of its own
+    before the target, which no model expects.
+
+    Args:
+        tokenizer: Of the model.
+        context: Text without white space at its end: that belongs to the target.
+        target: What follows; empty for the context's own last token.
+    """
+    whole = tokenizer.encode(context + target)
+    split = len(tokenizer.encode(context)) if target else -1
+    return whole[:split], whole[split:]
+
+
+def _prompts(
+    pairs: Sequence[tuple[list[int], list[int]]], protocol: Protocol, tokenizer: AnyTokenizer, cut: Geometry
+) -> tuple[TokenText, list[Row]]:
+    """Return a document and a row a pair: only the target is scored, and a context too long loses its beginning."""
+    documents, rows, offset = [], [], 0
+    for context, target in pairs:
+        if protocol.has_prompt_prefix or not context:
+            context = [_prefix(tokenizer, protocol), *context]
+        end = len(context) + len(target)
+        begin = max(0, end - 1 - cut.num_inputs)
+        if not target or begin >= len(context):
+            raise DataError(f"a target of {len(target)} tokens does not fit a context length of {cut.context_length}.")
+        documents.append([*context, *target])
+        rows.append(Row(offset, Window(begin, len(context), end)))
+        offset += end
+    return TokenText(documents), rows
+
+
+def _prefix(tokenizer: AnyTokenizer, protocol: Protocol) -> int:
+    if tokenizer.prefix_id is None:
+        raise DataError(
+            f"protocol {protocol.name} puts a prefix token before text, but the tokenizer has neither a beginning- nor "
+            "an end-of-sequence token; use a protocol without one, such as megatron."
+        )
+    return tokenizer.prefix_id

@@ -1,0 +1,167 @@
+"""results.json: one entry a figure, with all that is needed to check it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
+from evaluate_zero_shot.trial.limits import LARGEST, is_capped
+from megaft.base.errors import DataError
+from megaft.base.files import parse_json, write_json_atomic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One model on one task under one protocol: an entry of results.json."""
+
+    model: str
+    """As the user named it."""
+    model_name: str
+    """Last part of `model`."""
+    num_parameters: int
+    model_sha256: str
+    """SHA-256 over the names and contents of the model's files."""
+    tokenizer_sha256: str
+    task: str
+    task_title: str
+    protocol: str
+    detokenizer: str
+    data_file: str
+    data_name: str | None
+    """Name of the published file with this SHA-256; None for any other."""
+    data_sha256: str
+    limit_lines: int | None
+    """Only the first lines were scored: no figure to publish."""
+    context_length: int
+    stride: int
+    is_protocol_default: bool
+    """True if context length and stride are the protocol's own, or cut nothing off (no stride cuts prompts)."""
+    dtype: str
+    tokens_per_batch: int
+    nats: float
+    """Negative log-likelihood of every scored token, summed."""
+    num_scored_tokens: int
+    num_tokenized_tokens: int
+    num_original_tokens: int
+    """len(text.strip().split(" ")): Megatron-LM's T_o."""
+    num_words: int | None
+    """Divisor of the nats in word_perplexity, by the protocol's rule."""
+    num_bytes: int | None
+    """UTF-8 bytes of the original text."""
+    num_documents: int
+    headline: str
+    """The task's main metric, one of the next five."""
+    perplexity: float
+    word_perplexity: float | None
+    byte_perplexity: float | None
+    bits_per_byte: float | None
+    accuracy: float | None
+    """A share, 0 to 1."""
+    confidence_interval_95: dict[str, Any] | None
+    """{"quantity", "low", "high", "method"} of the headline."""
+    positions: list[tuple[int, int, float]]
+    """By position in the window: first position, scored tokens, their nats."""
+    segments: list[tuple[int, float]]
+    """In text order: scored tokens, their nats."""
+    segment_unit: str
+    """Unit of a segment: "document", "documents" (some together) or "block"."""
+    seconds: float
+    """Seconds of scoring alone, in the command that finished it."""
+    tokens_per_second: float | None
+    """Scored tokens, over all ranks; None where an earlier command had scored some of them."""
+    world_size: int
+    """Number of all ranks."""
+    backend: str
+    """Model implementation: "hugging-face" or "megatron"."""
+    tensor_parallel_size: int
+    """Tensor-parallel size."""
+    device: str
+    command: list[str]
+    environment: dict[str, Any]
+    """Versions, commit and hardware, from megaft.base.environment."""
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Key of a result: a later one with the same key replaces it."""
+        return tuple(getattr(self, name) for name in _IDENTITY)
+
+
+_IDENTITY = (
+    *("model", "model_sha256", "task", "data_sha256", "protocol"),
+    *("context_length", "stride", "dtype", "limit_lines"),
+)
+
+
+def write(folder: Path, results: list[Result]) -> None:
+    """Write results.json, keeping what earlier commands left there of other models, data, protocols or windows.
+
+    Raises:
+        ConfigError: The disk refuses.
+        DataError: What is there is no results.json.
+    """
+    ours = {result.identity for result in results}
+    earlier = [row for row in load(folder) if tuple(row[name] for name in _IDENTITY) not in ours]
+    rows = [*earlier, *map(asdict, results)]
+    value = {
+        "results": rows,
+        "protocols": {name: asdict(PROTOCOLS[name]) for name in sorted({row["protocol"] for row in rows})},
+    }
+    write_json_atomic(folder / "results.json", value)
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of results.json, none where there is no such file.
+
+    Raises:
+        DataError: It is not one of ours.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return []
+    try:
+        rows = parse_json(path.read_text(encoding="utf-8"))["results"]
+        if any(name not in row for row in rows for name in _IDENTITY):
+            raise KeyError("an entry lacks a field")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a results file of megaft ({error}); move it away or give another --output."
+        ) from error
+    return rows
+
+
+def note_on_guessing(result: Result, vocab_size: int) -> str | None:
+    """Return a warning where a token costs a nat more than a guess among all tokens, else None.
+
+    A model beside the tokenizer of another one does that, without any other sign where the ids fit. Models that were
+    just made at random cost a little more than a guess.
+
+    Args:
+        result: The measured figures.
+        vocab_size: Number of the tokenizer's tokens.
+    """
+    if result.perplexity <= math.e * vocab_size:
+        return None
+    return (
+        f"warning: {result.model_name} has a perplexity of {result.perplexity:,.0f} per token, worse than a guess "
+        f"among the tokenizer's {vocab_size:,} tokens; is this the tokenizer that the model was trained with?"
+    )
+
+
+def summary(result: Result) -> str:
+    """Return a result in a line."""
+    names = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
+    ordered = sorted(names, key=lambda name: name != result.headline)
+    protocol = PROTOCOLS[result.protocol]
+    values = [_written(name, value, protocol) for name in ordered if (value := getattr(result, name)) is not None]
+    how = f"{result.protocol}, context {result.context_length}, stride {result.stride}"
+    return f"{result.model_name}  {result.task}  {how}:  {'  '.join(values)}  ({result.seconds:.1f} s)"
+
+
+def _written(name: str, value: float, protocol: Protocol) -> str:
+    """Return a figure with its name; one that is not its text's own, but the largest there is, says so."""
+    if name.endswith("perplexity") and is_capped(value, protocol):
+        return f"{name} {value:.4f} (the protocol's cap)"
+    return f"{name} {value:.4f}" if math.isfinite(value) else f"{name} {LARGEST}"

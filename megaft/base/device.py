@@ -1,0 +1,61 @@
+"""Device and dtype of a rank's computation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from megaft.base.errors import ConfigError
+from megaft.base.plural import counted
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from megaft.base.topology import Topology
+
+
+def device_of(topology: Topology) -> torch.device:
+    """Return this rank's device, and make it the current CUDA device if it is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else topology.local_rank  # launchers may show each rank its own GPU alone
+    if index >= count:
+        raise ConfigError(
+            f"rank {topology.rank} has local rank {index}, but sees {counted(count, 'GPU')}; start one rank a GPU, or "
+            "let the launcher show each rank its own alone, as srun --gpus-per-task=1 does."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def require_own_gpu(device: torch.device, world_size: int, store: Store) -> None:
+    """Raise ConfigError, on every rank, where two of those that meet at `store` have the same GPU.
+
+    NCCL cannot work so. If one rank alone raised, the others would report a lost peer and be requeued.
+    """
+    gpu = str(torch.cuda.get_device_properties(device).uuid)
+    if store.add(f"megaft/gpu/{gpu}", 1) > 1:
+        store.set("megaft/gpu_of_two", gpu)
+    if store.add("megaft/gpus", 1) == world_size:  # the last rank
+        store.set("megaft/gpus_compared", str(int(store.check(["megaft/gpu_of_two"]))))
+    if store.get("megaft/gpus_compared") == b"1":
+        gpu = store.get("megaft/gpu_of_two").decode()
+        raise ConfigError(f"two ranks have the GPU {gpu}; start one rank a GPU.")
+
+
+def require_supported(dtype: str) -> None:
+    """Raise ConfigError unless this machine's devices compute in `dtype`."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    supported = [str(kind).removeprefix("torch.") for kind in accelerator.supported_dtypes()]
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        supported.remove("bfloat16")  # which DeepSpeed counts: V100 and T4 emulate it, many times slower
+    if dtype not in supported:
+        raise ConfigError(
+            f"the DeepSpeed JSON asks for {dtype}, but {accelerator.device_name()} here supports "
+            f"{', '.join(supported)} only; take one of the JSONs of ds_configs/ for that."
+        )

@@ -1,0 +1,125 @@
+"""Atomic file writes: a reader sees the old file or the new one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from megaft.base.errors import ConfigError, UserError
+from megaft.base.nested import mapped
+from megaft.base.unicode_text import is_unicode
+
+
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """Return the value of a JSON text, as json.loads with its hooks.
+
+    Raises:
+        JSONDecodeError: It is no JSON, or nested too deeply or with a number too long for Python.
+        UnicodeDecodeError: It is not UTF-8.
+    """
+    try:
+        return json.loads(text, **hooks)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except RecursionError as error:
+        raise json.JSONDecodeError("it nests lists or objects too deeply; leave them out", "", 0) from error
+    except ValueError as error:
+        raise json.JSONDecodeError("it has an integer of thousands of digits; write that as a string", "", 0) from error
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return `value` as strict JSON, with every digit of a float.
+
+    JSON has no NaN: a float that is not finite becomes the string "nan", "inf" or "-inf", which `float()` reads back.
+    A path becomes its text.
+
+    Raises:
+        TypeError: A value is none of JSON's types, such as a tensor.
+    """
+    return json.dumps(mapped(value, _finite), indent=indent, default=os.fspath, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def naming_disk_errors(
+    path: Path, kind: type[UserError] = ConfigError, fix: str = "Free space there or name another folder."
+) -> Iterator[None]:
+    """Turn disk errors in the block (full, read-only, no permission) into a `kind` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{path} cannot be written: {error.strerror or error}. {fix}") from error
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names such as that of a file just renamed, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Open a temporary file that takes the place of `path` when the block ends, and is removed when it raises.
+
+    Half of a surrogate pair, as in the name of a file that is not UTF-8, is written as its escape.
+
+    Raises:
+        ConfigError: The disk refuses.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    with naming_disk_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+LONGEST_NAME = 255
+"""Bytes of a file's name."""
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a text that a stranger's file gives can be the name of a file beside it."""
+    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
+    return is_plain and is_unicode(name) and len(name.encode()) <= LONGEST_NAME
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines, without lines that a crash cut short."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = parse_json(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON (see `to_json`): a reader, or a crash, finds the old file or the new one."""
+    with replacing(path) as file:
+        file.write(to_json(value, indent=2) + "\n")

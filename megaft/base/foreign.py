@@ -1,0 +1,103 @@
+"""Refuse model and tokenizer files that ask for code, kernels or files elsewhere, or have numbers that no model has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megaft.base.errors import DataError
+from megaft.base.files import parse_json
+from megaft.base.hub import find_file_if_any
+
+FILES = (
+    *("config.json", "tokenizer_config.json", "adapter_config.json"),
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
+)
+_CODE_KEYS = ("auto_map", "trust_remote_code")
+_KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation")
+_LAYERS_KEY = re.compile(r"(.*_)?(?<!per_)layers?")
+MOST_LAYERS = 10_000
+"""Most layers of a model: transformers builds thousands in seconds, but a damaged number of a million in hours."""
+
+
+def require_inert(setting: str, source: str | Path) -> None:
+    """Refuse a model or tokenizer whose files name code, kernels or files elsewhere, before transformers reads them.
+
+    transformers has had holes here (CVE-2026-4372, CVE-2026-5241), and asks or warns where many ranks need an error.
+    Numbers that no model has are refused too: layers that take hours to build, NaN.
+
+    Args:
+        setting: What the user named it by, for the message.
+        source: A folder, a hub name, or the path of a config.json.
+
+    Raises:
+        DataError: A file asks for such a thing, which the message names.
+    """
+    for path in _files(source):
+        if fault := _fault(path):
+            raise DataError(f"{setting} is {source}; its {path.name} {fault}")
+
+
+def _files(source: str | Path) -> list[Path]:
+    if Path(source).is_file():
+        return [Path(source)]
+    return [path for name in FILES if (path := find_file_if_any(source, name))]
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # transformers cannot read it either, and says so
+    if path.name == "adapter_config.json":
+        return "is of an adapter, whose base may lie anywhere; merge the two and give the whole model."
+    for key, value in _pairs(content):
+        if key in _CODE_KEYS and value:
+            return (
+                f"has {key} {json.dumps(value)}, and megaft runs no code that comes with a model; "
+                "where transformers has the architecture itself, remove the entry in a copy of the model."
+            )
+        if _KERNEL_KEY.match(key) and _names_a_kernel(key, value):
+            return f"has {key} {json.dumps(value)}, which may be code on the hub; remove the entry in a copy of it."
+        if key == "transformers_weights" and value:
+            return f"has {key} {json.dumps(value)}, which takes other weights than the folder's; remove the entry."
+        if not (path.name.startswith("tokenizer") or key.endswith("max_length")) and _is_no_setting(value):
+            return f"has {key} {json.dumps(value)[:80]}, which is no number that a model can have; copy it anew."
+        if _LAYERS_KEY.fullmatch(key) and _is_above(value, MOST_LAYERS):
+            return f"has {key} {json.dumps(value)[:80]}; models have {MOST_LAYERS:,} layers at most. Copy it anew."
+    if path.name.endswith(".index.json"):
+        return _outside(content)
+    return None
+
+
+def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value, at any depth."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield str(key), item
+        yield from _pairs(item)
+
+
+def _is_above(value: Any, most: int) -> bool:
+    return isinstance(value, int | float) and value > most
+
+
+def _is_no_setting(value: Any) -> bool:
+    """Return whether a value is NaN or an integer beyond 64 bits; tokenizers have such for a length without limit."""
+    return value != value or (isinstance(value, int) and not -(2**63) <= value < 2**63)
+
+
+def _names_a_kernel(key: str, value: Any) -> bool:
+    """The private keys are transformers' own, and false or null where it wrote them; the public one may say "sdpa"."""
+    return bool(value) and not isinstance(value, bool) and (key.startswith("_") or "/" in str(value))
+
+
+def _outside(index: Any) -> str | None:
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    for name in weight_map.values() if isinstance(weight_map, dict) else ():
+        if Path(str(name)).name != name:
+            return f"names {json.dumps(name)}, which is not a file beside it; copy the model anew."
+    return None

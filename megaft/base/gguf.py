@@ -1,0 +1,156 @@
+"""Read and check the header of a GGUF file.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import Any
+
+from megaft.base.errors import DataError
+from megaft.base.foreign import MOST_LAYERS
+
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_ALIGNMENT = 32
+_MOST_DIMENSIONS = 4
+_ERRORS = (OSError, ValueError, LookupError, OverflowError, MemoryError, struct.error)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """Header of a GGUF file: settings of the architecture, and the sizes of the tensors."""
+
+    architecture: str
+    settings: dict[str, Any]
+    """Metadata; the value of an array is None."""
+    tensors: dict[str, int]
+    """Number of elements of each tensor."""
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(self.tensors.values())
+
+    def setting(self, name: str) -> Any:
+        """Return a setting of the architecture; None where the file has none."""
+        return self.settings.get(f"{self.architecture}.{name}")
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Return the header of a GGUF file, every tensor of which lies inside the file.
+
+    Raises:
+        DataError: It is cut short or damaged, or its number of layers is not that of its tensors.
+    """
+    try:
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            header = _parse(_Reader(data))
+    except _ERRORS as error:
+        raise DataError(f"{path} is no GGUF file, cut short or damaged ({error}); copy it anew.") from error
+    _require_layers(path, header)
+    return header
+
+
+class _Reader:
+    """Reads values one after the other."""
+
+    def __init__(self, data: mmap) -> None:
+        self.data, self.place = data, 0
+
+    def number(self, kind: str) -> Any:
+        (value,) = struct.unpack_from(f"<{kind}", self.data, self.place)
+        self.place += struct.calcsize(f"<{kind}")
+        return value
+
+    def skip(self, num_bytes: int) -> None:
+        if num_bytes > len(self.data) - self.place:
+            raise ValueError("it ends too early")
+        self.place += num_bytes
+
+    def string(self) -> str:
+        length = self.number("Q")
+        self.skip(length)
+        return self.data[self.place - length : self.place].decode()
+
+    def value(self) -> Any:
+        """Return a value with its type before it; None for an array."""
+        kind = self.number("I")
+        if kind == _ARRAY:
+            return self._skip_array()
+        return self.string() if kind == _STRING else self.number(_FORMATS[kind])
+
+    def _skip_array(self) -> None:
+        kind, count = self.number("I"), self.number("Q")
+        if kind != _STRING:
+            self.skip(count * struct.calcsize(f"<{_FORMATS[kind]}"))
+            return
+        for _ in range(count):
+            self.skip(self.number("Q"))
+
+
+def _parse(reader: _Reader) -> GgufHeader:
+    if reader.data[:4] != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    reader.skip(4)
+    if (version := reader.number("I")) not in (2, 3):
+        raise ValueError(f"its version is {version}; 2 and 3 are read")
+    num_tensors, num_settings = reader.number("Q"), reader.number("Q")
+    settings = _unique((reader.string(), reader.value()) for _ in range(num_settings))
+    if not isinstance(architecture := settings.get("general.architecture"), str):
+        raise ValueError("it has no general.architecture")
+    spans = _unique((reader.string(), _span(reader)) for _ in range(num_tensors))
+    _require_inside(reader, settings.get("general.alignment", _ALIGNMENT), spans)
+    return GgufHeader(architecture, settings, {name: numbers for name, (numbers, *_) in spans.items()})
+
+
+def _unique(pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it has {name[:80]} twice")
+        found[name] = value
+    return found
+
+
+def _span(reader: _Reader) -> tuple[int, int, int]:
+    """Return the elements of a tensor, its bytes, and where in the data it begins."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    num_dimensions = reader.number("I")
+    if num_dimensions > _MOST_DIMENSIONS:
+        raise ValueError(f"a tensor has {num_dimensions} dimensions")
+    shape = [reader.number("Q") for _ in range(num_dimensions)]
+    elements, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(reader.number("I"))]
+    numbers = math.prod(shape)
+    if not numbers or shape[0] % elements:
+        raise ValueError(f"a tensor has the shape {shape[::-1]}")
+    return numbers, numbers // elements * num_bytes, reader.number("Q")
+
+
+def _require_inside(reader: _Reader, alignment: Any, spans: dict[str, tuple[int, int, int]]) -> None:
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {alignment}")
+    begin = -(-reader.place // alignment) * alignment
+    for name, (_, num_bytes, offset) in spans.items():
+        if offset % alignment or begin + offset + num_bytes > len(reader.data):
+            raise ValueError(f"{name[:80]} lies outside it")
+
+
+def _require_layers(path: Path, header: GgufHeader) -> None:
+    """Refuse another number of layers than the tensors': transformers leaves out layers beyond it without a word."""
+    layers = header.setting("block_count")
+    stored = {int(found[1]) for name in header.tensors if (found := re.match(r"blk\.(\d{1,9})\.", name))}
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
+        raise DataError(f"{path} has {header.architecture}.block_count {layers}; use 1 to {MOST_LAYERS:,} layers.")
+    if stored != set(range(layers)):
+        raise DataError(
+            f"{path} has {header.architecture}.block_count {layers}, but tensors of {len(stored)} layers; copy it anew."
+        )

@@ -1,0 +1,394 @@
+"""Ranks and groups. The only file that asks for a rank.
+
+One program runs under every launcher: `topology.discover` tells where this process stands, `join` starts the process
+group with it, and `cut_matrices` makes groups that share a model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaft.base import exit_code
+from megaft.base.device import device_of, require_own_gpu
+from megaft.base.ending import CRASH, ending_of
+from megaft.base.errors import ConfigError, LostPeerError, UserError, kind_of
+from megaft.base.heartbeat import Heartbeat
+from megaft.base.network import connect_hosts, require_interfaces
+from megaft.base.topology import Topology, discover, free_port, integer, is_main_of
+from megaft.base.torch_flags import forbid_tf32
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""Default timeout of collectives."""
+_timeout = TIMEOUT
+_watches_peers = False
+"""True in a process that a launcher started as a rank, which may be ended when a peer is lost."""
+_heartbeat: Heartbeat | None = None
+
+
+def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
+    """Start the process group through DeepSpeed, whose collectives wait no longer; return this rank's device."""
+    import deepspeed
+
+    uncut()
+    global _timeout
+    _timeout = timeout
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # What DeepSpeed calls at every step of stages 2 and 3.
+    deprecated = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", deprecated, FutureWarning)
+    os.environ.update(
+        RANK=str(topology.rank),
+        LOCAL_RANK=str(topology.local_rank),
+        WORLD_SIZE=str(topology.world_size),
+        MASTER_ADDR=topology.master_addr,
+        MASTER_PORT=str(topology.master_port),
+    )
+    # DeepSpeed would compile a shared-memory all-reduce for 90 s; only its inference engine calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = device_of(topology)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # NCCL ends a process that waited too long without a word; the hosts' group, which speaks, is to be the first.
+    longer = timeout + timedelta(minutes=1) if backend == "nccl" else timeout
+    # DeepSpeed's own groups, in which ZeRO's collectives run, take torch's default, and it lets nobody choose.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = longer
+    if not dist.is_initialized():
+        _meet(topology, device, longer)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=longer, verbose=False)
+    return device
+
+
+def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
+    """Start torch's process group, which DeepSpeed then takes; ConfigError where not all ranks come together."""
+    variable = "MEGAFT_RENDEZVOUS_SECONDS"  # how long ranks that start late are waited for
+    seconds = integer(os.environ, variable) if variable in os.environ else int(TIMEOUT.total_seconds())
+    where = f"{topology.master_addr}:{topology.master_port} (MASTER_ADDR and MASTER_PORT)"
+    is_gpu = device.type == "cuda"
+    backend = "nccl" if is_gpu else "gloo"
+    require_interfaces(os.environ, backend)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        connect_hosts(rank, world_size, topology.master_addr, store)
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"{where} is in use by another program; choose another port, {free_port()} is free."
+            ) from error
+        joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
+        missing = f"{int(joined[2]) - int(joined[1])} of {joined[2]} ranks are" if joined else "rank 0 is"
+        raise ConfigError(
+            f"rank {topology.rank} waited {seconds} seconds at {where}, and {missing} missing. Look why in their own "
+            f"messages, or whether that address is reached from every node; {variable} sets how long to wait."
+        ) from error
+    if _watches_peers and world_size > 1:
+        global _heartbeat
+        _heartbeat = Heartbeat(rank, world_size, topology.master_addr, store, _timeout.total_seconds())
+    if is_gpu:
+        require_own_gpu(device, world_size, store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if is_gpu else None,  # NCCL then connects at once, where an error can be said
+    )
+
+
+def pretend(world_size: int) -> Topology:
+    """Make this process rank 0 of this many without starting the others; collectives return this rank's own values."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    return Topology("fake", 0, 0, world_size, "127.0.0.1", free_port())
+
+
+def uncut() -> None:
+    """Undo `cut_matrices`: every rank has whole matrices again."""
+    global _groups
+    if _groups is not None:
+        import deepspeed
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        deepspeed.utils.groups.mpu = None  # which it keeps for every engine to come
+        _groups = None
+
+
+class Groups(NamedTuple):
+    """Process groups of this rank under tensor parallelism."""
+
+    tensor: Any
+    data: Any
+
+
+_groups: Groups | None = None
+"""None without tensor parallelism."""
+
+
+def cut_matrices(tensor_parallel_size: int) -> None:
+    """Shard one model over each group of neighbouring ranks, as megatron-core does.
+
+    Call it once on every rank after `join`, before a model of megatron-core is built.
+    """
+    global _groups
+    # It speaks of its own deprecations, and of apex, which is optional.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    from megatron.core import parallel_state
+
+    minutes = int(_timeout.total_seconds() // 60) + 1
+    parallel_state.initialize_model_parallel(
+        tensor_parallel_size, distributed_timeout_minutes=minutes, create_gloo_process_groups=False
+    )
+    _groups = Groups(parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group())
+
+
+def mpu() -> SimpleNamespace | None:
+    """Return the tensor-parallel groups as DeepSpeed's `mpu`: ZeRO shards over the data ranks alone."""
+    if _groups is None:
+        return None
+    model = {"rank": tensor_parallel_rank(), "world_size": tensor_parallel_size(), "group": _groups.tensor}
+    data = {"rank": data_parallel_rank(), "world_size": data_parallel_size(), "group": _groups.data}
+    answers = {("model", name): value for name, value in model.items()}
+    answers |= {("tensor_model", name): value for name, value in model.items()}
+    answers |= {("data", name): value for name, value in data.items()}
+    calls = {f"get_{kind}_parallel_{name}": partial(_same, value) for (kind, name), value in answers.items()}
+    return SimpleNamespace(**calls)
+
+
+def _same(value: T) -> T:
+    return value
+
+
+def leave() -> None:
+    """End the process group, if there is one."""
+    global _heartbeat
+    _leave_group()
+    if _heartbeat:
+        _heartbeat.end()
+        _heartbeat = None
+
+
+def _leave_group() -> None:
+    uncut()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
+    """Run a program as the rank that the launcher made of this process; return its exit code, with no group left."""
+    return exit_code.exit_code_of(lambda: _run_and_leave(program, discover(os.environ)), is_main=is_main_of(os.environ))
+
+
+def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> int:
+    global _watches_peers
+    _watches_peers = True
+    forbid_tf32()
+    try:
+        with naming_lost_peers(topology.rank):
+            code = program(topology)
+    except Exception as error:  # whatever it is, the others are told
+        is_crash = not (topology.is_main or isinstance(error, UserError))
+        if is_crash:
+            traceback.print_exc()  # now: the main rank ends first, and the launcher then ends this one
+        ending = ending_of(topology.rank, error)
+        if _heartbeat and ending:
+            _heartbeat.tell(ending)
+        if ending:  # else leaving could wait for a lost one
+            _leave_group()
+        if _heartbeat:
+            _heartbeat.stand_down()
+        if not is_crash:
+            raise
+        if _heartbeat and ending:
+            _heartbeat.wait_for_main(exit_code.SECONDS_FOR_MAIN)
+        return ending.exit_code if ending else CRASH
+    finally:
+        _watches_peers = False
+    leave()
+    return code
+
+
+@contextmanager
+def naming_lost_peers(rank: int) -> Iterator[None]:
+    """Turn a collective's complaint that another rank ended or hangs into that rank's error, or a LostPeerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        # The store that ranks meet at is gone with the main rank, and has an error of its own.
+        if not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo/", "NCCL"))):
+            raise
+        news = _heartbeat.news() if _heartbeat else None
+        if news and not news.is_loss:
+            raise news.error_on(rank) from error
+        what = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        raise LostPeerError(
+            f"rank {rank} lost its peers ({what}): another rank ended, or hangs; its own message says why. "
+            "The same command continues from the last checkpoint."
+        ) from error
+
+
+def world_size() -> int:
+    """Return the number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's rank."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def data_parallel_size() -> int:
+    """Return the data-parallel size: the number of groups of ranks that train on different samples."""
+    return world_size() // tensor_parallel_size()
+
+
+def data_parallel_rank() -> int:
+    """Return the data-parallel rank. The ranks of a group are neighbours, and so on one node."""
+    return rank() // tensor_parallel_size()
+
+
+def tensor_parallel_size() -> int:
+    """Return the tensor-parallel size: the ranks that share each matrix and compute on the same samples."""
+    return dist.get_world_size(_groups.tensor) if _groups else 1
+
+
+def tensor_parallel_rank() -> int:
+    """Return the tensor-parallel rank: the shard of each matrix that this rank has."""
+    return rank() % tensor_parallel_size()
+
+
+def is_main() -> bool:
+    """Return True if this rank writes files and prints."""
+    return rank() == 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Replace `tensor`, on every rank, by its sum over all ranks, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_over_data_ranks(tensor: Tensor) -> Tensor:
+    """Replace `tensor`, equal on the ranks of a tensor-parallel group, by its sum over data ranks, and return it.
+
+    It is the same to the last bit on all ranks, which decide by it what they do together.
+    """
+    if tensor_parallel_rank() > 0:
+        tensor.zero_()
+    return sum_over_ranks(tensor)
+
+
+def sum_over_tensor_ranks(tensor: Tensor) -> Tensor:
+    """Replace `tensor`, on every rank, by its sum over the tensor-parallel group, and return it."""
+    if tensor_parallel_size() > 1:
+        assert _groups
+        dist.all_reduce(tensor, group=_groups.tensor)
+    return tensor
+
+
+def gather_over_tensor_ranks(tensor: Tensor) -> Tensor:
+    """Return the tensors, all of one shape, of the tensor-parallel group, stacked in rank order."""
+    if tensor_parallel_size() == 1:
+        return tensor.unsqueeze(0)
+    assert _groups
+    gathered = tensor.new_empty(tensor_parallel_size(), *tensor.shape)
+    dist.all_gather(list(gathered), tensor.contiguous(), group=_groups.tensor)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait until every rank calls this."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def max_over_ranks(values: list[int]) -> list[int]:
+    """Return the largest value of each place over all ranks. It runs on the host and waits for no GPU."""
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
+    return tensor.tolist()
+
+
+@cache
+def _host_group(world: object) -> Any:
+    """Return the gloo group of all ranks beside NCCL's (None without NCCL), made once per process group."""
+    return dist.new_group(backend="gloo", timeout=_timeout) if dist.get_backend() == "nccl" else None
+
+
+AGREED_BYTES = 1000
+"""Most UTF-8 bytes of a text that `agreed` exchanges."""
+
+
+def agreed(text: str) -> str:
+    """Return, on every rank, the text of the last rank that has one; it is cut to AGREED_BYTES."""
+    speaker = max_over_ranks([rank() if text else -1])[0]
+    if speaker < 0:
+        return ""
+    mine = text.encode(errors="backslashreplace") if speaker == rank() else b""
+    letters = max_over_ranks([*mine[:AGREED_BYTES].ljust(AGREED_BYTES, b"\0")])
+    return bytes(letters).rstrip(b"\0").decode(errors="replace")
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise on every rank where any has an error: its own where a rank has one, elsewhere that of the last such rank.
+
+    Every rank has the message: a launcher may end the rank that found it before it has spoken.
+
+    Raises:
+        UserError: With the exit code of the error, so that whichever rank leaves first gives the launcher that one.
+    """
+    said = agreed(f"{error.exit_code} rank {rank()}: {error}" if error else "")
+    if error:
+        raise error
+    if said:
+        code, _, message = said.partition(" ")
+        raise kind_of(int(code))(message)
+
+
+def raise_from_anywhere(error: UserError) -> NoReturn:
+    """Raise an error on every rank, also on those in another collective; without a heartbeat, `raise_together`."""
+    if _heartbeat is None:
+        raise_together(error)
+    elif ending := ending_of(rank(), error):
+        _heartbeat.tell(ending)
+    raise error
+
+
+def together(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function on every rank; where one raises a UserError, all do, so that none waits for another.
+
+    The function itself may not communicate: a rank that raised would not take part.
+    """
+    result, error = None, None
+    try:
+        result = function(*arguments)
+    except UserError as caught:
+        error = caught
+    raise_together(error)
+    return cast(T, result)
+
+
+def from_main(tensor: Tensor) -> Tensor:
+    """Return the main rank's numbers on every rank, where each rank's `tensor` is."""
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    mine = (tensor if is_main() else torch.zeros_like(tensor)).to(device)
+    return sum_over_ranks(mine).to(tensor.device)

@@ -1,0 +1,167 @@
+"""Resume a run from its newest valid checkpoint, at any ZeRO stage, world size and tensor-parallel size.
+
+`manifest` has the format; `saver` writes checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megaft.base import parallel
+from megaft.base.errors import CheckpointError
+from megaft.base.files import naming_disk_errors, to_json
+from megaft.checkpoint import engine_state
+from megaft.checkpoint.run_state import Identity, RunState
+from megaft.config.train import CHANGEABLE
+from megaft.weights.canonical import Canonical, Recut
+from megaft.weights.layout import layout_of
+from megaft.weights.manifest import published, read_manifest, verify
+from megaft.weights.pieces import Pieces
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The checkpoint to continue from, and the damaged ones that were skipped."""
+
+    folder: Path | None
+    """None for a new run."""
+    skipped: tuple[tuple[str, str], ...]
+    """Name and reason of every damaged checkpoint, and of a pointer that names a missing one."""
+
+
+def find(run_dir: Path) -> Found:
+    """Return the newest checkpoint that holds, the same one on every rank; print why newer ones do not.
+
+    Every rank hashes its share of the files.
+
+    Raises:
+        CheckpointError: There are checkpoints, or a pointer to one, and none holds.
+    """
+    folder, skipped = run_dir / "checkpoints", []
+    candidates = published(folder) if parallel.is_main() else []
+    while name := parallel.agreed(candidates.pop().name if candidates else ""):
+        reason = parallel.agreed(_damage(folder / name))
+        if not reason:
+            break
+        skipped.append((name, reason))
+    skipped += [entry for entry in [("latest", parallel.agreed(_stray_pointer(folder, name)))] if entry[1]]
+    if parallel.is_main():
+        for what, reason in skipped:
+            print(f"skipped {what}: {reason}", flush=True)
+    if skipped and not name:
+        newest = ": ".join(skipped[0])
+        raise CheckpointError(
+            f"no checkpoint in {folder} holds; {newest} Put one back, or start over with --run.fresh."
+        )
+    return Found(folder / name if name else None, tuple(skipped))
+
+
+def _damage(folder: Path) -> str:
+    """Return the first defect in this rank's share of a checkpoint."""
+    try:
+        verify(folder, parallel.rank(), parallel.world_size())
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def _stray_pointer(folder: Path, found: str) -> str:
+    """Return the defect of `latest`, on the main rank."""
+    if not parallel.is_main() or not folder.is_dir():
+        return ""
+    try:
+        named = (folder / "latest").read_text(errors="replace").strip()[:80]
+    except OSError:
+        named = None
+    if named == (found or None):
+        return ""
+    there = ", ".join(path.name for path in published(folder)) or "no checkpoints"
+    return f"it {'is missing' if named is None else f'names {named!r}'}; {found or 'none'} is taken of {there}."
+
+
+def load(engine: Any, folder: Path, identity: Identity, allow_changed: Collection[str] = ()) -> RunState:
+    """Put a verified checkpoint into an engine, fresh or in the middle of a run, and return the run's state.
+
+    Each rank reads its own pieces and no others.
+
+    Raises:
+        CheckpointError: It belongs to another run (the message names every difference), or it cannot be read.
+    """
+    state, loss_scale = parallel.together(_load, engine, folder, identity, allow_changed)
+    engine_state.refresh(engine)
+    engine_state.set_loss_scale_state(engine, loss_scale)
+    engine.global_steps, engine.skipped_steps = state.step, state.skipped_steps
+    return state
+
+
+def _load(engine, folder: Path, identity: Identity, allow_changed: Collection[str]) -> tuple[RunState, dict]:
+    manifest = read_manifest(folder)
+    require_same_run(folder, manifest["identity"], asdict(identity), allow_changed)
+    state = RunState.from_json(manifest["state"])
+    engine_state.restore(engine, _reader(engine, folder, manifest), state.step - state.skipped_steps)
+    engine_state.check_settings(engine, identity.optim["weight_decay"])
+    return state, manifest["loss_scale"]
+
+
+def _reader(engine: Any, folder: Path, manifest: dict[str, Any]) -> Callable[[str, str, int, int], Tensor]:
+    """Return a reader of this rank's pieces, unconverted if the same backend and tensor-parallel size wrote them."""
+    pieces, cut = Pieces(folder, manifest), engine_state.cut(engine)
+    if all(manifest[name] == value for name, value in cut.items()):
+        return pieces.read
+    model = engine.module.language_model
+    layout = layout_of(model.config) if cut["backend"] == "megatron" else None
+    return Recut(Canonical(pieces, manifest, model.config), layout).read
+
+
+def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> None:
+    """Compare the identity in a manifest with this run's; print the differences that are allowed.
+
+    Raises:
+        CheckpointError: There are others; the message names every one.
+    """
+    now = json.loads(to_json(now))
+    called = [identity.get("names") or {} for identity in (saved, now)]
+    changed = {
+        name: _difference(name, saved.get(name), value) + _names(*(names.get(name) for names in called))
+        for name, value in now.items()
+        if name != "names" and saved.get(name) != value
+    }
+    refused = [name for name in changed if name not in allowed]
+    if refused:
+        changeable = [name for name in refused if name in CHANGEABLE]
+        allow = f"--checkpoint.allow-changed {' '.join([*allowed, *changeable])}, " if changeable else ""
+        raise CheckpointError(
+            f"{folder} belongs to another run ({'; '.join(changed[name] for name in refused)}). "
+            f"Use the settings it was made with, {allow}another --run.dir, or --run.fresh to start over."
+        )
+    if changed and parallel.is_main():
+        print(f"continues {folder} although {'; '.join(changed.values())}", flush=True)
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        return "; ".join(_difference(f"{name}.{key}", then.get(key), now.get(key)) for key in keys)
+    return f"{name}: {then} then, {now} now"
+
+
+def _names(then: str | None, now: str | None) -> str:
+    return f" ({then} then, {now} now)" if then or now else ""
+
+
+def remove_all(run_dir: Path) -> None:
+    """Remove every checkpoint of a run that starts over."""
+    folder, hidden = run_dir / "checkpoints", run_dir / "checkpoints.old"
+    with naming_disk_errors(folder):
+        if hidden.exists():  # of one that was killed here
+            shutil.rmtree(hidden)
+        if folder.exists():
+            folder.rename(hidden)
+            shutil.rmtree(hidden)

@@ -1,0 +1,236 @@
+"""Test ranks together on a toy model: communication, ZeRO stages 0 to 3, and an elastic resume.
+
+Losses are compared with plain torch's, which trains the same toy on every rank alone, without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megaft.base import parallel
+from megaft.base.files import naming_disk_errors
+from megaft.base.parallel import Topology
+from megaft.base.plural import counted
+from megaft.checkpoint import resume
+from megaft.checkpoint.run_state import Identity, RunState
+from megaft.checkpoint.saver import Saver
+from megaft.commands.doctor import toy
+from megaft.commands.doctor.table import Check, exit_code, show
+from megaft.config.train import CheckpointConfig
+from megaft.weights import manifest
+from megaft.weights.loading.causal_lm import CausalLM
+from megaft.weights.pieces import WEIGHT, Pieces
+
+TOLERANCE = 1e-5
+"""Nats per token: fp32 sums in another order differ by some 1e-6."""
+TIMEOUT = timedelta(seconds=60)
+"""Timeout of collectives: ranks do little between two of them here."""
+SECONDS_FOR_FILES = 30
+"""Network file systems show a new file to the other hosts after a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks under test, as this one sees them."""
+
+    topology: Topology
+    device: torch.device
+    folder: Path
+
+    def worst(self, name: str, difference: float, limit: float, unit: str) -> Check:
+        """Compare the largest difference over all ranks with `limit`; a failure names its rank."""
+        mine = torch.tensor([difference], dtype=torch.float64, device=self.device)
+        gathered = [torch.empty_like(mine) for _ in range(self.topology.world_size)]
+        dist.all_gather(gathered, mine)
+        values = torch.cat(gathered).nan_to_num(nan=torch.inf)
+        largest, rank = values.max(0)
+        if largest <= limit:
+            return Check(name, "pass", f"right to {largest:.0e} {unit}" if largest else "exact", is_numeric=True)
+        found = f"off by {largest:.2g} {unit} on rank {int(rank)}; up to {limit:g} is rounding"
+        return Check(name, "fail", found, "Look for a broken device, link or driver there", is_numeric=True)
+
+
+def run(folder: Path, as_json: bool, topology: Topology) -> int:
+    """Join the ranks, try everything, print the table on the main rank, and return the exit code on all."""
+    began = time.perf_counter()
+    warnings.filterwarnings("ignore", "`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning)
+    device = parallel.join(topology, TIMEOUT)
+    ranks = Ranks(topology, device, folder / f"megaft-doctor-{topology.master_port}")
+    try:
+        parallel.together(_make, ranks.folder)
+        checks = [same_versions(ranks), *collectives(ranks), *same_losses(ranks)]
+        if checks[0].status == "pass":  # a checkpoint needs the shared folder
+            checks += same_after_resume(ranks)
+        parallel.barrier()
+    finally:
+        shutil.rmtree(ranks.folder, ignore_errors=True)
+    if topology.is_main:
+        seconds = time.perf_counter() - began
+        show(f"megaft doctor: {counted(topology.world_size, 'rank')}, {device.type}, {seconds:.0f} s", checks, as_json)
+    parallel.barrier()  # who leaves first with a bad code makes the launcher end the others
+    return exit_code(checks)
+
+
+def _make(folder: Path) -> None:
+    with naming_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def same_versions(ranks: Ranks) -> Check:
+    """Check that all ranks have the same libraries and share the folder."""
+    rank, world_size = ranks.topology.rank, ranks.topology.world_size
+    versions = " ".join(f"{package} {version(package)}" for package in ("torch", "deepspeed", "transformers"))
+    (ranks.folder / f"rank-{rank}.txt").write_text(f"{versions}\n{socket.gethostname()}\n")
+    parallel.barrier()
+    deadline = time.perf_counter() + SECONDS_FOR_FILES
+    while len(files := list(ranks.folder.glob("rank-*.txt"))) < world_size and time.perf_counter() < deadline:
+        time.sleep(0.2)
+    # Every rank learns what any one saw, so that all go the same way.
+    seen = [file.read_text().splitlines() for file in files]
+    is_shared, hosts = len(files) == world_size, {lines[1] for lines in seen}
+    others = {lines[0] for lines in seen} - {versions}
+    has_failed = parallel.max_over_ranks([int(not is_shared), int(bool(others))])
+    if has_failed[0]:
+        return Check("shared folder", "fail", f"{ranks.folder} is not one for all ranks", "Give --folder one that is")
+    if has_failed[1]:
+        return Check(
+            "versions", "fail", f"ranks differ: {versions}; {'; '.join(others)}", "Install the same everywhere"
+        )
+    return Check("ranks", "pass", f"{world_size} on {counted(len(hosts), 'host')}, {versions}; the folder is shared")
+
+
+def collectives(ranks: Ranks) -> list[Check]:
+    """Try each kind of communication that ZeRO uses, and time the largest and the smallest."""
+    world_size, rank, device = ranks.topology.world_size, ranks.topology.rank, ranks.device
+    ramp = torch.arange(1 << 20, dtype=torch.float32, device=device) % 1021
+
+    def all_reduce() -> Tensor:
+        values = ramp + rank
+        dist.all_reduce(values)
+        return values - (ramp * world_size + world_size * (world_size - 1) / 2)
+
+    def all_gather() -> Tensor:
+        out = torch.empty(world_size, 1 << 12, device=device)
+        dist.all_gather(list(out), ramp[: 1 << 12] + rank)
+        return out - (ramp[: 1 << 12] + torch.arange(world_size, device=device)[:, None])
+
+    def reduce_scatter() -> Tensor:
+        out = torch.empty(1 << 12, device=device)
+        dist.reduce_scatter_tensor(out, (ramp[: 1 << 12] + rank).repeat(world_size))
+        return out - (ramp[: 1 << 12] * world_size + world_size * (world_size - 1) / 2)
+
+    def broadcast() -> Tensor:
+        values = ramp + rank
+        dist.broadcast(values, world_size - 1)
+        return values - (ramp + world_size - 1)
+
+    kinds = (all_reduce, all_gather, reduce_scatter, broadcast)
+    checks = [ranks.worst(kind.__name__.replace("_", "-"), float(kind().abs().max()), 0.0, "") for kind in kinds]
+    return [*checks, _bandwidth(ranks), _latency(ranks)]
+
+
+def _bandwidth(ranks: Ranks) -> Check:
+    """Time all-reduces of many bytes; 2 (n - 1) / n of them leave each rank (as nccl-tests counts)."""
+    if ranks.topology.world_size == 1:
+        return Check("bandwidth", "none", "one rank sends nothing")
+    num_bytes = (256 if ranks.device.type == "cuda" else 16) << 20
+    values = torch.zeros(num_bytes // 4, device=ranks.device)
+    seconds = _seconds(lambda: dist.all_reduce(values), ranks.device, 5)
+    world_size = ranks.topology.world_size
+    speed = 2 * (world_size - 1) / world_size * num_bytes / seconds / 1e9
+    return Check("bandwidth", "pass", f"{speed:.2f} GB/s of {num_bytes >> 20} MiB all-reduce, {seconds * 1e3:.1f} ms")
+
+
+def _latency(ranks: Ranks) -> Check:
+    return Check("latency", "pass", f"{_seconds(dist.barrier, ranks.device, 20) * 1e3:.2f} ms for a barrier")
+
+
+def _seconds(function: Callable[[], object], device: torch.device, times: int) -> float:
+    """Return the seconds of one call, after one to warm up."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    function()
+    wait()
+    began = time.perf_counter()
+    for _ in range(times):
+        function()
+    wait()
+    return (time.perf_counter() - began) / times
+
+
+STEPS = 4
+CUTS = ((0, 4), (0, 1), (1, 2), (2, 4), (2, 1), (3, 2), (3, 1))
+"""ZeRO stage and micro-batch."""
+
+
+def same_losses(ranks: Ranks) -> list[Check]:
+    """Train the toy cut in several ways, and compare every loss with plain torch's."""
+    global_batch_size = toy.SAMPLES_PER_RANK * ranks.topology.world_size
+    alone = toy.train_alone(toy.language_model(), global_batch_size, ranks.device)
+    expected = [next(alone) for _ in range(STEPS)]
+    return [_same_losses(ranks, stage, micro_batch_size, expected) for stage, micro_batch_size in CUTS]
+
+
+def _same_losses(ranks: Ranks, stage: int, micro_batch_size: int, expected: list[float]) -> Check:
+    engine, cut = toy.make_engine(ranks.topology, ranks.device, stage, micro_batch_size)
+    losses = toy.train(engine, cut, range(STEPS), ranks.device)
+    name = f"ZeRO {stage}, micro-batch {micro_batch_size} x {cut.gradient_accumulation_steps}"
+    return ranks.worst(name, largest_difference(losses, expected), TOLERANCE, "nats per token")
+
+
+def largest_difference(found: list[float], expected: list[float]) -> float:
+    """Return the largest difference; NaN where one is."""
+    return float((torch.tensor(found) - torch.tensor(expected)).abs().max())
+
+
+SAVED_AT = 2
+RESUMED = ((3, 1), (1, 2), (0, 4))
+UNTOLD: dict[str, Any] = {field.name: None for field in fields(Identity)}
+IDENTITY = replace(Identity(**UNTOLD), optim=asdict(toy.OPTIM))
+"""Identity of the toy run, the only one here."""
+
+
+def same_after_resume(ranks: Ranks) -> list[Check]:
+    """Save at stage 2, load at others, train on, and compare with plain torch's run, which was never cut."""
+    global_batch_size = toy.SAMPLES_PER_RANK * ranks.topology.world_size
+    model = toy.language_model()
+    alone = toy.train_alone(model, global_batch_size, ranks.device)
+    for _ in range(SAVED_AT):
+        next(alone)
+    engine, cut = toy.make_engine(ranks.topology, ranks.device, 2, 1)
+    toy.train(engine, cut, range(SAVED_AT), ranks.device)
+    Saver(ranks.folder, IDENTITY, CheckpointConfig()).save(engine, RunState(step=SAVED_AT))
+    saved = manifest.folder_of(ranks.folder, SAVED_AT)
+    checks = [ranks.worst("saved at ZeRO 2, read as one rank", _weight_difference(saved, model), TOLERANCE, "a weight")]
+    expected = [next(alone) for _ in range(SAVED_AT, STEPS)]
+    return checks + [_same_after_resume(ranks, saved, *cut, expected) for cut in RESUMED]
+
+
+def _same_after_resume(ranks: Ranks, saved: Path, stage: int, micro_batch_size: int, expected: list[float]) -> Check:
+    engine, cut = toy.make_engine(ranks.topology, ranks.device, stage, micro_batch_size)
+    resume.load(engine, saved, IDENTITY)
+    losses = toy.train(engine, cut, range(SAVED_AT, STEPS), ranks.device)
+    name = f"resumed at ZeRO {stage}, micro-batch {micro_batch_size} x {cut.gradient_accumulation_steps}"
+    return ranks.worst(name, largest_difference(losses, expected), TOLERANCE, "nats per token")
+
+
+def _weight_difference(saved: Path, model: CausalLM) -> float:
+    pieces = Pieces(saved, manifest.verify(saved))
+    weights = {f"language_model.{name}": weight.detach().cpu() for name, weight in model.named_parameters()}
+    return max(float((pieces.whole(name, WEIGHT) - weights[name]).abs().max()) for name in pieces.shapes)

@@ -1,0 +1,127 @@
+"""Search for the smallest changes of a recipe that make it fit into a GPU, the least invasive first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from megaft.base.errors import ConfigError
+from megaft.commands.estimate.recipe import Footprint, Recipe
+from megaft.config.deepspeed_keys import BATCH_KEYS
+
+MOST_SHOWN = 3
+MOST_TIMES = 64
+"""Largest multiple of the given ranks that is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Settings that together make a run fit."""
+
+    settings: tuple[str, ...]
+    peak_bytes: int
+    offloaded_bytes: int
+    """Offloaded bytes of host memory per rank; the host needs them for each of its GPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One value of one kind of setting."""
+
+    rank: int
+    """Order of the values: 0 is the given one; later ones change more."""
+    text: str
+    recipe: dict[str, Any]
+    """Fields of the recipe that change."""
+    deepspeed: dict[str, Any]
+    """Keys of the DeepSpeed JSON that change, a dot between levels."""
+
+
+def changes(given: Recipe, available_bytes: int) -> list[Change]:
+    """Return up to MOST_SHOWN ways to fit, none of which makes another's kinds of change and more besides.
+
+    Kinds, from the least invasive: a smaller micro-batch (more accumulation, the same step), activation checkpointing
+    (more work), a higher ZeRO stage (more traffic), offloading (slow), tensor parallelism (another backend), more
+    ranks. One of a kind counts for more than all kinds before it.
+    """
+    found: list[tuple[set[int], Change]] = []
+    for options in sorted(product(*_kinds(given)), key=_invasiveness):
+        kinds = {kind for kind, option in enumerate(options) if option.rank}
+        if any(others <= kinds for others, _ in found):
+            continue
+        footprint = _footprint(given, options)
+        if footprint is not None and footprint.peak_bytes <= available_bytes:
+            settings = tuple(option.text for option in options if option.rank)
+            found.append((kinds, Change(settings, footprint.peak_bytes, footprint.states.host)))
+            if len(found) == MOST_SHOWN:
+                break
+    return [change for _, change in found]
+
+
+def _invasiveness(options: tuple[Option, ...]) -> tuple[int, ...]:
+    return tuple(option.rank for option in reversed(options))
+
+
+def _footprint(given: Recipe, options: tuple[Option, ...]) -> Footprint | None:
+    """The memory with these options; None where they cannot be run together."""
+    settings, fields = copy.deepcopy(given.deepspeed), {}
+    for option in options:
+        fields |= option.recipe
+        for path, value in option.deepspeed.items():
+            _put(settings, path, value)
+    try:
+        return replace(given, deepspeed=settings, **fields).footprint()
+    except ConfigError:
+        return None
+
+
+def _put(settings: dict[str, Any], path: str, value: Any) -> None:
+    *blocks, key = path.split(".")
+    for name in blocks:
+        settings = settings.setdefault(name, {})
+    settings[key] = value
+
+
+def _kinds(given: Recipe) -> Iterator[list[Option]]:
+    setup = given.setup()
+    whole = {BATCH_KEYS[0]: setup.global_batch_size, BATCH_KEYS[2]: "auto"}
+    sizes = [setup.micro_batch_size >> times for times in range(setup.micro_batch_size.bit_length())]
+    yield [
+        Option(rank, f"{BATCH_KEYS[1]} {size}", {}, {**whole, BATCH_KEYS[1]: size}) for rank, size in enumerate(sizes)
+    ]
+    yield [
+        Option(rank, "--model.activation-checkpointing", {"is_recomputed": True} if rank else {}, {})
+        for rank in range(1 if given.is_recomputed else 2)
+    ]
+    stage = setup.zero_stage
+    yield [
+        Option(rank, f"zero_optimization.stage {stage + rank}", {}, {"zero_optimization.stage": stage + rank})
+        for rank in range(4 - stage)
+    ]
+    yield list(_offloads(setup.offload_optimizer))
+    yield list(_tensor_sizes(given))
+    yield [
+        Option(rank, f"{given.world_size << rank} ranks", {"world_size": given.world_size << rank}, {})
+        for rank in range(MOST_TIMES.bit_length())
+    ]
+
+
+def _offloads(is_offloaded: bool) -> Iterator[Option]:
+    away = {"zero_optimization.offload_optimizer.device": "cpu"}
+    yield Option(0, "", {}, {})
+    if not is_offloaded:
+        yield Option(1, "zero_optimization.offload_optimizer.device cpu", {}, away)
+    both = away | {"zero_optimization.offload_param.device": "cpu"}
+    yield Option(2, "zero_optimization.offload_optimizer.device and offload_param.device cpu", {}, both)
+
+
+def _tensor_sizes(given: Recipe) -> Iterator[Option]:
+    yield Option(0, "", {}, {})
+    size, rank = given.tensor_parallel_size * 2, 1
+    while size <= 8:
+        text = f"--model.backend megatron --parallel.tensor-parallel-size {size}"
+        yield Option(rank, text, {"tensor_parallel_size": size, "is_megatron": True}, {})
+        size, rank = size * 2, rank + 1

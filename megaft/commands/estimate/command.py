@@ -1,0 +1,167 @@
+"""`megaft estimate`: memory of each GPU, speed and duration of a run, computed without a GPU.
+
+Closed formulas, nothing is built: an answer takes a second for any size. docs/estimates.md shows how near they come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megaft.base.hardware import GPUS, RESERVED_BYTES, Gpu, data_sheet_flops, published_shares
+from megaft.commands.estimate.changes import changes
+from megaft.commands.estimate.config import EstimateConfig
+from megaft.commands.estimate.presets import configuration, source_of
+from megaft.commands.estimate.recipe import Recipe
+from megaft.config.deepspeed_json import read_deepspeed_json
+from megaft.config.train import bytes_per_parameter
+from megaft.weights.shape import Shape, count, flops_per_token
+
+GIB = 2**30
+SECONDS_PER_DAY = 86_400
+RECOMPUTED = 3 / 4
+"""Share of a step's work that counts as model FLOPs with activation checkpointing."""
+
+
+def main(config: EstimateConfig) -> int:
+    """Estimate, print, and return 0.
+
+    Raises:
+        UserError: A setting, the JSON or the model's configuration that training would refuse.
+    """
+    from megaft.base.files import to_json
+
+    answer = estimate(config)
+    print(to_json(answer) if config.json else "\n".join(lines(answer)))
+    return 0
+
+
+def estimate(config: EstimateConfig) -> dict[str, Any]:
+    """Return the answer as JSON values.
+
+    Raises:
+        UserError: As `main`.
+    """
+    recipe = recipe_of(config)
+    footprint = recipe.footprint()
+    setup, gpu = footprint.setup, GPUS[config.hardware]
+    available = gpu.memory_bytes - RESERVED_BYTES
+    fits = footprint.peak_bytes <= available
+    ways = [] if fits else changes(recipe, available)
+    return {
+        "fits": fits,
+        "peak_bytes": footprint.peak_bytes,
+        "available_bytes": available,
+        "hardware": gpu.name,
+        "peak_moment": footprint.peak_moment,
+        "components": footprint.moments[footprint.peak_moment],
+        "moments": {name: sum(parts.values()) for name, parts in footprint.moments.items()},
+        "states": asdict(footprint.states),
+        "activations": asdict(footprint.activations),
+        "offloaded_bytes": footprint.states.host,
+        "changes": [asdict(way) for way in ways],
+        "parameters": recipe.shape.num_parameters,
+        "parameters_of_a_rank": count(recipe.work(setup).weights),
+        "world_size": recipe.world_size,
+        "data_parallel_size": recipe.num_data_ranks,
+        "tensor_parallel_size": recipe.tensor_parallel_size,
+        "zero_stage": setup.zero_stage,
+        "dtype": setup.dtype,
+        "has_dtype": gpu.has_bf16 or setup.dtype != "bfloat16",
+        "global_batch_size": setup.global_batch_size,
+        "micro_batch_size": setup.micro_batch_size,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+        "checkpoint_bytes": recipe.shape.num_parameters * bytes_per_parameter(setup.optim),
+        "export_bytes": recipe.shape.num_parameters * 4,
+        **speed(recipe, setup.dtype, gpu, config.tokens),
+    }
+
+
+def recipe_of(config: EstimateConfig) -> Recipe:
+    """Read the files that the command names."""
+    return Recipe(
+        shape=Shape.of(configuration(config.model), config.dropout, source_of(config.model)),
+        deepspeed=read_deepspeed_json(config.deepspeed_config),
+        context_length=config.context_length,
+        world_size=config.world_size,
+        tensor_parallel_size=config.tensor_parallel_size,
+        is_megatron=config.backend == "megatron",
+        is_recomputed=config.activation_checkpointing,
+        optim=config.optim,
+    )
+
+
+def speed(recipe: Recipe, dtype: str, gpu: Gpu, tokens: float | None) -> dict[str, Any]:
+    """Return the work of a token, and the rates that published shares of the GPU's peak would give.
+
+    In float32 the GPU's peak is another, and nobody publishes shares of it: the rates are null. So they are in bf16 on
+    a GPU that has none.
+    """
+    shape, peak = recipe.shape, data_sheet_flops(gpu.name)
+    work = flops_per_token(shape.num_parameters, shape.num_layers, shape.width, recipe.context_length)
+    found: dict[str, Any] = dict.fromkeys(("mfu", "mfu_gpu", "mfu_sources", "tokens_per_second", "days"))
+    found |= {"flops_per_token": work, "peak_flops": peak}
+    if dtype == "float32" or peak is None or (dtype == "bfloat16" and not gpu.has_bf16):
+        return found
+    shares = published_shares(gpu.name)
+    done = RECOMPUTED if recipe.is_recomputed else 1.0
+    mfu = [min(one.lowest for one in shares) * done, max(one.highest for one in shares) * done]
+    rates = [recipe.world_size * peak * share / work for share in mfu]
+    days = [tokens / rate / SECONDS_PER_DAY for rate in rates] if tokens else None
+    found["mfu_gpu"] = shares[0].gpu
+    sources = [f"{one.gpu}, {one.lowest:.1%} to {one.highest:.1%}: {one.source}" for one in shares]
+    return found | {"mfu": mfu, "mfu_sources": sources, "tokens_per_second": rates, "days": days}
+
+
+def lines(answer: dict[str, Any]) -> list[str]:
+    """Return the answer as a table."""
+    verdict = "fits" if answer["fits"] else "does NOT fit"
+    head = (
+        "{parameters:,} parameters ({parameters_of_a_rank:,} on a rank before ZeRO); ZeRO {zero_stage}, {dtype}; "
+        "{data_parallel_size} data x {tensor_parallel_size} tensor ranks; global batch {global_batch_size} = "
+        "{micro_batch_size} x {gradient_accumulation_steps} x {data_parallel_size}".format(**answer)
+    )
+    rows = [f"  {name:<16} {size / GIB:9.2f} GiB" for name, size in answer["components"].items() if size]
+    peak, free = answer["peak_bytes"] / GIB, answer["available_bytes"] / GIB
+    found = [head, "", f"On each GPU at the peak ({answer['peak_moment']}):", *rows]
+    found += [f"  {'together':<16} {peak:9.2f} GiB, {verdict} in the {free:.2f} GiB of a {answer['hardware']}"]
+    if answer["offloaded_bytes"]:
+        found += [f"  {'on the host':<16} {answer['offloaded_bytes'] / GIB:9.2f} GiB a rank"]
+    if not answer["has_dtype"]:
+        found += [f"The {answer['hardware']} does NOT compute in bf16: use fp16, as ds_configs/zero1_fp16.json does."]
+    if not answer["fits"]:
+        found += ["", "It fits with:" if answer["changes"] else "No change of settings makes it fit."]
+        found += [f"  {', '.join(way['settings'])} ({_sizes(way)})" for way in answer["changes"]]
+    return [*found, "", *_speed_lines(answer), _disk_line(answer)]
+
+
+def _sizes(way: dict[str, Any]) -> str:
+    away = way["offloaded_bytes"]
+    return f"{way['peak_bytes'] / GIB:.2f} GiB" + (f", and {away / GIB:.2f} GiB a rank on the host" if away else "")
+
+
+def _speed_lines(answer: dict[str, Any]) -> list[str]:
+    work = f"{answer['flops_per_token'] / 1e9:.4g} GFLOP a token"
+    if answer["tokens_per_second"] is None:
+        return [f"{work}; no speed is published for {answer['dtype']} on the {answer['hardware']}."]
+    low, high = answer["tokens_per_second"]
+    when = "" if answer["fits"] else "if it fitted, "
+    found = [f"{work}; {when}{low:,.0f} to {high:,.0f} tokens/s together at {_range(answer['mfu'])} of the peak,"]
+    found += [f"as others measured on their {_kinds(answer)}:", *(f"  {one}" for one in answer["mfu_sources"])]
+    if answer["days"]:
+        found.append(f"{when}{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
+    return found
+
+
+def _kinds(answer: dict[str, Any]) -> str:
+    """Return the GPU on which the shares of peak speed were measured, for the text."""
+    kind, hardware = answer["mfu_gpu"], answer["hardware"]
+    return kind if kind in hardware else f"{kind}; nobody's figures for the {hardware}"
+
+
+def _range(shares: list[float]) -> str:
+    return f"{shares[0]:.0%} to {shares[1]:.0%}"
+
+
+def _disk_line(answer: dict[str, Any]) -> str:
+    return f"A checkpoint is {answer['checkpoint_bytes'] / GIB:.2f} GiB, the export {answer['export_bytes'] / GIB:.2f}."

@@ -1,0 +1,336 @@
+"""Memory of one rank of a run in bytes, by closed formulas; docs/estimates.md compares them with real tensors.
+
+Everything is counted as DeepSpeed 0.19 and torch really keep it: ZeRO's partitions are padded, its buckets are whole
+from the first gradient on, its half-precision engines keep fp32 gradients, and a layer keeps what its backward needs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+from megaft.config.deepspeed_json import Resolved
+from megaft.config.train import bytes_per_parameter
+from megaft.weights.shape import Shape, Weights, count
+
+FLOAT = 4
+LOGITS_BYTES = 128 * 2**20
+"""Bytes of a chunk of fp32 logits on CUDA, as megaft.models.loss.CHUNK_BYTES."""
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's reduce bucket by default, and of the buffer that stage 0 reduces in."""
+STAGE_3 = {  # DeepSpeed's defaults, in elements
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "sub_group_size": 1_000_000_000,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One micro-batch on one rank."""
+
+    shape: Shape
+    micro_batch_size: int
+    context_length: int
+    tensor_parallel_size: int = 1
+    is_megatron: bool = False
+    is_recomputed: bool = False
+    """True if each layer keeps only its input."""
+    word_bytes: int = 2
+    """Bytes of a weight and of an activation."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the micro-batch."""
+        return self.micro_batch_size * self.context_length
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters of this rank, before ZeRO."""
+        return self.shape.weights(self.tensor_parallel_size, self.is_megatron)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class States:
+    """Bytes of weights, gradients, optimizer states and buckets, and what a step adds."""
+
+    weights: int
+    master_weights: int
+    """fp32 copies that the optimizer steps."""
+    optimizer: int
+    """Moments of the optimizer."""
+    gradients: int
+    """Gradients at the end of a step's last backward pass, when they are largest."""
+    gradients_before: int
+    """Gradients that are allocated when that pass begins."""
+    gradients_reduced: int
+    """Gradients that are left when the optimizer steps."""
+    buckets: int = 0
+    """Buckets in which gradients are reduced."""
+    buckets_before: int = 0
+    """The part of those that is allocated when the last backward pass begins."""
+    gathered: int = 0
+    """Largest size of gathered parameters at stage 3."""
+    reducing: int = 0
+    """Temporaries of the reduction of gradients after the last backward pass."""
+    stepping: int = 0
+    """Temporaries of the optimizer step and the gradient norm."""
+    host: int = 0
+    """Bytes offloaded to host memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """Bytes that the forward pass saves for the backward pass, and temporary ones of both."""
+
+    saved: int
+    """Saved activations of the whole model."""
+    first: int
+    """Saved activations of the first layer, whose backward pass is the last."""
+    layer: int
+    """Largest temporaries of one layer's backward pass, with those of its recomputation."""
+    head: int
+    """The gradient of the output layer's weight, the first of all."""
+    loss: int
+    """Largest temporaries of the output layer and its loss."""
+    embedding: int
+    """Largest temporaries of the embedding's backward pass."""
+
+
+def activations(work: Work) -> Activations:
+    """Return the activations of one micro-batch: those that torch's autograd saves, and the largest temporaries.
+
+    Attention is torch's fused kernel, which keeps its inputs, output and one number a query; dropout keeps a byte.
+    """
+    shape, word, tokens = work.shape, work.word_bytes, work.num_tokens
+    stream, inner = tokens * shape.width * word, tokens * shape.inner_width // work.tensor_parallel_size * word
+    of_layer = tokens * _bytes_of_layer(work)
+    kept = stream if work.is_recomputed else of_layer
+    words = -(-shape.vocab_size // work.tensor_parallel_size)
+    head, logits = words * shape.width, min(LOGITS_BYTES, FLOAT * tokens * words)
+    is_rounded = word < FLOAT
+    # Beside the fp32 gradient of the output layer's weight: a chunk's logits twice, or in both dtypes with the last
+    # chunk's, or with what they add to that gradient. In backward that gradient scaled, then rounded.
+    next_logits = min(logits, FLOAT * tokens * words - logits)
+    overlap = logits + next_logits * (2 + is_rounded) // 2
+    forward = max(2 * logits, overlap, logits * (2 + is_rounded) // 2 + head * word)
+    # The gradient of the product behind an activation, and those of its two factors.
+    factors = 1 if shape.family == "gpt2" and (work.is_megatron or shape.activation != "gelu_new") else 2
+    return Activations(
+        saved=shape.num_layers * kept + tokens * _bytes_around_layers(work),
+        first=kept,
+        layer=stream + factors * inner + (of_layer - stream if work.is_recomputed else 0),
+        head=head * word,
+        loss=head * FLOAT + max(forward, head * (FLOAT + word * is_rounded)) + stream * (2 + work.is_megatron),
+        embedding=2 * head * word * shape.is_tied + stream,  # tied: the output layer's, its own, and their sum
+    )
+
+
+def _bytes_of_layer(work: Work) -> int:
+    """Return the bytes a token that a layer saves: its input first, and inputs of matrices, norms and activations."""
+    shape, word, size = work.shape, work.word_bytes, work.tensor_parallel_size
+    attention = shape.num_heads * shape.head_width // size
+    groups = shape.num_groups * shape.head_width // size
+    inner = shape.inner_width // size
+    fused = word * (2 * attention + 2 * groups) + FLOAT * shape.num_heads // size
+    norms = 4 * shape.width * word + 4 * FLOAT
+    if shape.family == "gpt2":
+        is_unfused = shape.activation == "gelu_new" and not work.is_megatron  # transformers writes it out
+        masks = 2 * shape.width if shape.dropout else 0
+        return norms + fused + inner * word * (5 if is_unfused else 2) + masks
+    if work.is_megatron:  # fused norms; v keeps the matrix of q, k and v alive; gate and values, and both again
+        return norms + fused + word * (attention + groups) + 5 * inner * word
+    # transformers' RMSNorm computes in fp32: its input so, the normalised input, and its output.
+    return norms + 2 * shape.width * FLOAT + fused + 4 * inner * word
+
+
+def _bytes_around_layers(work: Work) -> int:
+    """Return the bytes a token: embedding's dropout mask, the last norm, labels."""
+    shape, word = work.shape, work.word_bytes
+    if shape.family == "gpt2":
+        return shape.width * (word + (1 if shape.dropout else 0)) + 24
+    return shape.width * (word if work.is_megatron else FLOAT + word) + 24
+
+
+def states(
+    weights: Weights, setup: Resolved, num_ranks: int, matrices: tuple[int, ...] = (), rank: int | None = None
+) -> States:
+    """Return the bytes that training keeps of these weights on one rank.
+
+    Args:
+        weights: The parameters that a data-parallel rank has before ZeRO.
+        setup: As resolved for that number of ranks.
+        num_ranks: Data-parallel ranks.
+        matrices: Elements of the matrices among the weights, in order.
+        rank: Which of the ranks; None for the one that holds most.
+    """
+    if setup.zero_stage == 0:
+        return _unsharded(weights, setup)
+    if setup.zero_stage == 3:
+        return _stage_3(weights, setup, num_ranks)
+    if setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer:
+        return _bf16_engine(weights, setup, num_ranks)
+    return _stages_1_2(weights, setup, num_ranks, cut_through(matrices, num_ranks, rank))
+
+
+def word_bytes(setup: Resolved) -> int:
+    """Return the bytes of a weight in the forward pass."""
+    return FLOAT if setup.dtype == "float32" else 2
+
+
+def flat_size(weights: Weights, num_ranks: int) -> int:
+    """Return the elements of the flat buffers of stages 1 and 2: matrices, then vectors, each padded for the ranks."""
+    vectors = sum(prod(shape) * number for shape, number in weights.items() if len(shape) == 1)
+    unit = 2 * num_ranks
+    return sum(-(-numel // unit) * unit for numel in (count(weights) - vectors, vectors))
+
+
+@cache
+def cut_through(sizes: tuple[int, ...], num_ranks: int, rank: int | None = None) -> int:
+    """Return the elements that a rank's part of a flat buffer lacks of the parameters which it begins and ends in.
+
+    Args:
+        sizes: Of the parameters, in order.
+        num_ranks: Parts, all of one size.
+        rank: Which part; None for the one that lacks most.
+    """
+    part, ends = -(-sum(sizes) // (2 * num_ranks)) * 2, list(accumulate(sizes))
+    starts = [0, *ends]
+    ranks = range(num_ranks) if rank is None else [rank]
+    first = [bisect_right(ends, part * one) for one in ranks]
+    last = [bisect_left(starts, part * (one + 1), hi=len(sizes)) for one in ranks]
+    return max(0, *(starts[end] - starts[begin] - part for begin, end in zip(first, last, strict=True)))
+
+
+def _moments(setup: Resolved) -> int:
+    return bytes_per_parameter(setup.optim) - FLOAT
+
+
+def _zero(setup: Resolved, key: str, default: Any) -> Any:
+    return setup.engine_config.get("zero_optimization", {}).get(key, default)
+
+
+def _sent_bytes(setup: Resolved) -> int:
+    """Bytes of an element of a gradient as ranks exchange it."""
+    said = setup.engine_config.get("communication_data_type")
+    return word_bytes(setup) if said is None else FLOAT if said == "fp32" else 2
+
+
+def _largest(weights: Weights) -> int:
+    return max(map(prod, weights))
+
+
+def _unsharded(weights: Weights, setup: Resolved) -> States:
+    total = count(weights) * FLOAT
+    return States(
+        weights=total,
+        master_weights=0,
+        optimizer=count(weights) * _moments(setup),
+        gradients=total,
+        gradients_before=total if setup.gradient_accumulation_steps > 1 else 0,
+        gradients_reduced=total,
+        reducing=min(total, (BUCKET + _largest(weights)) * FLOAT),
+    )
+
+
+def _bf16_engine(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+    """DeepSpeed's BF16_Optimizer: every rank keeps all fp32 gradients, and those in bf16 until the step."""
+    flat = flat_size(weights, num_ranks)
+    is_immediate = setup.engine_config["bf16"].get("immediate_grad_update", False)
+    rounded = 0 if is_immediate else 2 * count(weights)
+    is_one_bucket = flat <= BUCKET
+    return States(
+        weights=2 * flat,
+        master_weights=FLOAT * flat // num_ranks,
+        optimizer=_moments(setup) * flat // num_ranks,
+        gradients=FLOAT * flat + rounded,
+        gradients_before=FLOAT * flat + (rounded if setup.gradient_accumulation_steps > 1 else 0),
+        gradients_reduced=FLOAT * flat + rounded,
+        reducing=FLOAT * flat * is_one_bucket + (2 * flat if _sent_bytes(setup) < FLOAT else 0),
+    )
+
+
+def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int, cut: int) -> States:
+    flat, total, word = flat_size(weights, num_ranks), count(weights), word_bytes(setup)
+    mine, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
+    bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
+    bucket *= 2 if _zero(setup, "overlap_comm", False) else 1
+    offloads, is_rounded = setup.offload_optimizer, word < FLOAT
+    kept = FLOAT * mine
+    here = kept * (is_rounded or not offloads)
+    reduced = here + FLOAT * cut * (not is_rounded)  # in fp32 parameters at the part's ends are kept whole
+    whole = FLOAT * total if is_stage_1 else reduced
+    optimizer = (FLOAT + _moments(setup)) * mine
+    norm = 8 * min(_largest(weights), mine)  # taken in float64
+    copied = FLOAT * min(bucket // word, total) if word < _sent_bytes(setup) and not is_stage_1 else 0
+    largest = word * _largest(weights)
+    return States(
+        weights=word * flat,
+        master_weights=0 if offloads else FLOAT * mine,
+        optimizer=0 if offloads else _moments(setup) * mine,
+        gradients=whole,
+        gradients_before=whole if accumulates else 0,
+        gradients_reduced=reduced,
+        buckets=bucket + copied + largest * (offloads or (is_stage_1 and is_rounded)),
+        buckets_before=bucket * (is_stage_1 and accumulates) + largest * offloads,
+        reducing=max(0, kept - bucket) if is_stage_1 else 0,
+        stepping=max(norm, here * (not is_rounded)),
+        host=(optimizer + kept + word * mine + largest) if offloads else 0,
+    )
+
+
+def _stage_3(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+    setting = {key: int(_zero(setup, key, default)) for key, default in STAGE_3.items()}
+    word, offloads = word_bytes(setup), setup.offload_optimizer
+    mine = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())
+    threshold = setting["stage3_param_persistence_threshold"]
+    persistent = count(Counter({shape: number for shape, number in weights.items() if prod(shape) <= threshold}))
+    ahead = setting["stage3_max_reuse_distance"] // 2 + setting["stage3_prefetch_bucket_size"] + _largest(weights)
+    bucket, sent = int(_zero(setup, "reduce_bucket_size", BUCKET)), _sent_bytes(setup)
+    copied = min(bucket, count(weights))  # for the other ranks, and this one's part in fp32
+    is_away = _zero(setup, "offload_param", {}).get("device") == "cpu"
+    sharded, masters, moments, gradients = word * mine, FLOAT * mine, _moments(setup) * mine, FLOAT * mine
+    return States(
+        weights=word * persistent + sharded * (not is_away),
+        master_weights=masters * (not offloads),
+        optimizer=moments * (not offloads),
+        gradients=gradients * (not offloads),
+        gradients_before=gradients * (not offloads),
+        gradients_reduced=gradients * (not offloads),
+        buckets=bucket * sent + copied * sent + copied * FLOAT // num_ranks,
+        buckets_before=bucket * sent,
+        gathered=word * min(count(weights) - persistent, ahead),
+        stepping=0 if offloads else min(gradients, FLOAT * setting["sub_group_size"]),
+        host=sharded * is_away + (masters + moments + 2 * gradients) * offloads,
+    )
+
+
+def moments(held: States, work: Activations) -> dict[str, dict[str, int]]:
+    """Return the components at the moments of a step that can be its peak; each adds up to what is held then."""
+    steady = {"weights": held.weights, "master_weights": held.master_weights, "optimizer": held.optimizer}
+    around = {"gradients": held.gradients_before, "activations": work.saved, "gathered": held.gathered}
+    return {
+        "loss": {**steady, **around, "loss": work.loss, "buckets": held.buckets_before},
+        "last layer's backward": {**steady, **around, "temporaries": work.layer + work.head, "buckets": held.buckets},
+        "first layer's backward": {
+            **steady,
+            "gradients": held.gradients,
+            "activations": work.first,
+            "gathered": held.gathered,
+            "temporaries": max(work.layer, work.embedding),
+            "buckets": held.buckets,
+        },
+        "reduction": {**steady, "gradients": held.gradients, "buckets": held.buckets, "temporaries": held.reducing},
+        "step": {
+            **steady,
+            "gradients": held.gradients_reduced,
+            "buckets": held.buckets_before,
+            "temporaries": held.stepping,
+        },
+    }

@@ -1,0 +1,89 @@
+"""Published model configurations by name, as transformers would load them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megaft.base.checks import require
+from megaft.base.errors import DataError
+from megaft.base.files import parse_json
+from megaft.base.foreign import require_inert
+
+
+def _gpt2(layers: int, width: int, heads: int, vocab_size: int = 50_257) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": heads,
+        "vocab_size": vocab_size,
+        "n_positions": 1024,
+    }
+
+
+def _llama(
+    layers: int, width: int, inner: int, heads: int, groups: int, vocab_size: int, positions: int, tied: bool = False
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": tied,
+    }
+
+
+PRESETS = {
+    "gpt2": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
+    # Shoeybi et al. 2019, table 2; 51,200 words: GPT-2's, padded for 8 ranks of 128 columns.
+    "megatron-355m": _gpt2(24, 1024, 16, 51_200),
+    "megatron-2.5b": _gpt2(54, 1920, 20, 51_200),
+    "megatron-8.3b": _gpt2(72, 3072, 24, 51_200),
+    "llama-2-7b": _llama(32, 4096, 11_008, 32, 32, 32_000, 4096),
+    "llama-2-13b": _llama(40, 5120, 13_824, 40, 40, 32_000, 4096),
+    "llama-3.1-8b": _llama(32, 4096, 14_336, 32, 8, 128_256, 131_072),
+    "llama-3.1-70b": _llama(80, 8192, 28_672, 64, 8, 128_256, 131_072),
+    "llama-3.2-1b": _llama(16, 2048, 8192, 32, 8, 128_256, 131_072, tied=True),
+    "llama-3.2-3b": _llama(28, 3072, 8192, 24, 8, 128_256, 131_072, tied=True),
+    "smollm2-135m": _llama(30, 576, 1536, 9, 3, 49_152, 8192, tied=True),
+    "smollm2-360m": _llama(32, 960, 2560, 15, 5, 49_152, 8192, tied=True),
+    "smollm2-1.7b": _llama(24, 2048, 8192, 32, 32, 49_152, 8192, tied=True),
+}
+
+
+def configuration(model: str) -> dict[str, Any]:
+    """Return a model's configuration.
+
+    Args:
+        model: A name in PRESETS, a config.json, or a folder with one.
+
+    Raises:
+        ConfigError: Neither.
+        DataError: The file is no JSON object, or has what no model may have.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    path = Path(source_of(model))
+    require(path.is_file(), f"--model is {model}; give a folder with a config.json, or one of {', '.join(PRESETS)}.")
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); copy it from the model again.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is not a JSON object but a {type(found).__name__}; copy it from the model again.")
+    require_inert("model", path)
+    return found
+
+
+def source_of(model: str) -> str:
+    """Return the source of a model's configuration: its name in PRESETS, or its file."""
+    path = Path(model)
+    return str(path / "config.json" if model not in PRESETS and path.is_dir() else path)

@@ -1,0 +1,99 @@
+"""Sizes and settings of a training run, and the memory of one of its ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megaft.base.checks import require
+from megaft.commands.estimate.memory import Activations, States, Work, activations, moments, states, word_bytes
+from megaft.config.deepspeed_json import Resolved, resolve
+from megaft.config.train import OptimConfig
+from megaft.weights.shape import Shape, require_cuttable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Model, batch and parallelism of a run: everything that memory and speed depend on."""
+
+    shape: Shape
+    deepspeed: dict[str, Any]
+    """The DeepSpeed JSON as read."""
+    context_length: int
+    world_size: int = 1
+    tensor_parallel_size: int = 1
+    is_megatron: bool = False
+    is_recomputed: bool = False
+    optim: OptimConfig
+
+    def __post_init__(self) -> None:
+        size, shape = self.tensor_parallel_size, self.shape
+        require(
+            self.world_size % size == 0,
+            f"--world-size is {self.world_size} and --tensor-parallel-size {size}; the first is a multiple of the "
+            "second.",
+        )
+        require(
+            size == 1 or self.is_megatron,
+            f"--tensor-parallel-size is {size}, but transformers' matrices are whole; give --backend megatron.",
+        )
+        require_cuttable(shape.num_groups, shape.inner_width, shape.vocab_size, size, "--tensor-parallel-size")
+        require(
+            self.context_length <= shape.num_positions,
+            f"--context-length is {self.context_length}, but the model has {shape.num_positions} positions; "
+            f"use {shape.num_positions} or less.",
+        )
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Groups of ranks that train on different samples."""
+        return self.world_size // self.tensor_parallel_size
+
+    def setup(self) -> Resolved:
+        """Return the DeepSpeed JSON resolved for these ranks.
+
+        Raises:
+            ConfigError: Anything that training would refuse.
+        """
+        return resolve(self.deepspeed, world_size=self.num_data_ranks, optim=self.optim, has_cuda=True)
+
+    def work(self, setup: Resolved) -> Work:
+        """A micro-batch on one rank."""
+        return Work(
+            shape=self.shape,
+            micro_batch_size=setup.micro_batch_size,
+            context_length=self.context_length,
+            tensor_parallel_size=self.tensor_parallel_size,
+            is_megatron=self.is_megatron,
+            is_recomputed=self.is_recomputed,
+            word_bytes=word_bytes(setup),
+        )
+
+    def footprint(self, rank: int | None = None) -> Footprint:
+        """The memory of one data-parallel rank; by default, of the one that holds most."""
+        setup = self.setup()
+        work = self.work(setup)
+        matrices = self.shape.matrices_in_order(self.tensor_parallel_size, self.is_megatron)
+        held, passing = states(work.weights, setup, self.num_data_ranks, matrices, rank), activations(work)
+        return Footprint(setup, held, passing, moments(held, passing))
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The memory of one rank, in bytes."""
+
+    setup: Resolved
+    states: States
+    activations: Activations
+    moments: dict[str, dict[str, int]]
+    """Bytes held, by kind, at each moment of a step that can be its peak."""
+
+    @property
+    def peak_moment(self) -> str:
+        """Moment of the peak."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory in bytes."""
+        return sum(self.moments[self.peak_moment].values())

@@ -1,0 +1,179 @@
+"""`megaft generate`: continue texts and answer chats with a model. Imports no torch until there is something to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from megaft.base.checks import require
+from megaft.base.errors import DataError
+from megaft.base.plural import counted
+from megaft.commands.generate.config import GenerateConfig
+from megaft.models.backend import backend_of
+from megaft.weights.reading import model_source
+
+if TYPE_CHECKING:
+    from megaft.base.parallel import Topology
+    from megaft.commands.generate.prompts import Prompt
+    from megaft.commands.generate.sampling import Reader
+    from megaft.data.tokenizer import AnyTokenizer
+
+
+def main(config: GenerateConfig) -> int:
+    """Print each prompt with its continuation, or a JSON object a line.
+
+    Raises:
+        ConfigError: There is no such way to run the model.
+        DataError: The model cannot be loaded, or a prompt has no tokens.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars over the files of a model
+    from megaft.base import parallel
+
+    source = model_source(config.model)
+    if backend_of(source, config.backend, config.tensor_parallel_size) == "hugging-face":
+        return generate(config, source, load_cached_model)
+    return parallel.exit_code_on_ranks(lambda topology: generate(config, source, partial(_load_part, config, topology)))
+
+
+def generate(config: GenerateConfig, source: str, load: Callable[[str, Any], Any]) -> int:
+    """Continue every prompt; the main rank prints.
+
+    Args:
+        config: What to do.
+        source: Where the model's files are.
+        load: Returns the model as sampling.Reader; called with `source` and torch's dtype when the prompts are sound.
+    """
+    import torch
+
+    from megaft.base import parallel
+    from megaft.data.end_tokens import end_ids
+    from megaft.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    prompts = _prompts(config, tokenizer)
+    model = load(source, getattr(torch, config.dtype))
+    for prompt in prompts:
+        _require_fits(model, prompt)
+    ends = frozenset() if config.ignore_eos else end_ids(source, tokenizer, model.vocab_size)
+    for prompt in prompts:
+        row = prompt.source | continue_prompt(model, tokenizer, prompt, ends, config)
+        if parallel.is_main():
+            print_text(json.dumps(row) if config.json else prompt.shown + row["text"])
+    return 0
+
+
+def _prompts(config: GenerateConfig, tokenizer: AnyTokenizer) -> list[Prompt]:
+    from megaft.commands.generate.prompts import chat_prompt, parse_messages, text_prompt
+
+    chats = [[{"role": "user", "content": text}] for text in config.chat] + list(map(parse_messages, config.messages))
+    return [
+        *(text_prompt(tokenizer, text) for text in config.prompt),
+        *(chat_prompt(tokenizer, chat) for chat in chats),
+    ]
+
+
+def _require_fits(model: Reader, prompt: Prompt) -> None:
+    """Raise DataError for a token that the model does not embed; warn of a prompt beyond its positions."""
+    from megaft.base import parallel
+
+    ids = prompt.ids
+    if max(ids) >= model.vocab_size:
+        raise DataError(
+            f"{prompt.name} has token {max(ids)}, but the model embeds {model.vocab_size} tokens; "
+            "use the tokenizer the model was made with."
+        )
+    limit = model.max_positions
+    if limit is not None and len(ids) > limit and parallel.is_main():
+        print(
+            f"warning: the prompt has {counted(len(ids), 'token')}, of which the model reads the last {limit}.",
+            file=sys.stderr,
+        )
+
+
+def print_text(text: str) -> None:
+    """Print in the output's encoding, with the characters that it lacks escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def load_cached_model(source: str, dtype: Any) -> Any:
+    """Return a transformers model to generate with, where this machine computes fastest."""
+    import torch
+
+    from megaft.models.generation import CachedModel, exact_cache
+    from megaft.models.trials import on_trial, require_causal
+    from megaft.weights.loading.pretrained import load_language_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    language_model = load_language_model(source, dtype, setting="--model").eval()
+    with on_trial(language_model) as tried:
+        require_causal(language_model, tried)  # before it takes memory of the GPU
+    cache_name = exact_cache(language_model.to(device), tried)
+    if cache_name is None:
+        print(
+            f"warning: {source} has no exact cache of what it read; each token takes a pass over the whole text.",
+            file=sys.stderr,
+        )
+    return CachedModel(language_model, cache_name)
+
+
+def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: Any) -> Any:
+    from megaft.base import parallel
+
+    size = config.tensor_parallel_size
+    require(
+        topology.world_size == size,
+        f"--tensor-parallel-size is {size}, but this runs on {counted(topology.world_size, 'rank')}; "
+        f"start as many as it says, such as with torchrun --nproc-per-node {size} -m megaft generate.",
+    )
+    device = parallel.join(topology)
+    parallel.cut_matrices(size)
+    from megaft.models.megatron_generation import load_cached_part
+
+    return load_cached_part(source, dtype, device)
+
+
+def continue_prompt(
+    model: Reader, tokenizer: AnyTokenizer, prompt: Prompt, end_ids: frozenset[int], config: GenerateConfig
+) -> dict[str, Any]:
+    """Return the continuation's text, tokens and speed. Its seconds include the reading of the prompt."""
+    from megaft.commands.generate.sampling import continue_tokens
+
+    begin = time.perf_counter()
+    tokens = list(
+        continue_tokens(
+            model,
+            prompt.ids,
+            max_new_tokens=config.max_new_tokens,
+            settings=config.sampling,
+            seed=config.seed,
+            end_ids=end_ids,
+            num_opening=prompt.num_opening,
+        )
+    )
+    seconds = time.perf_counter() - begin
+    is_ended = tokens[-1] in end_ids
+    return {
+        "text": _text_after(tokenizer, prompt.ids[prompt.num_opening :], tokens[:-1] if is_ended else tokens),
+        "prompt_tokens": prompt.ids,
+        "tokens": tokens,
+        "is_ended_by_model": is_ended,
+        "seconds": seconds,
+        "tokens_per_second": len(tokens) / seconds,
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }
+
+
+def _text_after(tokenizer: AnyTokenizer, prompt_ids: list[int], tokens: list[int]) -> str:
+    """Decode behind the prompt: sentencepiece drops the space before a text's first word.
+
+    A model may have more rows than the tokenizer has tokens, to fill up its matrices; those have no text.
+    """
+    whole = [id_ for id_ in prompt_ids + tokens if id_ < tokenizer.vocab_size]
+    return tokenizer.decode(whole)[len(tokenizer.decode(prompt_ids)) :]

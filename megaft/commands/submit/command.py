@@ -1,0 +1,109 @@
+"""`megaft submit`: fill in one of the batch scripts of slurm/ and hand it to SLURM, or print it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+
+import tyro
+
+from megaft.base.checks import require
+from megaft.commands.submit.batch_script import directives_of, fill_in, find_script, read_script
+from megaft.commands.submit.config import SubmitConfig
+from megaft.commands.submit.job_check import SWEEP, check_program, sweep_lines
+
+_SIXTY = r"[0-5]?\d"
+WALLTIME = re.compile(
+    rf"\d+ | \d+:{_SIXTY} | \d+:{_SIXTY}:{_SIXTY} | \d+-(?:[01]?\d|2[0-3])(?::{_SIXTY}){{0,2}}", re.VERBOSE
+)
+MEMORY = re.compile(r"\d+[KMGT]?")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command: flags, `--`, and what the script's program takes. Return the exit code, sbatch's own too.
+
+    Raises:
+        ConfigError: A value or the script cannot be used, or SLURM does not have what is asked for.
+    """
+    ours, program_flags = _split(arguments)
+    config = tyro.cli(SubmitConfig, args=ours, prog="megaft submit")
+    path = find_script(config.script)
+    directives = config.directives()
+    if path.stem == SWEEP and program_flags:
+        directives.setdefault("array", f"1-{len(sweep_lines(program_flags[0]))}")
+    text = fill_in(read_script(path), directives, program_flags)
+    asked = directives_of(text)
+    require_time_before_signal(asked)
+    require_resources(asked)
+    check_program(path.stem, program_flags, asked)
+    if config.print:
+        print(text, end="")
+        return 0
+    require(shutil.which("sbatch") is not None, "sbatch is not installed here; use --print, and submit where it is.")
+    return subprocess.run(["sbatch"], input=text, text=True, check=False).returncode
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def seconds_of(limit: str) -> int:
+    """Return the seconds of a walltime, which SLURM reads as M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, _, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    parts = parts if days or len(parts) == 3 else [0, *parts]
+    return 86_400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def require_time_before_signal(asked: dict[str, str]) -> None:
+    """Raise ConfigError if SLURM would signal the end as soon as the job starts: it would be requeued for ever."""
+    seconds = asked.get("signal", "").partition("@")[2] or "0"
+    time = asked.get("time", "")
+    require(
+        WALLTIME.fullmatch(time) is None or seconds_of(time) > int(seconds),
+        f"--time is {time}, but the script is signalled {seconds} s before that; use more, or change its --signal.",
+    )
+
+
+def require_resources(asked: dict[str, str]) -> None:
+    """Raise ConfigError if `sinfo` is here and knows no such partition, or it has less than what is asked for."""
+    if shutil.which("sinfo") is None:
+        return
+    command = ["sinfo", "--noheader", "--format=%P %D %l %G"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print("sinfo does not answer: nodes, GPUs and partition are not checked.", file=sys.stderr)
+        return
+    rows = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    names = [name.rstrip("*") for name, *_ in rows]
+    default = next((name.rstrip("*") for name, *_ in rows if name.endswith("*")), names[0] if names else "")
+    wanted = asked.get("partition", default)
+    require(wanted in names, f"--partition is {wanted}; use one of {', '.join(dict.fromkeys(names))}.")
+    here = [(int(nodes), limit, _gpus(gres)) for name, nodes, limit, gres in rows if name.rstrip("*") == wanted]
+    _require_at_most("nodes", asked, sum(nodes for nodes, *_ in here), wanted)
+    _require_at_most("gpus-per-node", asked, max(gpus for *_, gpus in here), wanted)
+    time, limit = asked.get("time", ""), here[0][1]
+    require(
+        not (WALLTIME.fullmatch(time) and WALLTIME.fullmatch(limit)) or seconds_of(time) <= seconds_of(limit),
+        f"--time is {time}; partition {wanted} gives {limit} at most. "
+        "Use that or less; the rest is done in more turns.",
+    )
+
+
+def _require_at_most(name: str, asked: dict[str, str], most: int, partition: str) -> None:
+    value = asked.get(name, "")
+    require(
+        not value.isdigit() or int(value) <= most,
+        f"{name} is {value}; partition {partition} has {most}. Use {most} or less, or another partition.",
+    )
+
+
+def _gpus(gres: str) -> int:
+    return sum(int(number) for number in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))

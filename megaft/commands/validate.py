@@ -1,0 +1,190 @@
+"""`megaft validate`: run every check of training's start without a GPU, as for a given number of ranks.
+
+It takes training's own way: the data is prepared, the model loaded, the DeepSpeed engine built as rank 0 of N on a CPU,
+and the newest checkpoint loaded into it. The other ranks do not exist: torch's fake process group answers for them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaft.base.checks import at_least, require, require_ranges
+from megaft.base.errors import CheckpointError, UserError
+from megaft.config.train import TrainConfig, bytes_per_parameter
+
+if TYPE_CHECKING:
+    from megaft.config.deepspeed_json import Resolved
+    from megaft.run.assemble import Parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidateConfig(TrainConfig):
+    """Check a training run before it takes a GPU, and print its plan. Takes the flags of training.
+
+    Nothing is written into the run's folder. The exit code is the one training would end with.
+    """
+
+    world_size: int = 1
+    """Ranks of the run."""
+    json: bool = False
+    """Print one line of JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require_ranges(self, world_size=at_least(1))
+
+
+def main(config: ValidateConfig) -> int:
+    """Check, print what the run would be, and return 0.
+
+    Raises:
+        UserError: What training would refuse.
+    """
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", TQDM_DISABLE="1")  # before torch is imported
+    with redirect_stdout(sys.stderr):
+        plan = validate(config)
+    show(plan, config.json)
+    return 0
+
+
+def validate(config: ValidateConfig) -> dict[str, Any]:
+    """Return the plan of the run, as JSON values.
+
+    Raises:
+        UserError: What training would refuse.
+    """
+    from megaft.base import parallel
+    from megaft.config.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
+    from megaft.run.assemble import assemble, resumed_batch_size
+    from megaft.weights import manifest
+
+    raw = read_deepspeed_json(config.deepspeed_config)
+    resumed = resumed_batch_size(config)
+    num_data_ranks = data_parallel_size(config.world_size, config.parallel.tensor_parallel_size)
+    options = {"world_size": num_data_ranks, "optim": config.optim, "resumed_batch_size": resumed}
+    setup = resolve(raw, **options, has_cuda=True)
+    try:
+        with _stand_in_folder(config.run.dir, config.run.fresh) as folder:
+            stand_in, notes = _stand_in(config, setup, raw, folder)
+            for note in notes:
+                print(note)
+            parts = assemble(stand_in, parallel.pretend(config.world_size))
+            plan = _plan(config, setup, parts)
+    finally:
+        parallel.leave()
+    plan["resumes_from"] = str(manifest.folder_of(config.run.dir, parts.state.step)) if resumed else None
+    plan["notes"] = [*setup.notes, *notes]
+    require_room(config, plan["checkpoint_bytes"])
+    return plan
+
+
+@contextmanager
+def _stand_in_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
+    """A temporary run folder, in which the real one's checkpoints can be read; messages name the real one."""
+    with tempfile.TemporaryDirectory(prefix="megaft-validate-") as temporary:
+        folder = Path(temporary)
+        if not is_fresh and (run_dir / "checkpoints").is_dir():
+            (folder / "checkpoints").symlink_to((run_dir / "checkpoints").resolve())
+        try:
+            yield folder
+        except UserError as error:
+            raise type(error)(str(error).replace(temporary, str(run_dir))) from error
+
+
+def _stand_in(
+    config: ValidateConfig, setup: Resolved, raw: dict[str, Any], folder: Path
+) -> tuple[ValidateConfig, list[str]]:
+    """Return settings that a CPU can build in place of those that need a GPU, and say which these are."""
+    from megaft.base.files import write_json_atomic
+
+    notes, json, checkpoints = [], {**raw}, config.checkpoint
+    optim, model = config.optim, config.model
+    if setup.dtype == "float16":
+        del json["fp16"]
+        notes.append("float16 was built in float32, as a CPU can.")
+    if setup.optim.name == "apex-adamw":
+        json.pop("optimizer", None)
+        optim = replace(setup.optim, name="adamw")
+        checkpoints = replace(checkpoints, allow_changed=(*checkpoints.allow_changed, "optim"))
+        notes.append("apex-adamw was built as adamw; `megaft doctor` on a GPU node says whether apex is there.")
+    if model.cross_entropy == "liger":
+        model = replace(model, cross_entropy="chunked")
+        notes.append("liger was built as chunked; `megaft doctor` on a GPU node says whether it is there.")
+    write_json_atomic(folder / "deepspeed.json", json)
+    changed = {"deepspeed_config": folder / "deepspeed.json", "optim": optim, "model": model, "checkpoint": checkpoints}
+    return replace(config, **changed, run=replace(config.run, dir=folder)), notes
+
+
+def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, Any]:
+    from megaft.config.deepspeed_json import data_parallel_size
+    from megaft.models import parameters as parameters_module
+
+    parameters = list(parts.engine.module.parameters())
+    num_trained = parameters_module.count(parameter for parameter in parameters if parameter.requires_grad)
+    return {
+        "world_size": config.world_size,
+        "tensor_parallel_size": config.parallel.tensor_parallel_size,
+        "data_parallel_size": data_parallel_size(config.world_size, config.parallel.tensor_parallel_size),
+        "global_batch_size": setup.global_batch_size,
+        "micro_batch_size": setup.micro_batch_size,
+        "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+        "zero_stage": setup.zero_stage,
+        "dtype": setup.dtype,
+        "optimizer": setup.optim.name,
+        "max_steps": parts.max_steps,
+        "done_steps": parts.state.step,
+        "tokens": parts.max_steps * setup.global_batch_size * config.data.context_length,
+        "parameters": parameters_module.count(parameters),
+        "trained_parameters": num_trained,
+        "checkpoint_bytes": num_trained * bytes_per_parameter(setup.optim),
+    }
+
+
+def require_room(config: ValidateConfig, checkpoint_bytes: int) -> None:
+    """Raise CheckpointError where there is no room for the checkpoints kept, the best one, and one in the making."""
+    run_dir = config.run.dir
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    require(os.access(there, os.W_OK), f"--run.dir is {run_dir}, and {there} cannot be written; name another folder.")
+    count = config.checkpoint.keep_last + 2
+    kept = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+    needed, free = count * checkpoint_bytes - kept, shutil.disk_usage(there).free
+    if free < needed:
+        raise CheckpointError(
+            f"{there} has {free:,} bytes free, but {count} checkpoints of {checkpoint_bytes:,} (--checkpoint.keep-last "
+            f"and two more) need {needed:,}; free space there, keep fewer, or name another --run.dir."
+        )
+
+
+def show(plan: dict[str, Any], as_json: bool) -> None:
+    """Print what the run would be."""
+    from megaft.base.files import to_json
+
+    if as_json:
+        print(to_json(plan))
+        return
+    for name, value in _lines(plan).items():
+        print(f"{name:<14} {value}")
+
+
+def _lines(plan: dict[str, Any]) -> dict[str, str]:
+    cut = "{global_batch_size} = micro-batch {micro_batch_size} x accumulation {gradient_accumulation_steps}"
+    size = plan["tensor_parallel_size"]
+    done = f", of which {plan['done_steps']:,} are done" if plan["resumes_from"] else ""
+    return {
+        "global batch": f"{cut} x data-parallel ranks {{data_parallel_size}}".format(**plan),
+        "ranks": str(plan["world_size"]) + (f", each {size} of which share a model" if size > 1 else ""),
+        "engine": "ZeRO {zero_stage}, {dtype}, {optimizer}".format(**plan),
+        "steps": f"{plan['max_steps']:,}{done}",
+        "tokens": f"{plan['tokens']:,} at most",
+        "parameters": "{parameters:,}, of which {trained_parameters:,} are trained".format(**plan),
+        "a checkpoint": "{checkpoint_bytes:,} bytes".format(**plan),
+        "continues from": str(plan["resumes_from"] or "nothing: a new run"),
+    }

@@ -1,0 +1,165 @@
+"""Tables of DeepSpeed JSON keys: passed on, refused with the reason, or allowed with one value only.
+
+Read off DeepSpeed 0.19.8; tests/test_deepspeed_json.py holds them against its own parser.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any, Literal, NoReturn
+
+from megaft.base.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+PASSED_ON = (  # top-level keys that DeepSpeed may read as they stand
+    *("bf16", "fp16", "data_types", "zero_optimization", "gradient_clipping"),
+    *("prescale_gradients", "gradient_predivide_factor", "comms_logger", "flops_profiler", "timers", "log_level"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc"),
+)
+
+BLOCK_KEYS = {  # what may stand inside a block
+    "bf16": (
+        *("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads"),
+        "bf16_optimizer_states",
+    ),
+    "fp16": (
+        *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis"),
+        *("consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"),
+    ),
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    "optimizer": ("type", "params", "legacy_fusion"),
+    "scheduler": ("type", "params"),
+    "zero_optimization": (
+        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+        *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "sub_group_size"),
+        *("load_from_fp32_weights", "elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow"),
+        *("cpu_offload_param", "cpu_offload_use_pin_memory", "cpu_offload", "stage3_prefetch_bucket_size"),
+        *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters"),
+        *("stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "ignore_unused_parameters"),
+        *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "legacy_stage1"),
+        *("stage3_allgather_sequential", "stage3_gather_fp16_weights_on_model_save", "round_robin_gradients"),
+        *("parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"),
+        *("zero_quantized_nontrainable_weights", "memory_efficient_linear", "pipeline_loading_checkpoint"),
+        *("override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks", "leaf_module"),
+        "save_muon_momentum_buffer_in_memory",
+    ),
+    "zero_optimization.offload_optimizer": (
+        *("device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init"),
+        *("ratio", "super_offload", "cpuadam_cores_perc"),
+    ),
+    "zero_optimization.offload_param": (
+        *("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
+    ),
+}
+HOLDS_STRINGS = ("device", "nvme_path", "leaf_module")  # keys of those blocks whose values are not numbers or booleans
+
+SAMPLES = "megaft owns the order and the length of samples (data.*), so this would have no effect or undo it"
+METRICS = "megaft writes the metrics itself: use --metrics.wandb, --metrics.tensorboard or RUN/metrics.jsonl"
+CHECKPOINT = "megaft writes its own checkpoints and never calls DeepSpeed's, so this has no effect"
+REMOVED = "DeepSpeed 0.19 no longer has it"
+TENSOR = (
+    "it leaves embeddings and the output layer whole, and checkpoints would hold halves of matrices for wholes: use "
+    "--model.backend megatron with --parallel.tensor-parallel-size (docs/parallelism.md)"
+)
+SEQUENCE = (
+    "at ZeRO 0 to 2 its gradient is as many times too large as a sequence has parts, and documents in one sample "
+    "attend to each other (docs/parallelism.md): use --model.activation-checkpointing and a smaller micro-batch"
+)
+PARALLEL = "megaft has no pipeline and no expert parallelism (docs/parallelism.md)"
+ROUNDS = "it rounds what ranks exchange, so the number of GPUs would change what is learned"
+MASTERS = "megaft keeps fp32 weights, gradients and moments, so that a checkpoint is exact at every ZeRO stage"
+UNREAD = "megaft's checkpoint does not read the state it keeps elsewhere"
+USE_OFFLOAD = "it is deprecated: write offload_optimizer or offload_param with a device"
+
+REFUSED = {  # top-level keys that DeepSpeed knows and megaft does not run
+    "amp": "apex's amp is gone from apex and from DeepSpeed: use bf16 or fp16",
+    "bfloat16": "it is the old name of bf16: rename it",
+    "torch_autocast": "precision is bf16 or fp16 with fp32 masters: use one of these blocks",
+    "data_efficiency": SAMPLES,
+    "curriculum_learning": SAMPLES,
+    "dataloader_drop_last": SAMPLES,
+    "progressive_layer_drop": REMOVED,
+    "compression_training": REMOVED,
+    "quantize_training": REMOVED,
+    "eigenvalue": REMOVED,
+    "sparse_attention": REMOVED,
+    "sparse_gradients": REMOVED,
+    "graph_harvesting": REMOVED,
+    "nebula": REMOVED,
+    "elasticity": f"{REMOVED}, and megaft resumes on another number of GPUs by itself",
+    "weight_quantization": "it is for inference",
+    "hybrid_engine": "it is for generation inside reinforcement learning",
+    "autotuning": "it restarts the program with other settings: choose a file of ds_configs/",
+    "pipeline": PARALLEL,
+    "tensor_parallel": TENSOR,
+    "expert_parallel": PARALLEL,
+    "use_data_before_expert_parallelism": PARALLEL,
+    "sequence_parallel_size": SEQUENCE,
+    "data_parallel_size": SEQUENCE,
+    "seq_parallel_communication_data_type": SEQUENCE,
+    "disable_allgather": "DeepSpeed reads it and does nothing with it",
+    "vocabulary_size": "the model says its own",
+    "activation_checkpointing": "the models do not use DeepSpeed's: use --model.activation-checkpointing",
+    "compile": "it acts only on engine.compile(), which megaft does not call",
+    "tensorboard": METRICS,
+    "wandb": METRICS,
+    "csv_monitor": METRICS,
+    "comet": METRICS,
+    "checkpoint": CHECKPOINT,
+    "datastates_ckpt": CHECKPOINT,
+    "aio": "it configures NVMe offload, whose state megaft's checkpoint cannot read",
+}
+
+ONLY = {  # key: the only value megaft runs with (None: leave it out), and why
+    "managed_gradient_accumulation": (True, "the training loop leaves accumulation to the engine"),
+    "gradient_allreduce_op": ("mean", "the training loop undoes the mean to weight every token of a step alike"),
+    "zero_allow_untested_optimizer": (True, "megaft hands the engine its own optimizer"),
+    "zero_force_ds_cpu_optimizer": (False, "megaft hands the engine its own optimizer, also with offload"),
+    "data_types.grad_accum_dtype": ("fp32", "a sum of gradients in half precision depends on how the batch was cut"),
+    "communication_data_type": ("fp32", ROUNDS),
+    "optimizer.legacy_fusion": (False, "it is for LAMB"),
+    "bf16.bf16_master_weights_and_grads": (False, MASTERS),
+    "bf16.bf16_optimizer_states": (False, MASTERS),
+    "fp16.fp16_master_weights_and_grads": (False, MASTERS),
+    "zero_optimization.compute_grad_norm": (True, "the norm of the gradient is logged and watched"),
+    "zero_optimization.zero_quantized_weights": (False, ROUNDS),
+    "zero_optimization.zero_quantized_gradients": (False, ROUNDS),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False, ROUNDS),
+    "zero_optimization.zero_hpz_partition_size": (1, UNREAD),
+    "zero_optimization.zenflow": (None, "its late updates make the result depend on timing"),
+    "zero_optimization.cpu_offload": (None, USE_OFFLOAD),
+    "zero_optimization.cpu_offload_param": (None, USE_OFFLOAD),
+    "zero_optimization.cpu_offload_use_pin_memory": (None, USE_OFFLOAD),
+    "zero_optimization.offload_optimizer.ratio": (1, UNREAD),
+    "zero_optimization.offload_optimizer.super_offload": (False, UNREAD),
+}
+
+FILLED_IN = {  # unless the JSON gives them
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "data_types.grad_accum_dtype": "fp32",
+    "communication_data_type": "fp32",  # else DeepSpeed rounds sums over ranks, at stage 1 on one rank too
+    "gradient_clipping": 1.0,  # DeepSpeed's default, said
+    "timers.throughput.enabled": False,  # it waits for the GPU at every step; megaft times steps itself
+}
+
+TOP_LEVEL_ONLY = (key for key in ONLY if "." not in key)
+KNOWN_KEYS = (*BATCH_KEYS, *PASSED_ON, *REFUSED, "optimizer", "scheduler", *TOP_LEVEL_ONLY)
+
+
+def fail(path: str, value: Any, rule: str) -> NoReturn:
+    """Raise ConfigError for the value at a path of the JSON, with the rule it breaks."""
+    raise ConfigError(f"DeepSpeed JSON: {path} is {json.dumps(value)}; {rule}")
+
+
+def refuse_unknown_keys(keys: Iterable[str], known: tuple[str, ...], prefix: str) -> None:
+    """Raise ConfigError for a key that is not known, with the nearest one that is."""
+    for key in keys:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}."
+            raise ConfigError(f"DeepSpeed JSON: {prefix}{key} is not a key of DeepSpeed; {hint}")

@@ -1,0 +1,114 @@
+"""Micro-batches: this rank's share of a step's samples, stacked and padded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from megaft.data.left_out import Ranges, whole_position
+from megaft.data.samples import IGNORE_INDEX, Sample
+from megaft.data.sequence import Samples
+
+PADDED_TO = 64
+"""Samples of one document are padded to the longest of their micro batch, rounded up to this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro batch on one rank; rows are padded at the end with labels that are not scored."""
+
+    input_ids: Int64[Tensor, "batch time"]
+    labels: Int64[Tensor, "batch time"]
+    document_ids: Int64[Tensor, "batch time"] | None
+    num_tokens: int
+    """Input tokens, without padding."""
+    num_scored: int
+    first_position: int
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the model's inputs on its device, copied from pinned memory without waiting for a GPU."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        documents = None if self.document_ids is None else moved(self.document_ids)
+        return moved(self.input_ids), moved(self.labels), documents
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Split of the global batch over data-parallel ranks and micro-batches."""
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    rank: int
+    num_ranks: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per step, over all ranks."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.num_ranks
+
+    def first_positions(self, position: int) -> list[int]:
+        """Return the first position of each of this rank's micro batches, in a step that begins at `position`.
+
+        Piece m of rank r is number m * num_ranks + r of the global batch, so that with one micro-batch size the same
+        pieces exist on any number of ranks.
+        """
+        pieces = range(self.rank, self.gradient_accumulation_steps * self.num_ranks, self.num_ranks)
+        return [position + piece * self.micro_batch_size for piece in pieces]
+
+
+def micro_batches(
+    samples: Samples,
+    position: int,
+    left_out: Ranges,
+    cut: Cut,
+    padded_to: int | None,
+    keep_documents: bool,
+    longest: int | None = None,
+) -> list[Batch]:
+    """Return this rank's micro batches of a step.
+
+    Args:
+        samples: The run's samples.
+        position: Samples taken by the steps before.
+        left_out: Samples of the whole sequence that the run does without.
+        cut: How the step's samples are dealt.
+        padded_to: Row length; None pads to the longest sample, rounded up to a multiple of PADDED_TO.
+        keep_documents: Whether the batch tells the model which tokens are of one document.
+        longest: Largest row length that rounding up may give: the model has no positions beyond it.
+    """
+    batches = []
+    for first in cut.first_positions(position):
+        chosen = [whole_position(first + row, left_out) for row in range(cut.micro_batch_size)]
+        batches.append(collate([samples[place] for place in chosen], chosen[0], padded_to, keep_documents, longest))
+    return batches
+
+
+def collate(
+    rows: list[Sample], first_position: int, padded_to: int | None, keep_documents: bool, longest: int | None = None
+) -> Batch:
+    """Stack samples into a batch."""
+    rounded = -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
+    length = padded_to or min(rounded, longest or rounded)
+
+    def stack(arrays: list[np.ndarray], filler: int) -> Tensor:
+        padded = np.full((len(arrays), length), filler, dtype=np.int64)
+        for row, array in zip(padded, arrays, strict=True):
+            row[: len(array)] = array
+        return torch.from_numpy(padded)
+
+    labels = stack([row.labels for row in rows], IGNORE_INDEX)
+    return Batch(
+        stack([row.input_ids for row in rows], 0),
+        labels,
+        stack([row.document_ids for row in rows], -1) if keep_documents else None,
+        sum(len(row.input_ids) for row in rows),
+        int((labels != IGNORE_INDEX).sum()),
+        first_position,
+    )

@@ -1,0 +1,240 @@
+"""Read documents from files: their boundaries, and the segments of each that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, groupby, pairwise
+from typing import Literal
+
+import numpy as np
+
+from megaft.base.errors import DataError
+from megaft.data.chat import Renderer, scored_contents
+from megaft.data.record_file import records_of
+from megaft.data.records import Record, Segment
+from megaft.data.text_file import BLOCK_BYTES, Source
+
+Unit = Literal["file", "line", "document"]
+
+_IS_SPACE = np.array([byte < 128 and chr(byte).isspace() for byte in range(256)])
+_WIDE_SPACES = [space for code in range(128, 0x3001) if (space := chr(code)).isspace()]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One document as its file has it."""
+
+    where: str
+    """The file and line."""
+    segments: Sequence[Segment]
+    counted: Sequence[str]
+    """Strings whose words and bytes are counted: the text, the completion, or the content of each scored turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document, detokenized, with the words (by `str.split`) and UTF-8 bytes of its original text.
+
+    Of a prompt with its completion these are the completion's, of a chat those of the contents of its scored turns.
+    """
+
+    segments: tuple[Segment, ...]
+    num_words: int
+    num_bytes: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of one that may be tokenized by itself; the counts are its share of the document's."""
+
+    segments: tuple[Segment, ...]
+    num_words: int
+    num_bytes: int
+    ends_document: bool
+    where: str
+
+    @property
+    def text(self) -> str:
+        """The text that is tokenized as one string."""
+        return self.segments[0].text if len(self.segments) == 1 else "".join(part.text for part in self.segments)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Layout of a file of documents: its unit, format and keys."""
+
+    unit: Unit = "file"
+    text_key: str = "text"
+    prompt_key: str | None = None
+    completion_key: str | None = None
+    messages_key: str | None = None
+    detokenize: Callable[[str], str] | None = None
+    """Detokenizer; None leaves the text as it is."""
+    render: Renderer | None = None
+    """The tokenizer's chat template."""
+
+
+def documents(source: Source, layout: Layout) -> Iterator[Document]:
+    """Yield the documents of one file without the blank ones; blank records are counted in the source.
+
+    Raises:
+        DataError: The file has no documents, or a record that cannot be used, named by its line.
+    """
+    read = _texts if source.format == "text" else _records
+    document = None
+    for text in read(source, layout):
+        if any(segment.text.strip() for segment in text.segments):
+            document = _document(text, layout.detokenize)
+            yield document
+        elif source.format != "text":
+            source.add_blank(text.where)
+    if document is None:
+        raise DataError(f"{source.path} holds only blank lines; give a file with text.")
+
+
+def pieces(source: Source, layout: Layout, *, may_cut: bool) -> Iterator[Piece]:
+    """Yield the documents of one file in pieces, each to be tokenized by itself: whole documents unless `may_cut`.
+
+    Args:
+        source: The file.
+        layout: Where its documents are.
+        may_cut: Whether long texts may be cut at spaces (`Tokenizer.cuts_at_spaces`). A file that is one document is
+            then never in memory as a whole, unless it has to be detokenized.
+
+    Raises:
+        DataError: As `documents`.
+    """
+    if may_cut and source.format == "text" and layout.unit == "file" and layout.detokenize is None:
+        yield from _streamed(source)
+        return
+    for document in documents(source, layout):
+        yield from _cut_document(document, may_cut=may_cut)
+
+
+def coded(parts: Iterable[Piece], code: str) -> Iterator[Piece]:
+    """Yield the pieces with a control code, which is not scored, and a space before each document's text."""
+    begins_document = True
+    for piece in parts:
+        if begins_document:
+            first, *others = piece.segments
+            segments = (Segment(code, False), Segment(f" {first.text}", first.is_scored), *others)
+            piece = replace(piece, segments=segments)
+        yield piece
+        begins_document = piece.ends_document
+
+
+def cut(blocks: Iterable[str]) -> Iterator[str]:
+    """Re-cut a text's blocks, each before its last space or newline that follows a non-space; none is empty."""
+    held: list[str] = []
+    for block in blocks:
+        at = _last_cut(block)
+        if at:
+            yield "".join([*held, block[:at]])
+            held = []
+        held.append(block[at:])
+    if rest := "".join(held):
+        yield rest
+
+
+def _last_cut(text: str) -> int:
+    for at in range(len(text) - 1, 0, -1):
+        if text[at] in " \n" and not text[at - 1].isspace():
+            return at
+    return 0
+
+
+def _streamed(source: Source) -> Iterator[Piece]:
+    is_blank = True
+    previous = ""
+    for text in chain(cut(source.blocks()), [None]):
+        if previous:
+            is_blank = is_blank and previous.isspace()
+            yield Piece((Segment(previous),), *count(previous), text is None, str(source.path))
+        previous = text
+    if is_blank:
+        raise DataError(f"{source.path} holds only blank lines; give a file with text.")
+
+
+def _cut_document(document: Document, *, may_cut: bool) -> Iterator[Piece]:
+    if may_cut and sum(len(segment.text) for segment in document.segments) > BLOCK_BYTES:
+        *first, last = _cut_segments(document.segments)
+    else:
+        first, last = [], document.segments
+    yield from (Piece(segments, 0, 0, ends_document=False, where=document.where) for segments in first)
+    yield Piece(last, document.num_words, document.num_bytes, ends_document=True, where=document.where)
+
+
+def _cut_segments(segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
+    """Cut the segments' text, as one string, at spaces; yield the segments of each part."""
+    text = "".join(segment.text for segment in segments)
+    borders = list(pairwise(accumulate((len(segment.text) for segment in segments), initial=0)))
+    begin = 0
+    for part in cut(_slices(text)):
+        end = begin + len(part)
+        is_last = end == len(text)  # to which the empty segments at the end belong
+        yield tuple(
+            Segment(text[max(begin, left) : min(end, right)], segment.is_scored)
+            for segment, (left, right) in zip(segments, borders, strict=True)
+            if right > begin and (left < end or is_last)
+        )
+        begin = end
+
+
+def _slices(text: str) -> Iterator[str]:
+    return (text[begin : begin + BLOCK_BYTES] for begin in range(0, len(text), BLOCK_BYTES))
+
+
+def _document(text: Text, detokenize: Callable[[str], str] | None) -> Document:
+    counts = [count(counted) for counted in text.counted]
+    segments = text.segments
+    if detokenize is not None:
+        segments = [Segment(detokenize(segment.text), segment.is_scored) for segment in segments]
+    num_words, num_bytes = sum(words for words, _ in counts), sum(num_bytes for _, num_bytes in counts)
+    return Document(tuple(segments), num_words, num_bytes, text.where)
+
+
+def count(text: str) -> tuple[int, int]:
+    """Return the words, as len(text.split()), and the UTF-8 bytes of a text, without making the words."""
+    data = text.encode()
+    if any(space in text for space in _WIDE_SPACES):
+        return len(text.split()), len(data)
+    is_space = _IS_SPACE[np.frombuffer(data, np.uint8)]
+    begins = is_space[:-1] & ~is_space[1:]
+    return int(np.count_nonzero(begins)) + int(len(data) > 0 and not is_space[0]), len(data)
+
+
+def _texts(source: Source, layout: Layout) -> Iterator[Text]:
+    match layout.unit:
+        case "file":
+            yield _plain(str(source.path), "".join(source.blocks()))
+        case "line":
+            yield from (_plain(f"{source.path}, line {at}", line) for at, line in enumerate(source.lines(), 1))
+        case "document":
+            numbered = enumerate(source.lines(), 1)
+            for is_blank, group in groupby(numbered, key=lambda line: not line[1].strip()):
+                if not is_blank:
+                    at, first = next(group)
+                    yield _plain(f"{source.path}, line {at}", "\n".join([first, *(line for _, line in group)]))
+
+
+def _plain(where: str, text: str) -> Text:
+    return Text(where, [Segment(text)], [text])
+
+
+def _records(source: Source, layout: Layout) -> Iterator[Text]:
+    return (_of_record(record, layout) for record in records_of(source))
+
+
+def _of_record(record: Record, layout: Layout) -> Text:
+    if layout.messages_key is not None:
+        assert layout.render is not None
+        messages = record.get(layout.messages_key)
+        segments = layout.render(record.where, layout.messages_key, messages)
+        layout.render.count_tools(record)
+        return Text(record.where, segments, scored_contents(messages))
+    if layout.prompt_key is not None and layout.completion_key is not None:
+        prompt, completion = record.text(layout.prompt_key), record.text(layout.completion_key)
+        return Text(record.where, [Segment(prompt, False), Segment(completion)], [completion])
+    return _plain(record.where, record.text(layout.text_key))

@@ -1,0 +1,136 @@
+"""Write tokenized documents to disk: leave out short ones, begin and end each, mark scored tokens, and count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
+
+from megaft.data.encoding import Encoded
+from megaft.data.indexed import Tokens, TokenWriter
+from megaft.data.receipt import temporary
+
+
+@dataclass(slots=True)
+class Counts:
+    """Counts of a dataset; words and UTF-8 bytes are of the original text of the documents kept.
+
+    `documents_skipped` are those left out as too short; `documents_unscored` are kept, but none of their own text is
+    scored. The places are the first such document's file and line.
+    """
+
+    documents: int = 0
+    documents_skipped: int = 0
+    first_skipped: str | None = None
+    documents_unscored: int = 0
+    first_unscored: str | None = None
+    tokens: int = 0
+    scored_tokens: int = 0
+    words: int = 0
+    bytes: int = 0
+
+
+class DocumentWriter:
+    """Writer of a dataset's temporary files: the tokens, and with `has_mask` a loss mask, 1 for each scored token."""
+
+    def __init__(
+        self,
+        prefix: Path,
+        vocab_size: int,
+        *,
+        has_mask: bool,
+        min_tokens: int,
+        opening_ids: Sequence[int],
+        eod_id: int | None,
+    ) -> None:
+        """Open the files.
+
+        Args:
+            prefix: Path of the dataset's files, without their suffixes.
+            vocab_size: Number of token ids, which decides the integer type on disk.
+            has_mask: Write the loss mask.
+            min_tokens: Documents whose own text has fewer tokens are left out.
+            opening_ids: Special tokens put before each document, unless its text spells them; never scored.
+            eod_id: End-of-document token, scored where the document's last segment is; None appends none.
+        """
+        self.counts = Counts()
+        self._prefix, self._min_tokens, self._eod_id = prefix, min_tokens, eod_id
+        self._tokens = TokenWriter(temporary(prefix, ".bin"), cardinality=vocab_size)
+        self._mask = TokenWriter(temporary(prefix, ".scored.bin"), cardinality=None) if has_mask else None
+        self._opening_ids = np.array(opening_ids, np.int32)
+        self._start_document()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the tokens on disk."""
+        return self._tokens.dtype
+
+    def add(self, encoded: Encoded) -> None:
+        """Add the next piece of the document, and end it where the piece does."""
+        piece, ids, is_scored = encoded.piece, encoded.ids, encoded.is_scored
+        if not self._is_open:
+            ids, is_scored = self._open_document(ids, is_scored)
+        self._held.append((ids, is_scored))
+        self._has_scored_text = self._has_scored_text or bool(is_scored.any())
+        self._num_tokens += len(ids)
+        self._num_words += piece.num_words
+        self._num_bytes += piece.num_bytes
+        if self._num_tokens >= self._min_tokens:
+            self._write_held()
+        if piece.ends_document:
+            self._end_document(piece.where, is_end_scored=piece.segments[-1].is_scored)
+
+    def close(self) -> str:
+        """Flush to disk and return the SHA-256 of the tokens."""
+        if self._mask:
+            self._mask.close(temporary(self._prefix, ".scored.idx"))
+        return self._tokens.close(temporary(self._prefix, ".idx"))
+
+    def _start_document(self) -> None:
+        # Held until the document is known to be long enough to keep.
+        self._held: list[tuple[Tokens, Bool[np.ndarray, " tokens"]]] = []
+        self._is_open = self._has_scored_text = False
+        self._num_tokens = self._num_words = self._num_bytes = 0
+
+    def _open_document(
+        self, ids: Tokens, is_scored: Bool[np.ndarray, " tokens"]
+    ) -> tuple[Tokens, Bool[np.ndarray, " tokens"]]:
+        """Hold the opening tokens, and return what follows them; a text that spells them does not get them twice."""
+        self._is_open = True
+        length = len(self._opening_ids)
+        self._held.append((self._opening_ids, np.zeros(length, bool)))
+        is_spelled = np.array_equal(ids[:length], self._opening_ids)
+        return (ids[length:], is_scored[length:]) if is_spelled else (ids, is_scored)
+
+    def _write_held(self) -> None:
+        for tokens, is_scored in self._held:
+            self._write(tokens, is_scored)
+        self._held = []
+
+    def _write(self, tokens: Tokens, is_scored: Bool[np.ndarray, " tokens"]) -> None:
+        self._tokens.add(tokens)
+        if self._mask:
+            self._mask.add(is_scored.astype(np.uint8))
+        self.counts.tokens += len(tokens)
+        self.counts.scored_tokens += int(is_scored.sum())
+
+    def _end_document(self, where: str, *, is_end_scored: bool) -> None:
+        counts = self.counts
+        if self._num_tokens < self._min_tokens:
+            counts.documents_skipped += 1
+            counts.first_skipped = counts.first_skipped or where
+        else:
+            if not self._has_scored_text:
+                counts.documents_unscored += 1
+                counts.first_unscored = counts.first_unscored or where
+            if self._eod_id is not None:
+                self._write(np.array([self._eod_id], self.dtype), np.array([is_end_scored]))
+            for writer in filter(None, (self._tokens, self._mask)):
+                writer.end_document()
+            counts.documents += 1
+            counts.words += self._num_words
+            counts.bytes += self._num_bytes
+        self._start_document()

@@ -1,0 +1,73 @@
+"""End-of-sequence tokens: the ids at which a model's own files say that a text is over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaft.base.errors import DataError
+from megaft.base.files import parse_json
+from megaft.base.hub import find_file
+
+if TYPE_CHECKING:
+    from megaft.data.tokenizer import AnyTokenizer
+
+KEY = "eos_token_id"
+
+
+def end_ids(source: str, tokenizer: AnyTokenizer, vocab_size: int) -> frozenset[int]:
+    """Return every id that ends a text: the model's, as transformers' `generate` takes them, and the tokenizer's.
+
+    generation_config.json counts, and config.json where that names none. The tokenizer's end token is what training
+    puts behind every document, so it ends a text too. A default of config.json's class may lie outside a small
+    vocabulary, where it never occurs.
+
+    Args:
+        source: The model: a folder, a hub name or a GGUF file, of which only the tokenizer's end token is used.
+        tokenizer: The model's.
+        vocab_size: Of the model.
+
+    Raises:
+        DataError: A file is damaged, or names what cannot be an id.
+    """
+    named = set() if source.endswith(".gguf") else _named(source, vocab_size)
+    return frozenset(named if tokenizer.eos_id is None else named | {tokenizer.eos_id})
+
+
+def _named(source: str, vocab_size: int) -> set[int]:
+    path, generation = _read(source, "generation_config.json")
+    if generation.get(KEY) is not None:
+        is_written_by_hand = not generation.get("_from_model_config")
+        return _ids(path, generation[KEY], vocab_size, is_strict=is_written_by_hand)
+    path, config = _read(source, "config.json")
+    text = config.get("text_config")
+    nested = text.get(KEY) if isinstance(text, dict) else None
+    value = nested if config.get(KEY) is None else config[KEY]
+    return set() if value is None else _ids(path, value, vocab_size, is_strict=False)
+
+
+def _ids(path: Path | None, value: Any, vocab_size: int, *, is_strict: bool) -> set[int]:
+    ids = value if isinstance(value, list) else [value]
+    for id_ in ids:
+        is_id = isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0
+        if not is_id or (is_strict and id_ >= vocab_size):
+            raise DataError(
+                f"{path}: {KEY} is {json.dumps(value)[:80]}; use a token id from 0 to {vocab_size - 1}, or a list of "
+                "them, or give --ignore-eos."
+            )
+    return {id_ for id_ in ids if id_ < vocab_size}
+
+
+def _read(source: str, name: str) -> tuple[Path | None, dict[str, Any]]:
+    """Return a file of the model and its content, {} where there is none."""
+    found = find_file(source, name)
+    if found is None:
+        return None, {}
+    try:
+        content = parse_json(found.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{found} is damaged ({str(error).splitlines()[0]}); copy it anew.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{found} is a JSON {type(content).__name__}, not an object; copy it anew.")
+    return found, content

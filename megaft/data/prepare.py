@@ -1,0 +1,293 @@
+"""Tokenize a corpus to disk, with a receipt of data, tokenizer and counts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import detokenizers
+
+import megaft
+from megaft.base.errors import ConfigError, DataError
+from megaft.base.files import naming_disk_errors, sha256_of
+from megaft.base.progress import counting
+from megaft.config.prepare import DEFAULT_KEY, PrepareConfig
+from megaft.data import prepare_report
+from megaft.data.chat import SCORED_ROLE, Renderer, template_sha256
+from megaft.data.corpus import Layout, Piece, coded, pieces
+from megaft.data.document_writer import Counts, DocumentWriter
+from megaft.data.encoding import Encoder
+from megaft.data.indexed import with_suffix
+from megaft.data.input_files import expand
+from megaft.data.receipt import FORMAT_VERSION, SUFFIXES, load_receipt, publish, publishing
+from megaft.data.text_file import Source
+from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
+
+_TEXT_SETTINGS = (
+    *("unit", "json_key", "prompt_key", "completion_key", "messages_key", "detokenizer", "min_tokens"),
+    *("control_codes", "format"),
+)
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Tokenize the inputs and publish the dataset; return its receipt.
+
+    Memory does not grow with the corpus, only with a document that has to be detokenized or whose tokenizer cannot
+    take it in parts.
+
+    Raises:
+        DataError: An input or the tokenizer cannot be used, or nothing is left to write.
+        ConfigError: The output cannot be written, or another process is at it.
+    """
+    sources = _sources(config)
+    _require_kept(config, list(sources))
+    _check_keys(config, list(sources))
+    if config.workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # read at the first batch of the process
+    tokenizer = load_tokenizer(config.tokenizer)
+    _check_codes(config, tokenizer)
+    with naming_disk_errors(config.output):
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        with publishing(config.output):
+            receipt = _write(config, sources, tokenizer)
+            publish(config.output, receipt)
+    return receipt
+
+
+def ensure_prepared(text_path: Path, prefix: Path, tokenizer_source: str, detokenizer: str = "identity") -> Path:
+    """Prepare one file as one document (or one .jsonl's texts) unless a receipt there says the same was done before.
+
+    Returns:
+        The prefix.
+
+    Raises:
+        DataError, ConfigError: As `prepare`.
+    """
+    config = PrepareConfig(
+        inputs=(str(text_path),), output=Path(prefix), tokenizer=str(tokenizer_source), detokenizer=detokenizer
+    )
+    if not _is_current(config):
+        prepare(config)
+    return config.output
+
+
+def _sources(config: PrepareConfig) -> dict[Source, str]:
+    """Return the files in their order, each with its control code."""
+    sources: dict[Source, str] = {}
+    paths: set[Path] = set()
+    for name, code in zip(config.inputs, config.control_codes or [""] * len(config.inputs), strict=True):
+        found = [Source(path, config.format) for path in expand([name], tell=_warn)]
+        _tell_two_kinds(name, found)
+        sources |= {source: code for source in found if config.control_codes or source.path not in paths}
+        paths |= {source.path for source in found}
+    return sources
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _tell_two_kinds(name: str, sources: list[Source]) -> None:
+    """Warn of a folder or glob that has, say, a README beside its JSON lines."""
+    texts = [source.path for source in sources if source.format == "text"]
+    if texts and len(texts) < len(sources):
+        records = next(source.path for source in sources if source.format != "text")
+        _warn(f"warning: {name} has texts ({texts[0]}: {len(texts)} in all) beside JSON records ({records}).")
+
+
+def _require_kept(config: PrepareConfig, sources: list[Source]) -> None:
+    """Refuse an output that would replace an input: x.json with the output x would become its receipt."""
+    written = {with_suffix(config.output, suffix).resolve() for suffix in (".json", *SUFFIXES)}
+    if lost := [source.path for source in sources if source.path.resolve() in written]:
+        raise ConfigError(
+            f"--output {config.output} would overwrite the input {lost[0]}; give another prefix, such as "
+            f"{config.output}-tokens."
+        )
+
+
+def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
+    key = config.messages_key or config.prompt_key or config.json_key
+    texts = [source.path for source in sources if source.format == "text"]
+    if key is not None and texts:
+        raise DataError(
+            f"{texts[0]} holds no JSON records, so the key {key!r} means nothing in it; prepare it by itself."
+        )
+    if config.unit != "file" and not texts:
+        raise DataError(
+            f"--unit is {config.unit}, which means nothing in {sources[0].path}: each of its JSON records is a "
+            "document; drop --unit."
+        )
+
+
+def _check_codes(config: PrepareConfig, tokenizer: AnyTokenizer) -> None:
+    for code in config.control_codes:
+        ids = tokenizer.encode(code)
+        if len(ids) != 1 or tokenizer.encode(f"{code} a")[:1] != ids:
+            shown = " ".join(repr(tokenizer.decode([id_])) for id_ in ids)
+            raise DataError(
+                f"control code {code!r} is {len(ids)} tokens ({shown}) to {config.tokenizer}; use a word that is one."
+            )
+
+
+def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyTokenizer) -> dict[str, Any]:
+    eod_id = tokenizer.eos_id if config.append_eod else None
+    if config.append_eod and eod_id is None:
+        raise DataError(f"{config.tokenizer} has no end-of-sequence token to append; drop --append-eod.")
+    opening_ids = opening_ids_of(tokenizer, is_chat=config.messages_key is not None)
+    writer = DocumentWriter(
+        config.output,
+        tokenizer.vocab_size,
+        has_mask=config.has_mask,
+        min_tokens=config.min_tokens,
+        opening_ids=opening_ids,
+        eod_id=eod_id,
+    )
+    renderer = Renderer(tokenizer.apply_chat_template)
+    layout = _layout(config, renderer)
+
+    def parts_of(source: Source, code: str) -> Iterator[Piece]:
+        parts = pieces(source, layout, may_cut=tokenizer.cuts_at_spaces)
+        return coded(parts, code) if code else parts
+
+    encode = Encoder(tokenizer)
+    with counting(sum(source.path.stat().st_size for source in sources), "bytes") as show:
+        for batch in encode(chain.from_iterable(parts_of(source, code) for source, code in sources.items())):
+            for encoded in batch:
+                writer.add(encoded)
+            show(sum(source.num_bytes for source in sources))
+    _tell_changes(list(sources))
+    bin_sha256 = writer.close()
+    _require_scored(config, writer, set(renderer.turns))
+    receipt = {
+        "format_version": FORMAT_VERSION,
+        "megaft_version": megaft.__version__,
+        "tokenizer": {
+            "source": config.tokenizer,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "round_trip": encode.gives_back,
+        },
+        "opening_ids": list(opening_ids),
+        "eod_id": eod_id,
+        **_text_settings(config, list(sources)),
+        "dtype": writer.dtype.name,
+        "has_mask": config.has_mask,
+        **_counts(list(sources), writer.counts),
+        **(_chat_fields(tokenizer, renderer) if config.messages_key is not None else {}),
+        "bin_sha256": bin_sha256,
+    }
+    for warning in [*renderer.warnings(), *prepare_report.warnings(receipt)]:
+        _warn(f"warning: {warning}")
+    return receipt
+
+
+def _counts(sources: list[Source], counts: Counts) -> dict[str, Any]:
+    return {
+        "sources": [source.record() for source in sources],
+        **asdict(counts),
+        "scored_share": round(counts.scored_tokens / counts.tokens, 6),
+        "documents_blank": sum(source.blank_records for source in sources),
+        "first_blank": next((source.first_blank for source in sources if source.first_blank), None),
+        "byte_order_marks": sum(source.byte_order_marks for source in sources),
+        "crlfs": sum(source.crlfs for source in sources),
+    }
+
+
+def _chat_fields(tokenizer: AnyTokenizer, renderer: Renderer) -> dict[str, Any]:
+    return {
+        "chat_template_sha256": template_sha256(tokenizer.chat_template),
+        "turns": dict(sorted(renderer.turns.items())),
+        "turns_of_weight_0": renderer.weight_0,
+        "turns_without_text": renderer.empty,
+    }
+
+
+def opening_ids_of(tokenizer: AnyTokenizer, *, is_chat: bool) -> tuple[int, ...]:
+    """Return the tokens that each document begins with: the tokenizer's own, but for chats, which their template opens.
+
+    The same ids as from transformers' `tokenizer(text)` and `apply_chat_template(messages)`.
+    """
+    return () if is_chat else tokenizer.opening_ids
+
+
+def _require_scored(config: PrepareConfig, writer: DocumentWriter, roles: set[str]) -> None:
+    if writer.counts.documents == 0:
+        raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
+    if writer.counts.documents_unscored < writer.counts.documents:
+        return
+    if SCORED_ROLE in roles:
+        raise DataError(
+            f"no token of {' '.join(config.inputs)} would be scored: each turn of role {SCORED_ROLE!r} has weight 0, "
+            "or neither a text nor an end of turn; give turns to learn."
+        )
+    if config.messages_key is not None:
+        raise DataError(
+            f"no token of {' '.join(config.inputs)} would be scored: only the turns of role {SCORED_ROLE!r} are, and "
+            f"--messages-key {config.messages_key} has the roles {', '.join(map(repr, sorted(roles)))}; rename the one "
+            "that answers."
+        )
+    raise DataError(
+        f"no token of {' '.join(config.inputs)} would be scored: each --completion-key {config.completion_key} is "
+        "empty; give the key of a text to learn."
+    )
+
+
+def _tell_changes(sources: list[Source]) -> None:
+    for source in sources:
+        if source.byte_order_marks:
+            print(f"warning: {source.path} begins with a byte order mark, which is left out.", file=sys.stderr)
+        if source.crlfs:
+            print(f"warning: {source.path} has {source.crlfs:,} line ends CRLF, which became LF.", file=sys.stderr)
+
+
+def _layout(config: PrepareConfig, renderer: Renderer) -> Layout:
+    return Layout(
+        unit=config.unit,
+        text_key=config.json_key or DEFAULT_KEY,
+        prompt_key=config.prompt_key,
+        completion_key=config.completion_key,
+        messages_key=config.messages_key,
+        detokenize=None if config.detokenizer == "identity" else detokenizers.get(config.detokenizer),
+        render=renderer,
+    )
+
+
+def _text_settings(config: PrepareConfig, sources: list[Source]) -> dict[str, Any]:
+    """Return the settings that decided what was read, None for those that nothing was read by, and what was counted."""
+    formats = {source.format for source in sources}
+    has_records = not formats <= {"text"}
+    reads_text = config.prompt_key is None and config.messages_key is None
+    values = {name: getattr(config, name) for name in _TEXT_SETTINGS}
+    values["unit"] = config.unit if "text" in formats else None
+    values["json_key"] = (config.json_key or DEFAULT_KEY) if has_records and reads_text else None
+    values["words_and_bytes_of"] = _counted(config)
+    return values | {"control_codes": list(config.control_codes)}  # as JSON gives them back
+
+
+def _counted(config: PrepareConfig) -> str:
+    """Name the text whose words and bytes are in the receipt; only of whole texts do perplexities divide by them."""
+    if config.messages_key is not None:
+        return "contents of scored turns"
+    return "texts" if config.completion_key is None else "completions"
+
+
+def _is_current(config: PrepareConfig) -> bool:
+    try:
+        receipt = load_receipt(config.output)
+    except DataError:
+        return False
+    tokenizer = load_tokenizer(config.tokenizer)
+    opening_ids = opening_ids_of(tokenizer, is_chat=config.messages_key is not None)
+    paths = expand(config.inputs)
+    text_settings = _text_settings(config, [Source(path, config.format) for path in paths])
+    settings = {"eod_id": None, "opening_ids": list(opening_ids), **text_settings}
+    return (
+        settings.items() <= receipt.items()
+        and [source["sha256"] for source in receipt["sources"]] == [sha256_of(path) for path in paths]
+        and receipt["tokenizer"]["sha256"] == tokenizer.sha256
+    )

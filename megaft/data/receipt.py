@@ -1,0 +1,108 @@
+"""PREFIX.json, the receipt of a prepared dataset: it is written last, so without it there is no dataset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaft.base.errors import DataError
+from megaft.base.files import fsync, parse_json, write_json_atomic
+from megaft.base.lock import locked
+from megaft.base.redaction import masked
+from megaft.data.indexed import idx_bytes, with_suffix
+
+FORMAT_VERSION = 1
+SUFFIXES = (".bin", ".idx", ".scored.bin", ".scored.idx")
+
+
+def load_receipt(prefix: str | Path) -> dict[str, Any]:
+    """Return the receipt of a prepared dataset whose files are all there and as long as it says.
+
+    Raises:
+        DataError: There is no receipt (never prepared, or stopped half way), or a file does not agree with it.
+    """
+    path = with_suffix(prefix, ".json")
+    try:
+        receipt = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{prefix} is no prepared dataset: {path} cannot be read. Run megaft prepare.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); run megaft prepare again.") from error
+    if not isinstance(receipt, dict) or receipt.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{path} is not a receipt of format version {FORMAT_VERSION}; run megaft prepare again.")
+    if fault := _fault(receipt):
+        raise DataError(f"{path} has {fault}, which megaft prepare does not write; run it again.")
+    for suffix, num_bytes in _file_bytes(receipt).items():
+        _check_length(with_suffix(prefix, suffix), num_bytes)
+    return receipt
+
+
+_COUNTS = ("documents", "tokens")
+_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16")
+
+
+def _fault(receipt: dict[str, Any]) -> str | None:
+    """Return the first field that training or validation reads and that has another form, with its value."""
+    tokenizer = receipt.get("tokenizer")
+    wrong = [name for name in _COUNTS if not _is_count(receipt.get(name))]
+    wrong += [] if receipt.get("dtype") in _DTYPES else ["dtype"]
+    wrong += [] if isinstance(receipt.get("bin_sha256"), str) else ["bin_sha256"]
+    wrong += [] if isinstance(receipt.get("has_mask"), bool) else ["has_mask"]
+    wrong += [] if isinstance(receipt.get("opening_ids", []), list) else ["opening_ids"]
+    if not isinstance(tokenizer, dict) or not _is_count(tokenizer.get("vocab_size")):
+        wrong.append("tokenizer")
+    return f"{wrong[0]} {json.dumps(receipt.get(wrong[0]))[:80]}" if wrong else None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _file_bytes(receipt: dict[str, Any]) -> dict[str, int]:
+    data, idx = receipt["tokens"] * np.dtype(receipt["dtype"]).itemsize, idx_bytes(receipt["documents"])
+    mask = {".scored.bin": receipt["tokens"], ".scored.idx": idx} if receipt["has_mask"] else {}
+    return {".bin": data, ".idx": idx, **mask}
+
+
+def _check_length(path: Path, expected: int) -> None:
+    actual = path.stat().st_size if path.is_file() else None
+    if actual != expected:
+        found = "is missing" if actual is None else f"has {actual:,} bytes"
+        raise DataError(f"{path} {found} where its receipt says {expected:,} bytes; run megaft prepare again.")
+
+
+def temporary(prefix: Path, suffix: str) -> Path:
+    """Return the temporary path of a file until it is published."""
+    return with_suffix(prefix, f"{suffix}.tmp")
+
+
+@contextmanager
+def publishing(prefix: Path) -> Iterator[None]:
+    """Keep others from writing the same prefix, and remove the temporary files of a run that failed.
+
+    Raises:
+        ConfigError: Another process is at it.
+    """
+    with locked(prefix, file=with_suffix(prefix, ".lock")):
+        try:
+            yield
+        finally:
+            for suffix in SUFFIXES:
+                temporary(prefix, suffix).unlink(missing_ok=True)
+
+
+def publish(prefix: Path, receipt: dict[str, Any]) -> None:
+    """Give the temporary files, which are on disk, their names; then write the receipt. An older dataset goes first."""
+    with_suffix(prefix, ".json").unlink(missing_ok=True)
+    fsync(prefix.parent)
+    for suffix in SUFFIXES:
+        if temporary(prefix, suffix).exists():
+            temporary(prefix, suffix).replace(with_suffix(prefix, suffix))
+        else:
+            with_suffix(prefix, suffix).unlink(missing_ok=True)
+    write_json_atomic(with_suffix(prefix, ".json"), masked(receipt))

@@ -1,0 +1,351 @@
+"""Tokenizers: text to ids and back, special tokens only where the text spells them; and a hash of what decides ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import takewhile
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megaft.base.errors import ChatTemplateError, DataError
+from megaft.base.files import parse_json
+from megaft.base.foreign import require_inert
+from megaft.base.hub import find_file_if_any
+from megaft.data import sentencepiece_folder
+from megaft.data.sentencepiece_folder import BESIDE, MODEL_NAME, additions, is_saved_model
+from megaft.data.transformers_tokenizer import from_pretrained, naming_errors, require_usable
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+Messages = list[dict[str, Any]]
+Span = tuple[int, int]
+"""Character offsets of a token, its begin and end in the text; equal for a token that stands for no character."""
+OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
+"""Tokenizer files of transformers that are not supported here."""
+LARGEST_ID = 10_000_000
+"""Largest token id that is read: tokenizers allocates a vocabulary up to the largest id."""
+SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
+
+
+class Tokenizer:
+    """A tokenizer of the `tokenizers` library, with the special tokens and chat template transformers knows."""
+
+    def __init__(self, hugging_face: PreTrainedTokenizerFast) -> None:
+        self._hugging_face = hugging_face
+        # Below transformers nothing is added and nobody warns of sequences longer than a model.
+        self._backend: tokenizers.Tokenizer = hugging_face.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.special_ids = {name: _one_id(getattr(hugging_face, f"{name}_token_id")) for name in SPECIAL_NAMES}
+        self.bos_id, self.eos_id = self.special_ids["bos"], self.special_ids["eos"]
+
+    @property
+    def prefix_id(self) -> int | None:
+        """Prefix token that scoring puts before a document: beginning-of-sequence, else end-of-sequence."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The largest id plus one, added tokens included."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of everything that decides ids, so it is the same wherever the tokenizer was loaded from."""
+        deciding = {key: self._state[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def cuts_at_spaces(self) -> bool:
+        """True if encoding a text in parts, split before any space or newline that follows a non-space, is exact.
+
+        GPT-2's pre-tokenizer has no alternative in which white space follows something else, so a match always ends
+        there, and the lookahead in `\\s+(?!\\S)` begins at a white space. Unknown for other pre-tokenizers, for
+        normalizers, and for added tokens that swallow the white space after them.
+        """
+        pre: dict[str, Any] = self._state["pre_tokenizer"] or {"type": None}
+        steps: list[dict[str, Any]] = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+        return (
+            self._state["normalizer"] is None
+            and {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}.items() <= steps[-1].items()
+            and all(step["type"] == "Digits" for step in steps[:-1])
+            and not any(token["rstrip"] or re.search(r"\s", token["content"]) for token in self._state["added_tokens"])
+        )
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        return json.loads(self._backend.to_str())
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The special tokens that a text may spell, in the order of their ids."""
+        added = sorted(self._state["added_tokens"], key=itemgetter("id"))
+        return tuple(token["content"] for token in added if token["special"])
+
+    @property
+    def chat_template(self) -> Any:
+        """The template in Jinja, or several by name; None without one."""
+        return self._hugging_face.chat_template
+
+    @cached_property
+    def opening_ids(self) -> tuple[int, ...]:
+        """Special tokens that transformers puts before every text: the beginning-of-sequence token, or none."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        return tuple(
+            id_ for id_, _ in takewhile(itemgetter(1), zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of one text."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_framed(self, text: str) -> list[int]:
+        """Return the ids of one text with the special tokens that transformers puts around it."""
+        return self._backend.encode(text, add_special_tokens=True).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, on all cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of each text and the characters that each token stands for, on all cores."""
+        encodings = self._with_whole_spans.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    @cached_property
+    def _with_whole_spans(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its post-processor, which may trim the spaces off spans."""
+        return type(self._backend).from_str(json.dumps(self._state | {"post_processor": None}))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, special tokens spelled out."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each list of ids, special tokens spelled out, on all cores."""
+        return self._backend.decode_batch(batch, skip_special_tokens=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write files that transformers' AutoTokenizer loads."""
+        self._hugging_face.save_pretrained(folder)
+
+    def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """Return the text of a conversation, up to where the assistant would speak with `add_generation_prompt`.
+
+        Without messages that is what comes before a chat which the assistant begins.
+
+        Raises:
+            ChatTemplateError: The template refuses the messages.
+            DataError: The tokenizer has no chat template.
+        """
+        if self._hugging_face.chat_template is None:
+            raise DataError(
+                "the tokenizer has no chat template; use one of a chat model, or prompt and completion keys."
+            )
+        try:
+            # A batch of one: transformers takes no empty chat by itself, whether or not the template does.
+            (text,) = self._hugging_face.apply_chat_template(
+                [messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except _template_errors() as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ChatTemplateError(f'the tokenizer\'s chat template refuses the messages: "{reason}"') from error
+        assert isinstance(text, str)
+        return text
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model run by its own library: transformers' conversion breaks ties between merges differently."""
+
+    cuts_at_spaces = False  # it puts a space before every text it is given
+    opening_ids: tuple[int, ...] = ()  # a bare model file adds no special tokens
+    special_tokens: tuple[str, ...] = ()  # where a text spells them, it is text
+    chat_template: None = None
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        data = path.read_bytes()
+        if not data:
+            raise DataError(f"{path} is empty; give a sentencepiece model.")
+        try:
+            self._processor = SentencePieceProcessor(model_proto=data)
+        except (RuntimeError, UnicodeDecodeError) as error:
+            if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+                raise DataError(
+                    f"{path} is a tiktoken file, as Llama 3's; give a folder with its tokenizer.json."
+                ) from error
+            raise DataError(
+                f"{path} is not a whole sentencepiece model ({len(data):,} bytes); copy it anew."
+            ) from error
+        self._path = path
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        ids = {name: getattr(self._processor, f"{name}_id")() for name in SPECIAL_NAMES}
+        self.special_ids = {name: id_ if id_ >= 0 else None for name, id_ in ids.items()}
+        self.bos_id, self.eos_id = self.special_ids["bos"], self.special_ids["eos"]
+        self.prefix_id = self.eos_id if self.bos_id is None else self.bos_id
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of one text."""
+        return self._processor.encode(text)
+
+    def encode_framed(self, text: str) -> list[int]:
+        """Return the ids of one text; nothing is put around it."""
+        return self.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, on all cores."""
+        return self._processor.encode(list(texts), num_threads=_num_threads())
+
+    def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of each text and the characters that each token stands for, on all cores."""
+        found = self._processor.encode(list(texts), return_type="offset_mapping", num_threads=_num_threads())
+        return [(encoding["ids"], encoding["offsets"]) for encoding in found]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids.
+
+        Raises:
+            DataError: The model has no piece of an id, as where embeddings have rows beyond the vocabulary.
+        """
+        for id_ in ids:
+            if not 0 <= id_ < self.vocab_size:
+                raise DataError(
+                    f"token {id_} is not one of the {self.vocab_size:,} pieces of {self._path}; use the tokenizer that "
+                    "the model was trained with."
+                )
+        return self._processor.decode(list(ids))
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each list of ids, on all cores."""
+        return self._processor.decode(list(map(list, batch)), num_threads=_num_threads())
+
+    def save(self, folder: str | Path) -> None:
+        """Write files that transformers' AutoTokenizer loads."""
+        sentencepiece_folder.save(self._path, folder)
+
+    def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """Raise DataError: a sentencepiece model has no chat template."""
+        raise DataError(f"{self._path} has no chat template; use a chat model's folder, or prompt and completion keys.")
+
+
+AnyTokenizer = Tokenizer | SentencePieceTokenizer
+
+
+def load_tokenizer(source: str | Path) -> AnyTokenizer:
+    """Load a tokenizer. No code that comes with it is run.
+
+    Args:
+        source: A hub name, a folder (also one with just vocab.json and merges.txt, or tokenizer.model), a .gguf file,
+            or a sentencepiece .model file.
+
+    Raises:
+        DataError: It is missing, incomplete or damaged, or the hub cannot be reached.
+    """
+    path = Path(source)
+    if path.suffix == ".model" and path.is_file():
+        return _from_model(path)
+    if path.suffix == ".gguf" and path.is_file():
+        from megaft.base.gguf import read_header
+
+        read_header(path)
+        return Tokenizer(from_pretrained(path.parent, gguf_file=path.name))
+    if path.is_dir():
+        return _from_folder(path)
+    if path.exists():
+        raise DataError(f"{path} is no tokenizer; give a folder, a .gguf file, a sentencepiece .model or a hub name.")
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)) or path.suffix in (".model", ".gguf"):
+        raise DataError(f"there is no tokenizer at {source}; give an existing folder or file, or a hub name.")
+    return _from_hub(str(source))
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that a template may end with: jinja's own, and Python's of any expression in it."""
+    from jinja2 import TemplateError
+
+    python = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+    return TemplateError, *python
+
+
+def _num_threads() -> int:
+    return int(os.environ.get("RAYON_NUM_THREADS", -1))
+
+
+def _one_id(value: object) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _from_model(path: Path) -> SentencePieceTokenizer:
+    tokenizer = SentencePieceTokenizer(path)
+    if path.name == MODEL_NAME and not is_saved_model(path.parent) and (added := additions(path.parent)):
+        raise DataError(
+            f"{path} is not the whole tokenizer: {', '.join(added)} beside it add to it; give the folder "
+            f"{path.parent} (or, if only the model is meant, a copy of it elsewhere)."
+        )
+    return tokenizer
+
+
+def _from_hub(name: str) -> AnyTokenizer:
+    """Load by hub name; where the repository has no tokenizer.json but a tokenizer.model, as from a folder of both."""
+    if find_file_if_any(name, "tokenizer.json") is None and (model := find_file_if_any(name, MODEL_NAME)) is not None:
+        require_inert("tokenizer", name)
+        for beside in BESIDE:  # so that they are in the hub's cache
+            find_file_if_any(name, beside)
+        return _from_folder(model.parent)
+    return Tokenizer(from_pretrained(name))
+
+
+def _from_folder(folder: Path) -> AnyTokenizer:
+    has = {path.name for path in folder.iterdir() if path.is_file()}
+    if "tokenizer.json" in has:
+        _check_json(folder / "tokenizer.json")
+        if is_saved_model(folder):
+            return SentencePieceTokenizer(folder / MODEL_NAME)
+    elif MODEL_NAME in has:
+        tokenizer = SentencePieceTokenizer(folder / MODEL_NAME)
+        return Tokenizer(sentencepiece_folder.load(folder)) if additions(folder) else tokenizer
+    elif len(has & {"vocab.json", "merges.txt"}) == 1:
+        (missing,) = {"vocab.json", "merges.txt"} - has
+        raise DataError(f"{folder} has no {missing}; a BPE needs both vocab.json and merges.txt.")
+    elif "vocab.json" not in has:
+        raise DataError(f"{folder} has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt{_other(has)}.")
+    else:
+        _check_json(folder / "vocab.json")
+        if not has & {"config.json", "tokenizer_config.json"}:
+            from transformers import GPT2Tokenizer
+
+            with naming_errors(folder):
+                loaded = GPT2Tokenizer.from_pretrained(folder)
+            require_usable(folder, loaded)
+            return Tokenizer(loaded)
+    return Tokenizer(from_pretrained(folder))
+
+
+def _other(names: set[str]) -> str:
+    """Name the files of tokenizers that are not read here."""
+    other = sorted(name for name in names if name in OTHER_KINDS or name.endswith(".tiktoken"))
+    return f"; {', '.join(other)} must be converted to a tokenizer.json first" if other else ""
+
+
+def _check_json(path: Path) -> None:
+    """Refuse a damaged vocab.json or tokenizer.json, and ids for which tokenizers would take all memory."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
+    model = content.get("model", content) if isinstance(content, dict) else None
+    vocabulary = model.get("vocab", model) if isinstance(model, dict) else None
+    for token, id_ in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if isinstance(id_, int) and id_ > LARGEST_ID:
+            raise DataError(
+                f"{path} has token {token[:40]!a} with the id {id_}, far above any vocabulary; copy it anew."
+            )

@@ -1,0 +1,126 @@
+"""Audit trail of a run in RUN/events.jsonl, and the reason for its end in RUN/ended.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from megaft.base import heartbeat
+from megaft.base.ending import ending_of
+from megaft.base.errors import CheckpointError, LostPeerError, NoProgressError
+from megaft.base.exit_code import REQUEUE
+from megaft.base.files import json_lines, naming_disk_errors, parse_json, to_json, write_json_atomic
+
+STARTS_WITHOUT_PROGRESS = 3
+"""Starts of a requeued job at the same step after which it is not requeued."""
+CLAIM = "ended.json.claim"
+"""File that a rank creates to write ended.json in place of the main rank."""
+_recording = Lock()
+
+
+class Events:
+    """Appends to the audit trail, on the main rank only. Nothing is ever taken out of it, unlike metrics."""
+
+    def __init__(self, run_dir: Path, is_main: bool) -> None:
+        self._path = run_dir / "events.jsonl" if is_main else None
+
+    def record(self, event: str, step: int | None, **details: Any) -> None:
+        """Write an event after `step` steps (None: not known); it is on disk when this returns."""
+        if self._path is None:
+            return
+        row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **details}
+        with naming_disk_errors(self._path), self._path.open("ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            end = b"" if file.read() in (b"", b"\n") else b"\n"  # a full disk cut the line before short
+            file.write(end + to_json(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def require_checkpoints(self, folder: Path) -> None:
+        """Raise, on the main rank, where checkpoints were saved and their folder is gone: a mount, or a mistake."""
+        if self._path is None or folder.exists() or not self._path.exists():
+            return
+        last = None
+        for row in json_lines(self._path):
+            last = {"checkpoint": row["step"], "fresh": None}.get(row["event"], last)
+        if last is not None:
+            raise CheckpointError(
+                f"{folder} is not there, but {self._path.name} says that checkpoints were saved, the last after step "
+                f"{last}; put the folder back, or start over with --run.fresh."
+            )
+
+    def require_progress(self, step: int) -> None:
+        """Raise, on the main rank, where SLURM restarts this job for the third time at the same step."""
+        if self._path is None or "SLURM_RESTART_COUNT" not in os.environ or not self._path.exists():
+            return
+        starts = [row["step"] for row in json_lines(self._path) if row["event"] == "start"]
+        if starts[-STARTS_WITHOUT_PROGRESS:] == [step] * STARTS_WITHOUT_PROGRESS:
+            raise NoProgressError(
+                f"the job started {STARTS_WITHOUT_PROGRESS} times at step {step} and never got to its next checkpoint; "
+                "it is not requeued again. Look at its log, give it more time, or save more often (--checkpoint.every)."
+            )
+
+
+@contextmanager
+def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
+    """Write the reason into RUN/ended.json when the block raises: launchers' codes are unreliable.
+
+    While the block runs there is none, so that a process that is killed leaves no earlier one's. Where that was the
+    main rank, another one writes it. A GPU that fails leaves none either: the run may go on elsewhere.
+    """
+    if is_main:
+        for name in ("ended.json", CLAIM):
+            (run_dir / name).unlink(missing_ok=True)
+    try:
+        with heartbeat.at_end(partial(record_first, run_dir)):
+            yield
+    except LostPeerError as error:
+        if is_main:
+            record_first(run_dir, REQUEUE, str(error))
+        raise
+    except Exception as error:  # whatever it is, it goes on
+        ending = ending_of(0, error)
+        if is_main and ending:
+            record_over_loss(run_dir, ending.exit_code, ending.reason)
+        raise
+
+
+def record_end(run_dir: Path, step: int | None, exit_code: int, reason: str) -> None:
+    """Write RUN/ended.json and the last event, where there is such a run."""
+    if run_dir.is_dir():
+        Events(run_dir, is_main=True).record("end", step, exit_code=exit_code, reason=reason)
+        write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": reason})
+
+
+def record_over_loss(run_dir: Path, exit_code: int, reason: str) -> None:
+    """Write an error of the main rank, which says more than that a peer was lost; another rank's error stays."""
+    with _recording:
+        if recorded_code(run_dir) in (None, REQUEUE):
+            record_end(run_dir, None, exit_code, reason)
+
+
+def recorded_code(run_dir: Path) -> int | None:
+    """Return the exit code in RUN/ended.json, if there is one."""
+    path = run_dir / "ended.json"
+    return parse_json(path.read_bytes())["exit_code"] if path.exists() else None
+
+
+def record_first(run_dir: Path, exit_code: int, reason: str) -> None:
+    """Write why another rank ended the run, unless a reason is there: any rank may call this, one writes."""
+    claim = run_dir / CLAIM
+    with _recording:  # else the main thread would leave while the heartbeat's still writes
+        try:
+            claim.touch(exist_ok=False)
+        except OSError:  # another rank's; or no folder, or no disk
+            return
+        try:
+            if recorded_code(run_dir) is None:
+                record_end(run_dir, None, exit_code, reason)
+        finally:
+            claim.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""Comparison of the ranks' settings and data, of which the run records the main rank's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from megaft.base import parallel
+from megaft.base.errors import ConfigError
+from megaft.base.redaction import without_secrets
+from megaft.config.train import TrainConfig
+
+COMPARED_BY_CONTENT = ("--data.train", "--data.valid", "--data.tokenizer", "--model.path", "--model.from-scratch")
+"""Settings that name files, which may lie elsewhere on another host."""
+
+
+def settings_of(config: TrainConfig, contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be the same on all ranks, by the name that a message gives it.
+
+    Args:
+        config: The rank's settings.
+        contents: What the named files hold, such as a hash of the samples, in the place of their paths.
+    """
+    settings = {
+        f"--{section}.{name}".replace("_", "-"): value
+        for section, values in asdict(config).items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+    return {name: value for name, value in settings.items() if name not in COMPARED_BY_CONTENT} | dict(contents)
+
+
+def require_same(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError on every rank where a rank's settings are not the main rank's.
+
+    Args:
+        settings: Values by name; the names are the same on all ranks.
+    """
+    hashes = torch.tensor([_hash(value) for value in settings.values()])
+    differs = (hashes != parallel.from_main(hashes)).tolist()
+    names = [name for name, is_other in zip(settings, differs, strict=True) if is_other]
+    parallel.raise_together(_error(names, settings) if names else None)
+
+
+def _error(names: list[str], settings: Mapping[str, Any]) -> ConfigError:
+    more = f" (so are {', '.join(names[1:])})" if names[1:] else ""
+    value = without_secrets(str(settings[names[0]]))
+    return ConfigError(
+        f"{names[0]} is {value:.200} here, and another on rank 0{more}; start all ranks with the same "
+        "command and the same files."
+    )
+
+
+def _hash(value: Any) -> int:
+    """Return 56 bits of a hash of the value, which a signed integer of 64 bits holds."""
+    return int.from_bytes(sha256(json.dumps(value, default=str, sort_keys=True).encode()).digest()[:7])

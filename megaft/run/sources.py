@@ -1,0 +1,245 @@
+"""Load the samples of --data.train and --data.valid; a text file is prepared once, before training."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megaft.base.errors import ConfigError, DataError, LostPeerError, UserError
+from megaft.base.parallel import Topology
+from megaft.config.train import DataConfig
+from megaft.data.chat import template_sha256
+from megaft.data.indexed import TokenFile
+from megaft.data.prepare import ensure_prepared, opening_ids_of
+from megaft.data.receipt import load_receipt
+from megaft.data.samples import Documents, Stream
+from megaft.data.sequence import Samples
+from megaft.data.tokenizer import AnyTokenizer
+
+LAYOUT = 3
+"""Counted up whenever the same text gives other tokens or another receipt than before, so that no rank takes an older
+version's data while the main rank prepares them again."""
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_OF_DOUBT = 60
+"""Most seconds between the starts of ranks: an older failure that is still there later is of this run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A prepared dataset and its share of the samples."""
+
+    prefix: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Training and validation data of a run."""
+
+    train: tuple[Source, ...]
+    valid: Source | None
+
+    @property
+    def all(self) -> tuple[Source, ...]:
+        """The training datasets, and the validation text if there is one."""
+        return self.train if self.valid is None else (*self.train, self.valid)
+
+
+def prepare_sources(config: DataConfig, tokenizer: str, run_dir: Path, topology: Topology) -> Sources:
+    """Return prepared datasets for everything named; text files are tokenized by the main rank while the others wait.
+
+    This comes before the process group exists, whose collectives would time out over a long preparation.
+    """
+    train, folder = named_sources(config), run_dir / "data"
+
+    def prepared(name: str) -> str:
+        return (
+            name if _is_prepared(name) else _prepare_text(Path(name), tokenizer, config.detokenizer, folder, topology)
+        )
+
+    ready = tuple(replace(source, prefix=prepared(source.prefix)) for source in train)
+    return Sources(ready, Source(prepared(config.valid)) if config.valid else None)
+
+
+def named_sources(config: DataConfig) -> list[Source]:
+    """Return the inputs of data.train, before text files are prepared.
+
+    Raises:
+        ConfigError: Several without a weight each.
+        DataError: One of them, or data.valid, is neither a prepared dataset nor a file.
+    """
+    named = [parse_source(name) for name in config.train]
+    if len(named) > 1 and any(weight is None for weight, _ in named):
+        raise ConfigError(
+            f"--data.train is {' '.join(config.train)}; several need a weight each, such as 0.7,books 0.3,wiki."
+        )
+    for name in (*(name for _, name in named), *filter(None, [config.valid])):
+        if not _is_prepared(name) and not Path(name).is_file():
+            raise DataError(
+                f"{name} is neither a text file nor a prepared prefix ({name}.json and .idx); check the path."
+            )
+    return [Source(name, 1.0 if weight is None else weight) for weight, name in named]
+
+
+def _is_prepared(name: str) -> bool:
+    return Path(f"{name}.json").is_file() and Path(f"{name}.idx").is_file()
+
+
+def parse_source(text: str) -> tuple[float | None, str]:
+    """Read `PREFIX` or `WEIGHT,PREFIX`."""
+    weight, comma, name = text.partition(",")
+    try:
+        value = float(weight)
+    except ValueError:
+        return None, text
+    if not comma or not name or not 0 < value < float("inf"):
+        raise ConfigError(
+            f"--data.train has {text!r}; a pair is WEIGHT,PREFIX with a weight above 0, such as 0.7,books."
+        )
+    return value, name
+
+
+def _prepare_text(path: Path, tokenizer: str, detokenizer: str, folder: Path, topology: Topology) -> str:
+    prefix = folder / f"{path.name}-{_fingerprint(path, tokenizer, detokenizer)}"
+    if topology.is_main:
+        return _prepare_for_others(path, prefix, tokenizer, detokenizer)
+    return _wait_for(prefix)
+
+
+def _fingerprint(path: Path, tokenizer: str, detokenizer: str) -> str:
+    """Every rank derives the same name, and another text or tokenizer another one."""
+    status = path.stat()
+    key = (LAYOUT, str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer, detokenizer)
+    return blake2b(repr(key).encode(), digest_size=4).hexdigest()
+
+
+def _prepare_for_others(path: Path, prefix: Path, tokenizer: str, detokenizer: str) -> str:
+    failure = Path(f"{prefix}.failed")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    failure.unlink(missing_ok=True)
+    try:
+        return str(ensure_prepared(path, prefix, tokenizer, detokenizer))
+    except UserError as error:
+        failure.write_text(str(error), "utf-8", "backslashreplace")
+        raise
+
+
+def _wait_for(prefix: Path) -> str:
+    failure = Path(f"{prefix}.failed")
+    began, launcher = time.time(), os.getppid()
+    while not Path(f"{prefix}.json").exists():
+        # An earlier run's failure is older than we are, and the main rank soon removes it.
+        is_ours = failure.exists() and (failure.stat().st_mtime >= began or time.time() >= began + SECONDS_OF_DOUBT)
+        if is_ours:
+            raise DataError(failure.read_text())
+        if os.getppid() != launcher:  # gone, and perhaps the main rank with it
+            raise LostPeerError(f"the launcher ended while the main rank prepared {prefix}; start the ranks again.")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return str(prefix)
+
+
+def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Samples:
+    """Return the sequence of samples the run trains on.
+
+    Raises:
+        DataError: A dataset has no token to predict, or none that is scored.
+    """
+    corpora = [
+        Documents(source.prefix, config.context_length)
+        if config.sample == "document"
+        else Stream(source.prefix, config.context_length, config.attend_within_documents)
+        for source in sources
+    ]
+    for source, corpus in zip(sources, corpora, strict=True):
+        if len(corpus) == 0 and corpus.num_left_out > 0:
+            raise DataError(
+                f"--data.train has {source.prefix}, of which no token is scored: its completions are empty, or no "
+                "message has the role assistant. Correct the records, and run megaft prepare again."
+            )
+        if len(corpus) == 0:
+            raise DataError(f"{source.prefix} has no document of two tokens or more; give --data.train a longer text.")
+    return Samples(corpora, [source.weight for source in sources], seed)
+
+
+def notes_on_lengths(sources: Sequence[Source], config: DataConfig) -> list[str]:
+    """Return the number of documents longer than the context, and the longest's length; a sentence a dataset."""
+    if config.sample == "stream":
+        return []
+    notes = []
+    for source in sources:
+        lengths = np.diff(TokenFile(source.prefix).document_offsets) - 1
+        num_longer, longest = int((lengths > config.context_length).sum()), int(lengths.max(initial=0))
+        notes.append(
+            f"{source.prefix}: {num_longer:,} of {len(lengths):,} documents are longer than --data.context-length, "
+            f"{config.context_length}, and are cut; the longest has {longest:,} tokens to predict."
+        )
+    return notes
+
+
+def notes_on_unscored(sources: Sequence[Source], samples: Samples) -> list[str]:
+    """Return the number of samples left out for want of a scored token; a sentence a dataset that has some."""
+    notes = []
+    for source, corpus in zip(sources, samples.corpora, strict=True):
+        if corpus.num_left_out:
+            notes.append(
+                f"{source.prefix}: {corpus.num_left_out:,} of {len(corpus) + corpus.num_left_out:,} samples have no "
+                "scored token within --data.context-length tokens, as where a prompt is longer, and are left out."
+            )
+    return notes
+
+
+def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
+    """Return a sentence for each dataset whose chats another template rendered than the run's tokenizer has."""
+    notes = []
+    for source in sources.all:
+        made_with = load_receipt(source.prefix).get("chat_template_sha256")
+        if made_with is None or made_with == template_sha256(tokenizer.chat_template):
+            continue
+        has = "has none" if tokenizer.chat_template is None else "has another"
+        notes.append(
+            f"warning: the chats of {source.prefix} were rendered by the chat template of SHA-256 {made_with[:12]}, "
+            f"but the run's tokenizer {has}, which the export will have; name that of the chats with --data.tokenizer."
+        )
+    return notes
+
+
+def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:
+    """Raise DataError for a dataset with other tokens than the run's tokenizer gives."""
+    for source in sources.all:
+        receipt = load_receipt(source.prefix)
+        made_with = receipt["tokenizer"]
+        if made_with["sha256"] != tokenizer.sha256:
+            raise DataError(
+                f"{source.prefix} was prepared with the tokenizer {made_with['source']} "
+                f"(SHA-256 {made_with['sha256'][:12]}), but the run's has {tokenizer.sha256[:12]}; "
+                "prepare it again with the run's tokenizer, or name that one with --data.tokenizer."
+            )
+        _require_same_opening(source.prefix, receipt, tokenizer)
+
+
+def _require_same_opening(prefix: str, receipt: dict[str, Any], tokenizer: AnyTokenizer) -> None:
+    is_old = "opening_ids" not in receipt
+    if is_old and receipt["has_mask"]:
+        raise DataError(
+            f"{prefix} has no opening_ids in its receipt: an older megaft tokenized its prompts, completions and chat "
+            "turns each by itself; run megaft prepare again."
+        )
+    found = receipt.get("opening_ids", [])
+    wanted = list(opening_ids_of(tokenizer, is_chat=receipt["messages_key"] is not None))
+    if found != wanted:
+        raise DataError(
+            f"documents of {prefix} begin with {_named(found, tokenizer)} (opening_ids of its receipt), but the run's "
+            f"tokenizer puts {_named(wanted, tokenizer)} before every text; prepare it again with the run's tokenizer, "
+            "or name the one it was made with by --data.tokenizer."
+        )
+
+
+def _named(ids: Sequence[int], tokenizer: AnyTokenizer) -> str:
+    return f"{ids} ({tokenizer.decode(ids)})" if ids else "no special token"

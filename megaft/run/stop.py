@@ -1,0 +1,83 @@
+"""Requests to stop or save a run between steps: signals, the clock, and files in its folder.
+
+Imported before the heavy libraries, and imports none of them: importing torch takes seconds, in which a signal would
+kill the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaft.base.exit_code import DO_NOT_REQUEUE, REQUEUE
+
+STARTED = time.monotonic()
+SIGNALS = {signal.SIGUSR1: REQUEUE, signal.SIGTERM: REQUEUE, signal.SIGHUP: REQUEUE, signal.SIGINT: 130}
+"""Exit code of a run that a signal stopped; 130 is what shells show after Ctrl-C."""
+
+_received: list[int] = []
+_is_training = False
+
+
+def listen() -> None:
+    """Record signals from here on instead of ending by them; repeated ones count once.
+
+    Those that the parent has switched off stay so, as `nohup` does. A second Ctrl-C ends the process at once.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _note)
+
+
+def _note(number: int, _: object) -> None:
+    # SIGTERM is also how launchers end the peers of a rank that failed. Before the first step nothing is to be saved.
+    if number != signal.SIGUSR1 and not _is_training:
+        os._exit(SIGNALS[signal.Signals(number)])
+    if number == signal.SIGINT in _received:
+        raise KeyboardInterrupt
+    _received.append(number)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Request to all ranks after a step."""
+
+    exit_code: int | None
+    """Exit code to end with after saving; None goes on."""
+    reason: str
+
+
+class Stops:
+    """Stop requests as seen by this rank."""
+
+    def __init__(self, run_dir: Path, max_minutes: float | None, is_main: bool) -> None:
+        global _is_training
+        _is_training = True
+        self._max_seconds = float("inf") if max_minutes is None else 60 * max_minutes
+        # One rank looks for the files, so that no two ranks see different ones.
+        self._files = (run_dir / "STOP", run_dir / "SAVE") if is_main else ()
+
+    def seen(self) -> list[int]:
+        """Return [signal, whether time is up, whether STOP is there, whether SAVE is], for the largest over ranks."""
+        is_late = time.monotonic() - STARTED >= self._max_seconds
+        files = [int(path.exists()) for path in self._files] or [0, 0]
+        return [next(iter(_received), 0), int(is_late), *files]
+
+    def request(self, number: int, is_late: int, to_stop: int, to_save: int) -> Request | None:
+        """Return the ranks' combined request; request files are removed.
+
+        Whoever put STOP there wants no requeue, so it goes before a signal.
+        """
+        for path, is_asking in zip(self._files, (to_stop, to_save), strict=False):
+            if is_asking:  # one that came since asks at the next step
+                path.unlink(missing_ok=True)
+        if to_stop:
+            return Request(DO_NOT_REQUEUE, "the file STOP")
+        if number:
+            return Request(SIGNALS[signal.Signals(number)], signal.Signals(number).name)
+        if is_late:
+            return Request(REQUEUE, "run.max-minutes is over")
+        return Request(None, "the file SAVE") if to_save else None

@@ -1,0 +1,45 @@
+"""A run as its user watches it: a progress bar in a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+from megaft.base.progress import Bar
+
+
+class Terminal:
+    """Shows rows of metrics on standard error."""
+
+    def __init__(self, first_step: int, max_steps: int) -> None:
+        self._first_step, self._max_steps = first_step, max_steps
+        self._begin = time.perf_counter()
+        self._bar = Bar(max_steps, first_step, seconds_between_lines=2.0)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Show a row: every validation and, in a log, at most a step every two seconds besides the first and last."""
+        step = row["step"]
+        head = f"step {step}/{self._max_steps}"
+        if "validation" in row:
+            self._bar.say(f"{head}  validation: {_numbers(row['validation'])}")
+        else:
+            is_due = step in (self._first_step + 1, self._max_steps)
+            self._bar.show(step, f"{head}  {_summary(row)}  ETA {self._remaining(step)}", is_due=is_due)
+
+    def close(self, failed: bool = False) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+    def _remaining(self, step: int) -> timedelta:
+        per_step = (time.perf_counter() - self._begin) / max(1, step - self._first_step)
+        return timedelta(seconds=round((self._max_steps - step) * per_step))
+
+
+def _summary(row: dict[str, Any]) -> str:
+    mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
+    return f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s{mfu}"
+
+
+def _numbers(values: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.6g}" for name, value in values.items() if isinstance(value, int | float))

@@ -1,0 +1,148 @@
+"""Throughput of a run: tokens per second, model FLOPs utilization, and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megaft.base import parallel
+from megaft.base.hardware import data_sheet_flops
+from megaft.config.train import MetricsConfig
+from megaft.models.parameters import count
+from megaft.weights.shape import flops_per_token
+
+MEASURING_SECONDS = 0.3
+SMALLEST_TRUSTED = 512
+"""Rows of the smallest product to measure by; a smaller one may end within another program's turn on the core."""
+PRODUCTS = 3
+"""Products of a size, of which the fastest counts: other programs on the cores make one look slower, never faster."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None = None) -> tuple[float, str]:
+    """Return the device's peak in FLOP/s for matrices of `dtype`, and where the figure is from.
+
+    That is `setting` (metrics.peak-flops), the data sheet of a known GPU in half precision, or else a measurement.
+    """
+    if setting is not None:
+        return setting, "metrics.peak-flops"
+    if device.type == "cuda" and _has_tensor_cores_for(device, dtype):
+        name = torch.cuda.get_device_name(device)
+        if (known := data_sheet_flops(name)) is not None:
+            return known, f"data sheet of {name}"
+    return measured_flops(device, dtype), f"measured by multiplying {dtype} matrices on this {device.type}"
+
+
+def _has_tensor_cores_for(device: torch.device, dtype: torch.dtype) -> bool:
+    bf16_from = (8, 0)
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= bf16_from)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best FLOP/s of square products of growing size, within about 0.3 s."""
+    best, size, begin = 0.0, 256, time.perf_counter()
+    while size <= 8192:
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        _seconds_of_product(matrix)  # the first one also loads kernels
+        seconds = min(_seconds_of_product(matrix) for _ in range(PRODUCTS))
+        best = max(best, 2 * size**3 / seconds)
+        spent = time.perf_counter() - begin
+        if size >= SMALLEST_TRUSTED and spent + (PRODUCTS + 1) * 8 * seconds > MEASURING_SECONDS:  # the next size's
+            break
+        size *= 2
+    return best
+
+
+def _seconds_of_product(matrix: torch.Tensor) -> float:
+    before = Mark(matrix.device)
+    torch.matmul(matrix, matrix)
+    return Mark(matrix.device).seconds_since(before)
+
+
+class Mark:
+    """A point in the device's work: on CUDA where the queue stands now, elsewhere the time now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._time = time.perf_counter()
+        self._event = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Wait until the device has come to this mark; return the device's seconds since the earlier one."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory this rank has held: allocated by torch on CUDA, resident in the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meter:
+    """Turns tokens and seconds of one step into rates."""
+
+    device: torch.device
+    num_devices: int
+    flops_per_token: float | None
+    """None if the architecture's layers are unknown, and MFU with them."""
+    peak_flops: float
+    """Peak FLOP/s of one device."""
+    peak_source: str
+    """Source of the peak."""
+
+    @classmethod
+    def of(
+        cls,
+        architecture: Any,
+        model: torch.nn.Module,
+        context_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        config: MetricsConfig,
+    ) -> Meter:
+        """Return the meter of a model that trains in `dtype` on as many devices as there are ranks.
+
+        Args:
+            architecture: The transformers config.
+            model: Its parameters are counted once where tied, and whole where ZeRO-3 has partitioned them.
+        """
+        flops = None
+        if hasattr(architecture, "num_hidden_layers") and hasattr(architecture, "hidden_size"):
+            num_parameters = count(model.parameters())
+            shape = architecture.num_hidden_layers, architecture.hidden_size
+            flops = flops_per_token(num_parameters, *shape, context_length)
+        peak, source = peak_flops(device, dtype, config.peak_flops)
+        return cls(
+            device=device,
+            num_devices=parallel.world_size(),
+            flops_per_token=flops,
+            peak_flops=peak,
+            peak_source=source,
+        )
+
+    def rates(self, tokens: int, seconds: float) -> dict[str, float | int | None]:
+        """Return the rates of a step that put `tokens` through all devices, and the peak memory so far.
+
+        `mfu` is model FLOPs utilization (PaLM, appendix B): the FLOP/s of the model over the peak of all devices. It
+        is None where it would be above 1: then the peak is wrong, such as one measured while others had the cores.
+        """
+        per_device = tokens / seconds / self.num_devices
+        share = None if self.flops_per_token is None else per_device * self.flops_per_token / self.peak_flops
+        return {
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_device": per_device,
+            "mfu": None if share is None or share > 1 else share,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }

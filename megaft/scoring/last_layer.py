@@ -1,0 +1,226 @@
+"""Hidden states at scored positions: at the others the last layer computes keys and values only.
+
+A window of stride 32 scores 32 of its 1024 positions. Every layer but the last needs all of them, as keys and values
+of the next; the last layer's queries, its output projection, its MLP and the final norm serve the scored ones alone.
+What is left out is never read, so this is the same quantity, 1 / num_layers cheaper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from transformers import (
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import rotate_half
+from transformers.pytorch_utils import Conv1D
+
+from megaft.scoring.packed import PackedLinear
+
+LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+"""Families like Llama but for biases and norms of queries and keys."""
+
+
+class AnyTrunk(nn.Module):
+    """A model of any family below its output layer, run whole."""
+
+    def __init__(self, language_model: Any):
+        super().__init__()
+        self.base = language_model.base_model
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "scored width"]:
+        """Return the hidden states of the scored positions, row by row."""
+        return self.base(input_ids=input_ids, use_cache=False).last_hidden_state[is_scored]
+
+
+class GPT2Trunk(nn.Module):
+    """GPT-2 below its output layer."""
+
+    def __init__(self, language_model: Any):
+        super().__init__()
+        self.base: Any = language_model.transformer
+        self.last = GPT2LastLayer(self.base.h[-1])
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "scored width"]:
+        """Return the hidden states of the scored positions, row by row."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = self.base.wte(input_ids) + self.base.wpe(positions)
+        for layer in self.base.h[:-1]:
+            hidden = layer(hidden)
+        return self.base.ln_f(self.last(hidden, is_scored))
+
+
+class GPT2LastLayer(nn.Module):
+    """The last block. It owns the fused projection, which it takes apart, so that ZeRO-3's hooks gather that here."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer = layer
+        self.weight: Any = layer.attn.c_attn.weight
+        self.bias: Any = layer.attn.c_attn.bias
+        width = layer.attn.embed_dim  # the weight itself may be in parts, on other ranks
+        self.parts = (slice(0, width), slice(width, None))
+        self.packed: nn.ModuleList | None = None
+
+    def pack(self) -> None:
+        """Use packed matrices from now on."""
+        self.packed = nn.ModuleList(PackedLinear(self.weight[:, part].T, self.bias[part]) for part in self.parts)
+        self.weight = self.bias = None
+
+    def forward(
+        self, hidden: Float[Tensor, "batch time width"], is_scored: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "scored width"]:
+        """Return the layer's output at the scored positions."""
+        attention = self.layer.attn
+        normed = self.layer.ln_1(hidden)
+        columns = query_columns(is_scored)
+        queries = self._project(normed if columns is None else at(normed, columns), 0)
+        keys, values = self._project(normed, 1).chunk(2, dim=1)
+        attended = attend(queries, keys, values, columns, attention.scaling)
+        hidden = hidden[is_scored] + attention.c_proj(of_scored(attended, columns, is_scored))
+        return hidden + self.layer.mlp(self.layer.ln_2(hidden))
+
+    def _project(self, states: Tensor, index: int) -> Tensor:
+        if self.packed is not None:
+            projected = self.packed[index](states)
+        else:
+            part = self.parts[index]
+            projected = torch.addmm(self.bias[part], states.flatten(0, 1), self.weight[:, part])
+        return projected.view(*states.shape[:2], -1, self.layer.attn.head_dim).transpose(1, 2)
+
+
+class LlamaTrunk(nn.Module):
+    """Llama, or one of LLAMA_LIKE, below its output layer."""
+
+    def __init__(self, language_model: Any):
+        super().__init__()
+        self.base: Any = language_model.model
+        self.last = LlamaLastLayer(self.base.layers[-1])
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "scored width"]:
+        """Return the hidden states of the scored positions, row by row."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        hidden = self.base.embed_tokens(input_ids)
+        rotation = self.base.rotary_emb(hidden, position_ids=positions)
+        for layer in self.base.layers[:-1]:
+            hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotation)
+        return self.base.norm(self.last(hidden, rotation, is_scored))
+
+
+class LlamaLastLayer(nn.Module):
+    """The last decoder layer."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch time width"],
+        rotation: tuple[Float[Tensor, "1 time head_width"], Float[Tensor, "1 time head_width"]],
+        is_scored: Bool[Tensor, "batch time"],
+    ) -> Float[Tensor, "scored width"]:
+        """Return the layer's output at the scored positions; `rotation` is cosine and sine of each position."""
+        attention = self.layer.self_attn
+        normed = self.layer.input_layernorm(hidden)
+        columns = query_columns(is_scored)
+        queries = self._heads(normed if columns is None else at(normed, columns), "q")
+        turn = rotation if columns is None else [angles[0][columns] for angles in rotation]
+        keys, values = rotated(self._heads(normed, "k"), *rotation), self._heads(normed, "v")
+        attended = attend(rotated(queries, *turn), keys, values, columns, attention.scaling)
+        hidden = hidden[is_scored] + attention.o_proj(of_scored(attended, columns, is_scored))
+        return hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
+
+    def _heads(self, states: Tensor, kind: str) -> Tensor:
+        attention = self.layer.self_attn
+        heads = getattr(attention, f"{kind}_proj")(states).unflatten(-1, (-1, attention.head_dim))
+        norm = getattr(attention, f"{kind}_norm", None)  # Qwen3 has them
+        return (heads if norm is None else norm(heads)).transpose(1, 2)
+
+
+def fast_trunk(language_model: Any) -> GPT2Trunk | LlamaTrunk | None:
+    """Return the trunk that saves the last layer's work, if the architecture is known to have such a layer."""
+    if language_model.config._attn_implementation != "sdpa":  # others take a mask for causality
+        return None
+    # A mask is needed then. Leaving this to each batch would hang under ZeRO-3, whose ranks must call the same modules.
+    if getattr(language_model.config, "sliding_window", None) is not None:
+        return None
+    family = type(language_model)
+    if family is GPT2LMHeadModel and type(language_model.transformer.h[-1].attn.c_attn) is Conv1D:  # no adapter
+        return GPT2Trunk(language_model)
+    return LlamaTrunk(language_model) if family in LLAMA_LIKE else None
+
+
+def query_columns(is_scored: Bool[Tensor, "batch time"]) -> Int64[Tensor, "batch queries"] | None:
+    """Return the columns of each row whose queries are needed, its scored ones first; None if that is most columns.
+
+    Rows with fewer scored columns than others are filled up with some that are not. Attention over all columns needs
+    no mask, which halves its work, so above half of them there is nothing to save.
+    """
+    queries = max(1, int(is_scored.sum(1).max()))
+    if 2 * queries > is_scored.shape[1]:
+        return None
+    return is_scored.byte().argsort(dim=1, descending=True, stable=True)[:, :queries]
+
+
+def at(
+    states: Float[Tensor, "batch time width"], columns: Int64[Tensor, "batch queries"]
+) -> Float[Tensor, "batch queries width"]:
+    """Return each row's states at its columns."""
+    rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
+    return states[rows, columns]
+
+
+def of_scored(
+    states: Float[Tensor, "batch queries width"],
+    columns: Int64[Tensor, "batch queries"] | None,
+    is_scored: Bool[Tensor, "batch time"],
+) -> Float[Tensor, "scored width"]:
+    """Drop the queries that stand for no scored position."""
+    return states[is_scored if columns is None else is_scored.gather(1, columns)]
+
+
+def attend(
+    queries: Float[Tensor, "batch heads queries head_width"],
+    keys: Float[Tensor, "batch key_heads time head_width"],
+    values: Float[Tensor, "batch key_heads time head_width"],
+    columns: Int64[Tensor, "batch queries"] | None,
+    scaling: float,
+) -> Float[Tensor, "batch queries width"]:
+    """Return causal attention of queries that stand at `columns`; None means one query a column."""
+    if columns is None:
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scaling, enable_gqa=keys.shape[1] < queries.shape[1]
+        )
+        return attended.transpose(1, 2).flatten(2)
+    # The query heads that share a key head become more queries of it: nothing is copied, any kernel will do.
+    groups = queries.shape[1] // keys.shape[1]
+    is_past = torch.arange(keys.shape[2], device=columns.device) <= columns[:, None, :, None]
+    grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
+    attended = F.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=is_past.repeat(1, 1, groups, 1), scale=scaling
+    )
+    return attended.reshape(queries.shape).transpose(1, 2).flatten(2)
+
+
+def rotated(
+    heads: Float[Tensor, "batch heads time head_width"],
+    cosine: Float[Tensor, "#batch time head_width"],
+    sine: Float[Tensor, "#batch time head_width"],
+) -> Float[Tensor, "batch heads time head_width"]:
+    """Return heads with rotary positions (Su et al. 2021), in transformers' order of operations."""
+    return heads * cosine.unsqueeze(1) + rotate_half(heads) * sine.unsqueeze(1)

@@ -1,0 +1,333 @@
+"""A language model in evaluation: what each scored token costs, and whether it was the model's first choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+
+from megaft.base import parallel
+from megaft.config.train import ModelConfig
+from megaft.data.samples import IGNORE_INDEX
+from megaft.models import trials
+from megaft.models.backend import Backend
+from megaft.models.hugging_face import NatsModel, in_parts
+from megaft.models.loss import Vocabulary, chunks, token_nats
+from megaft.models.parameters import count
+from megaft.scoring.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
+from megaft.scoring.packed import PackedLinear, can_pack, pack_linears
+from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
+from megaft.weights.loading.pretrained import load_language_model
+
+
+class ScoringModel(nn.Module):
+    """A language model in evaluation: what each scored token costs, and whether it was the model's first choice."""
+
+    def __init__(
+        self,
+        language_model: CausalLM,
+        *,
+        with_choices: bool = False,
+        banned: Sequence[int] = (),
+        tried: CausalLM | None = None,
+    ) -> None:
+        """Take a model; `tried` is what `trials.on_trial` yields for it, where that is at hand."""
+        super().__init__()
+        self.language_model = language_model.eval()
+        self.trunk, output_layer, vocabulary = _taken_apart(language_model, tried)
+        self.head = ScoringHead(output_layer, with_choices, banned, vocabulary)
+
+    def pack(self) -> None:
+        """Use packed matrices from now on, if the architecture is known."""
+        if isinstance(self.trunk, GPT2Trunk | LlamaTrunk):
+            assert self.head.weight is not None
+            self.head.packed = PackedLinear(self.head.weight, self.head.bias)
+            if isinstance(self.trunk, GPT2Trunk):
+                self.trunk.last.pack()
+            pack_linears(self.trunk)
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
+    ) -> Float32[Tensor, "quantity batch time"]:
+        """Return the nats of each label; and with choices, whether it is the largest of the logits.
+
+        Args:
+            input_ids: Tokens; rows are filled up on the right.
+            labels: The token after each. IGNORE_INDEX marks one that is not scored; every quantity is 0.0 there.
+        """
+        is_scored = labels != IGNORE_INDEX
+        is_first = is_scored.cumsum(1)[is_scored] == 1
+        scored = self.head(self.trunk(input_ids, is_scored), labels[is_scored], is_first)
+        quantities = scored.new_zeros(len(scored), *labels.shape)
+        quantities[:, is_scored] = scored
+        return quantities
+
+
+class ScoringHead(nn.Module):
+    """The output layer, a chunk of tokens at a time.
+
+    It owns the very parameters of the model's own output layer, so that ZeRO-3's hooks gather them here.
+    """
+
+    banned: Tensor
+
+    def __init__(
+        self,
+        output_layer: nn.Module | None,
+        with_choices: bool,
+        banned: Sequence[int],
+        vocabulary: Vocabulary | None = None,
+    ):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.weight: Any = None if output_layer is None else output_layer.weight
+        self.bias: Any = getattr(output_layer, "bias", None)
+        self.packed: PackedLinear | None = None
+        self.with_choices = with_choices
+        self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64), persistent=False)
+
+    def forward(
+        self,
+        states: Float[Tensor, "scored width"],
+        labels: Int64[Tensor, " scored"],
+        is_first: Bool[Tensor, " scored"],
+    ) -> Float32[Tensor, "quantity scored"]:
+        """Return the quantities of ScoringModel; banned tokens are no choice where `is_first`."""
+        num_logits = states.shape[1] if self.weight is None else len(self.weight)
+        quantities = torch.zeros(1 + self.with_choices, len(labels), device=labels.device)
+        for part in chunks(len(labels), num_logits, labels.device):
+            logits = self._logits(states[part])
+            nats = self.vocabulary.nats if self.vocabulary else token_nats
+            quantities[0, part] = nats(logits, labels[part])
+            if self.with_choices:
+                quantities[1, part] = (self._choices(logits, is_first[part]) == labels[part]).float()
+        return quantities
+
+    def _logits(self, states: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed(states)
+        if self.vocabulary is not None:  # the rows behind its words are padding
+            return F.linear(states, self.weight[: self.vocabulary.end - self.vocabulary.begin])
+        return states if self.weight is None else F.linear(states, self.weight, self.bias)
+
+    def _choices(self, logits: Tensor, is_first: Tensor) -> Tensor:
+        words = self.vocabulary or Vocabulary(0, logits.shape[-1], is_cut=False)
+        choices = words.choices(logits)
+        if len(self.banned) and is_first.any():
+            banned = self.banned[(self.banned >= words.begin) & (self.banned < words.end)] - words.begin
+            choices[is_first] = words.choices(logits[is_first].index_fill(-1, banned, -torch.inf))
+        return choices
+
+
+class MegatronTrunk(nn.Module):
+    """A model of megatron-core below its output layer, run whole; on each of its tensor-parallel ranks."""
+
+    def __init__(self, language_model: Any):
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "scored width"]:
+        """Return the hidden states of the scored positions, row by row."""
+        return self.language_model(input_ids)[is_scored]
+
+
+class LogitsTrunk(nn.Module):
+    """A whole model, for families that scale or cap their logits."""
+
+    def __init__(self, language_model: CausalLM):
+        super().__init__()
+        self.language_model = language_model
+        self.takes_columns = trials.takes_columns(language_model)
+
+    def forward(
+        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "scored vocab"]:
+        """Return the logits of the scored positions, row by row, and compute no column that no row scores."""
+        if not self.takes_columns:
+            return self.language_model(input_ids=input_ids, use_cache=False).logits[is_scored]
+        columns = is_scored.any(0).nonzero().squeeze(1)
+        logits = self.language_model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits
+        return logits[is_scored[:, columns]]
+
+
+def _taken_apart(
+    language_model: CausalLM, tried: CausalLM | None
+) -> tuple[nn.Module, nn.Module | None, Vocabulary | None]:
+    """Return the trunk for scored positions, the output layer (None if the trunk returns logits) and its vocabulary."""
+    if hasattr(language_model, "vocabulary"):
+        return MegatronTrunk(language_model), language_model.output_layer(), language_model.vocabulary()
+    output_layer = language_model.get_output_embeddings()
+    if type(output_layer) is nn.Linear and (trunk := fast_trunk(language_model)):
+        return trunk, output_layer, None
+    if NatsModel(language_model, tried=tried).head is not None:
+        return AnyTrunk(language_model), output_layer, None
+    return LogitsTrunk(language_model), None, None
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """A loaded ScoringModel with the limits that batching needs; called as the model is."""
+
+    model: Callable[[Tensor, Tensor], Tensor]
+    head: ScoringHead
+    config: Any
+    """transformers' configuration of the language model."""
+    num_parameters: int
+    context_limit: int | None
+    vocab_size: int
+
+    def __call__(
+        self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
+    ) -> Float32[Tensor, "quantity batch time"]:
+        """Return the quantities of ScoringModel. Of a partitioned model every rank calls this, with equal shapes."""
+        with torch.no_grad():  # around the engine too, which otherwise waits for a backward pass
+            return self.model(input_ids, labels)
+
+    def ask(self, *, with_choices: bool, banned: Sequence[int] = ()) -> Scorer:
+        """Return this scorer, which from now on tells choices or not, as ScoringModel does.
+
+        Args:
+            with_choices: Return a second quantity, 1.0 where the label is the largest of the logits.
+            banned: Token ids that are no choice at the first scored position of a row.
+        """
+        self.head.with_choices = with_choices
+        self.head.banned = torch.tensor(banned, dtype=torch.int64, device=self.head.banned.device)
+        return self
+
+
+def load_scoring_model(
+    source: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: Backend = "hugging-face",
+    is_partitioned: bool = False,
+) -> Scorer:
+    """Load a model to score with; it tells no choices until asked.
+
+    Args:
+        source: Hub name, folder or GGUF file.
+        dtype: What the model computes in; cross-entropy is in float32 always.
+        device: Where it computes.
+        backend: Whose modules. Before megatron-core's are made, `parallel.cut_matrices` says over how many ranks.
+        is_partitioned: Give each rank of the process group (or of those with one part of cut matrices) a part of every
+            weight, through DeepSpeed's ZeRO-3. Of transformers' models only rank 0 reads the weights, into a mapping of
+            the file. A GGUF file is unpacked whole in the host memory of every rank first.
+
+    Raises:
+        ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
+        DataError: On every rank, where any finds that it is not there, that transformers cannot read it, or that it is
+            no causal language model.
+    """
+    if backend == "megatron":
+        language_model = _load_megatron(source, dtype, is_partitioned)
+        model = ScoringModel(language_model)
+    else:
+        language_model = (
+            _load_partitioned(source, dtype)
+            if is_partitioned
+            else parallel.together(load_language_model, source, dtype, None, "--model")
+        )
+        model = parallel.together(_tried_model, language_model)
+    num_parameters = count(language_model.parameters())
+    if can_pack(dtype, device) and not is_partitioned:
+        model.pack()
+    return Scorer(
+        model=_engine(model.to(device), dtype) if is_partitioned else model.to(device),
+        head=model.head,
+        config=language_model.config,
+        num_parameters=num_parameters,
+        context_limit=context_limit(language_model),
+        vocab_size=vocab_size(language_model),
+    )
+
+
+def _tried_model(language_model: CausalLM) -> ScoringModel:
+    """Return the scoring model of a causal language model, once trials have found it to be one."""
+    with trials.on_trial(language_model) as tried:
+        trials.require_language_model(language_model, tried)
+    fuse_activations(language_model)
+    return ScoringModel(language_model, tried=tried)
+
+
+def _load_megatron(source: str, dtype: torch.dtype, is_partitioned: bool) -> CausalLM:
+    from megaft.models import megatron
+
+    engine_config = _deepspeed_config(dtype) if is_partitioned else None
+    model = megatron.build(ModelConfig(path=source, backend="megatron"), seed=0, engine_config=engine_config)
+    return model if is_partitioned else model.to(dtype)
+
+
+def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
+    if not source.endswith(".gguf"):
+        with in_parts(_deepspeed_config(dtype), is_new=False, setting="--model"):
+            return load_language_model(source, dtype, setting="--model")
+    import deepspeed
+
+    # Filled outside ZeRO's hooks.
+    language_model = parallel.together(load_language_model, source, dtype, None, "--model")
+    deepspeed.zero.Init(module=language_model, config_dict_or_path=_deepspeed_config(dtype))
+    return language_model
+
+
+def _engine(model: ScoringModel, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    import deepspeed
+
+    engine = deepspeed.initialize(model=model, config=_deepspeed_config(dtype), mpu=parallel.mpu())[0]
+    engine.eval()
+    return engine
+
+
+LIVE_PARAMETERS = 300_000_000
+"""Parameters that a rank may gather beside its own partition: two layers of 8.3 B. DeepSpeed's default is 10^9."""
+
+
+def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one, and scoring has no use for it
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
+            "stage3_max_reuse_distance": LIVE_PARAMETERS,
+        },
+        "bf16": {"enabled": dtype is torch.bfloat16},
+    }
+
+
+def fuse_activations(language_model: CausalLM) -> None:
+    """Compute GPT-2's GELU in one pass over memory, where transformers' own formula takes eight; the same function."""
+    for module in language_model.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+ACTIVATION_BYTES = 8 * 2**30
+"""Memory of a CUDA device for the activations of a layer."""
+
+CPU_TOKENS = 2048
+"""Tokens whose activations stay in memory that malloc keeps, measured with GPT-2 124M and SmolLM2 135M."""
+
+KNOWN_HEADS = {"gpt2", "llama", "mistral", "qwen2", "qwen3"}
+"""Model types whose logits never exist but for a chunk of tokens."""
+
+
+def tokens_per_batch(model_config: Any, context_length: int, device_type: str, dtype: torch.dtype) -> int:
+    """Return the most tokens of a forward pass, at least one row."""
+    if device_type == "cpu":
+        return max(context_length, CPU_TOKENS)
+    config = model_config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    num_values = 8 * config.hidden_size + 4 * inner
+    if config.model_type not in KNOWN_HEADS:
+        num_values += 2 * config.vocab_size
+    return max(context_length, ACTIVATION_BYTES // (num_values * dtype.itemsize))

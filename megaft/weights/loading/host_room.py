@@ -1,0 +1,20 @@
+"""Share of a host's free memory that each of its ranks may take."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+from megaft.base import parallel
+from megaft.base.host_memory import available_memory
+from megaft.base.network import host_id
+from megaft.weights.loading.size_limit import Room
+
+
+def agreed_room() -> Room:
+    """Return the room of each rank on the host that has least, the same on all ranks; every rank calls this."""
+    hosts = [0] * parallel.world_size()
+    hosts[parallel.rank()] = 1 + crc32(host_id().encode())
+    hosts = parallel.max_over_ranks(hosts)
+    ranks = hosts.count(hosts[parallel.rank()])
+    share = -parallel.max_over_ranks([-(available_memory() // ranks)])[0]
+    return Room(share * ranks, ranks)

@@ -1,0 +1,222 @@
+"""Load causal language models with transformers, or initialise new ones, and check what transformers does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from megaft.base import parallel
+from megaft.base.errors import DataError
+from megaft.base.foreign import require_inert
+from megaft.base.gguf import read_header
+from megaft.weights.loading.causal_lm import CausalLM
+from megaft.weights.loading.config_errors import first_line
+from megaft.weights.loading.finite_weights import require_finite_weights, stored_tensors
+from megaft.weights.loading.gguf_settings import require_all_taken, require_same_settings
+from megaft.weights.loading.loading_report import without_report_table
+from megaft.weights.loading.padding_tokens import read_padding_tokens
+from megaft.weights.loading.size_limit import Room, Size, no_larger_than, no_larger_than_memory
+from megaft.weights.loading.stand_in import STAND_IN_ERRORS
+from megaft.weights.loading.stored_weights import freeze_as_constructed, keeping_stored_weights
+from megaft.weights.loading.text_model import require_causal_class
+from megaft.weights.loading.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
+
+MODEL_SETTING = "--model.path"
+"""Setting of training that names the model."""
+
+
+LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, SafetensorError, UnpicklingError)
+"""Exceptions of transformers for a model it cannot read, or for a config.json whose values make no model."""
+
+
+def load_language_model(
+    source: str, dtype: torch.dtype = torch.float32, dropout: float | None = None, setting: str = MODEL_SETTING
+) -> CausalLM:
+    """Load a pretrained model from a hub name, a folder or a GGUF file.
+
+    Args:
+        source: The model.
+        dtype: Of its weights, once they are loaded.
+        dropout: Every dropout probability; None leaves them as they are.
+        setting: Names the model in messages, as the user of the command gives it.
+
+    Raises:
+        DataError: It is not there, transformers cannot read it, or its weights are quantized, not finite, or not those
+            of its config.json.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # every rank would draw its own
+    where, options = _location(source, setting)
+    require_inert(setting, where)
+    header = read_header(Path(source)) if options else None
+    limit: AbstractContextManager[None] = nullcontext()
+    if header is not None or Path(where).is_dir():
+        size = require_weights(Path(where)) if header is None else Size(len(header.tensors), header.num_elements)
+        limit = no_larger_than(size, f"{setting} is {source}")
+    config: Any = None
+    try:
+        config = _load_config(where, options)
+        if not options:
+            require_not_quantized(setting, source, config)
+        set_dropout(config, dropout)
+        lost = parallel.naming_lost_peers(parallel.rank())  # while parts are filled
+        with limit, lost, keeping_stored_weights(), without_report_table():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                config=config,
+                dtype=dtype,
+                attn_implementation=_attention(config),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                weights_only=True,
+                **options,
+            )
+    except LOAD_ERRORS as error:
+        # Some families fail there only, with a message that says nothing.
+        where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
+        raise DataError(
+            f"{setting} is {source}; transformers cannot load it{where}: {first_line(error, config)}"
+        ) from error
+    model, report = loaded
+    require_complete(f"{setting} is {source}", report)
+    if not is_deepspeed_zero3_enabled():  # there partitioned._fill checks whole weights
+        require_finite_weights(f"{setting} is {source}", source, stored_tensors(model))
+    _require_tied(f"{setting} is {source}", model)  # after that: a NaN does not equal itself
+    if not is_deepspeed_zero3_enabled():
+        freeze_as_constructed(model)
+    if header is not None:
+        require_all_taken(Path(source), header, model)
+        require_same_settings(Path(source), header, model)
+        model = _without_quantization(model)
+    return read_padding_tokens(model)
+
+
+def _require_tied(name: str, model: CausalLM) -> None:
+    """Refuse weights that config.json ties and transformers did not: both are stored, and they differ."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if apart := sorted(tied.keys() - model.all_tied_weights_keys.keys()):
+        raise untied_weights(name, apart[0], tied[apart[0]])
+
+
+def create_language_model(
+    config_path: str, seed: int, dropout: float | None = None, room: Room | None = None
+) -> CausalLM:
+    """Initialise a new model from a config.json; the weights are a function of the seed."""
+    config = read_new_config(config_path, dropout)
+    return create_from(config, config_path, seed, room=room)
+
+
+def read_new_config(config_path: str, dropout: float | None = None) -> Any:
+    """Return the transformers configuration of a model to be initialised."""
+    require_inert("--model.from-scratch", config_path)
+    with _naming_bad_config(config_path):
+        config = _load_config(config_path, {})
+        set_dropout(config, dropout)
+        return config
+
+
+def create_from(config: Any, config_path: str, seed: int, parts: int = 1, room: Room | None = None) -> CausalLM:
+    """Initialise a model of a configuration read from a config.json; `parts`, `room` as `no_larger_than_memory`."""
+    with _naming_bad_config(config_path, config):
+        torch.manual_seed(seed)
+        with no_larger_than_memory(f"--model.from-scratch is {config_path}", parts, room):
+            return new_model(config)
+
+
+@contextmanager
+def _naming_bad_config(config_path: str, config: Any = None) -> Iterator[None]:
+    try:
+        with parallel.naming_lost_peers(parallel.rank()):  # while parts are made
+            yield
+    except LOAD_ERRORS as error:
+        raise DataError(
+            f"--model.from-scratch is {config_path}; not a model config: {first_line(error, config)}"
+        ) from error
+
+
+def new_model(config: Any) -> CausalLM:
+    """Return a new model of a transformers configuration, in fp32 and with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    return read_padding_tokens(
+        AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
+        )
+    )
+
+
+def require_there(source: str, setting: str = MODEL_SETTING) -> None:
+    """Raise DataError for what looks like a path and is not there; a hub name is found out later."""
+    _location(source, setting)
+
+
+def _location(source: str, setting: str) -> tuple[str, dict[str, str]]:
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DataError(f"{setting} is {source}; there is no such file. Give a GGUF file, a folder or a hub name.")
+        return str(path.parent), {"gguf_file": path.name}
+    looks_local = path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise DataError(f"{setting} is {source}; there is no such folder. Give a folder, a GGUF file or a hub name.")
+    return source, {}
+
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+def _load_config(where: str, options: dict[str, str]):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    require_causal_class(config)
+    text = config.get_text_config()
+    for name in SIZES:
+        size = getattr(text, name, 1)
+        if isinstance(size, int) and size < 1:  # transformers takes it, and makes a model of nothing
+            raise ValueError(f"{name} is {size}; use 1 or more.")
+    return config
+
+
+def _attention(config) -> str:
+    """Return torch's fused attention where the architecture has it. What config.json names may be code on the hub."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+
+
+def set_dropout(config: Any, dropout: float | None) -> None:
+    """Give every dropout probability of a transformers configuration this value; None leaves them.
+
+    LayerDrop (Fan et al. 2020) leaves out whole layers: 0.0 turns it off too, other values leave it.
+    """
+    if dropout is None:
+        return
+    names = r"(dropout|dropout_prob|dropout_rate|pdrop|_drop)$" if dropout else r"drop(out(_prob|_rate)?)?$"
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if re.search(names, name) and isinstance(value, int | float):
+                setattr(part, name, dropout)
+
+
+def _without_quantization(model: CausalLM) -> CausalLM:
+    """Return the same weights in a model that `save_pretrained` accepts: one read from GGUF counts as quantized."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = type(model)._from_config(config, dtype=model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.tie_weights()
+    return fresh

@@ -1,0 +1,145 @@
+"""Stop the construction of a model that its config.json makes far larger than its weight files or the host's memory.
+
+transformers builds all modules before it compares them with the weights: a wrong number of layers takes minutes, a
+wrong width takes the host's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules import module as registration
+
+from megaft.base.errors import DataError
+from megaft.base.host_memory import available_memory
+
+TENSORS = 1_000
+TENSORS_FACTOR = 100
+"""Parameters of a model per stored tensor, as where the experts of a layer are stored as one."""
+NUMBERS = 100_000_000
+NUMBERS_FACTOR = 4
+"""Elements of a model per stored element: an embedding that is tied to another is built twice."""
+FP32_BYTES = 4
+SMALL_BYTES = 2**30
+"""Bytes of buffers below which free memory is not checked."""
+
+
+class Size(NamedTuple):
+    """The size of a model or of its weight files."""
+
+    tensors: int
+    numbers: int
+    """Elements of all tensors."""
+
+
+class Room(NamedTuple):
+    """Free memory of a host, in bytes, and the ranks there, each of which builds a model."""
+
+    free: int
+    ranks: int = 1
+
+
+@dataclass(slots=True)
+class _Built:
+    """Counts what is registered with modules, each name of a module once."""
+
+    tensors: int = 0
+    numbers: int = 0
+    buffer_bytes: int = 0
+
+    def add_parameter(self, owner: nn.Module, name: str, parameter: Any) -> None:
+        if owner._parameters.get(name) is None:
+            self.tensors += 1
+            self.numbers += parameter.numel()
+
+    def add_buffer(self, owner: nn.Module, name: str, buffer: Any) -> None:
+        if buffer is not None and owner._buffers.get(name) is None:
+            self.buffer_bytes += buffer.nbytes
+
+
+@contextmanager
+def no_larger_than(stored: Size, model: str) -> Iterator[None]:
+    """Refuse, while it is built, a model that is far larger than its weight files.
+
+    Small differences pass here; comparing every tensor finds them afterwards.
+
+    Args:
+        stored: The size of the weight files.
+        model: How the message names the model, such as "--model.path is DIR".
+
+    Raises:
+        DataError: It has far more parameters, or buffers larger than this host's free memory.
+    """
+    most = Size(TENSORS_FACTOR * stored.tensors + TENSORS, NUMBERS_FACTOR * stored.numbers + NUMBERS)
+
+    def check(built: _Built) -> None:
+        if built.tensors > most.tensors or built.numbers > most.numbers:
+            raise DataError(
+                f"{model}; its weights do not fit its config.json, which makes a model of more than "
+                f"{built.numbers:,} weights in {built.tensors:,} tensors, but {stored.numbers:,} in "
+                f"{stored.tensors:,} are stored. Copy both from one model."
+            )
+        if built.buffer_bytes > SMALL_BYTES:
+            _require_room(model, built.buffer_bytes, Room(available_memory()))
+
+    with _counting(check):
+        yield
+
+
+@contextmanager
+def no_larger_than_memory(model: str, parts: int = 1, room: Room | None = None) -> Iterator[None]:
+    """Refuse, while it is built, a new model in fp32 that this host's free memory cannot hold.
+
+    Args:
+        model: How the message names the model, such as "--model.from-scratch is DIR".
+        parts: Parts of the model, of which each rank holds one.
+        room: By default this host's, for one rank. Ranks that build one model together need the same, so that all
+            refuse it or none.
+
+    Raises:
+        DataError: Its parameters and buffers take more.
+    """
+    most = room or Room(available_memory())
+
+    def check(built: _Built) -> None:
+        _require_room(model, FP32_BYTES * built.numbers // parts + built.buffer_bytes, most)
+
+    with _counting(check):
+        yield
+
+
+def _require_room(model: str, num_bytes: int, room: Room) -> None:
+    total = num_bytes * room.ranks
+    if total > room.free:
+        ranks = f" ({num_bytes:,} on each of its {room.ranks} ranks)" if room.ranks > 1 else ""
+        raise DataError(
+            f"{model}; its config.json makes a model that takes more than {total:,} bytes of memory{ranks}, but "
+            f"{room.free:,} are free on this host. Correct its sizes, or use a host with more memory"
+            f"{' or ZeRO stage 3' if room.ranks > 1 else ''}."
+        )
+
+
+@contextmanager
+def _counting(check: Callable[[_Built], None]) -> Iterator[None]:
+    built = _Built()
+
+    def then_check(add: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Module, str, Any], None]:
+        def hook(owner: nn.Module, name: str, tensor: Any) -> None:
+            add(owner, name, tensor)
+            check(built)
+
+        return hook
+
+    handles = (
+        registration.register_module_parameter_registration_hook(then_check(built.add_parameter)),
+        registration.register_module_buffer_registration_hook(then_check(built.add_buffer)),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

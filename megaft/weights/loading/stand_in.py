@@ -1,0 +1,180 @@
+"""Small random models of a family, to try what cannot be tried on a model itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from megaft.weights.loading.causal_lm import CausalLM
+from megaft.weights.loading.padding_tokens import read_padding_tokens
+
+STAND_IN_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
+"""Exceptions of a family's modules for a configuration or for inputs that they were not written for."""
+
+WORDS = 64
+"""Vocabulary of a stand-in."""
+
+MOST_PARAMETERS = 50_000_000
+"""Largest stand-in with a model's own number of layers and experts: 0.2 GB, made in a second."""
+
+MOST_OF_FEW_LAYERS = 2_000_000_000
+"""Largest stand-in with one layer of every kind, whose width is the model's: 8 GB, for a width of 20,480."""
+
+SHORT_BLOCKS = dict.fromkeys(
+    (
+        "sliding_window",
+        "window_size",
+        "attention_window_size",
+        "attention_chunk_size",
+        "chunk_size",
+        "mamba_chunk_size",
+    ),
+    16,
+)
+"""Blocks of tokens that a stand-in makes short, so that a short text goes beyond them."""
+
+FEW_EXPERTS = {"num_experts": 16, "num_local_experts": 16, "n_routed_experts": 16, "moe_num_experts": 16}
+NARROW = {"intermediate_size": 256, "moe_intermediate_size": 64, "ffn_hidden_size": 256, "n_inner": 256}
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Return whether ZeRO-3 has partitioned the model's weights."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def keeping_random_states() -> AbstractContextManager[None]:
+    """Restore the random states of the host and of this rank's GPU afterwards.
+
+    By default fork_rng keeps those of every GPU that is visible, and warns where there are several.
+    """
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
+def stand_in(model: CausalLM) -> CausalLM | None:
+    """Return a small random model of a model's configuration, or None where none can be made that runs.
+
+    It has the width and every switch of the model, a short vocabulary, short windows, and the first layers up to one of
+    every kind; all layers of a small model whose configuration cannot be cut so. Its weights are loud: an influence
+    between tokens shows in its logits.
+    """
+    make, attention = type(model)._from_config, model.config._attn_implementation
+    ids = torch.arange(5).unsqueeze(0)
+    for config, most_parameters in _configurations(model.config, make):
+        with keeping_random_states(), torch.no_grad():
+            torch.manual_seed(0)
+            try:
+                if num_parameters(config, make) > most_parameters:
+                    continue
+                small = make(config, dtype=torch.float32, attn_implementation=attention)
+                make_loud(read_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
+            except STAND_IN_ERRORS:
+                continue
+            return small
+    return None
+
+
+@torch.no_grad()
+def make_loud(model: CausalLM) -> CausalLM:
+    """Add noise to every parameter, of a size that keeps a layer's outputs as large as its inputs."""
+    for parameter in model.parameters():
+        fan_in = parameter.numel() / parameter.shape[0] if parameter.ndim > 1 else 25
+        parameter.add_(torch.randn_like(parameter) / math.sqrt(fan_in))
+    return model
+
+
+def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterator[tuple[Any, int]]:
+    """Yield configurations of smaller models, the smallest first, and how many parameters each may have."""
+    for make, most_parameters in ((_with_few_layers, MOST_OF_FEW_LAYERS), (lambda one: one, MOST_PARAMETERS)):
+        small = deepcopy(config)
+        try:
+            text = small.get_text_config()
+            _shorten(text)
+            make(text)
+            if num_parameters(small, make_model) > MOST_PARAMETERS:
+                _lower(text, FEW_EXPERTS | NARROW)
+        except STAND_IN_ERRORS:
+            continue
+        yield small, most_parameters
+
+
+def _shorten(text: Any) -> None:
+    text.vocab_size = WORDS
+    if (getattr(text, "pad_token_id", None) or 0) >= WORDS:
+        text.pad_token_id = 0
+    _lower(text, SHORT_BLOCKS | {"vocab_size_per_layer_input": WORDS})
+
+
+def _lower(text: Any, largest: dict[str, int]) -> None:
+    for name, value in largest.items():
+        if isinstance(now := getattr(text, name, None), int) and now > value:
+            setattr(text, name, value)
+
+
+def _with_few_layers(text: Any) -> None:
+    """Keep the first layers, up to one of every kind that the configuration's lists tell apart."""
+    depth = text.num_hidden_layers
+    names = sorted(set(dir(text)) - set(dir(PreTrainedConfig)))  # some that all families have warn when they are read
+    lists = {name: value for name in names if _is_list_of(depth, value := _read(text, name))}
+    if depth < 2 or not lists:
+        text.num_hidden_layers = min(depth, 1 + getattr(text, "first_k_dense_replace", 0))
+        return
+    kinds = list(zip(*map(_hashable, lists.values()), strict=True))
+    few = 1 + max(map(kinds.index, kinds))
+    for name, value in lists.items():
+        if name in vars(text):
+            setattr(text, name, value[:few])
+    text.num_hidden_layers = few
+
+
+def _read(text: Any, name: str) -> Any:
+    if name.startswith("_"):
+        return None
+    try:
+        return getattr(text, name)
+    except STAND_IN_ERRORS:  # a property that this configuration has no answer for
+        return None
+
+
+def _is_list_of(length: int, value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == length
+
+
+def _hashable(values: Any) -> list[str]:
+    return [repr(value) for value in values]
+
+
+def numbers_of(value: Any) -> Iterator[int]:
+    """Yield the integers in a setting: itself, or those of a list or mapping."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from numbers_of(one)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
+
+
+def num_parameters(config: Any, make_model: Callable[..., CausalLM] = AutoModelForCausalLM.from_config) -> int:
+    """Return the number of parameters of a model of a configuration, without making their values."""
+    with torch.device("meta"):
+        model = make_model(config)
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,89 @@
+"""Folders of `megaft convert --format megatron`: one safetensors file a tensor-parallel rank, and a manifest."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaft.base.errors import DataError
+from megaft.base.files import is_file_name, parse_json, sha256_of
+from megaft.base.plural import counted
+from megaft.weights.layout import Layout, layout_of
+from megaft.weights.loading.weight_files import require_no_more
+from megaft.weights.parameters import require_fitting, shapes_of
+from megaft.weights.tensor_file import TensorFile, open_tensors
+
+MANIFEST = "megatron.json"
+
+
+FORMAT = 1
+"""Format version in the manifest of a megatron folder."""
+
+
+def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[TensorFile]:
+    """Return the file of each tensor-parallel rank in a converted folder, their sizes and shapes checked.
+
+    Raises:
+        DataError: One is missing or different; the message names it.
+    """
+    manifest = read_manifest(folder)
+    layout, shapes, size = layout_of(config), shapes_of(config), manifest["tensor_parallel_size"]
+    files = [_checked(folder, name, entry, is_hashed) for name, entry in sorted(manifest["files"].items())]
+    if len(files) != size:
+        raise DataError(
+            f"{folder / MANIFEST} names {counted(len(files), 'file')} for {counted(size, 'rank')}; "
+            "convert the model anew."
+        )
+    for rank, file in enumerate(files):
+        found = {name: span.shape for name, span in file.spans.items()}
+        require_fitting(str(file.path), local_shapes(layout, shapes, size, rank), found)
+        require_no_more(f"model is {file.path}", layout.rules, found)
+    return files
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a megatron folder.
+
+    Raises:
+        DataError: It is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = parse_json(path.read_text(encoding="utf-8"))
+        known, files, _ = manifest["format"], manifest["files"], int(manifest["tensor_parallel_size"])
+        for entry in files.values():
+            _ = entry["bytes"], entry["sha256"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew.") from error
+    if known != FORMAT:
+        raise DataError(f"{path} has format {known}; this megaft reads {FORMAT}.")
+    return manifest
+
+
+def _checked(folder: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> TensorFile:
+    path = folder / name
+    if not is_file_name(name):
+        raise DataError(f"{folder / MANIFEST} names {name[:80]}, which is not a file beside it; copy the folder anew.")
+    if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        size = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+        raise DataError(f"{path} {size}; {MANIFEST} says {entry['bytes']} bytes. Copy it anew.")
+    if is_hashed and sha256_of(path) != entry["sha256"]:
+        raise DataError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}. Copy it anew.")
+    return open_tensors(path)
+
+
+def local_shapes(layout: Layout, shapes: dict[str, torch.Size], size: int, rank: int) -> dict[str, torch.Size]:
+    """Return the shape of what rank `rank` of `size` holds of every parameter of megatron-core."""
+
+    @cache
+    def meta(source: str) -> Tensor:
+        return torch.empty(shapes[source], device="meta")
+
+    return {
+        name: layout.local(name, [meta(source) for source in rule.sources], size, rank).shape
+        for name, rule in layout.rules.items()
+    }

@@ -1,0 +1,35 @@
+"""Initial weights of a new model, each a function of the seed and its name, so that any rank can make any part."""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaft.weights.parameters import Weights, shapes_of
+
+
+def new_weights(config: Any, seed: int) -> Weights:
+    """Return the weights of a new model of a transformers configuration, drawn as they are read.
+
+    As in Radford et al. 2019 (section 2.3): biases are 0, norms 1, all else normal with the configuration's deviation,
+    but GPT-2's projections back into the residual stream with that over the root of their number.
+    """
+    shapes = shapes_of(config)
+    return Weights(config, torch.float32, shapes, lambda name: _drawn(name, shapes[name], config, seed))
+
+
+def _drawn(name: str, shape: torch.Size, config: Any, seed: int) -> Tensor:
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    deviation = config.initializer_range
+    if name.endswith("c_proj.weight"):
+        deviation /= math.sqrt(2 * config.num_hidden_layers)
+    return torch.empty(shape).normal_(0, deviation, generator=generator)

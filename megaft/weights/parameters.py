@@ -1,0 +1,134 @@
+"""Weights of a model by transformers' names, tensor by tensor, and the shapes its config.json gives them.
+
+Memory is bounded by the largest parameter, except for `.bin` and GGUF files, which transformers loads whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from megaft.base.errors import DataError
+from megaft.weights.layout import layout_of
+from megaft.weights.loading.config_errors import padding_rule
+from megaft.weights.loading.text_model import require_causal_class
+
+CONFIG_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    *(AssertionError, ImportError, StrictDataclassError),
+)
+"""Exceptions of transformers and torch for a config.json whose values make no model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The parameters of a model as transformers has them."""
+
+    config: Any
+    """transformers' configuration."""
+    dtype: torch.dtype
+    """Dtype that holds every stored value exactly."""
+    shapes: dict[str, torch.Size]
+    """Shapes of all parameters, without those tied to another."""
+    fetch: Callable[[str], Tensor]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of elements of all weights."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Transformers' names of all parameters, in its order."""
+        return tuple(self.shapes)
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a parameter's shape."""
+        return self.shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter in the dtype it is stored in, in memory that it shares with nothing else.
+
+        Raises:
+            DataError: The disk refuses.
+        """
+        return self.fetch(name)
+
+
+def load_config(source: str) -> Any:
+    """Return transformers' configuration of a model.
+
+    Raises:
+        DataError: There is none, or transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    with naming_config_errors(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        require_causal_class(config)
+    return config
+
+
+@contextmanager
+def naming_config_errors(source: str, config: Any = None) -> Iterator[None]:
+    """Turn what transformers and torch say of a configuration that makes no model into a DataError.
+
+    Args:
+        source: Where it is from.
+        config: It, if transformers could read it.
+    """
+    try:
+        yield
+    except CONFIG_ERRORS as error:
+        reason = padding_rule(error, config) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"model is {source}; transformers makes no model of its config.json: {reason}") from error
+
+
+def shapes_of(config: Any) -> dict[str, torch.Size]:
+    """Return the shape of every parameter that transformers' model has, the tied ones once; no memory is taken.
+
+    Raises:
+        DataError: The configuration makes no model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with naming_config_errors(config.name_or_path, config), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return reduce(torch.promote_types, dtypes)
+
+
+def from_shards(config: Any, dtype: torch.dtype, read: Callable[[str], list[Tensor]]) -> Weights:
+    """Return the weights that `read` gives, by megatron-core's names, as every tensor-parallel rank has them."""
+    layout = layout_of(config)
+
+    @lru_cache(maxsize=1)  # queries, keys and values lie together and are asked for in turn
+    def whole(name: str) -> dict[str, Tensor]:
+        return layout.whole(name, read(name))
+
+    return Weights(config, dtype, shapes_of(config), lambda name: whole(layout.rule_of(name))[name])
+
+
+def require_fitting(source: str, expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
+    """Raise DataError that names the first tensor that is missing or has another shape than config.json says."""
+    wrong = {
+        name: f"is {list(found[name])}, not {list(shape)}" if name in found else "is missing"
+        for name, shape in expected.items()
+        if found.get(name) != shape
+    }
+    if wrong:
+        name = next(iter(wrong))
+        raise DataError(
+            f"model is {source}; its weights do not fit its config.json: {name} {wrong[name]} "
+            f"({len(wrong)} such). Copy both from one model."
+        )

@@ -1,0 +1,204 @@
+"""Open a model's weights, whatever they are stored as: a model folder, a GGUF file, a run, a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaft.base.checks import require
+from megaft.base.errors import DataError
+from megaft.base.foreign import require_inert
+from megaft.base.hub import find_file
+from megaft.weights.classic_megatron import ClassicCheckpoint, is_classic
+from megaft.weights.layout import layout_of
+from megaft.weights.loading.finite_weights import require_finite
+from megaft.weights.loading.pretrained import load_language_model, require_there
+from megaft.weights.loading.size_limit import Size, no_larger_than
+from megaft.weights.loading.weight_files import (
+    INDEX,
+    require_no_more,
+    require_not_quantized,
+    require_weights,
+    shard_names,
+    untied_weights,
+)
+from megaft.weights.megatron_folder import MANIFEST, local_shapes, shards_of
+from megaft.weights.parameters import (
+    Weights,
+    _widest,
+    from_shards,
+    load_config,
+    naming_config_errors,
+    require_fitting,
+    shapes_of,
+)
+from megaft.weights.tensor_file import TensorFile, open_tensors
+
+
+def model_source(model: str) -> str:
+    """Return the folder of the model's files; for a run's folder, its export/.
+
+    Raises:
+        DataError: The folder holds no model.
+    """
+    folder = Path(model)
+    if (folder / "export").is_dir():
+        return str(folder / "export")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise DataError(
+            f"--model is {model}, a folder with neither config.json nor export/; "
+            "give a model's folder, or a run's after it has ended."
+        )
+    return model
+
+
+def open_weights(source: str, *, model_config: str | None = None, is_hashed: bool = False) -> Weights:
+    """Find a model's weights and check their names and shapes; no value is read yet.
+
+    Args:
+        source: A model folder, a hub name, a GGUF file, a folder that `megaft convert` wrote, a run's folder, or a
+            classic Megatron-LM checkpoint's, or a checkpoint of a run.
+        model_config: For a checkpoint: where transformers' config.json is, if it does not say what it is of.
+        is_hashed: Check the SHA-256 of a converted folder's files too, which reads them all once more.
+
+    Raises:
+        ConfigError: It is of a family without a layout.
+        DataError: It is not there, asks for code, or its weights are not those of its configuration.
+    """
+    source = model_folder(source)
+    folder = Path(source)
+    require_there(source, "model")
+    if is_classic(folder):
+        return _from_classic(folder, model_config)
+    if is_checkpoint(folder):
+        from megaft.weights.from_checkpoint import open_checkpoint
+
+        return open_checkpoint(folder, described_by(source, model_config))
+    require(
+        model_config is None,
+        f"model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
+    )
+    require_inert("model", source)
+    if (folder / MANIFEST).is_file():
+        return _from_megatron(folder, is_hashed)
+    files = [] if folder.suffix == ".gguf" else _safetensors_of(source)
+    return _from_safetensors(source, files) if files else _from_whole(source)
+
+
+def model_folder(source: str) -> str:
+    """Return the folder of a model; for a run's folder, its export/."""
+    export = Path(source) / "export"
+    return str(export) if (export / "config.json").is_file() else source
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return True if a folder is a checkpoint of a run."""
+    return (folder / "manifest.json").is_file()
+
+
+def described_by(source: str, model_config: str | None) -> str:
+    """Return the source of a model's configuration and tokenizer, which a checkpoint does not contain."""
+    if model_config is None and is_checkpoint(Path(source)):
+        from megaft.weights.from_checkpoint import model_of_run
+
+        return model_of_run(Path(source))
+    return model_config or source
+
+
+def _safetensors_of(source: str) -> list[TensorFile]:
+    """Return the safetensors files of a folder or of what the hub calls so; none where it has others only."""
+    if Path(source).is_dir():
+        require_weights(Path(source))
+    index = file_of(source, INDEX)
+    names = sorted(shard_names(index)) if index else ["model.safetensors"]
+    found = {name: file_of(source, name) for name in names}
+    if index and (missing := [name for name, path in found.items() if path is None]):
+        raise DataError(f"model is {source}; its {missing[0]}, which {index.name} names, is not there. Copy it anew.")
+    return [open_tensors(path) for path in found.values() if path]
+
+
+def file_of(source: str, name: str) -> Path | None:
+    """Return a file of a model's folder, or of what the hub calls so; None where it has none, or nobody can be asked.
+
+    Raises:
+        DataError: There can be no such model.
+    """
+    try:
+        return find_file(source, name)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"model is {source}; give a folder, a GGUF file or a hub name. {reason}") from error
+
+
+def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
+    config = load_config(source)
+    require_not_quantized("model", source, config)
+    holders = {name: file for file in files for name in file.spans}
+    with no_larger_than(_size_of(files), f"model is {source}"):
+        shapes, prefix = shapes_of(config), _prefix(config)
+    layout_of(config)  # of other families, transformers changes names between file and model
+    stored = {name: name if name in holders else name.removeprefix(prefix) for name in shapes}
+    found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
+    require_fitting(source, shapes, found)
+    _require_tied(source, config, holders, stored)
+    require_no_more(f"model is {source}", {*stored.values(), "lm_head.weight"}, holders)
+
+    def fetch(name: str) -> Tensor:
+        return holders[stored[name]].read(stored[name])
+
+    return Weights(config, _widest(holders[key].dtype(key) for key in stored.values()), shapes, fetch)
+
+
+def _size_of(files: list[TensorFile]) -> Size:
+    shapes = [span.shape for file in files for span in file.spans.values()]
+    return Size(len(shapes), sum(shape.numel() for shape in shapes))
+
+
+def _prefix(config: Any) -> str:
+    """Return transformers' prefix of the base model's parameter names, which files may leave out."""
+    return "transformer." if config.model_type == "gpt2" else "model."
+
+
+def _require_tied(source: str, config: Any, holders: dict[str, TensorFile], stored: dict[str, str]) -> None:
+    """Raise DataError where an output layer that config.json ties to the embedding is stored with other values."""
+    head = "lm_head.weight"
+    if head not in holders or head in stored:
+        return
+    embedding = next(key for name, key in stored.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    pair = [require_finite(key, holders[key].read(key), f"model is {source}; ") for key in (head, embedding)]
+    if not torch.equal(*pair):
+        raise untied_weights(f"model is {source}", head, embedding)
+
+
+def _from_whole(source: str) -> Weights:
+    dtype = torch.float32 if source.endswith(".gguf") else load_config(source).dtype or torch.float32
+    model = load_language_model(source, dtype, setting="model")
+    layout_of(model.config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    state = model.state_dict()
+    return Weights(model.config, model.dtype, shapes, lambda name: state[name].clone())
+
+
+def _from_megatron(folder: Path, is_hashed: bool) -> Weights:
+    config = load_config(str(folder))
+    files = shards_of(folder, config, is_hashed=is_hashed)
+    dtype = _widest(file.dtype(name) for file in files for name in file.spans)
+    return from_shards(config, dtype, lambda name: [file.read(name) for file in files])
+
+
+def _from_classic(folder: Path, model_config: str | None) -> Weights:
+    if model_config is not None:
+        require_inert("model-config", model_config)
+    checkpoint = ClassicCheckpoint.open(folder)
+    with naming_config_errors(str(folder)):
+        config = checkpoint.config() if model_config is None else load_config(model_config)
+    layout, shapes, size = layout_of(config), shapes_of(config), len(checkpoint.ranks)
+    checkpoint.require_only(layout)
+    for rank in range(size):
+        expected = checkpoint.padded(layout, local_shapes(layout, shapes, size, rank))
+        require_fitting(f"{folder} (rank {rank})", expected, checkpoint.shapes(rank))
+    dtype = _widest(tensor.dtype for tensors in checkpoint.ranks for tensor in tensors.values())
+    return from_shards(config, dtype, lambda name: checkpoint.read(name, layout))

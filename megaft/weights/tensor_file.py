@@ -1,0 +1,133 @@
+"""Read and write safetensors files one tensor at a time, unmapped: touched pages of a map would stay resident.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megaft.base.errors import DataError
+from megaft.base.files import parse_json
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of weights by the format's names."""
+
+
+class Span(NamedTuple):
+    """Dtype, shape and byte range of a tensor in its file."""
+
+    dtype: str
+    shape: torch.Size
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A safetensors file whose header has been read."""
+
+    path: Path
+    spans: dict[str, Span]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype; DataError where weights have no such one."""
+        kind = self.spans[name].dtype
+        if kind not in DTYPES:
+            raise DataError(f"{self.path} has {name} in {kind}; weights can be in {', '.join(DTYPES)}. Give such ones.")
+        return DTYPES[kind]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor in fresh memory.
+
+        Raises:
+            DataError: The disk refuses, or the file is shorter than it was.
+        """
+        _, shape, begin, end = self.spans[name]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(begin)
+                _fill(data.numpy().data, file)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        return data.view(self.dtype(name)).view(shape)
+
+
+def _fill(view: memoryview, file) -> None:
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            raise OSError("it is shorter than its header says")
+        view = view[count:]
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Return a safetensors file that is whole: safetensors checks its header against its length.
+
+    Raises:
+        DataError: It is cut short or damaged.
+    """
+    try:
+        with safe_open(path, "pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(length))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing, cut short or damaged ({error}); copy it anew.") from error
+    header.pop("__metadata__", None)
+    spans = {}
+    for name, entry in header.items():
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        spans[name] = Span(entry["dtype"], torch.Size(entry["shape"]), begin, end)
+    return TensorFile(path, spans)
+
+
+class TensorWriter:
+    """A new safetensors file: its header at once, then its tensors one after the other, hashed on the way."""
+
+    def __init__(self, path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype):
+        self.path, self.dtype = path, dtype
+        self._sha256 = hashlib.sha256()
+        self._file = path.open("xb")
+        self._put(header_of(shapes, dtype))
+
+    def write(self, tensor: Tensor) -> None:
+        """Add the next of the tensors that the header names."""
+        self._put(tensor.to(self.dtype).contiguous().view(torch.uint8).numpy().data)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+
+    def close(self) -> dict[str, int | str]:
+        """Wait until the file is on disk; return its bytes and SHA-256, as a manifest has them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        num_bytes = self._file.tell()
+        self._file.close()
+        return {"bytes": num_bytes, "sha256": self._sha256.hexdigest()}
+
+
+def header_of(shapes: dict[str, torch.Size], dtype: torch.dtype) -> bytes:
+    """Return the beginning of a safetensors file of tensors in one dtype: the length of a JSON text, and the text."""
+    kind = next(kind for kind, known in DTYPES.items() if known == dtype)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, shape in shapes.items():
+        end = begin + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,141 @@
+"""Write a model's weights tensor by tensor: as a transformers folder, or as one file a tensor-parallel rank.
+
+All of a folder's files are open, their headers first, which the shapes alone decide; then each parameter is read,
+rounded, cut and written before the next. Memory is bounded by the largest parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaft.base.errors import DataError
+from megaft.base.files import write_json_atomic
+from megaft.data.tokenizer import load_tokenizer
+from megaft.weights.layout import layout_of, require_cuttable
+from megaft.weights.loading.finite_weights import is_finite, require_finite
+from megaft.weights.loading.weight_files import INDEX
+from megaft.weights.megatron_folder import FORMAT, MANIFEST, local_shapes
+from megaft.weights.parameters import Weights
+from megaft.weights.reading import file_of
+from megaft.weights.tensor_file import TensorWriter
+
+SHARD_BYTES = 5_000_000_000
+"""Largest file of a transformers folder, unless a single tensor is larger."""
+
+COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+"""Files of a model folder besides its configuration and weights."""
+
+
+def write_hugging_face(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
+    """Write a folder that transformers loads.
+
+    Raises:
+        DataError: A weight cannot be read, is not finite, or is too large for the dtype.
+    """
+    parts = _parts(weights, dtype)
+    names = [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        names = ["model.safetensors"]
+    for name, shapes in zip(names, parts, strict=True):
+        writer = TensorWriter(folder / name, shapes, dtype)
+        for parameter in shapes:
+            writer.write(rounded(parameter, weights.read(parameter), dtype))
+        writer.close()
+    if len(parts) > 1:
+        weight_map = {parameter: name for name, shapes in zip(names, parts, strict=True) for parameter in shapes}
+        total = {"total_size": weights.num_parameters * dtype.itemsize}
+        write_json_atomic(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+    _write_config(weights.config, folder, dtype)
+
+
+def _parts(weights: Weights, dtype: torch.dtype) -> list[dict[str, torch.Size]]:
+    """Return the shapes of each file's parameters."""
+    parts, num_bytes = [{}], 0
+    for name, shape in weights.shapes.items():
+        more = shape.numel() * dtype.itemsize
+        if parts[-1] and num_bytes + more > SHARD_BYTES:
+            parts.append({})
+            num_bytes = 0
+        parts[-1][name] = shape
+        num_bytes += more
+    return parts
+
+
+def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int, source: str) -> None:
+    """Write a folder with what each of `size` tensor-parallel ranks of megatron-core has, and a manifest.
+
+    Raises:
+        ConfigError: The model cannot be cut over so many.
+        DataError: A weight cannot be read, is not finite, or is too large for the dtype.
+    """
+    require_cuttable(weights.config, size)
+    layout = layout_of(weights.config)
+    writers = [
+        TensorWriter(
+            folder / f"tensor-parallel-{rank:02}-of-{size:02}.safetensors",
+            local_shapes(layout, weights.shapes, size, rank),
+            dtype,
+        )
+        for rank in range(size)
+    ]
+    for name, rule in layout.rules.items():
+        tensors = [rounded(parameter, weights.read(parameter), dtype) for parameter in rule.sources]
+        for rank, writer in enumerate(writers):
+            writer.write(layout.local(name, tensors, size, rank))
+    manifest = {
+        "format": FORMAT,
+        "tensor_parallel_size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "source": source,
+        "files": {writer.path.name: writer.close() for writer in writers},
+    }
+    _write_config(weights.config, folder, dtype)
+    write_json_atomic(folder / MANIFEST, manifest)
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a parameter in another dtype.
+
+    Raises:
+        DataError: It has NaN or infinite values, or some too large for the dtype.
+    """
+    result = require_finite(name, tensor).to(dtype)
+    if not is_finite(result):
+        short = str(dtype).removeprefix("torch.")
+        fix = "use bfloat16" if dtype == torch.float16 else "use float32"
+        raise DataError(f"{name} has values up to {tensor.abs().max():g}, which {short} cannot hold; {fix}.")
+    return result
+
+
+def _write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    written = copy.deepcopy(config)
+    written.dtype = dtype
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    written.architectures = [model_class.__name__]
+    written.to_json_file(folder / "config.json")
+
+
+def copy_companions(source: str, folder: Path) -> None:
+    """Copy the tokenizer's files and settings of generation that a model's folder, or the hub, has.
+
+    Of a GGUF file, write the tokenizer that is in it; of one config.json there is nothing.
+    """
+    if source.endswith(".gguf"):
+        load_tokenizer(source).save(folder)
+        return
+    if Path(source).is_file():
+        return
+    for name in COMPANIONS:
+        if path := file_of(source, name):
+            shutil.copyfile(path, folder / name)
