@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from megaft.cli import main
-from megaft.commands.submit import batch_script
-from megaft.commands.submit import command as submit
+from megaft.commands.submit import batch_script, walltime
 
 SLURM = Path(__file__).parents[1] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
@@ -131,7 +130,7 @@ def test_walltime(time_limit, is_accepted, programs, capsys):
     [("90", 5400), ("1:30", 90), ("2:00:01", 7201), ("2-12", 216_000), ("1-0:30", 88_200), ("1-00:00:02", 86_402)],
 )
 def test_seconds_of_a_walltime(limit, seconds):
-    assert submit.seconds_of(limit) == seconds
+    assert walltime.seconds_of(limit) == seconds
 
 
 @pytest.mark.parametrize(

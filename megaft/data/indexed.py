@@ -46,7 +46,7 @@ class TokenFile:
         document_offsets: Where documents begin in the stream, in tokens, and at the end its length.
     """
 
-    document_offsets: Int64[np.ndarray, " documents+1"]
+    document_offsets: Int64[np.ndarray, " num_offsets"]
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None) -> None:
         """Open the pair. Where `vocab_size` is given, no larger token is ever read."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from megaft.base.errors import DataError
 from megaft.base.files import parse_json
+from megaft.data.probe_texts import PROBES
 from megaft.data.sentencepiece_model import CONTROL, UNKNOWN, ModelProto, Prefix, convert, parse, prefix_of
-from megaft.data.tokenizer_check import PROBES
 from megaft.data.transformers_tokenizer import from_pretrained, naming_errors
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ def require_usable(source: str | Path, loaded: Any) -> None:
 
     Settings may have half of a surrogate pair, which JSON can escape.
     """
-    from megaft.data.tokenizer_check import PROBES
+    from megaft.data.probe_texts import PROBES
 
     with naming_errors(source):
         for text in PROBES:

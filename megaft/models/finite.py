@@ -18,7 +18,7 @@ ADVICE = (
 
 def require_finite(
     token_nats: Float[np.ndarray, " tokens"],
-    document_offsets: Int64[np.ndarray, " documents+1"],
+    document_offsets: Int64[np.ndarray, " num_offsets"],
     *,
     name: str,
     num_scored_tokens: int,

@@ -13,12 +13,7 @@ from megaft.base.checks import require
 from megaft.commands.submit.batch_script import directives_of, fill_in, find_script, read_script
 from megaft.commands.submit.config import SubmitConfig
 from megaft.commands.submit.job_check import SWEEP, check_program, sweep_lines
-
-_SIXTY = r"[0-5]?\d"
-WALLTIME = re.compile(
-    rf"\d+ | \d+:{_SIXTY} | \d+:{_SIXTY}:{_SIXTY} | \d+-(?:[01]?\d|2[0-3])(?::{_SIXTY}){{0,2}}", re.VERBOSE
-)
-MEMORY = re.compile(r"\d+[KMGT]?")
+from megaft.commands.submit.walltime import WALLTIME, seconds_of
 
 
 def main(arguments: list[str]) -> int:
@@ -48,18 +43,6 @@ def main(arguments: list[str]) -> int:
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]
-
-
-def seconds_of(limit: str) -> int:
-    """Return the seconds of a walltime, which SLURM reads as M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
-    days, _, clock = limit.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    parts = parts if days or len(parts) == 3 else [0, *parts]
-    return 86_400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def require_time_before_signal(asked: dict[str, str]) -> None:

@@ -9,8 +9,10 @@ import tyro
 
 from megaft.base.checks import at_least, require, require_ranges
 from megaft.commands.submit.batch_script import require_one_line
-from megaft.commands.submit.command import MEMORY, WALLTIME, _flag
 from megaft.commands.submit.job_check import ARRAY
+from megaft.commands.submit.walltime import WALLTIME
+
+MEMORY = re.compile(r"\d+[KMGT]?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,3 +75,7 @@ class SubmitConfig:
         if self.gpus_per_node:
             given.setdefault("ntasks-per-node", str(self.gpus_per_node))  # one rank a GPU
         return given
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
