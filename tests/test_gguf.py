@@ -45,7 +45,7 @@ def test_a_file_is_the_model_that_was_written(make):
     weights = open_weights(str(path))
     assert all(torch.equal(weights.read(name), weight) for name, weight in model.named_parameters())
     header = read_header(path)
-    assert header.size == (21, sum(weight.numel() for weight in model.parameters()))
+    assert (len(header.tensors), header.num_elements) == (21, sum(weight.numel() for weight in model.parameters()))
     assert (header.architecture, header.setting("block_count"), header.setting("rope.freq_base")) == ("llama", 2, 1e4)
     assert load_tokenizer(path).vocab_size == 512
 

@@ -12,7 +12,7 @@ from megaft.base.lock import locked
 HOLD = """
 import sys
 from pathlib import Path
-from megaft.lock import locked
+from megaft.base.lock import locked
 with locked(Path(sys.argv[1])):
     print("in", flush=True)
     sys.stdin.read()

@@ -204,7 +204,7 @@ def test_gguf(tmp_path, tokens, monkeypatch, smollm2_cut):
 
     originals = []
     copy = pretrained._without_quantization
-    monkeypatch.setattr(hugging_face, "_without_quantization", lambda model: originals.append(model) or copy(model))
+    monkeypatch.setattr(pretrained, "_without_quantization", lambda model: originals.append(model) or copy(model))
     model = pretrained.load_language_model(str(smollm2_cut))
     logits = logits_of(model, tokens)
     assert torch.equal(logits, logits_of(originals.pop(), tokens))

@@ -317,7 +317,7 @@ def test_damage_is_refused(run, tmp_path, suffix, damage, message):
 
 KILLED = """
 import os, pathlib, signal, sys
-from megaft import document_writer, prepare
+from megaft.data import document_writer, prepare
 
 def kill_at(owner, name, number):
     original, calls = getattr(owner, name), []

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+from dataclasses import asdict
 from itertools import count
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from megaft.base import parallel
 from megaft.base.errors import CheckpointError
+from megaft.base.files import sha256_of
 from megaft.checkpoint import resume, saver
 from megaft.checkpoint.resume import find, load
 from megaft.checkpoint.run_state import RunState
@@ -48,7 +50,7 @@ def test_a_shard_is_what_safetensors_reads(tmp_path, lengths):
     read = load_file(path)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    assert (num_bytes, digest.hex()) == (path.stat().st_size, resume.sha256_of(path))
+    assert (num_bytes, digest.hex()) == (path.stat().st_size, sha256_of(path))
     with pytest.raises(FileExistsError):
         write_shard(path, [])
 
@@ -263,7 +265,7 @@ def test_a_read_only_disk_is_named(small_disk):
 def test_another_run_is_refused_unless_the_change_is_allowed(tmp_path, capsys):
     save(tmp_path, 1, 0.5)
     folder = folder_of(tmp_path, 1)
-    saved = json.loads(json.dumps(resume.asdict(IDENTITY)))
+    saved = json.loads(json.dumps(asdict(IDENTITY)))
     now = saved | {"seed": 1, "data": "e", "optim": saved["optim"] | {"learning_rate": 2e-3}}
     with pytest.raises(CheckpointError) as refused:
         resume.require_same_run(folder, saved, now, ())

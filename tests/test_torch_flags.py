@@ -19,9 +19,9 @@ from megaft.models.hugging_face import NatsModel
 PROGRAM = """
 import json, os, torch
 import torch._inductor.config
-from megaft import parallel
-from megaft.environment import environment
-from megaft.torch_flags import set_before_cuda
+from megaft.base import parallel
+from megaft.base.environment import environment
+from megaft.base.torch_flags import set_before_cuda
 
 def program(topology):
     set_before_cuda({is_deterministic}, {size})
