@@ -1,7 +1,7 @@
 """Advisories on what megaft installs, for where no service can be asked: package, first version without, name.
 
 Of each package the newest that was known in November 2026. What megaft hands foreign files to has its floors, with
-reasons, in megaft/commands/doctor/floors.py; these stand behind it, and what cannot be reached from megaft is said to be so.
+reasons, in megaft/commands/doctor/floors.py; these stand behind it, and what megaft cannot reach is said to be so.
 """
 
 ADVISORIES = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Integer
 
 from megaft.data.encoding import Encoded
 from megaft.data.indexed import Tokens, TokenWriter
@@ -97,7 +97,7 @@ class DocumentWriter:
 
     def _open_document(
         self, ids: Tokens, is_scored: Bool[np.ndarray, " tokens"]
-    ) -> tuple[Tokens, Bool[np.ndarray, " tokens"]]:
+    ) -> tuple[Integer[np.ndarray, " rest"], Bool[np.ndarray, " rest"]]:
         """Hold the opening tokens, and return what follows them; a text that spells them does not get them twice."""
         self._is_open = True
         length = len(self._opening_ids)
