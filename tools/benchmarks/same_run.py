@@ -39,8 +39,8 @@ ENVIRONMENT = {
 }
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 STEPS = 6
-STOPPED = 93
-"""Exit code of a run that the file STOP ended."""
+STOPPED = 1
+"""Exit code of torchrun where its ranks end with another than 0, as they do after the file STOP."""
 CHANGING = {"seconds", "tokens_per_second", "command", "environment", "model"}
 """Fields of a result that differ between two evaluations of one model."""
 
@@ -65,12 +65,14 @@ def main(arguments: Arguments) -> int:
     """Collect results; record them, or print what differs from a record."""
     if (arguments.record is None) == (arguments.compare is None):
         sys.exit("Give --record FILE or --compare FILE.")
+    recorded = json.loads(arguments.compare.read_text()) if arguments.compare else {}
     with tempfile.TemporaryDirectory() as temporary:
         found = results(arguments, Path(temporary))
     if arguments.record:
         arguments.record.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        if arguments.keep:
+            stop_part_way(arguments.keep.resolve(), arguments.seed)
         return 0
-    recorded = json.loads(arguments.compare.read_text()) if arguments.compare else {}
     names = found if arguments.continued else {**recorded, **found}
     differing = [name for name in sorted(names) if found.get(name) != recorded.get(name)]
     print("\n".join([*(f"differs: {name}" for name in differing), f"{len(names)} results, {len(differing)} differ"]))
@@ -89,10 +91,7 @@ def results(arguments: Arguments, work: Path) -> dict[str, Any]:
     inputs = (arguments.keep or work).resolve() / "inputs"
     make_inputs(inputs, arguments.seed)
     prepare(inputs)
-    found = datasets(inputs) | finished(inputs, work, arguments.seed) | texts(inputs, work, arguments.seed)
-    if arguments.keep:
-        stop_part_way(inputs, arguments.keep.resolve(), arguments.seed)
-    return found
+    return datasets(inputs) | finished(inputs, work, arguments.seed) | texts(inputs, work, arguments.seed)
 
 
 def finished(inputs: Path, work: Path, seed: int) -> dict[str, Any]:
@@ -185,7 +184,7 @@ def evaluate(evaluation: Evaluation, inputs: Path, output: Path) -> None:
         f"--protocol={evaluation.protocol}",
         f"--data={inputs / evaluation.data}",
         f"--output={output}",
-        "--tokens-per-batch=8192",
+        "--tokens-per-batch=1024",
         *evaluation.flags,
     )
 
@@ -226,12 +225,16 @@ def texts(inputs: Path, work: Path, seed: int) -> dict[str, Any]:
     return found
 
 
-def stop_part_way(inputs: Path, folder: Path, seed: int) -> None:
+def stop_part_way(folder: Path, seed: int) -> None:
     """Leave every run as the file STOP ends it after a step, and every evaluation as if it was killed in a batch."""
+    inputs = folder / "inputs"
     for name in RUNS:
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "STOP").touch()
     two_at_a_time(train, [(run, inputs, folder / "runs" / name, seed, STOPPED) for name, run in RUNS.items()])
+    stopped = {path.parents[1].name for path in (folder / "runs").glob("*/checkpoints/step-00000001")}
+    if stopped != set(RUNS):
+        sys.exit(f"not stopped after a step: {', '.join(set(RUNS) - stopped)}")
     firsts = [(each.first, inputs, folder / "evaluations" / name) for name, each in EVALUATIONS.items()]
     two_at_a_time(evaluate, firsts)
     for path in (folder / "evaluations").rglob("*.nats"):

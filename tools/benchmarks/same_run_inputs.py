@@ -54,8 +54,8 @@ def save_tokenizer(folder: Path, text: str) -> None:
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([text], vocab_size=512, special_tokens=[END], show_progress=False)
-    bpe.save(str(folder / "tokenizer.json"))
     file = str(folder / "tokenizer.json")
+    bpe.save(file)
     PreTrainedTokenizerFast(tokenizer_file=file, bos_token=END, eos_token=END).save_pretrained(folder)
 
 
@@ -67,7 +67,7 @@ def write_task_files(folder: Path, pages: list[str]) -> None:
         (folder / name).write_text(text.replace(pages[0][40:48], "<unk>") if name.endswith("tokens") else text)
     (folder / "news.en.heldout-00000-of-00050").write_text("\n".join(filter(None, text.split("\n")[:20])) + "\n")
     # A random model with tied embeddings is apt to repeat a token, so some of these last words are its first choice.
-    passages = [[*page.split()[:30], word, word] for page, word in zip(pages, WORDS, strict=False)]
+    passages = [[*page.split()[:150], word, word] for page, word in zip(pages, WORDS, strict=False)]
     write_records(folder / "lambada_test.jsonl", [{"text": " ".join(words)} for words in passages])
     for letters in ("CN", "NE"):
         (folder / f"cbtest_{letters}_valid_2000ex.txt").write_text("\n".join(map(question, pages[30:40])))
