@@ -1,6 +1,6 @@
 """Record every bit of what small runs, evaluations and datasets come to, and compare it after a change of the code.
 
-    python tools/benchmarks/same_run.py --record before.json [--keep FOLDER]
+    python tools/benchmarks/same_run.py --record before.json --keep FOLDER
     python tools/benchmarks/same_run.py --compare before.json
     python tools/benchmarks/same_run.py --compare before.json --continue FOLDER
 
@@ -54,24 +54,24 @@ class Arguments:
     compare: Path | None = None
     """Compare the results with this file's; exit with 1 if any differ."""
     keep: Path | None = None
-    """With --record: an empty or new folder, to leave runs and evaluations in that were stopped part-way."""
+    """New folder, to leave runs and evaluations in that were stopped part-way."""
     continued: Annotated[Path | None, tyro.conf.arg(name="continue")] = None
     """With --compare: finish copies of what --keep left in this folder, and compare only that."""
     seed: int = 0
     """Seed of models, runs and drawn text."""
 
 
-def main(arguments: Arguments) -> int:
+def main(arguments: Arguments) -> int | str:
     """Collect results; record them, or print what differs from a record."""
+    if arguments.keep:
+        stop_part_way(arguments.keep.resolve(), arguments.seed)
     if (arguments.record is None) == (arguments.compare is None):
-        sys.exit("Give --record FILE or --compare FILE.")
+        return 0 if arguments.keep else "Give --record FILE or --compare FILE."
     recorded = json.loads(arguments.compare.read_text()) if arguments.compare else {}
     with tempfile.TemporaryDirectory() as temporary:
         found = results(arguments, Path(temporary))
     if arguments.record:
         arguments.record.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-        if arguments.keep:
-            stop_part_way(arguments.keep.resolve(), arguments.seed)
         return 0
     names = found if arguments.continued else {**recorded, **found}
     differing = [name for name in sorted(names) if found.get(name) != recorded.get(name)]
@@ -88,9 +88,8 @@ def results(arguments: Arguments, work: Path) -> dict[str, Any]:
         found = finished(inputs, work, arguments.seed)
         require_continued(arguments.continued, work)
         return found
-    inputs = (arguments.keep or work).resolve() / "inputs"
-    make_inputs(inputs, arguments.seed)
-    prepare(inputs)
+    inputs = work / "inputs"
+    prepare(inputs, arguments.seed)
     return datasets(inputs) | finished(inputs, work, arguments.seed) | texts(inputs, work, arguments.seed)
 
 
@@ -121,8 +120,9 @@ def command(*words: str | Path, expected: int = 0) -> str:
     return done.stdout
 
 
-def prepare(inputs: Path) -> None:
-    """Prepare the datasets."""
+def prepare(inputs: Path, seed: int) -> None:
+    """Make the inputs and prepare the datasets."""
+    make_inputs(inputs, seed)
     for name, (text, *flags) in DATASETS.items():
         words = ("-m", "megaft", "prepare", inputs / text, f"--output={inputs / name}")
         command(*words, f"--tokenizer={inputs / 'gpt2'}", *flags)
@@ -228,6 +228,7 @@ def texts(inputs: Path, work: Path, seed: int) -> dict[str, Any]:
 def stop_part_way(folder: Path, seed: int) -> None:
     """Leave every run as the file STOP ends it after a step, and every evaluation as if it was killed in a batch."""
     inputs = folder / "inputs"
+    prepare(inputs, seed)
     for name in RUNS:
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "STOP").touch()
