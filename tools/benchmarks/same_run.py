@@ -226,7 +226,7 @@ def texts(inputs: Path, work: Path, seed: int) -> dict[str, Any]:
 
 
 def stop_part_way(folder: Path, seed: int) -> None:
-    """Leave every run as the file STOP ends it after a step, and every evaluation as if it was killed in a batch."""
+    """Leave every run as the file STOP ends it after a step, and every evaluation as if killed in its last batch."""
     inputs = folder / "inputs"
     prepare(inputs, seed)
     for name in RUNS:
@@ -239,7 +239,7 @@ def stop_part_way(folder: Path, seed: int) -> None:
     firsts = [(each.first, inputs, folder / "evaluations" / name) for name, each in EVALUATIONS.items()]
     two_at_a_time(evaluate, firsts)
     for path in (folder / "evaluations").rglob("*.nats"):
-        os.truncate(path, path.stat().st_size * 2 // 3)
+        os.truncate(path, path.stat().st_size - 1)
 
 
 def require_continued(begun: Path, work: Path) -> None:
