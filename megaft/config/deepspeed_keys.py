@@ -1,6 +1,6 @@
 """Tables of DeepSpeed JSON keys: passed on, refused with the reason, or allowed with one value only.
 
-Read off DeepSpeed 0.19.8; tests/test_deepspeed_json.py holds them against its own parser.
+Read off DeepSpeed 0.19.8; tests/config/test_deepspeed_json.py holds them against its own parser.
 """
 
 from __future__ import annotations

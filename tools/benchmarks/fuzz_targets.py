@@ -265,7 +265,7 @@ def _find_checkpoint(folder: Path) -> None:
 
 
 def _make_results(folder: Path) -> None:
-    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
     from example_results import result, write_results
 
     write_results(folder, [result(), result(stride=512), result(task="lambada", headline="accuracy", accuracy=0.4)])

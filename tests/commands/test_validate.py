@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import tyro
+from validate_settings import GLOBAL_BATCH_SIZE, settings_of
 
 from megaft.base.errors import CheckpointError, ConfigError, DataError
-from megaft.commands.validate import ValidateConfig, require_room, show, validate
+from megaft.commands.validate import require_room, show, validate
 from megaft.config.train import OptimConfig, bytes_per_parameter
 
-GLOBAL_BATCH_SIZE = 16
 PARAMETERS = 45_952  # 512 x 32 + 128 x 32 embeddings, 2 layers of 12,704, 64 of the last norm
 
 SLOWER_BUILDS = ((0, 1), (1, 8), (2, 8))
@@ -24,23 +23,6 @@ SLOWER_BUILDS = ((0, 1), (1, 8), (2, 8))
 def config(toy_model, toy_texts, tmp_path):
     """config(stage=2, world_size=4, **DeepSpeed keys) is a run's settings."""
     return partial(settings_of, toy_model, toy_texts, tmp_path)
-
-
-def settings_of(model, texts, folder, *flags, stage=2, world_size=1, **keys):
-    settings = {"train_batch_size": GLOBAL_BATCH_SIZE, "train_micro_batch_size_per_gpu": 2, **keys}
-    path = folder / "deepspeed.json"
-    path.write_text(json.dumps(settings | {"zero_optimization": {"stage": stage}}))
-    arguments = [
-        f"--deepspeed-config={path}",
-        f"--model.path={model}",
-        f"--data.train={texts[0]}",
-        f"--data.valid={texts[1]}",
-        "--data.context-length=32",
-        f"--run.dir={folder / 'run'}",
-        "--run.max-steps=10",
-        f"--world-size={world_size}",
-    ]
-    return tyro.cli(ValidateConfig, args=[*arguments, *flags])
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from megaft.base.parallel import free_port
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PROGRAM = str(ROOT / "megaft" / "train.py")
 

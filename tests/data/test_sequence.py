@@ -7,25 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared_files import IGNORED, cut_documents, document_lengths, reusing_folder, write_dataset
 
 from megaft.base.errors import ConfigError
-from megaft.base.files import write_json_atomic
 from megaft.data.batches import PADDED_TO, Cut, collate, micro_batches
-from megaft.data.indexed import TokenWriter
-from megaft.data.receipt import FORMAT_VERSION
-from megaft.data.samples import IGNORE_INDEX, Documents, Sample, Stream
+from megaft.data.samples import Documents, Sample, Stream
 from megaft.data.sequence import BLOCK, Samples
-
-IGNORED = IGNORE_INDEX
-reusing_folder = settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    derandomize=True,
-)
-document_lengths = st.lists(st.integers(0, 23), min_size=1, max_size=12).filter(any)
 
 
 @dataclass
@@ -42,35 +31,6 @@ class Numbers:
     def __getitem__(self, index):
         assert 0 <= index < self.length
         return Sample(*(np.array([index]) for _ in range(3)))
-
-
-def write_dataset(prefix, documents, scored=None):
-    """Documents of tokens, and for each token whether it is scored."""
-    digests = []
-    for suffix, content in (("", documents), (".scored", scored)):
-        if content is not None:
-            writer = TokenWriter(prefix.with_name(f"{prefix.name}{suffix}.bin"), cardinality=None if suffix else 60_000)
-            for document in content:
-                writer.add(np.array(document, dtype=np.int64))
-                writer.end_document()
-            digests.append(writer.close(prefix.with_name(f"{prefix.name}{suffix}.idx")))
-    receipt = {
-        "format_version": FORMAT_VERSION,
-        "tokens": sum(map(len, documents)),
-        "documents": len(documents),
-        "dtype": "uint16",
-        "has_mask": scored is not None,
-        "tokenizer": {"vocab_size": 1 << 16},
-        "bin_sha256": digests[0],
-    }
-    write_json_atomic(prefix.with_name(f"{prefix.name}.json"), receipt)
-    return str(prefix)
-
-
-def cut_documents(lengths):
-    """Documents of these lengths, whose tokens count up from 1: each says where in the stream it stands."""
-    ends = np.cumsum(lengths).tolist()
-    return [list(range(end - length + 1, end + 1)) for length, end in zip(lengths, ends, strict=True)]
 
 
 def seen(samples, positions):

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conversions import megatron
 from safetensors.torch import load_file, save_file
-from test_convert import megatron
 from tiny_models import make_model
 
 from megaft.base.errors import DataError, NumericsError

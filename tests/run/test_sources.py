@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_dataset import write_dataset
+from prepared_files import write_dataset
 
 from megaft.base.errors import ConfigError, DataError, LostPeerError
 from megaft.base.parallel import Topology

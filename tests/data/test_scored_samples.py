@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_dataset import IGNORED, cut_documents, document_lengths, reusing_folder, write_dataset
+from prepared_files import IGNORED, cut_documents, document_lengths, reusing_folder, write_dataset
 
 from megaft.data import scored_samples
 from megaft.data.samples import Documents, Stream

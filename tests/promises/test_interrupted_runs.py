@@ -6,7 +6,7 @@ import signal
 from functools import partial
 
 import pytest
-from test_train_ranks import losses, rows, shard_hashes
+from run_folders import losses, rows, shard_hashes
 
 pytestmark = pytest.mark.slow
 

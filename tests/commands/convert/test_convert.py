@@ -6,14 +6,13 @@ from collections import namedtuple
 
 import pytest
 import torch
+from conversions import megatron, run
 from safetensors.torch import load_file
 from tiny_models import edit_json, make_model
 from transformers import AutoModelForCausalLM
 
 from megaft.base.errors import CheckpointError, ConfigError, DataError
 from megaft.cli import main as command
-from megaft.commands.convert import command as convert
-from megaft.commands.convert import config as convert_config
 from megaft.data.tokenizer import load_tokenizer
 from megaft.weights import manifest as manifest_module
 from megaft.weights import writing
@@ -32,14 +31,6 @@ CASES = {
     "llama untied with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, (1, 2)),
     "qwen2": ("qwen2", {}, (2, 1)),
 }
-
-
-def run(source, to, format, **settings):
-    return convert.main(convert_config.ConvertConfig(source=str(source), to=to, format=format, **settings))
-
-
-def megatron(source, to, size, **settings):
-    return run(source, to, "megatron", tensor_parallel_size=size, **settings)
 
 
 def require_same(folder, model, change=lambda tensor: tensor):

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from megaft.commands.doctor.floors import FLOORS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
 

@@ -16,7 +16,7 @@ from megaft.commands.estimate.recipe import Recipe
 from megaft.config.train import OptimConfig
 from megaft.weights.shape import LLAMAS, Shape, count
 
-JSONS = Path(__file__).parents[1] / "ds_configs"
+JSONS = Path(__file__).parents[3] / "ds_configs"
 MIB = 2**20
 
 

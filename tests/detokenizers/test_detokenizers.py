@@ -185,7 +185,7 @@ def test_pieces_of_real_files_come_back(shared, name):
     ],
 )
 def test_a_whole_corpus_comes_back(shared, name, file):
-    """The largest, WikiText-2's training text, is the command's: tests/test_detokenizers_command.py."""
+    """The largest, WikiText-2's training text, is the command's: tests/detokenizers/test_detokenizers_command.py."""
     text = (shared / "data" / file).read_bytes().decode()
     assert back(name, detokenizers.get(name)(text)) == text
 

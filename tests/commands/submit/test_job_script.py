@@ -10,7 +10,7 @@ import pytest
 
 from megaft.base.files import write_json_atomic
 
-SCRIPT = Path(__file__).parents[1] / "slurm" / "job.sh"
+SCRIPT = Path(__file__).parents[3] / "slurm" / "job.sh"
 SRUN = """cat "$TURN/events" >> "$RUN/events.jsonl"
 [ ! -f "$TURN/ended" ] || cp "$TURN/ended" "$RUN/ended.json"
 exit $CODE"""

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 pytest_plugins = ["two_hosts"]
 
 BIN = Path(sys.executable).parent
-PROGRAM = Path(__file__).parents[1] / "megaft" / "train.py"
+PROGRAM = Path(__file__).parents[2] / "megaft" / "train.py"
 STEPS = 3
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 TORCHRUN = [BIN / "torchrun", "--nnodes=2", "--nproc-per-node=1"]

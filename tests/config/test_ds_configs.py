@@ -7,7 +7,7 @@ from deepspeed.runtime import config as deepspeed_config
 from megaft.config.deepspeed_json import read_deepspeed_json, resolve
 from megaft.config.train import OptimConfig
 
-FOLDER = Path(__file__).parents[1] / "ds_configs"
+FOLDER = Path(__file__).parents[2] / "ds_configs"
 PATHS = sorted(FOLDER.glob("*.json"))
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

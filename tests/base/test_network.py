@@ -1,4 +1,4 @@
-"""Interfaces by name and by route, on an imagined host; tests/test_two_hosts.py has the real ones."""
+"""Interfaces by name and by route, on an imagined host; tests/promises/test_two_hosts.py has the real ones."""
 
 import socket
 from types import SimpleNamespace

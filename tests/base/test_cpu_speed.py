@@ -39,7 +39,7 @@ def test_a_slow_run_names_a_recipe_that_is_there(dtype, stage, offload, recipe):
     (note,) = notes_on_precision({FP32: 1e-3, dtype: 12e-3}, dtype, stage, offload)
     assert "12 times slower than fp32" in note
     assert f"ds_configs/{recipe}" in note
-    assert (Path(__file__).parents[1] / "ds_configs" / recipe).is_file()
+    assert (Path(__file__).parents[2] / "ds_configs" / recipe).is_file()
     assert notes_on_precision({FP32: 1e-3, dtype: 1e-3}, dtype, stage, offload) == []
 
 

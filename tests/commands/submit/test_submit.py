@@ -12,7 +12,7 @@ import pytest
 from megaft.cli import main
 from megaft.commands.submit import batch_script, walltime
 
-SLURM = Path(__file__).parents[1] / "slurm"
+SLURM = Path(__file__).parents[3] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 ENOUGH = 300
 """Seconds that end a hang, however busy the machine is."""

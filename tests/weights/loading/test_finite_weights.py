@@ -149,7 +149,7 @@ def test_a_weight_that_bfloat16_cannot_hold_is_told_from_a_damaged_one(tmp_path)
 
 @pytest.mark.parametrize(("stage", "world_size"), [(2, 1), (3, 8)])
 def test_validate_refuses_what_training_would(toy_model, toy_texts, tmp_path, run_ranks, stage, world_size):
-    from test_validate import settings_of
+    from validate_settings import settings_of
 
     folder = shutil.copytree(toy_model, tmp_path / "model")
     # Rank 0 of 8 holds none of it under ZeRO-3.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from unsafe_calls import unsafe_calls
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("folder", ["megaft", "evaluate_zero_shot", "tools"])
