@@ -79,12 +79,23 @@ def named_sources(config: DataConfig) -> list[Source]:
         raise ConfigError(
             f"--data.train is {' '.join(config.train)}; several need a weight each, such as 0.7,books 0.3,wiki."
         )
-    for name in (*(name for _, name in named), *filter(None, [config.valid])):
+    valid = [("--data.valid", config.valid)] if config.valid else []
+    for setting, name in (*(("--data.train", name) for _, name in named), *valid):
         if not is_prepared(name) and not Path(name).is_file():
-            raise DataError(
-                f"{name} is neither a text file nor a prepared prefix ({name}.json and .idx); check the path."
-            )
+            raise DataError(_no_data(setting, name))
     return [Source(name, 1.0 if weight is None else weight) for weight, name in named]
+
+
+def _no_data(setting: str, name: str) -> str:
+    """Return the message on a name that is no dataset: a folder, which is to be prepared first, or a wrong path."""
+    if not Path(name).is_dir():
+        return f"{name} is neither a text file nor a prepared prefix ({name}.json and .idx); check the path."
+    if prepared := sorted(Path(name).glob("*.idx")):
+        return f"{setting} is {name}, a folder; give a prefix of prepared data, such as {prepared[0].with_suffix('')}."
+    return (
+        f"{setting} is {name}, a folder; tokenize its files once and give the prefix: "
+        f"megaft prepare {name} --tokenizer MODEL --output PREFIX."
+    )
 
 
 def _prepare_text(path: Path, tokenizer: str, detokenizer: str, folder: Path, topology: Topology) -> str:
