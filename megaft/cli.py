@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -69,6 +70,7 @@ def dispatch(arguments: list[str]) -> int:
 
 def run(name: str, arguments: list[str]) -> int:
     """Parse a command's flags, then import its module, perhaps a heavy one, and run it."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, which read it when they are imported
     command = COMMANDS[name]
     if command.config is None:
         return import_module(f"megaft.{command.module}").main(arguments)

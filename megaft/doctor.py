@@ -1,8 +1,12 @@
-"""`python -m megaft.doctor`, the former name of `python -m megaft doctor`. It goes in the next release."""
+"""`python -m megaft.doctor`, the former spelling of `python -m megaft doctor`. The next release is without it."""
 
+import os
 import sys
 
+from megaft.base.topology import is_main_of
 from megaft.commands.doctor.command import main
 
 if __name__ == "__main__":
+    if is_main_of(os.environ):
+        print("warning: `-m megaft.doctor` is now `-m megaft doctor`; this spelling goes.", file=sys.stderr)
     sys.exit(main())

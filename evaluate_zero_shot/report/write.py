@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 import shlex
 import sys
@@ -29,6 +30,7 @@ from evaluate_zero_shot.trial.results import Result
 from megaft.base.errors import ConfigError, DataError
 from megaft.base.files import parse_json, replacing
 from megaft.base.nested import leaves
+from megaft.base.redaction import without_folders
 
 TEMPLATES = Path(__file__).with_name("templates")
 REQUIRED = ("model_name", "task", "protocol")
@@ -92,11 +94,19 @@ def _named(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     shared = {name for name, found in paths.items() if len({one["model"] for one in found}) > 1}
     weights = sections.grouped(results, lambda one: one["model"])
     changed = {path for path, found in weights.items() if len({one["model_sha256"] for one in found}) > 1}
-    names = [str(one["model" if one["model_name"] in shared else "model_name"]) for one in results]
+    short = _without_common_folder([str(one["model"]) for one in results if one["model_name"] in shared])
+    names = [short.get(str(one["model"])) or str(one["model_name"]) for one in results]
     return [
         one | {"name": f"{name} ({str(one['model_sha256'])[:8]})" if one["model"] in changed else name}
         for one, name in zip(results, names, strict=True)
     ]
+
+
+def _without_common_folder(paths: Sequence[str]) -> dict[str, str]:
+    """Return each path by what to call it: an absolute one from below the folder that all of them share."""
+    absolute = [path for path in paths if os.path.isabs(path)]
+    common = os.path.commonpath([Path(path).parent.parent for path in absolute]) if absolute else ""
+    return {path: os.path.relpath(path, common) if path in absolute else path for path in paths}
 
 
 def _protocol(name: str, recorded: Mapping[str, Any]) -> Protocol:
@@ -105,9 +115,13 @@ def _protocol(name: str, recorded: Mapping[str, Any]) -> Protocol:
 
 
 def _command(words: Sequence[str]) -> str:
-    """Return the words for a shell, the module by its name instead of its path."""
+    """Return the words for a shell, the module by its name instead of its path, and no folder of this machine.
+
+    results.json has the command as it was given.
+    """
     is_module = words[0].endswith("evaluate_zero_shot/__main__.py")
-    return shlex.join(["python", "-m", "evaluate_zero_shot", *words[1:]] if is_module else words)
+    named = ["python", "-m", "evaluate_zero_shot", *words[1:]] if is_module else words
+    return shlex.join(map(without_folders, named))
 
 
 def _environment(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers.utils import cached_file
 
 from evaluate_zero_shot.config import EvaluateConfig
 from megaft.base import parallel
 from megaft.base.errors import DataError
-from megaft.base.files import sha256_of
 from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.models.backend import Backend
 from megaft.scoring.model import Scorer, load_scoring_model
+from megaft.weights.provenance import sha256_of_model
 from megaft.weights.reading import model_source
-
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja")
-"""Suffixes of weight files and of the configuration files beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +57,5 @@ def load(source: str, config: EvaluateConfig, backend: Backend, device: torch.de
 
 def _sha256(path: str) -> str:
     """Return the same on every rank; the main rank alone reads the files."""
-    digest = hashlib.sha256()
-    if parallel.is_main():
-        for file in _files(path):
-            digest.update(f"{file.name} {sha256_of(file)}\n".encode())
-    return bytes(parallel.from_main(torch.tensor(list(digest.digest()))).tolist()).hex()
-
-
-def _files(path: str) -> list[Path]:
-    if Path(path).is_file():
-        return [Path(path)]
-    # What was loaded by a hub name lies in the hub's cache.
-    folder = Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json"))).parent
-    return sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
+    digest = bytes.fromhex(sha256_of_model(path)) if parallel.is_main() else bytes(32)
+    return bytes(parallel.from_main(torch.tensor(list(digest))).tolist()).hex()

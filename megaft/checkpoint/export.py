@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from megaft.base.errors import UserError
-from megaft.base.files import fsync, json_lines, naming_disk_errors
-from megaft.base.plural import counted
-from megaft.base.redaction import without_secrets
+from megaft.base.files import fsync, naming_disk_errors
 from megaft.checkpoint.export_check import Rows
 from megaft.checkpoint.export_formats import HuggingFaceExport, MegatronExport
+from megaft.checkpoint.model_card import model_card
 from megaft.checkpoint.run_state import RunState
 from megaft.config.train import TrainConfig
 from megaft.data.tokenizer import AnyTokenizer
@@ -58,7 +57,7 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
         require_same_ids(tokenizer, temporary)
         verified = written.verify(temporary, rows)
         card = model_card(config, step, verified)
-        (temporary / "README.md").write_text(without_secrets(card), "utf-8", "backslashreplace")
+        (temporary / "README.md").write_text(card, "utf-8", "backslashreplace")
         for path in (temporary, *temporary.rglob("*")):
             fsync(path)
         if final.exists():
@@ -76,49 +75,3 @@ def _removed_on_error(folder: Path) -> Iterator[None]:
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def model_card(config: TrainConfig, step: int, verified: str) -> str:
-    """Return the card: where the model came from and what was measured before and after."""
-    rows = json_lines(config.run.dir / "metrics.jsonl")
-    validations = {row["step"]: row["validation"] for row in rows if "validation" in row}
-    base = config.model.path or f"{config.model.from_scratch} (from scratch)"
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
-        f"# {config.run.dir.resolve().name}",
-        "",
-        f"{base}, finetuned for {counted(step, 'step')} with megaft on {' '.join(config.data.train)}; "
-        f"seed {config.run.seed}.",
-        "`config.json` of the run's folder has every setting, and `metrics.jsonl` every step.",
-    ]
-    if validations:
-        lines += [
-            "",
-            *_table({"before": validations.get(0), f"step {step}": validations.get(step)}),
-            "",
-            _protocol(config),
-        ]
-    return "\n".join([*lines, "", verified]) + "\n"
-
-
-def _table(columns: dict[str, dict | None]) -> list[str]:
-    known = {name: values for name, values in columns.items() if values}
-    quantities = dict.fromkeys(quantity for values in known.values() for quantity in values)
-    rows = [[quantity, *(_shown(values[quantity]) for values in known.values())] for quantity in quantities]
-    return [f"| {' | '.join(row)} |" for row in (["validation", *known], ["---"] * (len(known) + 1), *rows)]
-
-
-def _shown(value: float | int | str) -> str:
-    """A float in six digits; a count in all of its own, and what is not finite as JSON has it."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _protocol(config: TrainConfig) -> str:
-    return (
-        f"Measured on {config.data.valid}: windows of {config.eval_context_length} tokens, "
-        f"stride {config.eval_stride}, a prefix token before each document, every token scored once; "
-        "words and bytes are the original text's."
-    )

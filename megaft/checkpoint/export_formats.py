@@ -36,6 +36,7 @@ from megaft.weights.loading.stand_in import num_parameters as count_parameters
 from megaft.weights.loading.stored_weights import keep_padding_row
 from megaft.weights.parameters import Weights, load_config, shapes_of
 from megaft.weights.pieces import WEIGHT
+from megaft.weights.provenance import published_name
 from megaft.weights.reading import file_of, open_weights
 from megaft.weights.writing import rounded
 
@@ -91,7 +92,7 @@ class HuggingFaceExport:
             follow_tokenizer(model.config, self.tokenizer.bos_id, self.tokenizer.eos_id)
             model.generation_config = _generation_of(model.config)
         if self.config.lora.rank:
-            adapters.save_adapters(model, folder / "adapter", self.config.model.path)
+            adapters.save_adapters(model, folder / "adapter", published_name(str(self.config.model.path)))
             model = adapters.merge_adapters(model)
         keep_padding_row(model)
         model.to(self.dtype).save_pretrained(folder)

@@ -53,7 +53,7 @@ class Resolved:
     total_num_steps: int | None
     """Total steps of the scheduler block, which must equal the run's; the caller checks that."""
     notes: tuple[str, ...]
-    """Settings that were translated or filled in, a sentence each, to be printed once."""
+    """Settings that were translated, or filled in and change the training; a sentence each, to be printed once."""
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
@@ -347,6 +347,6 @@ def _fill_in(config: dict[str, Any], batch: tuple[int, int, int], notes: list[st
         for name in blocks:
             block = block.setdefault(name, {})
         block[key] = value
-    if missing:
-        listed = ", ".join(f"{path} {json.dumps(value)}" for path, value in missing.items())
-        notes.append(f"Filled into the DeepSpeed configuration: {listed}.")
+    if "gradient_clipping" in missing:  # the only one that a user may want otherwise; RUN/config.json has them all
+        clipping = missing["gradient_clipping"]
+        notes.append(f"gradients are clipped to a norm of {clipping:g}: the DeepSpeed JSON has no gradient_clipping.")

@@ -15,6 +15,7 @@ import tyro
 from megaft.base.checks import ABOVE_0, BELOW_1, NOT_NEGATIVE, SEED, UP_TO_1, at_least, require, require_ranges
 from megaft.base.topology import own_flags
 from megaft.base.unicode_text import is_unicode
+from megaft.config.abbreviations import suggesting
 
 # What a resumed run can be allowed to change; the other parts of its identity have no override.
 CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
@@ -381,7 +382,9 @@ class TrainConfig:
 
 def parse_train(arguments: list[str] | None = None, is_main: bool = True) -> TrainConfig:
     """Parse the command line of `megaft/train.py`; on an error the main rank prints the rule and all exit with 2."""
-    return tyro.cli(TrainConfig, args=own_flags(arguments), prog="megaft/train.py", console_outputs=is_main)
+    flags = own_flags(arguments)
+    with suggesting(TrainConfig, flags, is_shown=is_main):
+        return tyro.cli(TrainConfig, args=flags, prog="megaft/train.py", console_outputs=is_main)
 
 
 def bytes_per_parameter(optim: OptimConfig) -> int:

@@ -20,6 +20,11 @@ FORMAT_VERSION = 1
 SUFFIXES = (".bin", ".idx", ".scored.bin", ".scored.idx")
 
 
+def is_prepared(prefix: str) -> bool:
+    """Return True if a prepared dataset has this prefix."""
+    return Path(f"{prefix}.json").is_file() and Path(f"{prefix}.idx").is_file()
+
+
 def load_receipt(prefix: str | Path) -> dict[str, Any]:
     """Return the receipt of a prepared dataset whose files are all there and as long as it says.
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from megaft.base.errors import ConfigError
-from megaft.base.redaction import without_secrets
 from megaft.config.train import LoraConfig
 from megaft.weights.loading.causal_lm import CausalLM
 
@@ -106,13 +105,19 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def save_adapters(model: CausalLM, folder: Path, base: str | None) -> None:
-    """Write the adapters alone, as PEFT loads them on top of the base model."""
+    """Write the adapters alone, as PEFT loads them on top of the base model.
+
+    Args:
+        model: The model with its adapters.
+        folder: A new folder.
+        base: Name of the base model for readers on other machines: no local path, and no secret.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     config = model.peft_config["default"]
-    config.base_model_name_or_path = base and without_secrets(base)
+    config.base_model_name_or_path = base
     config.save_pretrained(folder)
     # Embeddings that have adapters are those of the base model; PEFT would write them too.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -16,6 +16,8 @@ from megaft.base.ending import ending_of
 from megaft.base.errors import CheckpointError, LostPeerError, NoProgressError
 from megaft.base.exit_code import REQUEUE
 from megaft.base.files import json_lines, naming_disk_errors, parse_json, to_json, write_json_atomic
+from megaft.base.nested import mapped
+from megaft.base.redaction import without_folders
 
 STARTS_WITHOUT_PROGRESS = 3
 """Starts of a requeued job at the same step after which it is not requeued."""
@@ -31,10 +33,18 @@ class Events:
         self._path = run_dir / "events.jsonl" if is_main else None
 
     def record(self, event: str, step: int | None, **details: Any) -> None:
-        """Write an event after `step` steps (None: not known); it is on disk when this returns."""
+        """Write an event after `step` steps (None: not known); it is on disk when this returns.
+
+        Run folders are handed on, so that no text keeps an absolute path of this machine, only the file's name.
+        """
         if self._path is None:
             return
-        row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **details}
+        row = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "event": event,
+            "step": step,
+            **mapped(details, _public),
+        }
         with naming_disk_errors(self._path), self._path.open("ab+") as file:
             file.seek(max(0, file.tell() - 1))
             end = b"" if file.read() in (b"", b"\n") else b"\n"  # a full disk cut the line before short
@@ -65,6 +75,10 @@ class Events:
                 f"the job started {STARTS_WITHOUT_PROGRESS} times at step {step} and never got to its next checkpoint; "
                 "it is not requeued again. Look at its log, give it more time, or save more often (--checkpoint.every)."
             )
+
+
+def _public(value: Any) -> Any:
+    return without_folders(value) if isinstance(value, str) else value
 
 
 @contextmanager

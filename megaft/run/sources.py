@@ -14,11 +14,12 @@ import numpy as np
 
 from megaft.base.errors import ConfigError, DataError, LostPeerError, UserError
 from megaft.base.parallel import Topology
+from megaft.config.data_source import parse_source
 from megaft.config.train import DataConfig
 from megaft.data.chat import template_sha256
 from megaft.data.indexed import TokenFile
 from megaft.data.prepare import ensure_prepared, opening_ids_of
-from megaft.data.receipt import load_receipt
+from megaft.data.receipt import is_prepared, load_receipt
 from megaft.data.samples import Documents, Stream
 from megaft.data.sequence import Samples
 from megaft.data.tokenizer import AnyTokenizer
@@ -60,9 +61,7 @@ def prepare_sources(config: DataConfig, tokenizer: str, run_dir: Path, topology:
     train, folder = named_sources(config), run_dir / "data"
 
     def prepared(name: str) -> str:
-        return (
-            name if _is_prepared(name) else _prepare_text(Path(name), tokenizer, config.detokenizer, folder, topology)
-        )
+        return name if is_prepared(name) else _prepare_text(Path(name), tokenizer, config.detokenizer, folder, topology)
 
     ready = tuple(replace(source, prefix=prepared(source.prefix)) for source in train)
     return Sources(ready, Source(prepared(config.valid)) if config.valid else None)
@@ -80,30 +79,23 @@ def named_sources(config: DataConfig) -> list[Source]:
         raise ConfigError(
             f"--data.train is {' '.join(config.train)}; several need a weight each, such as 0.7,books 0.3,wiki."
         )
-    for name in (*(name for _, name in named), *filter(None, [config.valid])):
-        if not _is_prepared(name) and not Path(name).is_file():
-            raise DataError(
-                f"{name} is neither a text file nor a prepared prefix ({name}.json and .idx); check the path."
-            )
+    valid = [("--data.valid", config.valid)] if config.valid else []
+    for setting, name in (*(("--data.train", name) for _, name in named), *valid):
+        if not is_prepared(name) and not Path(name).is_file():
+            raise DataError(_no_data(setting, name))
     return [Source(name, 1.0 if weight is None else weight) for weight, name in named]
 
 
-def _is_prepared(name: str) -> bool:
-    return Path(f"{name}.json").is_file() and Path(f"{name}.idx").is_file()
-
-
-def parse_source(text: str) -> tuple[float | None, str]:
-    """Read `PREFIX` or `WEIGHT,PREFIX`."""
-    weight, comma, name = text.partition(",")
-    try:
-        value = float(weight)
-    except ValueError:
-        return None, text
-    if not comma or not name or not 0 < value < float("inf"):
-        raise ConfigError(
-            f"--data.train has {text!r}; a pair is WEIGHT,PREFIX with a weight above 0, such as 0.7,books."
-        )
-    return value, name
+def _no_data(setting: str, name: str) -> str:
+    """Return the message on a name that is no dataset: a folder, which is to be prepared first, or a wrong path."""
+    if not Path(name).is_dir():
+        return f"{name} is neither a text file nor a prepared prefix ({name}.json and .idx); check the path."
+    if prepared := sorted(Path(name).glob("*.idx")):
+        return f"{setting} is {name}, a folder; give a prefix of prepared data, such as {prepared[0].with_suffix('')}."
+    return (
+        f"{setting} is {name}, a folder; tokenize its files once and give the prefix: "
+        f"megaft prepare {name} --tokenizer MODEL --output PREFIX."
+    )
 
 
 def _prepare_text(path: Path, tokenizer: str, detokenizer: str, folder: Path, topology: Topology) -> str:

@@ -26,8 +26,9 @@ from export_runs import (
     state_of,
 )
 
+from megaft.base.files import sha256_of
 from megaft.base.plural import counted
-from megaft.checkpoint.export import model_card
+from megaft.checkpoint.model_card import model_card
 from megaft.config.train import parse_train
 from megaft.data.samples import IGNORE_INDEX
 from megaft.data.tokenizer import load_tokenizer
@@ -37,6 +38,7 @@ from megaft.weights import manifest
 from megaft.weights.loading import pretrained
 from megaft.weights.manifest import folder_of
 from megaft.weights.pieces import Pieces
+from megaft.weights.provenance import sha256_of_model
 
 
 @pytest.fixture
@@ -168,8 +170,23 @@ def test_the_card_has_what_was_measured(config):
         assert f"| {quantity} | {measured[0][quantity]:.6g} | {measured[2][quantity]:.6g} |" in card
     assert f"| num_scored_tokens | {measured[0]['num_scored_tokens']} |" in card
     assert "windows of 32 tokens, stride 16" in card
-    assert f"{config.model.path}, finetuned for 2 steps" in card
-    assert "seed 0" in card
+    assert f"{Path(config.model.path).name}, finetuned for 2 steps with megaft on train.jsonl; seed 0" in card
+    for kind, path in (("training", config.data.train[0]), ("validation", config.data.valid)):
+        assert f"| {kind} data | {Path(path).name} | {sha256_of(Path(path))} |" in card
+    assert f"| model | {Path(config.model.path).name} | {sha256_of_model(config.model.path)} (all files) |" in card
+
+
+@EVERY
+def test_neither_export_nor_events_name_a_folder_of_this_machine(config):
+    assert config.run.dir.is_absolute()
+    folders = {
+        str(config.run.dir.parent),
+        *(str(Path(name).parent) for name in (config.model.path or config.model.from_scratch, config.tokenizer_source)),
+    }
+    files = [path for path in (config.run.dir / "export").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for path in [*files, config.run.dir / "events.jsonl"]:
+        assert not [folder for folder in folders if folder.encode() in path.read_bytes()], path
 
 
 @of("full")

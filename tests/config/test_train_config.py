@@ -59,6 +59,8 @@ def test_underscores_are_accepted():
         ({"metrics__peak_flops": "0"}, "metrics.peak-flops is 0.0"),
         ({"metrics__wandb_project": "p"}, "metrics.wandb is off"),
         ({"optim__nmae": "sgd"}, "--optim.nmae"),
+        ({"optim__lr": "1e-3"}, "--optim.lr: did you mean --optim.learning-rate?"),
+        ({"wd": "0.1"}, "--wd: did you mean --optim.weight-decay?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

@@ -19,7 +19,7 @@ from bad_inputs import start
 
 from megaft.base.errors import CheckpointError, DataError
 from megaft.base.foreign import require_inert
-from megaft.base.redaction import masked, without_secrets
+from megaft.base.redaction import masked, without_folders, without_secrets
 from megaft.checkpoint import resume
 from megaft.data.tokenizer import load_tokenizer
 from megaft.run import trackers
@@ -286,6 +286,21 @@ def test_a_link_out_of_the_checkpoints_is_refused(linked, tmp_path):
     (checkpoints / linked).symlink_to(real.parent / linked)
     with pytest.raises(CheckpointError):
         manifest_module.verify(checkpoints / "step-00000001")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/srv/models/a.gguf is damaged", "a.gguf is damaged"),
+        ("open '/srv/a/b.txt', (/srv/c): 0.7,/srv/d", "open 'b.txt', (c): 0.7,d"),
+        ("--model.path=/srv/models/a", "--model.path=a"),
+        (f"{Path.home()}/My Texts/a.txt", "My Texts/a.txt"),
+        ("someone/model, ./runs/a, ../b/c, ~/d/e, 1/2", "someone/model, ./runs/a, ../b/c, ~/d/e, 1/2"),
+        ("https://host/path/a and s3://bucket/a", "https://host/path/a and s3://bucket/a"),
+    ],
+)
+def test_folders_are_left_out(text, expected):
+    assert without_folders(text) == expected
 
 
 def test_secrets_are_masked(monkeypatch):

@@ -36,6 +36,19 @@ def test_a_line_that_a_full_disk_cut_short_spoils_no_other(tmp_path):
     assert [row["step"] for row in json_lines(tmp_path / "events.jsonl")] == [0, 4]
 
 
+def test_an_event_names_files_without_their_folders(tmp_path):
+    trail = Events(tmp_path, is_main=True)
+    trail.record(
+        "end",
+        3,
+        reason=f"--data.train is {tmp_path}/a.txt; see https://host/a/b or someone/model.",
+        names=[f"{tmp_path}/b"],
+    )
+    (row,) = rows_of(tmp_path / "events.jsonl")
+    assert row["reason"] == "--data.train is a.txt; see https://host/a/b or someone/model."
+    assert row["names"] == ["b"]
+
+
 @pytest.mark.parametrize(
     ("restarts", "starts", "step", "is_refused"),
     [

@@ -9,6 +9,7 @@ from prepared_files import write_dataset
 
 from megaft.base.errors import ConfigError, DataError, LostPeerError
 from megaft.base.parallel import Topology
+from megaft.config.data_source import parse_source
 from megaft.config.train import DataConfig
 from megaft.data.indexed import TokenFile
 from megaft.data.receipt import load_receipt
@@ -17,9 +18,9 @@ from megaft.data.tokenizer import load_tokenizer
 from megaft.run import sources as training_data
 from megaft.run.sources import (
     Source,
+    named_sources,
     notes_on_unscored,
     open_samples,
-    parse_source,
     prepare_sources,
     require_same_tokenizer,
 )
@@ -87,6 +88,19 @@ def test_parse_source(named, expected):
 def test_a_bad_pair_is_refused(named):
     with pytest.raises(ConfigError, match=rf"--data.train has '{named}'; a pair is WEIGHT,PREFIX"):
         parse_source(named)
+
+
+@pytest.mark.parametrize(
+    ("setting", "file", "hint"),
+    [("train", "a.txt", r"megaft prepare .*/corpus "), ("valid", "part.idx", r"such as .*/corpus/part\.")],
+)
+def test_a_folder_of_texts_is_told_of_megaft_prepare(tmp_path, text, setting, file, hint):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / file).write_text("")
+    config = DataConfig(**{"train": (str(text),), setting: str(folder) if setting == "valid" else (str(folder),)})
+    with pytest.raises(DataError, match=rf"--data.{setting} is .*/corpus, a folder; .*{hint}"):
+        named_sources(config)
 
 
 def test_several_need_a_weight_each(tmp_path, toy_model, text):

@@ -16,7 +16,7 @@ from megaft.base.checks import require
 from megaft.base.errors import ConfigError, DataError
 from megaft.base.files import fsync, naming_disk_errors
 from megaft.base.plural import counted
-from megaft.base.redaction import without_secrets
+from megaft.base.redaction import without_folders, without_secrets
 from megaft.commands.convert.config import ConvertConfig
 
 MIN_TEXT = 100
@@ -44,7 +44,8 @@ def main(config: ConvertConfig) -> int:
     num_bytes, begin = weights.num_parameters * dtype.itemsize, time.perf_counter()
     with publishing(config.to, num_bytes) as folder:
         if config.format == "megatron":
-            writing.write_megatron(weights, folder, dtype, config.tensor_parallel_size, without_secrets(config.source))
+            made_from = without_folders(without_secrets(config.source))
+            writing.write_megatron(weights, folder, dtype, config.tensor_parallel_size, made_from)
         else:
             writing.write_hugging_face(weights, folder, dtype)
         writing.copy_companions(described_by(source, config.model_config), folder)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from datetime import timedelta
@@ -298,10 +299,24 @@ def test_a_rank_that_cannot_write_the_folder_ends_all_and_nothing_is_left(proven
     assert not list(folder.rglob("megaft-doctor-*"))
 
 
+@pytest.mark.parametrize(("rank", "count"), [(0, 1), (1, 0)])
+def test_the_former_spelling_works_and_the_main_rank_says_that_it_goes(rank, count, monkeypatch, capsys):
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(sys, "argv", ["doctor", f"--local_rank={rank}", "--help"])
+    monkeypatch.delitem(sys.modules, "megaft.doctor", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("megaft.doctor", run_name="__main__")
+    printed = capsys.readouterr()
+    assert (stop.value.code, printed.err.count("-m megaft doctor")) == (0, count)
+    assert "--distributed" in printed.out
+
+
 @pytest.mark.slow
 def test_the_deepspeed_launcher_proves_two_ranks(tmp_path):
     port = f"--master_port={parallel.free_port()}"
-    command = [BIN / "deepspeed", "--num_gpus=2", port, "--module", "megaft.commands.doctor.command", "--distributed"]
+    command = [BIN / "deepspeed", "--num_gpus=2", port, "--module", "megaft", "doctor", "--distributed"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in ("megaft doctor: 2 ranks, cpu", "│ ZeRO 3, micro-batch 1", "│ resumed at ZeRO 3", "0 warn, 0 fail"):

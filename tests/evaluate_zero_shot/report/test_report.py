@@ -233,6 +233,15 @@ def test_models_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert "runs/a/export, runs/b/export on WikiText-103" in Page(html).words
 
 
+def test_no_folder_of_this_machine_is_in_a_report(tmp_path):
+    models = [f"{tmp_path}/runs/{name}/export" for name in "ab"]
+    command = ["python", f"{tmp_path}/score.py", f"--data={tmp_path}/my data/x.txt", *models]
+    results = [result(command=command) | {"model": model, "model_name": "export"} for model in models]
+    for text in made(tmp_path, results):
+        assert str(tmp_path) not in text
+        assert text.count("a/export") == text.count("b/export") > 0
+
+
 def test_precision_and_weights_tell_results_apart(tmp_path):
     half = result(dtype="bfloat16")
     html, markdown = made(tmp_path, [result(), half, result(model_sha256="c" * 64)])
@@ -271,9 +280,10 @@ def test_a_wrong_results_file_is_refused_by_name(tmp_path, text):
 
 def test_command_makes_both_again_without_torch(tmp_path):
     write_results(tmp_path, four_sizes()[:2])
-    code = "import sys; from evaluate_zero_shot import report; report.main(sys.argv[1:]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    command = [sys.executable, "-X", "importtime", "-m", "evaluate_zero_shot.report", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "evaluate_zero_shot.report.sections" in done.stderr
+    assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.html", "report.md"}
 
 

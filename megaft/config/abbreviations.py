@@ -1,0 +1,48 @@
+"""Suggest the setting that an unknown flag abbreviates, such as --optim.learning-rate for --optim.lr.
+
+tyro suggests settings for misspelt flags, but finds none for initials.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
+
+
+@contextmanager
+def suggesting(config: type, arguments: Sequence[str], *, is_shown: bool) -> Iterator[None]:
+    """When the block's parser refuses the arguments, print a line for each flag that abbreviates a setting."""
+    try:
+        yield
+    except SystemExit as error:
+        for line in _suggestions(config, arguments) if error.code and is_shown else []:
+            print(line, file=sys.stderr)
+        raise
+
+
+def _suggestions(config: type, arguments: Sequence[str]) -> list[str]:
+    names = list(_names(config))
+    flags = [argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")]
+    meant = {flag: [name for name in names if _abbreviates(flag, name)] for flag in flags if flag not in names}
+    return [f"--{flag}: did you mean --{' or --'.join(found)}?" for flag, found in meant.items() if found]
+
+
+def _names(config: type, prefix: str = "") -> Iterator[str]:
+    """Yield every flag's name, such as optim.learning-rate."""
+    hints = get_type_hints(config)
+    for field in fields(config):
+        name = prefix + field.name.replace("_", "-")
+        if is_dataclass(hints[field.name]):
+            yield from _names(hints[field.name], f"{name}.")
+        else:
+            yield name
+
+
+def _abbreviates(flag: str, name: str) -> bool:
+    """Return True for the initials of a name of several words, with or without the section in front."""
+    section, _, words = name.rpartition(".")
+    initials = "".join(word[0] for word in words.split("-"))
+    return len(initials) > 1 and flag in (initials, f"{section}.{initials}")
