@@ -40,6 +40,10 @@ class Reference:
         logits = self.logits(inputs)[-len(targets) :]
         return F.cross_entropy(logits, torch.tensor(targets), reduction="none").double().tolist()
 
+    def ended(self, text):
+        """Return the text with its most probable next token."""
+        return text + self.tokenizer.decode(self.logits(self.encode(text))[-1].argmax())
+
     def harness(self, context_length=None):
         return HFLM(
             pretrained=self.model,

@@ -209,14 +209,13 @@ LAST_WORDS = {
 
 @pytest.fixture(scope="module")
 def passages(corpora, tiny, tmp_path_factory):
-    """A file of LAMBADA's first rows and of others whose last word a small model knows, and its rows."""
+    """A file of LAMBADA's first rows and of others whose last token is the model's first choice, and its rows."""
     texts = references.lambada_rows((corpora / FILES["lambada"]).read_text(encoding="utf-8").splitlines())
     words = " ".join(texts).split()
-    cuts = [" ".join(words[at - 60 : at + 1]) for at in range(200, 6200, 20) if words[at].isalpha()]
-    known = [row for row in cuts if references.lambada_strict(tiny, [row])["accuracy"] == 1]
-    is_barred = [row.split()[-1] in STOP_WORDS for row in known]
-    barred = [row for row, is_ in zip(known, is_barred, strict=True) if is_][:4]
-    allowed = [row for row, is_ in zip(known, is_barred, strict=True) if not is_][:8]
+    contexts = [" ".join(words[at - 60 : at]) for at in range(200, 10_000, 10) if words[at - 1] in ("the", "of", "is")]
+    known = [row for row in map(tiny.ended, contexts) if row.rpartition(" ")[2].isalpha()]
+    barred = [row for row in known if row.split()[-1] in STOP_WORDS][:4]
+    allowed = [row for row in known if row.split()[-1] not in STOP_WORDS][:8]
     assert (len(barred), len(allowed)) == (4, 8)
     rows = [*texts[:15], *barred, *allowed, texts[19]]
     assert rows[-1].rpartition("\n")[2].isalpha()  # a line break before the last word
@@ -247,6 +246,27 @@ def test_childrens_book_test(tiny, trained_gpt2, beginning, evaluate, protocol):
     result = evaluate(trained_gpt2, *flags("cbt-cn", protocol, path))
     require_equal(result, references.cloze(tiny, text, has_prefix=protocol == "megaft"))
     assert result["accuracy"] > 0
+
+
+def strict_rows(model, text):
+    return references.lambada_strict(model, references.lambada_rows(text.splitlines()))
+
+
+PUBLISHED = [
+    ("wikitext103", "megatron", "wikitext103", 6, lambda m, text: references.megatron(m, text, 1024, 32)),
+    ("wikitext2", "hf-docs", "raw", 6, lambda m, text: references.hf_docs(m, references.rows_joined(text), 1024, 512)),
+    ("ptb", "megaft", "ptb", 30, lambda m, text: references.megaft(m, [text], detokenizers.get("ptb"), 1024, 512)),
+    ("lambada", "megatron", "lambada", 12, strict_rows),
+]
+"""Task, protocol, file, lines, reference."""
+
+
+@pytest.mark.parametrize(("task", "protocol", "corpus", "num_lines", "reference"), PUBLISHED)
+def test_published_corpora(shared, evaluate, tmp_path, task, protocol, corpus, num_lines, reference):
+    model, path = shared / "models/tiny-gpt2-wikitext2", tmp_path / "beginning"
+    with (shared / "data" / FILES[corpus]).open(encoding="utf-8", newline="\n") as lines:
+        path.write_text(text := "".join(islice(lines, num_lines)), encoding="utf-8", newline="\n")
+    require_equal(evaluate(model, *flags(task, protocol, path)), reference(Reference(model), text))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 VOCAB_SIZE = 2001
 """An odd number, as GPT-2's 50,257: 256 bytes, merges, and the end of text."""
 END = "<|endoftext|>"
-NUM_STEPS, ROWS, TOKENS = 150, 4, 256
+NUM_STEPS, ROWS, TOKENS = 200, 4, 128
 
 
 def make_vocabulary(folder: Path, text: str) -> Path:
