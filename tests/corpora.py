@@ -1,6 +1,7 @@
 """Corpora in the forms of WikiText, Penn Treebank, LAMBADA and others, made from Python's own documentation.
 
-Word tokenization follows that of each corpus; `Articles` keep the text before it. Nothing here imports megaft.
+Word tokenization follows that of each corpus; `articles` and `sentences` have the text before it. Nothing here imports
+megaft.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 TITLE = re.compile(r"([^\n]+)\n(\*{3,}|={3,}|-{3,})")
 ITEM = re.compile(r"(\* |\d+\. )")
-SENTENCE_END = re.compile(r'(?<=[.?!])(?<!e\.g\.)(?<!i\.e\.)["”)]?\s+(?=[A-Z“"(])')
+SENTENCE_END = re.compile(r'(?:(?<=[.?!])|(?<=[.?!]["”)]))(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z“"(])')
 
 
 @cache
@@ -44,17 +45,24 @@ def is_prose(text: str) -> bool:
     return bool(is_sentence) and not re.search(r"::=|>>>|--|==|\||\^|~|\\|[ (]@|_ |[+<>*/={}#%&`]", text)
 
 
+def paragraphs() -> list[str]:
+    """Return the paragraphs of all articles as they were written, in order."""
+    return [text for _, sections in articles() for _, texts in sections for text in texts]
+
+
 @cache
 def sentences() -> tuple[str, ...]:
     """Return the sentences of all articles as they were written, in order."""
-    paragraphs = (text for _, sections in articles() for _, paragraphs in sections for text in paragraphs)
-    return tuple(sentence for text in paragraphs for sentence in SENTENCE_END.split(text))
+    return tuple(sentence for text in paragraphs() for sentence in SENTENCE_END.split(text))
+
+
+def plain_quotes(text: str) -> str:
+    return re.sub(r"[“”]", '"', text).replace("\u2019", "'")
 
 
 def words_apart(text: str) -> str:
     """Return a text as the Moses tokenizer parts it: punctuation and clitics are words of their own."""
-    text = re.sub(r"[“”]", '"', text).replace("\u2019", "'")
-    text = re.sub(r'(["()\[\]?!;:]|,(?!\d)|\.\.\.)', r" \1 ", text)
+    text = re.sub(r'(["()\[\]?!;:]|,(?!\d)|\.\.\.)', r" \1 ", plain_quotes(text))
     text = re.sub(r"(?<=\w)'(?=\w)", " '", text)
     text = re.sub(r"(?<!\S)'(?=\w)(?!(?:s|t|re|ve|ll|d|m)\b)|(?<=\w)'(?!\w)", " ' ", text)
     return " ".join(re.sub(r"\.(?=\s*$)|\.(?= [\")\]]*\s*$)", " . ", text).split())
@@ -129,6 +137,13 @@ def lambada() -> str:
     return "".join(json.dumps({"text": passage}) + "\n" for passage in passages())
 
 
+def book() -> str:
+    """Return all topics with their code as a book of Project Gutenberg has its text: a byte order mark, and CRLFs."""
+    from pydoc_data.topics import topics
+
+    return "\ufeff" + "\n\n".join(topics[name].strip() for name in sorted(topics)).replace("\n", "\r\n") + "\r\n"
+
+
 def childrens_book_test(num_questions: int = 40) -> str:
     """Return questions of twenty numbered sentences and one with a word left out, which is among ten words."""
     texts = [words_apart(sentence) for sentence in sentences()]
@@ -160,7 +175,8 @@ def write(folder: Path) -> Path:
         "cbt/cbtest_CN_valid_2000ex.txt": childrens_book_test(),
         "1bw/news.en.heldout-00000-of-00050": one_billion_words(),
         "text8/text8": text8(),
-        "plain.txt": "\n\n".join(text for _, parts in articles() for _, texts in parts for text in texts) + "\n",
+        "book.txt": book(),
+        "plain.txt": "\n\n".join(paragraphs()) + "\n",
     }
     for name, text in texts.items():
         path = folder / name
