@@ -9,6 +9,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import published
 import pytest
 from filelock import FileLock
 from fork_server import CONTEXT
@@ -32,21 +33,18 @@ if parent_process() is None:
 settings.register_profile("megaft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("megaft")
 
-SHARED = Path(os.environ.get("MEGAFT_TEST_DATA", ROOT.parent / "shared"))
-"""Published corpora in data/ and a trained model in models/, which only some machines have."""
-
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_report_header() -> str | None:
-    return None if SHARED.is_dir() else f"no published corpora at {SHARED} (MEGAFT_TEST_DATA): their tests are left out"
+    return None if published.IS_PRESENT else f"{published.ABSENT}: their tests are left out"
 
 
 def pytest_collection_modifyitems(config, items):
     """Leave out tests of absent corpora; begin with files that have slow tests, so that the workers end together."""
-    if not SHARED.is_dir():
+    if not published.IS_PRESENT:
         config.hook.pytest_deselected(items=[item for item in items if "shared" in item.fixturenames])
         items[:] = [item for item in items if "shared" not in item.fixturenames]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -68,7 +66,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of published corpora and of a GPT-2 trained on one; without it, tests that ask for it are left out."""
-    return SHARED
+    return published.FOLDER
 
 
 @pytest.fixture(scope="session")
