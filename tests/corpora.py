@@ -42,7 +42,7 @@ def _sections(topic: str) -> list[tuple[str, list[str]]]:
 def is_prose(text: str) -> bool:
     """Return True for English sentences, and False for code, grammars and tables."""
     is_sentence = re.match(r"[A-Z“]", text) and re.search(r"[.:?!]$", text) and text.count(" ") > 5
-    return bool(is_sentence) and not re.search(r"::=|>>>|--|==|\||\^|~|\\|[ (]@|_ |[+<>*/={}#%&`]", text)
+    return bool(is_sentence) and not re.search(r"::=|>>>|--|==|\||\^|~|\\|[ (]@|_ |[+<>*/={}#%&]", text)
 
 
 def paragraphs() -> list[str]:

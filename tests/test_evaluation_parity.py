@@ -261,7 +261,9 @@ PUBLISHED = [
 """Task, protocol, file, lines, reference."""
 
 
-@pytest.mark.parametrize(("task", "protocol", "corpus", "num_lines", "reference"), PUBLISHED)
+@pytest.mark.parametrize(
+    ("task", "protocol", "corpus", "num_lines", "reference"), PUBLISHED, ids=[row[2] for row in PUBLISHED]
+)
 def test_published_corpora(shared, evaluate, tmp_path, task, protocol, corpus, num_lines, reference):
     model, path = shared / "models/tiny-gpt2-wikitext2", tmp_path / "beginning"
     with (shared / "data" / FILES[corpus]).open(encoding="utf-8", newline="\n") as lines:
