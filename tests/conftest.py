@@ -9,7 +9,9 @@ from multiprocessing import parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import published
 import pytest
+from filelock import FileLock
 from fork_server import CONTEXT
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
@@ -36,8 +38,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the files that have slow tests, so that the workers end together."""
+def pytest_report_header() -> str | None:
+    return None if published.IS_PRESENT else f"{published.ABSENT}: their tests are left out"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out tests of absent corpora; begin with files that have slow tests, so that the workers end together."""
+    if not published.IS_PRESENT:
+        config.hook.pytest_deselected(items=[item for item in items if "shared" in item.fixturenames])
+        items[:] = [item for item in items if "shared" not in item.fixturenames]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -56,11 +65,58 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with the shared test data: data/ (real corpora) and models/ (a small trained GPT-2)."""
-    folder = Path(os.environ.get("MEGAFT_TEST_DATA", Path(__file__).parents[2] / "shared"))
-    if not (folder / "data").is_dir():
-        pytest.skip(f"no test data at {folder}; set MEGAFT_TEST_DATA")
-    return folder
+    """The folder of published corpora and of a GPT-2 trained on one; without it, tests that ask for it are left out."""
+    return published.FOLDER
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory):
+    """make_once("name", make, ...) returns a folder that make(folder, ...) filled, once for all workers of a run."""
+    parent = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        parent = parent.parent
+
+    def made(name, make, *args):
+        folder = parent / "made" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                shutil.rmtree(partial := folder.with_suffix(".partial"), ignore_errors=True)
+                make(partial, *args)
+                partial.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def corpora(make_once) -> Path:
+    """The folder of corpora in the forms of the published ones, made of Python's documentation."""
+    import corpora
+
+    return make_once("corpora", corpora.write)
+
+
+@pytest.fixture(scope="session")
+def gpt2_bpe(make_once, corpora) -> Path:
+    """The folder of a byte-level BPE in GPT-2's files, vocab.json and merges.txt."""
+    import trained_gpt2
+
+    return make_once("gpt2-bpe", trained_gpt2.make_vocabulary, _training_text(corpora))
+
+
+@pytest.fixture(scope="session")
+def trained_gpt2(make_once, corpora, gpt2_bpe) -> Path:
+    """The folder of a small trained GPT-2 with that tokenizer."""
+    import trained_gpt2
+
+    return make_once("trained-gpt2", trained_gpt2.make_model, gpt2_bpe, _training_text(corpora))
+
+
+def _training_text(corpora: Path) -> str:
+    return "".join(
+        (corpora / name).read_text(encoding="utf-8") for name in ("wikitext103/wiki.test.tokens", "plain.txt")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -266,8 +266,8 @@ ODD = [*SPACES, *SPACES[:2] * 8, *"aZ9.'-é中́", "'s", "😀", "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
-def gpt2(shared):
-    return load_tokenizer(shared / "data" / "gpt2_bpe")
+def gpt2(gpt2_bpe):
+    return load_tokenizer(gpt2_bpe)
 
 
 @settings(max_examples=400, deadline=None)
@@ -288,9 +288,9 @@ def test_every_character_may_stand_before_a_cut(gpt2):
     assert whole == [left + right for left, right in zip(lefts, rights, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["books/alice_11-0.txt", "wikitext2/wiki.test.tokens"])
-def test_streamed_file_equals_whole(shared, gpt2, name):
-    path = shared / "data" / name
+@pytest.mark.parametrize("name", ["book.txt", "wikitext2/wiki.test.tokens"])
+def test_streamed_file_equals_whole(corpora, gpt2, name):
+    path = corpora / name
     read = partial(pieces, layout=Layout())
     streamed, (whole,) = list(read(Source(path), may_cut=True)), read(Source(path), may_cut=False)
     assert len(streamed) > 1

@@ -8,10 +8,12 @@ import sys
 from functools import cache
 from itertools import pairwise
 
+import detokenizers
 import numpy as np
 import pytest
 import zstandard
-from tiny_tokenizers import make_byte_level, make_sentencepiece
+from tiny_tokenizers import make_byte_level, make_llama_model, make_sentencepiece
+from transformers import GPT2TokenizerFast
 
 from megaft.base.errors import ConfigError, DataError
 from megaft.base.lock import locked
@@ -33,8 +35,8 @@ def _tokenizers_are_loaded_once(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def source(shared):
-    return str(shared / "data" / "gpt2_bpe")
+def source(gpt2_bpe):
+    return str(gpt2_bpe)
 
 
 @pytest.fixture
@@ -42,7 +44,8 @@ def run(source, tmp_path):
     """run(input, ..., option=...) prepares to tmp_path/out and returns the receipt and the tokens by document."""
 
     def prepared(*inputs, **options):
-        config = PrepareConfig(inputs=tuple(map(str, inputs)), output=tmp_path / "out", tokenizer=source, **options)
+        options = {"tokenizer": source} | options
+        config = PrepareConfig(inputs=tuple(map(str, inputs)), output=tmp_path / "out", **options)
         prepare(config)
         return load_receipt(tmp_path / "out"), read(tmp_path / "out")
 
@@ -87,8 +90,32 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("name", "detokenizer", "num_tokens", "num_words"), PUBLISHED)
 def test_published_counts(run, shared, tmp_path, name, detokenizer, num_tokens, num_words):
-    path = shared / "data" / name
-    receipt, (tokens,) = run(path, detokenizer=detokenizer)
+    path, vocabulary = shared / "data" / name, str(shared / "data/gpt2_bpe")
+    require_counts(run(path, detokenizer=detokenizer, tokenizer=vocabulary), path, tmp_path, num_tokens, num_words)
+
+
+@pytest.mark.parametrize(
+    ("name", "detokenizer"),
+    [
+        ("wikitext103/wiki.test.tokens", "wikitext_megatron"),
+        ("wikitext2_raw/wiki.test.raw", "identity"),
+        ("ptb/ptb.test.txt", "ptb_megatron"),
+        ("text8/text8", "text8"),
+    ],
+)
+def test_counts_are_those_of_the_whole_text(run, corpora, source, tmp_path, name, detokenizer):
+    path = corpora / name
+    text = path.read_text(encoding="utf-8")
+    expected = GPT2TokenizerFast.from_pretrained(source)(detokenizers.get(detokenizer)(text), verbose=False)[
+        "input_ids"
+    ]
+    receipt, documents = run(path, detokenizer=detokenizer)
+    assert documents == [expected]
+    require_counts((receipt, documents), path, tmp_path, len(expected), len(text.split()))
+
+
+def require_counts(prepared, path, tmp_path, num_tokens, num_words):
+    receipt, (tokens,) = prepared
     data = path.read_bytes()
     assert (receipt["tokens"], receipt["words"], receipt["bytes"]) == (num_tokens, num_words, len(data))
     assert len(tokens) == receipt["scored_tokens"] == num_tokens
@@ -98,8 +125,16 @@ def test_published_counts(run, shared, tmp_path, name, detokenizer, num_tokens, 
     assert (receipt["dtype"], receipt["tokenizer"]["round_trip"]) == ("uint16", True)
 
 
-def test_lines_are_documents(run, shared):
-    receipt, documents = run(shared / "data" / "wikitext2" / "wiki.test.tokens", unit="line")
+def test_lines_are_documents(run, corpora):
+    path = corpora / "wikitext2/wiki.test.tokens"
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    receipt, documents = run(path, unit="line")
+    assert receipt["words"] == sum(len(line.split()) for line in lines)
+    assert receipt["documents"] == len(documents) == len(lines)
+
+
+def test_published_lines_are_documents(run, shared):
+    receipt, documents = run(shared / "data/wikitext2/wiki.test.tokens", unit="line")
     assert receipt["words"] == 241_211
     assert receipt["documents"] == len(documents) == 2_891  # of 4,358 lines, those that are not blank
 
@@ -135,14 +170,14 @@ def test_prompts_are_marked(run, source, tmp_path):
     receipt, documents = run(path, prompt_key="q", completion_key="a", append_eod=True)
     encode = load_tokenizer(source).encode
     prompt, completion, yes = encode("1 + 1 ="), encode(" 2"), encode("yes")
-    assert documents == [[*prompt, *completion, 50256], [*yes, 50256]]
+    assert documents == [[*prompt, *completion, 2000], [*yes, 2000]]
     assert read(f"{tmp_path}/out.scored") == [[0] * len(prompt) + [1] * (len(completion) + 1), [1] * (len(yes) + 1)]
-    assert (receipt["eod_id"], receipt["scored_tokens"]) == (50256, len(completion) + len(yes) + 2)
+    assert (receipt["eod_id"], receipt["scored_tokens"]) == (2000, len(completion) + len(yes) + 2)
     run(write(tmp_path / "b.txt", "text"))
     assert not (tmp_path / "out.scored.idx").exists()  # one left over would be taken for the new text's
 
 
-def test_chats_are_rendered_by_the_tokenizers_template(run, shared, source, tmp_path, monkeypatch):
+def test_chats_are_rendered_by_the_tokenizers_template(run, source, tmp_path, monkeypatch):
     folder = tmp_path / "chat"
     load_tokenizer(source).save(folder)
     write(
@@ -236,10 +271,10 @@ def test_the_end_of_a_chat_is_scored_after_the_assistant_alone(tmp_path, chat_to
     assert [row[-1] for row in read(tmp_path / "out")] == [eos_id, eos_id]
 
 
-@pytest.mark.parametrize(("model", "holds"), [("llama_tokenizer.model", True), ("test_model.model", False)])
-def test_a_lossy_tokenizer_is_reported(shared, tmp_path, capsys, model, holds):
-    path = shared / "data" / "sentencepiece" / "botchan.txt"
-    tokenizer = shared / "data" / "sentencepiece" / model
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_lossy_tokenizer_is_reported(corpora, tmp_path, capsys, holds):
+    path = corpora / "book.txt"
+    tokenizer = make_llama_model(tmp_path / "llama.model") if holds else make_sentencepiece(tmp_path / "normalizing")
     receipt = prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=str(tokenizer)))
     assert receipt["tokenizer"]["round_trip"] is holds
     assert ("loses text" in capsys.readouterr().err) is not holds
@@ -345,8 +380,8 @@ for prefix, (owner, name, number) in zip(prefixes, [
 """
 
 
-def test_a_killed_run_leaves_the_old_data_or_none(run, shared, source, tmp_path):
-    text = shared / "data" / "books" / "alice_11-0.txt"
+def test_a_killed_run_leaves_the_old_data_or_none(run, corpora, source, tmp_path):
+    text = corpora / "book.txt"
     names = ["while writing", "before .bin", "before .idx", "before .json"]
     for name in names:
         receipt = prepare(

@@ -2,7 +2,15 @@ import json
 import shutil
 
 import pytest
-from tiny_tokenizers import LLAMA, make_byte_level, make_llama, make_llama_chat, make_metaspace, make_sentencepiece
+from tiny_tokenizers import (
+    LLAMA,
+    make_byte_level,
+    make_llama,
+    make_llama_chat,
+    make_llama_model,
+    make_metaspace,
+    make_sentencepiece,
+)
 
 from megaft.base.errors import DataError
 from megaft.data.tokenizer import SentencePieceTokenizer, load_tokenizer
@@ -81,9 +89,9 @@ def test_another_tokenizer_is_refused(tmp_path, change, message):
         require_same_ids(tokenizer, tmp_path / "saved")
 
 
-def test_transformers_own_conversion_of_llama_is_refused(tmp_path, shared):
+def test_transformers_own_conversion_of_llama_is_refused(tmp_path):
     """It merges runs of spaces first, which have the lowest score."""
-    model = shared / "data/sentencepiece/llama_tokenizer.model"
+    model = make_llama_model(tmp_path / "llama.model")
     (tmp_path / "hand-made").mkdir()
     shutil.copyfile(model, tmp_path / "hand-made/tokenizer.model")
     (tmp_path / "hand-made/tokenizer_config.json").write_text(json.dumps(LLAMA))

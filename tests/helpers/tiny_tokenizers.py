@@ -92,6 +92,20 @@ def make_llama(folder: Path, **settings) -> Path:
     return folder
 
 
+def make_llama_model(path: Path) -> Path:
+    """Write a sentencepiece model as Llama's: runs of spaces are its first pieces and have the lowest scores."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((make_llama(path.parent / f"{path.name}.parts") / "tokenizer.model").read_bytes())
+    pieces, first = list(model.pieces), 3 + 256  # special tokens, bytes
+    runs = [type(pieces[0])(piece="\u2581" * length, score=-1e9) for length in (2, 4, 8, 3)]
+    del model.pieces[:]
+    model.pieces.extend([*pieces[:first], *runs, *pieces[first:]])
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
 def make_llama_chat(folder: Path, **settings) -> Path:
     """Save a chat finetune of Llama by a slow tokenizer: added tokens, another EOS and a template in other files."""
     added = {"<|im_start|>": 800, "<|im_end|>": 801}

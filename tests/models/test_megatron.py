@@ -139,8 +139,8 @@ def trained_model_on_this_rank(source):
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_a_trained_gpt2(run_ranks, shared, size):
-    for found in run_ranks(size, trained_model_on_this_rank, shared / "models" / "tiny-gpt2-wikitext2"):
+def test_a_trained_gpt2(run_ranks, trained_gpt2, size):
+    for found in run_ranks(size, trained_model_on_this_rank, trained_gpt2):
         assert found["logits"] < 1e-4
         assert found["nats"] < 1e-6
 

@@ -381,13 +381,17 @@ def test_unknown_units_are_left_out_and_overflow_is_inf():
 
 
 @pytest.mark.slow
-def test_a_trained_model_costs_the_same_in_any_batch(shared):
-    folder = shared / "models/tiny-gpt2-wikitext2"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    text = (shared / "data/wikitext2/wiki.test.tokens").read_text()[:6000]
-    ids = PreTrainedTokenizerFast.from_pretrained(folder)(text)["input_ids"]
-    settings = {"context_length": 128, "stride": 64, "prefix_id": 50256, "num_words": len(text.split())}
+def test_a_trained_model_costs_the_same_in_any_batch(corpora, trained_gpt2):
+    model = AutoModelForCausalLM.from_pretrained(trained_gpt2, dtype=torch.float32)
+    text = (corpora / "wikitext2/wiki.test.tokens").read_text(encoding="utf-8")[:6000]
+    ids = PreTrainedTokenizerFast.from_pretrained(trained_gpt2)(text)["input_ids"]
+    settings = {
+        "context_length": 128,
+        "stride": 64,
+        "prefix_id": model.config.eos_token_id,
+        "num_words": len(text.split()),
+    }
     results = [run(model, Text(ids), **settings, batch_size=size) for size in (1, 3, 8)]
     assert [r.nats for r in results] == pytest.approx([results[0].nats] * 3, rel=1e-6)
     assert results[0].num_scored_tokens == len(ids)
-    assert results[0].perplexity < 1000  # chance is 50,257
+    assert results[0].perplexity < 500  # chance is 2,001

@@ -255,12 +255,14 @@ def test_bf16_nats_are_those_of_bf16_logits(name):
 
 # Loading
 
+NUM_PARAMETERS = (2001 + 1024) * 64 + 3 * (12 * 64**2 + 13 * 64) + 2 * 64
+"""Embeddings of tokens and positions; matrices, biases and norms of three layers; the last norm."""
 TEXT = " = Robert Boulter = \n Robert Boulter is an English film , television and theatre actor . He had a guest @-@ "
 
 
 @pytest.fixture(scope="module")
-def trained(shared):
-    return str(shared / "models" / "tiny-gpt2-wikitext2")
+def trained(trained_gpt2):
+    return str(trained_gpt2)
 
 
 def test_a_trained_model_on_real_text(trained):
@@ -272,7 +274,7 @@ def test_a_trained_model_on_real_text(trained):
     quantities = scorer(inputs, labels)
     torch.testing.assert_close(quantities[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0)
     assert torch.equal(quantities[1], (logits_of(model, inputs).argmax(-1) == labels).float())
-    assert (scorer.num_parameters, scorer.context_limit, scorer.vocab_size) == (5258688, 1024, 50257)
+    assert (scorer.num_parameters, scorer.context_limit, scorer.vocab_size) == (NUM_PARAMETERS, 1024, 2001)
     assert not any(type(module) is NewGELUActivation for module in scorer.model.modules())  # fused, and the same
     assert any(type(module) is NewGELUActivation for module in model.modules())
 

@@ -205,6 +205,5 @@ def test_reading_leaves_no_pages_mapped(tmp_path):
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
-def test_the_small_trained_model(shared):
-    folder = str(shared / "models/tiny-gpt2-wikitext2")
-    require_same(open_weights(folder), AutoModelForCausalLM.from_pretrained(folder))
+def test_the_small_trained_model(trained_gpt2):
+    require_same(open_weights(str(trained_gpt2)), AutoModelForCausalLM.from_pretrained(trained_gpt2))

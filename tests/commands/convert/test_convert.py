@@ -88,12 +88,12 @@ def test_files_of_at_most_so_many_bytes_in_another_dtype(tmp_path, monkeypatch):
     require_same(tmp_path / "end", model, lambda tensor: tensor.bfloat16())
 
 
-def test_the_manifest(tmp_path, shared):
-    megatron(shared / "models/tiny-gpt2-wikitext2", tmp_path / "two", 2)
+def test_the_manifest(tmp_path, trained_gpt2):
+    megatron(trained_gpt2, tmp_path / "two", 2)
     manifest = json.loads((tmp_path / "two/megatron.json").read_text())
     assert manifest["tensor_parallel_size"] == 2
     assert manifest["dtype"] == "float32"
-    assert manifest["source"].endswith("tiny-gpt2-wikitext2")
+    assert manifest["source"].endswith(trained_gpt2.name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
     assert (tmp_path / "two/tokenizer.json").is_file()
     for name, entry in manifest["files"].items():

@@ -19,7 +19,6 @@ from megaft.commands.generate.command import main, print_text
 from megaft.commands.generate.config import GenerateConfig, SamplingConfig
 from megaft.weights.reading import model_source
 
-MODEL = "models/tiny-gpt2-wikitext2"
 GREEDY = SamplingConfig(temperature=0)
 PROMPTS = ("The city of", "In 1998 , the")
 
@@ -86,37 +85,37 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         model_source(str(tmp_path))
 
 
-def generate(shared, capsys, **settings):
+def generate(model, capsys, **settings):
     settings = {"prompt": PROMPTS, "max_new_tokens": 8, **settings}
-    assert main(GenerateConfig(model=str(shared / MODEL), **settings)) == 0
+    assert main(GenerateConfig(model=str(model), **settings)) == 0
     return capsys.readouterr().out
 
 
-def test_prompts_are_continued(shared, capsys):
-    rows = [json.loads(line) for line in generate(shared, capsys, json=True).splitlines()]
+def test_prompts_are_continued(trained_gpt2, capsys):
+    rows = [json.loads(line) for line in generate(trained_gpt2, capsys, json=True).splitlines()]
     assert [row["prompt"] for row in rows] == list(PROMPTS)
     assert all(len(row["tokens"]) == 8 and row["tokens_per_second"] > 0 for row in rows)
-    assert generate(shared, capsys) == "".join(row["prompt"] + row["text"] + "\n" for row in rows)
+    assert generate(trained_gpt2, capsys) == "".join(row["prompt"] + row["text"] + "\n" for row in rows)
 
 
-def test_a_text_does_not_depend_on_the_prompts_beside_it(shared, capsys):
-    together = [json.loads(line)["text"] for line in generate(shared, capsys, json=True).splitlines()]
-    assert json.loads(generate(shared, capsys, json=True, prompt=PROMPTS[1:]))["text"] == together[1]
+def test_a_text_does_not_depend_on_the_prompts_beside_it(trained_gpt2, capsys):
+    together = [json.loads(line)["text"] for line in generate(trained_gpt2, capsys, json=True).splitlines()]
+    assert json.loads(generate(trained_gpt2, capsys, json=True, prompt=PROMPTS[1:]))["text"] == together[1]
 
 
-def test_greedy_text_equals_transformers(shared, capsys):
+def test_greedy_text_equals_transformers(trained_gpt2, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(shared / MODEL)
-    model = AutoModelForCausalLM.from_pretrained(shared / MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(trained_gpt2)
+    model = AutoModelForCausalLM.from_pretrained(trained_gpt2, dtype=torch.float32)
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
     theirs = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert generate(shared, capsys, prompt=PROMPTS[:1], sampling=GREEDY) == tokenizer.decode(theirs[0]) + "\n"
+    assert generate(trained_gpt2, capsys, prompt=PROMPTS[:1], sampling=GREEDY) == tokenizer.decode(theirs[0]) + "\n"
 
 
-def test_a_prompt_without_tokens_is_refused(shared):
+def test_a_prompt_without_tokens_is_refused(trained_gpt2):
     with pytest.raises(DataError, match="prompt '' has no tokens"):
-        main(GenerateConfig(model=str(shared / MODEL), prompt=("a", "")))
+        main(GenerateConfig(model=str(trained_gpt2), prompt=("a", "")))
 
 
 @pytest.fixture(scope="module")

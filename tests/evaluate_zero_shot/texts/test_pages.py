@@ -2,9 +2,11 @@ import re
 from itertools import pairwise
 from math import log
 
+import corpora as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2TokenizerFast
 
 from evaluate_zero_shot.tasks import TASKS
 from evaluate_zero_shot.texts.pages import documents, hf_rows, lines, wikitext_pages
@@ -29,12 +31,6 @@ TEXTS = st.lists(st.sampled_from(PARTS), max_size=30).map("".join)
 @pytest.fixture(scope="module")
 def raw(shared):
     return (shared / "data/wikitext2_raw/wiki.test.raw").read_bytes().decode()
-
-
-@pytest.fixture(scope="module")
-def gpt2(shared):
-    transformers = pytest.importorskip("transformers")
-    return transformers.GPT2TokenizerFast.from_pretrained(shared / "data/gpt2_bpe", model_max_length=10**9)
 
 
 def words(page):
@@ -65,7 +61,8 @@ def test_denominators_are_those_behind_published_lm_eval_figures(raw, word_perpl
     assert sum(len(page.encode()) for page in pages) == pytest.approx(bytes_per_word * sum(map(words, pages)), abs=1e-6)
 
 
-def test_hub_rows_of_raw_test_make_the_tokens_of_the_documentation(raw, gpt2):
+def test_hub_rows_of_raw_test_make_the_tokens_of_the_documentation(raw, shared):
+    gpt2 = GPT2TokenizerFast.from_pretrained(shared / "data/gpt2_bpe", model_max_length=10**9)
     text = hf_rows(raw)
     assert text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is")
     assert len(gpt2(text)["input_ids"]) == 287_644
@@ -89,6 +86,33 @@ def test_documents_of_real_corpora(shared, file, task, num_documents):
     found = documents(text, TASKS[task])
     assert len(found) == num_documents
     assert "".join(found) == text
+
+
+@pytest.mark.parametrize(
+    ("file", "task", "num_documents"),
+    [
+        pytest.param("wikitext2/wiki.test.tokens", "wikitext2", len(made.articles()), id="WikiText-2"),
+        pytest.param("wikitext103/wiki.test.tokens", "wikitext103", len(made.articles()), id="WikiText-103"),
+        pytest.param("wikitext2_raw/wiki.test.raw", "wikitext103", len(made.articles()), id="raw"),
+        pytest.param("ptb/ptb.test.txt", "ptb", 1, id="Penn Treebank is one document"),
+        pytest.param("1bw/news.en.heldout-00000-of-00050", "1bw", len(made.sentences()), id="a document a line"),
+    ],
+)
+def test_documents_of_generated_corpora(corpora, file, task, num_documents):
+    text = (corpora / file).read_bytes().decode()
+    found = documents(text, TASKS[task])
+    assert len(found) == num_documents
+    assert "".join(found) == text
+
+
+def test_lm_eval_pages_of_generated_articles(corpora):
+    text = (corpora / "wikitext2_raw/wiki.test.raw").read_bytes().decode()
+    pages = wikitext_pages(text)
+    assert [page.split("\n")[0] for page in pages] == [
+        f" = {made.wikitext_words(title)} = " for title, _ in made.articles()
+    ]
+    # What stands before the first title is lost, " \n", and a newline before every other.
+    assert sum(len(page.encode()) for page in pages) == len(text.encode()) - len(" \n") - (len(pages) - 1)
 
 
 @pytest.mark.parametrize(

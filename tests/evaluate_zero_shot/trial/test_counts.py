@@ -26,6 +26,31 @@ def num_tokens(shared):
 
 
 @pytest.mark.parametrize(
+    ("text", "words", "original_tokens"),
+    [
+        pytest.param("", 0, 1, id="nothing is one empty token"),
+        pytest.param("a b", 2, 2, id="words"),
+        pytest.param(" \n = A b = \n \n c , d \n", 7, 9, id="newlines within are tokens, those around are not"),
+        pytest.param("a  b\nc", 3, 3, id="a token between two spaces is empty, and a line's end parts none"),
+    ],
+)
+def test_words_and_original_tokens_by_hand(text, words, original_tokens):
+    assert (counts.num_words(text), counts.num_original_tokens(text)) == (words, original_tokens)
+
+
+def test_what_is_detokenized_at_once_changes_the_count_of_generated_pages(corpora, gpt2_bpe):
+    """Quotes pair over the ends of lines: rules that stay within a line find other words."""
+    detokenize, tokenizer = detokenizers.get("wikitext_megatron"), load_tokenizer(gpt2_bpe)
+    text = (corpora / RAW).read_text(encoding="utf-8")
+    pages_of = pages.wikitext_pages(text)
+    whole, by_page, by_line = (
+        sum(map(len, tokenizer.encode_batch(list(map(detokenize, texts)))))
+        for texts in ([text], pages_of, text.split("\n"))
+    )
+    assert len({whole, by_page, by_line}) == 3
+
+
+@pytest.mark.parametrize(
     ("name", "words", "original_tokens", "lines"),
     [
         (WIKITEXT103, 241_211, 245_566, 4_358),  # 245,566 is the published one (Megatron-LM)
