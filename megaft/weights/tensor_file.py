@@ -59,20 +59,13 @@ class TensorFile:
         _, shape, begin, end = self.spans[name]
         data = torch.empty(end - begin, dtype=torch.uint8)
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with self.path.open("rb") as file:
                 file.seek(begin)
-                _fill(data.numpy().data, file)
+                if file.readinto(data.numpy().data) < len(data):
+                    raise OSError("it is shorter than its header says")
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         return data.view(self.dtype(name)).view(shape)
-
-
-def _fill(view: memoryview, file) -> None:
-    while len(view):
-        count = file.readinto(view)
-        if not count:
-            raise OSError("it is shorter than its header says")
-        view = view[count:]
 
 
 def open_tensors(path: Path) -> TensorFile:
