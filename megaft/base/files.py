@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from megaft.base.errors import ConfigError, UserError
+from megaft.base.errors import ConfigError, DataError, UserError
 from megaft.base.nested import mapped
 from megaft.base.unicode_text import is_unicode
 
@@ -31,6 +31,19 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
         raise json.JSONDecodeError("it nests lists or objects too deeply; leave them out", "", 0) from error
     except ValueError as error:
         raise json.JSONDecodeError("it has an integer of thousands of digits; write that as a string", "", 0) from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file that somebody else may have made.
+
+    Raises:
+        DataError: It is damaged.
+        OSError: The disk refuses.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -1,33 +1,38 @@
-"""One process at a time in a folder."""
+"""Exclusive lock of a folder: one process at a time."""
 
 from __future__ import annotations
 
-import fcntl
-import os
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from megaft.base.environment import job
 from megaft.base.errors import ConfigError
 from megaft.base.files import naming_disk_errors
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
+
 
 @contextmanager
 def locked(folder: Path, is_main: bool = True, file: Path | None = None) -> Iterator[None]:
-    """Hold the lock of a folder in the block, against every process on any machine that sees the folder.
+    """Hold a folder's lock during the block, against every process on any machine that sees the folder.
 
-    The kernel lets go when the process dies, however it dies. Where a file system has no locks it says so and goes on.
+    It is the kernel's lock, which ends with the process however that dies. A file system without locks is reported on
+    standard error, and the block runs unlocked.
 
     Args:
-        folder: What is kept, in messages; it is made if it is not there.
-        is_main: Whether this rank keeps it, which it does for all of its run's ranks.
+        folder: The locked folder, named in messages; it is made if it does not exist.
+        is_main: True for the one rank that holds the lock on behalf of all.
         file: The lock file, by default `lock` in the folder.
 
     Raises:
-        ConfigError: Another process has it; the message says which. Or the disk refuses.
+        ConfigError: Another process holds the lock, and the message names it; or the disk refuses.
     """
     if not is_main:
         yield
@@ -35,28 +40,25 @@ def locked(folder: Path, is_main: bool = True, file: Path | None = None) -> Iter
     path = file or folder / "lock"
     with naming_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(folder, path)
+        lock = _acquire(folder, path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        os.close(descriptor)
+        lock.release()
 
 
-def _acquire(folder: Path, path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+def _acquire(folder: Path, path: Path) -> FileLock:
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "a process that just began"
-        os.close(descriptor)
+        lock.acquire(timeout=0.1, poll_interval=0.02)  # time for a holder that is just removing the file
+    except Timeout as error:
+        holder = path.read_text(errors="replace") or "a process that just began"
         raise ConfigError(f"{folder} is in use by {holder}; wait until it ends, or name another folder.") from error
     except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         print(f"{path} cannot be locked ({error.strerror}): start no second job on {folder}.", file=sys.stderr)
-    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
-        os.close(descriptor)  # the process before us has let go of it and removed it
-        return _acquire(folder, path)
     holder = [f"{key} {value}" for key, value in job().items()] + [f"since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"]
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, ", ".join(holder).encode(), 0)
-    return descriptor
+    path.write_text(", ".join(holder))
+    return lock

@@ -1,8 +1,8 @@
-"""Progress of a long job on standard error: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long job on standard error: a bar in a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
-import sys
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,35 +13,39 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class Bar:
-    """Shows a text, in front of it a bar where there is a terminal."""
+    """A line of text that is renewed behind a bar in a terminal, and printed now and then in a log."""
 
     def __init__(self, total: int, done: int = 0, *, seconds_between_lines: float) -> None:
-        self._seconds_between_lines, self._spoke = seconds_between_lines, time.monotonic()
-        console, self._bar = Console(stderr=True), None
-        if console.is_terminal:
-            self._bar = Progress(BarColumn(), TextColumn("{task.description}", markup=False), console=console)
-            self._task = self._bar.add_task("", total=total, completed=done)
-            self._bar.start()
+        self._seconds_between_lines, self._last_line = seconds_between_lines, time.monotonic()
+        console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        columns = BarColumn(), TextColumn("{task.description}", markup=False)
+        self._is_bar = console.is_terminal
+        self._rich = Progress(*columns, console=console, disable=not self._is_bar, speed_estimate_period=math.inf)
+        self._rich.add_task("", total=total, completed=done)
+        (self._task,) = self._rich.tasks
+        self._rich.start()
 
-    def show(self, done: int, text: str, *, is_due: bool = False) -> None:
-        """Move on; without a bar this is a line, where one is due."""
-        if self._bar:
-            self._bar.update(self._task, completed=done, description=text)
-        elif is_due or time.monotonic() - self._spoke >= self._seconds_between_lines:
-            self._spoke = time.monotonic()
+    def move(self, done: int) -> tuple[float | None, str]:
+        """Move on; return units a second over the last thousand moves (None at the first) and the time left."""
+        self._rich.update(self._task.id, completed=done)
+        left = self._task.time_remaining
+        return self._task.speed, "unknown" if left is None else str(timedelta(seconds=left))
+
+    def show(self, text: str, *, is_due: bool = False) -> None:
+        """Renew the text; in a log, print it if it is due or the last line is old enough."""
+        if self._is_bar:
+            self._rich.update(self._task.id, description=text)
+        elif is_due or time.monotonic() - self._last_line >= self._seconds_between_lines:
+            self._last_line = time.monotonic()
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Show a text that stays."""
-        if self._bar:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        """Print a text that stays."""
+        self._rich.console.print(text)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
-        if self._bar:
-            self._bar.stop()
+        self._rich.stop()
 
 
 @contextmanager
@@ -51,25 +55,18 @@ def counting(total: int, unit: str, what: str = "", is_shown: bool = True) -> It
     Args:
         total: Units in all.
         unit: Their name, such as tokens.
-        what: What is being done.
-        is_shown: Whether this process speaks.
+        what: The job's name.
+        is_shown: Whether this process shows it.
     """
     if not is_shown:
         yield lambda done: None
         return
     bar = Bar(total, seconds_between_lines=10.0)
-    begin = None  # what was done before, in no time, says nothing about speed
 
     def show(done: int) -> None:
-        nonlocal begin
-        now = time.monotonic()
-        begin = begin or (now, done)
-        seconds, since = now - begin[0], done - begin[1]
+        speed, left = bar.move(done)
         text = f"{what} {done:,} of {total:,} {unit}".lstrip()
-        if since and seconds:
-            left = timedelta(seconds=round(seconds / since * (total - done)))
-            text = f"{text}, {since / seconds:,.0f}/s, {left} left"
-        bar.show(done, text)
+        bar.show(f"{text}, {speed:,.0f}/s, {left} left" if speed else text)
 
     try:
         yield show

@@ -32,7 +32,7 @@ from megaft.checkpoint import engine_state
 from megaft.checkpoint.run_state import Identity, RunState
 from megaft.config.train import CheckpointConfig
 from megaft.weights.manifest import FORMAT, MANIFEST, folder_of, manifest_text, published, require_size, step_of
-from megaft.weights.shard import write_shard
+from megaft.weights.tensor_file import write_shard
 
 SPARE_BYTES = 1 << 20
 """Free space left for the manifest, headers and other files of the run."""

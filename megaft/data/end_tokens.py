@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaft.base.errors import DataError
-from megaft.base.files import parse_json
+from megaft.base.files import read_json
 from megaft.base.hub import find_file
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ def _read(source: str, name: str) -> tuple[Path | None, dict[str, Any]]:
     found = find_file(source, name)
     if found is None:
         return None, {}
-    try:
-        content = parse_json(found.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{found} is damaged ({str(error).splitlines()[0]}); copy it anew.") from error
+    content = read_json(found)
     if not isinstance(content, dict):
         raise DataError(f"{found} is a JSON {type(content).__name__}, not an object; copy it anew.")
     return found, content

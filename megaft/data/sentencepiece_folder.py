@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaft.base.errors import DataError
-from megaft.base.files import parse_json
+from megaft.base.files import parse_json, read_json
 from megaft.data.probe_texts import PROBES
 from megaft.data.sentencepiece_model import CONTROL, UNKNOWN, ModelProto, Prefix, convert, parse, prefix_of
 from megaft.data.transformers_tokenizer import from_pretrained, naming_errors
@@ -44,18 +44,11 @@ def _special_pieces(model: ModelProto) -> dict[str, str]:
 
 
 def _repeats(path: Path, pieces: Mapping[str, str]) -> bool:
-    settings = _json(path)
+    settings = read_json(path)
     return isinstance(settings, dict) and all(
         pieces.get(name) == (token.get("content") if isinstance(token, dict) else token)
         for name, token in settings.items()
     )
-
-
-def _json(path: Path) -> Any:
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
 
 
 def load(folder: Path) -> PreTrainedTokenizerFast:
@@ -95,7 +88,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, theirs: PreTrainedTokenizerFast, 
     tokens = dict(sorted(theirs.added_tokens_decoder.items()))
     for token in tokens.values():
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-    declared = _json(folder / _ADDED) if (folder / _ADDED).is_file() else {}
+    declared = read_json(folder / _ADDED) if (folder / _ADDED).is_file() else {}
     for content, id_ in [*((token.content, id_) for id_, token in tokens.items()), *declared.items()]:
         if (given := backend.token_to_id(content)) != id_:
             raise DataError(

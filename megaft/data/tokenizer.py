@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megaft.base.errors import ChatTemplateError, DataError
-from megaft.base.files import parse_json
+from megaft.base.files import read_json
 from megaft.base.foreign import require_inert
 from megaft.base.hub import find_file_if_any
 from megaft.data import sentencepiece_folder
@@ -338,10 +338,7 @@ def _other(names: set[str]) -> str:
 
 def _check_json(path: Path) -> None:
     """Refuse a damaged vocab.json or tokenizer.json, and ids for which tokenizers would take all memory."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
+    content = read_json(path)
     model = content.get("model", content) if isinstance(content, dict) else None
     vocabulary = model.get("vocab", model) if isinstance(model, dict) else None
     for token, id_ in vocabulary.items() if isinstance(vocabulary, dict) else ():

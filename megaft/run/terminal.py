@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from datetime import timedelta
 from typing import Any
 
 from megaft.base.progress import Bar
@@ -14,7 +12,6 @@ class Terminal:
 
     def __init__(self, first_step: int, max_steps: int) -> None:
         self._first_step, self._max_steps = first_step, max_steps
-        self._begin = time.perf_counter()
         self._bar = Bar(max_steps, first_step, seconds_between_lines=2.0)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -24,16 +21,13 @@ class Terminal:
         if "validation" in row:
             self._bar.say(f"{head}  validation: {_numbers(row['validation'])}")
         else:
+            _, left = self._bar.move(step)
             is_due = step in (self._first_step + 1, self._max_steps)
-            self._bar.show(step, f"{head}  {_summary(row)}  ETA {self._remaining(step)}", is_due=is_due)
+            self._bar.show(f"{head}  {_summary(row)}  ETA {left}", is_due=is_due)
 
     def close(self, failed: bool = False) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
-
-    def _remaining(self, step: int) -> timedelta:
-        per_step = (time.perf_counter() - self._begin) / max(1, step - self._first_step)
-        return timedelta(seconds=round((self._max_steps - step) * per_step))
 
 
 def _summary(row: dict[str, Any]) -> str:

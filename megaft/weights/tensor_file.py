@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,8 @@ from megaft.base.files import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes of weights by the format's names."""
+BYTES_AT_ONCE = 1 << 24
+"""Bytes written between two hints that the disk may begin."""
 
 
 class Span(NamedTuple):
@@ -55,20 +59,13 @@ class TensorFile:
         _, shape, begin, end = self.spans[name]
         data = torch.empty(end - begin, dtype=torch.uint8)
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with self.path.open("rb") as file:
                 file.seek(begin)
-                _fill(data.numpy().data, file)
+                if file.readinto(data.numpy().data) < len(data):
+                    raise OSError("it is shorter than its header says")
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         return data.view(self.dtype(name)).view(shape)
-
-
-def _fill(view: memoryview, file) -> None:
-    while len(view):
-        count = file.readinto(view)
-        if not count:
-            raise OSError("it is shorter than its header says")
-        view = view[count:]
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -94,29 +91,59 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 class TensorWriter:
-    """A new safetensors file: its header at once, then its tensors one after the other, hashed on the way."""
+    """A new safetensors file: its header at once, then its tensors one after the other, hashed on the way.
+
+    An OSError of the disk removes the file.
+    """
 
     def __init__(self, path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype):
         self.path, self.dtype = path, dtype
-        self._sha256 = hashlib.sha256()
+        self._sha256, self._num_bytes, self._num_released = hashlib.sha256(), 0, 0
         self._file = path.open("xb")
         self._put(header_of(shapes, dtype))
 
     def write(self, tensor: Tensor) -> None:
-        """Add the next of the tensors that the header names."""
-        self._put(tensor.to(self.dtype).contiguous().view(torch.uint8).numpy().data)
+        """Add the next of the tensors that the header names, from any device."""
+        self._put(tensor.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
 
     def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
+        with self._removed_on_error():
+            self._num_bytes += self._file.write(data)
+            self._sha256.update(data)
+            if self._num_bytes - self._num_released >= BYTES_AT_ONCE and hasattr(os, "posix_fadvise"):
+                # The disk begins, and the page cache lets go of what is there: little is left for the sync at the end.
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                self._num_released = self._num_bytes
 
-    def close(self) -> dict[str, int | str]:
-        """Wait until the file is on disk; return its bytes and SHA-256, as a manifest has them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        num_bytes = self._file.tell()
-        self._file.close()
-        return {"bytes": num_bytes, "sha256": self._sha256.hexdigest()}
+    def close(self) -> tuple[int, bytes]:
+        """Wait until the file is on disk; return its bytes and SHA-256."""
+        with self._removed_on_error():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        return self._num_bytes, self._sha256.digest()
+
+    @contextmanager
+    def _removed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with suppress(OSError):
+                self._file.close()
+            self.path.unlink(missing_ok=True)
+            raise
+
+
+def write_shard(path: Path, tensors: list[tuple[str, Tensor]]) -> tuple[int, bytes]:
+    """Write tensors as fp32 into a new safetensors file; return its bytes and SHA-256 once it is on disk.
+
+    Raises:
+        OSError: The disk refuses, and nothing of the file is left; or there is such a file already, which stays.
+    """
+    writer = TensorWriter(path, {name: tensor.shape for name, tensor in tensors}, torch.float32)
+    for _, tensor in tensors:
+        writer.write(tensor)
+    return writer.close()
 
 
 def header_of(shapes: dict[str, torch.Size], dtype: torch.dtype) -> bytes:

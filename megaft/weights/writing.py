@@ -91,12 +91,13 @@ def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int
         tensors = [rounded(parameter, weights.read(parameter), dtype) for parameter in rule.sources]
         for rank, writer in enumerate(writers):
             writer.write(layout.local(name, tensors, size, rank))
+    written = {writer.path.name: writer.close() for writer in writers}
     manifest = {
         "format": FORMAT,
         "tensor_parallel_size": size,
         "dtype": str(dtype).removeprefix("torch."),
         "source": source,
-        "files": {writer.path.name: writer.close() for writer in writers},
+        "files": {name: {"bytes": num_bytes, "sha256": sha256.hex()} for name, (num_bytes, sha256) in written.items()},
     }
     _write_config(weights.config, folder, dtype)
     write_json_atomic(folder / MANIFEST, manifest)

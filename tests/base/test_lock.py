@@ -68,7 +68,7 @@ def test_a_lock_removed_while_we_waited_for_it_is_not_ours(tmp_path, monkeypatch
 
     def flock(descriptor, operation):
         if not others:
-            others.append((tmp_path / "lock").rename(tmp_path / "gone"))
+            others.append((tmp_path / "lock").unlink())
         really_flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -92,3 +92,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="lock cannot be written: Not a directory"), locked(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_link_in_the_lock_files_place_is_not_followed(tmp_path):
+    (tmp_path / "another").write_text("mine")
+    (tmp_path / "lock").symlink_to(tmp_path / "another")
+    with pytest.raises(ConfigError, match="lock cannot be written"), locked(tmp_path):
+        pass
+    assert (tmp_path / "another").read_text() == "mine"

@@ -24,7 +24,7 @@ from megaft.checkpoint.run_state import RunState
 from megaft.config.train import CheckpointConfig
 from megaft.weights import manifest as manifest_module
 from megaft.weights.manifest import folder_of, saved_steps, verify
-from megaft.weights.shard import write_shard
+from megaft.weights.tensor_file import write_shard
 
 MODES = [pytest.param(False, id="sync"), pytest.param(True, id="async")]
 
@@ -53,6 +53,7 @@ def test_a_shard_is_what_safetensors_reads(tmp_path, lengths):
     assert (num_bytes, digest.hex()) == (path.stat().st_size, sha256_of(path))
     with pytest.raises(FileExistsError):
         write_shard(path, [])
+    assert path.stat().st_size == num_bytes
 
 
 # A whole checkpoint

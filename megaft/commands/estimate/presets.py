@@ -7,7 +7,7 @@ from typing import Any
 
 from megaft.base.checks import require
 from megaft.base.errors import DataError
-from megaft.base.files import parse_json
+from megaft.base.files import read_json
 from megaft.base.foreign import require_inert
 
 
@@ -73,10 +73,7 @@ def configuration(model: str) -> dict[str, Any]:
         return PRESETS[model]
     path = Path(source_of(model))
     require(path.is_file(), f"--model is {model}; give a folder with a config.json, or one of {', '.join(PRESETS)}.")
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); copy it from the model again.") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise DataError(f"{path} is not a JSON object but a {type(found).__name__}; copy it from the model again.")
     require_inert("model", path)

@@ -1,12 +1,11 @@
 """Sampling of the next token, and the generation loop.
 
-Written out rather than left to transformers' `generate`, so that a seed gives the same text on any device and in any
-company. The filters apply in transformers' order: repetition penalty, temperature, top-k, top-p.
+The loop is written out rather than left to transformers' `generate`, so that a seed gives the same text on any device
+and in any batch. transformers' own filters apply, in its order: repetition penalty, temperature, top-k, top-p.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Container, Iterator, Sequence
 from typing import Protocol, runtime_checkable
@@ -14,6 +13,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from megaft.commands.generate.config import SamplingConfig
 from megaft.models.finite import require_finite_logits
@@ -25,19 +30,19 @@ def next_token(
     """Return the token that follows `previous_ids`, the most likely one at temperature 0.
 
     Raises:
-        NumericsError: A logit is not a number, or infinite; -inf marks a token that the model rules out.
+        NumericsError: A logit is NaN or infinite; -inf is allowed, and marks a token that the model rules out.
     """
     require_finite_logits(logits, len(previous_ids))
-    logits = logits.float().cpu()  # a CPU generator draws the same numbers beside every device
-    logits = penalize_repetition(logits, previous_ids, settings.repetition_penalty)
+    scores = logits.float().cpu()[None]  # a CPU generator draws the same numbers beside every device
+    ids = torch.tensor([previous_ids])
+    scores = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)(ids, scores)
     if settings.temperature == 0:
-        return int(logits.argmax())
-    logits = keep_top_k(divide(logits, settings.temperature), settings.top_k)
-    logits = keep_top_p(logits, settings.top_p)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        return int(scores.argmax())
+    scores = filters(settings)(ids, divide(scores, settings.temperature))
+    return int(torch.multinomial(scores[0].softmax(-1), 1, generator=generator))
 
 
-def divide(logits: Float32[Tensor, " vocab"], temperature: float) -> Float32[Tensor, " vocab"]:
+def divide(logits: Float32[Tensor, "1 vocab"], temperature: float) -> Float32[Tensor, "1 vocab"]:
     """Divide the logits by a temperature above 0, which may be too small or too large for float32."""
     divided = logits / temperature
     if not divided.isnan().any() and divided.isfinite().equal(logits.isfinite()):
@@ -45,39 +50,14 @@ def divide(logits: Float32[Tensor, " vocab"], temperature: float) -> Float32[Ten
     return ((logits.double() - logits.max()) / temperature).float()  # softmax is the same
 
 
-def penalize_repetition(
-    logits: Float32[Tensor, " vocab"], previous_ids: Sequence[int], penalty: float
-) -> Float32[Tensor, " vocab"]:
-    """Divide the positive logits of tokens seen before by `penalty`, and multiply the negative ones (1.0: none).
-
-    CTRL (Keskar et al. 2019, section 4.1). As in transformers, the prompt counts as seen.
-    """
-    seen = torch.tensor(sorted(set(previous_ids)), dtype=torch.int64)
-    scores = logits[seen]
-    return logits.index_copy(0, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
-
-
-def keep_top_k(logits: Float32[Tensor, " vocab"], k: int) -> Float32[Tensor, " vocab"]:
-    """Leave the k highest logits, and any that ties with the last of them, and put the others to -inf (0: all stay).
-
-    Fan et al. 2018, section 5.4.
-    """
-    if k == 0 or k >= len(logits):
-        return logits
-    return logits.masked_fill(logits < logits.topk(k).values[-1], -math.inf)
-
-
-def keep_top_p(logits: Float32[Tensor, " vocab"], p: float) -> Float32[Tensor, " vocab"]:
-    """Leave the fewest tokens whose probabilities add up to p or more, and put the others to -inf (1.0: all stay).
-
-    Nucleus sampling (Holtzman et al. 2020, section 3.1).
-    """
-    if p == 1:
-        return logits
-    probabilities, order = logits.softmax(-1).sort(descending=True)
-    is_likelier_mass_enough = probabilities.cumsum(-1) - probabilities >= p
-    is_likelier_mass_enough[0] = False  # float32 has no such small p
-    return logits.index_fill(0, order[is_likelier_mass_enough], -math.inf)
+def filters(settings: SamplingConfig) -> LogitsProcessorList:
+    """Return the top-k and top-p filters that the settings turn on."""
+    found = LogitsProcessorList()
+    if settings.top_k > 0:
+        found.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        found.append(TopPLogitsWarper(settings.top_p))
+    return found
 
 
 @runtime_checkable

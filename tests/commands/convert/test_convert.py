@@ -19,7 +19,7 @@ from megaft.weights import writing
 from megaft.weights.loading.pretrained import load_language_model
 from megaft.weights.pieces import WEIGHT
 from megaft.weights.reading import open_weights
-from megaft.weights.shard import write_shard
+from megaft.weights.tensor_file import write_shard
 
 SMOL = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4, "hidden_size": 36}
 # what it is: model, changes, tensor-parallel sizes on the way
