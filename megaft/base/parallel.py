@@ -14,8 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache, partial
-from types import SimpleNamespace
+from functools import cache
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
@@ -27,6 +26,7 @@ from megaft.base.device import device_of, require_own_gpu
 from megaft.base.ending import CRASH, ending_of
 from megaft.base.errors import ConfigError, LostPeerError, UserError, kind_of
 from megaft.base.heartbeat import Heartbeat
+from megaft.base.model_parallel_unit import ModelParallelUnit
 from megaft.base.network import connect_hosts, require_interfaces
 from megaft.base.topology import Topology, discover, free_port, integer, is_main_of
 from megaft.base.torch_flags import forbid_tf32
@@ -158,21 +158,18 @@ def cut_matrices(tensor_parallel_size: int) -> None:
     _groups = Groups(parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group())
 
 
-def mpu() -> SimpleNamespace | None:
+def mpu() -> ModelParallelUnit | None:
     """Return the tensor-parallel groups as DeepSpeed's `mpu`: ZeRO shards over the data ranks alone."""
     if _groups is None:
         return None
-    model = {"rank": tensor_parallel_rank(), "world_size": tensor_parallel_size(), "group": _groups.tensor}
-    data = {"rank": data_parallel_rank(), "world_size": data_parallel_size(), "group": _groups.data}
-    answers = {("model", name): value for name, value in model.items()}
-    answers |= {("tensor_model", name): value for name, value in model.items()}
-    answers |= {("data", name): value for name, value in data.items()}
-    calls = {f"get_{kind}_parallel_{name}": partial(_same, value) for (kind, name), value in answers.items()}
-    return SimpleNamespace(**calls)
-
-
-def _same(value: T) -> T:
-    return value
+    return ModelParallelUnit(
+        tensor_rank=tensor_parallel_rank(),
+        tensor_size=tensor_parallel_size(),
+        tensor_group=_groups.tensor,
+        data_rank=data_parallel_rank(),
+        data_size=data_parallel_size(),
+        data_group=_groups.data,
+    )
 
 
 def leave() -> None:
@@ -326,6 +323,14 @@ def max_over_ranks(values: list[int]) -> list[int]:
     tensor = torch.tensor(values)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
     return tensor.tolist()
+
+
+def gather_numbers(numbers: list[int]) -> list[list[int]]:
+    """Return the numbers, none negative and as many on each, of every rank in order. It runs on the host."""
+    before, after = rank(), world_size() - 1 - rank()
+    zeros, count = [0] * len(numbers), len(numbers)
+    flat = max_over_ranks([*before * zeros, *numbers, *after * zeros])
+    return [flat[begin : begin + count] for begin in range(0, len(flat), count)]
 
 
 @cache

@@ -190,6 +190,11 @@ def _set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
             group["step"] = steps
 
 
+def set_steps(engine, steps: int, skipped_steps: int) -> None:
+    """Set the engine's own counts of steps tried and of those skipped."""
+    engine.global_steps, engine.skipped_steps = steps, skipped_steps
+
+
 def refresh(engine) -> None:
     """Copy the fp32 weights into those the forward pass uses, on all ranks together."""
     zero = engine.optimizer

@@ -97,7 +97,7 @@ def load(engine: Any, folder: Path, identity: Identity, allow_changed: Collectio
     state, loss_scale = parallel.together(_load, engine, folder, identity, allow_changed)
     engine_state.refresh(engine)
     engine_state.set_loss_scale_state(engine, loss_scale)
-    engine.global_steps, engine.skipped_steps = state.step, state.skipped_steps
+    engine_state.set_steps(engine, state.step, state.skipped_steps)
     return state
 
 

@@ -97,7 +97,9 @@ class Saver:
         self.publish()
         began = time.perf_counter()
         pieces = [(f"{kind}/{name}@{offset}", values) for name, kind, offset, values in engine_state.collect(engine)]
-        sizes = _gather([4 * sum(values.numel() for _, values in pieces), zlib.crc32(socket.gethostname().encode())])
+        sizes = parallel.gather_numbers(
+            [4 * sum(values.numel() for _, values in pieces), zlib.crc32(socket.gethostname().encode())]
+        )
         self.written_bytes = sum(num_bytes for num_bytes, _ in sizes)
         final = folder_of(self._run_dir, state.step)
         temporary = final.with_name(final.name + ".tmp")
@@ -175,7 +177,9 @@ class Saver:
         try:
             written = parallel.together(lambda: [writer.result() for writer in pending.writers])
             written += [(0, bytes(32))] * (PARTS - len(written))
-            gathered = _gather([number for num_bytes, sha256 in written for number in (num_bytes, *sha256)])
+            gathered = parallel.gather_numbers(
+                [number for num_bytes, sha256 in written for number in (num_bytes, *sha256)]
+            )
             parallel.together(self._finish, pending, gathered)
         except CheckpointError:
             if parallel.is_main():
@@ -264,10 +268,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _gather(mine: list[int]) -> list[list[int]]:
-    """Return the numbers, none negative, of every rank in order."""
-    rank, size = parallel.rank(), parallel.world_size()
-    flat = parallel.max_over_ranks([number if rank == r else 0 for r in range(size) for number in mine])
-    return [flat[begin : begin + len(mine)] for begin in range(0, len(flat), len(mine))]

@@ -20,11 +20,14 @@ from megaft.base.nested import leaves
 from megaft.base.plural import counted
 from megaft.config.deepspeed_blocks import check_optimizer, translate_blocks
 from megaft.config.deepspeed_keys import (
+    ACCUMULATION,
     BATCH_KEYS,
     BLOCK_KEYS,
     FILLED_IN,
+    GLOBAL_BATCH,
     HOLDS_STRINGS,
     KNOWN_KEYS,
+    MICRO_BATCH,
     ONLY,
     REFUSED,
     Dtype,
@@ -247,7 +250,7 @@ def _batch_sizes(config: dict[str, Any], world_size: int, notes: list[str]) -> t
     train, micro, accumulation = (_positive(config, key) for key in BATCH_KEYS)
     if micro is None and train is None:
         raise ConfigError(
-            f"DeepSpeed JSON: no batch size. Give {BATCH_KEYS[0]}, for example 64, and {BATCH_KEYS[1]}, for example 4."
+            f"DeepSpeed JSON: no batch size. Give {GLOBAL_BATCH}, for example 64, and {MICRO_BATCH}, for example 4."
         )
     if train is None:
         train = (micro or 1) * (accumulation or 1) * world_size
@@ -273,7 +276,7 @@ def _fall_to_dividing_micro_batch(
     config |= zip(BATCH_KEYS, (train, size, "auto"), strict=True)
     if size != asked:
         notes.append(
-            f"{BATCH_KEYS[1]} falls from {asked} to {size}, to cut {train} evenly over {counted(world_size, 'rank')}."
+            f"{MICRO_BATCH} falls from {asked} to {size}, to cut {train} evenly over {counted(world_size, 'rank')}."
         )
 
 
@@ -289,10 +292,10 @@ def _positive(config: dict[str, Any], key: str) -> int | None:
 def _fail_batch(config: dict[str, Any], train: int, micro: int, accumulation: int, world_size: int) -> NoReturn:
     given = ", ".join(f"{key} {config[key]}" for key in BATCH_KEYS if config.get(key, "auto") != "auto")
     choices = ", or ".join(
-        f"{BATCH_KEYS[0]} {size}, {BATCH_KEYS[1]} {size // (count * world_size)}, {BATCH_KEYS[2]} {count}"
+        f"{GLOBAL_BATCH} {size}, {MICRO_BATCH} {size // (count * world_size)}, {ACCUMULATION} {count}"
         for size, count in _legal_batches(train, micro, accumulation, world_size)
     )
-    rule = f"{BATCH_KEYS[0]} must be {BATCH_KEYS[1]} x {BATCH_KEYS[2]} x ranks"
+    rule = f"{GLOBAL_BATCH} must be {MICRO_BATCH} x {ACCUMULATION} x ranks"
     raise ConfigError(f"DeepSpeed JSON: {given} on {counted(world_size, 'rank')}: {rule}. Use {choices}.")
 
 

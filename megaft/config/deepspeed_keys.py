@@ -13,7 +13,9 @@ from typing import Any, Literal, NoReturn
 from megaft.base.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+GLOBAL_BATCH, MICRO_BATCH = "train_batch_size", "train_micro_batch_size_per_gpu"
+ACCUMULATION = "gradient_accumulation_steps"
+BATCH_KEYS = (GLOBAL_BATCH, MICRO_BATCH, ACCUMULATION)
 
 PASSED_ON = (  # top-level keys that DeepSpeed may read as they stand
     *("bf16", "fp16", "data_types", "zero_optimization", "gradient_clipping"),

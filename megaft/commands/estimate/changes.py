@@ -10,7 +10,7 @@ from typing import Any
 
 from megaft.base.errors import ConfigError
 from megaft.commands.estimate.recipe import Footprint, Recipe
-from megaft.config.deepspeed_keys import BATCH_KEYS
+from megaft.config.deepspeed_keys import ACCUMULATION, GLOBAL_BATCH, MICRO_BATCH
 
 MOST_SHOWN = 3
 MOST_TIMES = 64
@@ -87,11 +87,9 @@ def _put(settings: dict[str, Any], path: str, value: Any) -> None:
 
 def _kinds(given: Recipe) -> Iterator[list[Option]]:
     setup = given.setup()
-    whole = {BATCH_KEYS[0]: setup.global_batch_size, BATCH_KEYS[2]: "auto"}
+    whole = {GLOBAL_BATCH: setup.global_batch_size, ACCUMULATION: "auto"}
     sizes = [setup.micro_batch_size >> times for times in range(setup.micro_batch_size.bit_length())]
-    yield [
-        Option(rank, f"{BATCH_KEYS[1]} {size}", {}, {**whole, BATCH_KEYS[1]: size}) for rank, size in enumerate(sizes)
-    ]
+    yield [Option(rank, f"{MICRO_BATCH} {size}", {}, {**whole, MICRO_BATCH: size}) for rank, size in enumerate(sizes)]
     yield [
         Option(rank, "--model.activation-checkpointing", {"is_recomputed": True} if rank else {}, {})
         for rank in range(1 if given.is_recomputed else 2)

@@ -12,9 +12,7 @@ from megaft.weights.loading.size_limit import Room
 
 def agreed_room() -> Room:
     """Return the room of each rank on the host that has least, the same on all ranks; every rank calls this."""
-    hosts = [0] * parallel.world_size()
-    hosts[parallel.rank()] = 1 + crc32(host_id().encode())
-    hosts = parallel.max_over_ranks(hosts)
-    ranks = hosts.count(hosts[parallel.rank()])
+    host = [crc32(host_id().encode())]
+    ranks = parallel.gather_numbers(host).count(host)
     share = -parallel.max_over_ranks([-(available_memory() // ranks)])[0]
     return Room(share * ranks, ranks)
