@@ -15,7 +15,10 @@ if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import replace
+from functools import partial
 
+from megaft.base.progress import say
+from megaft.base.topology import is_main_of
 from megaft.config.train import TrainConfig, parse_train
 from megaft.run import stop
 
@@ -31,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         parse_train(arguments)  # before the heavy imports, so that it is instant
     stop.listen()  # and signals are not lost while they last
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
+    say("importing torch and deepspeed", is_main_of(os.environ))
     from megaft.base import parallel
 
     return parallel.exit_code_on_ranks(lambda topology: run(parse_train(arguments, topology.is_main), topology))
@@ -48,7 +52,7 @@ def run(config: TrainConfig, topology: Topology) -> int:
 
 
 def train(config: TrainConfig, topology: Topology) -> int:
-    """Run from the newest checkpoint to the end, then export."""
+    """Plan, build, resume from the newest checkpoint, run to the end, then export."""
     import torch
 
     from megaft.base import parallel, torch_flags
@@ -57,15 +61,19 @@ def train(config: TrainConfig, topology: Topology) -> int:
     torch_flags.set_before_cuda(config.run.deterministic, config.parallel.tensor_parallel_size)  # DeepSpeed starts it
     from megaft.checkpoint.export import export
     from megaft.data.batches import micro_batches
-    from megaft.run.assemble import assemble
+    from megaft.run.build import build
     from megaft.run.metrics import Metrics
     from megaft.run.optim import learning_rate, set_learning_rate
-    from megaft.run.recovery import recovered, validated
+    from megaft.run.plan import plan_run
+    from megaft.run.recovery import is_wanted, recovered, validated
+    from megaft.run.start import resume
     from megaft.run.validation import held_out_rows
 
-    run = assemble(config, topology)
-    engine, device, state, validation = run.engine, run.device, run.state, run.validation
-    guard, saver, events = run.guard, run.saver, run.events
+    plan = plan_run(config, topology, has_cuda=torch.cuda.is_available())
+    run = build(plan, topology)
+    state = resume(run)
+    engine, device, validation = run.engine, run.device, run.validation
+    guard, saver, events, samples, max_steps = run.guard, run.saver, run.events, plan.samples, plan.max_steps
     stops = stop.Stops(config.run.dir, config.run.max_minutes, topology.is_main)
     tokens_seen = torch.tensor(state.tokens_seen, device=device)
     request = None
@@ -74,10 +82,10 @@ def train(config: TrainConfig, topology: Topology) -> int:
         config.run.dir,
         config.metrics,
         first_step=state.step,
-        max_steps=run.max_steps,
+        max_steps=max_steps,
         is_main=topology.is_main,
         meter=run.meter,
-        settings=run.settings,
+        settings=run.settings(),
     ) as metrics:
         if validation and state.step == 0:
             with metrics.pause():
@@ -87,29 +95,17 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 saver.save(engine, state)  # something to go back to
 
         engine.train()
-        while not is_over(config, state, run.max_steps) and not (request and request.exit_code):
-            step_rate = learning_rate(state.step, run.setup.optim, run.max_steps)
+        while not is_over(config, state, max_steps) and not (request and request.exit_code):
+            step_rate = learning_rate(state.step, plan.setup.optim, max_steps)
             set_learning_rate(engine.optimizer, step_rate)
-            batches = micro_batches(
-                run.samples,
-                state.position,
-                state.left_out,
-                run.cut,
-                run.padded_to,
-                config.data.attend_within_documents,
-                config.data.context_length,
-            )
+            batches = micro_batches(samples, state.position, state.left_out, run.cut, run.row_length)
             counts = [sum(batch.num_scored for batch in batches), sum(batch.num_tokens for batch in batches)]
             counts = torch.tensor(counts).to(device, non_blocking=True)
             # Every sample holds a scored token, so that there is always something to divide by.
             num_scored, num_tokens = parallel.sum_over_data_ranks(counts)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
             loss_scale = engine_state.loss_scale_state(engine).get("cur_scale")
-
-            def is_wanted(norm: float, step=state.step + 1, nats=nats, num_scored=num_scored) -> bool:
-                loss = float(parallel.sum_over_data_ranks(nats.clone()) / num_scored)
-                return guard.wants(step, loss, norm)
-
+            ask = partial(is_wanted, guard, state.step + 1, nats, num_scored) if guard.decides_before_the_step else None
             for batch in batches:
                 # Dropout is a function of the seed and of which samples these are: the same after a resume and, at
                 # one micro-batch size, on any number of ranks.
@@ -119,7 +115,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 # DeepSpeed averages gradients over ranks; undo that, and divide by the tokens of the global batch.
                 engine.backward(batch_nats * (parallel.data_parallel_size() / num_scored), scale_wrt_gas=False)
                 # Weights move on the last micro batch only.
-                grad_norm = engine_state.step(engine, is_wanted if guard.decides_before_the_step else None)
+                grad_norm = engine_state.step(engine, ask)
             tokens_seen = tokens_seen + num_scored
             state = replace(
                 state,
@@ -140,7 +136,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
 
             *asked, is_writing = parallel.max_over_ranks([*stops.seen(), int(not saver.is_written)])
             request = stops.request(*asked)
-            is_last = state.step == run.max_steps
+            is_last = state.step == max_steps
             validates = validation is not None and (is_last or is_due(state.step, config.run.validate_every))
             saves = request or is_last or is_due(state.step, config.checkpoint.every)
             if validates or saves or guard.decides_before_the_step:
@@ -160,7 +156,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
                     score = validated(run, state.step)
                     metrics.validation(state.step, score.as_dict())
                     state = state.after_validation(score.nats_per_token)
-            if saves or state.best_step == state.step or is_over(config, state, run.max_steps):
+            if saves or state.best_step == state.step or is_over(config, state, max_steps):
                 with metrics.pause():
                     state = replace(state, tokens_seen=int(tokens_seen), guard=guard.state())
                     saver.save(engine, state)
@@ -168,11 +164,11 @@ def train(config: TrainConfig, topology: Topology) -> int:
         saver.publish()
 
     parallel.barrier()
-    if request and request.exit_code and not is_over(config, state, run.max_steps):
+    if request and request.exit_code and not is_over(config, state, max_steps):
         return run.end(state, request.exit_code, f"{request.reason} after step {state.step}; saved")
     if topology.is_main and config.run.export != "none":
-        rows = held_out_rows(validation, run.samples, config.longest_input)
-        print(f"model: {export(config, state, run.tokenizer, run.setup.dtype, rows)}", flush=True)
+        rows = held_out_rows(validation, samples, config.longest_input)
+        print(f"model: {export(config, state, plan.tokenizer, plan.setup.dtype, rows)}", flush=True)
     return run.end(state, 0, f"done, after step {state.step}")
 
 

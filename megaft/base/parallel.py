@@ -28,6 +28,7 @@ from megaft.base.errors import ConfigError, LostPeerError, UserError, kind_of
 from megaft.base.heartbeat import Heartbeat
 from megaft.base.model_parallel_unit import ModelParallelUnit
 from megaft.base.network import connect_hosts, require_interfaces
+from megaft.base.progress import say
 from megaft.base.topology import Topology, discover, free_port, integer, is_main_of
 from megaft.base.torch_flags import forbid_tf32
 
@@ -81,6 +82,8 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
     is_gpu = device.type == "cuda"
     backend = "nccl" if is_gpu else "gloo"
     require_interfaces(os.environ, backend)
+    if topology.world_size > 1:
+        say(f"waiting for {topology.world_size} ranks at {where}", topology.is_main)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
         connect_hosts(rank, world_size, topology.master_addr, store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,17 @@ class Bar:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._rich.stop()
+
+
+def say(text: str, is_shown: bool = True) -> None:
+    """Print what is being done, on standard error.
+
+    Args:
+        text: A line.
+        is_shown: Whether this process speaks: the main rank does.
+    """
+    if is_shown:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

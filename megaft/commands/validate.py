@@ -21,8 +21,9 @@ from megaft.base.errors import CheckpointError, UserError
 from megaft.config.train import TrainConfig, bytes_per_parameter
 
 if TYPE_CHECKING:
+    from megaft.checkpoint.run_state import RunState
     from megaft.config.deepspeed_json import Resolved
-    from megaft.run.assemble import Parts
+    from megaft.run.build import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,28 +63,28 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         UserError: What training would refuse.
     """
     from megaft.base import parallel
-    from megaft.config.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
-    from megaft.run.assemble import assemble, resumed_batch_size
+    from megaft.run.build import build
+    from megaft.run.plan import plan_run
+    from megaft.run.settings import plan_settings, resumed_batch_size
+    from megaft.run.start import resume
     from megaft.weights import manifest
 
-    raw = read_deepspeed_json(config.deepspeed_config)
-    resumed = resumed_batch_size(config)
-    num_data_ranks = data_parallel_size(config.world_size, config.parallel.tensor_parallel_size)
-    options = {"world_size": num_data_ranks, "optim": config.optim, "resumed_batch_size": resumed}
-    setup = resolve(raw, **options, has_cuda=True)
+    setup, resumed = plan_settings(config, config.world_size, has_cuda=True), resumed_batch_size(config)
     try:
         with _stand_in_folder(config.run.dir, config.run.fresh) as folder:
-            stand_in, notes = _stand_in(config, setup, raw, folder)
+            stand_in, notes = _stand_in(config, setup, folder)
             for note in notes:
                 print(note)
-            parts = assemble(stand_in, parallel.pretend(config.world_size))
-            plan = _plan(config, setup, parts)
+            topology = parallel.pretend(config.world_size)
+            run = build(plan_run(stand_in, topology, has_cuda=False), topology)
+            state = resume(run)
+            answer = _answer(config, setup, run, state)
     finally:
         parallel.leave()
-    plan["resumes_from"] = str(manifest.folder_of(config.run.dir, parts.state.step)) if resumed else None
-    plan["notes"] = [*setup.notes, *notes]
-    require_room(config, plan["checkpoint_bytes"])
-    return plan
+    answer["resumes_from"] = str(manifest.folder_of(config.run.dir, state.step)) if resumed else None
+    answer["notes"] = [*setup.notes, *notes]
+    require_room(config, answer["checkpoint_bytes"])
+    return answer
 
 
 @contextmanager
@@ -99,13 +100,11 @@ def _stand_in_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
             raise type(error)(str(error).replace(temporary, str(run_dir))) from error
 
 
-def _stand_in(
-    config: ValidateConfig, setup: Resolved, raw: dict[str, Any], folder: Path
-) -> tuple[ValidateConfig, list[str]]:
+def _stand_in(config: ValidateConfig, setup: Resolved, folder: Path) -> tuple[ValidateConfig, list[str]]:
     """Return settings that a CPU can build in place of those that need a GPU, and say which these are."""
     from megaft.base.files import write_json_atomic
 
-    notes, json, checkpoints = [], {**raw}, config.checkpoint
+    notes, json, checkpoints = [], {**setup.as_read}, config.checkpoint
     optim, model = config.optim, config.model
     if setup.dtype == "float16":
         del json["fp16"]
@@ -123,11 +122,11 @@ def _stand_in(
     return replace(config, **changed, run=replace(config.run, dir=folder)), notes
 
 
-def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, Any]:
+def _answer(config: ValidateConfig, setup: Resolved, run: Run, state: RunState) -> dict[str, Any]:
     from megaft.config.deepspeed_json import data_parallel_size
     from megaft.models import parameters as parameters_module
 
-    parameters = list(parts.engine.module.parameters())
+    parameters = list(run.engine.module.parameters())
     num_trained = parameters_module.count(parameter for parameter in parameters if parameter.requires_grad)
     return {
         "world_size": config.world_size,
@@ -139,9 +138,9 @@ def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, An
         "zero_stage": setup.zero_stage,
         "dtype": setup.dtype,
         "optimizer": setup.optim.name,
-        "max_steps": parts.max_steps,
-        "done_steps": parts.state.step,
-        "tokens": parts.max_steps * setup.global_batch_size * config.data.context_length,
+        "max_steps": run.plan.max_steps,
+        "done_steps": state.step,
+        "tokens": run.plan.max_steps * setup.global_batch_size * config.data.context_length,
         "parameters": parameters_module.count(parameters),
         "trained_parameters": num_trained,
         "checkpoint_bytes": num_trained * bytes_per_parameter(setup.optim),

@@ -41,6 +41,8 @@ from megaft.config.train import OptimConfig
 class Resolved:
     """A DeepSpeed JSON resolved for a number of ranks."""
 
+    as_read: dict[str, Any]
+    """The JSON as `read_deepspeed_json` gives it."""
     engine_config: dict[str, Any]
     """Configuration for deepspeed.initialize: all three batch sizes, no "auto", no optimizer and no scheduler."""
     micro_batch_size: int
@@ -132,6 +134,7 @@ def resolve(
     batch = _batch_sizes(config, world_size, notes)
     _fill_in(config, batch, notes)
     return Resolved(
+        as_read=raw,
         engine_config=config,
         global_batch_size=batch[0],
         micro_batch_size=batch[1],

@@ -68,9 +68,7 @@ def micro_batches(
     position: int,
     left_out: Ranges,
     cut: Cut,
-    padded_to: int | None,
-    keep_documents: bool,
-    longest: int | None = None,
+    row_length: int | None,
 ) -> list[Batch]:
     """Return this rank's micro batches of a step.
 
@@ -79,23 +77,30 @@ def micro_batches(
         position: Samples taken by the steps before.
         left_out: Samples of the whole sequence that the run does without.
         cut: How the step's samples are dealt.
-        padded_to: Row length; None pads to the longest sample, rounded up to a multiple of PADDED_TO.
-        keep_documents: Whether the batch tells the model which tokens are of one document.
-        longest: Largest row length that rounding up may give: the model has no positions beyond it.
+        row_length: As `Samples.row_length` gives it.
     """
+    keep_documents, longest = samples.attend_within_documents, samples.context_length
     batches = []
     for first in cut.first_positions(position):
         chosen = [whole_position(first + row, left_out) for row in range(cut.micro_batch_size)]
-        batches.append(collate([samples[place] for place in chosen], chosen[0], padded_to, keep_documents, longest))
+        batches.append(collate([samples[place] for place in chosen], chosen[0], row_length, keep_documents, longest))
     return batches
 
 
 def collate(
-    rows: list[Sample], first_position: int, padded_to: int | None, keep_documents: bool, longest: int | None = None
+    rows: list[Sample], first_position: int, row_length: int | None, keep_documents: bool, longest: int | None = None
 ) -> Batch:
-    """Stack samples into a batch."""
+    """Stack samples into a batch.
+
+    Args:
+        rows: Its samples.
+        first_position: Position of the first in the run's sequence.
+        row_length: None pads to the longest sample, rounded up to a multiple of PADDED_TO.
+        keep_documents: Whether the batch tells the model which tokens are of one document.
+        longest: Largest row length that rounding up may give: the model has no positions beyond it.
+    """
     rounded = -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
-    length = padded_to or min(rounded, longest or rounded)
+    length = row_length or min(rounded, longest or rounded)
 
     def stack(arrays: list[np.ndarray], filler: int) -> Tensor:
         padded = np.full((len(arrays), length), filler, dtype=np.int64)

@@ -20,11 +20,12 @@ from megaft.config.prepare import DEFAULT_KEY, PrepareConfig
 from megaft.data import prepare_report
 from megaft.data.chat import SCORED_ROLE, Renderer, template_sha256
 from megaft.data.corpus import Layout, Piece, coded, pieces
+from megaft.data.dataset import Dataset
 from megaft.data.document_writer import Counts, DocumentWriter
 from megaft.data.encoding import Encoder
 from megaft.data.indexed import with_suffix
 from megaft.data.input_files import expand
-from megaft.data.receipt import FORMAT_VERSION, SUFFIXES, load_receipt, publish, publishing
+from megaft.data.receipt import FORMAT_VERSION, SUFFIXES, publish, publishing
 from megaft.data.text_file import Source
 from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
 
@@ -34,11 +35,15 @@ _TEXT_SETTINGS = (
 )
 
 
-def prepare(config: PrepareConfig) -> dict[str, Any]:
+def prepare(config: PrepareConfig, tokenizer: AnyTokenizer | None = None) -> dict[str, Any]:
     """Tokenize the inputs and publish the dataset; return its receipt.
 
     Memory does not grow with the corpus, only with a document that has to be detokenized or whose tokenizer cannot
     take it in parts.
+
+    Args:
+        config: What to read, how, and where to.
+        tokenizer: That of `config.tokenizer`, where it is loaded already.
 
     Raises:
         DataError: An input or the tokenizer cannot be used, or nothing is left to write.
@@ -49,7 +54,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     _check_keys(config, list(sources))
     if config.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # read at the first batch of the process
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer)
     _check_codes(config, tokenizer)
     with naming_disk_errors(config.output):
         config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -59,11 +64,17 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     return receipt
 
 
-def ensure_prepared(text_path: Path, prefix: Path, tokenizer_source: str, detokenizer: str = "identity") -> Path:
+def ensure_prepared(
+    text_path: Path, prefix: Path, tokenizer_source: str, tokenizer: AnyTokenizer, detokenizer: str = "identity"
+) -> Dataset:
     """Prepare one file as one document (or one .jsonl's texts) unless a receipt there says the same was done before.
 
-    Returns:
-        The prefix.
+    Args:
+        text_path: The file.
+        prefix: Of the dataset.
+        tokenizer_source: Name of the tokenizer, for the receipt.
+        tokenizer: It, loaded.
+        detokenizer: Undoes the tokenization of the corpus.
 
     Raises:
         DataError, ConfigError: As `prepare`.
@@ -71,9 +82,11 @@ def ensure_prepared(text_path: Path, prefix: Path, tokenizer_source: str, detoke
     config = PrepareConfig(
         inputs=(str(text_path),), output=Path(prefix), tokenizer=str(tokenizer_source), detokenizer=detokenizer
     )
-    if not _is_current(config):
-        prepare(config)
-    return config.output
+    dataset = Dataset(str(prefix))
+    if _is_current(dataset, config, tokenizer):
+        return dataset
+    prepare(config, tokenizer)
+    return Dataset(str(prefix))
 
 
 def _sources(config: PrepareConfig) -> dict[Source, str]:
@@ -276,12 +289,11 @@ def _counted(config: PrepareConfig) -> str:
     return "texts" if config.completion_key is None else "completions"
 
 
-def _is_current(config: PrepareConfig) -> bool:
+def _is_current(dataset: Dataset, config: PrepareConfig, tokenizer: AnyTokenizer) -> bool:
     try:
-        receipt = load_receipt(config.output)
+        receipt = dataset.receipt
     except DataError:
         return False
-    tokenizer = load_tokenizer(config.tokenizer)
     opening_ids = opening_ids_of(tokenizer, is_chat=config.messages_key is not None)
     paths = expand(config.inputs)
     text_settings = _text_settings(config, [Source(path, config.format) for path in paths])

@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
-from megaft.data.receipt import load_receipt
 from megaft.data.scored_samples import holds_scored_token
 
 IGNORE_INDEX = -100
@@ -40,6 +40,14 @@ class Corpus(Protocol):
     sha256: str
     num_left_out: int
     """Samples without a scored token, which have no number."""
+    context_length: int
+    """Most input tokens of a sample."""
+    is_packed: bool
+    """True if every sample but the last fills the context."""
+    attend_within_documents: bool
+    """True if attention and positions are to stay inside documents."""
+    tokens: TokenFile
+    """All tokens, and where documents begin."""
 
     def __len__(self) -> int: ...
 
@@ -52,8 +60,11 @@ class _Tokens(ABC):
     A sample without a scored token is left out: samples are numbered without them.
     """
 
-    def __init__(self, prefix: str, context_length: int):
-        receipt = load_receipt(prefix)
+    is_packed = False
+    attend_within_documents = False
+
+    def __init__(self, dataset: Dataset, context_length: int):
+        prefix, receipt = dataset.prefix, dataset.receipt
         self.sha256: str = receipt["bin_sha256"]
         self.num_opening = len(receipt.get("opening_ids", ()))
         self.context_length = context_length
@@ -110,8 +121,10 @@ class Stream(_Tokens):
     before each document.
     """
 
-    def __init__(self, prefix: str, context_length: int, attend_within_documents: bool = False):
-        super().__init__(prefix, context_length)
+    is_packed = True
+
+    def __init__(self, dataset: Dataset, context_length: int, attend_within_documents: bool = False):
+        super().__init__(dataset, context_length)
         self.attend_within_documents = attend_within_documents
         num_whole = math.ceil(max(0, self.tokens.num_tokens - 1) / context_length)
         # Nothing in a document's own context predicts its first token.
@@ -135,8 +148,8 @@ class Stream(_Tokens):
 class Documents(_Tokens):
     """Unpacked samples: each document by itself, split into several where it is longer than the context."""
 
-    def __init__(self, prefix: str, context_length: int):
-        super().__init__(prefix, context_length)
+    def __init__(self, dataset: Dataset, context_length: int):
+        super().__init__(dataset, context_length)
         targets = np.diff(self.tokens.document_offsets) - 1
         pieces = -(-np.maximum(targets, 0) // context_length)
         self.first_sample = np.concatenate([[0], np.cumsum(pieces)])

@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import count
 
+from megaft.base.checks import require
 from megaft.base.errors import ConfigError
 from megaft.data.permutation import permute
 from megaft.data.samples import Corpus, Sample
@@ -74,6 +75,42 @@ class Samples:
         return " ".join(
             f"{corpus.sha256}:{len(corpus)}:{share}" for corpus, share in zip(self.corpora, self.shares, strict=True)
         )
+
+    @property
+    def context_length(self) -> int:
+        """Most input tokens of a sample."""
+        return self.corpora[0].context_length
+
+    @property
+    def is_packed(self) -> bool:
+        """True if samples fill the context, across documents; otherwise each is of one document."""
+        return self.corpora[0].is_packed
+
+    @property
+    def attend_within_documents(self) -> bool:
+        """True if attention and positions are to stay inside the documents of a packed sample."""
+        return self.corpora[0].attend_within_documents
+
+    def row_length(self, longest_alike: int | None) -> int | None:
+        """Return the length of every row of a batch; None where rows are padded to the longest of their micro-batch.
+
+        Args:
+            longest_alike: The model's longest input whose states do not depend on its length (None: of any length).
+                Where the context is longer, every row is padded to the context, so that a loss is the same at every
+                micro-batch size.
+
+        Raises:
+            ConfigError: Documents are kept apart in a context longer than that: the lengths felt are the documents'.
+        """
+        context = self.context_length
+        is_length_felt = longest_alike is not None and context > longest_alike
+        require(
+            not (is_length_felt and self.attend_within_documents),
+            f"--data.attend-within-documents is set and --data.context-length is {context}, but the model has other "
+            f"rotary positions for inputs longer than {longest_alike} tokens, chosen by the longest document of a "
+            f"micro-batch; use --data.context-length {longest_alike} or less, or --data.sample document.",
+        )
+        return context if is_length_felt or self.is_packed else None
 
     def num_steps(self, epochs: float, global_batch_size: int) -> int:
         """Return the number of steps in `epochs` passes over every corpus."""

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
+from megaft.base import parallel
 from megaft.base.errors import NumericsError
 from megaft.base.plural import counted
 from megaft.checkpoint import resume
 from megaft.checkpoint.run_state import RunState
 from megaft.data.left_out import leave_out, whole_ranges
-from megaft.run.assemble import Parts
-from megaft.run.guard import Trouble
+from megaft.run.build import Run
+from megaft.run.guard import Guard, Trouble
 from megaft.scoring.score import Score
 from megaft.weights import manifest
 
 
-def recovered(run: Parts, trouble: Trouble, state: RunState) -> RunState:
+def is_wanted(guard: Guard, step: int, nats: Tensor, num_scored: Tensor, grad_norm: float) -> bool:
+    """Return True if the guard lets the weights move by a step whose gradient is complete.
+
+    Args:
+        guard: The run's.
+        step: Number of the step.
+        nats: This rank's, summed over the micro-batches so far.
+        num_scored: Scored tokens of the global batch.
+        grad_norm: Of the global batch, before clipping.
+    """
+    loss = float(parallel.sum_over_data_ranks(nats.clone()) / num_scored)
+    return guard.wants(step, loss, grad_norm)
+
+
+def recovered(run: Run, trouble: Trouble, state: RunState) -> RunState:
     """Record a step gone wrong and return the state to go on from: the same, or the last checkpoint's.
 
     Raises:
@@ -40,7 +57,7 @@ def recovered(run: Parts, trouble: Trouble, state: RunState) -> RunState:
     return _gone_back(run, leave_out(state.left_out, samples))
 
 
-def validated(run: Parts, step: int) -> Score:
+def validated(run: Run, step: int) -> Score:
     """Return the validation after `step`; one that is not finite ends the run, whatever guard.non-finite says.
 
     The losses of the steps before it were finite, so there is no step to do without.
@@ -57,7 +74,7 @@ def validated(run: Parts, step: int) -> Score:
         raise NumericsError(f"validation after step {step} ({_last_before(run, step)}): {error}") from error
 
 
-def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:
+def _gone_back(run: Run, left_out: tuple[tuple[int, int], ...]) -> RunState:
     config = run.config
     folder = resume.find(config.run.dir).folder
     assert folder, "one was written before the first step"
@@ -68,7 +85,7 @@ def _gone_back(run: Parts, left_out: tuple[tuple[int, int], ...]) -> RunState:
     return state
 
 
-def _stopped(run: Parts, trouble: Trouble, samples: tuple[tuple[int, int], ...]) -> str:
+def _stopped(run: Run, trouble: Trouble, samples: tuple[tuple[int, int], ...]) -> str:
     advice = "look at those samples, or let --guard.non-finite or --guard.spike be skip or rewind."
     if run.guard.rewinds or run.guard.skips:
         rewinds, skips = counted(run.guard.rewinds, "time"), counted(run.guard.skips, "step")
@@ -80,6 +97,6 @@ def _stopped(run: Parts, trouble: Trouble, samples: tuple[tuple[int, int], ...])
     )
 
 
-def _last_before(run: Parts, step: int) -> str:
+def _last_before(run: Run, step: int) -> str:
     steps = [saved for saved in manifest.saved_steps(run.config.run.dir) if saved < step]
     return f"the last checkpoint before it is step {max(steps)}" if steps else "there is no checkpoint before it"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from megaft.base.parallel import Topology
 from megaft.config.data_source import parse_source
 from megaft.config.train import DataConfig
 from megaft.data.chat import template_sha256
-from megaft.data.indexed import TokenFile
+from megaft.data.dataset import Dataset
 from megaft.data.prepare import ensure_prepared, opening_ids_of
-from megaft.data.receipt import is_prepared, load_receipt
+from megaft.data.receipt import is_prepared
 from megaft.data.samples import Documents, Stream
 from megaft.data.sequence import Samples
 from megaft.data.tokenizer import AnyTokenizer
@@ -33,42 +33,43 @@ SECONDS_OF_DOUBT = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A prepared dataset and its share of the samples."""
-
-    prefix: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
 class Sources:
-    """Training and validation data of a run."""
+    """Prepared training and validation data of a run."""
 
-    train: tuple[Source, ...]
-    valid: Source | None
+    train: tuple[Dataset, ...]
+    weights: tuple[float, ...]
+    """Shares of the training datasets in the samples, in relation to each other."""
+    valid: Dataset | None = None
 
     @property
-    def all(self) -> tuple[Source, ...]:
+    def all(self) -> tuple[Dataset, ...]:
         """The training datasets, and the validation text if there is one."""
         return self.train if self.valid is None else (*self.train, self.valid)
 
 
-def prepare_sources(config: DataConfig, tokenizer: str, run_dir: Path, topology: Topology) -> Sources:
+def prepare_sources(
+    config: DataConfig, tokenizer_source: str, tokenizer: AnyTokenizer, run_dir: Path, topology: Topology
+) -> Sources:
     """Return prepared datasets for everything named; text files are tokenized by the main rank while the others wait.
 
     This comes before the process group exists, whose collectives would time out over a long preparation.
     """
     train, folder = named_sources(config), run_dir / "data"
 
-    def prepared(name: str) -> str:
-        return name if is_prepared(name) else _prepare_text(Path(name), tokenizer, config.detokenizer, folder, topology)
+    def prepared(name: str) -> Dataset:
+        if is_prepared(name):
+            return Dataset(name)
+        prefix = _prefix_of(Path(name), tokenizer_source, config.detokenizer, folder)
+        if topology.is_main:
+            return _prepare_for_others(Path(name), prefix, tokenizer_source, tokenizer, config.detokenizer)
+        return _wait_for(prefix)
 
-    ready = tuple(replace(source, prefix=prepared(source.prefix)) for source in train)
-    return Sources(ready, Source(prepared(config.valid)) if config.valid else None)
+    ready = tuple(prepared(name) for _, name in train)
+    return Sources(ready, tuple(weight for weight, _ in train), prepared(config.valid) if config.valid else None)
 
 
-def named_sources(config: DataConfig) -> list[Source]:
-    """Return the inputs of data.train, before text files are prepared.
+def named_sources(config: DataConfig) -> list[tuple[float, str]]:
+    """Return the inputs of data.train with their weights, before text files are prepared.
 
     Raises:
         ConfigError: Several without a weight each.
@@ -83,7 +84,7 @@ def named_sources(config: DataConfig) -> list[Source]:
     for setting, name in (*(("--data.train", name) for _, name in named), *valid):
         if not is_prepared(name) and not Path(name).is_file():
             raise DataError(_no_data(setting, name))
-    return [Source(name, 1.0 if weight is None else weight) for weight, name in named]
+    return [(1.0 if weight is None else weight, name) for weight, name in named]
 
 
 def _no_data(setting: str, name: str) -> str:
@@ -98,32 +99,27 @@ def _no_data(setting: str, name: str) -> str:
     )
 
 
-def _prepare_text(path: Path, tokenizer: str, detokenizer: str, folder: Path, topology: Topology) -> str:
-    prefix = folder / f"{path.name}-{_fingerprint(path, tokenizer, detokenizer)}"
-    if topology.is_main:
-        return _prepare_for_others(path, prefix, tokenizer, detokenizer)
-    return _wait_for(prefix)
-
-
-def _fingerprint(path: Path, tokenizer: str, detokenizer: str) -> str:
-    """Every rank derives the same name, and another text or tokenizer another one."""
+def _prefix_of(path: Path, tokenizer_source: str, detokenizer: str, folder: Path) -> Path:
+    """Return the prefix of a text: the same one on every rank, and another for another text or tokenizer."""
     status = path.stat()
-    key = (LAYOUT, str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer, detokenizer)
-    return blake2b(repr(key).encode(), digest_size=4).hexdigest()
+    key = (LAYOUT, str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer_source, detokenizer)
+    return folder / f"{path.name}-{blake2b(repr(key).encode(), digest_size=4).hexdigest()}"
 
 
-def _prepare_for_others(path: Path, prefix: Path, tokenizer: str, detokenizer: str) -> str:
+def _prepare_for_others(
+    path: Path, prefix: Path, tokenizer_source: str, tokenizer: AnyTokenizer, detokenizer: str
+) -> Dataset:
     failure = Path(f"{prefix}.failed")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
     try:
-        return str(ensure_prepared(path, prefix, tokenizer, detokenizer))
+        return ensure_prepared(path, prefix, tokenizer_source, tokenizer, detokenizer)
     except UserError as error:
         failure.write_text(str(error), "utf-8", "backslashreplace")
         raise
 
 
-def _wait_for(prefix: Path) -> str:
+def _wait_for(prefix: Path) -> Dataset:
     failure = Path(f"{prefix}.failed")
     began, launcher = time.time(), os.getppid()
     while not Path(f"{prefix}.json").exists():
@@ -134,54 +130,54 @@ def _wait_for(prefix: Path) -> str:
         if os.getppid() != launcher:  # gone, and perhaps the main rank with it
             raise LostPeerError(f"the launcher ended while the main rank prepared {prefix}; start the ranks again.")
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    return str(prefix)
+    return Dataset(str(prefix))
 
 
-def open_samples(sources: Sequence[Source], config: DataConfig, seed: int) -> Samples:
+def open_samples(sources: Sources, config: DataConfig, seed: int) -> Samples:
     """Return the sequence of samples the run trains on.
 
     Raises:
         DataError: A dataset has no token to predict, or none that is scored.
     """
     corpora = [
-        Documents(source.prefix, config.context_length)
+        Documents(dataset, config.context_length)
         if config.sample == "document"
-        else Stream(source.prefix, config.context_length, config.attend_within_documents)
-        for source in sources
+        else Stream(dataset, config.context_length, config.attend_within_documents)
+        for dataset in sources.train
     ]
-    for source, corpus in zip(sources, corpora, strict=True):
+    for dataset, corpus in zip(sources.train, corpora, strict=True):
         if len(corpus) == 0 and corpus.num_left_out > 0:
             raise DataError(
-                f"--data.train has {source.prefix}, of which no token is scored: its completions are empty, or no "
+                f"--data.train has {dataset.prefix}, of which no token is scored: its completions are empty, or no "
                 "message has the role assistant. Correct the records, and run megaft prepare again."
             )
         if len(corpus) == 0:
-            raise DataError(f"{source.prefix} has no document of two tokens or more; give --data.train a longer text.")
-    return Samples(corpora, [source.weight for source in sources], seed)
+            raise DataError(f"{dataset.prefix} has no document of two tokens or more; give --data.train a longer text.")
+    return Samples(corpora, sources.weights, seed)
 
 
-def notes_on_lengths(sources: Sequence[Source], config: DataConfig) -> list[str]:
+def notes_on_lengths(sources: Sources, samples: Samples) -> list[str]:
     """Return the number of documents longer than the context, and the longest's length; a sentence a dataset."""
-    if config.sample == "stream":
+    if samples.is_packed:
         return []
-    notes = []
-    for source in sources:
-        lengths = np.diff(TokenFile(source.prefix).document_offsets) - 1
-        num_longer, longest = int((lengths > config.context_length).sum()), int(lengths.max(initial=0))
+    notes, context = [], samples.context_length
+    for dataset, corpus in zip(sources.train, samples.corpora, strict=True):
+        lengths = np.diff(corpus.tokens.document_offsets) - 1
+        num_longer, longest = int((lengths > context).sum()), int(lengths.max(initial=0))
         notes.append(
-            f"{source.prefix}: {num_longer:,} of {len(lengths):,} documents are longer than --data.context-length, "
-            f"{config.context_length}, and are cut; the longest has {longest:,} tokens to predict."
+            f"{dataset.prefix}: {num_longer:,} of {len(lengths):,} documents are longer than --data.context-length, "
+            f"{context}, and are cut; the longest has {longest:,} tokens to predict."
         )
     return notes
 
 
-def notes_on_unscored(sources: Sequence[Source], samples: Samples) -> list[str]:
+def notes_on_unscored(sources: Sources, samples: Samples) -> list[str]:
     """Return the number of samples left out for want of a scored token; a sentence a dataset that has some."""
     notes = []
-    for source, corpus in zip(sources, samples.corpora, strict=True):
+    for dataset, corpus in zip(sources.train, samples.corpora, strict=True):
         if corpus.num_left_out:
             notes.append(
-                f"{source.prefix}: {corpus.num_left_out:,} of {len(corpus) + corpus.num_left_out:,} samples have no "
+                f"{dataset.prefix}: {corpus.num_left_out:,} of {len(corpus) + corpus.num_left_out:,} samples have no "
                 "scored token within --data.context-length tokens, as where a prompt is longer, and are left out."
             )
     return notes
@@ -190,13 +186,13 @@ def notes_on_unscored(sources: Sequence[Source], samples: Samples) -> list[str]:
 def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
     """Return a sentence for each dataset whose chats another template rendered than the run's tokenizer has."""
     notes = []
-    for source in sources.all:
-        made_with = load_receipt(source.prefix).get("chat_template_sha256")
+    for dataset in sources.all:
+        made_with = dataset.receipt.get("chat_template_sha256")
         if made_with is None or made_with == template_sha256(tokenizer.chat_template):
             continue
         has = "has none" if tokenizer.chat_template is None else "has another"
         notes.append(
-            f"warning: the chats of {source.prefix} were rendered by the chat template of SHA-256 {made_with[:12]}, "
+            f"warning: the chats of {dataset.prefix} were rendered by the chat template of SHA-256 {made_with[:12]}, "
             f"but the run's tokenizer {has}, which the export will have; name that of the chats with --data.tokenizer."
         )
     return notes
@@ -204,16 +200,16 @@ def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
 
 def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:
     """Raise DataError for a dataset with other tokens than the run's tokenizer gives."""
-    for source in sources.all:
-        receipt = load_receipt(source.prefix)
+    for dataset in sources.all:
+        receipt = dataset.receipt
         made_with = receipt["tokenizer"]
         if made_with["sha256"] != tokenizer.sha256:
             raise DataError(
-                f"{source.prefix} was prepared with the tokenizer {made_with['source']} "
+                f"{dataset.prefix} was prepared with the tokenizer {made_with['source']} "
                 f"(SHA-256 {made_with['sha256'][:12]}), but the run's has {tokenizer.sha256[:12]}; "
                 "prepare it again with the run's tokenizer, or name that one with --data.tokenizer."
             )
-        _require_same_opening(source.prefix, receipt, tokenizer)
+        _require_same_opening(dataset.prefix, receipt, tokenizer)
 
 
 def _require_same_opening(prefix: str, receipt: dict[str, Any], tokenizer: AnyTokenizer) -> None:

@@ -10,11 +10,10 @@ from jaxtyping import Bool
 
 from megaft.base.errors import DataError
 from megaft.config.train import TrainConfig
+from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
-from megaft.data.receipt import load_receipt
 from megaft.data.sequence import Samples
 from megaft.data.tokenizer import AnyTokenizer
-from megaft.run.sources import Source
 from megaft.scoring.score import Score, rows_of, score
 from megaft.scoring.windows import Window, windows
 
@@ -28,14 +27,16 @@ class Validation:
     the end-of-document tokens that their preparation appended.
     """
 
-    def __init__(self, source: Source, config: TrainConfig, tokenizer: AnyTokenizer, longest_alike: int | None = None):
-        receipt = load_receipt(source.prefix)
-        self.tokens = TokenFile(source.prefix, receipt["tokenizer"]["vocab_size"])
+    def __init__(
+        self, dataset: Dataset, config: TrainConfig, tokenizer: AnyTokenizer, longest_alike: int | None = None
+    ):
+        prefix, receipt = dataset.prefix, dataset.receipt
+        self.tokens = TokenFile(prefix, receipt["tokenizer"]["vocab_size"])
         # Tokens of completions and answers may hold the prompt's characters or the template's: they are not its words.
         has_mask = receipt["has_mask"]
         num_opening = len(receipt.get("opening_ids", ()))
         self.prefix_id = None if has_mask or num_opening else tokenizer.prefix_id
-        self.is_scored = _scored_tokens(source.prefix, self.tokens) if has_mask else None
+        self.is_scored = _scored_tokens(prefix, self.tokens) if has_mask else None
         self.rows = rows_of(
             self.tokens,
             lambda num_tokens: scored_from(
@@ -45,14 +46,14 @@ class Validation:
             eod_id=None if has_mask else receipt["eod_id"],
         )
         if not self.rows:
-            raise DataError(f"{source.prefix} has no token to validate on; give --data.valid a longer text.")
+            raise DataError(f"{prefix} has no token to validate on; give --data.valid a longer text.")
         self.options = {
             "longest_alike": longest_alike,
             "tokens_per_batch": config.eval.batch_size * config.eval_context_length,
             "num_words": None if has_mask else receipt["words"],
             "num_bytes": None if has_mask or not receipt["tokenizer"]["round_trip"] else receipt["bytes"],
         }
-        self.source = source.prefix
+        self.source = prefix
         self.name = f"{receipt['bin_sha256']}, windows of {config.eval_context_length}, stride {config.eval_stride}"
         """Name of data and windows; scores of equal names are comparable."""
 

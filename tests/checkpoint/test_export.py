@@ -56,8 +56,9 @@ def test_three_steps_are_those_of_plain_torch(config):
     Epsilon is 1e-5: the key bias of attention has a gradient of zero but for rounding, which AdamW's usual 1e-8 would
     turn into steps of any size.
     """
-    sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, TOPOLOGY)
-    samples = open_samples(sources.train, config.data, config.run.seed)
+    source = config.tokenizer_source
+    sources = prepare_sources(config.data, source, load_tokenizer(source), config.run.dir, TOPOLOGY)
+    samples = open_samples(sources, config.data, config.run.seed)
     model = pretrained.load_language_model(str(config.model.path)).train()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},

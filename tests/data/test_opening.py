@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 
 from megaft.base.errors import DataError
 from megaft.config.train import parse_train
+from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
 from megaft.data.prepare import PrepareConfig, ensure_prepared, prepare
 from megaft.data.receipt import load_receipt
 from megaft.data.samples import IGNORE_INDEX, Documents, Stream
 from megaft.data.tokenizer import load_tokenizer
-from megaft.run.sources import Source, Sources, require_same_tokenizer
+from megaft.run.sources import Sources, require_same_tokenizer
 from megaft.run.validation import Validation
 
 TEXTS = ["To be or not to be", "that is the question", "<s>whether it is nobler", "in the mind"]
@@ -109,7 +110,7 @@ def test_a_chat_begins_as_its_template_says(tmp_path, begins):
     hugging_face = AutoTokenizer.from_pretrained(folder)
     assert read(prefix) == [hugging_face.apply_chat_template(messages, tokenize=True)["input_ids"]]
     assert load_receipt(prefix)["opening_ids"] == []
-    require_same_tokenizer(Sources((Source(str(prefix)),), None), load_tokenizer(folder))
+    require_same_tokenizer(Sources((Dataset(str(prefix)),), (1.0,)), load_tokenizer(folder))
 
 
 def labels_of(corpus):
@@ -132,11 +133,11 @@ def test_training_scores_no_opening_token(tmp_path, folders, kind, context_lengt
     flat = [token for body in bodies for token in body]
     first = 0 if tokenizer.opening_ids else 1
     without_first = [token for body in bodies for token in body[first:]]
-    stream = Stream(str(prefix), context_length)
+    stream = Stream(Dataset(str(prefix)), context_length)
     assert labels_of(stream) == flat[first:]
-    apart = Stream(str(prefix), context_length, attend_within_documents=True)
+    apart = Stream(Dataset(str(prefix)), context_length, attend_within_documents=True)
     assert labels_of(apart) == without_first
-    documents = Documents(str(prefix), context_length)
+    documents = Documents(Dataset(str(prefix)), context_length)
     assert labels_of(documents) == without_first
 
 
@@ -163,10 +164,11 @@ def test_a_dataset_that_begins_otherwise_is_refused(
     changed = load_receipt(prefix) | changes
     changed = {key: value for key, value in changed.items() if value is not None or key == "messages_key"}
     monkeypatch.setattr(
-        "megaft.run.sources.load_receipt", lambda path: changed if path == str(prefix) else load_receipt(path)
+        "megaft.data.dataset.load_receipt", lambda path: changed if path == str(prefix) else load_receipt(path)
     )
-    pair = (Source(str(prefix)), Source(str(same)))
-    sources = Sources((pair[0],), pair[1]) if role == "train" else Sources((pair[1],), pair[0])
+    pair = (Dataset(str(prefix)), Dataset(str(same)))
+    train, valid = pair if role == "train" else reversed(pair)
+    sources = Sources((train,), (1.0,), valid)
     if message is None:
         require_same_tokenizer(sources, tokenizer)
         return
@@ -178,7 +180,7 @@ def test_a_text_is_prepared_again_where_its_tokenizer_opens_it_otherwise(tmp_pat
     (tmp_path / "a.txt").write_text("one two")
     lengths = []
     for kind in ("plain", "bos", "bos", "plain"):
-        ensure_prepared(tmp_path / "a.txt", tmp_path / "out", str(folders[kind]))
+        ensure_prepared(tmp_path / "a.txt", tmp_path / "out", str(folders[kind]), load_tokenizer(folders[kind]))
         lengths.append(TokenFile(tmp_path / "out").num_tokens)
     assert np.diff(lengths).tolist() == [1, 0, -1]
 
@@ -221,7 +223,7 @@ def test_validation_equals_a_loop_over_transformers_ids(tmp_path, folders, kind,
     prefix = prepared(tmp_path, folders[kind], pairs if has_prompts else texts(*plain), **keys)
     flags = "--deepspeed-config j --data.train t --data.valid v --run.dir r --run.max-steps 1 --data.context-length 64"
     config = parse_train([*flags.split(), "--model.path", "m"])
-    score = Validation(Source(str(prefix)), config, tokenizer)(Engine(model), torch.device("cpu"))
+    score = Validation(Dataset(str(prefix)), config, tokenizer)(Engine(model), torch.device("cpu"))
     assert score.num_scored_tokens == num_scored
     assert score.nats == pytest.approx(nats, rel=1e-5)
     assert score.num_words == (None if has_prompts else sum(len(text.split()) for text in plain))

@@ -20,7 +20,8 @@ from megaft.base.lock import locked
 from megaft.commands.prepare import main
 from megaft.data import tokenizer
 from megaft.data.indexed import TokenFile
-from megaft.data.prepare import PrepareConfig, ensure_prepared, load_receipt, prepare
+from megaft.data.prepare import PrepareConfig, ensure_prepared, prepare
+from megaft.data.receipt import load_receipt
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -284,13 +285,14 @@ def test_a_lossy_tokenizer_is_reported(corpora, tmp_path, capsys, holds):
 def test_text_is_prepared_once(source, tmp_path, monkeypatch):
     path, prefix = write(tmp_path / "a.txt", "one two"), tmp_path / "cache" / "a"
     runs = []
-    monkeypatch.setattr("megaft.data.prepare.prepare", lambda config: (runs.append(config), prepare(config)))
+    monkeypatch.setattr("megaft.data.prepare.prepare", lambda *given: (runs.append(given), prepare(*given)))
+    own = load_tokenizer(source)
     for _ in range(2):
-        assert ensure_prepared(path, prefix, source) == prefix
+        assert ensure_prepared(path, prefix, source, own).prefix == str(prefix)
     assert len(runs) == 1
     write(path, "one six")
-    ensure_prepared(path, prefix, source)
-    ensure_prepared(path, prefix, source, "ptb_megatron")
+    ensure_prepared(path, prefix, source, own)
+    ensure_prepared(path, prefix, source, own, "ptb_megatron")
     assert len(runs) == 3
 
 

@@ -8,11 +8,12 @@ from tiny_tokenizers import CHATML, make_byte_level
 
 from megaft.base.errors import DataError
 from megaft.commands.prepare import main
+from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
 from megaft.data.prepare import PrepareConfig, prepare
 from megaft.data.receipt import load_receipt
 from megaft.data.tokenizer import load_tokenizer
-from megaft.run.sources import Source, Sources, notes_on_templates
+from megaft.run.sources import Sources, notes_on_templates
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_the_receipt_has_the_hash_of_the_chat_template(run):
 
 def test_chats_are_trained_with_the_template_that_rendered_them(run, tokenizer, tmp_path):
     run("a.jsonl", CHATS, messages_key="m")
-    sources = Sources((), Source(str(tmp_path / "out")))
+    sources = Sources((), (), Dataset(str(tmp_path / "out")))
     assert notes_on_templates(sources, load_tokenizer(tokenizer)) == []
     for template, has in ((None, "has none"), (CHATML + " ", "has another")):
         other = make_byte_level(tmp_path / "other", template=template)

@@ -6,7 +6,8 @@ from tiny_tokenizers import make_byte_level
 
 from megaft.base.errors import ConfigError, DataError
 from megaft.data.indexed import TokenFile
-from megaft.data.prepare import PrepareConfig, ensure_prepared, load_receipt, prepare
+from megaft.data.prepare import PrepareConfig, ensure_prepared, prepare
+from megaft.data.receipt import load_receipt
 from megaft.data.tokenizer import load_tokenizer
 
 
@@ -45,11 +46,11 @@ def jsonl(*records):
 @pytest.mark.parametrize("name", ["a.json", "a.txt", "a"])
 def test_a_file_named_for_training_is_read_as_what_it_is(source, tmp_path, name):
     path = write(tmp_path / name, jsonl({"text": "To be"}, {"text": "or not"}))
-    ensure_prepared(path, tmp_path / "out", source)
+    ensure_prepared(path, tmp_path / "out", source, load_tokenizer(source))
     assert read(tmp_path / "out") == [load_tokenizer(source).encode(text) for text in ("To be", "or not")]
     write(path, "text\nTo be\n")
     with pytest.raises(DataError, match=r"is a table \(\.csv\)"):
-        ensure_prepared(path.rename(tmp_path / "a.csv"), tmp_path / "out", source)
+        ensure_prepared(path.rename(tmp_path / "a.csv"), tmp_path / "out", source, load_tokenizer(source))
 
 
 def test_what_a_version_that_took_braces_for_text_prepared_is_prepared_again(source, tmp_path):
@@ -57,7 +58,7 @@ def test_what_a_version_that_took_braces_for_text_prepared_is_prepared_again(sou
     prepare(PrepareConfig(inputs=(str(path),), output=prefix, tokenizer=source, format="text"))
     receipt = json.loads((tmp_path / "out.json").read_text())
     (tmp_path / "out.json").write_text(json.dumps({key: value for key, value in receipt.items() if key != "format"}))
-    ensure_prepared(path, prefix, source)
+    ensure_prepared(path, prefix, source, load_tokenizer(source))
     assert read(prefix) == [load_tokenizer(source).encode("To be")]
 
 

@@ -7,14 +7,15 @@ from hypothesis import strategies as st
 from prepared_files import IGNORED, cut_documents, document_lengths, reusing_folder, write_dataset
 
 from megaft.data import scored_samples
+from megaft.data.dataset import Dataset
 from megaft.data.samples import Documents, Stream
 from megaft.data.sequence import Samples
 
 
 def open_corpus(kind, prefix, context_length):
     if kind == "document":
-        return Documents(prefix, context_length)
-    return Stream(prefix, context_length, attend_within_documents=kind == "within")
+        return Documents(Dataset(prefix), context_length)
+    return Stream(Dataset(prefix), context_length, attend_within_documents=kind == "within")
 
 
 def masked(documents, scored):

@@ -62,10 +62,10 @@ def test_validation_in_training_says_the_same_number(trial, toy_model, toy_texts
 
     from megaft.config.prepare import PrepareConfig
     from megaft.config.train import parse_train
+    from megaft.data.dataset import Dataset
     from megaft.data.prepare import prepare
     from megaft.data.tokenizer import load_tokenizer
     from megaft.models.hugging_face import NatsModel
-    from megaft.run.sources import Source
     from megaft.run.validation import Validation
     from megaft.weights.loading.pretrained import load_language_model
 
@@ -73,7 +73,7 @@ def test_validation_in_training_says_the_same_number(trial, toy_model, toy_texts
     prepare(PrepareConfig(inputs=(str(toy_texts[1]),), output=prefix, tokenizer=str(toy_model), append_eod=True))
     flags = "--deepspeed-config j --data.train t --data.valid v --run.dir r --run.max-steps 1 --data.context-length 32"
     config = parse_train([*flags.split(), "--model.path", str(toy_model)])
-    validation = Validation(Source(str(prefix)), config, load_tokenizer(str(toy_model)))
+    validation = Validation(Dataset(str(prefix)), config, load_tokenizer(str(toy_model)))
     score = validation(NatsModel(load_language_model(str(toy_model))), torch.device("cpu"))
     assert score.num_scored_tokens == alone["num_scored_tokens"]
     for name in ("nats", "perplexity", "word_perplexity", "bits_per_byte"):

@@ -146,7 +146,7 @@ def exported(folder):
 def export_again(config, state=None, dtype="float32"):
     """Export as a run does at its end, on tokens of the validation text."""
     tokenizer = load_tokenizer(config.tokenizer_source)
-    sources = prepare_sources(config.data, config.tokenizer_source, config.run.dir, TOPOLOGY)
+    sources = prepare_sources(config.data, config.tokenizer_source, tokenizer, config.run.dir, TOPOLOGY)
     rows = held_out_rows(Validation(sources.valid, config, tokenizer), None, config.longest_input)
     return export(config, state or state_of(config), tokenizer, dtype, rows)
 

@@ -12,7 +12,7 @@ CONTEXT.set_forkserver_preload(
             "megaft.cli",
             "megaft.train",
             "megaft.data.prepare",
-            "megaft.run.assemble",
+            "megaft.run.start",
             "megaft.checkpoint.export",
             "megaft.run.metrics",
         ),

@@ -6,14 +6,12 @@ import torch
 from tiny_models import LLAMA, VOCAB, logits_of, make_config
 
 from megaft.base.errors import ConfigError
-from megaft.config.train import TrainConfig, parse_train
 from megaft.data.batches import Cut, collate, micro_batches
 from megaft.data.samples import IGNORE_INDEX, Corpus, Sample
 from megaft.data.sequence import Samples
 from megaft.models.hugging_face import NatsModel
 from megaft.models.loss import token_nats
 from megaft.models.rope import length_limit
-from megaft.run.assemble import _padded_to
 from megaft.scoring.model import ScoringModel
 from megaft.scoring.score import rows_of, score
 from megaft.scoring.windows import windows
@@ -36,15 +34,14 @@ def long_rope():
     return make_loud(AutoModelForCausalLM.from_config(config)).eval()
 
 
-def config_of(*flags, context=CONTEXT) -> TrainConfig:
-    required = "--deepspeed-config j --data.train t --model.path m --run.dir r --run.max-steps 1"
-    return parse_train([*required.split(), f"--data.context-length={context}", *flags])
-
-
 class Texts(Corpus):
     """A corpus of random texts of the LENGTHS."""
 
     sha256 = "texts"
+
+    def __init__(self, context_length=CONTEXT, is_packed=False, attend_within_documents=False):
+        self.context_length, self.is_packed = context_length, is_packed
+        self.attend_within_documents = attend_within_documents
 
     def __len__(self):
         return len(LENGTHS)
@@ -52,6 +49,10 @@ class Texts(Corpus):
     def __getitem__(self, index):
         tokens = np.random.default_rng(index).integers(0, VOCAB, LENGTHS[index] + 1)
         return Sample(tokens[:-1], tokens[1:], np.zeros(LENGTHS[index], np.int64))
+
+
+def samples_of(*settings) -> Samples:
+    return Samples([Texts(*settings)], [1], seed=0)
 
 
 @pytest.mark.parametrize(
@@ -78,30 +79,29 @@ def test_the_longest_input_whose_length_is_not_felt(parameters, expected):
 
 
 @pytest.mark.parametrize(
-    ("flags", "context", "longest_alike", "expected"),
+    ("is_packed", "context", "longest_alike", "expected"),
     [
-        pytest.param(["--data.sample=document"], 100, None, None, id="plain, documents"),
-        pytest.param(["--data.sample=stream"], 100, None, 100, id="plain, stream"),
-        pytest.param(["--data.sample=document"], 100, 40, 100, id="switch inside the context"),
-        pytest.param(["--data.sample=document"], 40, 40, None, id="switch beyond the context"),
+        pytest.param(False, 100, None, None, id="plain, documents"),
+        pytest.param(True, 100, None, 100, id="plain, stream"),
+        pytest.param(False, 100, 40, 100, id="switch inside the context"),
+        pytest.param(False, 40, 40, None, id="switch beyond the context"),
     ],
 )
-def test_rows_are_padded_to_the_context_where_lengths_are_felt(flags, context, longest_alike, expected):
-    assert _padded_to(config_of(*flags, context=context), longest_alike) == expected
+def test_rows_are_padded_to_the_context_where_lengths_are_felt(is_packed, context, longest_alike, expected):
+    assert samples_of(context, is_packed).row_length(longest_alike) == expected
 
 
 def test_packed_documents_on_both_sides_of_the_switch_are_refused():
-    config = config_of("--data.attend-within-documents")
+    samples = samples_of(CONTEXT, True, True)
     with pytest.raises(ConfigError, match=r"^--data\.attend-within-documents .*use --data\.context-length 70 or less"):
-        _padded_to(config, SWITCH)
-    assert _padded_to(config, None) == CONTEXT
+        samples.row_length(SWITCH)
+    assert samples.row_length(None) == CONTEXT
 
 
-def losses(model, micro_batch_size, padded_to):
+def losses(model, micro_batch_size, row_length):
     """Return the loss of one global batch, cut into micro-batches."""
     cut = Cut(micro_batch_size, 8 // micro_batch_size, rank=0, num_ranks=1)
-    samples = Samples([Texts()], [1], seed=0)
-    batches = micro_batches(samples, 0, (), cut, padded_to, False, CONTEXT)
+    batches = micro_batches(samples_of(), 0, (), cut, row_length)
     with torch.no_grad():
         nats = sum(float(model(batch.input_ids, batch.labels)) for batch in batches)
     return nats / sum(batch.num_scored for batch in batches)
@@ -109,8 +109,8 @@ def losses(model, micro_batch_size, padded_to):
 
 def test_the_loss_does_not_depend_on_the_micro_batch_size(long_rope):
     model = NatsModel(long_rope)
-    padded_to = _padded_to(config_of("--data.sample=document"), length_limit(long_rope.config))
-    by_size = [losses(model, size, padded_to) for size in (1, 2, 4, 8)]
+    row_length = samples_of().row_length(length_limit(long_rope.config))
+    by_size = [losses(model, size, row_length) for size in (1, 2, 4, 8)]
     assert by_size == pytest.approx([by_size[0]] * 4, abs=1e-6)
     assert abs(losses(model, 1, None) - losses(model, 4, None)) > 1e-4  # it is felt
 

@@ -28,11 +28,11 @@ CASES = {
     "no weights on the main rank, stage 3": (3, "path", EMPTY, 0, DataError, "has no weights"),
     "no config.json": (1, "from-scratch", EMPTY, 1, DataError, "not a model config"),
     "no config.json, stage 3": (3, "from-scratch", EMPTY, 1, DataError, "not a model config"),
-    "no such precision": (1, "path", "require_supported", 1, ConfigError, "a setting is wrong"),
-    "a model that looks ahead": (1, "path", "trials.require_language_model", 1, ConfigError, "a setting is wrong"),
-    "no validation text": (1, "path", "Validation", 1, ConfigError, "a setting is wrong"),
-    "no such optimizer": (1, "path", "build_optimizer", 1, ConfigError, "a setting is wrong"),
-    "a disk that is full": (1, "path", "write_config", 0, ConfigError, "a setting is wrong"),
+    "no such precision": (1, "path", "build.require_supported", 1, ConfigError, "a setting is wrong"),
+    "a model that looks ahead": (1, "path", "model.trials.require_language_model", 1, ConfigError, "a setting is"),
+    "no validation text": (1, "path", "build.Validation", 1, ConfigError, "a setting is wrong"),
+    "no such optimizer": (1, "path", "build.build_optimizer", 1, ConfigError, "a setting is wrong"),
+    "a disk that is full": (1, "path", "start.write_config", 0, ConfigError, "a setting is wrong"),
 }
 
 
@@ -55,7 +55,6 @@ def train_all(folder, model, texts):
 def failure_of(run_dir, model, texts, topology, stage, flag, broken, culprit):
     from megaft.base import parallel
     from megaft.config.train import parse_train
-    from megaft.run import assemble
     from megaft.train import run
 
     settings = run_dir.parent / f"stage-{stage}-{topology.rank}.json"
@@ -69,7 +68,7 @@ def failure_of(run_dir, model, texts, topology, stage, flag, broken, culprit):
         flags.append(broken.format(other))
     with pytest.MonkeyPatch.context() as patch:
         if broken != EMPTY and not broken.startswith("--") and topology.rank == culprit:
-            patch.setattr(f"{assemble.__name__}.{broken}", refuse)
+            patch.setattr(f"megaft.run.{broken}", refuse)
         try:
             run(parse_train([*flags, f"--run.dir={run_dir}", "--run.max-steps=1"]), topology)
         except UserError as error:

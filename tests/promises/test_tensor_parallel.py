@@ -11,7 +11,7 @@ from megaft.base.errors import ConfigError
 from megaft.base.topology import discover
 from megaft.config.train import parse_train
 from megaft.models.hugging_face import NatsModel
-from megaft.run.assemble import assemble
+from megaft.run.plan import plan_run
 from megaft.weights import canonical
 from megaft.weights import manifest as manifest_module
 from megaft.weights.loading.pretrained import load_language_model
@@ -138,4 +138,4 @@ def test_what_a_backend_cannot_do_is_refused_before_ranks_join(tmp_path, toy_mod
     given = {"deepspeed_config": settings, "model.path": model, "data.train": toy_texts[0], "run.dir": tmp_path / "run"}
     config = parse_train([*(f"--{name}={value}" for name, value in given.items()), "--run.max-steps=1", *flags])
     with pytest.raises(ConfigError, match=message):
-        assemble(config, discover({}))
+        plan_run(config, discover({}), has_cuda=False)

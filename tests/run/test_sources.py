@@ -11,13 +11,14 @@ from megaft.base.errors import ConfigError, DataError, LostPeerError
 from megaft.base.parallel import Topology
 from megaft.config.data_source import parse_source
 from megaft.config.train import DataConfig
+from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
 from megaft.data.receipt import load_receipt
 from megaft.data.samples import IGNORE_INDEX, Documents, Stream
 from megaft.data.tokenizer import load_tokenizer
 from megaft.run import sources as training_data
 from megaft.run.sources import (
-    Source,
+    Sources,
     named_sources,
     notes_on_unscored,
     open_samples,
@@ -43,7 +44,7 @@ def text(tmp_path):
 
 def prepare(tmp_path, toy_model, *train, topology=MAIN, **settings):
     config = DataConfig(train=tuple(map(str, train)), **settings)
-    return prepare_sources(config, str(toy_model), tmp_path / "run", topology)
+    return prepare_sources(config, str(toy_model), load_tokenizer(toy_model), tmp_path / "run", topology)
 
 
 def in_thread(function, *arguments, **settings):
@@ -111,8 +112,8 @@ def test_several_need_a_weight_each(tmp_path, toy_model, text):
 def test_a_text_is_tokenized_as_one_document(tmp_path, toy_model, text):
     sources = prepare(tmp_path, toy_model, text, valid=str(text))
     (train,) = sources.train
-    assert train.weight == 1.0
-    assert sources.valid == Source(train.prefix)
+    assert sources.weights == (1.0,)
+    assert sources.valid == train
     tokens = TokenFile(train.prefix)
     assert tokens.num_documents == 1
     assert load_tokenizer(toy_model).decode(tokens.read(0, tokens.num_tokens).tolist()) == text.read_text()
@@ -139,8 +140,7 @@ def test_the_detokenizer_is_applied(tmp_path, toy_model, text):
 def test_prepared_prefixes_are_taken_as_they_are(tmp_path, toy_model, text):
     (source,) = prepare(tmp_path, toy_model, text).train
     sources = prepare(tmp_path, toy_model, f"0.25,{source.prefix}", f"0.75,{text}", valid=source.prefix)
-    assert sources.train == (Source(source.prefix, 0.25), Source(source.prefix, 0.75))
-    assert sources.valid == Source(source.prefix)
+    assert sources == Sources((source, source), (0.25, 0.75), source)
 
 
 @pytest.mark.parametrize("topology", [MAIN, OTHER])
@@ -197,9 +197,9 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_the_main_one(tmp_path, 
 
 @pytest.mark.parametrize(("sample", "kind"), [("stream", Stream), ("document", Documents)])
 def test_open_samples(tmp_path, toy_model, text, sample, kind):
-    prefix = prepare(tmp_path, toy_model, text).train[0].prefix
+    (dataset,) = prepare(tmp_path, toy_model, text).train
     config = DataConfig(train=("unused",), context_length=16, sample=sample)
-    samples = open_samples([Source(prefix, 3.0), Source(prefix)], config, seed=4)
+    samples = open_samples(Sources((dataset, dataset), (3.0, 1.0)), config, seed=4)
     assert [type(corpus) for corpus in samples.corpora] == [kind, kind]
     assert samples.taken(64) == [48, 16]
     assert samples[0].input_ids.dtype == np.int64
@@ -207,9 +207,9 @@ def test_open_samples(tmp_path, toy_model, text, sample, kind):
 
 
 def test_attention_within_documents_is_passed_on(tmp_path, toy_model, text):
-    prefix = prepare(tmp_path, toy_model, text).train[0].prefix
+    sources = prepare(tmp_path, toy_model, text)
     config = DataConfig(train=("unused",), attend_within_documents=True)
-    (corpus,) = open_samples([Source(prefix)], config, seed=0).corpora
+    (corpus,) = open_samples(sources, config, seed=0).corpora
     assert isinstance(corpus, Stream)
     assert corpus.attend_within_documents
 
@@ -220,14 +220,15 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, toy_model, text, role):
 
     toy.make_tokenizer(tmp_path / "another", "An altogether different text, for different merges." * 9)
     another, own = load_tokenizer(tmp_path / "another"), load_tokenizer(toy_model)
-    theirs = prepare_sources(DataConfig(train=(str(text),)), str(tmp_path / "another"), tmp_path / "a", MAIN).train[0]
+    config = DataConfig(train=(str(text),))
+    (theirs,) = prepare_sources(config, str(tmp_path / "another"), another, tmp_path / "a", MAIN).train
     ours = prepare(tmp_path, toy_model, text).train[0]
-    sources = training_data.Sources(*({"train": ((theirs,), ours), "valid": ((ours,), theirs)}[role]))
+    sources = Sources((theirs,), (1.0,), ours) if role == "train" else Sources((ours,), (1.0,), theirs)
     with pytest.raises(DataError, match=f"{theirs.prefix} was prepared with the tokenizer .*another") as error:
         require_same_tokenizer(sources, own)
     assert another.sha256[:12] in str(error.value)
     assert own.sha256[:12] in str(error.value)
-    require_same_tokenizer(training_data.Sources((ours,), None), own)
+    require_same_tokenizer(Sources((ours,), (1.0,)), own)
     assert load_receipt(ours.prefix)["tokenizer"]["sha256"] == own.sha256
 
 
@@ -246,7 +247,7 @@ SCORED = [[0, 0, 1, 1], [0] * 12, [0, 1]]  # the second is a prompt without an a
 def test_samples_that_are_left_out_are_counted(tmp_path, scored, settings, said):
     whole = write_dataset(tmp_path / "a", [[1, 2, 3]])
     prefix = write_dataset(tmp_path / "b", [[1] * len(document) for document in scored], scored)
-    sources = [Source(whole, 0.5), Source(prefix, 0.5)]
+    sources = Sources((Dataset(whole), Dataset(prefix)), (0.5, 0.5))
     samples = open_samples(sources, DataConfig(train=("a", "b"), context_length=4, **settings), seed=0)
     notes = notes_on_unscored(sources, samples)
     assert len(notes) == len(said)
@@ -260,4 +261,4 @@ def test_a_dataset_without_a_scored_token_is_refused_in_a_blend_too(tmp_path, se
     empty = write_dataset(tmp_path / "empty", [[1, 2, 3], [4, 5]], [[0, 0, 0], [0, 0]])
     config = DataConfig(train=("a", "empty"), context_length=4, **settings)
     with pytest.raises(DataError, match=r"data\.train has .*empty, of which no token is scored.*role assistant"):
-        open_samples([Source(whole, 0.9), Source(empty, 0.1)], config, seed=0)
+        open_samples(Sources((Dataset(whole), Dataset(empty)), (0.9, 0.1)), config, seed=0)

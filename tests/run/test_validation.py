@@ -8,11 +8,11 @@ import torch
 from megaft.base.errors import DataError, NumericsError
 from megaft.config.prepare import PrepareConfig
 from megaft.config.train import parse_train
+from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
 from megaft.data.prepare import prepare
 from megaft.data.tokenizer import load_tokenizer
 from megaft.run.recovery import validated
-from megaft.run.sources import Source
 from megaft.run.validation import Validation, scored_from
 from megaft.scoring.windows import windows
 
@@ -44,7 +44,7 @@ def validate(toy_model, tmp_path):
             "--deepspeed-config j --data.train t --data.valid v --run.dir r --run.max-steps 1 --data.context-length 8"
         )
         config = parse_train([*flags.split(), "--model.path", str(toy_model)])
-        return Validation(Source(str(prefix)), config, load_tokenizer(str(toy_model)))
+        return Validation(Dataset(str(prefix)), config, load_tokenizer(str(toy_model)))
 
     def run(**options):
         score = validation(**options)(Engine(), torch.device("cpu"))

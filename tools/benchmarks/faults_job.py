@@ -20,7 +20,7 @@ WORLD_SIZE = 2
 CONTEXT = get_context("forkserver")
 PRELOADED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # drags in torch's compiler, a second and a half
-    "megaft.run.assemble",
+    "megaft.run.start",
     "megaft.checkpoint.export",
     "megaft.run.recovery",
     "megaft.train",

@@ -205,15 +205,15 @@ def _make_prepared(folder: Path) -> None:
 
 def _read_prepared(folder: Path) -> None:
     from megaft.config.train import DataConfig
+    from megaft.data.dataset import Dataset
     from megaft.data.indexed import TokenFile
-    from megaft.data.receipt import load_receipt
     from megaft.data.samples import Documents
 
-    load_receipt(folder / "out")
+    dataset = Dataset(str(folder / "out"))
+    documents = Documents(dataset, 16)
     tokens = TokenFile(folder / "out", 512)
     tokens.read(0, int(tokens.document_offsets[-1]))
     DataConfig(train=(str(folder / "out"),))
-    documents = Documents(str(folder / "out"), 16)
     for number in range(min(len(documents), 10)):
         documents[number]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from megaft.base.checks import require
 from megaft.commands.estimate.memory import Activations, States, Work, activations, moments, states, word_bytes
-from megaft.config.deepspeed_json import Resolved, resolve
+from megaft.config.deepspeed_json import Resolved
 from megaft.config.train import OptimConfig
+from megaft.run.settings import plan_engine
 from megaft.weights.shape import Shape, require_cuttable
 
 
@@ -55,7 +56,14 @@ class Recipe:
         Raises:
             ConfigError: Anything that training would refuse.
         """
-        return resolve(self.deepspeed, world_size=self.num_data_ranks, optim=self.optim, has_cuda=True)
+        return plan_engine(
+            self.deepspeed,
+            world_size=self.world_size,
+            tensor_parallel_size=self.tensor_parallel_size,
+            is_megatron=self.is_megatron,
+            optim=self.optim,
+            has_cuda=True,
+        )
 
     def work(self, setup: Resolved) -> Work:
         """A micro-batch on one rank."""

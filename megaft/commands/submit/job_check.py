@@ -14,9 +14,10 @@ import tyro
 from megaft.base.checks import require
 from megaft.base.errors import ConfigError, UserError
 from megaft.commands.submit.batch_script import ROOT, find_script, read_text
-from megaft.config.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.deepspeed_json import read_deepspeed_json
 from megaft.config.prepare import PrepareConfig
 from megaft.config.train import TrainConfig, parse_train
+from megaft.run.settings import plan_settings
 
 TRAINING = ("finetune_1node", "finetune_multinode", "finetune_megatron_8.3b_tp8", "finetune_megatron_8.3b_zero3")
 SWEEP = "finetune_sweep"
@@ -104,26 +105,15 @@ def _check_training(config: TrainConfig, asked: dict[str, str]) -> None:
     if is_cluster or config.deepspeed_config.is_file():
         _check_batch(config, asked)
     if is_cluster:
-        from megaft.run.sources import named_sources
-        from megaft.weights.loading.pretrained import require_there
+        from megaft.run.plan import require_inputs
 
-        named_sources(config.data)
-        if config.model.path is not None:
-            require_there(config.model.path)
+        require_inputs(config)
 
 
 def _check_batch(config: TrainConfig, asked: dict[str, str]) -> None:
-    """Read the DeepSpeed JSON as the job's ranks will. A run that goes on cuts its batch to fit them."""
+    """Plan the settings for the job's ranks; without their number the DeepSpeed JSON is only read."""
     nodes, per_node = asked.get("nodes", ""), asked.get("ntasks-per-node", "")
-    raw = read_deepspeed_json(config.deepspeed_config)
     if not (nodes.isdecimal() and per_node.isdecimal()):
+        read_deepspeed_json(config.deepspeed_config)
         return
-    goes_on = not config.run.fresh and (config.run.dir / "checkpoints").is_dir()
-    train = raw.get("train_batch_size")
-    resolve(
-        raw,
-        world_size=data_parallel_size(int(nodes) * int(per_node), config.parallel.tensor_parallel_size),
-        optim=config.optim,
-        has_cuda=asked.get("gpus-per-node", "0") != "0",
-        resumed_batch_size=train if goes_on and isinstance(train, int) else None,
-    )
+    plan_settings(config, int(nodes) * int(per_node), has_cuda=asked.get("gpus-per-node", "0") != "0")

@@ -6,6 +6,7 @@ import pytest
 
 from megaft.base.errors import ConfigError, DataError
 from megaft.commands.submit.job_check import ARRAY, check_program, tasks_of
+from megaft.weights.manifest import FORMAT, MANIFEST, folder_of, manifest_text
 
 JOB = {"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4"}
 
@@ -58,7 +59,10 @@ def test_a_run_that_goes_on_fits_its_micro_batch_to_the_ranks(folder):
     job = JOB | {"nodes": "4"}
     with pytest.raises(ConfigError, match="on 16 ranks"):
         check_program("finetune_multinode", flags(), job)
-    (folder / "r" / "checkpoints").mkdir(parents=True)
+    saved = folder_of(folder / "r", 1)
+    saved.mkdir(parents=True)
+    manifest = {"format": FORMAT, "identity": {"global_batch_size": 16}, "files": {}}
+    (saved / MANIFEST).write_text(manifest_text(manifest))
     check_program("finetune_multinode", flags(), job)
     with pytest.raises(ConfigError, match="on 16 ranks"):
         check_program("finetune_multinode", [*flags(), "--run.fresh"], job)

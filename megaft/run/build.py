@@ -1,0 +1,181 @@
+"""Build a planned run: ranks joined, model, engine, validation, and what the training loop needs besides."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+
+from megaft.base import parallel
+from megaft.base.device import require_supported
+from megaft.base.progress import say
+from megaft.base.redaction import without_secrets
+from megaft.base.topology import Topology
+from megaft.checkpoint import engine_state
+from megaft.checkpoint.run_state import Identity, RunState
+from megaft.checkpoint.saver import Saver
+from megaft.config.deepspeed_json import Resolved
+from megaft.config.train import TrainConfig
+from megaft.data.batches import Cut
+from megaft.models.hugging_face import require_fits
+from megaft.models.parameters import parameter_groups
+from megaft.models.rope import length_limit
+from megaft.run.events import Events, record_end
+from megaft.run.guard import Guard
+from megaft.run.model import build_model
+from megaft.run.optim import build_optimizer
+from megaft.run.plan import Plan
+from megaft.run.same_settings import require_same, settings_of
+from megaft.run.throughput import Meter
+from megaft.run.validation import Validation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A plan and what was built by it."""
+
+    plan: Plan
+    engine: Any
+    device: torch.device
+    cut: Cut
+    row_length: int | None
+    """Length of every row of a batch; None where rows are padded to the longest of their micro-batch."""
+    validation: Validation | None
+    meter: Meter
+    identity: Identity
+    saver: Saver
+    guard: Guard
+    events: Events
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings, as given."""
+        return self.plan.config
+
+    def settings(self) -> dict[str, Any]:
+        """Return the resolved settings, for RUN/config.json and the trackers."""
+        return asdict(replace(self.config, optim=self.plan.setup.optim)) | {
+            "deepspeed": self.plan.setup.engine_config,
+            "max_steps": self.plan.max_steps,
+            "peak_flops": self.meter.peak_flops,
+            "peak_flops_source": self.meter.peak_source,
+        }
+
+    def end(self, state: RunState, exit_code: int, reason: str) -> int:
+        """Leave the reason in the run's folder and return the exit code."""
+        if parallel.is_main():
+            record_end(self.config.run.dir, state.step, exit_code, reason)
+            if exit_code:
+                print(reason, flush=True)
+        return exit_code
+
+
+def build(plan: Plan, topology: Topology) -> Run:
+    """Join the other ranks and build model, engine and validation; the weights are those that a new run starts from.
+
+    Raises:
+        UserError: On every rank what any of them finds.
+    """
+    config, setup, is_main = plan.config, plan.setup, topology.is_main
+    device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
+    require_same(settings_of(config, _contents(plan)))
+    # From here on the others would wait for a rank that raises alone: what one finds, all raise.
+    parallel.together(require_supported, setup.dtype)
+    say(f"{'loading' if config.model.path else 'making'} the model: {_model_name(config)}", is_main)
+    model, architecture = build_model(config, setup.engine_config)
+    longest_alike = length_limit(model.language_model.config)
+    validation = parallel.together(_validation, plan, model.language_model, longest_alike)
+    row_length = parallel.together(plan.samples.row_length, longest_alike)
+    identity = _identity(plan, architecture, validation)
+    say(f"building the engine: ZeRO {setup.zero_stage}, {setup.dtype}, {setup.optim.name}", is_main)
+    engine = _engine(model, setup, device)
+    meter = Meter.of(
+        model.language_model.config,
+        engine.module,
+        config.data.context_length,
+        getattr(torch, setup.dtype),
+        device,
+        config.metrics,
+    )
+    return Run(
+        plan=plan,
+        engine=engine,
+        device=device,
+        cut=Cut(
+            setup.micro_batch_size,
+            setup.gradient_accumulation_steps,
+            parallel.data_parallel_rank(),
+            parallel.data_parallel_size(),
+        ),
+        row_length=row_length,
+        validation=validation,
+        meter=meter,
+        identity=identity,
+        saver=Saver(config.run.dir, identity, config.checkpoint),
+        guard=Guard(config.guard, {}, smallest_loss_scale=engine_state.smallest_loss_scale(engine)),
+        events=Events(config.run.dir, is_main),
+    )
+
+
+def _contents(plan: Plan) -> dict[str, Any]:
+    """Return what the files that the settings name hold."""
+    valid = plan.sources.valid
+    return {
+        "the content of --deepspeed_config": plan.setup.as_read,
+        "the SHA-256 of --data.train": plan.samples.sha256,
+        "the SHA-256 of --data.valid": valid.receipt["bin_sha256"] if valid else None,
+        "the SHA-256 of the tokenizer": plan.tokenizer.sha256,
+    }
+
+
+def _validation(plan: Plan, language_model: Any, longest_alike: int | None) -> Validation | None:
+    """Return the validation text, where there is one, once the model reads tokens and inputs of this run."""
+    require_fits(language_model, plan.tokenizer, plan.config.longest_input)
+    valid = plan.sources.valid
+    return Validation(valid, plan.config, plan.tokenizer, longest_alike) if valid else None
+
+
+def _engine(model: torch.nn.Module, setup: Resolved, device: torch.device) -> Any:
+    groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
+    device_type = "cpu" if setup.offload_optimizer else device.type
+    optimizer = parallel.together(lambda: build_optimizer(groups, setup.optim, device_type=device_type))
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config, mpu=parallel.mpu())[0]
+    engine_state.keep_loss_scale_at_floor(engine)
+    return engine
+
+
+def _identity(plan: Plan, architecture: str, validation: Validation | None) -> Identity:
+    config, optim = plan.config, plan.setup.optim
+    return Identity(
+        global_batch_size=plan.setup.global_batch_size,
+        seed=config.run.seed,
+        data=plan.samples.sha256,
+        context_length=config.data.context_length,
+        sample=config.data.sample,
+        attend_within_documents=config.data.attend_within_documents,
+        tokenizer=plan.tokenizer.sha256,
+        model=architecture,
+        dropout=config.model.dropout,
+        optim=asdict(optim),
+        schedule_steps=None if optim.schedule == "constant" else plan.max_steps,
+        validation=validation.name if validation else None,
+        names=_names(config),
+    )
+
+
+def _names(config: TrainConfig) -> dict[str, str]:
+    """Return readable names of the hashed fields of the run's identity."""
+    names = {
+        "data": " ".join(config.data.train),
+        "tokenizer": config.tokenizer_source,
+        "model": _model_name(config),
+        "validation": str(config.data.valid),
+    }
+    return {part: without_secrets(name) for part, name in names.items()}
+
+
+def _model_name(config: TrainConfig) -> str:
+    return without_secrets(str(config.model.path or config.model.from_scratch))

@@ -1,0 +1,42 @@
+"""Build the model that a run trains, as a module of nats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megaft.base import parallel
+from megaft.config.train import TrainConfig
+from megaft.models import hugging_face, trials
+
+
+def build_model(config: TrainConfig, engine_config: dict[str, Any]) -> tuple[Any, str]:
+    """Return the module of nats that a run starts from, and the description of its architecture in checkpoints.
+
+    Args:
+        config: The run's settings.
+        engine_config: Configuration for deepspeed.initialize, whose precision and ZeRO stage the model is built for.
+    """
+    if config.model.backend == "megatron":
+        parallel.cut_matrices(config.parallel.tensor_parallel_size)
+        from megaft.models import megatron
+
+        language_model = megatron.build(config.model, config.run.seed, engine_config)
+        return megatron.MegatronNats(language_model), megatron.architecture(language_model)
+    language_model = hugging_face.build(config.model, config.lora, config.run.seed, engine_config)
+    model = parallel.together(
+        nats_model, language_model, config.model.cross_entropy, config.data.attend_within_documents
+    )
+    return model, hugging_face.architecture(language_model)
+
+
+def nats_model(language_model: Any, cross_entropy: str, attend_within_documents: bool) -> hugging_face.NatsModel:
+    """Return the module of nats of a language model that training can trust.
+
+    Raises:
+        DataError: It attends to later tokens, or does not keep documents apart where it has to.
+    """
+    with trials.on_trial(language_model) as small:
+        trials.require_language_model(language_model, small)
+        if attend_within_documents:
+            trials.require_keeps_documents_apart(language_model, small)
+        return hugging_face.NatsModel(language_model, cross_entropy, small)

@@ -1,0 +1,93 @@
+"""Plan a run: everything about it that needs no other rank and no GPU, the cheapest checks first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megaft.base.checks import require
+from megaft.base.plural import counted
+from megaft.base.progress import say
+from megaft.base.redaction import without_secrets
+from megaft.base.topology import Topology
+from megaft.config.deepspeed_json import Resolved
+from megaft.config.train import ModelConfig, TrainConfig
+from megaft.data.sequence import Samples
+from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
+from megaft.run.settings import plan_settings
+from megaft.run.sources import Sources, named_sources, open_samples, prepare_sources, require_same_tokenizer
+from megaft.run.trackers import check_trackers
+from megaft.weights.loading.pretrained import require_there
+from megaft.weights.megatron_folder import MANIFEST
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A run that can be built: its settings resolved, its data prepared and its length known."""
+
+    config: TrainConfig
+    setup: Resolved
+    sources: Sources
+    tokenizer: AnyTokenizer
+    samples: Samples
+    max_steps: int
+
+
+def plan_run(config: TrainConfig, topology: Topology, *, has_cuda: bool) -> Plan:
+    """Check the settings, prepare the data and load the tokenizer of a run; no rank is asked, and no GPU taken.
+
+    Args:
+        config: The run's settings.
+        topology: Number of ranks, and which is this one: the main rank prepares the data for all.
+        has_cuda: Whether the ranks have CUDA devices.
+
+    Raises:
+        UserError: Anything that keeps the run from being built, apart from the model itself.
+    """
+    check_trackers(config.metrics)
+    setup = plan_settings(config, topology.world_size, has_cuda=has_cuda)
+    require_inputs(config)
+    say(without_secrets(f"preparing data: {' '.join(config.data.train)}"), topology.is_main)
+    tokenizer = load_tokenizer(config.tokenizer_source)
+    sources = prepare_sources(config.data, config.tokenizer_source, tokenizer, config.run.dir, topology)
+    require_same_tokenizer(sources, tokenizer)
+    samples = open_samples(sources, config.data, config.run.seed)
+    return Plan(
+        config=config,
+        setup=setup,
+        sources=sources,
+        tokenizer=tokenizer,
+        samples=samples,
+        max_steps=_max_steps(config, setup, samples),
+    )
+
+
+def require_inputs(config: TrainConfig) -> None:
+    """Refuse a model or data that do not exist, and a model that its backend cannot read.
+
+    Raises:
+        DataError: One of them is missing.
+        ConfigError: They are named wrongly.
+    """
+    if config.model.path is not None:
+        require_there(config.model.path)
+        _require_readable(config.model, config.model.path)
+    named_sources(config.data)
+
+
+def _require_readable(model: ModelConfig, path: str) -> None:
+    require(
+        model.backend == "megatron" or not (Path(path) / MANIFEST).is_file(),
+        f"--model.path is {path}, which has megatron's format; give --model.backend megatron, or "
+        "write it anew with megaft convert --format hugging-face.",
+    )
+
+
+def _max_steps(config: TrainConfig, setup: Resolved, samples: Samples) -> int:
+    max_steps = config.run.max_steps or samples.num_steps(config.run.epochs or 1, setup.global_batch_size)
+    require(
+        setup.total_num_steps in (None, max_steps),
+        f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, "
+        f"the run {counted(max_steps, 'step')}; give one length.",
+    )
+    return max_steps

@@ -1,0 +1,80 @@
+"""Start a built run: its folder, the notes on its settings, and the newest checkpoint, from which it continues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+
+from megaft.base import cpu_speed, parallel, torch_flags
+from megaft.base.environment import job, write_config
+from megaft.base.plural import counted
+from megaft.base.progress import say
+from megaft.checkpoint import resume as checkpoints
+from megaft.checkpoint.run_state import RunState
+from megaft.run.build import Run
+from megaft.run.plan import Plan
+from megaft.run.sources import notes_on_lengths, notes_on_templates, notes_on_unscored
+from megaft.weights import manifest
+
+
+def resume(run: Run) -> RunState:
+    """Write the run's settings and load its newest checkpoint; return the state to go on from, a new run's if none.
+
+    Raises:
+        UserError: On every rank what any of them finds.
+    """
+    parallel.together(_start_folder, run)
+    if parallel.is_main():
+        for note in _notes(run.plan, run.device):
+            print(note, flush=True)
+    say(f"looking for checkpoints in {run.config.run.dir}", parallel.is_main())
+    state = _newest_state(run)
+    run.guard.restore(state.guard)
+    if state.step < run.plan.max_steps:
+        parallel.together(run.events.require_progress, state.step)
+    run.events.record("start", state.step, **job(), world_size=parallel.world_size())
+    return state
+
+
+def _start_folder(run: Run) -> None:
+    if not parallel.is_main():
+        return
+    folder, is_fresh = run.config.run.dir, run.config.run.fresh
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_fresh:
+        checkpoints.remove_all(folder)
+        run.events.record("fresh", 0)
+    write_config(folder, run.settings())
+
+
+def _notes(plan: Plan, device: torch.device) -> Iterator[str]:
+    """Yield a sentence for each setting and dataset that does something else than a user may expect."""
+    yield from plan.setup.notes
+    yield from notes_on_lengths(plan.sources, plan.samples)
+    yield from notes_on_unscored(plan.sources, plan.samples)
+    yield from notes_on_templates(plan.sources, plan.tokenizer)
+    if device.type == "cuda" and not plan.config.run.deterministic:
+        yield torch_flags.NOT_EXACT
+    if device.type == "cpu" and plan.setup.dtype != "float32":
+        dtype = getattr(torch, plan.setup.dtype)
+        seconds = cpu_speed.seconds_of_products((torch.float32, dtype))
+        yield from cpu_speed.notes_on_precision(seconds, dtype, plan.setup.zero_stage, plan.setup.offload_optimizer)
+
+
+def _newest_state(run: Run) -> RunState:
+    folder, allowed = run.config.run.dir, run.config.checkpoint.allow_changed
+    found = checkpoints.find(folder)
+    for name, reason in found.skipped:
+        run.events.record("skipped checkpoint", 0, name=name, reason=reason)
+    parallel.together(run.events.require_checkpoints, folder / "checkpoints")
+    if found.folder is None:
+        return RunState()
+    state = checkpoints.load(run.engine, found.folder, run.identity, allowed)
+    if parallel.is_main():
+        print(f"continues from {found.folder.name}, after {counted(state.step, 'step')}", flush=True)
+    then, now = manifest.read_manifest(found.folder)["identity"], asdict(run.identity)
+    for name in allowed:
+        run.events.record("allowed change", state.step, name=name, then=then.get(name), now=now[name])
+    return state
