@@ -52,6 +52,7 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from evaluate_zero_shot.trial.plan import find_all_data, trial_of
     from evaluate_zero_shot.trial.subject import load
     from megaft.base import parallel
+    from megaft.base.agreement import together
     from megaft.base.device import device_of
     from megaft.base.lock import locked
     from megaft.data.tokenizer import load_tokenizer
@@ -68,9 +69,9 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     device = device_of(topology) if is_alone else parallel.join(topology)
     if is_cut:
         parallel.cut_matrices(size)
-    data = parallel.together(lambda: data or find_all_data(config, os.environ))
+    data = together(lambda: data or find_all_data(config, os.environ))
     for source in config.model:  # a name mistyped is said now, not when its turn comes
-        parallel.together(load_tokenizer, model_source(source))
+        together(load_tokenizer, model_source(source))
     combinations = list(product(config.tasks, config.protocols, config.strides))
     with locked(config.output, topology.is_main):
         done = []

@@ -105,7 +105,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
             num_scored, num_tokens = parallel.sum_over_data_ranks(counts)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
             loss_scale = engine_state.loss_scale_state(engine).get("cur_scale")
-            ask = partial(is_wanted, guard, state.step + 1, nats, num_scored) if guard.decides_before_the_step else None
+            wanted = partial(is_wanted, guard, state.step + 1, nats, num_scored)
             for batch in batches:
                 # Dropout is a function of the seed and of which samples these are: the same after a resume and, at
                 # one micro-batch size, on any number of ranks.
@@ -115,7 +115,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 # DeepSpeed averages gradients over ranks; undo that, and divide by the tokens of the global batch.
                 engine.backward(batch_nats * (parallel.data_parallel_size() / num_scored), scale_wrt_gas=False)
                 # Weights move on the last micro batch only.
-                grad_norm = engine_state.step(engine, ask)
+                grad_norm = engine_state.step(engine, wanted if guard.decides_before_the_step else None)
             tokens_seen = tokens_seen + num_scored
             state = replace(
                 state,

@@ -8,6 +8,7 @@ import torch
 
 from evaluate_zero_shot.config import EvaluateConfig
 from megaft.base import parallel
+from megaft.base.agreement import together
 from megaft.base.errors import DataError
 from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.models.backend import Backend
@@ -37,7 +38,7 @@ def load(source: str, config: EvaluateConfig, backend: Backend, device: torch.de
         DataError: It is not there, or does not fit its tokenizer.
     """
     path, dtype = model_source(source), getattr(torch, config.dtype)
-    tokenizer = parallel.together(load_tokenizer, path)
+    tokenizer = together(load_tokenizer, path)
     scorer = load_scoring_model(path, dtype=dtype, device=device, backend=backend, is_partitioned=config.partition)
     if tokenizer.vocab_size > scorer.vocab_size:
         raise DataError(

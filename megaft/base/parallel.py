@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,15 +24,13 @@ from torch import Tensor
 from megaft.base import exit_code
 from megaft.base.device import device_of, require_own_gpu
 from megaft.base.ending import CRASH, ending_of
-from megaft.base.errors import ConfigError, LostPeerError, UserError, kind_of
+from megaft.base.errors import ConfigError, LostPeerError, UserError
 from megaft.base.heartbeat import Heartbeat
 from megaft.base.model_parallel_unit import ModelParallelUnit
 from megaft.base.network import connect_hosts, require_interfaces
 from megaft.base.progress import say
 from megaft.base.topology import Topology, discover, free_port, integer, is_main_of
 from megaft.base.torch_flags import forbid_tf32
-
-T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """Default timeout of collectives."""
@@ -243,6 +241,15 @@ def naming_lost_peers(rank: int) -> Iterator[None]:
         ) from error
 
 
+def tell_others(error: UserError) -> bool:
+    """Tell ranks in whatever call that this one ends with an error; return False where there is no heartbeat."""
+    if _heartbeat is None:
+        return False
+    if ending := ending_of(rank(), error):
+        _heartbeat.tell(ending)
+    return True
+
+
 def world_size() -> int:
     """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -340,59 +347,6 @@ def gather_numbers(numbers: list[int]) -> list[list[int]]:
 def _host_group(world: object) -> Any:
     """Return the gloo group of all ranks beside NCCL's (None without NCCL), made once per process group."""
     return dist.new_group(backend="gloo", timeout=_timeout) if dist.get_backend() == "nccl" else None
-
-
-AGREED_BYTES = 1000
-"""Most UTF-8 bytes of a text that `agreed` exchanges."""
-
-
-def agreed(text: str) -> str:
-    """Return, on every rank, the text of the last rank that has one; it is cut to AGREED_BYTES."""
-    speaker = max_over_ranks([rank() if text else -1])[0]
-    if speaker < 0:
-        return ""
-    mine = text.encode(errors="backslashreplace") if speaker == rank() else b""
-    letters = max_over_ranks([*mine[:AGREED_BYTES].ljust(AGREED_BYTES, b"\0")])
-    return bytes(letters).rstrip(b"\0").decode(errors="replace")
-
-
-def raise_together(error: UserError | None) -> None:
-    """Raise on every rank where any has an error: its own where a rank has one, elsewhere that of the last such rank.
-
-    Every rank has the message: a launcher may end the rank that found it before it has spoken.
-
-    Raises:
-        UserError: With the exit code of the error, so that whichever rank leaves first gives the launcher that one.
-    """
-    said = agreed(f"{error.exit_code} rank {rank()}: {error}" if error else "")
-    if error:
-        raise error
-    if said:
-        code, _, message = said.partition(" ")
-        raise kind_of(int(code))(message)
-
-
-def raise_from_anywhere(error: UserError) -> NoReturn:
-    """Raise an error on every rank, also on those in another collective; without a heartbeat, `raise_together`."""
-    if _heartbeat is None:
-        raise_together(error)
-    elif ending := ending_of(rank(), error):
-        _heartbeat.tell(ending)
-    raise error
-
-
-def together(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function on every rank; where one raises a UserError, all do, so that none waits for another.
-
-    The function itself may not communicate: a rank that raised would not take part.
-    """
-    result, error = None, None
-    try:
-        result = function(*arguments)
-    except UserError as caught:
-        error = caught
-    raise_together(error)
-    return cast(T, result)
 
 
 def from_main(tensor: Tensor) -> Tensor:

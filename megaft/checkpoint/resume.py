@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from megaft.base import parallel
+from megaft.base.agreement import agreed, together
 from megaft.base.errors import CheckpointError
 from megaft.base.files import naming_disk_errors, to_json
 from megaft.checkpoint import engine_state
@@ -46,12 +47,12 @@ def find(run_dir: Path) -> Found:
     """
     folder, skipped = run_dir / "checkpoints", []
     candidates = published(folder) if parallel.is_main() else []
-    while name := parallel.agreed(candidates.pop().name if candidates else ""):
-        reason = parallel.agreed(_damage(folder / name))
+    while name := agreed(candidates.pop().name if candidates else ""):
+        reason = agreed(_damage(folder / name))
         if not reason:
             break
         skipped.append((name, reason))
-    skipped += [entry for entry in [("latest", parallel.agreed(_stray_pointer(folder, name)))] if entry[1]]
+    skipped += [entry for entry in [("latest", agreed(_stray_pointer(folder, name)))] if entry[1]]
     if parallel.is_main():
         for what, reason in skipped:
             print(f"skipped {what}: {reason}", flush=True)
@@ -94,7 +95,7 @@ def load(engine: Any, folder: Path, identity: Identity, allow_changed: Collectio
     Raises:
         CheckpointError: It belongs to another run (the message names every difference), or it cannot be read.
     """
-    state, loss_scale = parallel.together(_load, engine, folder, identity, allow_changed)
+    state, loss_scale = together(_load, engine, folder, identity, allow_changed)
     engine_state.refresh(engine)
     engine_state.set_loss_scale_state(engine, loss_scale)
     engine_state.set_steps(engine, state.step, state.skipped_steps)

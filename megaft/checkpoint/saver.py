@@ -24,6 +24,7 @@ from torch import Tensor
 
 import megaft
 from megaft.base import parallel
+from megaft.base.agreement import together
 from megaft.base.environment import job
 from megaft.base.errors import CheckpointError
 from megaft.base.files import fsync, naming_disk_errors
@@ -103,7 +104,7 @@ class Saver:
         self.written_bytes = sum(num_bytes for num_bytes, _ in sizes)
         final = folder_of(self._run_dir, state.step)
         temporary = final.with_name(final.name + ".tmp")
-        parallel.together(self._begin, temporary)
+        together(self._begin, temporary)
         is_copied = self._config.in_background and self._fits(sizes)
         pieces = self._copied(pieces) if is_copied else pieces
         writers = [
@@ -175,12 +176,12 @@ class Saver:
         began = time.perf_counter()
         pending, self._pending = self._pending, None
         try:
-            written = parallel.together(lambda: [writer.result() for writer in pending.writers])
+            written = together(lambda: [writer.result() for writer in pending.writers])
             written += [(0, bytes(32))] * (PARTS - len(written))
             gathered = parallel.gather_numbers(
                 [number for num_bytes, sha256 in written for number in (num_bytes, *sha256)]
             )
-            parallel.together(self._finish, pending, gathered)
+            together(self._finish, pending, gathered)
         except CheckpointError:
             if parallel.is_main():
                 _remove(pending.temporary)

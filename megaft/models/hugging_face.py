@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from megaft.base import parallel
+from megaft.base.agreement import together
 from megaft.base.errors import ConfigError, DataError
 from megaft.config.train import LoraConfig, ModelConfig
 from megaft.models import trials
@@ -89,17 +90,17 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     """
     is_gguf = config.path is not None and config.path.endswith(".gguf")
     if lora.rank or is_gguf or not is_stage_3(engine_config):
-        return parallel.together(build_whole, config, lora, seed, agreed_room())
+        return together(build_whole, config, lora, seed, agreed_room())
     if config.path is not None:
         with in_parts(engine_config, is_new=False):
             model = load_language_model(config.path, dropout=config.dropout)
     else:
         assert config.from_scratch is not None
-        new_config = parallel.together(read_new_config, config.from_scratch, config.dropout)
+        new_config = together(read_new_config, config.from_scratch, config.dropout)
         parts, room = parallel.world_size(), agreed_room()
         with in_parts(engine_config, is_new=True):
             model = create_from(new_config, config.from_scratch, seed, parts, room)
-    return parallel.together(_recomputing, model, config)
+    return together(_recomputing, model, config)
 
 
 def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, room: Room | None = None) -> CausalLM:

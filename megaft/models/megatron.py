@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaft.base import parallel
+from megaft.base.agreement import together
 from megaft.base.checks import require
 from megaft.base.foreign import require_inert
 from megaft.config.train import ModelConfig
@@ -320,12 +321,12 @@ def build(settings: ModelConfig, seed: int, engine_config: dict[str, Any] | None
         ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
         DataError: On every rank, where any cannot read it.
     """
-    weights = parallel.together(weights_of, settings, seed)
+    weights = together(weights_of, settings, seed)
     set_dropout(weights.config, settings.dropout)
     with in_parts(engine_config):
         model = MegatronModel(weights.config, recompute=settings.activation_checkpointing)
     where = f"--model.path is {settings.path}; "
-    parallel.together(fill, model, lambda name: require_finite(name, weights.read(name), where))
+    together(fill, model, lambda name: require_finite(name, weights.read(name), where))
     return model
 
 

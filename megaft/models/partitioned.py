@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import _load_state_dict_into_zero3_mode
 from transformers.utils import logging
 
 from megaft.base import parallel
+from megaft.base.agreement import raise_from_anywhere, raise_together
 from megaft.base.errors import DataError, UserError
 from megaft.weights.loading.finite_weights import is_finite, require_finite_weights
 from megaft.weights.loading.replaced import replaced
@@ -72,7 +73,7 @@ class _Agreement:
         if not self._has_begun:
             self._has_begun = True
             try:
-                parallel.raise_together(None)
+                raise_together(None)
             except UserError as error:
                 self._known = error
                 raise
@@ -83,8 +84,8 @@ class _Agreement:
         if error is not None and error is self._known:
             raise error
         if error is not None and self._has_begun:  # others may wait for this rank's part of a weight
-            parallel.raise_from_anywhere(error)
-        parallel.raise_together(error)
+            raise_from_anywhere(error)
+        raise_together(error)
 
 
 def _fill(setting: str, model: Any, state_dict: dict[str, Any], load_config: Any) -> tuple[list[str], set[str]]:
@@ -128,7 +129,7 @@ def _requiring_finite(name: str, source: str) -> Iterator[Callable[[Iterable[tup
 
     with replaced(nn.Module, "_load_from_state_dict", load):
         yield require
-    parallel.raise_together(errors[0] if errors else None)
+    raise_together(errors[0] if errors else None)
 
 
 def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

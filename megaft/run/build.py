@@ -10,6 +10,7 @@ import deepspeed
 import torch
 
 from megaft.base import parallel
+from megaft.base.agreement import together
 from megaft.base.device import require_supported
 from megaft.base.progress import say
 from megaft.base.redaction import without_secrets
@@ -83,12 +84,12 @@ def build(plan: Plan, topology: Topology) -> Run:
     device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
     require_same(settings_of(config, _contents(plan)))
     # From here on the others would wait for a rank that raises alone: what one finds, all raise.
-    parallel.together(require_supported, setup.dtype)
+    together(require_supported, setup.dtype)
     say(f"{'loading' if config.model.path else 'making'} the model: {_model_name(config)}", is_main)
     model, architecture = build_model(config, setup.engine_config)
     longest_alike = length_limit(model.language_model.config)
-    validation = parallel.together(_validation, plan, model.language_model, longest_alike)
-    row_length = parallel.together(plan.samples.row_length, longest_alike)
+    validation = together(_validation, plan, model.language_model, longest_alike)
+    row_length = together(plan.samples.row_length, longest_alike)
     identity = _identity(plan, architecture, validation)
     say(f"building the engine: ZeRO {setup.zero_stage}, {setup.dtype}, {setup.optim.name}", is_main)
     engine = _engine(model, setup, device)
@@ -141,7 +142,7 @@ def _validation(plan: Plan, language_model: Any, longest_alike: int | None) -> V
 def _engine(model: torch.nn.Module, setup: Resolved, device: torch.device) -> Any:
     groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
     device_type = "cpu" if setup.offload_optimizer else device.type
-    optimizer = parallel.together(lambda: build_optimizer(groups, setup.optim, device_type=device_type))
+    optimizer = together(lambda: build_optimizer(groups, setup.optim, device_type=device_type))
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config, mpu=parallel.mpu())[0]
     engine_state.keep_loss_scale_at_floor(engine)
     return engine

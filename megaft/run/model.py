@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megaft.base import parallel
+from megaft.base.agreement import together
 from megaft.config.train import TrainConfig
 from megaft.models import hugging_face, trials
 
@@ -23,9 +24,7 @@ def build_model(config: TrainConfig, engine_config: dict[str, Any]) -> tuple[Any
         language_model = megatron.build(config.model, config.run.seed, engine_config)
         return megatron.MegatronNats(language_model), megatron.architecture(language_model)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed, engine_config)
-    model = parallel.together(
-        nats_model, language_model, config.model.cross_entropy, config.data.attend_within_documents
-    )
+    model = together(nats_model, language_model, config.model.cross_entropy, config.data.attend_within_documents)
     return model, hugging_face.architecture(language_model)
 
 

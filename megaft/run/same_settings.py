@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megaft.base import parallel
+from megaft.base.agreement import raise_together
 from megaft.base.errors import ConfigError
 from megaft.base.redaction import without_secrets
 from megaft.config.train import TrainConfig
@@ -44,7 +45,7 @@ def require_same(settings: Mapping[str, Any]) -> None:
     hashes = torch.tensor([_hash(value) for value in settings.values()])
     differs = (hashes != parallel.from_main(hashes)).tolist()
     names = [name for name, is_other in zip(settings, differs, strict=True) if is_other]
-    parallel.raise_together(_error(names, settings) if names else None)
+    raise_together(_error(names, settings) if names else None)
 
 
 def _error(names: list[str], settings: Mapping[str, Any]) -> ConfigError:

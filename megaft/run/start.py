@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 
 from megaft.base import cpu_speed, parallel, torch_flags
+from megaft.base.agreement import together
 from megaft.base.environment import job, write_config
 from megaft.base.plural import counted
 from megaft.base.progress import say
@@ -25,7 +26,7 @@ def resume(run: Run) -> RunState:
     Raises:
         UserError: On every rank what any of them finds.
     """
-    parallel.together(_start_folder, run)
+    together(_start_folder, run)
     if parallel.is_main():
         for note in _notes(run.plan, run.device):
             print(note, flush=True)
@@ -33,7 +34,7 @@ def resume(run: Run) -> RunState:
     state = _newest_state(run)
     run.guard.restore(state.guard)
     if state.step < run.plan.max_steps:
-        parallel.together(run.events.require_progress, state.step)
+        together(run.events.require_progress, state.step)
     run.events.record("start", state.step, **job(), world_size=parallel.world_size())
     return state
 
@@ -68,7 +69,7 @@ def _newest_state(run: Run) -> RunState:
     found = checkpoints.find(folder)
     for name, reason in found.skipped:
         run.events.record("skipped checkpoint", 0, name=name, reason=reason)
-    parallel.together(run.events.require_checkpoints, folder / "checkpoints")
+    together(run.events.require_checkpoints, folder / "checkpoints")
     if found.folder is None:
         return RunState()
     state = checkpoints.load(run.engine, found.folder, run.identity, allowed)

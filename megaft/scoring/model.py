@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
 from megaft.base import parallel
+from megaft.base.agreement import together
 from megaft.config.train import ModelConfig
 from megaft.data.samples import IGNORE_INDEX
 from megaft.models import trials
@@ -235,9 +236,9 @@ def load_scoring_model(
         language_model = (
             _load_partitioned(source, dtype)
             if is_partitioned
-            else parallel.together(load_language_model, source, dtype, None, "--model")
+            else together(load_language_model, source, dtype, None, "--model")
         )
-        model = parallel.together(_tried_model, language_model)
+        model = together(_tried_model, language_model)
     num_parameters = count(language_model.parameters())
     if can_pack(dtype, device) and not is_partitioned:
         model.pack()
@@ -274,7 +275,7 @@ def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
     import deepspeed
 
     # Filled outside ZeRO's hooks.
-    language_model = parallel.together(load_language_model, source, dtype, None, "--model")
+    language_model = together(load_language_model, source, dtype, None, "--model")
     deepspeed.zero.Init(module=language_model, config_dict_or_path=_deepspeed_config(dtype))
     return language_model
 

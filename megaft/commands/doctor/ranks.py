@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaft.base import parallel
+from megaft.base.agreement import together
 from megaft.base.files import naming_disk_errors
 from megaft.base.parallel import Topology
 from megaft.base.plural import counted
@@ -70,7 +71,7 @@ def run(folder: Path, as_json: bool, topology: Topology) -> int:
     device = parallel.join(topology, TIMEOUT)
     ranks = Ranks(topology, device, folder / f"megaft-doctor-{topology.master_port}")
     try:
-        parallel.together(_make, ranks.folder)
+        together(_make, ranks.folder)
         checks = [same_versions(ranks), *collectives(ranks), *same_losses(ranks)]
         if checks[0].status == "pass":  # a checkpoint needs the shared folder
             checks += same_after_resume(ranks)
