@@ -17,8 +17,6 @@ if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
 from dataclasses import replace
 from functools import partial
 
-from megaft.base.progress import say
-from megaft.base.topology import is_main_of
 from megaft.config.train import TrainConfig, parse_train
 from megaft.run import stop
 
@@ -34,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         parse_train(arguments)  # before the heavy imports, so that it is instant
     stop.listen()  # and signals are not lost while they last
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
+    from megaft.base.progress import say
+    from megaft.base.topology import is_main_of
+
     say("importing torch and deepspeed", is_main_of(os.environ))
     from megaft.base import parallel
 

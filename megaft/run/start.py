@@ -30,7 +30,7 @@ def resume(run: Run) -> RunState:
     if parallel.is_main():
         for note in _notes(run.plan, run.device):
             print(note, flush=True)
-    say(f"looking for checkpoints in {run.config.run.dir}", parallel.is_main())
+    say(f"looking for checkpoints: {run.config.run.dir}", parallel.is_main())
     state = _newest_state(run)
     run.guard.restore(state.guard)
     if state.step < run.plan.max_steps:
