@@ -21,6 +21,8 @@ from megaft.checkpoint import engine_state, resume
 from megaft.checkpoint.run_state import Identity, RunState
 from megaft.checkpoint.saver import Saver
 from megaft.config.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.optimizers import OPTIMIZERS
+from megaft.config.schedules import SCHEDULES
 from megaft.config.train import TrainConfig
 from megaft.data.batches import Cut
 from megaft.data.receipt import load_receipt
@@ -122,7 +124,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
         model=architecture,
         dropout=config.model.dropout,
         optim=asdict(setup.optim),
-        schedule_steps=None if setup.optim.schedule == "constant" else max_steps,
+        schedule_steps=max_steps if SCHEDULES[setup.optim.schedule].decays else None,
         validation=validation.name if validation else None,
         names=_names(config),
     )
@@ -213,9 +215,9 @@ def _require_trainable(config: TrainConfig, setup: Resolved) -> None:
             "write it anew with megaft convert --format hugging-face.",
         )
     require(
-        not (is_megatron and setup.optim.name == "adafactor"),
-        "--optim.name is adafactor, which looks at whole matrices, and those of --model.backend megatron are put "
-        "together otherwise; give --optim.name adamw or --model.backend hugging-face.",
+        not (is_megatron and OPTIMIZERS[setup.optim.name].needs_whole_matrices),
+        f"--optim.name is {setup.optim.name}, which looks at whole matrices, and those of --model.backend megatron are "
+        "put together otherwise; give --optim.name adamw or --model.backend hugging-face.",
     )
 
 
