@@ -63,14 +63,15 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
         UserError: What training would refuse.
     """
     from megaft.base import parallel
-    from megaft.config.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
+    from megaft.config.deepspeed_json import read_deepspeed_json, resolve
+    from megaft.config.parallelism import num_data_ranks
     from megaft.run.assemble import assemble, resumed_batch_size
     from megaft.weights import manifest
 
     raw = read_deepspeed_json(config.deepspeed_config)
     resumed = resumed_batch_size(config)
-    num_data_ranks = data_parallel_size(config.world_size, config.parallel.tensor_parallel_size)
-    options = {"world_size": num_data_ranks, "optim": config.optim, "resumed_batch_size": resumed}
+    data_ranks = num_data_ranks(config.world_size, config.parallel.tensor_parallel_size)
+    options = {"world_size": data_ranks, "optim": config.optim, "resumed_batch_size": resumed}
     setup = resolve(raw, **options, has_cuda=True)
     try:
         with _stand_in_folder(config.run.dir, config.run.fresh) as folder:
@@ -125,7 +126,7 @@ def _stand_in(
 
 
 def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, Any]:
-    from megaft.config.deepspeed_json import data_parallel_size
+    from megaft.config.parallelism import num_data_ranks
     from megaft.models import parameters as parameters_module
 
     parameters = list(parts.engine.module.parameters())
@@ -133,7 +134,7 @@ def _plan(config: ValidateConfig, setup: Resolved, parts: Parts) -> dict[str, An
     return {
         "world_size": config.world_size,
         "tensor_parallel_size": config.parallel.tensor_parallel_size,
-        "data_parallel_size": data_parallel_size(config.world_size, config.parallel.tensor_parallel_size),
+        "data_parallel_size": num_data_ranks(config.world_size, config.parallel.tensor_parallel_size),
         "global_batch_size": setup.global_batch_size,
         "micro_batch_size": setup.micro_batch_size,
         "gradient_accumulation_steps": setup.gradient_accumulation_steps,

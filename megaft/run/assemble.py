@@ -20,8 +20,9 @@ from megaft.base.redaction import without_secrets
 from megaft.checkpoint import engine_state, resume
 from megaft.checkpoint.run_state import Identity, RunState
 from megaft.checkpoint.saver import Saver
-from megaft.config.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.deepspeed_json import Resolved, read_deepspeed_json, resolve
 from megaft.config.optimizers import OPTIMIZERS
+from megaft.config.parallelism import num_data_ranks
 from megaft.config.schedules import SCHEDULES
 from megaft.config.train import TrainConfig
 from megaft.data.batches import Cut
@@ -93,7 +94,7 @@ def assemble(config: TrainConfig, topology: Topology) -> Parts:
     has_cuda = torch.cuda.is_available()
     setup = resolve(
         raw,
-        world_size=data_parallel_size(topology.world_size, config.parallel.tensor_parallel_size),
+        world_size=num_data_ranks(topology.world_size, config.parallel.tensor_parallel_size),
         optim=config.optim,
         has_cuda=has_cuda,
         resumed_batch_size=resumed_batch_size(config),

@@ -14,7 +14,8 @@ import tyro
 from megaft.base.checks import require
 from megaft.base.errors import ConfigError, UserError
 from megaft.commands.submit.batch_script import ROOT, find_script, read_text
-from megaft.config.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.deepspeed_json import read_deepspeed_json, resolve
+from megaft.config.parallelism import num_data_ranks
 from megaft.config.prepare import PrepareConfig
 from megaft.config.train import TrainConfig, parse_train
 
@@ -122,7 +123,7 @@ def _check_batch(config: TrainConfig, asked: dict[str, str]) -> None:
     train = raw.get("train_batch_size")
     resolve(
         raw,
-        world_size=data_parallel_size(int(nodes) * int(per_node), config.parallel.tensor_parallel_size),
+        world_size=num_data_ranks(int(nodes) * int(per_node), config.parallel.tensor_parallel_size),
         optim=config.optim,
         has_cuda=asked.get("gpus-per-node", "0") != "0",
         resumed_batch_size=train if goes_on and isinstance(train, int) else None,
