@@ -77,7 +77,7 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         context_length=trial.cut.context_length,
         stride=trial.cut.stride,
         is_protocol_default=trial.cut.is_own or prepared.has_whole_prompts,
-        dtype=str(subject.dtype).removeprefix("torch."),
+        dtype=dtype_name(subject.dtype),
         tokens_per_batch=trial.tokens_per_batch,
         num_tokenized_tokens=len(prepared.tokens.tokens),
         num_original_tokens=prepared.num_original_tokens,
