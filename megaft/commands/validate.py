@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaft.base.checks import at_least, require, require_ranges
 from megaft.base.errors import CheckpointError, UserError
+from megaft.config.optimizers import OPTIMIZERS
 from megaft.config.train import TrainConfig, bytes_per_parameter
 
 if TYPE_CHECKING:
@@ -109,11 +110,11 @@ def _stand_in(config: ValidateConfig, setup: Resolved, folder: Path) -> tuple[Va
     if setup.dtype == "float16":
         del json["fp16"]
         notes.append("float16 was built in float32, as a CPU can.")
-    if setup.optim.name == "apex-adamw":
+    if (other := OPTIMIZERS[setup.optim.name].cpu_equivalent) is not None:
         json.pop("optimizer", None)
-        optim = replace(setup.optim, name="adamw")
+        optim = replace(setup.optim, name=other)
         checkpoints = replace(checkpoints, allow_changed=(*checkpoints.allow_changed, "optim"))
-        notes.append("apex-adamw was built as adamw; `megaft doctor` on a GPU node says whether apex is there.")
+        notes.append(f"{setup.optim.name} was built as {other}; `megaft doctor` on a GPU node says whether it works.")
     if model.cross_entropy == "liger":
         model = replace(model, cross_entropy="chunked")
         notes.append("liger was built as chunked; `megaft doctor` on a GPU node says whether it is there.")
@@ -123,7 +124,7 @@ def _stand_in(config: ValidateConfig, setup: Resolved, folder: Path) -> tuple[Va
 
 
 def _answer(config: ValidateConfig, setup: Resolved, run: Run, state: RunState) -> dict[str, Any]:
-    from megaft.config.deepspeed_json import data_parallel_size
+    from megaft.config.parallelism import num_data_ranks
     from megaft.models import parameters as parameters_module
 
     parameters = list(run.engine.module.parameters())
@@ -131,7 +132,7 @@ def _answer(config: ValidateConfig, setup: Resolved, run: Run, state: RunState) 
     return {
         "world_size": config.world_size,
         "tensor_parallel_size": config.parallel.tensor_parallel_size,
-        "data_parallel_size": data_parallel_size(config.world_size, config.parallel.tensor_parallel_size),
+        "data_parallel_size": num_data_ranks(config.world_size, config.parallel.tensor_parallel_size),
         "global_batch_size": setup.global_batch_size,
         "micro_batch_size": setup.micro_batch_size,
         "gradient_accumulation_steps": setup.gradient_accumulation_steps,

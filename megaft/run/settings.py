@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megaft.base.checks import require
-from megaft.config.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.deepspeed_json import Resolved, read_deepspeed_json, resolve
+from megaft.config.optimizers import OPTIMIZERS
+from megaft.config.parallelism import num_data_ranks
 from megaft.config.train import OptimConfig, TrainConfig
 from megaft.weights import manifest
 
@@ -58,15 +60,15 @@ def plan_engine(
     """
     setup = resolve(
         deepspeed_json,
-        world_size=data_parallel_size(world_size, tensor_parallel_size),
+        world_size=num_data_ranks(world_size, tensor_parallel_size),
         optim=optim,
         has_cuda=has_cuda,
         resumed_batch_size=resumed_batch_size,
     )
     require(
-        not (is_megatron and setup.optim.name == "adafactor"),
-        "--optim.name is adafactor, which looks at whole matrices, and those of --model.backend megatron are put "
-        "together otherwise; give --optim.name adamw or --model.backend hugging-face.",
+        not (is_megatron and OPTIMIZERS[setup.optim.name].needs_whole_matrices),
+        f"--optim.name is {setup.optim.name}, which looks at whole matrices, and those of --model.backend megatron are "
+        "put together otherwise; give --optim.name adamw or --model.backend hugging-face.",
     )
     return setup
 

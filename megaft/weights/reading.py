@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,9 @@ from megaft.base.errors import DataError
 from megaft.base.foreign import require_inert
 from megaft.base.hub import find_file
 from megaft.weights.classic_megatron import ClassicCheckpoint, is_classic
-from megaft.weights.layout import layout_of
+from megaft.weights.families import family_of
+from megaft.weights.folder import model_folder
+from megaft.weights.layout import OUTPUT_LAYER, layout_of
 from megaft.weights.loading.finite_weights import require_finite
 from megaft.weights.loading.pretrained import load_language_model, require_there
 from megaft.weights.loading.size_limit import Size, no_larger_than
@@ -25,34 +26,18 @@ from megaft.weights.loading.weight_files import (
     shard_names,
     untied_weights,
 )
-from megaft.weights.megatron_folder import MANIFEST, local_shapes, shards_of
+from megaft.weights.manifest import is_checkpoint
+from megaft.weights.megatron_folder import is_megatron_folder, local_shapes, shards_of
 from megaft.weights.parameters import (
     Weights,
-    _widest,
     from_shards,
     load_config,
     naming_config_errors,
     require_fitting,
     shapes_of,
+    widest_dtype,
 )
 from megaft.weights.tensor_file import TensorFile, open_tensors
-
-
-def model_source(model: str) -> str:
-    """Return the folder of the model's files; for a run's folder, its export/.
-
-    Raises:
-        DataError: The folder holds no model.
-    """
-    folder = Path(model)
-    if (folder / "export").is_dir():
-        return str(folder / "export")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DataError(
-            f"--model is {model}, a folder with neither config.json nor export/; "
-            "give a model's folder, or a run's after it has ended."
-        )
-    return model
 
 
 def open_weights(source: str, *, model_config: str | None = None, is_hashed: bool = False) -> Weights:
@@ -82,21 +67,10 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
         f"model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
     )
     require_inert("model", source)
-    if (folder / MANIFEST).is_file():
+    if is_megatron_folder(folder):
         return _from_megatron(folder, is_hashed)
     files = [] if folder.suffix == ".gguf" else _safetensors_of(source)
     return _from_safetensors(source, files) if files else _from_whole(source)
-
-
-def model_folder(source: str) -> str:
-    """Return the folder of a model; for a run's folder, its export/."""
-    export = Path(source) / "export"
-    return str(export) if (export / "config.json").is_file() else source
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Return True if a folder is a checkpoint of a run."""
-    return (folder / "manifest.json").is_file()
 
 
 def described_by(source: str, model_config: str | None) -> str:
@@ -138,18 +112,20 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     require_not_quantized("model", source, config)
     holders = {name: file for file in files for name in file.spans}
     with no_larger_than(_size_of(files), f"model is {source}"):
-        shapes, prefix = shapes_of(config), _prefix(config)
-    layout_of(config)  # of other families, transformers changes names between file and model
+        shapes = shapes_of(config)
+    family = family_of(config)  # of others, transformers changes names between file and model
+    family.require_layout(config)
+    prefix = family.base_prefix
     stored = {name: name if name in holders else name.removeprefix(prefix) for name in shapes}
     found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
     require_fitting(source, shapes, found)
-    _require_tied(source, config, holders, stored)
-    require_no_more(f"model is {source}", {*stored.values(), "lm_head.weight"}, holders)
+    _require_tied(source, stored[family.embedding], holders, stored)
+    require_no_more(f"model is {source}", {*stored.values(), OUTPUT_LAYER}, holders)
 
     def fetch(name: str) -> Tensor:
         return holders[stored[name]].read(stored[name])
 
-    return Weights(config, _widest(holders[key].dtype(key) for key in stored.values()), shapes, fetch)
+    return Weights(config, widest_dtype(holders[key].dtype(key) for key in stored.values()), shapes, fetch)
 
 
 def _size_of(files: list[TensorFile]) -> Size:
@@ -157,20 +133,13 @@ def _size_of(files: list[TensorFile]) -> Size:
     return Size(len(shapes), sum(shape.numel() for shape in shapes))
 
 
-def _prefix(config: Any) -> str:
-    """Return transformers' prefix of the base model's parameter names, which files may leave out."""
-    return "transformer." if config.model_type == "gpt2" else "model."
-
-
-def _require_tied(source: str, config: Any, holders: dict[str, TensorFile], stored: dict[str, str]) -> None:
+def _require_tied(source: str, embedding: str, holders: dict[str, TensorFile], stored: dict[str, str]) -> None:
     """Raise DataError where an output layer that config.json ties to the embedding is stored with other values."""
-    head = "lm_head.weight"
-    if head not in holders or head in stored:
+    if OUTPUT_LAYER not in holders or OUTPUT_LAYER in stored:
         return
-    embedding = next(key for name, key in stored.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
-    pair = [require_finite(key, holders[key].read(key), f"model is {source}; ") for key in (head, embedding)]
+    pair = [require_finite(key, holders[key].read(key), f"model is {source}; ") for key in (OUTPUT_LAYER, embedding)]
     if not torch.equal(*pair):
-        raise untied_weights(f"model is {source}", head, embedding)
+        raise untied_weights(f"model is {source}", OUTPUT_LAYER, embedding)
 
 
 def _from_whole(source: str) -> Weights:
@@ -185,7 +154,7 @@ def _from_whole(source: str) -> Weights:
 def _from_megatron(folder: Path, is_hashed: bool) -> Weights:
     config = load_config(str(folder))
     files = shards_of(folder, config, is_hashed=is_hashed)
-    dtype = _widest(file.dtype(name) for file in files for name in file.spans)
+    dtype = widest_dtype(file.dtype(name) for file in files for name in file.spans)
     return from_shards(config, dtype, lambda name: [file.read(name) for file in files])
 
 
@@ -200,5 +169,5 @@ def _from_classic(folder: Path, model_config: str | None) -> Weights:
     for rank in range(size):
         expected = checkpoint.padded(layout, local_shapes(layout, shapes, size, rank))
         require_fitting(f"{folder} (rank {rank})", expected, checkpoint.shapes(rank))
-    dtype = _widest(tensor.dtype for tensors in checkpoint.ranks for tensor in tensors.values())
+    dtype = widest_dtype(tensor.dtype for tensors in checkpoint.ranks for tensor in tensors.values())
     return from_shards(config, dtype, lambda name: checkpoint.read(name, layout))

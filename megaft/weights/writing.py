@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaft.base.dtypes import dtype_name
 from megaft.base.errors import DataError
 from megaft.base.files import write_json_atomic
 from megaft.data.tokenizer import load_tokenizer
-from megaft.weights.layout import layout_of, require_cuttable
+from megaft.weights.layout import layout_of
 from megaft.weights.loading.finite_weights import is_finite, require_finite
 from megaft.weights.loading.weight_files import INDEX
 from megaft.weights.megatron_folder import FORMAT, MANIFEST, local_shapes
@@ -77,8 +78,8 @@ def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int
         ConfigError: The model cannot be cut over so many.
         DataError: A weight cannot be read, is not finite, or is too large for the dtype.
     """
-    require_cuttable(weights.config, size)
     layout = layout_of(weights.config)
+    layout.shape.require_cuttable(size, "--tensor-parallel-size")
     writers = [
         TensorWriter(
             folder / f"tensor-parallel-{rank:02}-of-{size:02}.safetensors",
@@ -95,7 +96,7 @@ def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int
     manifest = {
         "format": FORMAT,
         "tensor_parallel_size": size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "source": source,
         "files": {name: {"bytes": num_bytes, "sha256": sha256.hex()} for name, (num_bytes, sha256) in written.items()},
     }
@@ -111,7 +112,7 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     result = require_finite(name, tensor).to(dtype)
     if not is_finite(result):
-        short = str(dtype).removeprefix("torch.")
+        short = dtype_name(dtype)
         fix = "use bfloat16" if dtype == torch.float16 else "use float32"
         raise DataError(f"{name} has values up to {tensor.abs().max():g}, which {short} cannot hold; {fix}.")
     return result

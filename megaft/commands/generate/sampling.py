@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Container, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32
@@ -34,7 +34,7 @@ def next_token(
     """
     require_finite_logits(logits, len(previous_ids))
     scores = logits.float().cpu()[None]  # a CPU generator draws the same numbers beside every device
-    ids = torch.tensor([previous_ids])
+    ids: Any = torch.tensor([previous_ids])  # transformers annotates torch.LongTensor
     scores = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)(ids, scores)
     if settings.temperature == 0:
         return int(scores.argmax())
