@@ -91,7 +91,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
         if validation and state.step == 0:
             with metrics.pause():
                 metrics.validation(0, validated(run, 0).as_dict())
-        if state.step == 0 and "rewind" in (config.guard.non_finite, config.guard.spike):
+        if state.step == 0 and config.guard.goes_back:
             with metrics.pause():
                 saver.save(engine, state)  # something to go back to
 

@@ -113,7 +113,7 @@ def _tensors(engine, place: Place) -> Iterator[tuple[str, Tensor]]:
     yield WEIGHT, place.within(place.owner)
     for kind, moment in inner_optimizer(engine).state[place.owner].items():
         if torch.is_tensor(moment) and kind != "step":
-            # Adafactor, at stage 0 only, has moments of other shapes than the parameter's.
+            # Optimizers of whole matrices, at stage 0 only, have moments of other shapes than the parameter's.
             yield kind, place.within(moment) if moment.numel() == place.owner.numel() else moment.view(-1)
 
 

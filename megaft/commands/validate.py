@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaft.base.checks import at_least, require, require_ranges
 from megaft.base.errors import CheckpointError, UserError
+from megaft.config.optimizers import OPTIMIZERS
 from megaft.config.train import TrainConfig, bytes_per_parameter
 
 if TYPE_CHECKING:
@@ -109,11 +110,11 @@ def _stand_in(config: ValidateConfig, setup: Resolved, folder: Path) -> tuple[Va
     if setup.dtype == "float16":
         del json["fp16"]
         notes.append("float16 was built in float32, as a CPU can.")
-    if setup.optim.name == "apex-adamw":
+    if (other := OPTIMIZERS[setup.optim.name].cpu_equivalent) is not None:
         json.pop("optimizer", None)
-        optim = replace(setup.optim, name="adamw")
+        optim = replace(setup.optim, name=other)
         checkpoints = replace(checkpoints, allow_changed=(*checkpoints.allow_changed, "optim"))
-        notes.append("apex-adamw was built as adamw; `megaft doctor` on a GPU node says whether apex is there.")
+        notes.append(f"{setup.optim.name} was built as {other}; `megaft doctor` on a GPU node says whether it works.")
     if model.cross_entropy == "liger":
         model = replace(model, cross_entropy="chunked")
         notes.append("liger was built as chunked; `megaft doctor` on a GPU node says whether it is there.")

@@ -8,80 +8,22 @@ parameter that the block leaves out has DeepSpeed's default, unless the command 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from megaft.base.checks import require
-from megaft.config.deepspeed_keys import Dtype, fail, refuse_unknown_keys
+from megaft.config.deepspeed_keys import Block, Dtype, fail, refuse_unknown_keys
+from megaft.config.optimizers import OPTIMIZERS, Optimizer
+from megaft.config.schedules import SCHEDULES, TOTAL_STEPS, Schedule
 from megaft.config.train import OptimConfig
 
-
-class Block(NamedTuple):
-    """Translation of one type of optimizer or scheduler block; a parameter whose default is `...` is required."""
-
-    sets: dict[str, Any]
-    """OptimConfig fields that the type alone decides."""
-    takes: dict[str, tuple[str, Any]]
-    """Parameter: the OptimConfig field it is, and DeepSpeed's default (None: the field keeps its value)."""
-    only: dict[str, tuple[Any, Any]]
-    """Parameter: the only value megaft offers, and DeepSpeed's default."""
-
-
-_ADAM = Block(
-    {"name": "adamw"},
-    {
-        "lr": ("learning_rate", 1e-3),
-        "beta1": ("beta1", 0.9),
-        "beta2": ("beta2", 0.999),
-        "eps": ("epsilon", 1e-8),
-        "weight_decay": ("weight_decay", 0.0),
-    },
-    {
-        "adam_w_mode": (True, True),
-        "bias_correction": (True, True),
-        "amsgrad": (False, False),
-        "torch_adam": (True, True),
-    },
-)
-_SGD = Block(
-    {"name": "sgd"},
-    {"lr": ("learning_rate", 1e-3), "momentum": ("momentum", 0.0), "weight_decay": ("weight_decay", 0.0)},
-    {"dampening": (0, 0), "nesterov": (False, False)},
-)
-TOTAL_STEPS = "total_num_steps"  # not a field of OptimConfig: the run's length, which is run.max-steps
-_WARMUP = {"warmup_num_steps": ("warmup_steps", 1000)}
-_LINEAR = {"warmup_type": ("linear", "log")}
-BLOCKS = {
-    "optimizer": {"Adam": _ADAM, "AdamW": _ADAM, "FusedAdam": _ADAM, "SGD": _SGD},
-    "scheduler": {
-        "WarmupLR": Block(
-            {"schedule": "constant"},
-            {**_WARMUP, "warmup_max_lr": ("learning_rate", None)},
-            {**_LINEAR, "warmup_min_lr": (0, 0)},
-        ),
-        "WarmupDecayLR": Block(
-            {"schedule": "linear", "final_fraction": 0.0},
-            {**_WARMUP, "warmup_max_lr": ("learning_rate", ...), TOTAL_STEPS: (TOTAL_STEPS, ...)},
-            {**_LINEAR, "warmup_min_lr": (0, 0)},
-        ),
-        "WarmupCosineLR": Block(
-            {"schedule": "cosine"},
-            {**_WARMUP, "cos_min_ratio": ("final_fraction", 1e-4), TOTAL_STEPS: (TOTAL_STEPS, ...)},
-            {**_LINEAR, "warmup_min_ratio": (0, 0)},
-        ),
-    },
+_TABLES: dict[str, tuple[str, Mapping[str, Optimizer | Schedule]]] = {
+    "optimizer": ("name", OPTIMIZERS),
+    "scheduler": ("schedule", SCHEDULES),
 }
+"""Kind of block: the OptimConfig field that it decides, and the table of that field's values."""
 WHOLE_NUMBERS = ("warmup_steps", TOTAL_STEPS)
-
-UNUSED_SETTINGS = {  # fields of OptimConfig that would have no effect
-    "adamw": ("momentum",),
-    "apex-adamw": ("momentum",),
-    "sgd": ("beta1", "beta2", "epsilon"),
-    "adafactor": ("beta1", "beta2", "epsilon", "momentum"),
-    "constant": ("final_fraction",),
-    "linear": (),
-    "cosine": (),
-}
 
 
 def translate_blocks(config: dict[str, Any], optim: OptimConfig, notes: list[str]) -> tuple[OptimConfig, int | None]:
@@ -94,7 +36,7 @@ def translate_blocks(config: dict[str, Any], optim: OptimConfig, notes: list[str
         ConfigError: A type or parameter that megaft does not offer, or one value said twice and differently.
     """
     defaults, said, implied = OptimConfig(), {}, {}
-    for kind in (kind for kind in BLOCKS if kind in config):
+    for kind in (kind for kind in _TABLES if kind in config):
         for field, (value, path, is_given) in _read_block(kind, config.pop(kind)).items():
             _keep_one(field, value, path, said) if is_given else implied.setdefault(field, value)
     total_num_steps = said.pop(TOTAL_STEPS, (None,))[0]
@@ -119,11 +61,12 @@ def _keep_one(field: str, value: Any, path: str, said: dict[str, tuple[Any, str]
 
 def _read_block(kind: str, block: dict[str, Any]) -> dict[str, tuple[Any, str, bool]]:
     """OptimConfig's field -> (value, path in the JSON, whether the JSON gives it or DeepSpeed's default stands)."""
-    types = {name.lower(): (name, meaning) for name, meaning in BLOCKS[kind].items()}
+    known = _types(kind)
     name = block.get("type")
+    types = {known_name.lower(): entry for known_name, entry in known.items()}
     if not isinstance(name, str) or name.lower() not in types:
-        fail(f"{kind}.type", name, f"use one of {', '.join(BLOCKS[kind])}, or leave the block out and use optim.*.")
-    meaning = types[name.lower()][1]
+        fail(f"{kind}.type", name, f"use one of {', '.join(known)}, or leave the block out and use optim.*.")
+    chosen, meaning = types[name.lower()]
     params = _spread_betas(block.get("params", {}), f"{kind}.params")
     refuse_unknown_keys(params, (*meaning.takes, *meaning.only), f"{kind}.params.")
     for key, (allowed, default) in meaning.only.items():
@@ -131,7 +74,8 @@ def _read_block(kind: str, block: dict[str, Any]) -> dict[str, tuple[Any, str, b
         if value != allowed:
             source = "" if key in params else ", DeepSpeed's default,"
             fail(f"{kind}.params.{key}", value, f"that{source} is not offered: give {json.dumps(allowed)}.")
-    found = {field: (value, f"{kind}.type", True) for field, value in meaning.sets.items()}
+    decided = {_TABLES[kind][0]: chosen, **meaning.sets}
+    found = {field: (value, f"{kind}.type", True) for field, value in decided.items()}
     for key, (field, default) in meaning.takes.items():
         path, value = f"{kind}.params.{key}", params.get(key, default)
         require(value is not ..., f"DeepSpeed JSON: {path} is not given, and {name} needs it.")
@@ -140,6 +84,12 @@ def _read_block(kind: str, block: dict[str, Any]) -> dict[str, tuple[Any, str, b
         if value is not None:
             found[field] = (value, path, key in params)
     return found
+
+
+def _types(kind: str) -> dict[str, tuple[str, Block]]:
+    """Return the known types of a kind of block: the optimizer or schedule that each means, and its translation."""
+    entries = _TABLES[kind][1].items()
+    return {type_: (name, entry.block) for name, entry in entries if entry.block for type_ in entry.block.types}
 
 
 def _spread_betas(params: Any, path: str) -> dict[str, Any]:
@@ -155,19 +105,28 @@ def _spread_betas(params: Any, path: str) -> dict[str, Any]:
 
 def check_optimizer(optim: OptimConfig, stage: int, dtype: Dtype, on_cuda: bool) -> None:
     """Refuse an optimizer that would not be itself, and settings without effect."""
+    optimizer = OPTIMIZERS[optim.name]
     require(
-        optim.name != "adafactor" or (stage == 0 and dtype == "float32"),
-        f"--optim.name is adafactor with zero_optimization.stage {stage} in {dtype}. Adafactor looks at whole matrices "
-        "and ZeRO flattens them, so it is another optimizer there. Use ds_configs/zero0_fp32.json, or adamw.",
+        not optimizer.needs_whole_matrices or (stage == 0 and dtype == "float32"),
+        f"--optim.name is {optim.name} with zero_optimization.stage {stage} in {dtype}. It looks at whole matrices and "
+        "ZeRO flattens them, so it is another optimizer there. Use ds_configs/zero0_fp32.json, or adamw.",
     )
     require(
-        optim.name != "apex-adamw" or on_cuda,
-        "--optim.name is apex-adamw, which updates on a CUDA device only: use adamw without CUDA or with offload.",
+        optimizer.cpu_equivalent is None or on_cuda,
+        f"--optim.name is {optim.name}, which updates on a CUDA device only: use {optimizer.cpu_equivalent} without "
+        "CUDA or with offload.",
     )
     defaults = OptimConfig()
-    for field in (*UNUSED_SETTINGS[optim.name], *UNUSED_SETTINGS[optim.schedule]):
-        value, user = getattr(optim, field), optim.schedule if field == "final_fraction" else optim.name
-        require(
-            value == getattr(defaults, field),
-            f"--optim.{field.replace('_', '-')} is {value}, which has no effect on {user}: leave it out.",
-        )
+    for name, table in ((optim.name, OPTIMIZERS), (optim.schedule, SCHEDULES)):
+        for field in _unused_settings(name, table):
+            value = getattr(optim, field)
+            require(
+                value == getattr(defaults, field),
+                f"--optim.{field.replace('_', '-')} is {value}, which has no effect on {name}: leave it out.",
+            )
+
+
+def _unused_settings(name: str, table: Mapping[str, Optimizer | Schedule]) -> list[str]:
+    """Return the fields of OptimConfig that only other entries of the table use."""
+    fields = dict.fromkeys(field for entry in table.values() for field in sorted(entry.settings))
+    return [field for field in fields if field not in table[name].settings]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
-from typing import Any, Literal, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from megaft.base.errors import ConfigError
 
@@ -22,6 +22,20 @@ PASSED_ON = (  # top-level keys that DeepSpeed may read as they stand
     *("prescale_gradients", "gradient_predivide_factor", "comms_logger", "flops_profiler", "timers", "log_level"),
     *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc"),
 )
+
+
+class Block(NamedTuple):
+    """Translation of optimizer or scheduler blocks; a parameter whose default is `...` is required."""
+
+    types: tuple[str, ...]
+    """Block types that are translated so."""
+    takes: Mapping[str, tuple[str, Any]]
+    """Parameter: the OptimConfig field it is, and DeepSpeed's default (None: the field keeps its value)."""
+    only: Mapping[str, tuple[Any, Any]]
+    """Parameter: the only value megaft offers, and DeepSpeed's default."""
+    sets: Mapping[str, Any] = {}
+    """OptimConfig fields that the type alone decides."""
+
 
 BLOCK_KEYS = {  # what may stand inside a block
     "bf16": (

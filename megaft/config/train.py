@@ -16,6 +16,9 @@ from megaft.base.checks import ABOVE_0, BELOW_1, NOT_NEGATIVE, SEED, UP_TO_1, at
 from megaft.base.topology import own_flags
 from megaft.base.unicode_text import is_unicode
 from megaft.config.abbreviations import suggesting
+from megaft.config.optimizers import NAME_HELP, OPTIMIZERS, OptimizerName
+from megaft.config.policies import POLICIES, NonFinitePolicy, Policy, SpikePolicy
+from megaft.config.schedules import SCHEDULES, ScheduleName
 
 # What a resumed run can be allowed to change; the other parts of its identity have no override.
 CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
@@ -114,8 +117,7 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its schedule. Biases and norms are never decayed."""
 
-    name: Literal["adamw", "sgd", "adafactor", "apex-adamw"] = "adamw"
-    """adamw is torch's, fused; apex-adamw is NVIDIA apex's FusedAdam; adafactor needs ZeRO 0 in fp32."""
+    name: Annotated[OptimizerName, tyro.conf.arg(help=NAME_HELP)] = "adamw"
     learning_rate: float = 1e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -128,7 +130,7 @@ class OptimConfig:
     """Decoupled weight decay of matrices and embeddings."""
     momentum: float = 0.0
     """SGD's momentum."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: ScheduleName = "cosine"
     """Learning-rate decay after the warm-up, a function of the step alone."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
@@ -136,6 +138,9 @@ class OptimConfig:
     """The learning rate at the last step as a fraction of the peak (linear and cosine)."""
 
     def __post_init__(self) -> None:
+        for field_name, table in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+            value = getattr(self, field_name)
+            require(value in table, f"--optim.{field_name} is {value}; use one of {', '.join(table)}.")
         require_ranges(
             self,
             "optim.",
@@ -221,8 +226,6 @@ class CheckpointConfig:
         )
 
 
-Policy = Literal["ignore", "stop", "skip", "rewind"]
-
 FEWEST_VALUES = 32
 """Steps that the guard needs to tell a spike from noise."""
 
@@ -235,9 +238,9 @@ class GuardConfig:
     last checkpoint and leaves the step's samples out.
     """
 
-    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    non_finite: NonFinitePolicy = "stop"
     """Action on a loss or gradient norm that is not finite."""
-    spike: Policy = "ignore"
+    spike: SpikePolicy = "ignore"
     """Action on a loss or gradient norm far above the recent ones."""
     spike_deviations: float = 8.0
     """Spike threshold: robust standard deviations (1.4826 times the median distance) above the median of the window."""
@@ -260,6 +263,16 @@ class GuardConfig:
             max_skips=at_least(1),
             max_rewinds=at_least(1),
         )
+
+    @property
+    def policies(self) -> tuple[Policy, Policy]:
+        """Actions on steps that are not finite, and on spikes."""
+        return POLICIES[self.non_finite], POLICIES[self.spike]
+
+    @property
+    def goes_back(self) -> bool:
+        """True if a bad step may lead back to a checkpoint, of which there must then be one from the beginning."""
+        return any(policy.then == "go back" for policy in self.policies)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -389,5 +402,6 @@ def parse_train(arguments: list[str] | None = None, is_main: bool = True) -> Tra
 
 def bytes_per_parameter(optim: OptimConfig) -> int:
     """Return the largest bytes of a trained parameter in a checkpoint: the weight and each moment in fp32."""
-    moments = {"adamw": 2, "apex-adamw": 2, "adafactor": 1, "sgd": int(optim.momentum > 0)}
-    return 4 * (1 + moments[optim.name])
+    conditions = OPTIMIZERS[optim.name].moments.values()
+    num_moments = sum(field is None or getattr(optim, field) > 0 for field in conditions)
+    return 4 * (1 + num_moments)

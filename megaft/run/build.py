@@ -19,6 +19,7 @@ from megaft.checkpoint import engine_state
 from megaft.checkpoint.run_state import Identity, RunState
 from megaft.checkpoint.saver import Saver
 from megaft.config.deepspeed_json import Resolved
+from megaft.config.schedules import SCHEDULES
 from megaft.config.train import TrainConfig
 from megaft.data.batches import Cut
 from megaft.models.hugging_face import require_fits
@@ -161,7 +162,7 @@ def _identity(plan: Plan, architecture: str, validation: Validation | None) -> I
         model=architecture,
         dropout=config.model.dropout,
         optim=asdict(optim),
-        schedule_steps=None if optim.schedule == "constant" else plan.max_steps,
+        schedule_steps=plan.max_steps if SCHEDULES[optim.schedule].decays else None,
         validation=validation.name if validation else None,
         names=_names(config),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from megaft.config.policies import POLICIES, STOP
 from megaft.config.train import FEWEST_VALUES, GuardConfig
 
 MAD_TO_DEVIATION = 1.4826
@@ -85,7 +86,7 @@ class Guard:
     @property
     def decides_before_the_step(self) -> bool:
         """True if a step may be skipped, so that its loss and norm are needed before the weights move."""
-        return "skip" in (self._config.non_finite, self._config.spike)
+        return any(policy.skips for policy in self._config.policies)
 
     def judge(self, rows: Iterable[dict[str, Any]]) -> list[Trouble]:
         """Take in steps; return what was wrong since the last call, up to the first that ends or rewinds the run.
@@ -97,7 +98,7 @@ class Guard:
             if row["step"] in self._judged:  # before its weights moved
                 self._judged.remove(row["step"])
                 self._skipped_steps = row["skipped_steps"]
-            elif all(trouble.decision == "skip" for trouble in self._troubles):
+            elif all(POLICIES[trouble.decision].then == "go on" for trouble in self._troubles):
                 self._judge(row)
         troubles, self._troubles = self._troubles, []
         return troubles
@@ -107,7 +108,7 @@ class Guard:
         self._judged.add(step)
         before = len(self._troubles)
         self._judge({"step": step, "loss": loss, "grad_norm": grad_norm, "skipped_steps": self._skipped_steps})
-        return len(self._troubles) == before
+        return all(POLICIES[trouble.decision].moves_weights for trouble in self._troubles[before:])
 
     def _judge(self, row: dict[str, Any]) -> None:
         loss, grad_norm = row["loss"], math.nan if row["grad_norm"] is None else row["grad_norm"]
@@ -117,8 +118,8 @@ class Guard:
         is_scale_at_floor = row.get("loss_scale") == self._smallest_loss_scale
         event, decision = self._name(loss, grad_norm, overflowed, is_scale_at_floor)
         if event is not None:
-            self.skips += decision == "skip"
-            decision = "stop" if self.skips > self._config.max_skips else decision
+            self.skips += POLICIES[decision].skips
+            decision = STOP if self.skips > self._config.max_skips else decision
             self._troubles.append(Trouble(event, row["step"], decision, loss, grad_norm))
         elif not overflowed:
             self.skips = 0
@@ -130,11 +131,11 @@ class Guard:
             return "non-finite loss", self._config.non_finite
         if overflowed and self._smallest_loss_scale is not None:
             if is_scale_at_floor:
-                return "overflow at the smallest loss scale", "stop"
-            return ("overflow streak", "stop") if self._overflows >= self._config.max_overflows else (None, "")
+                return "overflow at the smallest loss scale", STOP
+            return ("overflow streak", STOP) if self._overflows >= self._config.max_overflows else (None, "")
         if overflowed or not math.isfinite(grad_norm):
             return "non-finite gradient", self._config.non_finite
-        if self._config.spike != "ignore":
+        if POLICIES[self._config.spike].is_watched:
             for name, value, window in (
                 ("loss", loss, self._losses),
                 ("gradient norm", grad_norm, self._grad_norms),

@@ -11,6 +11,7 @@ from megaft.base.errors import NumericsError
 from megaft.base.plural import counted
 from megaft.checkpoint import resume
 from megaft.checkpoint.run_state import RunState
+from megaft.config.policies import POLICIES
 from megaft.data.left_out import leave_out, whole_ranges
 from megaft.run.build import Run
 from megaft.run.guard import Guard, Trouble
@@ -49,10 +50,11 @@ def recovered(run: Run, trouble: Trouble, state: RunState) -> RunState:
         grad_norm=trouble.grad_norm,
         samples=samples,
     )
-    if trouble.decision == "skip":
+    then = POLICIES[trouble.decision].then
+    if then == "go on":
         return state
     run.saver.publish()  # what was saved before it holds
-    if trouble.decision == "stop" or run.guard.rewinds >= run.config.guard.max_rewinds:
+    if then == "end" or run.guard.rewinds >= run.config.guard.max_rewinds:
         raise NumericsError(_stopped(run, trouble, samples))
     return _gone_back(run, leave_out(state.left_out, samples))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from megaft.base.checks import require
 from megaft.config.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.optimizers import OPTIMIZERS
 from megaft.config.train import OptimConfig, TrainConfig
 from megaft.weights import manifest
 
@@ -64,9 +65,9 @@ def plan_engine(
         resumed_batch_size=resumed_batch_size,
     )
     require(
-        not (is_megatron and setup.optim.name == "adafactor"),
-        "--optim.name is adafactor, which looks at whole matrices, and those of --model.backend megatron are put "
-        "together otherwise; give --optim.name adamw or --model.backend hugging-face.",
+        not (is_megatron and OPTIMIZERS[setup.optim.name].needs_whole_matrices),
+        f"--optim.name is {setup.optim.name}, which looks at whole matrices, and those of --model.backend megatron are "
+        "put together otherwise; give --optim.name adamw or --model.backend hugging-face.",
     )
     return setup
 

@@ -1,0 +1,119 @@
+"""Table of optimizers: one entry for each, read wherever training treats them differently.
+
+To add one, add an entry, and a field to `OptimConfig` for a setting that no other optimizer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from megaft.config.deepspeed_keys import Block
+
+Setting = str | tuple[str, ...]
+"""A field of OptimConfig, or several that the optimizer takes as one argument."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimizer:
+    """An optimizer: its class, arguments and moments, and where it runs."""
+
+    class_name: str
+    """Dotted name of the class, imported only when the optimizer is built."""
+    arguments: Mapping[str, Setting]
+    """Arguments of the class that are fields of OptimConfig; `learning_rate` and weight decay are passed to all."""
+    constants: Mapping[str, bool] = field(default_factory=dict)
+    """Arguments of the class that are always the same."""
+    fused_on: tuple[str, ...] = ()
+    """Kinds of device on which the argument `fused` is true; empty if the class has no such argument."""
+    moments: Mapping[str, str | None]
+    """Optimizer states in a checkpoint, one fp32 number per parameter each at most, and the OptimConfig field that
+    must be above 0 for the state to exist; None if it always does."""
+    block: Block | None = None
+    """DeepSpeed JSON blocks that mean this optimizer; None if there are none."""
+    needs_whole_matrices: bool = False
+    """True if it looks at a matrix as a whole, so that neither ZeRO nor megatron-core's layout leaves it the same."""
+    cpu_equivalent: str | None = None
+    """For an optimizer that updates on CUDA devices only: the name of the one with the same states on a CPU."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Python modules it needs besides torch, and the message where one is absent."""
+    install: str = ""
+    """How to get those modules."""
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Fields of OptimConfig that this optimizer uses and others may not."""
+        fields = (names if isinstance(names, tuple) else (names,) for names in self.arguments.values())
+        return frozenset(name for names in fields for name in names)
+
+
+_ADAM = {"betas": ("beta1", "beta2"), "eps": "epsilon"}
+_ADAM_MOMENTS = {"exp_avg": None, "exp_avg_sq": None}
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(
+        class_name="torch.optim.AdamW",
+        arguments=_ADAM,
+        fused_on=("cuda", "cpu"),  # on a CPU three times as fast as the unfused one, and equal to 2.4e-7
+        moments=_ADAM_MOMENTS,
+        block=Block(
+            types=("Adam", "AdamW", "FusedAdam"),
+            takes={
+                "lr": ("learning_rate", 1e-3),
+                "beta1": ("beta1", 0.9),
+                "beta2": ("beta2", 0.999),
+                "eps": ("epsilon", 1e-8),
+                "weight_decay": ("weight_decay", 0.0),
+            },
+            only={
+                "adam_w_mode": (True, True),
+                "bias_correction": (True, True),
+                "amsgrad": (False, False),
+                "torch_adam": (True, True),
+            },
+        ),
+    ),
+    "sgd": Optimizer(  # adds weight decay to the gradient, as torch does; the others decay the weights themselves
+        class_name="torch.optim.SGD",
+        arguments={"momentum": "momentum"},
+        moments={"momentum_buffer": "momentum"},
+        block=Block(
+            types=("SGD",),
+            takes={
+                "lr": ("learning_rate", 1e-3),
+                "momentum": ("momentum", 0.0),
+                "weight_decay": ("weight_decay", 0.0),
+            },
+            only={"dampening": (0, 0), "nesterov": (False, False)},
+        ),
+    ),
+    "adafactor": Optimizer(
+        class_name="torch.optim.Adafactor",
+        arguments={},
+        moments={"variance": None},  # of a matrix only row_var and col_var, one number per row and per column
+        needs_whole_matrices=True,
+    ),
+    "apex-adamw": Optimizer(
+        class_name="apex.optimizers.FusedAdam",
+        arguments=_ADAM,
+        constants={"adam_w_mode": True},
+        moments=_ADAM_MOMENTS,
+        cpu_equivalent="adamw",
+        missing={
+            "apex": "apex is not installed",
+            # amp_C holds the CUDA kernels that apex.optimizers loads; PyPI's apex is a toolkit for web applications.
+            "amp_C": "the apex installed here is not NVIDIA's with CUDA kernels (no amp_C); `pip install apex` gives "
+            "another project",
+        },
+        install="Build it with --cuda_ext from github.com/NVIDIA/apex",
+    ),
+}
+
+NAME_HELP = "adamw is torch's, fused; apex-adamw is NVIDIA apex's FusedAdam; adafactor needs ZeRO 0 in fp32."
+"""Help of --optim.name."""
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[*OPTIMIZERS]
