@@ -30,7 +30,8 @@ from megaft.base.foreign import require_inert
 from megaft.config.train import ModelConfig
 from megaft.models.hugging_face import architecture_of, positions_within
 from megaft.models.loss import Head, Vocabulary
-from megaft.weights.layout import biases_of, layout_of, require_cuttable
+from megaft.weights.families import family_of, model_shape
+from megaft.weights.layout import layout_of
 from megaft.weights.loading.finite_weights import require_finite
 from megaft.weights.loading.pretrained import set_dropout
 from megaft.weights.new_weights import new_weights
@@ -104,18 +105,18 @@ class MegatronModel(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout_of(config)
-        require_cuttable(config, parallel.tensor_parallel_size())
-        is_gpt2 = config.model_type == "gpt2"
+        shape = self.layout.shape
+        shape.require_cuttable(parallel.tensor_parallel_size(), "--parallel.tensor-parallel-size")
         self.gpt = GPTModel(
             config=transformer_config(config),
             transformer_layer_spec=layer_spec(config, recompute=recompute),
-            vocab_size=padded_vocab_size(config.vocab_size),
-            max_sequence_length=config.max_position_embeddings,
-            position_embedding_type="learned_absolute" if is_gpt2 else "none",
-            share_embeddings_and_output_weights=config.tie_word_embeddings,
+            vocab_size=padded_vocab_size(shape.vocab_size),
+            max_sequence_length=shape.num_positions,
+            position_embedding_type="learned_absolute" if shape.has_position_embedding else "none",
+            share_embeddings_and_output_weights=shape.is_tied,
         )
-        self.inverse_frequencies = None if is_gpt2 else rotary_frequencies(config)
-        self.untrained_id: int | None = None if is_gpt2 else config.pad_token_id
+        self.inverse_frequencies = None if shape.has_position_embedding else rotary_frequencies(config)
+        self.untrained_id: int | None = None if family_of(config).trains_padding else config.pad_token_id
         """transformers' embedding has no gradient at its padding token, which may be a text's end."""
         for name, parameter in self.gpt.named_parameters():
             rule = self.layout.rules[name]
@@ -208,14 +209,28 @@ def transformer_config(config: Any) -> TransformerConfig:
     Raises:
         ConfigError: The model has what megatron-core's, as built here, has not.
     """
-    has_qkv_bias, has_bias = biases_of(config)
-    options = _gpt2_options(config) if config.model_type == "gpt2" else _llama_options(config)
+    family, shape = family_of(config), model_shape(config)
+    family.require_modules(config)
+    require(
+        shape.activation in family.activations,
+        f"the model's activation is {shape.activation}; --model.backend megatron knows "
+        f"{', '.join(family.activations)}; use --model.backend hugging-face.",
+    )
     return TransformerConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        add_bias_linear=has_bias,
-        add_qkv_bias=has_qkv_bias,
+        num_layers=shape.num_layers,
+        hidden_size=shape.width,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_groups,
+        kv_channels=shape.head_width,
+        ffn_hidden_size=shape.inner_width,
+        gated_linear_unit=shape.is_gated,
+        activation_func=ACTIVATIONS[shape.activation],
+        normalization=shape.norm,
+        layernorm_epsilon=getattr(config, family.epsilon),
+        hidden_dropout=shape.dropout,
+        attention_dropout=getattr(config, family.attention_dropout),
+        add_bias_linear=shape.has_bias,
+        add_qkv_bias=shape.has_qkv_bias,
         tensor_model_parallel_size=parallel.tensor_parallel_size(),
         use_cpu_initialization=True,
         perform_initialization=False,
@@ -223,54 +238,16 @@ def transformer_config(config: Any) -> TransformerConfig:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        **options,
     )
 
 
-def _gpt2_options(config: Any) -> dict[str, Any]:
-    require(
-        config.resid_pdrop == config.embd_pdrop,
-        f"the model has resid_pdrop {config.resid_pdrop} and embd_pdrop {config.embd_pdrop}, and megatron-core one "
-        "probability for both; give --model.dropout.",
-    )
-    activations = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
-    unusual = config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights
-    require_known(config, activations, unusual)
-    return {
-        "ffn_hidden_size": config.n_inner or 4 * config.n_embd,
-        "activation_func": activations[config.activation_function],
-        "layernorm_epsilon": config.layer_norm_epsilon,
-        "hidden_dropout": config.resid_pdrop,
-        "attention_dropout": config.attn_pdrop,
-    }
-
-
-def _llama_options(config: Any) -> dict[str, Any]:
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    require_known(config, {"silu": F.silu}, window is not None and window < config.max_position_embeddings)
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        "ffn_hidden_size": config.intermediate_size,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": head_width,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.rms_norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "hidden_dropout": 0.0,
-        "attention_dropout": config.attention_dropout,
-    }
-
-
-def require_known(config: Any, activations: dict[str, Any], is_unusual: bool) -> None:
-    """Raise ConfigError for an activation, scale or window of attention that is not built here."""
-    name = getattr(config, "activation_function", None) or config.hidden_act
-    require(
-        name in activations and not is_unusual,
-        f"the model's activation is {name}, its attention {'scaled or windowed' if is_unusual else 'plain'}; "
-        f"--model.backend megatron knows {', '.join(activations)} with plain attention; "
-        "use --model.backend hugging-face.",
-    )
+ACTIVATIONS = {
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+"""Activations of inner layers, by transformers' names."""
 
 
 def rotary_frequencies(config: Any) -> Float32[Tensor, " half_width"]:
@@ -291,7 +268,7 @@ def rotary_frequencies(config: Any) -> Float32[Tensor, " half_width"]:
 
 def layer_spec(config: Any, *, recompute: bool) -> ModuleSpec:
     """Return the layer specification: megatron-core's modules, with this file's attention."""
-    spec: Any = get_gpt_layer_local_spec(normalization="LayerNorm" if config.model_type == "gpt2" else "RMSNorm")
+    spec: Any = get_gpt_layer_local_spec(normalization=model_shape(config).norm)
     spec.submodules.self_attention.submodules.core_attention = Attention
     if recompute:
         spec.module = RecomputedLayer

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaft.weights.families import family_of
 from megaft.weights.parameters import Weights, shapes_of
 
 
@@ -30,6 +31,7 @@ def _drawn(name: str, shape: torch.Size, config: Any, seed: int) -> Tensor:
     digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     deviation = config.initializer_range
-    if name.endswith("c_proj.weight"):
+    residual_outputs = family_of(config).residual_outputs
+    if residual_outputs is not None and name.endswith(residual_outputs):
         deviation /= math.sqrt(2 * config.num_hidden_layers)
     return torch.empty(shape).normal_(0, deviation, generator=generator)

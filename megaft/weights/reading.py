@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from megaft.base.errors import DataError
 from megaft.base.foreign import require_inert
 from megaft.base.hub import find_file
 from megaft.weights.classic_megatron import ClassicCheckpoint, is_classic
-from megaft.weights.layout import layout_of
+from megaft.weights.families import family_of
+from megaft.weights.layout import OUTPUT_LAYER, layout_of
 from megaft.weights.loading.finite_weights import require_finite
 from megaft.weights.loading.pretrained import load_language_model, require_there
 from megaft.weights.loading.size_limit import Size, no_larger_than
@@ -138,13 +138,15 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     require_not_quantized("model", source, config)
     holders = {name: file for file in files for name in file.spans}
     with no_larger_than(_size_of(files), f"model is {source}"):
-        shapes, prefix = shapes_of(config), _prefix(config)
-    layout_of(config)  # of other families, transformers changes names between file and model
+        shapes = shapes_of(config)
+    family = family_of(config)  # of others, transformers changes names between file and model
+    family.require_layout(config)
+    prefix = family.base_prefix
     stored = {name: name if name in holders else name.removeprefix(prefix) for name in shapes}
     found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
     require_fitting(source, shapes, found)
-    _require_tied(source, config, holders, stored)
-    require_no_more(f"model is {source}", {*stored.values(), "lm_head.weight"}, holders)
+    _require_tied(source, stored[family.embedding], holders, stored)
+    require_no_more(f"model is {source}", {*stored.values(), OUTPUT_LAYER}, holders)
 
     def fetch(name: str) -> Tensor:
         return holders[stored[name]].read(stored[name])
@@ -157,20 +159,13 @@ def _size_of(files: list[TensorFile]) -> Size:
     return Size(len(shapes), sum(shape.numel() for shape in shapes))
 
 
-def _prefix(config: Any) -> str:
-    """Return transformers' prefix of the base model's parameter names, which files may leave out."""
-    return "transformer." if config.model_type == "gpt2" else "model."
-
-
-def _require_tied(source: str, config: Any, holders: dict[str, TensorFile], stored: dict[str, str]) -> None:
+def _require_tied(source: str, embedding: str, holders: dict[str, TensorFile], stored: dict[str, str]) -> None:
     """Raise DataError where an output layer that config.json ties to the embedding is stored with other values."""
-    head = "lm_head.weight"
-    if head not in holders or head in stored:
+    if OUTPUT_LAYER not in holders or OUTPUT_LAYER in stored:
         return
-    embedding = next(key for name, key in stored.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
-    pair = [require_finite(key, holders[key].read(key), f"model is {source}; ") for key in (head, embedding)]
+    pair = [require_finite(key, holders[key].read(key), f"model is {source}; ") for key in (OUTPUT_LAYER, embedding)]
     if not torch.equal(*pair):
-        raise untied_weights(f"model is {source}", head, embedding)
+        raise untied_weights(f"model is {source}", OUTPUT_LAYER, embedding)
 
 
 def _from_whole(source: str) -> Weights:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megaft.base.errors import DataError
 from megaft.base.files import write_json_atomic
 from megaft.data.tokenizer import load_tokenizer
-from megaft.weights.layout import layout_of, require_cuttable
+from megaft.weights.layout import layout_of
 from megaft.weights.loading.finite_weights import is_finite, require_finite
 from megaft.weights.loading.weight_files import INDEX
 from megaft.weights.megatron_folder import FORMAT, MANIFEST, local_shapes
@@ -77,8 +77,8 @@ def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int
         ConfigError: The model cannot be cut over so many.
         DataError: A weight cannot be read, is not finite, or is too large for the dtype.
     """
-    require_cuttable(weights.config, size)
     layout = layout_of(weights.config)
+    layout.shape.require_cuttable(size, "--tensor-parallel-size")
     writers = [
         TensorWriter(
             folder / f"tensor-parallel-{rank:02}-of-{size:02}.safetensors",

@@ -199,7 +199,8 @@ def test_dropout_and_recomputation_on_two_ranks(run_ranks):
 def loss_in_chunks_on_this_rank(num_words):
     from megaft.base import parallel
     from megaft.models import loss
-    from megaft.weights.layout import Rule, local
+    from megaft.weights.families import Rule
+    from megaft.weights.layout import local
 
     join()
     size, rank = parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()

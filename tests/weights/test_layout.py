@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from tiny_models import GPT2, LLAMA, make_config
 
 from megaft.base.errors import ConfigError
-from megaft.weights.layout import Rule, layout_of, local, whole
+from megaft.weights.families import Rule
+from megaft.weights.layout import layout_of, local, whole
 
 numbers = st.integers(1, 4)
 

@@ -124,7 +124,7 @@ def _forget_groups() -> None:
 def transformers_config(recipe: Recipe) -> dict[str, Any]:
     """Return the configuration of a recipe's shape, which is a GPT-2's, without dropout."""
     shape = recipe.shape
-    assert shape.family == "gpt2"
+    assert not shape.is_gated
     sizes = {"n_embd": shape.width, "n_layer": shape.num_layers, "n_head": shape.num_heads}
     sizes |= {"vocab_size": shape.vocab_size, "n_positions": shape.num_positions, "bos_token_id": 0, "eos_token_id": 0}
     return {"model_type": "gpt2", **sizes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -15,7 +15,8 @@ from megaft.commands.estimate.presets import configuration, source_of
 from megaft.commands.estimate.recipe import Recipe
 from megaft.config.deepspeed_json import read_deepspeed_json
 from megaft.config.train import bytes_per_parameter
-from megaft.weights.shape import Shape, count, flops_per_token
+from megaft.weights.families import shape_of
+from megaft.weights.shape import flops_per_token, num_elements
 
 GIB = 2**30
 SECONDS_PER_DAY = 86_400
@@ -61,7 +62,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         "offloaded_bytes": footprint.states.host,
         "changes": [asdict(way) for way in ways],
         "parameters": recipe.shape.num_parameters,
-        "parameters_of_a_rank": count(recipe.work(setup).weights),
+        "parameters_of_a_rank": num_elements(recipe.work(setup).weights),
         "world_size": recipe.world_size,
         "data_parallel_size": recipe.num_data_ranks,
         "tensor_parallel_size": recipe.tensor_parallel_size,
@@ -80,7 +81,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
 def recipe_of(config: EstimateConfig) -> Recipe:
     """Read the files that the command names."""
     return Recipe(
-        shape=Shape.of(configuration(config.model), config.dropout, source_of(config.model)),
+        shape=shape_of(configuration(config.model), config.dropout, source_of(config.model)),
         deepspeed=read_deepspeed_json(config.deepspeed_config),
         context_length=config.context_length,
         world_size=config.world_size,

@@ -16,7 +16,7 @@ from typing import Any
 
 from megaft.config.deepspeed_json import Resolved
 from megaft.config.train import bytes_per_parameter
-from megaft.weights.shape import Shape, Weights, count
+from megaft.weights.shape import Shape, Weights, num_elements
 
 FLOAT = 4
 LOGITS_BYTES = 128 * 2**20
@@ -121,7 +121,7 @@ def activations(work: Work) -> Activations:
     overlap = logits + next_logits * (2 + is_rounded) // 2
     forward = max(2 * logits, overlap, logits * (2 + is_rounded) // 2 + head * word)
     # The gradient of the product behind an activation, and those of its two factors.
-    factors = 1 if shape.family == "gpt2" and (work.is_megatron or shape.activation != "gelu_new") else 2
+    factors = 1 if not shape.is_gated and (work.is_megatron or shape.activation != "gelu_new") else 2
     return Activations(
         saved=shape.num_layers * kept + tokens * _bytes_around_layers(work),
         first=kept,
@@ -140,7 +140,7 @@ def _bytes_of_layer(work: Work) -> int:
     inner = shape.inner_width // size
     fused = word * (2 * attention + 2 * groups) + FLOAT * shape.num_heads // size
     norms = 4 * shape.width * word + 4 * FLOAT
-    if shape.family == "gpt2":
+    if not shape.is_gated:
         is_unfused = shape.activation == "gelu_new" and not work.is_megatron  # transformers writes it out
         masks = 2 * shape.width if shape.dropout else 0
         return norms + fused + inner * word * (5 if is_unfused else 2) + masks
@@ -153,7 +153,7 @@ def _bytes_of_layer(work: Work) -> int:
 def _bytes_around_layers(work: Work) -> int:
     """Return the bytes a token: embedding's dropout mask, the last norm, labels."""
     shape, word = work.shape, work.word_bytes
-    if shape.family == "gpt2":
+    if shape.norm == "LayerNorm":
         return shape.width * (word + (1 if shape.dropout else 0)) + 24
     return shape.width * (word if work.is_megatron else FLOAT + word) + 24
 
@@ -188,7 +188,7 @@ def flat_size(weights: Weights, num_ranks: int) -> int:
     """Return the elements of the flat buffers of stages 1 and 2: matrices, then vectors, each padded for the ranks."""
     vectors = sum(prod(shape) * number for shape, number in weights.items() if len(shape) == 1)
     unit = 2 * num_ranks
-    return sum(-(-numel // unit) * unit for numel in (count(weights) - vectors, vectors))
+    return sum(-(-numel // unit) * unit for numel in (num_elements(weights) - vectors, vectors))
 
 
 @cache
@@ -227,11 +227,11 @@ def _largest(weights: Weights) -> int:
 
 
 def _unsharded(weights: Weights, setup: Resolved) -> States:
-    total = count(weights) * FLOAT
+    total = num_elements(weights) * FLOAT
     return States(
         weights=total,
         master_weights=0,
-        optimizer=count(weights) * _moments(setup),
+        optimizer=num_elements(weights) * _moments(setup),
         gradients=total,
         gradients_before=total if setup.gradient_accumulation_steps > 1 else 0,
         gradients_reduced=total,
@@ -243,7 +243,7 @@ def _bf16_engine(weights: Weights, setup: Resolved, num_ranks: int) -> States:
     """DeepSpeed's BF16_Optimizer: every rank keeps all fp32 gradients, and those in bf16 until the step."""
     flat = flat_size(weights, num_ranks)
     is_immediate = setup.engine_config["bf16"].get("immediate_grad_update", False)
-    rounded = 0 if is_immediate else 2 * count(weights)
+    rounded = 0 if is_immediate else 2 * num_elements(weights)
     is_one_bucket = flat <= BUCKET
     return States(
         weights=2 * flat,
@@ -257,7 +257,7 @@ def _bf16_engine(weights: Weights, setup: Resolved, num_ranks: int) -> States:
 
 
 def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int, cut: int) -> States:
-    flat, total, word = flat_size(weights, num_ranks), count(weights), word_bytes(setup)
+    flat, total, word = flat_size(weights, num_ranks), num_elements(weights), word_bytes(setup)
     mine, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
     bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
     bucket *= 2 if _zero(setup, "overlap_comm", False) else 1
@@ -290,10 +290,10 @@ def _stage_3(weights: Weights, setup: Resolved, num_ranks: int) -> States:
     word, offloads = word_bytes(setup), setup.offload_optimizer
     mine = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())
     threshold = setting["stage3_param_persistence_threshold"]
-    persistent = count(Counter({shape: number for shape, number in weights.items() if prod(shape) <= threshold}))
+    persistent = num_elements(Counter({shape: number for shape, number in weights.items() if prod(shape) <= threshold}))
     ahead = setting["stage3_max_reuse_distance"] // 2 + setting["stage3_prefetch_bucket_size"] + _largest(weights)
     bucket, sent = int(_zero(setup, "reduce_bucket_size", BUCKET)), _sent_bytes(setup)
-    copied = min(bucket, count(weights))  # for the other ranks, and this one's part in fp32
+    copied = min(bucket, num_elements(weights))  # for the other ranks, and this one's part in fp32
     is_away = _zero(setup, "offload_param", {}).get("device") == "cpu"
     sharded, masters, moments, gradients = word * mine, FLOAT * mine, _moments(setup) * mine, FLOAT * mine
     return States(
@@ -305,7 +305,7 @@ def _stage_3(weights: Weights, setup: Resolved, num_ranks: int) -> States:
         gradients_reduced=gradients * (not offloads),
         buckets=bucket * sent + copied * sent + copied * FLOAT // num_ranks,
         buckets_before=bucket * sent,
-        gathered=word * min(count(weights) - persistent, ahead),
+        gathered=word * min(num_elements(weights) - persistent, ahead),
         stepping=0 if offloads else min(gradients, FLOAT * setting["sub_group_size"]),
         host=sharded * is_away + (masters + moments + 2 * gradients) * offloads,
     )

@@ -10,7 +10,7 @@ from megaft.commands.estimate.memory import Activations, States, Work, activatio
 from megaft.config.deepspeed_json import Resolved
 from megaft.config.train import OptimConfig
 from megaft.run.settings import plan_engine
-from megaft.weights.shape import Shape, require_cuttable
+from megaft.weights.shape import Shape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class Recipe:
             size == 1 or self.is_megatron,
             f"--tensor-parallel-size is {size}, but transformers' matrices are whole; give --backend megatron.",
         )
-        require_cuttable(shape.num_groups, shape.inner_width, shape.vocab_size, size, "--tensor-parallel-size")
+        shape.require_cuttable(size, "--tensor-parallel-size")
         require(
             self.context_length <= shape.num_positions,
             f"--context-length is {self.context_length}, but the model has {shape.num_positions} positions; "

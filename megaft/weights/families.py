@@ -1,0 +1,276 @@
+"""Model families of the megatron backend: one record for each, read wherever a family decides something.
+
+To add a family whose layers are GPT-2's or Llama's, add an entry to FAMILIES. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from megaft.base.checks import require
+from megaft.weights.shape import Shape
+from megaft.weights.sizes import Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Mapping of one megatron-core parameter from transformers' parameters.
+
+    Megatron keeps the queries, keys and values of an attention group together, so that a cut between groups is one
+    between ranks, and of a gated layer each rank's gate before its values.
+    """
+
+    sources: tuple[str, ...]
+    """Names of the parameters in transformers."""
+    axis: Literal[0, 1] | None = None
+    """Sharded axis of the matrix as (out, in); None if it is replicated."""
+    groups: int = 0
+    """Query groups of the whole model, where queries, keys and values lie together."""
+    is_transposed: bool = False
+    """True if transformers stores the matrix as (in, out), as GPT-2 does."""
+    rows: int = 0
+    """Vocabulary entries, if rows of zeros pad them to a multiple of the ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """Names, layout and computation of a family's models in transformers."""
+
+    read: Callable[[Family, Sizes, float | None], Shape]
+    """Returns the shape that a config.json describes, with another dropout of the residual stream if one is given."""
+    rules: Callable[[Shape], dict[str, Rule]]
+    """Returns a rule for each parameter of megatron-core, without the output layer's."""
+    require_layout: Callable[[Any], None]
+    """Raises ConfigError for parameters that megatron-core lacks."""
+    require_modules: Callable[[Any], None]
+    """Raises ConfigError for attention or dropout that the megatron backend does not build."""
+    base_prefix: str
+    """transformers' prefix of the base model's parameter names, which files may leave out."""
+    embedding: str
+    """Name of the embedding of the vocabulary."""
+    activations: tuple[str, ...]
+    """Activations of the inner layer that the megatron backend builds."""
+    epsilon: str
+    """Name of the norms' epsilon in config.json."""
+    attention_dropout: str
+    """Name of attention's dropout probability in config.json."""
+    trains_padding: bool
+    """True if the embedding of the padding token has a gradient."""
+    residual_outputs: str | None = None
+    """End of the names of matrices that write into the residual stream, if new ones are scaled by the model's depth."""
+    default_groups: int | None = None
+    """Key and value heads if config.json leaves them out; None for as many as query heads."""
+    biases: tuple[bool, bool] | None = None
+    """True for biases of queries, keys and values, and for those of the other matrices; None if config.json decides."""
+
+
+def family_of(config: Any) -> Family:
+    """Return the family of a transformers configuration.
+
+    Raises:
+        ConfigError: The megatron backend does not have it.
+    """
+    require(
+        config.model_type in FAMILIES,
+        f"the model is of type {config.model_type}; --model.backend megatron and `megaft convert` know "
+        f"{', '.join(FAMILIES)}; use --model.backend hugging-face.",
+    )
+    return FAMILIES[config.model_type]
+
+
+def shape_of(config: dict[str, Any], dropout: float | None = None, source: str = "config.json") -> Shape:
+    """Read a transformers configuration; what it leaves out has transformers' default.
+
+    Args:
+        config: As in config.json.
+        dropout: Dropout of the residual stream in place of the configuration's own, in families that have it.
+        source: File or name of the configuration, for messages.
+
+    Raises:
+        ConfigError: A family whose sizes are not known here.
+        DataError: Sizes that make no model.
+    """
+    kind = config.get("model_type")
+    require(kind in FAMILIES, f"the model's model_type is {kind}; megaft estimate knows {', '.join(FAMILIES)}.")
+    family = FAMILIES[str(kind)]
+    return family.read(family, Sizes(config, source), dropout)
+
+
+def model_shape(config: Any) -> Shape:
+    """Return the shape of a transformers configuration; raises as `shape_of`."""
+    return shape_of(config.to_dict(), source=config.name_or_path or "config.json")
+
+
+# GPT-2: LayerNorm, learned positions, biases everywhere, one matrix of queries, keys and values, stored as (in, out).
+
+
+def _gpt2_shape(family: Family, sizes: Sizes, dropout: float | None) -> Shape:
+    width, heads = sizes.whole("n_embd", 768), sizes.whole("n_head", 12)
+    sizes.require_multiple("n_embd", width, "n_head", heads)
+    own_dropout = sizes.share("resid_pdrop", 0.1)
+    of_qkv, of_others = family.biases or (True, True)
+    return Shape(
+        norm="LayerNorm",
+        is_gated=False,
+        has_position_embedding=True,
+        num_layers=sizes.whole("n_layer", 12),
+        width=width,
+        num_heads=heads,
+        num_groups=heads,
+        head_width=width // heads,
+        inner_width=sizes.whole("n_inner", 4 * width, null=4 * width),
+        vocab_size=sizes.whole("vocab_size", 50_257),
+        num_positions=sizes.whole("n_positions", 1024),
+        is_tied=sizes.flag("tie_word_embeddings", True),
+        has_qkv_bias=of_qkv,
+        has_bias=of_others,
+        activation=sizes.config.get("activation_function", "gelu_new"),
+        dropout=own_dropout if dropout is None else dropout,
+    )
+
+
+def _gpt2_rules(shape: Shape) -> dict[str, Rule]:
+    rules = {
+        "embedding.word_embeddings.weight": Rule(("transformer.wte.weight",), 0, rows=shape.vocab_size),
+        "embedding.position_embeddings.weight": Rule(("transformer.wpe.weight",)),
+    }
+    for layer in range(shape.num_layers):
+        there, here = f"transformer.h.{layer}.", f"decoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            rules |= {
+                f"{here}input_layernorm.{kind}": Rule((f"{there}ln_1.{kind}",)),
+                f"{here}self_attention.linear_qkv.{kind}": Rule(
+                    (f"{there}attn.c_attn.{kind}",), 0, groups=shape.num_groups, is_transposed=True
+                ),
+                f"{here}self_attention.linear_proj.{kind}": Rule(
+                    (f"{there}attn.c_proj.{kind}",), 1 if kind == "weight" else None, is_transposed=True
+                ),
+                f"{here}pre_mlp_layernorm.{kind}": Rule((f"{there}ln_2.{kind}",)),
+                f"{here}mlp.linear_fc1.{kind}": Rule((f"{there}mlp.c_fc.{kind}",), 0, is_transposed=True),
+                f"{here}mlp.linear_fc2.{kind}": Rule(
+                    (f"{there}mlp.c_proj.{kind}",), 1 if kind == "weight" else None, is_transposed=True
+                ),
+            }
+    final = {f"decoder.final_layernorm.{kind}": Rule((f"transformer.ln_f.{kind}",)) for kind in ("weight", "bias")}
+    return rules | final
+
+
+def _gpt2_modules(config: Any) -> None:
+    require(
+        config.resid_pdrop == config.embd_pdrop,
+        f"the model has resid_pdrop {config.resid_pdrop} and embd_pdrop {config.embd_pdrop}, and megatron-core one "
+        "probability for both; give --model.dropout.",
+    )
+    _require_plain_attention(config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights)
+
+
+_GPT2 = Family(
+    read=_gpt2_shape,
+    rules=_gpt2_rules,
+    require_layout=lambda config: None,
+    require_modules=_gpt2_modules,
+    base_prefix="transformer.",
+    embedding="transformer.wte.weight",
+    activations=("gelu_new", "gelu", "relu"),
+    epsilon="layer_norm_epsilon",
+    attention_dropout="attn_pdrop",
+    trains_padding=True,
+    residual_outputs="c_proj.weight",
+    biases=(True, True),
+)
+
+# Llama: RMSNorm, rotary positions, grouped keys and values, a gated inner layer, hardly any biases.
+
+
+def _llama_shape(family: Family, sizes: Sizes, _: float | None) -> Shape:
+    width, heads = sizes.whole("hidden_size", 4096), sizes.whole("num_attention_heads", 32)
+    if sizes.config.get("head_dim") is None:
+        sizes.require_multiple("hidden_size", width, "num_attention_heads", heads)
+    groups = sizes.whole("num_key_value_heads", family.default_groups or heads, null=heads)
+    sizes.require_multiple("num_attention_heads", heads, "num_key_value_heads", groups)
+    has_bias = sizes.flag("attention_bias", False)
+    of_qkv, of_others = family.biases or (has_bias, has_bias)
+    return Shape(
+        norm="RMSNorm",
+        is_gated=True,
+        has_position_embedding=False,
+        num_layers=sizes.whole("num_hidden_layers", 32),
+        width=width,
+        num_heads=heads,
+        num_groups=groups,
+        head_width=sizes.whole("head_dim", width // heads, null=width // heads),
+        inner_width=sizes.whole("intermediate_size", 11_008),
+        vocab_size=sizes.whole("vocab_size", 32_000),
+        num_positions=sizes.whole("max_position_embeddings", 2048),
+        is_tied=sizes.flag("tie_word_embeddings", False),
+        has_qkv_bias=of_qkv,
+        has_bias=of_others,
+        activation=sizes.config.get("hidden_act", "silu"),
+        dropout=0.0,
+    )
+
+
+def _llama_rules(shape: Shape) -> dict[str, Rule]:
+    rules = {"embedding.word_embeddings.weight": Rule(("model.embed_tokens.weight",), 0, rows=shape.vocab_size)}
+    for layer in range(shape.num_layers):
+        there, here = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        attention, mlp = f"{there}self_attn.", f"{there}mlp."
+        rules[f"{here}input_layernorm.weight"] = Rule((f"{there}input_layernorm.weight",))
+        for kind in ("weight", *(["bias"] if shape.has_qkv_bias else [])):
+            sources = tuple(f"{attention}{part}_proj.{kind}" for part in "qkv")
+            rules[f"{here}self_attention.linear_qkv.{kind}"] = Rule(sources, 0, groups=shape.num_groups)
+        for kind in ("weight", *(["bias"] if shape.has_bias else [])):
+            inner = 1 if kind == "weight" else None
+            rules |= {
+                f"{here}self_attention.linear_proj.{kind}": Rule((f"{attention}o_proj.{kind}",), inner),
+                f"{here}mlp.linear_fc1.{kind}": Rule((f"{mlp}gate_proj.{kind}", f"{mlp}up_proj.{kind}"), 0),
+                f"{here}mlp.linear_fc2.{kind}": Rule((f"{mlp}down_proj.{kind}",), inner),
+            }
+        rules[f"{here}pre_mlp_layernorm.weight"] = Rule((f"{there}post_attention_layernorm.weight",))
+    return rules | {"decoder.final_layernorm.weight": Rule(("model.norm.weight",))}
+
+
+def _llama_layout(config: Any) -> None:
+    in_attention, in_mlp = getattr(config, "attention_bias", False), getattr(config, "mlp_bias", False)
+    require(
+        in_attention == in_mlp,
+        f"the model has attention_bias {in_attention} and mlp_bias {in_mlp}, which megatron-core cannot tell apart; "
+        "use --model.backend hugging-face.",
+    )
+
+
+def _llama_modules(config: Any) -> None:
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    _require_plain_attention(window is not None and window < config.max_position_embeddings)
+
+
+def _require_plain_attention(is_unusual: bool) -> None:
+    require(
+        not is_unusual,
+        "the model has attention scaled or windowed, and --model.backend megatron plain attention only; "
+        "use --model.backend hugging-face.",
+    )
+
+
+_LLAMA = Family(
+    read=_llama_shape,
+    rules=_llama_rules,
+    require_layout=_llama_layout,
+    require_modules=_llama_modules,
+    base_prefix="model.",
+    embedding="model.embed_tokens.weight",
+    activations=("silu",),
+    epsilon="rms_norm_eps",
+    attention_dropout="attention_dropout",
+    trains_padding=False,
+)
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "mistral": replace(_LLAMA, default_groups=8),
+    "qwen2": replace(_LLAMA, default_groups=32, biases=(True, False), require_layout=lambda config: None),
+}
+"""By transformers' model_type."""
