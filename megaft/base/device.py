@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megaft.base.dtypes import dtype_name
 from megaft.base.errors import ConfigError
 from megaft.base.plural import counted
 
@@ -51,7 +52,7 @@ def require_supported(dtype: str) -> None:
 
     accelerator = get_accelerator()
     assert accelerator is not None
-    supported = [str(kind).removeprefix("torch.") for kind in accelerator.supported_dtypes()]
+    supported = [dtype_name(kind) for kind in accelerator.supported_dtypes()]
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         supported.remove("bfloat16")  # which DeepSpeed counts: V100 and T4 emulate it, many times slower
     if dtype not in supported:

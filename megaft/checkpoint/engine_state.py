@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from megaft.base import parallel
+from megaft.models.backend import backend_of_model
 from megaft.models.parameters import is_cut, parameter_groups
 from megaft.weights.pieces import WEIGHT, part_name
 
@@ -83,8 +84,7 @@ def inner_optimizer(engine) -> torch.optim.Optimizer:
 
 def cut(engine) -> dict[str, Any]:
     """Return the backend and tensor-parallel size of the parameters."""
-    is_megatron = hasattr(engine.module, "language_model") and hasattr(engine.module.language_model, "gpt")
-    backend = "megatron" if is_megatron else "hugging-face"
+    backend = backend_of_model(getattr(engine.module, "language_model", None))
     return {"backend": backend, "tensor_parallel_size": parallel.tensor_parallel_size()}
 
 

@@ -124,7 +124,7 @@ def _stand_in(config: ValidateConfig, setup: Resolved, folder: Path) -> tuple[Va
 
 
 def _answer(config: ValidateConfig, setup: Resolved, run: Run, state: RunState) -> dict[str, Any]:
-    from megaft.config.deepspeed_json import data_parallel_size
+    from megaft.config.parallelism import num_data_ranks
     from megaft.models import parameters as parameters_module
 
     parameters = list(run.engine.module.parameters())
@@ -132,7 +132,7 @@ def _answer(config: ValidateConfig, setup: Resolved, run: Run, state: RunState) 
     return {
         "world_size": config.world_size,
         "tensor_parallel_size": config.parallel.tensor_parallel_size,
-        "data_parallel_size": data_parallel_size(config.world_size, config.parallel.tensor_parallel_size),
+        "data_parallel_size": num_data_ranks(config.world_size, config.parallel.tensor_parallel_size),
         "global_batch_size": setup.global_batch_size,
         "micro_batch_size": setup.micro_batch_size,
         "gradient_accumulation_steps": setup.gradient_accumulation_steps,

@@ -312,21 +312,6 @@ def _legal_batches(train: int, micro: int, accumulation: int, world_size: int) -
     return list(dict.fromkeys(found))[:3]
 
 
-def data_parallel_size(world_size: int, tensor_parallel_size: int) -> int:
-    """Return the number of data-parallel groups of this many ranks.
-
-    Raises:
-        ConfigError: They do not make whole tensor-parallel groups.
-    """
-    size, rest = divmod(world_size, tensor_parallel_size)
-    require(
-        rest == 0,
-        f"--parallel.tensor-parallel-size is {tensor_parallel_size}, but this runs on {counted(world_size, 'rank')}; "
-        "start a multiple of it.",
-    )
-    return size
-
-
 def largest_micro_batch_size(global_batch_size: int, at_most: int, world_size: int) -> int:
     """The largest micro-batch that cuts the global batch evenly over the ranks, as when a run resumes on more of them.
 

@@ -17,7 +17,8 @@ from megaft.base.topology import own_flags
 from megaft.base.unicode_text import is_unicode
 from megaft.config.abbreviations import suggesting
 from megaft.config.optimizers import NAME_HELP, OPTIMIZERS, OptimizerName
-from megaft.config.policies import POLICIES, NonFinitePolicy, Policy, SpikePolicy
+from megaft.config.parallelism import Backend, require_shardable
+from megaft.config.policies import POLICIES, NonFinitePolicy, SpikePolicy
 from megaft.config.schedules import SCHEDULES, ScheduleName
 
 # What a resumed run can be allowed to change; the other parts of its identity have no override.
@@ -32,7 +33,7 @@ class ModelConfig:
     """Pretrained model: a hub name, a folder, or a GGUF file."""
     from_scratch: str | None = None
     """Instead of --model.path: a config.json (or its folder) to initialise a new model from."""
-    backend: Literal["hugging-face", "megatron"] = "hugging-face"
+    backend: Backend = "hugging-face"
     """Model implementation: transformers, or megatron-core, which supports tensor parallelism."""
     dropout: float | None = None
     """Every dropout probability of the model. By default as its own configuration says."""
@@ -265,14 +266,9 @@ class GuardConfig:
         )
 
     @property
-    def policies(self) -> tuple[Policy, Policy]:
-        """Actions on steps that are not finite, and on spikes."""
-        return POLICIES[self.non_finite], POLICIES[self.spike]
-
-    @property
     def goes_back(self) -> bool:
         """True if a bad step may lead back to a checkpoint, of which there must then be one from the beginning."""
-        return any(policy.then == "go back" for policy in self.policies)
+        return any(POLICIES[name].then == "go back" for name in (self.non_finite, self.spike))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -354,11 +350,7 @@ class TrainConfig:
             f"--lora.rank is {self.lora.rank}, but a model from scratch has nothing to adapt; give --model.path.",
         )
         size = self.parallel.tensor_parallel_size
-        require(
-            self.model.backend == "megatron" or size == 1,
-            f"--parallel.tensor-parallel-size is {size}, but transformers' matrices are whole; "
-            "give --model.backend megatron.",
-        )
+        require_shardable(self.model.backend, size, "--parallel.tensor-parallel-size", "--model.backend")
         require(
             self.model.backend == "hugging-face" or self.lora.rank == 0,
             f"--lora.rank is {self.lora.rank}, but adapters need transformers' modules; "

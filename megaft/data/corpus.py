@@ -110,7 +110,7 @@ def pieces(source: Source, layout: Layout, *, may_cut: bool) -> Iterator[Piece]:
         yield from _streamed(source)
         return
     for document in documents(source, layout):
-        yield from _cut_document(document, may_cut=may_cut)
+        yield from cut_document(document, may_cut=may_cut)
 
 
 def coded(parts: Iterable[Piece], code: str) -> Iterator[Piece]:
@@ -157,7 +157,8 @@ def _streamed(source: Source) -> Iterator[Piece]:
         raise DataError(f"{source.path} holds only blank lines; give a file with text.")
 
 
-def _cut_document(document: Document, *, may_cut: bool) -> Iterator[Piece]:
+def cut_document(document: Document, *, may_cut: bool) -> Iterator[Piece]:
+    """Yield a document as pieces of about BLOCK_BYTES if it may be cut, and as one otherwise."""
     if may_cut and sum(len(segment.text) for segment in document.segments) > BLOCK_BYTES:
         *first, last = _cut_segments(document.segments)
     else:

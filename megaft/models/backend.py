@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from megaft.base.checks import require
-from megaft.base.plural import counted
-
-Backend = Literal["hugging-face", "megatron"]
+from megaft.config.parallelism import Backend, num_data_ranks, require_shardable
 
 
 def backend_of(source: str, asked: Backend | None, tensor_parallel_size: int) -> Backend:
@@ -22,28 +20,24 @@ def backend_of(source: str, asked: Backend | None, tensor_parallel_size: int) ->
     Raises:
         ConfigError: Those asked for cannot run it, or not on so many ranks.
     """
-    from megaft.weights.megatron_folder import MANIFEST
+    from megaft.weights.megatron_folder import is_megatron_folder
 
-    is_converted = (Path(source) / MANIFEST).is_file()
+    is_converted = is_megatron_folder(Path(source))
     backend: Backend = asked or ("megatron" if is_converted else "hugging-face")
     require(
         backend == "megatron" or not is_converted,
         f"--backend is hugging-face, but {source} has megatron's format; drop --backend, "
         "or write it anew with megaft convert --format hugging-face.",
     )
-    require(
-        backend == "megatron" or tensor_parallel_size == 1,
-        f"--tensor-parallel-size is {tensor_parallel_size}, but transformers' matrices are whole; "
-        "give --backend megatron.",
-    )
+    require_shardable(backend, tensor_parallel_size)
     return backend
+
+
+def backend_of_model(language_model: Any) -> Backend:
+    """Return the implementation of a model that is built."""
+    return getattr(language_model, "backend", "hugging-face")
 
 
 def require_whole_groups(world_size: int, tensor_parallel_size: int) -> None:
     """Raise ConfigError unless so many ranks make whole tensor-parallel groups."""
-    require(
-        world_size % tensor_parallel_size == 0,
-        f"--tensor-parallel-size is {tensor_parallel_size}, but this runs on {counted(world_size, 'rank')}; "
-        "start a multiple of it, "
-        f"such as with torchrun --nproc-per-node {tensor_parallel_size}.",
-    )
+    num_data_ranks(world_size, tensor_parallel_size, "--tensor-parallel-size")

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from megaft.base.dtypes import dtype_name
 from megaft.base.errors import NumericsError
 from megaft.base.plural import counted
 
@@ -16,7 +17,7 @@ ADVICE = (
 )
 
 
-def require_finite(
+def require_finite_nats(
     token_nats: Float[np.ndarray, " tokens"],
     document_offsets: Int64[np.ndarray, " num_offsets"],
     *,
@@ -68,5 +69,5 @@ def require_finite_logits(logits: Float[Tensor, " vocab"], num_read: int) -> Non
     raise NumericsError(
         f"the model's logits after {counted(num_read, 'token')} are not finite: that of token {token} is "
         f"{float(logits[token])} ({int(wrong.sum()):,} of {len(logits):,} such); the model is damaged, or it overflows "
-        f"in {str(logits.dtype).removeprefix('torch.')}: {fix}."
+        f"in {dtype_name(logits.dtype)}: {fix}."
     )

@@ -17,11 +17,8 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from megaft.base import parallel
+from megaft.base.hardware import CHUNK_BYTES
 from megaft.data.samples import IGNORE_INDEX
-
-CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}
-"""Largest fp32 logits held at once, by kind of device. On CPUs what malloc keeps for the next chunk: from 32 MiB on it
-returns memory to the system, whose page faults then cost half as much as the product."""
 
 
 def token_nats(logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, ...]) -> Float32[Tensor, ...]:

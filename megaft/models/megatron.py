@@ -27,6 +27,7 @@ from megaft.base import parallel
 from megaft.base.agreement import together
 from megaft.base.checks import require
 from megaft.base.foreign import require_inert
+from megaft.config.parallelism import Backend
 from megaft.config.train import ModelConfig
 from megaft.models.hugging_face import architecture_of, positions_within
 from megaft.models.loss import Head, Vocabulary
@@ -91,6 +92,8 @@ class Attention(nn.Module):
 
 class MegatronModel(nn.Module):
     """This rank's shard of megatron-core's GPTModel, which returns last hidden states."""
+
+    backend: Backend = "megatron"
 
     def __init__(self, config: Any, *, recompute: bool = False) -> None:
         """Make the modules, whose weights have no values yet.

@@ -86,7 +86,7 @@ class Guard:
     @property
     def decides_before_the_step(self) -> bool:
         """True if a step may be skipped, so that its loss and norm are needed before the weights move."""
-        return any(policy.skips for policy in self._config.policies)
+        return any(POLICIES[name].skips for name in (self._config.non_finite, self._config.spike))
 
     def judge(self, rows: Iterable[dict[str, Any]]) -> list[Trouble]:
         """Take in steps; return what was wrong since the last call, up to the first that ends or rewinds the run.

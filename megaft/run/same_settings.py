@@ -45,10 +45,11 @@ def require_same(settings: Mapping[str, Any]) -> None:
     hashes = torch.tensor([_hash(value) for value in settings.values()])
     differs = (hashes != parallel.from_main(hashes)).tolist()
     names = [name for name, is_other in zip(settings, differs, strict=True) if is_other]
-    raise_together(_error(names, settings) if names else None)
+    raise_together(settings_error(names, settings) if names else None)
 
 
-def _error(names: list[str], settings: Mapping[str, Any]) -> ConfigError:
+def settings_error(names: list[str], settings: Mapping[str, Any]) -> ConfigError:
+    """Return the error of a rank whose settings are not the main rank's, with secrets redacted."""
     more = f" (so are {', '.join(names[1:])})" if names[1:] else ""
     value = without_secrets(str(settings[names[0]]))
     return ConfigError(

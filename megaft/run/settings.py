@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megaft.base.checks import require
-from megaft.config.deepspeed_json import Resolved, data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.deepspeed_json import Resolved, read_deepspeed_json, resolve
 from megaft.config.optimizers import OPTIMIZERS
+from megaft.config.parallelism import num_data_ranks
 from megaft.config.train import OptimConfig, TrainConfig
 from megaft.weights import manifest
 
@@ -59,7 +60,7 @@ def plan_engine(
     """
     setup = resolve(
         deepspeed_json,
-        world_size=data_parallel_size(world_size, tensor_parallel_size),
+        world_size=num_data_ranks(world_size, tensor_parallel_size),
         optim=optim,
         has_cuda=has_cuda,
         resumed_batch_size=resumed_batch_size,

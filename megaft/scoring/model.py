@@ -17,12 +17,13 @@ from megaft.base.agreement import together
 from megaft.config.train import ModelConfig
 from megaft.data.samples import IGNORE_INDEX
 from megaft.models import trials
-from megaft.models.backend import Backend
+from megaft.models.backend import Backend, backend_of_model
 from megaft.models.hugging_face import NatsModel, in_parts
 from megaft.models.loss import Vocabulary, chunks, token_nats
 from megaft.models.parameters import count
 from megaft.scoring.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
 from megaft.scoring.packed import PackedLinear, can_pack, pack_linears
+from megaft.weights.families import FAMILIES
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.weights.loading.pretrained import load_language_model
 
@@ -164,7 +165,7 @@ def _taken_apart(
     language_model: CausalLM, tried: CausalLM | None
 ) -> tuple[nn.Module, nn.Module | None, Vocabulary | None]:
     """Return the trunk for scored positions, the output layer (None if the trunk returns logits) and its vocabulary."""
-    if hasattr(language_model, "vocabulary"):
+    if backend_of_model(language_model) == "megatron":
         return MegatronTrunk(language_model), language_model.output_layer(), language_model.vocabulary()
     output_layer = language_model.get_output_embeddings()
     if type(output_layer) is nn.Linear and (trunk := fast_trunk(language_model)):
@@ -318,7 +319,7 @@ ACTIVATION_BYTES = 8 * 2**30
 CPU_TOKENS = 2048
 """Tokens whose activations stay in memory that malloc keeps, measured with GPT-2 124M and SmolLM2 135M."""
 
-KNOWN_HEADS = {"gpt2", "llama", "mistral", "qwen2", "qwen3"}
+KNOWN_HEADS = {*FAMILIES, "qwen3"}
 """Model types whose logits never exist but for a chunk of tokens."""
 
 

@@ -21,7 +21,7 @@ from megaft.base import parallel
 from megaft.base.errors import DataError
 from megaft.base.plural import counted
 from megaft.data.samples import IGNORE_INDEX
-from megaft.models.finite import require_finite
+from megaft.models.finite import require_finite_nats
 from megaft.scoring.windows import Window
 
 TokenScorer = Callable[[Tensor, Tensor], Tensor]
@@ -256,7 +256,7 @@ def score(
     # Each place is filled on one rank and 0.0 on the others, so this sum rounds nothing.
     nats, choices = parallel.sum_over_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
     num_scored_tokens = sum(row.num_targets for row in rows)
-    require_finite(
+    require_finite_nats(
         nats, documents.document_offsets, name=name, num_scored_tokens=num_scored_tokens, is_counted=is_counted
     )
     return Score(math.fsum(nats), num_scored_tokens, num_words, num_bytes, nats, choices > 0)

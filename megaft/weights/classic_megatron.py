@@ -90,7 +90,7 @@ class ClassicCheckpoint:
             DataError: A file is missing, damaged, holds code, or is not a GPT's.
         """
         paths = _files(folder)
-        states = [_load(path) for path in paths]
+        states = [read_pickle(path) for path in paths]
         ranks = [_tensors(path, state) for path, state in zip(paths, states, strict=True)]
         version, settings = states[0].get("checkpoint_version", 0), states[0].get("args")
         if version not in (0, 1) and version < 2:
@@ -211,7 +211,7 @@ def _only(classes: Iterable[tuple[type, str]]) -> Iterator[None]:
         add_safe_globals(before)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> dict[str, Any]:
     """Return a checkpoint's dictionary, in which objects are Records."""
     known: dict[str, None] = {}
     while True:

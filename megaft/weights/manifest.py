@@ -19,13 +19,15 @@ from megaft.base.errors import CheckpointError
 from megaft.base.files import is_file_name, parse_json, sha256_of, to_json
 
 FORMAT = 3
-
-
 MANIFEST = "manifest.json"
-
 
 # A checkpoint that the same step, saved again, is about to replace is one as well, until it has.
 NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return True if a folder is a checkpoint of a run."""
+    return (folder / MANIFEST).is_file()
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

@@ -24,6 +24,11 @@ FORMAT = 1
 """Format version in the manifest of a megatron folder."""
 
 
+def is_megatron_folder(folder: Path) -> bool:
+    """Return True if `megaft convert --format megatron` wrote a folder."""
+    return (folder / MANIFEST).is_file()
+
+
 def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[TensorFile]:
     """Return the file of each tensor-parallel rank in a converted folder, their sizes and shapes checked.
 

@@ -104,7 +104,8 @@ def shapes_of(config: Any) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def widest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the dtype that holds every value of these exactly."""
     return reduce(torch.promote_types, dtypes)
 
 

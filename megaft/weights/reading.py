@@ -25,34 +25,50 @@ from megaft.weights.loading.weight_files import (
     shard_names,
     untied_weights,
 )
-from megaft.weights.megatron_folder import MANIFEST, local_shapes, shards_of
+from megaft.weights.manifest import is_checkpoint
+from megaft.weights.megatron_folder import is_megatron_folder, local_shapes, shards_of
 from megaft.weights.parameters import (
     Weights,
-    _widest,
     from_shards,
     load_config,
     naming_config_errors,
     require_fitting,
     shapes_of,
+    widest_dtype,
 )
 from megaft.weights.tensor_file import TensorFile, open_tensors
 
 
+def model_folder(source: str, setting: str = "model") -> str:
+    """Return the folder of a model's files; for a run's folder, its export/.
+
+    Raises:
+        DataError: The run's export/ holds no model.
+    """
+    export = Path(source) / "export"
+    if not export.is_dir():
+        return source
+    if not (export / "config.json").is_file():
+        raise DataError(
+            f"{setting} is {source}, a run whose export/ has no config.json; export it again, or copy it anew."
+        )
+    return str(export)
+
+
 def model_source(model: str) -> str:
-    """Return the folder of the model's files; for a run's folder, its export/.
+    """Return the folder of the files of a model that can be run, or its hub name; for a run's folder, its export/.
 
     Raises:
         DataError: The folder holds no model.
     """
-    folder = Path(model)
-    if (folder / "export").is_dir():
-        return str(folder / "export")
+    source = model_folder(model, "--model")
+    folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DataError(
             f"--model is {model}, a folder with neither config.json nor export/; "
             "give a model's folder, or a run's after it has ended."
         )
-    return model
+    return source
 
 
 def open_weights(source: str, *, model_config: str | None = None, is_hashed: bool = False) -> Weights:
@@ -82,21 +98,10 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
         f"model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
     )
     require_inert("model", source)
-    if (folder / MANIFEST).is_file():
+    if is_megatron_folder(folder):
         return _from_megatron(folder, is_hashed)
     files = [] if folder.suffix == ".gguf" else _safetensors_of(source)
     return _from_safetensors(source, files) if files else _from_whole(source)
-
-
-def model_folder(source: str) -> str:
-    """Return the folder of a model; for a run's folder, its export/."""
-    export = Path(source) / "export"
-    return str(export) if (export / "config.json").is_file() else source
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Return True if a folder is a checkpoint of a run."""
-    return (folder / "manifest.json").is_file()
 
 
 def described_by(source: str, model_config: str | None) -> str:
@@ -151,7 +156,7 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     def fetch(name: str) -> Tensor:
         return holders[stored[name]].read(stored[name])
 
-    return Weights(config, _widest(holders[key].dtype(key) for key in stored.values()), shapes, fetch)
+    return Weights(config, widest_dtype(holders[key].dtype(key) for key in stored.values()), shapes, fetch)
 
 
 def _size_of(files: list[TensorFile]) -> Size:
@@ -180,7 +185,7 @@ def _from_whole(source: str) -> Weights:
 def _from_megatron(folder: Path, is_hashed: bool) -> Weights:
     config = load_config(str(folder))
     files = shards_of(folder, config, is_hashed=is_hashed)
-    dtype = _widest(file.dtype(name) for file in files for name in file.spans)
+    dtype = widest_dtype(file.dtype(name) for file in files for name in file.spans)
     return from_shards(config, dtype, lambda name: [file.read(name) for file in files])
 
 
@@ -195,5 +200,5 @@ def _from_classic(folder: Path, model_config: str | None) -> Weights:
     for rank in range(size):
         expected = checkpoint.padded(layout, local_shapes(layout, shapes, size, rank))
         require_fitting(f"{folder} (rank {rank})", expected, checkpoint.shapes(rank))
-    dtype = _widest(tensor.dtype for tensors in checkpoint.ranks for tensor in tensors.values())
+    dtype = widest_dtype(tensor.dtype for tensors in checkpoint.ranks for tensor in tensors.values())
     return from_shards(config, dtype, lambda name: checkpoint.read(name, layout))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaft.base.dtypes import dtype_name
 from megaft.base.errors import DataError
 from megaft.base.files import write_json_atomic
 from megaft.data.tokenizer import load_tokenizer
@@ -95,7 +96,7 @@ def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int
     manifest = {
         "format": FORMAT,
         "tensor_parallel_size": size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "source": source,
         "files": {name: {"bytes": num_bytes, "sha256": sha256.hex()} for name, (num_bytes, sha256) in written.items()},
     }
@@ -111,7 +112,7 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     result = require_finite(name, tensor).to(dtype)
     if not is_finite(result):
-        short = str(dtype).removeprefix("torch.")
+        short = dtype_name(dtype)
         fix = "use bfloat16" if dtype == torch.float16 else "use float32"
         raise DataError(f"{name} has values up to {tensor.abs().max():g}, which {short} cannot hold; {fix}.")
     return result

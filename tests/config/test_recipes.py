@@ -7,7 +7,8 @@ import pytest
 from megaft.base.errors import ConfigError
 from megaft.commands.submit.batch_script import directives_of, find_script, read_script
 from megaft.commands.submit.job_check import TRAINING, check_program, recipe_flags
-from megaft.config.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.deepspeed_json import read_deepspeed_json, resolve
+from megaft.config.parallelism import num_data_ranks
 from megaft.config.train import parse_train
 
 FLAGS = ["--model.path=gpt2", "--data.train=t.txt", "--run.dir=r", "--run.max-steps=3"]
@@ -40,7 +41,7 @@ def test_what_a_large_recipe_runs(recipe, backend, tensor_parallel_size, stage, 
     assert (config.model.backend, config.parallel.tensor_parallel_size) == (backend, tensor_parallel_size)
     assert Path(config.deepspeed_config).stem == recipe.removeprefix("finetune_")
     job = directives(recipe)
-    size = data_parallel_size(int(job["nodes"]) * int(job["ntasks-per-node"]), tensor_parallel_size)
+    size = num_data_ranks(int(job["nodes"]) * int(job["ntasks-per-node"]), tensor_parallel_size)
     setup = resolve(read_deepspeed_json(config.deepspeed_config), world_size=size, optim=config.optim, has_cuda=True)
     assert (setup.zero_stage, setup.dtype, setup.global_batch_size) == (stage, "bfloat16", 512)
 

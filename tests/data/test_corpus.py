@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megaft.base.errors import DataError
 from megaft.data.chat import Renderer
-from megaft.data.corpus import Document, Layout, _cut_document, count, cut, documents, pieces
+from megaft.data.corpus import Document, Layout, count, cut, cut_document, documents, pieces
 from megaft.data.input_files import expand
 from megaft.data.records import Segment
 from megaft.data.text_file import BLOCK_BYTES, Source
@@ -319,7 +319,7 @@ def test_long_record_is_cut_too(tmp_path):
 
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6), block=st.integers(4, 20))
-def test_a_cut_document_keeps_its_segments(lengths, block):
+def test_acut_document_keeps_its_segments(lengths, block):
     """Each character stays in its segment, and empty segments at the end stay there: they say what an end token is."""
     text = "ab cde f " * 9
     segments = [Segment(text[:length], index % 2 == 0) for index, length in enumerate([*lengths, 40])] + [
@@ -327,7 +327,7 @@ def test_a_cut_document_keeps_its_segments(lengths, block):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megaft.data.corpus.BLOCK_BYTES", block)
-        found = list(_cut_document(Document(tuple(segments), 1, 2, "a"), may_cut=True))
+        found = list(cut_document(Document(tuple(segments), 1, 2, "a"), may_cut=True))
     assert len(found) > 1
     characters = [(letter, part.is_scored) for part in segments for letter in part.text]
     assert [

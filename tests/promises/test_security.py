@@ -23,7 +23,7 @@ from megaft.base.redaction import masked, without_folders, without_secrets
 from megaft.checkpoint import resume
 from megaft.data.tokenizer import load_tokenizer
 from megaft.run import trackers
-from megaft.run.same_settings import _error
+from megaft.run.same_settings import settings_error
 from megaft.weights import manifest as manifest_module
 from megaft.weights.loading import pretrained
 from megaft.weights.pieces import Pieces
@@ -309,7 +309,7 @@ def test_secrets_are_masked(monkeypatch):
     assert without_secrets("--x=canary-0123456789") == "--x=***"
     assert without_secrets("https://me:word@host/path@2") == "https://***@host/path@2"
     assert without_secrets("--data.tokenizer=gpt2 --optim.name=adamw") == "--data.tokenizer=gpt2 --optim.name=adamw"
-    said = _error(["--run.dir"], {"--run.dir": Path("/x/canary-0123456789")})
+    said = settings_error(["--run.dir"], {"--run.dir": Path("/x/canary-0123456789")})
     assert str(said).startswith("--run.dir is /x/*** here, and another on rank 0;")
     settings = {"a": [Path("/x/canary-0123456789"), ("s3://k:s@b", 1)], "b": None, "c": 0.5}
     assert masked(settings) == {"a": ["/x/***", ["s3://***@b", 1]], "b": None, "c": 0.5}

@@ -280,12 +280,12 @@ def test_what_libraries_allow_is_not_allowed_here(tmp_path):
 
     from torch.serialization import safe_globals
 
-    from megaft.weights.classic_megatron import _load
+    from megaft.weights.classic_megatron import read_pickle
 
     path = tmp_path / "model_optim_rng.pt"
     torch.save({"args": argparse.Namespace(num_layers=2)}, path)
     with safe_globals([argparse.Namespace]):
         before = {*torch.serialization.get_safe_globals()}
-        args = _load(path)["args"]
+        args = read_pickle(path)["args"]
         assert {*torch.serialization.get_safe_globals()} == before
     assert not isinstance(args, argparse.Namespace)

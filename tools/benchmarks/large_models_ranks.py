@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megaft.base import parallel
 from megaft.checkpoint import engine_state
-from megaft.config.deepspeed_json import data_parallel_size, read_deepspeed_json, resolve
+from megaft.config.deepspeed_json import read_deepspeed_json, resolve
+from megaft.config.parallelism import num_data_ranks
 from megaft.config.train import LoraConfig, ModelConfig, OptimConfig
 from megaft.models import hugging_face
 from megaft.models.parameters import parameter_groups
@@ -53,7 +54,7 @@ def fake(folder: Path, tensor_parallel_size: int = 1) -> dict[str, Any]:
     topology = parallel.pretend(WORLD_SIZE)
     device = parallel.join(topology)
     recipe = RECIPES / f"megatron_8.3b_{'zero3' if tensor_parallel_size == 1 else f'tp{tensor_parallel_size}'}.json"
-    ranks = data_parallel_size(WORLD_SIZE, tensor_parallel_size)
+    ranks = num_data_ranks(WORLD_SIZE, tensor_parallel_size)
     setup = resolve(read_deepspeed_json(recipe), world_size=ranks, optim=OptimConfig(), has_cuda=False)
     config = ModelConfig(from_scratch=str(folder), activation_checkpointing=True)
     if tensor_parallel_size == 1:

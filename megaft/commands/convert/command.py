@@ -34,6 +34,7 @@ def main(config: ConvertConfig) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars over the files of a model
     import torch
 
+    from megaft.base.dtypes import dtype_name
     from megaft.weights import writing
     from megaft.weights.reading import described_by, model_folder, open_weights
 
@@ -51,7 +52,7 @@ def main(config: ConvertConfig) -> int:
         writing.copy_companions(described_by(source, config.model_config), folder)
         open_weights(str(folder))  # reads what was written as any other model: names, shapes and ties
     seconds = time.perf_counter() - begin
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     print(f"wrote {config.to}: {weights.num_parameters:,} parameters in {name}, {num_bytes:,} bytes in {seconds:.1f} s")
     if config.verify:
         verify(config, source, name)

@@ -23,13 +23,14 @@ from megaft.base import parallel
 from megaft.base.errors import DataError, NumericsError
 from megaft.base.plural import counted
 from megaft.data.tokenizer import load_tokenizer
-from megaft.models.finite import require_finite
+from megaft.models.finite import require_finite_nats
 from megaft.models.hugging_face import NatsModel
 from megaft.weights.classic_megatron import is_classic
 from megaft.weights.loading.pretrained import load_language_model, set_dropout
-from megaft.weights.megatron_folder import MANIFEST, read_manifest, shards_of
+from megaft.weights.manifest import is_checkpoint
+from megaft.weights.megatron_folder import is_megatron_folder, read_manifest, shards_of
 from megaft.weights.parameters import Weights, load_config
-from megaft.weights.reading import is_checkpoint, open_weights
+from megaft.weights.reading import open_weights
 from megaft.weights.tensor_file import TensorFile
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
@@ -83,7 +84,7 @@ class Side(NamedTuple):
     def num_ranks(self) -> int:
         """Number of processes that run it."""
         folder = Path(self.source)
-        return read_manifest(folder)["tensor_parallel_size"] if (folder / MANIFEST).is_file() else 1
+        return read_manifest(folder)["tensor_parallel_size"] if is_megatron_folder(folder) else 1
 
 
 def verify(before: Side, after: Side, dtype: str, text: str) -> Difference:
@@ -149,14 +150,16 @@ def _finite(nats: Tensor, rows: list[list[int]], side: Side) -> Tensor:
         NumericsError: Some are not finite.
     """
     offsets = np.cumsum([0, *(len(row) - 1 for row in rows)])
-    require_finite(nats.numpy(), offsets, name=f"{side.source} on the text of --verify", num_scored_tokens=len(nats))
+    require_finite_nats(
+        nats.numpy(), offsets, name=f"{side.source} on the text of --verify", num_scored_tokens=len(nats)
+    )
     return nats
 
 
 def model_of(side: Side, dtype: torch.dtype) -> nn.Module:
     """Return a model, or this rank's part of it, whose weights are rounded to a dtype; it computes in float32."""
     folder = Path(side.source)
-    if (folder / MANIFEST).is_file():
+    if is_megatron_folder(folder):
         return _megatron(folder, dtype)
     if is_classic(folder) or is_checkpoint(folder):
         return NatsModel(_filled(open_weights(side.source, model_config=side.model_config), dtype))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from megaft.base.checks import ABOVE_0, BELOW_1, at_least, require, require_ranges
 from megaft.base.hardware import GPUS
+from megaft.config.parallelism import Backend
 from megaft.config.train import OptimConfig
 
 
@@ -30,7 +30,7 @@ class EstimateConfig:
     """Input tokens per sample."""
     hardware: str = "h100"
     """The GPU: h100, h200, b200, a100, a100-40gb, l40s, a6000, rtx4090, v100, v100-32gb, t4."""
-    backend: Literal["hugging-face", "megatron"] = "hugging-face"
+    backend: Backend = "hugging-face"
     """Model implementation, as --model.backend."""
     activation_checkpointing: bool = False
     """Each layer keeps its input only, as --model.activation-checkpointing."""

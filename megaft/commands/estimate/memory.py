@@ -14,13 +14,12 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
+from megaft.base.hardware import CHUNK_BYTES
 from megaft.config.deepspeed_json import Resolved
 from megaft.config.train import bytes_per_parameter
 from megaft.weights.shape import Shape, Weights, num_elements
 
 FLOAT = 4
-LOGITS_BYTES = 128 * 2**20
-"""Bytes of a chunk of fp32 logits on CUDA, as megaft.models.loss.CHUNK_BYTES."""
 BUCKET = 500_000_000
 """Elements of DeepSpeed's reduce bucket by default, and of the buffer that stage 0 reduces in."""
 STAGE_3 = {  # DeepSpeed's defaults, in elements
@@ -113,7 +112,7 @@ def activations(work: Work) -> Activations:
     of_layer = tokens * _bytes_of_layer(work)
     kept = stream if work.is_recomputed else of_layer
     words = -(-shape.vocab_size // work.tensor_parallel_size)
-    head, logits = words * shape.width, min(LOGITS_BYTES, FLOAT * tokens * words)
+    head, logits = words * shape.width, min(CHUNK_BYTES["cuda"], FLOAT * tokens * words)
     is_rounded = word < FLOAT
     # Beside the fp32 gradient of the output layer's weight: a chunk's logits twice, or in both dtypes with the last
     # chunk's, or with what they add to that gradient. In backward that gradient scaled, then rounded.

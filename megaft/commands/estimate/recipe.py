@@ -8,6 +8,7 @@ from typing import Any
 from megaft.base.checks import require
 from megaft.commands.estimate.memory import Activations, States, Work, activations, moments, states, word_bytes
 from megaft.config.deepspeed_json import Resolved
+from megaft.config.parallelism import num_data_ranks, require_shardable
 from megaft.config.train import OptimConfig
 from megaft.run.settings import plan_engine
 from megaft.weights.shape import Shape
@@ -29,15 +30,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         size, shape = self.tensor_parallel_size, self.shape
-        require(
-            self.world_size % size == 0,
-            f"--world-size is {self.world_size} and --tensor-parallel-size {size}; the first is a multiple of the "
-            "second.",
-        )
-        require(
-            size == 1 or self.is_megatron,
-            f"--tensor-parallel-size is {size}, but transformers' matrices are whole; give --backend megatron.",
-        )
+        num_data_ranks(self.world_size, size, "--tensor-parallel-size")
+        require_shardable("megatron" if self.is_megatron else "hugging-face", size)
         shape.require_cuttable(size, "--tensor-parallel-size")
         require(
             self.context_length <= shape.num_positions,
@@ -48,7 +42,7 @@ class Recipe:
     @property
     def num_data_ranks(self) -> int:
         """Groups of ranks that train on different samples."""
-        return self.world_size // self.tensor_parallel_size
+        return num_data_ranks(self.world_size, self.tensor_parallel_size, "--tensor-parallel-size")
 
     def setup(self) -> Resolved:
         """Return the DeepSpeed JSON resolved for these ranks.

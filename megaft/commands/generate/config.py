@@ -9,7 +9,7 @@ import tyro
 
 from megaft.base.checks import NOT_NEGATIVE, SEED, Range, at_least, require, require_ranges
 from megaft.base.unicode_text import is_unicode
-from megaft.models.backend import Backend
+from megaft.config.parallelism import Backend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from megaft.base.dtypes import dtype_name
 from megaft.base.errors import DataError
 
 FIX = "the model is damaged. Copy it anew, or go back to a checkpoint before it."
@@ -67,8 +68,9 @@ def require_finite_weights(model: str, source: str, weights: Iterable[tuple[str,
             _refuse_stored(model, source)
             if tensor.dtype == torch.float32:
                 require_finite(name, tensor, f"{model}; ")
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise DataError(f"{model}; in {dtype} {_fault(name, tensor)}; use float32, or copy the model anew.")
+            raise DataError(
+                f"{model}; in {dtype_name(tensor.dtype)} {_fault(name, tensor)}; use float32, or copy the model anew."
+            )
 
 
 def _refuse_stored(model: str, source: str) -> None:

@@ -17,7 +17,7 @@ from tiny_tokenizers import CHATML, make_byte_level, make_metaspace, make_senten
 from megaft.base.errors import ConfigError, DataError
 from megaft.commands.generate.command import main, print_text
 from megaft.commands.generate.config import GenerateConfig, SamplingConfig
-from megaft.weights.reading import model_source
+from megaft.weights.reading import model_folder, model_source, open_weights
 
 GREEDY = SamplingConfig(temperature=0)
 PROMPTS = ("The city of", "In 1998 , the")
@@ -74,10 +74,17 @@ def test_settings_are_checked(settings, message):
 
 def test_a_run_keeps_its_model_in_export(tmp_path):
     (tmp_path / "export").mkdir()
-    assert model_source(str(tmp_path)) == str(tmp_path / "export")
     (tmp_path / "export" / "config.json").touch()
+    assert model_source(str(tmp_path)) == str(tmp_path / "export")
     assert model_source(str(tmp_path / "export")) == str(tmp_path / "export")
     assert model_source("gpt2") == "gpt2"
+
+
+@pytest.mark.parametrize("find", [model_source, model_folder, open_weights])
+def test_a_broken_export_is_refused_by_every_command(tmp_path, find):
+    (tmp_path / "export").mkdir()
+    with pytest.raises(DataError, match=r"export/ has no config\.json"):
+        find(str(tmp_path))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
