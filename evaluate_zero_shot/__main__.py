@@ -57,7 +57,7 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from megaft.base.lock import locked
     from megaft.data.tokenizer import load_tokenizer
     from megaft.models.backend import backend_of, require_whole_groups
-    from megaft.weights.reading import model_source
+    from megaft.weights.folder import model_source
 
     size = config.tensor_parallel_size
     require_whole_groups(topology.world_size, size)

@@ -13,8 +13,8 @@ from megaft.base.errors import DataError
 from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.models.backend import Backend
 from megaft.scoring.model import Scorer, load_scoring_model
+from megaft.weights.folder import model_source
 from megaft.weights.provenance import sha256_of_model
-from megaft.weights.reading import model_source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from megaft.base.foreign import require_inert
 from megaft.base.hub import find_file
 from megaft.weights.classic_megatron import ClassicCheckpoint, is_classic
 from megaft.weights.families import family_of
+from megaft.weights.folder import model_folder
 from megaft.weights.layout import OUTPUT_LAYER, layout_of
 from megaft.weights.loading.finite_weights import require_finite
 from megaft.weights.loading.pretrained import load_language_model, require_there
@@ -37,38 +38,6 @@ from megaft.weights.parameters import (
     widest_dtype,
 )
 from megaft.weights.tensor_file import TensorFile, open_tensors
-
-
-def model_folder(source: str, setting: str = "model") -> str:
-    """Return the folder of a model's files; for a run's folder, its export/.
-
-    Raises:
-        DataError: The run's export/ holds no model.
-    """
-    export = Path(source) / "export"
-    if not export.is_dir():
-        return source
-    if not (export / "config.json").is_file():
-        raise DataError(
-            f"{setting} is {source}, a run whose export/ has no config.json; export it again, or copy it anew."
-        )
-    return str(export)
-
-
-def model_source(model: str) -> str:
-    """Return the folder of the files of a model that can be run, or its hub name; for a run's folder, its export/.
-
-    Raises:
-        DataError: The folder holds no model.
-    """
-    source = model_folder(model, "--model")
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DataError(
-            f"--model is {model}, a folder with neither config.json nor export/; "
-            "give a model's folder, or a run's after it has ended."
-        )
-    return source
 
 
 def open_weights(source: str, *, model_config: str | None = None, is_hashed: bool = False) -> Weights:

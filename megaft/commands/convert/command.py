@@ -36,7 +36,8 @@ def main(config: ConvertConfig) -> int:
 
     from megaft.base.dtypes import dtype_name
     from megaft.weights import writing
-    from megaft.weights.reading import described_by, model_folder, open_weights
+    from megaft.weights.folder import model_folder
+    from megaft.weights.reading import described_by, open_weights
 
     require_new(config.to)
     source = model_folder(config.source)

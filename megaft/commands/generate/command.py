@@ -15,7 +15,7 @@ from megaft.base.errors import DataError
 from megaft.base.plural import counted
 from megaft.commands.generate.config import GenerateConfig
 from megaft.models.backend import backend_of
-from megaft.weights.reading import model_source
+from megaft.weights.folder import model_source
 
 if TYPE_CHECKING:
     from megaft.base.parallel import Topology

@@ -17,7 +17,8 @@ from tiny_tokenizers import CHATML, make_byte_level, make_metaspace, make_senten
 from megaft.base.errors import ConfigError, DataError
 from megaft.commands.generate.command import main, print_text
 from megaft.commands.generate.config import GenerateConfig, SamplingConfig
-from megaft.weights.reading import model_folder, model_source, open_weights
+from megaft.weights.folder import model_folder, model_source
+from megaft.weights.reading import open_weights
 
 GREEDY = SamplingConfig(temperature=0)
 PROMPTS = ("The city of", "In 1998 , the")
