@@ -278,7 +278,7 @@ def test_what_is_refused(flags, message, capsys):
 
 def test_a_configuration_that_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(DataError, match=r"config\.json is damaged"):
         configuration(str(tmp_path))
     with pytest.raises(ConfigError, match=", ".join(FAMILIES)):
         shape_of({"model_type": "t5"})
