@@ -22,6 +22,7 @@ from evaluate_zero_shot.trial.prepared import Prepared
 from evaluate_zero_shot.trial.results import Result
 from evaluate_zero_shot.trial.subject import Subject
 from megaft.base import parallel
+from megaft.base.dtypes import dtype_name
 from megaft.base.environment import environment
 from megaft.base.progress import counting
 from megaft.base.redaction import without_secrets
@@ -77,7 +78,7 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         context_length=trial.cut.context_length,
         stride=trial.cut.stride,
         is_protocol_default=trial.cut.is_own or prepared.has_whole_prompts,
-        dtype=str(subject.dtype).removeprefix("torch."),
+        dtype=dtype_name(subject.dtype),
         tokens_per_batch=trial.tokens_per_batch,
         num_tokenized_tokens=len(prepared.tokens.tokens),
         num_original_tokens=prepared.num_original_tokens,
