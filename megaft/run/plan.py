@@ -18,7 +18,7 @@ from megaft.run.settings import plan_settings
 from megaft.run.sources import Sources, named_sources, open_samples, prepare_sources, require_same_tokenizer
 from megaft.run.trackers import check_trackers
 from megaft.weights.loading.pretrained import require_there
-from megaft.weights.megatron_folder import MANIFEST
+from megaft.weights.megatron_folder import is_megatron_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ def require_inputs(config: TrainConfig) -> None:
 
 def _require_readable(model: ModelConfig, path: str) -> None:
     require(
-        model.backend == "megatron" or not (Path(path) / MANIFEST).is_file(),
+        model.backend == "megatron" or not is_megatron_folder(Path(path)),
         f"--model.path is {path}, which has megatron's format; give --model.backend megatron, or "
         "write it anew with megaft convert --format hugging-face.",
     )
