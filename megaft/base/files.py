@@ -43,7 +43,7 @@ def read_json(path: Path) -> Any:
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); copy it anew.") from error
+        raise DataError(f"{path} is damaged: it is not JSON ({error}); copy it anew.") from error
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
