@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import read_once
 import references
 import smollm2 as smol
 from references import Reference
+from tiny_models import change_tensors
 
 from evaluate_zero_shot.__main__ import main
+from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.texts.lambada import STOP_WORDS
 
 pytestmark = pytest.mark.slow
@@ -198,6 +201,23 @@ def test_lm_finetuning(tiny, trained_gpt2, beginning, evaluate, context_length):
     path, text = beginning("wikitext2", 50)
     result = evaluate(trained_gpt2, *flags("wikitext2", "lm-finetuning", path, context_length))
     require_equal(result, references.lm_finetuning(tiny, text, context_length))
+
+
+@pytest.fixture(scope="module")
+def uniform(trained_gpt2, tmp_path_factory):
+    """The folder of a model to which all 2,001 tokens are equally likely: tied embeddings of zeros."""
+    folder = shutil.copytree(trained_gpt2, tmp_path_factory.mktemp("models") / "uniform")
+    change_tensors(folder, lambda tensors: tensors["transformer.wte.weight"].zero_())
+    return folder
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_uniform_model_by_hand(uniform, tiny, beginning, evaluate, protocol):
+    """Whatever the windows, a token costs ln 2001 nats; only what counts as a word differs."""
+    path, text = beginning("wikitext103", 14)
+    result = evaluate(uniform, *flags("wikitext103", protocol, path))
+    assert result["num_scored_tokens"] >= 0.95 * len(tiny.encode(references.detokenized(text)))
+    require_equal(result, {"perplexity": 2001, "nats": result["num_scored_tokens"] * math.log(2001)})
 
 
 LAST_WORDS = {
