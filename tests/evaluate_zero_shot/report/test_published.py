@@ -232,7 +232,7 @@ def broken(change):
         ("[]", "is not a list of published figures"),
         (broken(lambda it: it["sources"][0].pop("caveat")), "caveat"),
         (broken(lambda it: it["sources"][0].update(surprise=1)), "surprise"),
-        (broken(lambda it: it["sources"][0].update(protocol="gpt3")), "protocol 'gpt3' is none of"),
+        (broken(lambda it: it["sources"][0].update(protocol="gpt3")), "protocol 'gpt3' is not one of"),
         (broken(lambda it: it["sources"][1].update(caveat="")), "does not say why"),
         (broken(lambda it: it["sources"][0].update(unpublished=["Prefix"])), "unpublished has Prefix"),
         (broken(lambda it: it["sources"][3].update(context_length=None)), "context_length is null"),
