@@ -1,7 +1,7 @@
-"""The HTML report: the Markdown report rendered as one self-contained page, with plots as inline SVG.
+"""HTML report: the Markdown report rendered as one self-contained page, with plots as inline SVG.
 
-Everything printed is escaped twice over: in Markdown, so that it is text, and by markdown-it-py, whose raw HTML, links
-and images are off. The only markup from outside Markdown are the plots, whose template escapes what it prints.
+Values are escaped in Markdown, and again as HTML by markdown-it-py, whose raw HTML, links and images are off. Only the
+plots and the frame of the page are HTML templates; these escape what they print.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 from jinja2 import Environment
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
+from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markupsafe import Markup
 
 _OFF = ["html_block", "html_inline", "link", "image", "autolink", "reference"]
 _RIGHT = {"style": "text-align:right"}
 _FOLDED = "h5"
-"""Headings of this level hide what follows, up to the next heading, until they are opened."""
+"""Heading level whose content, up to the next heading, is folded until the reader opens it."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,8 +46,9 @@ def page(markdown: str, content: Mapping[str, Any], jinja: Environment) -> str:
             return f"<code>{text}</code>"
         return f'<details class="hash"><summary>{text[:8]}…</summary>{text}</details>'
 
-    parser.renderer.rules |= {"fence": fence, "code_inline": code_inline}
-    body = Markup(parser.renderer.render(tokens, parser.options, {}))
+    renderer = RendererHTML(parser)
+    renderer.rules |= {"fence": fence, "code_inline": code_inline}
+    body = Markup(renderer.render(tokens, parser.options, {}))
     return jinja.get_template("report.html.jinja").render(content, body=body)
 
 

@@ -38,7 +38,8 @@ REQUIRED = ("model_name", "task", "protocol")
 """Required fields of a result; any other missing field is shown as a dash."""
 METRICS = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MARKDOWN = re.compile(r"[\\`*|\[\]<>&~$]|(?<!\w)_|_(?!\w)")
+_MARKDOWN = re.compile(r"[\\`*|\[\]<>&~$]|(?<!\w)_|_(?!\w)|^#|^[-+=](?=[-+= ]|$)")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?= |$)")
 
 
 def write(folder: Path) -> None:
@@ -175,10 +176,10 @@ def _jinja(*, is_html: bool) -> Environment:
 
 
 def _for_markdown(value: object) -> str:
-    """Return text that Markdown shows unchanged, in one line of a table."""
+    """Return text that Markdown shows unchanged, in one line, wherever it stands."""
     if isinstance(value, Markup):
         return value
-    return _MARKDOWN.sub(r"\\\g<0>", " ".join(str(value).split()))
+    return _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", " ".join(str(value).split())))
 
 
 def _code_block(text: str) -> Markup:
