@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
-from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markupsafe import Markup
 
@@ -37,18 +36,18 @@ def page(markdown: str, content: Mapping[str, Any], jinja: Environment) -> str:
     plots = jinja.get_template("plots.html.jinja")
     groups = list(content["illustrations"].values())
 
-    def fence(tokens: Sequence[Token], index: int, options: object, env: object) -> str:
+    def fence(_: object, tokens: Sequence[Token], index: int, options: object, env: object) -> str:
         return plots.render(illustrations=groups[int(tokens[index].content)])
 
-    def code_inline(tokens: Sequence[Token], index: int, options: object, env: object) -> str:
+    def code_inline(_: object, tokens: Sequence[Token], index: int, options: object, env: object) -> str:
         text = escapeHtml(tokens[index].content)
         if not _DIGEST.fullmatch(text):
             return f"<code>{text}</code>"
         return f'<details class="hash"><summary>{text[:8]}…</summary>{text}</details>'
 
-    renderer = RendererHTML(parser)
-    renderer.rules |= {"fence": fence, "code_inline": code_inline}
-    body = Markup(renderer.render(tokens, parser.options, {}))
+    parser.add_render_rule("fence", fence)
+    parser.add_render_rule("code_inline", code_inline)
+    body = Markup(parser.renderer.render(tokens, parser.options, {}))
     return jinja.get_template("report.html.jinja").render(content, body=body)
 
 
