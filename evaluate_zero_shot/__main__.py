@@ -1,4 +1,4 @@
-"""`python -m evaluate_zero_shot`: score language models by named protocols, and write a report."""
+"""Command `python -m evaluate_zero_shot`: score language models by named protocols, and write a report."""
 
 from __future__ import annotations
 
@@ -19,40 +19,41 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, of megaft.base.errors."""
+    """Run the command and return its exit code (see megaft.base.errors)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--describe"]:
         return exit_code_of(explain, arguments[1:])
     if {"-h", "--help"} & {*arguments}:
-        parse(arguments)  # before the heavy imports, so that it is instant
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
+        parse(arguments)  # before the heavy imports, so that help is instant
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries, which every rank would draw
     from megaft.base import parallel
 
     return parallel.exit_code_on_ranks(lambda topology: run(parse(arguments, topology.is_main), topology))
 
 
 def explain(names: list[str]) -> int:
-    """Print what protocols and tasks are; without names all of them."""
+    """Print the definitions of the named protocols and tasks; without names, of all."""
     for name in names or [*PROTOCOLS, *TASKS]:
         if name in PROTOCOLS:
             print(describe(PROTOCOLS[name]), end="\n\n")
         elif name in TASKS:
             print(f"{name}: {TASKS[name].title}\n{TASKS[name].description}", end="\n\n")
         else:
-            raise ConfigError(f"{name!r} is no protocol ({', '.join(PROTOCOLS)}) and no task ({', '.join(TASKS)}).")
+            raise ConfigError(
+                f"--describe {name!r} is neither a protocol ({', '.join(PROTOCOLS)}) nor a task ({', '.join(TASKS)})."
+            )
     return 0
 
 
 def run(config: EvaluateConfig, topology: Topology) -> int:
-    """Evaluate every model on every task by every protocol and stride; results.json grows with each."""
+    """Evaluate every model on every task by every protocol and stride, adding each result to results.json."""
     from evaluate_zero_shot.report import write
     from evaluate_zero_shot.trial import results
     from evaluate_zero_shot.trial.evaluate import evaluate
-    from evaluate_zero_shot.trial.geometry import geometry
-    from evaluate_zero_shot.trial.plan import find_all_data, trial_of
+    from evaluate_zero_shot.trial.plan import find_all_data, geometries, trial_of
     from evaluate_zero_shot.trial.subject import load
     from megaft.base import parallel
-    from megaft.base.agreement import together
+    from megaft.base.agreement import main_first, together
     from megaft.base.device import device_of
     from megaft.base.lock import locked
     from megaft.data.tokenizer import load_tokenizer
@@ -63,31 +64,27 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     require_whole_groups(topology.world_size, size)
     backends: list[Backend] = [backend_of(model_source(source), config.backend, size) for source in config.model]
     is_cut = "megatron" in backends
-    is_alone = topology.world_size == 1 and not config.partition and not is_cut  # then DeepSpeed need not be imported
-    # What is missing is said before any model is loaded; what the hub has is fetched once, while the others join.
-    data = find_all_data(config, os.environ) if topology.is_main else None
+    is_alone = topology.world_size == 1 and not config.partition and not is_cut  # then DeepSpeed is not imported
     device = device_of(topology) if is_alone else parallel.join(topology)
     if is_cut:
         parallel.cut_matrices(size)
-    data = together(lambda: data or find_all_data(config, os.environ))
-    for source in config.model:  # a name mistyped is said now, not when its turn comes
-        together(load_tokenizer, model_source(source))
-    combinations = list(product(config.tasks, config.protocols, config.strides))
+    # Missing data and mistyped model names end the command before any model is loaded.
+    data = main_first(find_all_data, config, os.environ)
+    tokenizers = [together(load_tokenizer, model_source(source)) for source in config.model]
     with locked(config.output, topology.is_main):
         done = []
-        for source, backend in zip(config.model, backends, strict=True):
-            subject = load(source, config, backend, device)
-            for _, protocol, stride in combinations:  # what does not fit the model is said before hours are spent on it
-                geometry(PROTOCOLS[protocol], subject.scorer.context_limit, config.context_length, stride)
-            for task, protocol, stride in combinations:
-                trial = trial_of(config, subject, TASKS[task], PROTOCOLS[protocol], stride, data[task, protocol])
+        for source, tokenizer, backend in zip(config.model, tokenizers, backends, strict=True):
+            subject = load(source, tokenizer, config, backend, device)
+            cuts = geometries(config, subject)  # all at once: a bad window ends the command before hours are spent
+            for task, cut in product(config.tasks, cuts):
+                trial = trial_of(config, subject, TASKS[task], cut, data[task, cut.protocol.name])
                 done.append(evaluate(subject, trial, config.output))
                 if parallel.is_main():
                     results.write(config.output, done)
                     print(results.summary(done[-1]), flush=True)
                     if note := results.note_on_guessing(done[-1], subject.tokenizer.vocab_size):
                         print(note, file=sys.stderr)
-            del subject  # before the next model takes its place in memory
+            del subject  # frees memory for the next model
         if parallel.is_main():
             write.write(config.output)
             print(f"report: {config.output / 'report.html'}")

@@ -1,4 +1,4 @@
-"""The settings of an evaluation. Imports no torch, so that `--help` answers at once."""
+"""Settings of an evaluation. Imports no torch, so that `--help` is instant."""
 
 from __future__ import annotations
 
@@ -27,39 +27,41 @@ class EvaluateConfig:
     model: tuple[str, ...]
     """Hub names, folders, GGUF files or run folders; several make one table."""
     task: str = "wikitext103"
-    """One or several, with commas; `--describe TASK` explains one."""
+    """Task, or several separated by commas; `--describe TASK` explains one."""
     protocol: str = "megaft"
-    """One or several, with commas; `--describe PROTOCOL` prints a definition."""
+    """Protocol, or several separated by commas; `--describe PROTOCOL` prints its definition."""
     data: Path | None = None
-    """The task's file, or a folder that has it. By default $MEGAFT_DATA, else the hub through `datasets`."""
+    """Data file of the task, or a folder that contains it. By default $MEGAFT_DATA, else the hub through `datasets`."""
     context_length: int | None = None
-    """Tokens of a window. By default the protocol's, or all that the model has positions for."""
+    """Tokens of a window. By default the protocol's, else all positions of the model."""
     stride: str | None = None
-    """Tokens from a window to the next; several, with commas, make a sweep. By default the protocol's."""
+    """Tokens from one window to the next; several separated by commas make a sweep. By default the protocol's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the model's computation; cross-entropy and sums never use less than float32."""
+    """Dtype of the model's computation; cross-entropy and sums use float32 or better."""
     output: Path = Path("evaluation")
-    """Folder of results.json, report.md, report.html and the finished windows."""
+    """Folder for results.json, report.md, report.html and finished batches."""
     limit: int | None = None
-    """Only the first lines (LAMBADA: rows, CBT: questions) of the data, for a trial; the report says so."""
+    """Score only the first lines (LAMBADA: rows, CBT: questions), for a quick trial; the report says so."""
     tokens_per_batch: int | None = None
-    """Input tokens of a forward pass. By default a function of model, context length and kind of device."""
+    """Input tokens of a forward pass. By default chosen from model, context length and device type."""
     partition: bool = False
-    """Spread the weights over the ranks (ZeRO-3), for models larger than a device."""
+    """Shard the weights over the ranks (ZeRO-3), for models larger than one device."""
     backend: Backend | None = None
     """Model implementation. By default transformers, or megatron-core for folders in megatron's format."""
     tensor_parallel_size: int = 1
-    """Neighbouring ranks that share each matrix and score the same windows; above 1 with megatron-core's modules."""
+    """Neighbouring ranks that share each matrix and score the same windows; above 1 only with megatron-core."""
 
     def __post_init__(self) -> None:
         require(len(self.model) > 0, "--model is empty; give a hub name, a folder, a GGUF file or a run's folder.")
         for name in self.tasks:
-            require(name in TASKS, f"task {name!r} is unknown; use one of {', '.join(TASKS)}.")
+            require(name in TASKS, f"--task {name!r} is unknown; use one of {', '.join(TASKS)}.")
         for name in self.protocols:
-            require(name in PROTOCOLS, f"protocol {name!r} is unknown; use one of {', '.join(PROTOCOLS)}.")
+            require(name in PROTOCOLS, f"--protocol {name!r} is unknown; use one of {', '.join(PROTOCOLS)}.")
         for task, protocol in product(self.tasks, self.protocols):
-            able = [name for name in PROTOCOLS if TASKS[task].is_defined_by(PROTOCOLS[name])]
-            require(protocol in able, f"protocol {protocol} does not define task {task}; use {' or '.join(able)}.")
+            defining = [name for name in PROTOCOLS if TASKS[task].is_defined_by(PROTOCOLS[name])]
+            require(
+                protocol in defining, f"--protocol {protocol} does not define task {task}; use {' or '.join(defining)}."
+            )
         require(
             self.stride is None or all(part.isdecimal() and int(part) for part in self.stride.split(",")),
             f"--stride is {self.stride!r}; use a number of 1 or more, or several with commas, such as 32,256,1024.",
@@ -79,10 +81,10 @@ class EvaluateConfig:
 
     @property
     def strides(self) -> list[int] | list[None]:
-        """Strides asked for; [None] is the protocol's own."""
+        """Strides requested; [None]: the protocol's own."""
         return [None] if self.stride is None else [int(part) for part in self.stride.split(",")]
 
 
 def parse(arguments: list[str] | None = None, is_main: bool = True) -> EvaluateConfig:
-    """Parse the command line of `python -m evaluate_zero_shot`; exit with 2 on an error, which the main rank prints."""
+    """Parse the command line; exit with code 2 on an error, which the main rank prints."""
     return tyro.cli(EvaluateConfig, args=own_flags(arguments), prog="evaluate_zero_shot", console_outputs=is_main)

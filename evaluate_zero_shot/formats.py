@@ -1,4 +1,4 @@
-"""Format numbers for a report."""
+"""Format metrics and counts for the report."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ MISSING = "—"
 
 
 def number(value: Any) -> float | None:
-    """Return a number of results.json, where a float that is not finite is a string, or null."""
+    """Return a number of results.json, in which a float that is not finite is a string or null."""
     return None if value is None else float(value)
 
 
 def written(value: Any, metric: str) -> str:
-    """Return a metric's value in readable digits: accuracy, a fraction, as a percentage."""
-    found = number(value)
-    if found is None or math.isnan(found):
+    """Return a metric's value as text with a suitable number of digits; accuracy as a percentage."""
+    parsed = number(value)
+    if parsed is None or math.isnan(parsed):
         return MISSING
-    if math.isinf(found):
-        is_overflow = metric.endswith("perplexity")  # of nats that are finite
-        return f"> {sys.float_info.max:.2g}" if is_overflow else "∞" if found > 0 else "-∞"
+    if math.isinf(parsed):
+        is_overflow = metric.endswith("perplexity")  # although its nats are finite
+        return f"> {sys.float_info.max:.2g}" if is_overflow else "∞" if parsed > 0 else "-∞"
     if metric == "accuracy":
-        return f"{found * 100:.2f} %"
-    if metric in TITLES and abs(found) >= 1e6:
-        return f"{found:.3g}"
-    return f"{found:,.4f}" if metric in ("byte_perplexity", "bits_per_byte") else f"{found:,.2f}"
+        return f"{parsed * 100:.2f} %"
+    if metric in TITLES and abs(parsed) >= 1e6:
+        return f"{parsed:.3g}"
+    return f"{parsed:,.4f}" if metric in ("byte_perplexity", "bits_per_byte") else f"{parsed:,.2f}"
 
 
 def counted(value: Any) -> str:
-    """Return a count with its thousands apart."""
+    """Return a count with commas between thousands."""
     return MISSING if value is None else f"{value:,}"

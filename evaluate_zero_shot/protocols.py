@@ -1,17 +1,32 @@
 """Protocols as data: what each published system counts when it says "perplexity".
 
-A protocol says how a text becomes token windows and how nats become a number. Nothing here computes: `evaluate` reads
-the fields, `describe` prints them, and `differences` compares two of them field by field.
+A protocol defines how a text is cut into token windows and how nats are reduced to a number. Nothing is computed here:
+`trial` reads the fields, `describe` prints them, and `differences` compares two protocols field by field. To add a
+protocol, add a row to `_ALL`; it gives only the fields that differ from the defaults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Literal
 
 Detokenizer = Literal["invertible", "megatron", "openai", "none"]
 LastWord = Literal["strict", "last-token", "lm-eval", "stop-word"]
+Text = Literal["tokens", "raw"]
+"""Word-tokenized file of a task, or its raw file."""
+
+
+class Words(StrEnum):
+    """Divisor of the nats in word perplexity."""
+
+    WHITESPACE = "whitespace"
+    ORIGINAL = "original tokens"
+    ADJUSTED = "original tokens, less one"
+    """Megatron-LM's adjusted perplexity, which also stretches the mean over scored tokens to all tokens."""
+    PER_DOCUMENT = "whitespace, per document"
+    SPACES = "spaces"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,41 +37,46 @@ class Protocol:
     title: str
     source: str
     """Publication of the definition."""
-    text: Literal["tokens", "raw", "rows"]
-    """The word-tokenized file, the raw one, or the raw one as the rows of its public dataset, a blank line between."""
-    scope: Literal["stream", "document", "page"]
-    """Unit that is detokenized and tokenized at once, and that no window leaves: the whole file, each document, or each
-    page as lm-evaluation-harness cuts them out of WikiText."""
-    detokenizer: Detokenizer
+    text: Literal["tokens", "raw", "rows"] = "tokens"
+    """Word-tokenized file, raw file, or raw file as the rows of its public dataset with blank lines between them."""
+    scope: Literal["stream", "document", "page"] = "stream"
+    """Unit that is detokenized and tokenized at once, and that no window crosses: the whole file, a document, or a page
+    as lm-evaluation-harness cuts WikiText into pages."""
+    detokenizer: Detokenizer = "none"
     """Rules that undo the corpus's word tokenization, if it has one."""
-    has_prefix: bool
-    """True if the beginning-of-text token is put before each scope, so that the first token is scored."""
+    has_prefix: bool = False
+    """True if the beginning-of-text token precedes each scope, so that its first token is scored."""
     has_prompt_prefix: bool = False
-    """True if it is also put before the context of LAMBADA and of the Children's Book Test."""
-    context_length: int | None
-    """Tokens of a window; None: as many as the model has positions for."""
-    stride: int | Literal["context", "half"]
-    """Tokens from a window to the next; or the context length, or half of it."""
+    """True if it also precedes each prompt of LAMBADA and of the Children's Book Test."""
+    context_length: int | None = None
+    """Tokens of a window; None: all positions of the model."""
+    stride: int | Literal["context", "half"] = "context"
+    """Tokens from one window to the next: a number, the context length, or half of it."""
     window: Literal["inputs", "tokens"] = "inputs"
-    """Unit of `context_length`: the model's inputs, or the window's tokens, the last of which is only a target."""
+    """Unit of `context_length`: inputs of the model, or tokens of the window, the last of which is only a target."""
     first: Literal["full", "stride"] = "full"
     """Targets that the first window scores: all, or as many as a later one."""
-    last: Literal["short", "extended"]
-    """The last window has a shorter context, or begins earlier to have a full one."""
+    last: Literal["short", "extended"] = "short"
+    """Last window: with a shorter context, or beginning earlier so that its context is full."""
     weighting: Literal["tokens", "windows"] = "tokens"
-    """Mean of perplexity: over tokens, or over windows weighted by their labels minus one."""
-    words: Literal["whitespace", "original tokens", "original tokens, less one", "whitespace, per document", "spaces"]
+    """Mean in token perplexity: over tokens, or over windows weighted by their labels minus one."""
+    words: Words = Words.WHITESPACE
     """Divisor of the nats in word perplexity."""
     headline: Literal["perplexity"] | None = None
-    """Main metric of a text; None: the task's usual one."""
+    """Main metric of a text; None: the task's own."""
     exponent_limit: float | None = None
-    """Largest nats per unit before exp."""
+    """Largest nats per token or word that are exponentiated; None: no limit."""
     last_word: LastWord | None = None
-    """LAMBADA: what is predicted, and from what context; None: the system has no such task."""
+    """LAMBADA's target and context; None: the system has no such task."""
     has_cloze: bool = False
     """True if the system chooses among candidates, as the Children's Book Test asks."""
     note: str
     """Further caveats in comparing its figures."""
+
+    @property
+    def file_text(self) -> Text:
+        """File that the protocol scores, where a task has a word-tokenized and a raw one."""
+        return "tokens" if self.text == "tokens" else "raw"
 
 
 _ALL = (
@@ -64,15 +84,12 @@ _ALL = (
         name="megaft",
         title="megaft",
         source="docs/evaluation.md",
-        text="tokens",
         scope="document",
         detokenizer="invertible",
         has_prefix=True,
         has_prompt_prefix=True,
-        context_length=None,
         stride="half",
         last="extended",
-        words="whitespace",
         last_word="lm-eval",
         has_cloze=True,
         note="Every token of every document is scored once behind a prefix token, and the detokenizer can be undone, "
@@ -83,14 +100,10 @@ _ALL = (
         name="megatron",
         title="Megatron-LM zeroshot_gpt",
         source="NVIDIA/Megatron-LM tasks/zeroshot_gpt (removed in fb13c1de, 2025-07); arXiv:1909.08053 section 5.3",
-        text="tokens",
-        scope="stream",
         detokenizer="megatron",
-        has_prefix=False,
         context_length=1024,
         stride=32,
-        last="short",
-        words="original tokens, less one",
+        words=Words.ADJUSTED,
         exponent_limit=20.0,
         last_word="strict",
         note="Its adjusted perplexity is the word perplexity here: exp(nats / (T - 1) * (T - 1) / (T_o - 1)), T tokens "
@@ -105,10 +118,8 @@ _ALL = (
         scope="page",
         detokenizer="megatron",
         has_prefix=True,
-        context_length=None,
-        stride="context",
         last="extended",
-        words="whitespace, per document",
+        words=Words.PER_DOCUMENT,
         last_word="lm-eval",
         note="Words are len(re.split(r'\\s+', page)), two more a page than whitespace words; bytes and words are those "
         "of the page before detokenizing. In half precision the original sums in half precision; here in float64.",
@@ -121,11 +132,9 @@ _ALL = (
         scope="page",
         detokenizer="megatron",
         has_prefix=True,
-        context_length=None,
-        stride="context",
         window="tokens",
         last="extended",
-        words="whitespace, per document",
+        words=Words.PER_DOCUMENT,
         last_word="lm-eval",
         note="As lm-eval, in windows of one input less.",
     ),
@@ -134,15 +143,9 @@ _ALL = (
         title="Hugging Face documentation, perplexity of fixed-length models",
         source="huggingface/transformers docs/source/en/perplexity.md",
         text="rows",
-        scope="stream",
-        detokenizer="none",
-        has_prefix=False,
-        context_length=None,
         stride=512,
         window="tokens",
-        last="short",
         weighting="windows",
-        words="whitespace",
         headline="perplexity",
         note="Perplexity per token: comparable within one tokenizer only. With stride = context one token a window is "
         "never scored, and bits per byte are of the scored tokens alone. Each window's mean counts as often as it has "
@@ -152,15 +155,11 @@ _ALL = (
         name="fairseq",
         title="fairseq eval_lm",
         source="facebookresearch/fairseq fairseq_cli/eval_lm.py, fairseq/data/lm_context_window_dataset.py",
-        text="tokens",
-        scope="stream",
-        detokenizer="none",
         has_prefix=True,
         context_length=1024,
         stride=32,
         first="stride",
-        last="short",
-        words="original tokens",
+        words=Words.ORIGINAL,
         note="Stride is tokens_per_sample minus context_window; 1024 and 992 are those of the recipe for Megatron-11B, "
         "which renormalises 2 ** (bits per token) to words. The recipe also detokenizes with sacremoses, and fairseq "
         "ends each line with a token of its own instead of a newline; neither is done here.",
@@ -169,15 +168,10 @@ _ALL = (
         name="lm-finetuning",
         title="lm-finetuning",
         source="the GPT-2 finetuning notes: Megatron's adjusted perplexity over non-overlapping chunks",
-        text="tokens",
-        scope="stream",
         detokenizer="megatron",
-        has_prefix=False,
         context_length=1024,
-        stride="context",
         window="tokens",
-        last="short",
-        words="original tokens, less one",
+        words=Words.ADJUSTED,
         note="A chunk's first token is never scored; the mean over scored tokens is stretched to all by the formula, "
         "in word perplexity alone. "
         "The original also averages batch means, scores padding and, in its later form, puts a special token before "
@@ -187,14 +181,10 @@ _ALL = (
         name="gpt2-paper",
         title="GPT-2 paper, as far as it is known",
         source="Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 3.1",
-        text="tokens",
-        scope="stream",
         detokenizer="openai",
-        has_prefix=False,
         context_length=1024,
         stride=32,
-        last="short",
-        words="original tokens, less one",
+        words=Words.ADJUSTED,
         last_word="stop-word",
         has_cloze=True,
         note="Stated: invertible detokenizers, nats per canonical unit, a stop-word filter for LAMBADA. Said by an "
@@ -206,29 +196,20 @@ _ALL = (
         name="ralm",
         title="In-Context RALM, without retrieval",
         source="AI21Labs/in-context-ralm eval_lm.py; arXiv:2302.00083",
-        text="tokens",
-        scope="stream",
-        detokenizer="none",
-        has_prefix=False,
         context_length=1024,
         stride=4,
         window="tokens",
-        last="short",
-        words="spaces",
+        words=Words.SPACES,
         note="Nats are divided by text.count(' ').",
     ),
     Protocol(
         name="olmo",
         title="catwalk, OLMo-Eval and Paloma",
         source="allenai/OLMo-Eval; Paloma, arXiv:2312.10523",
-        text="tokens",
         scope="page",
-        detokenizer="none",
         has_prefix=True,
-        context_length=None,
-        stride="context",
         last="extended",
-        words="whitespace, per document",
+        words=Words.PER_DOCUMENT,
         note="Windows as in lm-eval, on text as it is; bits per byte over all documents is the figure to compare.",
     ),
 )
@@ -261,11 +242,11 @@ _PHRASES: dict[str, dict[Any, str]] = {
     "last": {"short": "has the context that is left", "extended": "begins earlier, with a full context"},
     "weighting": {"tokens": "over tokens", "windows": "over windows, weighted by their labels minus one"},
     "words": {
-        "whitespace": "len(text.split())",
-        "original tokens": "len(text.strip().split(' '))",
-        "original tokens, less one": "len(text.strip().split(' ')) - 1",
-        "whitespace, per document": "len(re.split(r'\\s+', page)), summed",
-        "spaces": "text.count(' ')",
+        Words.WHITESPACE: "len(text.split())",
+        Words.ORIGINAL: "len(text.strip().split(' '))",
+        Words.ADJUSTED: "len(text.strip().split(' ')) - 1",
+        Words.PER_DOCUMENT: "len(re.split(r'\\s+', page)), summed",
+        Words.SPACES: "text.count(' ')",
     },
     "exponent_limit": {None: "none"},
     "last_word": {
@@ -298,23 +279,43 @@ _LABELS = {
 
 
 def statements(protocol: Protocol) -> dict[str, str]:
-    """Return every field that decides the number, as label and phrase."""
-    values = asdict(protocol)
-    return {label: _PHRASES[field].get(values[field], str(values[field])) for field, label in _LABELS.items()}
+    """Return every field that affects a figure, as label and phrase."""
+    return {label: _phrase(protocol, field) for field, label in _LABELS.items()}
+
+
+def _phrase(protocol: Protocol, field: str) -> str:
+    value = getattr(protocol, field)
+    return _PHRASES[field].get(value, str(value))
 
 
 def describe(protocol: Protocol) -> str:
-    """Return the whole definition as text."""
+    """Return the whole definition as plain text."""
     width = max(map(len, _LABELS.values()))
     rows = [f"  {label:<{width}}  {phrase}" for label, phrase in statements(protocol).items()]
     return "\n".join([f"{protocol.name}: {protocol.title}", f"  {protocol.source}", "", *rows, "", protocol.note])
 
 
-def differences(ours: Protocol, theirs: Protocol) -> list[str]:
-    """Return the differences of two protocols, a sentence a field, the first one's value first."""
-    phrases = statements(theirs)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """Field in which two protocols differ, with the phrases for both values."""
+
+    field: str
+    ours: str
+    theirs: str
+
+    @property
+    def label(self) -> str:
+        """Printed name of the field."""
+        return _LABELS[self.field]
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.ours}; there {self.theirs}"
+
+
+def differences(ours: Protocol, theirs: Protocol) -> list[Difference]:
+    """Return the fields in which two protocols differ."""
     return [
-        f"{label}: {phrase}; there {phrases[label]}"
-        for label, phrase in statements(ours).items()
-        if phrase != phrases[label]
+        Difference(field=field, ours=first, theirs=second)
+        for field in _LABELS
+        if (first := _phrase(ours, field)) != (second := _phrase(theirs, field))
     ]

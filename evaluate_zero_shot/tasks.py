@@ -1,62 +1,71 @@
-"""Tasks as data: file, unit of a document, and main metric."""
+"""Tasks as data: file, document unit, detokenizers and main metric.
+
+To add a task of a known kind, or a corpus, add an entry to `_ALL`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from evaluate_zero_shot.protocols import LastWord, Protocol
-
-Text = Literal["tokens", "raw"]
+from evaluate_zero_shot.protocols import Detokenizer, LastWord, Protocol, Text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
-    """Paths and sources of one data file."""
+    """Paths and sources of a data file."""
 
     paths: tuple[str, ...]
-    """Candidate paths in a data folder; the first that exists is taken."""
+    """Candidate paths in a data folder; the first that exists is used."""
     origin: str
     """Usual source of the file."""
     hub: tuple[str, str] | None = None
-    """The public dataset, and its configuration, whose test rows are the file's lines."""
+    """Public dataset and configuration whose test rows are the lines of the file."""
 
     @property
     def name(self) -> str:
-        """The file's own name."""
+        """File name without folders."""
         return self.paths[0].rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A text to be scored, or questions to be answered."""
+    """Text to score, or questions to answer."""
 
     name: str
     title: str
-    corpus: Literal["wikitext", "ptb", "lambada", "1bw", "text8", "identity"]
-    """Word tokenization of the text, which selects the detokenizers."""
+    detokenizers: Mapping[Detokenizer, str] = field(default_factory=dict)
+    """Detokenizer names by the rules that protocols ask for; empty for natural text."""
     kind: Literal["text", "last-word", "cloze"] = "text"
     last_word: LastWord | None = None
-    """LAMBADA: what is predicted (see `lambada`); None leaves it to the protocol."""
+    """LAMBADA's target (see `lambada`); None: the protocol's choice."""
     headline: Literal["word_perplexity", "bits_per_byte", "accuracy"]
     files: Files | None
-    """The files that most publications score; None: a file the user names."""
+    """Files that most publications score; None: a file of the user's, given by --data."""
     raw_files: Files | None = None
-    """The text before rare words became <unk>, where there is one."""
+    """Files of the text before rare words were replaced by <unk>, if there are any."""
     unit: Literal["page", "line", "file"] = "file"
-    """Unit of a document."""
+    """Unit of a document; a page is an article of WikiText."""
+    has_test_part: bool = False
+    """True if only the conventional test part at the end of the whole file is scored."""
     description: str
 
     def wanted(self, text: Text) -> Files | None:
-        """Return the files of one text of this task: the raw one only where it is asked for and exists."""
+        """Return the raw files if they are asked for and exist, otherwise the usual ones."""
         return self.raw_files if text == "raw" and self.raw_files is not None else self.files
 
     def is_defined_by(self, protocol: Protocol) -> bool:
-        """Return True if the protocol defines how to score the task; every protocol scores any text."""
+        """Return True if the protocol defines this task; every protocol defines texts."""
         if self.kind == "cloze":
             return protocol.has_cloze
         return self.kind == "text" or (self.last_word or protocol.last_word) is not None
+
+    def detokenizer(self, protocol: Protocol) -> str:
+        """Return the name of the protocol's detokenizer for this task; "identity" if there is none."""
+        names = self.detokenizers
+        fallback = names.get("invertible", "identity") if protocol.detokenizer == "openai" else "identity"
+        return names.get(protocol.detokenizer, fallback)
 
 
 _WIKITEXT_RAW = Files(
@@ -76,7 +85,7 @@ def _wikitext(number: int) -> Task:
     return Task(
         name=f"wikitext{number}",
         title=f"WikiText-{number} test",
-        corpus="wikitext",
+        detokenizers={"invertible": "wikitext", "megatron": "wikitext_megatron"},
         headline="word_perplexity",
         files=Files(
             paths=(
@@ -99,7 +108,7 @@ def _lambada(last_word: LastWord | None, target: str) -> Task:
     return Task(
         name="lambada" if last_word is None else f"lambada-{last_word}",
         title="LAMBADA test" if last_word is None else f"LAMBADA test, {last_word}",
-        corpus="lambada",
+        detokenizers={"invertible": "lambada", "openai": "lambada_openai"},
         kind="last-word",
         last_word=last_word,
         headline="accuracy",
@@ -118,7 +127,6 @@ def _cbt(name: str, letters: str, words: str) -> Task:
     return Task(
         name=name,
         title=f"Children's Book Test, {words}, validation",
-        corpus="identity",
         kind="cloze",
         headline="accuracy",
         files=Files(
@@ -131,14 +139,15 @@ def _cbt(name: str, letters: str, words: str) -> Task:
     )
 
 
-def _first_100_megabytes(name: str, corpus: Literal["text8", "identity"], what: str) -> Task:
+def _first_100_megabytes(name: str, detokenizers: Mapping[Detokenizer, str], contents: str) -> Task:
     return Task(
         name=name,
         title=f"{name} test",
-        corpus=corpus,
+        detokenizers=detokenizers,
         headline="bits_per_byte",
         files=Files(paths=(f"{name}/{name}", name), origin=f"mattmahoney.net/dc/{name}.zip, unpacked"),
-        description=f"{what} Of the whole file (100,000,000 bytes) the conventional test part: the last 5,000,000 "
+        has_test_part=True,
+        description=f"{contents} Of the whole file (100,000,000 bytes) the conventional test part: the last 5,000,000 "
         "bytes, from the first character that begins in them. Any other file is scored whole.",
     )
 
@@ -149,7 +158,7 @@ _ALL = (
     Task(
         name="ptb",
         title="Penn Treebank test",
-        corpus="ptb",
+        detokenizers={"invertible": "ptb", "megatron": "ptb_megatron"},
         headline="word_perplexity",
         files=Files(
             paths=("ptb/ptb.test.txt", "simple-examples/data/ptb.test.txt", "ptb.test.txt"),
@@ -163,12 +172,12 @@ _ALL = (
     _lambada("last-token", "only its last token, after all tokens before (Megatron-LM's default)"),
     _lambada("lm-eval", "the text after the last space (lm-evaluation-harness, lambada_openai)"),
     _lambada("stop-word", "as strict, but the first token may not be a stop word (GPT-2 paper; our own list)"),
-    _first_100_megabytes("enwik8", "identity", "Wikipedia's XML of 2006."),
-    _first_100_megabytes("text8", "text8", "Wikipedia's text in 27 characters, a to z and space."),
+    _first_100_megabytes("enwik8", {}, "Wikipedia's XML of 2006."),
+    _first_100_megabytes("text8", {"invertible": "text8"}, "Wikipedia's text in 27 characters, a to z and space."),
     Task(
         name="1bw",
         title="One Billion Word, held-out part 0 of 50",
-        corpus="1bw",
+        detokenizers={"invertible": "1bw"},
         headline="word_perplexity",
         files=Files(
             paths=(
@@ -188,7 +197,6 @@ _ALL = (
     Task(
         name="text",
         title="text file",
-        corpus="identity",
         headline="bits_per_byte",
         files=None,
         description="Any UTF-8 text file, named with --data, as it is and as one document; of JSON records each text "

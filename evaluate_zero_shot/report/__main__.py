@@ -1,4 +1,4 @@
-"""`python -m evaluate_zero_shot.report DIR`: write the report of DIR/results.json again."""
+"""Command `python -m evaluate_zero_shot.report DIR`: write the report of DIR/results.json again."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Compare a measured number with a published one, or give the reasons why the two are not comparable."""
+"""Comparison of a measured figure with a published one, or the reasons why the two are not comparable."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evaluate_zero_shot.formats import MISSING, number, written
-from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, differences
+from evaluate_zero_shot.protocols import PROTOCOLS, Difference, Protocol, differences
 from evaluate_zero_shot.report.published import QUANTITIES, Figure
 from evaluate_zero_shot.tasks import TASKS
 
-_PROMPTED = ("Detokenizer", "Prefix token of a prompt")
-_LABELS = {"last-word": (*_PROMPTED, "LAMBADA"), "cloze": (*_PROMPTED, "Children's Book Test")}
-"""The rules of a protocol that decide the figures of tasks without windows."""
-_NOT_OF_TEXT = {"Prefix token of a prompt", "LAMBADA", "Children's Book Test"}
-_LENGTHS = {"Context length", "Stride"}
-"""Settings whose actual values are compared, not the protocols' names for them."""
+_PROMPT_FIELDS = {
+    "last-word": {"detokenizer", "has_prompt_prefix", "last_word"},
+    "cloze": {"detokenizer", "has_prompt_prefix", "has_cloze"},
+}
+"""Fields of a protocol that affect the figures of prompts, by kind of task."""
+_NOT_OF_TEXT = {"has_prompt_prefix", "last_word", "has_cloze", "context_length", "stride"}
+"""Fields not compared for texts: those of prompts, and those whose actual values are compared instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A measured number beside a published one."""
+    """Measured figure beside a published one."""
 
     result: Mapping[str, Any]
     figure: Figure
     measured: float | None
     reasons: tuple[str, ...]
-    """Reasons why the two are not the same quantity; empty if they are."""
+    """Reasons why they are not the same quantity; empty if they are."""
     is_same_protocol: bool
 
     @property
@@ -38,44 +39,45 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One line. Only the same quantity can agree."""
+        """One-line verdict. Only the same quantity can agree."""
         if not self.is_same_protocol:
             return "another protocol"
         if self.reasons:
             return "same protocol, not the same measurement"
         if self.measured is None or not math.isfinite(self.measured):
-            return "same protocol: nothing finite was measured"
+            return "same protocol: the measured figure is not finite"
         if self.is_reproduced:
             return "same protocol: agrees to the printed digits"
         return f"same protocol: differs by {self.difference_text.lstrip('+-')}"
 
     @property
     def measured_text(self) -> str:
-        """Measured figure, in the published digits."""
+        """Measured figure, with as many digits as the published one."""
         if self.measured is None or not math.isfinite(self.measured):
             return written(self.measured, self.figure.metric)
         return self.figure.in_its_digits(self.measured)
 
     @property
     def difference_text(self) -> str:
-        """Signed percent of the published number."""
+        """Signed difference in percent of the published figure."""
         if self.measured is None or not math.isfinite(self.measured):
             return MISSING
         return f"{(self.figure.in_its_unit(self.measured) / self.figure.value - 1) * 100:+.2f} %"
 
 
 def compare(result: Mapping[str, Any], ours: Protocol, figure: Figure) -> Comparison:
-    """Put an entry of results.json, measured by the protocol `ours`, beside a figure of the same task."""
+    """Compare an entry of results.json, measured by the protocol `ours`, with a figure of the same task."""
     task = TASKS[result["task"]]
     if task.last_word is not None:
         ours = replace(ours, last_word=task.last_word)
-    apart = tuple(_protocol_reasons(result, ours, figure))
+    protocol_reasons = tuple(_protocol_reasons(result, ours, figure))
     measured = number(result[QUANTITIES[figure.metric]])
-    return Comparison(result, figure, measured, (*apart, *_other_reasons(result, figure)), not apart)
+    reasons = (*protocol_reasons, *_other_reasons(result, figure))
+    return Comparison(result, figure, measured, reasons, not protocol_reasons)
 
 
 def published_task(task: str) -> str:
-    """Return the task whose figures are shown beside a result: that of LAMBADA for all its variants."""
+    """Return the task whose published figures apply; all variants of LAMBADA share them."""
     return "lambada" if TASKS[task].kind == "last-word" else task
 
 
@@ -87,15 +89,19 @@ def _protocol_reasons(result: Mapping[str, Any], ours: Protocol, figure: Figure)
     theirs, kind = PROTOCOLS[figure.protocol], TASKS[figure.task].kind
     if ours.name != theirs.name:
         yield f"Protocol: {ours.name}; there {theirs.name}"
-    for sentence in differences(ours, theirs):
-        label = sentence.partition(":")[0]
-        skipped = _NOT_OF_TEXT | _LENGTHS | set(figure.unpublished)
-        if label in _LABELS[kind] if kind in _LABELS else label not in skipped:
-            yield sentence
+    for difference in differences(ours, theirs):
+        if _is_relevant(difference, kind, figure):
+            yield str(difference)
     if kind == "text":
         yield from _window_reasons(result, figure, theirs)
     elif not result["is_protocol_default"]:
         yield f"Context length: {result['context_length']}, too short for some prompts"
+
+
+def _is_relevant(difference: Difference, kind: str, figure: Figure) -> bool:
+    if kind in _PROMPT_FIELDS:
+        return difference.field in _PROMPT_FIELDS[kind]
+    return difference.field not in _NOT_OF_TEXT and difference.label not in figure.unpublished
 
 
 def _window_reasons(result: Mapping[str, Any], figure: Figure, theirs: Protocol) -> Iterator[str]:
@@ -118,7 +124,7 @@ def _other_reasons(result: Mapping[str, Any], figure: Figure) -> Iterator[str]:
     if published_task(result["task"]) != figure.task:
         yield f"Task: {result['task']}; there {figure.task}"
     if result["data_name"] is None or result["data_name"] != figure.data_name:
-        unknown = "a file not known here"
+        unknown = "an unknown file"
         yield f"Data: {result['data_name'] or unknown}; there {figure.data_name or unknown}"
     if result["limit_lines"] is not None:
         yield f"Data: only the first {result['limit_lines']:,} lines; there the whole file"

@@ -1,4 +1,4 @@
-"""Plots as geometry: paths and ticks, which a template draws as SVG without a script."""
+"""Plots as paths and ticks, which a template draws as SVG without a script."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from itertools import pairwise
 from evaluate_zero_shot.formats import number
 
 SIZE = 1000
-"""Paths run over SIZE by SIZE units and are stretched to the page's width; text is not."""
+"""Paths use SIZE by SIZE units, which the page stretches; text is not stretched."""
 MAX_DOTS = 16
 Point = tuple[float, float]
 Lines = Mapping[str, Sequence[Point]]
-"""Name -> points. A point that is not finite breaks its line."""
+"""Points by name. A line is interrupted at points that are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot as the template draws it."""
+    """Plot for the template."""
 
     x_label: str
     y_label: str
     x_ticks: list[tuple[float, str]]
-    """Percent of the width, text."""
+    """Percent of the width; text."""
     y_ticks: list[tuple[float, str]]
-    """Percent of the height from above, text."""
+    """Percent of the height, from the top; text."""
     lines: list[tuple[str, str, str]]
-    """Name, the `d` of the line's path, and of its dots' where they are few."""
+    """Name, path of the line, and path of its dots (empty if there are many)."""
 
 
 def by_position(bins: Mapping[str, Sequence[Sequence[float]]], context_length: int) -> Plot | None:
-    """Return nats per token over the position in the window, from bins of [first position, scored tokens, nats]."""
+    """Plot nats per token by position in the window, from bins of [first position, scored tokens, nats]."""
     lines = {}
     for name, rows in bins.items():
         ends = [*(row[0] for row in rows[1:]), context_length]
@@ -43,26 +43,29 @@ def by_position(bins: Mapping[str, Sequence[Sequence[float]]], context_length: i
 
 
 def by_segment(segments: Mapping[str, Sequence[Sequence[float]]], x_label: str) -> Plot | None:
-    """Return nats per token along the text, from [scored tokens, nats] of each segment."""
+    """Plot nats per token along the text, from [scored tokens, nats] of each segment."""
     lines = {name: [(i, _mean(*row)) for i, row in enumerate(rows, 1)] for name, rows in segments.items()}
     return draw(lines, x_label, "nats per token")
 
 
 def by_stride(values: Mapping[str, Mapping[int, float]], title: str) -> Plot | None:
-    """Return a metric over the stride, from name -> stride -> value."""
-    strides = sorted({stride for one in values.values() for stride in one})
-    lines = {name: sorted(one.items()) for name, one in values.items()}
+    """Plot a metric by stride, from values by name and stride."""
+    strides = sorted({stride for by_stride in values.values() for stride in by_stride})
+    lines = {name: sorted(by_stride.items()) for name, by_stride in values.items()}
     return draw(lines, "stride, tokens (logarithmic)", title, strides, is_log=True)
 
 
 def draw(
     lines: Lines, x_label: str, y_label: str, x_marks: Sequence[float] = (), *, is_log: bool = False
 ) -> Plot | None:
-    """Return a plot of the lines, or None where none has two points that can be drawn.
+    """Plot lines; None if no line has two finite points.
 
     Args:
-        x_marks: Where to mark the horizontal axis; round numbers by default.
-        is_log: Whether the horizontal axis is logarithmic; every x is above 0 then.
+        lines: Points by name.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+        x_marks: Ticks of the horizontal axis; round numbers by default.
+        is_log: True for a logarithmic horizontal axis, on which every x must be positive.
     """
     finite = [[point for point in points if math.isfinite(point[1])] for points in lines.values()]
     if max(map(len, finite), default=0) < 2:
@@ -93,14 +96,14 @@ def _mean(tokens: float, nats: object) -> float:
 
 
 def _range(values: Iterable[float]) -> Point:
-    """Return the least and the most, never equal."""
-    found = list(values)
-    low, high = min(found), max(found)
+    """Return the smallest and largest value, widened if they are equal."""
+    numbers = list(values)
+    low, high = min(numbers), max(numbers)
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Return about five multiples of 1, 2 or 5 times a power of ten that enclose the range."""
+    """Return about five round numbers (multiples of 1, 2 or 5 times a power of ten) that enclose the range."""
     least = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(least))
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= least * (1 - 1e-9))

@@ -1,4 +1,4 @@
-"""Published figures of published.json: value in printed digits, protocol and source."""
+"""Published figures, from published.json: value as printed, protocol and source."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ QUANTITIES = {
     "word_perplexity": "word_perplexity",
     "perplexity": "perplexity",
     "bits_per_byte": "bits_per_byte",
-    "bits_per_character": "bits_per_byte",  # asked of text8 alone, whose every character is one byte
+    "bits_per_character": "bits_per_byte",  # published for text8 alone, in which every character is one byte
     "accuracy": "accuracy",
 }
-"""Metric of a figure -> the entry of a result that holds the same quantity."""
+"""Metric of a figure -> field of a result with the same quantity."""
 PERCENT = " %"
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?( %)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as its authors name it, and the names it goes by elsewhere."""
+    """Published model: its authors' name for it, and other names."""
 
     title: str
     aliases: tuple[str, ...]
@@ -50,39 +50,39 @@ class Figure:
     task: str
     metric: str
     printed: str
-    """As published: its digits say how exact it is. A percentage ends in " %"."""
+    """Number as printed: its digits show its precision. A percentage ends in " %"."""
     protocol: str | None
-    """The protocol it was measured by; None where none here is its own."""
+    """Protocol of the measurement; None if it is none of those defined here."""
     context_length: int | None
     stride: int | None
-    """None, as `context_length`, if it is the protocol's own."""
+    """Stride; like `context_length`, None if it is the protocol's own."""
     data_name: str | None
-    """The known file that the protocol and the task mean; None where it is not known here."""
+    """Name of the published file that protocol and task use; None if it is unknown."""
     unpublished: tuple[str, ...]
     """Labels of the settings that the source does not state."""
     caveat: str
-    """Further differences from the protocol named."""
+    """Further differences from the protocol."""
     title: str
     """Short title of the source."""
     source: str
 
     @property
     def value(self) -> float:
-        """The number, a percentage as a percentage."""
+        """Printed number; a percentage stays a percentage."""
         return float(self.printed.removesuffix(PERCENT))
 
     def in_its_unit(self, measured: float) -> float:
-        """Return a result's number in the unit of this figure: accuracy is a fraction there."""
+        """Convert a measured figure to the unit of this one (measured accuracies are fractions)."""
         return measured * 100 if self.printed.endswith(PERCENT) else measured
 
     def in_its_digits(self, measured: float) -> str:
-        """Return a result's number as this figure is printed."""
+        """Return a measured figure in this one's unit and digits."""
         decimals = len(self.printed.removesuffix(PERCENT).partition(".")[2])
         unit = PERCENT if self.printed.endswith(PERCENT) else ""
         return f"{self.in_its_unit(measured):,.{decimals}f}{unit}"
 
     def agrees(self, measured: float) -> bool:
-        """Return True if a result, rounded to the printed digits, equals the published figure."""
+        """Return True if a measured figure, rounded to the printed digits, equals this one."""
         return self.in_its_digits(measured) == self.printed
 
 
@@ -117,7 +117,7 @@ def _figure(
 ) -> Figure:
     name, task, metric, printed = row
     protocol = PROTOCOLS.get(source["protocol"])
-    text = "tokens" if protocol is None or protocol.text == "tokens" else "raw"
+    text = "tokens" if protocol is None else protocol.file_text
     fields: dict[str, Any] = {**source, "unpublished": tuple(source["unpublished"])}
     data_name = files.get(task, {}).get(text)
     figure = Figure(model=models[name], task=task, metric=metric, printed=printed, data_name=data_name, **fields)
@@ -129,18 +129,18 @@ def _figure(
 def _broken_rules(figure: Figure) -> Iterator[str]:
     protocol = PROTOCOLS.get(figure.protocol or "")
     if figure.task not in TASKS:
-        yield f"task {figure.task!r} is none of {', '.join(TASKS)}"
+        yield f"task {figure.task!r} is not one of {', '.join(TASKS)}"
     if figure.metric not in QUANTITIES:
-        yield f"metric {figure.metric!r} is none of {', '.join(QUANTITIES)}"
+        yield f"metric {figure.metric!r} is not one of {', '.join(QUANTITIES)}"
     if not _NUMBER.fullmatch(figure.printed):
         yield f"{figure.printed!r} is not a number with its digits, such as 37.50 or 45.99 %"
     if figure.protocol is None and not figure.caveat:
         yield "protocol is null and caveat does not say why"
     if figure.protocol is not None and protocol is None:
-        yield f"protocol {figure.protocol!r} is none of {', '.join(PROTOCOLS)}"
+        yield f"protocol {figure.protocol!r} is not one of {', '.join(PROTOCOLS)}"
     if protocol is not None and protocol.context_length is None and figure.context_length is None:
         yield "context_length is null, and the protocol leaves it to the model"
     if protocol is not None and (unknown := set(figure.unpublished) - set(statements(protocol))):
-        yield f"unpublished has {', '.join(unknown)}, none of {', '.join(statements(protocol))}"
+        yield f"unpublished has {', '.join(unknown)}, not among {', '.join(statements(protocol))}"
     if figure.data_name not in {None, *(file.name for file in KNOWN.values())}:
         yield f"the file {figure.data_name!r} is not a known one"

@@ -1,7 +1,7 @@
-"""results.json as a report to read: report.md and one self-contained report.html.
+"""Report of results.json: report.md and one self-contained report.html.
 
-`python -m evaluate_zero_shot.report DIR` makes both again from DIR/results.json. Nothing else is read but the figures
-others published and the definitions of the protocols.
+`python -m evaluate_zero_shot.report DIR` writes both again from DIR/results.json. Nothing else is read but the
+published figures and the definitions of the protocols.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from markupsafe import Markup
 from evaluate_zero_shot import formats
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
 from evaluate_zero_shot.report import sections
+from evaluate_zero_shot.report.page import page
 from evaluate_zero_shot.report.plots import SIZE
 from evaluate_zero_shot.report.published import load
 from evaluate_zero_shot.tasks import TASKS
@@ -34,9 +35,11 @@ from megaft.base.redaction import without_folders
 
 TEMPLATES = Path(__file__).with_name("templates")
 REQUIRED = ("model_name", "task", "protocol")
-"""Required fields of a result; the report shows a dash for any other that is missing."""
+"""Required fields of a result; any other missing field is shown as a dash."""
 METRICS = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
-_MARKDOWN = re.compile(r"[\\`*|\[\]<>&~$]|(?<!\w)_|_(?!\w)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MARKDOWN = re.compile(r"[\\`*|\[\]<>&~$]|(?<!\w)_|_(?!\w)|^#|^[-+=](?=[-+= ]|$)")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?= |$)")
 
 
 def write(folder: Path) -> None:
@@ -44,7 +47,7 @@ def write(folder: Path) -> None:
 
     Raises:
         DataError: results.json is missing, damaged, or written by another version.
-        ConfigError: The disk refuses.
+        ConfigError: The files cannot be written.
     """
     for name, text in _rendered(folder / "results.json").items():
         with replacing(folder / name) as file:
@@ -54,9 +57,11 @@ def write(folder: Path) -> None:
 def _rendered(path: Path) -> dict[str, str]:
     try:
         content = _view(parse_json(path.read_text(encoding="utf-8")))
+        template = _jinja(is_html=False).get_template("report.md.jinja")
+        with_plots = template.render(content)
         return {
-            name: _jinja(is_html=name.endswith("html")).get_template(f"{name}.jinja").render(content)
-            for name in ("report.md", "report.html")
+            "report.md": template.render(content | {"illustrations": {}}),
+            "report.html": page(with_plots, content, _jinja(is_html=True)),
         }
     except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, UndefinedError, ValueError) as error:
         raise DataError(f"{path} is not a results.json of this version: {error!r}. Evaluate again.") from error
@@ -65,7 +70,9 @@ def _rendered(path: Path) -> dict[str, str]:
 def _view(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the templates print."""
     results = _named([_complete(entry) for entry in content["results"]])
-    protocols = {one["protocol"]: _protocol(one["protocol"], content.get("protocols") or {}) for one in results}
+    protocols = {
+        result["protocol"]: _protocol(result["protocol"], content.get("protocols") or {}) for result in results
+    }
     return {
         "results": results,
         "models": sections.provenance(
@@ -74,48 +81,54 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "data": sections.provenance(results, "task", "detokenizer", "data_file", "data_sha256"),
         "summary": sections.summary(results),
         "tasks": sections.tasks(results, protocols, load()),
-        "illustrations": sections.grouped(sections.illustrations(results), lambda one: (one.heading, one.note)),
+        "titles_of_tasks": list(dict.fromkeys(map(sections.task_title, results))),
+        "own_texts": list(dict.fromkeys(map(sections.task_title, filter(sections.is_own_text, results)))),
+        "illustrations": sections.grouped(sections.illustrations(results), lambda item: (item.heading, item.note)),
         "protocols": [(protocol, statements(protocol)) for protocol in protocols.values()],
         "environment": _environment(results),
-        "commands": list(dict.fromkeys(_command(one["command"]) for one in results if one["command"])),
+        "commands": list(dict.fromkeys(_command(result["command"]) for result in results if result["command"])),
     }
 
 
 def _complete(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result with every field; KeyError if a required one is missing or its task is unknown."""
+    """Return a result with every field; KeyError if a required field is missing or the task is unknown."""
     optional = dict.fromkeys(Result.__slots__) | {"task_title": TASKS[entry["task"]].title}
     complete = optional | {key: entry[key] for key in REQUIRED} | dict(entry)
     return complete if limits.has_finite_nats(complete) else limits.without_figures(complete)
 
 
 def _named(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results with their model's name: its path where two share one, its hash too where weights changed."""
-    paths = sections.grouped(results, lambda one: one["model_name"])
-    shared = {name for name, found in paths.items() if len({one["model"] for one in found}) > 1}
-    weights = sections.grouped(results, lambda one: one["model"])
-    changed = {path for path, found in weights.items() if len({one["model_sha256"] for one in found}) > 1}
-    short = _without_common_folder([str(one["model"]) for one in results if one["model_name"] in shared])
-    names = [short.get(str(one["model"])) or str(one["model_name"]) for one in results]
+    """Add `name` to results: the model's name, or its path if names collide, and its hash if weights changed."""
+    shared = _with_several(results, "model_name", "model")
+    changed = _with_several(results, "model", "model_sha256")
+    short = _without_common_folder([str(result["model"]) for result in results if result["model_name"] in shared])
+    names = [short.get(str(result["model"])) or str(result["model_name"]) for result in results]
     return [
-        one | {"name": f"{name} ({str(one['model_sha256'])[:8]})" if one["model"] in changed else name}
-        for one, name in zip(results, names, strict=True)
+        result | {"name": f"{name} ({str(result['model_sha256'])[:8]})" if result["model"] in changed else name}
+        for result, name in zip(results, names, strict=True)
     ]
 
 
 def _without_common_folder(paths: Sequence[str]) -> dict[str, str]:
-    """Return each path by what to call it: an absolute one from below the folder that all of them share."""
+    """Return the name of each path; absolute paths are relative to the folder that all of them share."""
     absolute = [path for path in paths if os.path.isabs(path)]
     common = os.path.commonpath([Path(path).parent.parent for path in absolute]) if absolute else ""
     return {path: os.path.relpath(path, common) if path in absolute else path for path in paths}
 
 
+def _with_several(results: list[dict[str, Any]], key: str, value: str) -> set[Any]:
+    """Return the values of field `key` for which field `value` has several values."""
+    groups = sections.grouped(results, lambda result: result[key])
+    return {name for name, group in groups.items() if len({result[value] for result in group}) > 1}
+
+
 def _protocol(name: str, recorded: Mapping[str, Any]) -> Protocol:
-    """Return the definition by which it was measured, which is not always today's."""
+    """Return the definition recorded with the results, which may differ from today's."""
     return Protocol(**recorded[name]) if name in recorded else PROTOCOLS[name]
 
 
 def _command(words: Sequence[str]) -> str:
-    """Return the words for a shell, the module by its name instead of its path, and no folder of this machine.
+    """Return a command line for a shell, with the module's name instead of its path, and without local folders.
 
     results.json has the command as it was given.
     """
@@ -125,16 +138,16 @@ def _command(words: Sequence[str]) -> str:
 
 
 def _environment(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return names and values; where results were made with different ones, all of them."""
-    found = [leaf for one in results for leaf in leaves(one["environment"] or {}, " ")]
-    pairs = dict.fromkeys((name, formats.MISSING if value is None else str(value)) for name, value in found)
+    """Return names and values; if values differ between results, all of them."""
+    entries = [leaf for result in results for leaf in leaves(result["environment"] or {}, " ")]
+    pairs = dict.fromkeys((name, formats.MISSING if value is None else str(value)) for name, value in entries)
     values = sections.grouped(pairs, lambda pair: pair[0])
-    return [(name, "; ".join(value for _, value in found)) for name, found in values.items()]
+    return [(name, "; ".join(value for _, value in group)) for name, group in values.items()]
 
 
 def _jinja(*, is_html: bool) -> Environment:
-    """Return an environment in which everything printed is escaped for its format."""
-    made = Environment(
+    """Return an environment that escapes everything printed, for HTML or Markdown."""
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=is_html,
         finalize=None if is_html else _for_markdown,
@@ -145,31 +158,41 @@ def _jinja(*, is_html: bool) -> Environment:
     )
     css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    made.globals |= {
+    environment.globals |= {
         "css": Markup(css),
         "css_digest": digest,
         "titles": formats.TITLES,
         "metrics": METRICS,
         "plot_size": SIZE,
     }
-    made.globals |= {"run_name": sections.run_name, "window": sections.window, "ranks": sections.ranks}
-    made.filters |= {"written": formats.written, "counted": formats.counted, "code_block": _code_block}
-    return made
+    environment.globals |= {"run_name": sections.run_name, "window": sections.window, "ranks": sections.ranks}
+    environment.filters |= {
+        "written": formats.written,
+        "counted": formats.counted,
+        "code_block": _code_block,
+        "digest": _digest,
+    }
+    return environment
 
 
 def _for_markdown(value: object) -> str:
-    """Return text that Markdown shows as it is, in one line of a table."""
+    """Return text that Markdown shows unchanged, in one line, wherever it stands."""
     if isinstance(value, Markup):
         return value
-    return _MARKDOWN.sub(r"\\\g<0>", " ".join(str(value).split()))
+    return _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", " ".join(str(value).split())))
 
 
 def _code_block(text: str) -> Markup:
     return Markup("".join(f"    {line}\n" for line in text.splitlines()))
 
 
+def _digest(value: str | None) -> str:
+    """Return a SHA-256 as code; any other text as text."""
+    return Markup(f"`{value}`") if value and _SHA256.fullmatch(value) else value or formats.MISSING
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Make the reports of the folder named."""
+    """Write the report of a folder."""
     match sys.argv[1:] if arguments is None else arguments:
         case [folder] if not folder.startswith("-"):
             write(Path(folder))
@@ -177,4 +200,4 @@ def main(arguments: list[str] | None = None) -> int:
         case ["-h" | "--help"]:
             print(__doc__)
             return 0
-    raise ConfigError("usage: python -m evaluate_zero_shot.report DIR, where DIR/results.json is")
+    raise ConfigError("usage: python -m evaluate_zero_shot.report DIR, where DIR contains results.json")

@@ -1,4 +1,4 @@
-"""Find a task's data file, identify it by its hash, and read it exactly."""
+"""Find a task's data file, identify it by SHA-256, and read it without changing a byte."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ FULL_BYTES, TEST_BYTES = 100_000_000, 5_000_000
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file to score.
+    """File to score.
 
     Attributes:
-        sha256: Of its content, decompressed where it is a .gz or .zst.
-        name: What it is, such as "WikiText-103 test"; None where no published hash fits: another file or a damaged one.
+        path: Where it is.
+        sha256: Hash of its content; of a .gz or .zst, after decompression.
+        name: Name of the published file with this hash, such as "WikiText-103 test"; None for any other file.
     """
 
     path: Path
@@ -43,19 +44,19 @@ def find_data(
     environment: Mapping[str, str],
     load_rows: hub_files.LoadRows = hub_files.load_rows,
 ) -> DataFile:
-    """Return the file a task scores: from `data`, else from $MEGAFT_DATA, the cache, or the hub.
+    """Return the data file of a task: from `data`, else from $MEGAFT_DATA, the cache, or the hub.
 
-    With several ranks, call it on one first: what comes from the hub is written to the cache, ~/.cache/megaft/data.
+    With several ranks, call it on one first: files from the hub are written to the cache, ~/.cache/megaft/data.
 
     Args:
         task: The task.
-        text: Whether the word-tokenized or the raw text is wanted. A file named by `data` is taken as it is.
-        data: The file, or a folder that holds it under one of the names in the task's files, also as .gz or .zst.
-        environment: Of the process: MEGAFT_DATA, HF_HUB_OFFLINE, HF_DATASETS_OFFLINE, XDG_CACHE_HOME.
-        load_rows: What asks the hub.
+        text: Word-tokenized or raw text. A file named by `data` is used whichever it is.
+        data: The file, or a folder that holds it under one of the task's file names, also as .gz or .zst.
+        environment: Environment variables: MEGAFT_DATA, HF_HUB_OFFLINE, HF_DATASETS_OFFLINE, XDG_CACHE_HOME.
+        load_rows: Function that downloads rows from the hub.
 
     Raises:
-        DataError: There is no such file, it cannot be read, or it is known as another task's.
+        DataError: The file does not exist, cannot be read, or belongs to another task.
     """
     files = task.wanted(text)
     if data is not None and not data.exists():
@@ -64,7 +65,7 @@ def find_data(
     if data is not None and not data.is_dir():
         return _checked(data, task)
     if files is None:
-        raise DataError(f"--task {task.name} scores a file of yours; name it with --data FILE.")
+        raise DataError(f"--task {task.name} scores your own file; name it with --data FILE.")
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaft" / "data"
     folders = [data] if data is not None else [*_data_folder(environment), cache]
     path = next((path for folder in folders for path in _candidates(folder, files) if path.is_file()), None)
@@ -77,7 +78,9 @@ def find_data(
 def _data_folder(environment: Mapping[str, str]) -> list[Path]:
     folder = environment.get("MEGAFT_DATA")
     if folder and not Path(folder).is_dir():
-        raise DataError(f"MEGAFT_DATA is {folder}, which is no folder; name a folder of data files, or unset it.")
+        raise DataError(
+            f"MEGAFT_DATA is {folder}, which is not a folder; set it to a folder of data files, or unset it."
+        )
     return [Path(folder)] if folder else []
 
 
@@ -99,11 +102,11 @@ def _hub_rows(
         try:
             if variable is None:
                 return list(load_rows(*files.hub))
-            reason = f"; {variable} keeps it from {files.hub[0]}"
+            reason = f"; {variable} forbids downloading {files.hub[0]}"
         except OSError as error:
-            reason = f"; {files.hub[0]} cannot be had ({error})"
+            reason = f"; {files.hub[0]} could not be downloaded ({error})"
     raise DataError(
-        f"There is no {files.name} for --task {task.name} in {' or '.join(map(str, folders))}{reason}. Looked for "
+        f"--task {task.name} has no {files.name} in {' or '.join(map(str, folders))}{reason}. Accepted paths: "
         f"{', '.join(files.paths)}, also as .gz and .zst. Get it from {files.origin}; name the file or its folder with "
         "--data, or the folder with $MEGAFT_DATA."
     )
@@ -121,19 +124,19 @@ def _checked(path: Path, task: Task) -> DataFile:
 
 
 def read_text(file: DataFile, task: Task, limit_lines: int | None) -> str:
-    r"""Return a file's text as it is, \r\n kept; only a byte order mark at its beginning is left out, and not counted.
+    r"""Return the text of a file, unchanged (\r\n stays) but for a byte order mark at its beginning, which is dropped.
 
     Args:
         file: The file; .gz and .zst are decompressed.
-        task: Its task. Of the whole enwik8 or text8 only the test part is read, as their description says.
-        limit_lines: For trials, only the first lines: rows of LAMBADA, questions of the Children's Book Test.
+        task: The task. Of the whole enwik8 or text8 only the conventional test part is read.
+        limit_lines: For quick trials: read only the first lines (rows of LAMBADA, questions of CBT).
 
     Raises:
-        DataError: The file cannot be read, is empty, damaged, blank, UTF-16, binary, or not UTF-8; with the offset.
+        DataError: The file cannot be read, or is empty, damaged, blank, UTF-16, binary or not UTF-8; with the offset.
     """
     data, source = _content(file.path), Source(file.path)
     begin = source.mark_bytes(data)
-    if task.name in {"enwik8", "text8"} and len(data) == FULL_BYTES:
+    if task.has_test_part and len(data) == FULL_BYTES:
         begin = _test_begin(data)
     text, _ = source.decode(data[begin:], begin, 1 + data.count(b"\n", 0, begin), final=True)
     if limit_lines is not None:
@@ -145,17 +148,17 @@ def read_text(file: DataFile, task: Task, limit_lines: int | None) -> str:
 
 
 def read_records(file: DataFile, task: Task, limit_lines: int | None) -> list[str] | None:
-    """Return the texts of a file of JSON records, a document each; None for a file of text, which `read_text` reads.
+    """Return the texts of a file of JSON records, one document each; None for a plain text file (see `read_text`).
 
-    A published file is what its task says: LAMBADA's rows are read by their own rules.
+    Published files are never read as records: LAMBADA's rows have rules of their own.
 
     Args:
         file: The file.
-        task: Its task.
-        limit_lines: For trials, only the first records.
+        task: The task.
+        limit_lines: For quick trials: read only the first records.
 
     Raises:
-        DataError: The file is neither text nor JSON records, or the task needs text.
+        DataError: The file is neither text nor JSON records, or the task needs plain text.
     """
     if file.name is not None:
         return None
@@ -169,7 +172,7 @@ def read_records(file: DataFile, task: Task, limit_lines: int | None) -> list[st
     texts = (record.text(DEFAULT_KEY) for record in islice(records_of(source), limit_lines))
     documents = [text for text in texts if text.strip()]
     if not documents:
-        raise DataError(f"{file.path} has no text but blanks in its records; give a file with text.")
+        raise DataError(f"{file.path} holds only blank texts; give a file with text.")
     return documents
 
 

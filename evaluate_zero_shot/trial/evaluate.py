@@ -1,10 +1,9 @@
-"""Evaluate one model on one task under one protocol."""
+"""Score one model on one trial, and compute its result."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,13 +11,10 @@ import numpy as np
 import torch
 import transformers
 
-from evaluate_zero_shot.tasks import Task
-from evaluate_zero_shot.texts.data_files import DataFile
 from evaluate_zero_shot.trial import figures
-from evaluate_zero_shot.trial.geometry import Geometry
-from evaluate_zero_shot.trial.kept import KeptBatches
+from evaluate_zero_shot.trial.finished import FinishedBatches
 from evaluate_zero_shot.trial.limits import is_capped
-from evaluate_zero_shot.trial.prepared import Prepared
+from evaluate_zero_shot.trial.plan import Trial
 from evaluate_zero_shot.trial.results import Result
 from evaluate_zero_shot.trial.subject import Subject
 from megaft.base import parallel
@@ -30,37 +26,24 @@ from megaft.models.rope import length_limit
 from megaft.scoring.score import Score, batches_of, score
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """Task, data and windows of one evaluation."""
-
-    task: Task
-    cut: Geometry
-    data: DataFile
-    limit_lines: int | None
-    prepared: Prepared
-    tokens_per_batch: int
-    """Most input tokens of a forward pass."""
-
-
 def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
-    """Score a task on all ranks, and count it by the protocol's rules.
+    """Score a model on one trial, on all ranks.
 
     Args:
-        subject: Whose result it is.
-        trial: What it is evaluated on.
-        output: Folder that keeps finished windows.
+        subject: The model.
+        trial: Task, protocol, data and windows.
+        output: Folder of results; finished batches are kept in `output`/windows.
 
     Raises:
         NumericsError: Nats of a scored token are not finite.
     """
-    keeper = KeptBatches(output / "windows" / _key(subject, trial), parallel.data_parallel_rank())
+    keeper = FinishedBatches(output / "windows" / _key(subject, trial), parallel.data_parallel_rank())
     begin = time.perf_counter()
-    found = _score(subject, trial, keeper)
+    scored = _score(subject, trial, keeper)
     seconds = time.perf_counter() - begin
-    prepared, protocol, made_with = trial.prepared, trial.cut.protocol, environment()
+    prepared, protocol, versions = trial.prepared, trial.cut.protocol, environment()
     headline = protocol.headline if protocol.headline and not prepared.is_prompted else trial.task.headline
-    values = figures.figures(found, prepared, protocol)
+    values = figures.figures(scored, prepared, protocol)
     return Result(
         model=without_secrets(subject.source),
         model_name=Path(subject.source).name,
@@ -87,23 +70,23 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         num_documents=len(prepared.tokens.document_offsets) - 1,
         headline=headline,
         confidence_interval_95=figures.interval(
-            headline, values[headline], found, prepared, is_capped(values[headline], protocol)
+            headline, values[headline], scored, prepared, is_capped(values[headline], protocol)
         ),
-        positions=figures.positions(found, prepared.rows, trial.cut.num_inputs),
+        positions=figures.positions(scored, prepared.rows, trial.cut.num_inputs),
         seconds=seconds,
-        tokens_per_second=None if keeper.finished else found.num_scored_tokens / seconds,
+        tokens_per_second=None if keeper.finished else scored.num_scored_tokens / seconds,
         world_size=parallel.world_size(),
         backend=subject.backend,
         tensor_parallel_size=parallel.tensor_parallel_size(),
         device=torch.cuda.get_device_name() if subject.device.type == "cuda" else subject.device.type,
-        command=made_with.pop("command"),
-        environment=made_with,
+        command=versions.pop("command"),
+        environment=versions,
         **values,
-        **figures.segments(found, prepared),
+        **figures.segments(scored, prepared),
     )
 
 
-def _score(subject: Subject, trial: Trial, keeper: KeptBatches) -> Score:
+def _score(subject: Subject, trial: Trial, keeper: FinishedBatches) -> Score:
     prepared = trial.prepared
     model = subject.scorer.ask(with_choices=prepared.is_prompted, banned=prepared.banned)
     name = f"{Path(subject.source).name}, {trial.task.name}, {trial.cut.protocol.name}, stride {trial.cut.stride}"
@@ -126,7 +109,7 @@ def _score(subject: Subject, trial: Trial, keeper: KeptBatches) -> Score:
 
 
 def _key(subject: Subject, trial: Trial) -> str:
-    """Return a hash of everything that decides a batch's nats: tokens, batches, model and libraries."""
+    """Return a hash of everything that affects a batch's nats: tokens, batches, model and libraries."""
     prepared = trial.prepared
     digest = hashlib.sha256()
     batches = batches_of(prepared.rows, trial.tokens_per_batch, length_limit(subject.scorer.config))
@@ -135,8 +118,8 @@ def _key(subject: Subject, trial: Trial) -> str:
     )
     for part in (prepared.tokens.tokens, rows, np.array(prepared.banned, np.int64)):
         digest.update(len(part).to_bytes(8, "little") + part.tobytes())
-    made_by = (subject.sha256, subject.dtype, subject.device.type, torch.__version__, transformers.__version__)
+    computed_by = (subject.sha256, subject.dtype, subject.device.type, torch.__version__, transformers.__version__)
     if subject.backend == "megatron":
-        made_by = (*made_by, version("megatron-core"), parallel.tensor_parallel_size())
-    digest.update(repr((*made_by, prepared.prefix_id, prepared.is_prompted)).encode())
+        computed_by = (*computed_by, version("megatron-core"), parallel.tensor_parallel_size())
+    digest.update(repr((*computed_by, prepared.prefix_id, prepared.is_prompted)).encode())
     return digest.hexdigest()[:16]

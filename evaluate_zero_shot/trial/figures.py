@@ -1,4 +1,4 @@
-"""Figures from nats: a protocol's perplexities, accuracy, confidence intervals and plot data."""
+"""Perplexity, accuracy, confidence interval and plot data of a score, by a protocol's rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate_zero_shot.protocols import Protocol
+from evaluate_zero_shot.protocols import Protocol, Words
 from evaluate_zero_shot.trial.interval import ratio_interval, share_interval
 from evaluate_zero_shot.trial.prepared import Prepared
 from megaft.scoring.score import Row, Score, exp
@@ -20,85 +20,85 @@ FEWEST_DOCUMENTS = 10
 """Fewest documents for a confidence interval."""
 
 
-def figures(found: Score, prepared: Prepared, protocol: Protocol) -> dict[str, Any]:
-    """Return the fields of results.json for a score, from `nats` to `accuracy`."""
+def figures(score: Score, prepared: Prepared, protocol: Protocol) -> dict[str, Any]:
+    """Return the fields `nats` to `accuracy` of results.json."""
     if prepared.num_options:
-        found = _right_options(found, prepared)
-    assert math.isfinite(found.nats), "scoring refuses nats that are not finite"
+        score = _right_options(score, prepared)
+    assert math.isfinite(score.nats), "scoring refuses nats that are not finite"
     limit = protocol.exponent_limit or math.inf
-    per_token = _mean_nats(found, prepared.rows, protocol)
-    per_word = _nats_per_word(found, prepared, protocol)
+    per_token = _mean_nats(score, prepared.rows, protocol)
+    per_word = _nats_per_word(score, prepared, protocol)
     return {
-        "nats": found.nats,
-        "num_scored_tokens": found.num_scored_tokens,
+        "nats": score.nats,
+        "num_scored_tokens": score.num_scored_tokens,
         "perplexity": exp(min(limit, per_token)),
         "word_perplexity": None if per_word is None else exp(min(limit, per_word)),
-        "byte_perplexity": found.byte_perplexity,
-        "bits_per_byte": found.bits_per_byte,
-        "accuracy": float(np.mean(is_right)) if len(is_right := right_ones(found, prepared)) else None,
+        "byte_perplexity": score.byte_perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "accuracy": float(np.mean(is_right)) if len(is_right := correctness(score, prepared)) else None,
     }
 
 
-def _right_options(found: Score, prepared: Prepared) -> Score:
-    """Of questions with options, only the right one's nats are the text's."""
-    assert found.token_nats is not None
+def _right_options(score: Score, prepared: Prepared) -> Score:
+    """Return the score of the right options alone."""
+    assert score.token_nats is not None
     begins = np.cumsum([0, *prepared.num_options[:-1]])
-    is_ours = np.zeros(len(found.token_nats), bool)
+    is_answer = np.zeros(len(score.token_nats), bool)
     for row in begins + prepared.answers:
-        is_ours[prepared.rows[row].places] = True
-    right = found.of(is_ours)
-    return Score(right.nats, right.num_scored_tokens, None, None, found.token_nats, found.is_first_choice)
+        is_answer[prepared.rows[row].places] = True
+    right = score.of(is_answer)
+    return Score(right.nats, right.num_scored_tokens, None, None, score.token_nats, score.is_first_choice)
 
 
-def _mean_nats(found: Score, rows: Sequence[Row], protocol: Protocol) -> float:
-    """Return nats per token; by windows, each window's mean counts as often as it has labels before their shift."""
+def _mean_nats(score: Score, rows: Sequence[Row], protocol: Protocol) -> float:
+    """Return nats per token: the mean over tokens, or the mean of windows weighted by their labels minus one."""
     if protocol.weighting == "tokens":
-        return found.nats_per_token
-    assert found.token_nats is not None
-    means = [found.token_nats[row.places].mean() for row in rows]
-    # Where a window's first token is a label, shifting loses it; elsewhere subtracting one is a label too many.
+        return score.nats_per_token
+    assert score.token_nats is not None
+    means = [score.token_nats[row.places].mean() for row in rows]
+    # Shifting labels drops one that is a window's first token; a window without such a label loses none by shifting.
     weights = [row.num_targets - (row.window.scored_from > row.window.begin + 1) for row in rows]
-    return float(np.dot(means, weights) / sum(weights)) if sum(weights) else found.nats_per_token
+    return float(np.dot(means, weights) / sum(weights)) if sum(weights) else score.nats_per_token
 
 
-def _nats_per_word(found: Score, prepared: Prepared, protocol: Protocol) -> float | None:
+def _nats_per_word(score: Score, prepared: Prepared, protocol: Protocol) -> float | None:
     if not prepared.num_words:
         return None
-    if protocol.words == "original tokens, less one" and not prepared.is_prompted:
-        # Megatron-LM's adjusted perplexity: the mean over scored tokens, times T - 1 over T_o - 1.
-        return found.nats_per_token * (len(prepared.tokens.tokens) - 1) / prepared.num_words
-    return found.nats / prepared.num_words
+    if protocol.words == Words.ADJUSTED and not prepared.is_prompted:
+        # The mean over scored tokens, times (T - 1) / (T_o - 1) with T tokens and T_o original ones.
+        return score.nats_per_token * (len(prepared.tokens.tokens) - 1) / prepared.num_words
+    return score.nats / prepared.num_words
 
 
-def right_ones(found: Score, prepared: Prepared) -> np.ndarray:
-    """Return a flag for each question or prompt, True if the model got it right; empty for a text."""
+def correctness(score: Score, prepared: Prepared) -> np.ndarray:
+    """Return a flag for each question or prompt: True if the model is right; empty for a text."""
     if not prepared.is_prompted:
         return np.zeros(0, bool)
-    assert found.token_nats is not None
-    assert found.is_first_choice is not None
+    assert score.token_nats is not None
+    assert score.is_first_choice is not None
     if not prepared.num_options:
-        return np.array([found.is_first_choice[row.places].all() for row in prepared.rows])
-    nats = np.array([found.token_nats[row.places].sum() for row in prepared.rows])
+        return np.array([score.is_first_choice[row.places].all() for row in prepared.rows])
+    nats = np.array([score.token_nats[row.places].sum() for row in prepared.rows])
     by_question = np.split(nats, np.cumsum(prepared.num_options[:-1]))
     return np.array([options.argmin() for options in by_question]) == prepared.answers
 
 
 def interval(
-    headline: str, value: float | None, found: Score, prepared: Prepared, is_capped: bool = False
+    headline: str, value: float | None, score: Score, prepared: Prepared, is_capped: bool = False
 ) -> dict[str, Any] | None:
-    """Return the 95 % interval of the headline figure; None where that is not defined, or there is nothing to vary.
+    """Return the 95 % interval of the headline figure; None if it is undefined, or no unit of text varies.
 
-    Documents, or a hundred blocks where there are few, count as independent samples of such text.
+    Documents, or a hundred blocks if there are few documents, are taken as independent samples of such text.
     """
     if headline == "accuracy":
-        right = right_ones(found, prepared)
+        right = correctness(score, prepared)
         low, high = share_interval(int(right.sum()), len(right))
         return {"quantity": headline, "low": low, "high": high, "method": f"Wilson, {len(right)} examples"}
-    nats, weights, unit = units(found, prepared, NUM_BLOCKS, FEWEST_DOCUMENTS)
+    nats, weights, unit = units(score, prepared, NUM_BLOCKS, FEWEST_DOCUMENTS)
     if unit == "document" and prepared.document_words is not None:
         weights = np.array(prepared.document_words)
     bounds = ratio_interval(nats, weights)
-    if value is None or not math.isfinite(value) or is_capped or bounds is None or not found.nats:
+    if value is None or not math.isfinite(value) or is_capped or bounds is None or not score.nats:
         return None
     shares = [bound / (nats.sum() / weights.sum()) for bound in bounds]
     is_exponential = headline != "bits_per_byte"
@@ -107,16 +107,16 @@ def interval(
 
 
 def units(
-    found: Score, prepared: Prepared, num_blocks: int, fewest_documents: int = 2
+    score: Score, prepared: Prepared, num_blocks: int, fewest_documents: int = 2
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return nats and scored tokens of each document, or of equal blocks where there are too few, and the unit."""
+    """Return nats and scored tokens of each document (or of equal blocks if documents are few), and the unit."""
     offsets, unit = prepared.tokens.document_offsets, "document"
     if len(offsets) - 1 < fewest_documents:
         offsets, unit = np.linspace(0, offsets[-1], min(num_blocks, int(offsets[-1])) + 1).astype(int), "block"
     is_scored = np.zeros(int(offsets[-1]))
     for row in prepared.rows:
         is_scored[row.places] = 1
-    return _sums(found.token_nats, offsets), _sums(is_scored, offsets), unit
+    return _sums(score.token_nats, offsets), _sums(is_scored, offsets), unit
 
 
 def _sums(values: np.ndarray | None, offsets: np.ndarray) -> np.ndarray:
@@ -124,9 +124,9 @@ def _sums(values: np.ndarray | None, offsets: np.ndarray) -> np.ndarray:
     return np.diff(np.concatenate([[0.0], np.cumsum(values)])[offsets])
 
 
-def segments(found: Score, prepared: Prepared) -> dict[str, Any]:
-    """Return scored tokens and nats along the text, in at most NUM_SEGMENTS pieces."""
-    nats, tokens, unit = units(found, prepared, NUM_SEGMENTS)
+def segments(score: Score, prepared: Prepared) -> dict[str, Any]:
+    """Return scored tokens and nats along the text, in at most NUM_SEGMENTS segments."""
+    nats, tokens, unit = units(score, prepared, NUM_SEGMENTS)
     if len(nats) > NUM_SEGMENTS:
         unit = f"{unit}s"
         begins = np.linspace(0, len(nats), NUM_SEGMENTS, endpoint=False).astype(int)
@@ -134,12 +134,12 @@ def segments(found: Score, prepared: Prepared) -> dict[str, Any]:
     return {"segments": [(int(n), x) for n, x in zip(tokens, nats.tolist(), strict=True)], "segment_unit": unit}
 
 
-def positions(found: Score, rows: Sequence[Row], num_inputs: int) -> list[tuple[int, int, float]]:
-    """Return first position, scored tokens and nats of at most NUM_BINS parts of the window."""
-    assert found.token_nats is not None
+def positions(score: Score, rows: Sequence[Row], num_inputs: int) -> list[tuple[int, int, float]]:
+    """Return first position, scored tokens and nats of at most NUM_BINS bins of positions in the window."""
+    assert score.token_nats is not None
     width = math.ceil(num_inputs / NUM_BINS)
     columns = np.concatenate([np.arange(row.window.columns.start, row.window.columns.stop) for row in rows])
-    nats = np.concatenate([found.token_nats[row.places] for row in rows])
+    nats = np.concatenate([score.token_nats[row.places] for row in rows])
     tokens = np.bincount(columns // width)
     sums = np.bincount(columns // width, nats)
     return [(i * width, int(n), x) for i, (n, x) in enumerate(zip(tokens, sums.tolist(), strict=True)) if n]

@@ -1,4 +1,4 @@
-"""95 % confidence intervals of a figure over documents of the same kind."""
+"""95 % confidence intervals of ratios and shares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures that are a limit instead of a measurement: a protocol's cap, the largest float, nats that are not finite."""
+"""Figures that are limits, not measurements: a protocol's cap, float overflow, and nats that are not finite."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from evaluate_zero_shot.protocols import Protocol
 
 FIGURES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "accuracy")
 LARGEST = f"above {sys.float_info.max:.2g}"
-"""Label of an infinite perplexity whose nats are finite: its exponential is no float."""
+"""Label of a perplexity that overflows a float although its nats are finite."""
 
 
 def is_capped(value: float | None, protocol: Protocol) -> bool:
-    """Return whether a perplexity is at the protocol's cap, such as Megatron-LM's e^20."""
+    """Return True if a perplexity is at the protocol's cap, such as Megatron-LM's e^20."""
     limit = protocol.exponent_limit
     return value is not None and limit is not None and value >= math.exp(limit)
 
 
 def has_finite_nats(result: Mapping[str, Any]) -> bool:
-    """Return whether the nats of an entry of results.json are finite; an earlier version wrote figures of NaN."""
+    """Return True if the nats of an entry of results.json are finite; earlier versions recorded NaN too."""
     nats = number(result.get("nats"))
     return nats is None or math.isfinite(nats)
 
 
 def without_figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry with no figure, as one whose nats are not finite should have been written."""
+    """Return an entry without its figures, which mean nothing if the nats are not finite."""
     return {**result, **dict.fromkeys((*FIGURES, "confidence_interval_95"))}
 
 
 def remarks(result: Mapping[str, Any], protocol: Protocol) -> list[str]:
-    """Return a remark for each kind of limit that an entry's headline figure is."""
+    """Return the remarks on an entry's headline figure if it is a limit."""
     if not has_finite_nats(result):
         return ["nats are not finite: no figure"]
     headline = result.get("headline")

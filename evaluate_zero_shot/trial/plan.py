@@ -1,51 +1,74 @@
-"""Plan of an evaluation: its data, and the trials of every model."""
+"""Plan of an evaluation: the data of every task and protocol, and the trials of every model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from evaluate_zero_shot.config import EvaluateConfig
-from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
+from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS, Task
 from evaluate_zero_shot.texts.data_files import DataFile, find_data
-from evaluate_zero_shot.trial.evaluate import Trial
-from evaluate_zero_shot.trial.geometry import geometry
-from evaluate_zero_shot.trial.prepared import prepare
+from evaluate_zero_shot.trial.geometry import Geometry, geometry
+from evaluate_zero_shot.trial.prepared import Prepared, prepare
 from evaluate_zero_shot.trial.subject import Subject
 from megaft.scoring.model import tokens_per_batch
 
+Data = Mapping[tuple[str, str], DataFile]
+"""Data file by task and protocol."""
 
-def find_all_data(config: EvaluateConfig, environment: Mapping[str, str]) -> dict[tuple[str, str], DataFile]:
-    """Return the file of every task under every protocol.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Task, data and windows of one evaluation of a model."""
+
+    task: Task
+    cut: Geometry
+    data: DataFile
+    limit_lines: int | None
+    prepared: Prepared
+    tokens_per_batch: int
+    """Most input tokens of a forward pass."""
+
+
+def find_all_data(config: EvaluateConfig, environment: Mapping[str, str]) -> Data:
+    """Return the data file of every task under every protocol.
 
     Raises:
-        DataError: One is not there, or is another task's.
+        DataError: A file is missing, or belongs to another task.
     """
     return {
-        (task, protocol): find_data(
-            TASKS[task], "tokens" if PROTOCOLS[protocol].text == "tokens" else "raw", config.data, environment
-        )
+        (task, protocol): find_data(TASKS[task], PROTOCOLS[protocol].file_text, config.data, environment)
         for task in config.tasks
         for protocol in config.protocols
     }
 
 
-def trial_of(
-    config: EvaluateConfig, subject: Subject, task: Task, protocol: Protocol, stride: int | None, data: DataFile
-) -> Trial:
+def geometries(config: EvaluateConfig, subject: Subject) -> list[Geometry]:
+    """Return the windows of every protocol and stride for a model.
+
+    Raises:
+        ConfigError: A protocol's windows do not fit the model.
+    """
+    return [
+        geometry(PROTOCOLS[protocol], subject.scorer.context_limit, config.context_length, stride)
+        for protocol in config.protocols
+        for stride in config.strides
+    ]
+
+
+def trial_of(config: EvaluateConfig, subject: Subject, task: Task, cut: Geometry, data: DataFile) -> Trial:
     """Return a task in a model's tokens and windows.
 
     Raises:
-        ConfigError: The protocol's windows do not fit the model.
-        DataError: The data are not what the task needs.
+        DataError: The data do not suit the task.
     """
-    cut = geometry(protocol, subject.scorer.context_limit, config.context_length, stride)
     automatic = tokens_per_batch(subject.scorer.config, cut.num_inputs, subject.device.type, subject.dtype)
     return Trial(
         task=task,
         cut=cut,
         data=data,
         limit_lines=config.limit,
-        prepared=prepare(task, protocol, data, config.limit, subject.tokenizer, cut),
+        prepared=prepare(task, cut.protocol, data, config.limit, subject.tokenizer, cut),
         tokens_per_batch=config.tokens_per_batch or automatic,
     )

@@ -1,4 +1,4 @@
-"""Prepare a task for one model under one protocol: tokens, windows, and the divisors of nats."""
+"""Tokens, windows and word counts of a task, for one model under one protocol."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from megaft.scoring.windows import Window
 
 
 class TokenText:
-    """Documents in tokens, in memory."""
+    """Tokenized documents in memory."""
 
     def __init__(self, documents: Sequence[Sequence[int]]) -> None:
         self.document_offsets = np.array([0, *itertools.accumulate(map(len, documents))], np.int64)
         self.tokens = np.fromiter(itertools.chain.from_iterable(documents), np.int64, self.document_offsets[-1])
 
     def read(self, begin: int, end: int) -> np.ndarray:
-        """Tokens begin to end - 1."""
+        """Return tokens `begin` to `end` - 1."""
         return self.tokens[begin:end]
 
 
@@ -48,26 +48,26 @@ class Prepared:
     """Divisor of the nats in word perplexity."""
     num_bytes: int | None
     document_words: tuple[int, ...] | None = None
-    """Words of each document, where documents are scored one by one."""
+    """Words of each document; None if there is only one."""
     is_prompted: bool = False
     """True if each document is a prompt with a target, right or wrong."""
     banned: tuple[int, ...] = ()
-    """Tokens that no model may choose first: LAMBADA's stop words."""
+    """Tokens that may not be chosen first: LAMBADA's stop words."""
     num_options: tuple[int, ...] = ()
-    """Number of options of each question, consecutive documents; empty if a prompt is right or wrong by itself."""
+    """Number of options of each question, which are consecutive documents; empty if there are no options."""
     answers: tuple[int, ...] = ()
-    """The right option of each question."""
+    """Index of the right option of each question."""
 
     @property
     def has_whole_prompts(self) -> bool:
-        """True if these are prompts and none was cut off at its beginning by the context length."""
+        """True if these are prompts, none of them truncated by the context length."""
         return self.is_prompted and not any(row.window.begin for row in self.rows)
 
 
 def prepare(
     task: Task, protocol: Protocol, data: DataFile, limit_lines: int | None, tokenizer: AnyTokenizer, cut: Geometry
 ) -> Prepared:
-    """Read a task's data and cut it into windows.
+    """Read, detokenize, tokenize and window the data of a task.
 
     Raises:
         DataError: The data are not what the task needs.
@@ -75,28 +75,19 @@ def prepare(
     assert task.is_defined_by(protocol)
     records = read_records(data, task, limit_lines)
     text = read_text(data, task, limit_lines) if records is None else "\n".join(records)
-    detokenizer = detokenizer_of(task, protocol)
+    detokenizer = task.detokenizer(protocol)
     if task.kind == "text":
         prepared = _text(text, records, task, protocol, detokenizer, tokenizer, cut)
         if not prepared.rows:
-            raise DataError(f"{data.path} has no token that protocol {protocol.name} scores; give a longer text.")
+            raise DataError(
+                f"{data.path} is too short: protocol {protocol.name} scores none of its tokens; give a longer text."
+            )
         return prepared
     if task.kind == "last-word":
         variant = task.last_word or protocol.last_word
         assert variant is not None
         return _last_words(lambada.rows(text, data.path), variant, protocol, detokenizer, tokenizer, cut)
     return _cloze(cbt.questions(text, data.path), protocol, detokenizer, tokenizer, cut)
-
-
-def detokenizer_of(task: Task, protocol: Protocol) -> str:
-    """Return the name of the protocol's rules for the task's corpus; identity where it has none."""
-    corpus = task.corpus
-    invertible = corpus if corpus in detokenizers.names() else "identity"
-    if protocol.detokenizer in ("none", "invertible"):
-        return "identity" if protocol.detokenizer == "none" else invertible
-    published = f"{corpus}_{protocol.detokenizer}"
-    fallback = invertible if protocol.detokenizer == "openai" else "identity"
-    return published if published in detokenizers.names() else fallback
 
 
 def _text(
@@ -108,10 +99,10 @@ def _text(
     tokenizer: AnyTokenizer,
     cut: Geometry,
 ) -> Prepared:
-    is_wikitext = task.corpus == "wikitext"
+    has_pages = task.unit == "page"
     if protocol.scope == "stream":
-        documents = [pages.hf_rows(text) if protocol.text == "rows" and is_wikitext else text]
-    elif protocol.scope == "page" and is_wikitext:
+        documents = [pages.hf_rows(text) if protocol.text == "rows" and has_pages else text]
+    elif protocol.scope == "page" and has_pages:
         documents = pages.wikitext_pages(text)
     else:
         documents = pages.documents(text, task) if records is None else records
@@ -127,20 +118,20 @@ def _text(
         num_original_tokens=counts.num_original_tokens(text),
         num_words=counts.word_divisor(protocol, text, documents),
         num_bytes=sum(map(counts.num_bytes, documents if protocol.scope == "page" or records is not None else [text]))
-        if _gives_back(tokenizer, texts, tokens)
+        if _is_lossless(tokenizer, texts, tokens)
         else None,
         document_words=tuple(map(counts.num_words, documents)) if len(documents) > 1 else None,
     )
 
 
-def _gives_back(tokenizer: AnyTokenizer, texts: Sequence[str], tokens: TokenText) -> bool:
-    """Return True if decoding gives the texts back. Otherwise figures per byte are too low: bytes were lost."""
+def _is_lossless(tokenizer: AnyTokenizer, texts: Sequence[str], tokens: TokenText) -> bool:
+    """Return True if decoding restores the texts. If not, bytes are lost, and figures per byte would be too low."""
     ends = itertools.pairwise(tokens.document_offsets)
     if all(tokenizer.decode(tokens.read(*end).tolist()) == text for text, end in zip(texts, ends, strict=True)):
         return True
     if parallel.is_main():
         print(
-            "warning: the tokenizer loses text: decoding does not give it back, so no figure by bytes is given.",
+            "warning: the tokenizer loses text: decoding does not restore it, so figures per byte are left out.",
             file=sys.stderr,
         )
     return False
@@ -159,7 +150,7 @@ def _last_words(
     pairs = [parted(tokenizer, *item) for item in items]
     tokens, windows = _prompts(pairs, protocol, tokenizer, cut)
     whole = TokenText([context + target for context, target in pairs])
-    gives_back = _gives_back(tokenizer, [item.context + item.target for item in items], whole)
+    is_lossless = _is_lossless(tokenizer, [item.context + item.target for item in items], whole)
     is_filtered = variant == "stop-word"
     stop_tokens = lambada.stop_tokens(lambda word: parted(tokenizer, "a", word)[1]) if is_filtered else ()
     return Prepared(
@@ -169,7 +160,7 @@ def _last_words(
         num_original_tokens=sum(counts.num_original_tokens(row) for row in rows),
         num_words=len(items),
         is_prompted=True,
-        num_bytes=(gives_back and sum(counts.num_bytes(item.target) for item in items)) or None,
+        num_bytes=(is_lossless and sum(counts.num_bytes(item.target) for item in items)) or None,
         banned=tuple(sorted(stop_tokens)),
     )
 
@@ -194,15 +185,15 @@ def _cloze(
 
 
 def parted(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
-    """Tokenize both as one text and split it after the context's tokens, as lm-evaluation-harness does.
+    """Tokenize context and target as one text and split after the context's tokens, as lm-evaluation-harness does.
 
-    Megatron-LM tokenizes each by itself. In GPT-2's tokens that is the same; sentencepiece would put a token of its own
-    before the target, which no model expects.
+    Megatron-LM tokenizes each by itself. With GPT-2's tokenizer the result is the same; sentencepiece would begin the
+    target with a token of its own, which no model expects.
 
     Args:
-        tokenizer: Of the model.
-        context: Text without white space at its end: that belongs to the target.
-        target: What follows; empty for the context's own last token.
+        tokenizer: The model's tokenizer.
+        context: Text without white space at its end, which belongs to the target.
+        target: The continuation; empty: the context's own last token.
     """
     whole = tokenizer.encode(context + target)
     split = len(tokenizer.encode(context)) if target else -1
@@ -212,7 +203,7 @@ def parted(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int
 def _prompts(
     pairs: Sequence[tuple[list[int], list[int]]], protocol: Protocol, tokenizer: AnyTokenizer, cut: Geometry
 ) -> tuple[TokenText, list[Row]]:
-    """Return a document and a row a pair: only the target is scored, and a context too long loses its beginning."""
+    """Return one document and row for each pair: only the target is scored; a long context loses its beginning."""
     documents, rows, offset = [], [], 0
     for context, target in pairs:
         if protocol.has_prompt_prefix or not context:
@@ -220,7 +211,9 @@ def _prompts(
         end = len(context) + len(target)
         begin = max(0, end - 1 - cut.num_inputs)
         if not target or begin >= len(context):
-            raise DataError(f"a target of {len(target)} tokens does not fit a context length of {cut.context_length}.")
+            raise DataError(
+                f"--context-length is {cut.context_length}, but a target has {len(target)} tokens; increase it."
+            )
         documents.append([*context, *target])
         rows.append(Row(offset, Window(begin, len(context), end)))
         offset += end
@@ -230,7 +223,7 @@ def _prompts(
 def _prefix(tokenizer: AnyTokenizer, protocol: Protocol) -> int:
     if tokenizer.prefix_id is None:
         raise DataError(
-            f"protocol {protocol.name} puts a prefix token before text, but the tokenizer has neither a beginning- nor "
-            "an end-of-sequence token; use a protocol without one, such as megatron."
+            f"protocol {protocol.name} needs a prefix token, but the tokenizer has neither a beginning- nor "
+            "an end-of-sequence token; use a protocol without a prefix, such as megatron."
         )
     return tokenizer.prefix_id

@@ -1,4 +1,4 @@
-"""results.json: one entry a figure, with all that is needed to check it."""
+"""results.json: one entry for each model, task and protocol, with all that is needed to check its figures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megaft.base.files import parse_json, write_json_atomic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One model on one task under one protocol: an entry of results.json."""
+    """Entry of results.json: one model on one task under one protocol."""
 
     model: str
-    """As the user named it."""
+    """Hub name or path, as the user gave it."""
     model_name: str
     """Last part of `model`."""
     num_parameters: int
@@ -31,14 +31,14 @@ class Result:
     detokenizer: str
     data_file: str
     data_name: str | None
-    """Name of the published file with this SHA-256; None for any other."""
+    """Name of the published file with this SHA-256; None for any other file."""
     data_sha256: str
     limit_lines: int | None
-    """Only the first lines were scored: no figure to publish."""
+    """Number of lines scored, if not all: such a figure must not be published."""
     context_length: int
     stride: int
     is_protocol_default: bool
-    """True if context length and stride are the protocol's own, or cut nothing off (no stride cuts prompts)."""
+    """True if context length and stride are the protocol's defaults; for prompts, if none was truncated."""
     dtype: str
     tokens_per_batch: int
     nats: float
@@ -48,36 +48,35 @@ class Result:
     num_original_tokens: int
     """len(text.strip().split(" ")): Megatron-LM's T_o."""
     num_words: int | None
-    """Divisor of the nats in word_perplexity, by the protocol's rule."""
+    """Divisor of the nats in word perplexity, by the protocol's rule."""
     num_bytes: int | None
     """UTF-8 bytes of the original text."""
     num_documents: int
     headline: str
-    """The task's main metric, one of the next five."""
+    """Main metric: one of the next five fields."""
     perplexity: float
     word_perplexity: float | None
     byte_perplexity: float | None
     bits_per_byte: float | None
     accuracy: float | None
-    """A share, 0 to 1."""
+    """Fraction from 0 to 1."""
     confidence_interval_95: dict[str, Any] | None
     """{"quantity", "low", "high", "method"} of the headline."""
     positions: list[tuple[int, int, float]]
-    """By position in the window: first position, scored tokens, their nats."""
+    """Bins of positions in the window: first position, scored tokens, their nats."""
     segments: list[tuple[int, float]]
     """In text order: scored tokens, their nats."""
     segment_unit: str
-    """Unit of a segment: "document", "documents" (some together) or "block"."""
+    """Unit of a segment: "document", "documents" (several together) or "block"."""
     seconds: float
-    """Seconds of scoring alone, in the command that finished it."""
+    """Seconds of scoring, in the command that finished it."""
     tokens_per_second: float | None
-    """Scored tokens, over all ranks; None where an earlier command had scored some of them."""
+    """Scored tokens per second over all ranks; None if an earlier command scored some of them."""
     world_size: int
-    """Number of all ranks."""
+    """Number of ranks."""
     backend: str
     """Model implementation: "hugging-face" or "megatron"."""
     tensor_parallel_size: int
-    """Tensor-parallel size."""
     device: str
     command: list[str]
     environment: dict[str, Any]
@@ -85,7 +84,7 @@ class Result:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Key of a result: a later one with the same key replaces it."""
+        """Key of a result; a later result with the same key replaces it."""
         return tuple(getattr(self, name) for name in _IDENTITY)
 
 
@@ -96,14 +95,14 @@ _IDENTITY = (
 
 
 def write(folder: Path, results: list[Result]) -> None:
-    """Write results.json, keeping what earlier commands left there of other models, data, protocols or windows.
+    """Add results to results.json, which keeps earlier ones of other models, data, protocols or windows.
 
     Raises:
-        ConfigError: The disk refuses.
-        DataError: What is there is no results.json.
+        ConfigError: The file cannot be written.
+        DataError: The present file is not a results.json.
     """
-    ours = {result.identity for result in results}
-    earlier = [row for row in load(folder) if tuple(row[name] for name in _IDENTITY) not in ours]
+    replaced = {result.identity for result in results}
+    earlier = [row for row in load(folder) if tuple(row[name] for name in _IDENTITY) not in replaced]
     rows = [*earlier, *map(asdict, results)]
     value = {
         "results": rows,
@@ -113,10 +112,10 @@ def write(folder: Path, results: list[Result]) -> None:
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of results.json, none where there is no such file.
+    """Return the entries of results.json; none if there is no such file.
 
     Raises:
-        DataError: It is not one of ours.
+        DataError: The file was not written by megaft.
     """
     path = folder / "results.json"
     if not path.exists():
@@ -133,35 +132,35 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def note_on_guessing(result: Result, vocab_size: int) -> str | None:
-    """Return a warning where a token costs a nat more than a guess among all tokens, else None.
+    """Return a warning if a token costs a nat more than a uniform guess among all tokens, else None.
 
-    A model beside the tokenizer of another one does that, without any other sign where the ids fit. Models that were
-    just made at random cost a little more than a guess.
+    That happens when model and tokenizer do not belong together, which nothing else reveals if the ids fit. A model
+    with random weights is only a little worse than a guess.
 
     Args:
-        result: The measured figures.
-        vocab_size: Number of the tokenizer's tokens.
+        result: The result.
+        vocab_size: Number of tokens in the tokenizer's vocabulary.
     """
     if result.perplexity <= math.e * vocab_size:
         return None
     return (
         f"warning: {result.model_name} has a perplexity of {result.perplexity:,.0f} per token, worse than a guess "
-        f"among the tokenizer's {vocab_size:,} tokens; is this the tokenizer that the model was trained with?"
+        f"among the tokenizer's {vocab_size:,} tokens; is this the tokenizer the model was trained with?"
     )
 
 
 def summary(result: Result) -> str:
-    """Return a result in a line."""
+    """Return a one-line summary of a result."""
     names = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
     ordered = sorted(names, key=lambda name: name != result.headline)
     protocol = PROTOCOLS[result.protocol]
     values = [_written(name, value, protocol) for name in ordered if (value := getattr(result, name)) is not None]
-    how = f"{result.protocol}, context {result.context_length}, stride {result.stride}"
-    return f"{result.model_name}  {result.task}  {how}:  {'  '.join(values)}  ({result.seconds:.1f} s)"
+    setting = f"{result.protocol}, context {result.context_length}, stride {result.stride}"
+    return f"{result.model_name}  {result.task}  {setting}:  {'  '.join(values)}  ({result.seconds:.1f} s)"
 
 
 def _written(name: str, value: float, protocol: Protocol) -> str:
-    """Return a figure with its name; one that is not its text's own, but the largest there is, says so."""
+    """Return a figure with its name; a figure that is a cap or an overflow is marked so."""
     if name.endswith("perplexity") and is_capped(value, protocol):
         return f"{name} {value:.4f} (the protocol's cap)"
     return f"{name} {value:.4f}" if math.isfinite(value) else f"{name} {LARGEST}"

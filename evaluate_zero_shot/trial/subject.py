@@ -1,4 +1,4 @@
-"""Load the model under evaluation, and identify it by the hash of its files."""
+"""Model under evaluation, with its tokenizer and the hash of its files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 
 from evaluate_zero_shot.config import EvaluateConfig
 from megaft.base import parallel
-from megaft.base.agreement import together
 from megaft.base.errors import DataError
-from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
+from megaft.data.tokenizer import AnyTokenizer
 from megaft.models.backend import Backend
 from megaft.scoring.model import Scorer, load_scoring_model
 from megaft.weights.folder import model_source
@@ -19,7 +18,7 @@ from megaft.weights.provenance import sha256_of_model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """The model under evaluation."""
+    """Model under evaluation."""
 
     source: str
     """As the user named it."""
@@ -31,19 +30,20 @@ class Subject:
     tokenizer: AnyTokenizer
 
 
-def load(source: str, config: EvaluateConfig, backend: Backend, device: torch.device) -> Subject:
-    """Load a model on this rank, or its share of it.
+def load(
+    source: str, tokenizer: AnyTokenizer, config: EvaluateConfig, backend: Backend, device: torch.device
+) -> Subject:
+    """Load a model, or this rank's shard of it, onto the device.
 
     Raises:
-        DataError: It is not there, or does not fit its tokenizer.
+        DataError: It does not exist, or does not fit its tokenizer.
     """
     path, dtype = model_source(source), getattr(torch, config.dtype)
-    tokenizer = together(load_tokenizer, path)
     scorer = load_scoring_model(path, dtype=dtype, device=device, backend=backend, is_partitioned=config.partition)
     if tokenizer.vocab_size > scorer.vocab_size:
         raise DataError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {scorer.vocab_size}; "
-            "use the tokenizer the model was made with."
+            "use the tokenizer that the model was trained with."
         )
     return Subject(
         source=source,
@@ -57,6 +57,6 @@ def load(source: str, config: EvaluateConfig, backend: Backend, device: torch.de
 
 
 def _sha256(path: str) -> str:
-    """Return the same on every rank; the main rank alone reads the files."""
+    """Return the hash of a model's files on every rank; the main rank alone reads them."""
     digest = bytes.fromhex(sha256_of_model(path)) if parallel.is_main() else bytes(32)
     return bytes(parallel.from_main(torch.tensor(list(digest))).tolist()).hex()

@@ -59,3 +59,9 @@ def together(function: Callable[..., T], *arguments: Any) -> T:
         error = caught
     raise_together(error)
     return cast(T, result)
+
+
+def main_first(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function on the main rank, then on the others, which find its downloads and files; as `together`."""
+    first = together(lambda: function(*arguments) if parallel.is_main() else None)
+    return together(lambda: cast(T, first) if parallel.is_main() else function(*arguments))

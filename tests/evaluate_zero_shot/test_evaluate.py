@@ -14,7 +14,7 @@ from tiny_models import change_tensors, overflow
 
 from evaluate_zero_shot.__main__ import main
 from evaluate_zero_shot.trial import evaluate as evaluate_module
-from evaluate_zero_shot.trial.kept import KeptBatches
+from evaluate_zero_shot.trial.finished import FinishedBatches
 from evaluate_zero_shot.trial.results import note_on_guessing
 from megaft.base.lock import locked
 from megaft.base.parallel import free_port
@@ -83,14 +83,14 @@ def test_validation_in_training_says_the_same_number(trial, toy_model, toy_texts
 def test_a_killed_evaluation_computes_no_window_twice(trial, alone, tmp_path, monkeypatch):
     kept = []
 
-    class Killed(KeptBatches):
+    class Killed(FinishedBatches):
         def keep(self, number, values):
             super().keep(number, values)
             kept.append(number)
             if len(kept) == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate_module, "KeptBatches", Killed)
+    monkeypatch.setattr(evaluate_module, "FinishedBatches", Killed)
     flags = [*trial, "--tokens-per-batch=64"]
     assert main([*flags, f"--output={tmp_path}"]) == 130
     assert not (tmp_path / "results.json").exists()

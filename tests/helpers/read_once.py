@@ -5,12 +5,10 @@ from functools import cache
 
 def tokenizers(patch):
     """Let `load_tokenizer` of evaluation and generation read a folder once; `patch` is a MonkeyPatch."""
-    from evaluate_zero_shot.trial import subject
     from megaft.data import tokenizer
 
     once = cache(tokenizer.load_tokenizer)
     patch.setattr(tokenizer, "load_tokenizer", once)
-    patch.setattr(subject, "load_tokenizer", once)
 
 
 def models(patch):
@@ -20,10 +18,10 @@ def models(patch):
     tokenizers(patch)
     load, kept = subject.load, {}
 
-    def once(source, config, backend, device):
+    def once(source, tokenizer, config, backend, device):
         key = source, config.dtype, config.partition, backend, device
         if key not in kept:
-            kept[key] = load(source, config, backend, device)
+            kept[key] = load(source, tokenizer, config, backend, device)
         return kept[key]
 
     patch.setattr(subject, "load", once)

@@ -52,11 +52,11 @@ def peak_memory_bytes(device: str) -> int:
 def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
     """`python -m evaluate_zero_shot`, without its report."""
     from evaluate_zero_shot.config import EvaluateConfig
-    from evaluate_zero_shot.protocols import PROTOCOLS
     from evaluate_zero_shot.tasks import TASKS
     from evaluate_zero_shot.trial.evaluate import evaluate
-    from evaluate_zero_shot.trial.plan import find_all_data, trial_of
+    from evaluate_zero_shot.trial.plan import find_all_data, geometries, trial_of
     from evaluate_zero_shot.trial.subject import load
+    from megaft.data.tokenizer import load_tokenizer
 
     config = EvaluateConfig(
         model=(str(folder / case.model),),
@@ -67,13 +67,15 @@ def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
         stride=None if case.stride is None else str(case.stride),
         dtype=case.dtype,
     )
-    subject = load(config.model[0], config, "hugging-face", torch.device(case.device))
+    tokenizer = load_tokenizer(config.model[0])
+    subject = load(config.model[0], tokenizer, config, "hugging-face", torch.device(case.device))
     ids = torch.zeros(1, 8, dtype=torch.int64, device=case.device)
     subject.scorer.ask(with_choices=False, banned=())(ids, ids)  # warm-up, as the others have
 
     def run() -> Found:
         data = find_all_data(config, {})[case.task, case.protocol]
-        trial = trial_of(config, subject, TASKS[case.task], PROTOCOLS[case.protocol], case.stride, data)
+        [cut] = geometries(config, subject)
+        trial = trial_of(config, subject, TASKS[case.task], cut, data)
         with tempfile.TemporaryDirectory() as output:
             result = evaluate(subject, trial, Path(output))
         return result.nats, result.accuracy

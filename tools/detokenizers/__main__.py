@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"detokenizers: {error}", file=sys.stderr)
         return _BAD_USE
-    except BrokenPipeError:  # the reader has gone; what is left in the buffer must not complain either
+    except BrokenPipeError:  # the reader has left; flushing the rest of the buffer must not fail a second time
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -30,13 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m detokenizers", description="Undo a corpus's word tokenization.")
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(detokenizers.names())}")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--invert", action="store_true", help="give the corpus back from its text")
-    what.add_argument("--list", action="store_true", help="tell what each is for, and what it cannot tell apart")
-    what.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--invert", action="store_true", help="restore the corpus from its text")
+    mode.add_argument(
+        "--list", action="store_true", help="list the detokenizers: corpus, source, and texts that they make the same"
+    )
+    mode.add_argument(
         "--check",
         metavar="FILE",
-        help="tell whether FILE round-trips and where published rules collide in it; without a name, for every corpus",
+        help="check that FILE round-trips, and list what published rules collapse; without NAME, for every corpus",
     )
     return parser
 
@@ -60,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _describe(name: str) -> str:
     kind = "invertible" if detokenizers.is_invertible(name) else "lossy"
-    same = "; ".join(f"{one!r} = {other!r}" for one, other in detokenizers.quirks(name))
+    same = "; ".join(f"{first!r} = {second!r}" for first, second in detokenizers.quirks(name))
     return f"{name:18} {kind:10}  {detokenizers.source(name)}" + (f". Makes the same: {same}" if same else "")
 
 

@@ -1,4 +1,4 @@
-"""Does a file come back from its text, and where do published rules make different words the same?"""
+"""Round-trip check of a file: invertible rules must restore it; published rules are searched for collisions."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +13,14 @@ _TOUCHED = re.compile(r"[^\w ]|\b[N1]\b")  # no published rule changes words wit
 
 
 def report(name: str, path: str) -> bool:
-    """Print whether the file round-trips, and what the published rules for this corpus lose in it.
+    """Print if the file round-trips, and what the published rules for its corpus lose in it.
 
     Args:
-        name: Of a detokenizer; an invertible one also reports on the published ones for the same corpus.
-        path: Of a file, which is read in constant memory for the invertible ones, whole for the published.
+        name: Detokenizer; for an invertible one the published rules of the same corpus are reported too.
+        path: File, read in constant memory by invertible rules and whole by published ones.
 
     Returns:
-        Whether the file comes back from its text under `name`.
+        True if the inverse restores the file from its text.
     """
     if not detokenizers.is_invertible(name):
         return _report_published(name, path)
@@ -38,7 +38,7 @@ def report(name: str, path: str) -> bool:
 
 
 def round_trip(name: str, path: str) -> tuple[bool, int, int]:
-    """Return whether the file's bytes come back, the escape marks in its text, and the file's words."""
+    """Return if the file's bytes are restored, the number of escape marks in its text, and the number of its words."""
     num_marks = num_words = 0
     is_inside = False
 
@@ -59,7 +59,7 @@ def round_trip(name: str, path: str) -> tuple[bool, int, int]:
 
 
 def collisions(detokenize: Callable[[str], str], lines: Iterable[str]) -> Iterator[tuple[str, int, str, int, str]]:
-    """Yield (words, their line, other words, their line, what both become), for one to three words of a line."""
+    """Yield collisions of one to three words: (words, line, other words, line, the text that both become)."""
     first: dict[str, tuple[str, int]] = {}
     tried = set()
     for number, line in enumerate(lines, 1):
@@ -94,16 +94,16 @@ def _report_published(name: str, path: str) -> bool:
         print(f"{name}: lossy rules, but this file comes back", flush=True)
         return True
     print(f"{name}: DOES NOT ROUND-TRIP; lossy rules, from line {lost} on: {_difference(lines, again, lost)}")
-    found = list(islice(collisions(detokenize, lines), _MOST_SHOWN + 1))
-    for one, where, other, elsewhere, result in found[:_MOST_SHOWN]:
-        print(f"  line {where}: {one!r} and line {elsewhere}: {other!r} both become {result!r}")
-    print("  and more" if len(found) > _MOST_SHOWN else f"  {len(found)} collisions of up to three words", flush=True)
+    shown = list(islice(collisions(detokenize, lines), _MOST_SHOWN + 1))
+    for words, where, others, elsewhere, result in shown[:_MOST_SHOWN]:
+        print(f"  line {where}: {words!r} and line {elsewhere}: {others!r} both become {result!r}")
+    print("  and more" if len(shown) > _MOST_SHOWN else f"  {len(shown)} collisions of up to three words", flush=True)
     return False
 
 
 def _difference(lines: list[str], again: list[str], number: int) -> str:
-    """Return the two lines of that number from shortly before the first character in which they differ."""
-    one, other = ("".join(text[number - 1 : number]) for text in (lines, again))
-    same = next((place for place, pair in enumerate(zip_longest(one, other)) if pair[0] != pair[1]), 0)
+    """Return an excerpt of line `number` of both texts, from shortly before the first difference."""
+    before, after = ("".join(text[number - 1 : number]) for text in (lines, again))
+    same = next((place for place, pair in enumerate(zip_longest(before, after)) if pair[0] != pair[1]), 0)
     start = max(0, same - 10)
-    return f"{one[start : start + 30]!r} comes back as {other[start : start + 30]!r}"
+    return f"{before[start : start + 30]!r} comes back as {after[start : start + 30]!r}"

@@ -1,41 +1,41 @@
-"""The law behind the invertible detokenizers: a word is changed only where the retokenizer gives the same tokens back.
+"""Invertible detokenization of lines: a word is changed only if retokenizing it restores the same tokens.
 
-A corpus brings three functions. `mark_joints` turns the spaces of a line that look superfluous into `JOINT`, `spell`
-gives a token as it reads inside a word, and `split` is the retokenizer of one word: a word of the text to its tokens
-with spaces between them. The first two may be wrong anywhere: what they propose is tried against `split` word by word,
-and where it does not come back, the tokens stay apart, or the word gets an escape mark. So the inverse is exact for
-every string, and the rules decide only how natural the text reads.
+A corpus supplies three functions. `mark_joints` replaces the spaces of a line that look superfluous by `JOINT`, `spell`
+returns a token as it is spelled inside a word, and `split` retokenizes one word: it returns the tokens with spaces
+between them. The first two may be wrong anywhere: each word they propose is passed to `split`, and if that does not
+restore the tokens, they stay apart, or the word gets an escape mark. So the inverse is exact for every string, and the
+rules decide only how natural the text reads.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 
 MARK = "\u2060"
-"""The escape mark (word joiner): the word after it is one token as it stands."""
+"""The escape mark (word joiner): the word after it is one unchanged token."""
 VERBATIM = MARK * 2
-"""At the start of a line: the line stands as it is."""
+"""At the start of a line: the line is unchanged."""
 UNFRAMED = f"{MARK} "
-"""At the start of a text: its lines have no space at either end."""
+"""At the start of a text: the corpus has no space at either end of its lines."""
 JOINT = "\n"
-"""Mark of a place where `mark_joints` would close a space; no line holds one."""
+"""Replacement of a space that `mark_joints` would remove; no line contains one."""
 
 _LONGEST_TRIAL = 6  # tokens tried as one word, once the whole run failed; keeps time linear
 _SPECIAL = re.compile(r"(?<![^ ])\w*+[^ \w][^ ]*+")  # a word of anything but letters and digits, which all stay
 
 
 class Lines:
-    """Detokenizes and retokenizes a corpus line by line, in constant memory.
+    """Detokenizer and retokenizer of a corpus, line by line, in constant memory.
 
     Args:
         mark_joints: A line without its newline -> the same line with `JOINT` for some of its spaces.
-        spell: A token -> how it reads in the text.
-        split: A word of the text, without spaces -> its tokens with a space between them. It is not asked about
-            words that hold only letters, digits and underscores: those are one token.
-        framed: The corpus has a space at both ends of its lines, which the text has not.
+        spell: A token -> its spelling in the text.
+        split: A word of the text, without spaces -> its tokens with a space between them. It is not called for
+            words of letters, digits and underscores alone: those are one token.
+        framed: True if the corpus has a space at both ends of each line, which the text omits.
     """
 
     longest_line = 2**20
-    """Characters; a longer line stands as it is, so that memory stays constant."""
+    """Characters; a longer line is left unchanged, so that memory stays constant."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Lines:
         self._framed = framed
 
     def detokenize(self, chunks: Iterable[str]) -> Iterator[str]:
-        """Yield the natural text of a corpus given in pieces of any length."""
+        """Yield the natural text of a corpus, which comes in pieces of any length."""
         framed = None
         for line, newline, part in _lines(chunks, self.longest_line):
             if framed is None:
@@ -65,7 +65,7 @@ class Lines:
             yield newline
 
     def retokenize(self, chunks: Iterable[str]) -> Iterator[str]:
-        """Yield the corpus again; the exact inverse of `detokenize`, and some corpus for any other text."""
+        """Yield the corpus; the exact inverse of `detokenize`. Any other text gives some corpus too."""
         framed = None
         for line, newline, part in _lines(chunks, 2 * self.longest_line + 4):  # a mark a word at most, and one flag
             if framed is None:
@@ -92,7 +92,7 @@ class Lines:
         return _SPECIAL.sub(lambda word: word[0][1:] if word[0][0] == MARK else self._split(word[0]), line)
 
     def _words(self, run: re.Match[str]) -> str:
-        """Return a run of tokens with joints between them as few words that the retokenizer undoes."""
+        """Join a run of tokens into as few words as the retokenizer can take apart again."""
         tokens = run[0].split(JOINT)
         if (word := self._word(tokens)) is not None:
             return word
@@ -114,7 +114,7 @@ class Lines:
 
 
 def _has_frame(line: str) -> bool:
-    """Return whether a line is blank or has a space at both ends, so that both may be left out."""
+    """Return True if a line is blank or has a space at both ends, which may then be omitted."""
     return line == " " or (len(line) > 2 and line[0] == " " == line[-1])
 
 

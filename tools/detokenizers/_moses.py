@@ -1,4 +1,4 @@
-"""English as the Moses tokenizer splits it, which WikiText and the One Billion Words have in common."""
+"""Moses tokenization of English, which WikiText and the One Billion Word Benchmark share."""
 
 import re
 
@@ -27,9 +27,9 @@ _JOINTS = re.compile(
 
 
 def mark_joints(line: str) -> str:
-    """Return the line with a newline for each space that ordinary English would not have; quotes pair in the line."""
+    """Replace by a newline each space that ordinary English would not have; quotes are paired within the line."""
     line = _QUOTED.sub('"\n\\1\n"', f" {line} ")
-    line = _APOSTROPHE_OR_QUOTED.sub(lambda found: "\n'" if found[1] is None else f"'\n{found[1]}\n'", line)
+    line = _APOSTROPHE_OR_QUOTED.sub(lambda match: "\n'" if match[1] is None else f"'\n{match[1]}\n'", line)
     return _JOINTS.sub("\n", line)[1:-1]
 
 

@@ -1,4 +1,4 @@
-"""Bytes to text and back without loss: what is not UTF-8 becomes lone surrogates in between."""
+"""Lossless conversion of bytes to text and back: bytes that are not UTF-8 become lone surrogates."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ _CHUNK_BYTES = 2**16
 
 
 def read(file: BinaryIO) -> Iterator[bytes]:
-    """Yield what remains of the file in chunks."""
+    """Yield the rest of the file in chunks."""
     return iter(lambda: file.read(_CHUNK_BYTES), b"")
 
 
@@ -21,5 +21,5 @@ def decode(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def encode(text: str) -> bytes:
-    """Return the bytes that `decode` gave the text for."""
+    """Return the bytes that `decode` turned into this text."""
     return text.encode("utf-8", "surrogateescape")

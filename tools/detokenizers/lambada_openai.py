@@ -6,7 +6,7 @@ QUIRKS = (("“a” b", '"a" b'), (" a b\n", "a b"))
 
 
 def detokenize(text: str) -> str:
-    """Return a passage with straight double quotes, without space around it, after a newline.
+    """Return a newline and the stripped passage, with straight double quotes.
 
     Args:
         text: One passage, not a file of them.

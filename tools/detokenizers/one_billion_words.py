@@ -1,4 +1,4 @@
-"""The One Billion Word Benchmark (Chelba et al. 2013), invertibly: Moses's tokens, one sentence a line."""
+"""Invertible detokenizer of the One Billion Word Benchmark (Chelba et al. 2013): Moses tokens, a sentence a line."""
 
 from detokenizers import _moses
 from detokenizers._lines import Lines
@@ -12,14 +12,14 @@ def detokenize(text: str) -> str:
     """Return the benchmark as ordinary text: `Don 't`, `( 5 / 7 )`, `$ 5` and ` , ` lose their extra spaces.
 
     Args:
-        text: Any string; lines are taken one by one.
+        text: Any string; each line is treated by itself.
 
     Returns:
-        The text; a word or line that the rules would not give back carries U+2060 before it.
+        The text; U+2060 precedes a word or line that the rules alone could not restore.
     """
     return "".join(LINES.detokenize([text]))
 
 
 def retokenize(text: str) -> str:
-    """Return x for detokenize(x), whatever x is."""
+    """Return x for detokenize(x), for every string x."""
     return "".join(LINES.retokenize([text]))

@@ -1,6 +1,6 @@
-"""The lm1b rules of the diffusion language models (louaaron/Score-Entropy-Discrete-Diffusion, data.py).
+"""Published detokenizer of lm1b: the rules of SEDD (louaaron/Score-Entropy-Discrete-Diffusion, data.py).
 
-They are the only published ones found; the GPT-2 paper does not give its own. They lose information.
+No other published rules are known; the GPT-2 paper does not print its own. They lose information.
 """
 
 import re
@@ -32,7 +32,7 @@ _RULES = tuple(
 
 
 def detokenize(text: str) -> str:
-    """Undo the tokenization of the One Billion Words as SEDD does, each line by itself.
+    """Undo the tokenization of the One Billion Words by the rules of SEDD, line by line.
 
     Args:
         text: Sentences, one a line.

@@ -1,4 +1,4 @@
-"""Mikolov's Penn Treebank, invertibly: as Megatron-LM's text, but N stays N, and `retokenize` gives the corpus back."""
+"""Invertible detokenizer of Mikolov's Penn Treebank: as Megatron-LM's rules, but N stays N."""
 
 import re
 
@@ -33,14 +33,14 @@ def detokenize(text: str) -> str:
     r"""Return the Penn Treebank as ordinary text: `do n't`, `it 's` and `$ N` lose their space, `\/` its backslash.
 
     Args:
-        text: Any string; lines are taken one by one.
+        text: Any string; each line is treated by itself.
 
     Returns:
-        The text; a word or line that the rules would not give back carries U+2060 before it.
+        The text; U+2060 precedes a word or line that the rules alone could not restore.
     """
     return "".join(LINES.detokenize([text]))
 
 
 def retokenize(text: str) -> str:
-    """Return x for detokenize(x), whatever x is."""
+    """Return x for detokenize(x), for every string x."""
     return "".join(LINES.retokenize([text]))

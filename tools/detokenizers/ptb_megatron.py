@@ -1,4 +1,4 @@
-"""The Penn Treebank rules of Megatron-LM (its tasks/zeroshot_gpt/detokenizer.py).
+"""Published detokenizer of the Penn Treebank: the rules of Megatron-LM (its tasks/zeroshot_gpt/detokenizer.py).
 
 They lose information, and the rule for N eats the space before it: `october N with` becomes `october1 with`.
 """
@@ -17,7 +17,7 @@ _RULES = (
 
 
 def detokenize(text: str) -> str:
-    """Undo Mikolov's Penn Treebank tokenization as Megatron-LM does, its quirks included.
+    """Undo Mikolov's Penn Treebank tokenization by the rules of Megatron-LM, quirks included.
 
     Args:
         text: A whole file.

@@ -1,4 +1,4 @@
-"""WikiText (Merity et al. 2016), invertibly: reads like Megatron-LM's text, and `retokenize` gives the corpus back."""
+"""Invertible detokenizer of WikiText (Merity et al. 2016); its text reads like that of Megatron-LM's rules."""
 
 import re
 
@@ -29,14 +29,14 @@ def detokenize(text: str) -> str:
     """Return WikiText as ordinary text: `= = Title = =`, `a @-@ b`, `" x "` and `, ` lose their extra spaces.
 
     Args:
-        text: Any string; lines are taken one by one, so that a page gives what it gives inside its file.
+        text: Any string. Each line is treated by itself, so a page reads the same inside its file and alone.
 
     Returns:
-        The text; a word or line that the rules would not give back carries U+2060 before it.
+        The text; U+2060 precedes a word or line that the rules alone could not restore.
     """
     return "".join(LINES.detokenize([text]))
 
 
 def retokenize(text: str) -> str:
-    """Return x for detokenize(x), whatever x is."""
+    """Return x for detokenize(x), for every string x."""
     return "".join(LINES.retokenize([text]))

@@ -1,7 +1,7 @@
-"""The WikiText rules behind Megatron-LM's published perplexities (its tasks/zeroshot_gpt/detokenizer.py).
+"""Published detokenizer of WikiText: the rules behind Megatron-LM's perplexities (tasks/zeroshot_gpt/detokenizer.py).
 
-They lose information: `a @-@ b` and `a-b` both become `a-b`. Their order matters, and the quote rules pair across
-lines, so that one odd quote changes the rest of the file: give the whole file, not its lines.
+They lose information: `a @-@ b` and `a-b` both become `a-b`. Their order matters, and quotes are paired across lines,
+so that one odd quote changes the rest of the file: pass the whole file, not its lines.
 """
 
 import re
@@ -29,7 +29,7 @@ _AFTER_BRACKETS = (
 
 
 def detokenize(text: str) -> str:
-    """Undo WikiText's tokenization as Megatron-LM does, its quirks included.
+    """Undo WikiText's tokenization by the rules of Megatron-LM, quirks included.
 
     Args:
         text: A whole WikiText file.

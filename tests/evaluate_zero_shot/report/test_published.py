@@ -146,10 +146,12 @@ def harness(**changed):
     [
         pytest.param(docs(), DOCS, SAME, None, id="same"),
         pytest.param(docs(perplexity=16.6044), DOCS, OFF, None, id="same protocol, another number"),
-        pytest.param(docs(perplexity="inf"), DOCS, "same protocol: nothing finite was measured", None, id="infinite"),
+        pytest.param(
+            docs(perplexity="inf"), DOCS, "same protocol: the measured figure is not finite", None, id="infinite"
+        ),
         pytest.param(docs(stride=1024), DOCS, OTHER, "Stride: 1024; there 512", id="stride"),
         pytest.param(docs(context_length=512), DOCS, OTHER, "Context length: 512; there 1024", id="context"),
-        pytest.param(docs(data_name=None), DOCS, ELSEWHERE, "Data: a file not known here; there ", id="unknown file"),
+        pytest.param(docs(data_name=None), DOCS, ELSEWHERE, "Data: an unknown file; there ", id="unknown file"),
         pytest.param(docs(data_name="WikiText raw validation"), DOCS, ELSEWHERE, "Data: WikiText raw val", id="split"),
         pytest.param(docs(limit_lines=1000), DOCS, ELSEWHERE, "Data: only the first 1,000 lines", id="limited"),
         pytest.param(docs(num_parameters=7), DOCS, ELSEWHERE, "Model: gpt2-large; there GPT-2 762M", id="model"),
@@ -232,7 +234,7 @@ def broken(change):
         ("[]", "is not a list of published figures"),
         (broken(lambda it: it["sources"][0].pop("caveat")), "caveat"),
         (broken(lambda it: it["sources"][0].update(surprise=1)), "surprise"),
-        (broken(lambda it: it["sources"][0].update(protocol="gpt3")), "protocol 'gpt3' is none of"),
+        (broken(lambda it: it["sources"][0].update(protocol="gpt3")), "protocol 'gpt3' is not one of"),
         (broken(lambda it: it["sources"][1].update(caveat="")), "does not say why"),
         (broken(lambda it: it["sources"][0].update(unpublished=["Prefix"])), "unpublished has Prefix"),
         (broken(lambda it: it["sources"][3].update(context_length=None)), "context_length is null"),

@@ -212,23 +212,26 @@ def unreachable(*_):
         pytest.param(
             "wikitext103",
             {"HF_HUB_OFFLINE": "1"},
-            "There is no wiki.test.tokens for --task wikitext103 in .*; HF_HUB_OFFLINE keeps it from "
-            "Salesforce/wikitext. Looked for wikitext103/wiki.test.tokens, .* Get it from wikitext-103-v1.zip .*; name "
-            r"the file or its folder with --data, or the folder with \$MEGAFT_DATA",
+            "--task wikitext103 has no wiki.test.tokens in .*; HF_HUB_OFFLINE forbids downloading "
+            "Salesforce/wikitext. Accepted paths: wikitext103/wiki.test.tokens, .* Get it from wikitext-103-v1.zip .*; "
+            r"name the file or its folder with --data, or the folder with \$MEGAFT_DATA",
             id="offline",
         ),
         pytest.param(
-            "lambada", {"HF_DATASETS_OFFLINE": "True"}, "HF_DATASETS_OFFLINE keeps it from Eleuther", id="datasets"
+            "lambada",
+            {"HF_DATASETS_OFFLINE": "True"},
+            "HF_DATASETS_OFFLINE forbids downloading Eleuther",
+            id="datasets",
         ),
-        pytest.param("wikitext2", {}, "Salesforce/wikitext cannot be had .Couldn't reach", id="no network"),
+        pytest.param("wikitext2", {}, "Salesforce/wikitext could not be downloaded .Couldn't reach", id="no network"),
         pytest.param(
-            "enwik8", {}, "no enwik8 for --task enwik8 .* Get it from mattmahoney.net/dc/enwik8.zip", id="enwik8"
+            "enwik8", {}, "--task enwik8 has no enwik8 in .* Get it from mattmahoney.net/dc/enwik8.zip", id="enwik8"
         ),
-        pytest.param("cbt-ne", {}, "no cbtest_NE_valid_2000ex.txt for --task cbt-ne", id="cbt"),
+        pytest.param("cbt-ne", {}, "--task cbt-ne has no cbtest_NE_valid_2000ex.txt in", id="cbt"),
         pytest.param("1bw", {}, "no news.en.heldout-00000-of-00050 .* Get it from 1-billion-word", id="1bw"),
-        pytest.param("text", {}, "--task text scores a file of yours; name it with --data FILE", id="text"),
+        pytest.param("text", {}, "--task text scores your own file; name it with --data FILE", id="text"),
         pytest.param(
-            "ptb", {"MEGAFT_DATA": "/no/such"}, "MEGAFT_DATA is /no/such, which is no folder", id="MEGAFT_DATA"
+            "ptb", {"MEGAFT_DATA": "/no/such"}, "MEGAFT_DATA is /no/such, which is not a folder", id="MEGAFT_DATA"
         ),
     ],
 )
@@ -238,7 +241,7 @@ def test_a_missing_file_is_named(tmp_path, task, environment, message):
 
 
 def test_a_folder_that_is_named_is_the_only_place(tmp_path):
-    with pytest.raises(DataError, match=rf"There is no wiki.test.raw for --task wikitext2 in {tmp_path}. Looked for"):
+    with pytest.raises(DataError, match=rf"--task wikitext2 has no wiki.test.raw in {tmp_path}. Accepted paths"):
         find_data(TASKS["wikitext2"], "raw", tmp_path, {}, unreachable)
     with pytest.raises(DataError, match=r"x does not exist; name wiki.test.raw or a folder that holds it"):
         find_data(TASKS["wikitext2"], "raw", tmp_path / "x", {}, unreachable)

@@ -47,7 +47,7 @@ BAD = [
     pytest.param("text", "a", b"PAR1\x15\0", "is a Parquet file", id="Parquet"),
     pytest.param("lambada", "a", b"PAR1\x15\0", "is a Parquet file", id="Parquet of LAMBADA"),
     pytest.param("text", "a", '{"body": "a"}\n', "line 1 has no key 'text'", id="another key"),
-    pytest.param("text", "a", '{"text": " "}\n', "has no text but blanks in its records", id="blank"),
+    pytest.param("text", "a", '{"text": " "}\n', "holds only blank texts", id="blank"),
     pytest.param("wikitext2", "a", LINES, "holds JSON records, but --task wikitext2 scores", id="another task"),
 ]
 

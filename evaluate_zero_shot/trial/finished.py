@@ -1,4 +1,4 @@
-"""Finished batches on disk, so that a killed evaluation continues where it was."""
+"""Finished batches on disk, from which an interrupted evaluation continues."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CHECKSUM = struct.Struct("<I")
 """CRC-32 of the header and of the values after it."""
 
 
-class KeptBatches:
-    """Store of finished batches' nats, one folder a key: each rank appends to its own file, rank 0 reads all.
+class FinishedBatches:
+    """Store of finished batches' nats: each rank appends to its own file; rank 0 reads the files of all ranks.
 
-    A record that was cut off or damaged is computed again.
+    A batch whose record is truncated or damaged is scored again.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
