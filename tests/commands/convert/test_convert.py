@@ -195,6 +195,7 @@ def test_a_family_without_a_layout(tmp_path):
         run(tmp_path / "start", tmp_path / "end", "hugging-face", dtype="bfloat16")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_smollm2_s_gguf_file_over_three_ranks(tmp_path, smollm2_cut):
     megatron(smollm2_cut, tmp_path / "three", 3)
