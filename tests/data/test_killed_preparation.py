@@ -42,6 +42,7 @@ for prefix, (owner, name, number) in zip(prefixes, [
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_the_old_data_or_none(corpora, gpt2_bpe, tmp_path):
     source, old = str(gpt2_bpe), tmp_path / "old.txt"
     old.write_text("old")

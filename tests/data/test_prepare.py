@@ -210,6 +210,7 @@ def test_completions_of_a_sentencepiece_model_get_no_space_of_their_own(tmp_path
     assert [sum(row) for row in scored] == [len(tokenizer.encode("four")), len(tokenizer.encode("yes"))]
 
 
+@pytest.mark.slow
 def test_the_round_trip_of_the_last_document_counts(tmp_path, capsys):
     """A million characters that the tokenizer knows, in many batches, and then some that it does not."""
     make_sentencepiece(tmp_path / "tokenizer", byte_fallback=False)
