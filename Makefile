@@ -15,16 +15,20 @@ export HF_HUB_OFFLINE ?= 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD = 1
 
-.PHONY: demo test test-fast lint types check format lock clean
+.PHONY: demo test test-fast test-all lint types check format lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.dev
-	$(PYTEST)
+	$(PYTEST) -m "not long"
 
 test-fast: $(VENV)/.dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
+
+# The long forms too; by hand, before a release.
+test-all: $(VENV)/.dev
+	$(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -71,6 +71,7 @@ def printed_by(contestant, case):
     return json.loads(out.getvalue().splitlines()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_all_contestants_find_one_number(tmp_path, monkeypatch, run_ranks):
     """One contestant runs as a program, the others in processes that begin with their libraries imported."""

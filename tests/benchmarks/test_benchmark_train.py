@@ -115,6 +115,7 @@ def forked(run_ranks, monkeypatch):
     return commands
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_all_contestants_train_the_toy_alike(forked, tmp_path):
     flags = ["--preset", "toy", "--repeats", "1", "--steps", "2", "--results", str(tmp_path)]

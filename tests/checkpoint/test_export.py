@@ -17,6 +17,7 @@ from export_runs import (
     STEPS,
     TOPOLOGY,
     WEIGHT_DECAY,
+    copy_of,
     export_again,
     exported,
     logits_of,
@@ -127,7 +128,8 @@ def test_what_was_tied_stays_tied(config):
 @pytest.mark.parametrize(
     ("wanted", "best", "expected"), [("best", 1, 1), ("best", 2, 2), ("best", None, 3), ("last", 1, 3)]
 )
-def test_best_and_last(config, wanted, best, expected):
+def test_best_and_last(config, wanted, best, expected, tmp_path):
+    config = copy_of(config, tmp_path)
     config = replace(config, run=replace(config.run, export=wanted))
     state = replace(state_of(config), best_step=best)
     folder = export_again(config, state)
@@ -200,9 +202,9 @@ def test_a_card_shows_counts_in_full_and_what_is_not_finite(config, tmp_path):
 
 
 @of("full", "ends")
-def test_the_exported_model_scores_what_was_measured(config):
+def test_the_exported_model_scores_what_was_measured(config, tmp_path):
     """Windows of 32 tokens, each 16 further, by transformers alone: every token of the text scored once."""
-    folder = export_again(config)
+    folder = export_again(copy_of(config, tmp_path))
     model, tokenizer = exported(folder)
     text = Path(str(config.data.valid)).read_text()
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)])

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from export_runs import export_again, of, state_of
+from export_runs import copy_of, export_again, of, state_of
 from safetensors import SafetensorError
 from tiny_models import change_tensors
 from transformers import PreTrainedModel
@@ -23,8 +23,8 @@ from megaft.weights.manifest import folder_of
 
 
 @pytest.fixture
-def config(export_runs, request):
-    return parse_train(export_runs[request.param])
+def config(export_runs, request, tmp_path):
+    return copy_of(parse_train(export_runs[request.param]), tmp_path)
 
 
 @of("full")

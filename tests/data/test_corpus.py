@@ -270,6 +270,7 @@ def gpt2(gpt2_bpe):
     return load_tokenizer(gpt2_bpe)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(parts=st.lists(st.sampled_from(ODD) | st.text(max_size=3), max_size=60), width=st.integers(1, 9))
 def test_cutting_changes_no_token(gpt2, parts, width):

@@ -2,14 +2,10 @@ import gzip
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
 from functools import cache
 from itertools import pairwise
 
 import detokenizers
-import numpy as np
 import pytest
 import zstandard
 from tiny_tokenizers import make_byte_level, make_llama_model, make_sentencepiece
@@ -214,6 +210,7 @@ def test_completions_of_a_sentencepiece_model_get_no_space_of_their_own(tmp_path
     assert [sum(row) for row in scored] == [len(tokenizer.encode("four")), len(tokenizer.encode("yes"))]
 
 
+@pytest.mark.slow
 def test_the_round_trip_of_the_last_document_counts(tmp_path, capsys):
     """A million characters that the tokenizer knows, in many batches, and then some that it does not."""
     make_sentencepiece(tmp_path / "tokenizer", byte_fallback=False)
@@ -350,53 +347,3 @@ def test_damage_is_refused(run, tmp_path, suffix, damage, message):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=message):
         load_receipt(tmp_path / "out")
-
-
-KILLED = """
-import os, pathlib, signal, sys
-from megaft.data import document_writer, prepare
-
-def kill_at(owner, name, number):
-    original, calls = getattr(owner, name), []
-    def dying(*arguments, **options):
-        calls.append(name)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **options)
-    setattr(owner, name, dying)
-
-text, tokenizer, *prefixes = sys.argv[1:]
-loaded = prepare.load_tokenizer(tokenizer)
-prepare.load_tokenizer = lambda source: loaded
-for prefix, (owner, name, number) in zip(prefixes, [
-    (document_writer.DocumentWriter, "add", 3),
-    (pathlib.Path, "replace", 1),
-    (pathlib.Path, "replace", 2),
-    (pathlib.Path, "replace", 3),
-], strict=True):
-    if not (child := os.fork()):
-        kill_at(owner, name, number)
-        prepare.prepare(prepare.PrepareConfig(inputs=(text,), output=pathlib.Path(prefix), tokenizer=tokenizer))
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_a_killed_run_leaves_the_old_data_or_none(run, corpora, source, tmp_path):
-    text = corpora / "book.txt"
-    names = ["while writing", "before .bin", "before .idx", "before .json"]
-    for name in names:
-        receipt = prepare(
-            PrepareConfig(inputs=(str(write(tmp_path / "old.txt", "old")),), output=tmp_path / name, tokenizer=source)
-        )
-    arguments = [str(text), source, *(str(tmp_path / name) for name in names)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(-signal.SIGKILL)] * 4
-    assert load_receipt(tmp_path / names[0]) == receipt
-    assert np.array_equal(read(tmp_path / names[0]), [load_tokenizer(source).encode("old")])
-    for name in names[1:]:
-        with pytest.raises(DataError, match=r"no prepared dataset: .*\.json cannot be read"):
-            load_receipt(tmp_path / name)
-    prepare(PrepareConfig(inputs=(str(text),), output=tmp_path / names[3], tokenizer=source))
-    assert load_receipt(tmp_path / names[3])["words"] == len(text.read_text(encoding="utf-8-sig").split())
-    assert not list(tmp_path.glob(f"{names[3]}*.tmp"))

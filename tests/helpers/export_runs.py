@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +143,12 @@ def exported(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def copy_of(config, folder):
+    """Return the settings of a copy of the run, which a test may change."""
+    own = shutil.copytree(config.run.dir, folder / config.run.dir.name)
+    return replace(config, run=replace(config.run, dir=own))
 
 
 def export_again(config, state=None, dtype="float32"):

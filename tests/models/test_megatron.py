@@ -145,6 +145,7 @@ def test_a_trained_gpt2(run_ranks, trained_gpt2, size):
         assert found["nats"] < 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 3])
 def test_smollm2(run_ranks, smollm2_cut, size):
     """Nine heads in three groups: no two ranks can share them, three can."""

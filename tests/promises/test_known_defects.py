@@ -129,11 +129,10 @@ def test_batch_means_count_padding(toy, text, evaluate):
 
 
 def test_special_tokens_are_no_tokens_of_the_text(toy, text, evaluate):
-    num_tokens = len(toy.encode(text))
-    num_chunks = math.ceil(num_tokens / CONTEXT)
-    assert num_tokens + num_chunks != num_tokens  # lm-finetuning's T: a control code a chunk
+    num_tokens = len(toy.encode(text))  # lm-finetuning's T has a control code a chunk besides
     result = evaluate("--protocol=megaft")
     assert result["num_tokenized_tokens"] == result["num_scored_tokens"] == num_tokens
+    assert result["perplexity"] == pytest.approx(math.exp(result["nats"] / num_tokens), rel=1e-12)
 
 
 def test_no_limit_is_hidden(evaluate, tmp_path):
@@ -146,11 +145,16 @@ def test_no_limit_is_hidden(evaluate, tmp_path):
 
 
 def test_a_text_longer_than_the_context_is_scored_whole(toy, text, evaluate):
-    num_tokens = len(toy.encode(text))
-    assert len(toy.encode(text)[-128:]) < num_tokens / 5  # lighteval: what the model has no positions for is cut off
+    tokens = toy.encode(text)
     result = evaluate("--protocol=lm-eval", "--context-length=128")
-    assert result["num_scored_tokens"] == num_tokens
-    assert sum(tokens for tokens, _ in result["segments"]) == num_tokens
+    assert result["num_scored_tokens"] == len(tokens)
+    assert sum(tokens for tokens, _ in result["segments"]) == len(tokens)
+    inputs, nats = [toy.prefix, *tokens], []
+    for begin in range(0, len(tokens), 128):
+        end = min(begin + 128, len(tokens))
+        nats += toy.nats(inputs[max(0, end - 128) : end], tokens[begin:end])
+    assert result["nats"] == pytest.approx(math.fsum(nats), rel=1e-6)  # lighteval: of the last 128 tokens alone
+    assert len(nats) > 5 * 128
 
 
 def test_a_corpus_perplexity_has_an_interval(evaluate):
@@ -158,6 +162,11 @@ def test_a_corpus_perplexity_has_an_interval(evaluate):
     result = evaluate("--protocol=lm-eval", "--task=wikitext2")
     interval = result["confidence_interval_95"]
     assert interval["quantity"] == "word_perplexity"
-    assert interval["low"] < result["word_perplexity"] < interval["high"]
-    nats = np.array([nats / tokens for tokens, nats in result["segments"]])
-    assert np.std(nats) > 0
+    below, above = (abs(math.log(interval[end] / result["word_perplexity"])) for end in ("low", "high"))
+    assert below == pytest.approx(above, rel=1e-9)
+    # Two standard errors of the mean of about a hundred parts, each weighted by its tokens.
+    tokens, nats = np.array(result["segments"]).T
+    mean_nats = nats.sum() / tokens.sum()
+    errors = nats - mean_nats * tokens
+    two_errors = 1.96 * math.sqrt(len(errors) / (len(errors) - 1) * (errors**2).sum()) / nats.sum()
+    assert below / math.log(result["word_perplexity"]) == pytest.approx(two_errors, rel=0.2)

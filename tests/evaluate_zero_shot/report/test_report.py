@@ -331,7 +331,8 @@ def test_positions_are_means_at_the_middle_of_their_bins():
     ],
 )
 def test_ticks_are_round_numbers_around_the_range(low, high, ticks):
-    assert plots._round_numbers(low, high) == ticks
+    found = plots.draw({"a": [(1, low), (2, high)]}, "x", "y")
+    assert [float(label) for _, label in found.y_ticks] == ticks
 
 
 def test_one_point_is_no_plot():

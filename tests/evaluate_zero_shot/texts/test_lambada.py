@@ -37,6 +37,7 @@ def encode(tokenizer):
     return lambda text: tokenizer(text)["input_ids"]
 
 
+@pytest.mark.slow
 def test_the_published_file(published, shared):
     passages, gpt2 = published, GPT2TokenizerFast.from_pretrained(shared / "data/gpt2_bpe")
     tokens = [len(ids) for ids in gpt2(passages)["input_ids"]]

@@ -61,6 +61,7 @@ def test_denominators_are_those_behind_published_lm_eval_figures(raw, word_perpl
     assert sum(len(page.encode()) for page in pages) == pytest.approx(bytes_per_word * sum(map(words, pages)), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_hub_rows_of_raw_test_make_the_tokens_of_the_documentation(raw, shared):
     gpt2 = GPT2TokenizerFast.from_pretrained(shared / "data/gpt2_bpe", model_max_length=10**9)
     text = hf_rows(raw)
