@@ -202,10 +202,10 @@ def test_23_figures_by_bytes_of_a_lossy_tokenizer_are_left_out(workshop):
     shutil.copyfile(workshop.toy.sentencepiece, model / "tokenizer.model")
     text = workshop.write("a.txt", "two  spaces\nand a line\n" * 40)
     done = accepted(workshop, workshop.prepare(text, tokenizer=model))
-    assert "warning: the tokenizer loses text: decoding does not give it back." in done.err
+    assert "warning: the tokenizer loses text" in done.err
     assert json.loads((workshop.folder / "out/data.json").read_text())["tokenizer"]["round_trip"] is False
     done = accepted(workshop, workshop.evaluate(text, "--context-length=64", "--stride=32", model=model))
-    assert "the tokenizer loses text: decoding does not give it back, so no figure by bytes is given." in done.err
+    assert "warning: the tokenizer loses text" in done.err
     (result,) = json.loads((workshop.folder / "evaluation/results.json").read_text())["results"]
     assert result["word_perplexity"] > 1
     assert (result["num_bytes"], result["bits_per_byte"], result["byte_perplexity"]) == (None, None, None)
