@@ -51,7 +51,7 @@ def write_scaling(page: Path) -> None:
 def table() -> str:
     """Return every way on every number of GPUs: the largest micro-batch that fits, its memory and its time."""
     head = (
-        "| GPU, precision | GPUs | way | micro-batch | layers recomputed | peak of a GPU | tokens/s | days an epoch |"
+        "| GPU, precision | GPUs | sharding | micro-batch | recomputation | peak of a GPU | tokens/s | days an epoch |"
     )
     rows = [row(gpu, count, way) for gpu in HARDWARE for count in (8, 64, 512) for way in WAYS]
     return "\n".join([head, "|---" * 8 + "|", *rows])
