@@ -145,7 +145,7 @@ def _save_smollm2(folder: Path) -> None:
 
 
 CHARACTERS_PER_TOKEN = {False: 1.86, True: 4.67}
-"""Of the toy's tokenizer on Python's documentation, and of GPT-2's on WikiText-103 as it is before detokenizing."""
+"""False: the toy's tokenizer on Python's documentation. True: GPT-2's on the tokenized WikiText-103."""
 FILES = {
     "stream": "wikitext103/wiki.test.tokens",
     "page": "wikitext2_raw/wiki.test.raw",
