@@ -179,7 +179,7 @@ class Trial:
         return codes
 
     def expect(self, holds: bool, what: str) -> None:
-        """Note a promise that was not kept."""
+        """Record a broken promise unless `holds`."""
         if not holds:
             self.unkept.append(what)
 
