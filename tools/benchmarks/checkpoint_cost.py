@@ -1,4 +1,4 @@
-"""Time megaft's checkpoints beside DeepSpeed's own `engine.save_checkpoint`, of one engine, by turns.
+"""Time megaft's checkpoints and DeepSpeed's `engine.save_checkpoint` on the same engine, alternating.
 
     python tools/benchmarks/checkpoint_cost.py --folder /a/local/disk --repeats 5
 
@@ -27,27 +27,27 @@ from megaft.base.environment import environment
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 WHAT = {
-    "megaft": "weights and moments once, every rank its part; synced, hashed, renamed into place",
-    "megaft --checkpoint.async": "the same; training waits for a copy in memory, and for the renaming later",
-    "deepspeed": "`engine.save_checkpoint`; neither synced nor hashed, and a crash leaves half of it under its name",
+    "megaft": "weights and moments once, sharded over ranks; synced, hashed, renamed into place",
+    "megaft --checkpoint.async": "the same; training waits for a copy in memory, and later for the rename",
+    "deepspeed": "`engine.save_checkpoint`; neither synced nor hashed; a crash leaves half of it",
     "deepspeed + fsync + SHA-256": "the same, then every file synced and hashed, shared by the ranks",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Time megaft's checkpoints beside DeepSpeed's."""
+    """Time megaft's checkpoints and DeepSpeed's."""
 
     cases: tuple[str, ...] = ("1x0", "1x2", "2x0", "2x2", "2x3")
     """Ranks and ZeRO stage."""
     millions: float = 85.0
     """Parameters, 12 bytes each."""
     repeats: int = 5
-    """Saves of each kind that count, after one that does not."""
+    """Timed saves of each kind, after one to warm up."""
     folder: Path | None = None
-    """On the disk to write to. By default a temporary one."""
+    """Folder on the disk to test. By default a temporary one."""
     hardware: str = f"cpu{os.cpu_count()}"
-    """A name for the result files."""
+    """Name of the hardware in the result files."""
 
 
 def main(arguments: Arguments) -> None:
@@ -66,7 +66,7 @@ def main(arguments: Arguments) -> None:
 
 
 def measure(case: str, arguments: Arguments) -> dict[str, Any]:
-    """Launch the ranks of one case, such as 2x3, and return what they measured."""
+    """Launch the ranks of one case, such as 2x3, and return their measurements."""
     num_ranks, stage = case.split("x")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         output = Path(folder) / "figures.json"
@@ -79,11 +79,11 @@ def measure(case: str, arguments: Arguments) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the report as a page."""
+    """Return the report as Markdown."""
     where = report["environment"]
     return "\n".join(
         [
-            "# megaft's checkpoints beside DeepSpeed's\n",
+            "# megaft's checkpoints compared with DeepSpeed's\n",
             "Seconds that training waits for one save, and the state (a weight and two moments in fp32, 12 bytes a "
             "parameter) that is saved in one of them; the slowest rank's, median [least, most], by turns into an empty "
             "folder. Of the asynchronous way also the seconds until the checkpoint is published.\n",
@@ -115,7 +115,7 @@ def page(case: dict[str, Any]) -> list[str]:
 
 
 def row(name: str, runs: list[dict[str, float]], state_bytes: int) -> tuple[str, ...]:
-    """Return one way's line of the table."""
+    """Return the table's line for one way of saving."""
     waits = [run["blocking_seconds"] for run in runs]
     speed = state_bytes / 1e9 / statistics.median(waits)
     published = statistics.median(run["seconds"] for run in runs)
@@ -123,7 +123,7 @@ def row(name: str, runs: list[dict[str, float]], state_bytes: int) -> tuple[str,
 
 
 def ratios(runs: dict[str, list[dict[str, float]]], name: str, peer: str) -> list[float]:
-    """Return the ratio of the peer's blocking time to ours, repeat by repeat."""
+    """Return the peer's blocking time over megaft's, repeat by repeat."""
     pairs = zip(runs[peer], runs[name], strict=True)
     return [theirs["blocking_seconds"] / ours["blocking_seconds"] for theirs, ours in pairs]
 

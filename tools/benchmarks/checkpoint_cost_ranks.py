@@ -1,4 +1,4 @@
-"""One rank of the checkpoint benchmark: every way of saving the same engine, by turns.
+"""One rank of the checkpoint benchmark, which saves the same engine in every way, alternating.
 
 torchrun --nproc-per-node 2 checkpoint_cost_ranks.py OUTPUT.json FOLDER STAGE MILLIONS_OF_PARAMETERS REPEATS
 """
@@ -46,7 +46,7 @@ def main(output: Path, folder: Path, stage: int, millions: float, repeats: int) 
 
 
 def make_engine(stage: int, millions: float) -> Any:
-    """Return an fp32 engine of matrices as GPT-2 has them, whose AdamW has stepped once."""
+    """Return an fp32 engine with matrices of GPT-2's shapes, after one AdamW step."""
     import deepspeed
 
     num_blocks = max(1, round(millions * 1e6 / (8 * WIDTH**2 + 5 * WIDTH)))
@@ -65,12 +65,12 @@ def make_engine(stage: int, millions: float) -> Any:
 
 
 def make_ways(engine: Any, folder: Path) -> dict[str, Callable[[], float | None]]:
-    """Return what saves into `folder`, by name; each returns how long training waited, where that is not all."""
+    """Return functions that save into `folder`, by name; each returns the wait of training, or None."""
 
     def megaft() -> None:
         Saver(folder, IDENTITY, CheckpointConfig()).save(engine, RunState(step=1))
 
-    background = Saver(folder, IDENTITY, CheckpointConfig(in_background=True))  # keeps its host copy, as in a run
+    background = Saver(folder, IDENTITY, CheckpointConfig(in_background=True))  # keeps its host buffers, as in a run
 
     def megaft_async() -> float:
         background.save(engine, RunState(step=1))
@@ -98,7 +98,7 @@ def make_ways(engine: Any, folder: Path) -> dict[str, Callable[[], float | None]
 
 
 def timed(way: Callable[[], float | None], folder: Path) -> dict[str, float]:
-    """Save into an empty folder, with the disk at rest; return the slowest rank's seconds, and the bytes there."""
+    """Save into an empty folder on an idle disk; return the slowest rank's seconds and the bytes written."""
     if parallel.is_main():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -2,7 +2,7 @@
 
     python tools/benchmarks/convert_memory.py --folder /a/local/disk
 
-The disk needs room for the model twice. The way back must give the very bytes it began with.
+The disk needs space for two copies of the model. Converting back must reproduce the original bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHAPES = {
     "llama-3-8b": {"vocab_size": 128256, "num_key_value_heads": 8, "intermediate_size": 14336},
     "llama-160m": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 8},
 }
-"""Differences from the first, which is transformers' default of 32 layers."""
+"""Differences from the first entry, which is transformers' default of 32 layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +46,13 @@ class Arguments:
     """Measure the memory and time of `megaft convert`."""
 
     model: str = "llama-2-7b"
-    """One of SHAPES, its weights random."""
+    """One of SHAPES, with random weights."""
     tensor_parallel_size: int = 8
-    """Tensor-parallel size of the format between."""
+    """Tensor-parallel size of the intermediate format."""
     folder: Path | None = None
-    """On the disk to write to. By default a temporary one."""
+    """Folder on the disk to test. By default a temporary one."""
     hardware: str = f"cpu{os.cpu_count()}"
-    """A name for the result files."""
+    """Name of the hardware in the result files."""
 
 
 def main(arguments: Arguments) -> None:
@@ -69,7 +69,7 @@ def main(arguments: Arguments) -> None:
 
 
 def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
-    """Return the memory of each conversion, and of the smallest model's: Python and its libraries."""
+    """Return the memory of each conversion, and of the smallest model's as the baseline of Python and its libraries."""
     start, cut, end = (folder / name for name in ("start", "cut", "end"))
     ways = [(start, cut, ["megatron", "--tensor-parallel-size", str(arguments.tensor_parallel_size)])]
     ways += [(cut, end, ["hugging-face"])]
@@ -82,7 +82,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
         for source, to, flags in ways:
             rows[f"{model} to {flags[0]}"] = watched(["--from", str(source), "--to", str(to), "--format", *flags])
             shutil.rmtree(source)
-        assert hashes(end) == before, "the way back gave other bytes"
+        assert hashes(end) == before, "converting back gave different bytes"
         shutil.rmtree(end)
     largest = max(shape.numel() for shape in weights.shapes.values())
     sizes = {"model_bytes": 2 * weights.num_parameters, "largest_parameter_bytes": 2 * largest}
@@ -90,7 +90,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
 
 
 def random_weights(config: LlamaConfig) -> Weights:
-    """Return weights that are a function of their names."""
+    """Return random weights seeded by their names."""
     shapes = shapes_of(config)
 
     def draw(name: str) -> Tensor:
@@ -101,12 +101,12 @@ def random_weights(config: LlamaConfig) -> Weights:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file with weights."""
+    """Return the SHA-256 of each weight file."""
     return {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def watched(flags: list[str]) -> dict[str, float]:
-    """Run `megaft convert`; return its seconds and the most bytes it had, resident and of its own."""
+    """Run `megaft convert`; return its seconds and its peak bytes, resident and anonymous."""
     begin, peak = time.perf_counter(), {"VmHWM": 0, "RssAnon": 0}
     process = subprocess.Popen([sys.executable, "-m", "megaft.cli", "convert", *flags])
     while process.poll() is None:
@@ -119,7 +119,7 @@ def watched(flags: list[str]) -> dict[str, float]:
 
 
 def memory(pid: int) -> dict[str, int]:
-    """Return a process's resident memory at its most and, now, without pages of files; nothing once it has ended."""
+    """Return a process's peak resident memory and current anonymous memory; nothing once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -129,7 +129,7 @@ def memory(pid: int) -> dict[str, int]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the report as a page."""
+    """Return the report as Markdown."""
     giga, where = 1e9, report["environment"]
     rows = [
         (name, f"{row['own'] / giga:.2f}", f"{row['resident'] / giga:.2f}", f"{row['seconds']:.0f}")
@@ -142,13 +142,13 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "# The memory of `megaft convert`\n",
+            "# Memory of `megaft convert`\n",
             f"A random {report['model']} of {report['model_bytes'] / giga:.1f} GB in bfloat16, its largest parameter "
             f"{report['largest_parameter_bytes'] / giga:.2f} GB, from transformers' folder to "
             f"{report['tensor_parallel_size']} tensor-parallel shards and back; the files at the end are those of the "
             "beginning, byte for byte. llama-160m shows what Python and its libraries take. The way back reads its "
             "source twice, since it holds every file against its SHA-256 first.\n",
-            table(("conversion", "peak GB of its own", "peak GB resident", "s"), rows),
+            table(("conversion", "peak GB, anonymous", "peak GB resident", "s"), rows),
             "",
             f"From disk to disk, hashed and synced: {'; '.join(speeds)}.\n",
             f"- command: `{' '.join(where['command'])}`",

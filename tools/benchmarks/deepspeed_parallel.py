@@ -1,11 +1,11 @@
-"""Hold DeepSpeed's own tensor parallelism (AutoTP) and sequence parallelism (Ulysses) against one rank's training.
+"""Compare DeepSpeed's tensor parallelism (AutoTP) and sequence parallelism (Ulysses) with training on one rank.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 tools/benchmarks/deepspeed_parallel.py autotp
     python -m torch.distributed.run --standalone --nproc-per-node 2 tools/benchmarks/deepspeed_parallel.py ulysses
 
-A small Llama in fp32 trains for ten steps of SGD, split over all ranks, at ZeRO stages 0 to 3, without clipping and
-with it, and with two documents in a sample. Beside it the same model trains on each rank alone, by torch. It prints the
-largest relative difference of a loss and of a gradient's norm; docs/parallelism.md has what came out.
+A small Llama in fp32 trains for ten steps of SGD, sharded over all ranks, at ZeRO stages 0 to 3, without and with
+clipping, and with two documents in a sample. The same model also trains on each rank alone, with torch. It prints the
+largest relative difference of a loss and of a gradient norm; docs/parallelism.md has the results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RATE, CLIPPED_TO = 0.1, 0.5
 
 
 def make_model() -> Any:
-    """Return a Llama with grouped queries, whose weights are the same on every rank."""
+    """Return a Llama with grouped-query attention and the same weights on every rank."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "hidden_size": 64,
@@ -48,18 +48,18 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def nats(model: Any, inputs: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-    """Return the sum of the labels' nats."""
+    """Return the sum of nats over the labels."""
     logits = model(input_ids=inputs, position_ids=positions, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
 def sgd(model: Any) -> torch.optim.Optimizer:
-    """Return the optimizer of both: Adam would not show that a gradient is twice its size, or clipped so."""
+    """Return SGD for both: Adam would hide a gradient of twice the size, or its clipping."""
     return torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
 
 
 def alone(clipping: float, positions: Tensor) -> tuple[list[float], list[float]]:
-    """Train on this rank alone; return the losses and the norms of the gradients before clipping."""
+    """Train on this rank alone; return the losses and gradient norms before clipping."""
     model = make_model()
     optimizer, losses, norms = sgd(model), [], []
     for inputs, labels in batches():
@@ -73,7 +73,7 @@ def alone(clipping: float, positions: Tensor) -> tuple[list[float], list[float]]
 
 
 def together(scheme: str, stage: int, clipping: float, positions: Tensor) -> tuple[list[float], list[float | None]]:
-    """Train a model that the ranks share, each on all of a sample or on its part of it; return the same."""
+    """Train a model sharded over the ranks, each on a whole sample or its part of the sequence; return the same."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": clipping}
     config |= {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
@@ -99,7 +99,7 @@ def together(scheme: str, stage: int, clipping: float, positions: Tensor) -> tup
 
 @cache
 def ulysses() -> Any:
-    """Let transformers' attention exchange heads for positions, from now on; return the groups of ranks."""
+    """Replace transformers' attention by Ulysses'; return the groups of ranks."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     return UlyssesSPAttentionHF.register_with_transformers(
@@ -113,18 +113,18 @@ def ulysses() -> Any:
 
 
 def largest(ours: list[Any], theirs: list[float]) -> str:
-    """Return the largest relative difference, if there are figures."""
+    """Return the largest relative difference, if there are any figures."""
     if None in ours:
         return "not told"
     return f"{max(abs(float(our) - their) / their for our, their in zip(ours, theirs, strict=True)):.1e}"
 
 
 def main(scheme: str) -> None:
-    """Try every stage with and without clipping, and documents that share a sample."""
+    """Test every stage with and without clipping, and documents that share a sample."""
     parallel.join(parallel.discover(os.environ))
     one, two = (torch.arange(LENGTH // parts).repeat(parts).expand(ROWS, -1) for parts in (1, 2))
     cases = [(stage, clipping, one) for stage in range(4) for clipping in (0.0, CLIPPED_TO)] + [(1, 0.0, two)]
-    expected = [alone(clipping, positions) for _, clipping, positions in cases]  # before attention is another
+    expected = [alone(clipping, positions) for _, clipping, positions in cases]  # before attention is replaced
     for (stage, clipping, positions), (losses, norms) in zip(cases, expected, strict=True):
         found = together(scheme, stage, clipping, positions)
         what = f"{scheme}, ZeRO {stage}, clipping {clipping}, {1 if positions is one else 2} documents a sample"

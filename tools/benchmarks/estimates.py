@@ -1,9 +1,9 @@
-"""Compare `megaft estimate` with what is measured, and write docs/estimates.md and docs/scaling.md.
+"""Compare `megaft estimate` with measurements, and write docs/estimates.md and docs/scaling.md.
 
     python tools/benchmarks/estimates.py [--only scaling]
 
-Three measurements: torch's memory tracker over fake tensors (activations, any size of model), every byte of a real
-DeepSpeed engine on CPU tensors (what ZeRO keeps, and the peak of a step), and the resident memory of real ranks.
+Three measurements: torch's memory tracker over fake tensors (activations, any model size), every byte of a real
+DeepSpeed engine on CPU tensors (ZeRO's states, and the peak of a step), and the resident memory of real ranks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Row:
 
 
 def passes() -> Iterator[Row]:
-    """One forward and backward pass of fake tensors."""
+    """Compare one forward and backward pass on fake tensors."""
     import estimates_passes
 
     for case in PASSES:
@@ -65,7 +65,7 @@ def passes() -> Iterator[Row]:
 
 
 def estimate_of_pass(case: Passing) -> tuple[int, int]:
-    """Return the bytes of weights, and the peak of a pass that leaves its gradients where autograd puts them."""
+    """Return the bytes of weights, and the peak of a pass that leaves gradients where autograd puts them."""
     work = Work(
         shape=shape_of(PRESETS[case.model], case.dropout),
         micro_batch_size=case.micro_batch_size,
@@ -88,7 +88,7 @@ def estimate_of_pass(case: Passing) -> tuple[int, int]:
 
 
 def engines() -> Iterator[Row]:
-    """A real engine as one of several ranks, its host's memory and its device's being the same here."""
+    """Compare a real engine as one of several ranks; host and device memory are the same here."""
     import estimates_engine
 
     for case in ENGINES:
@@ -104,7 +104,7 @@ def engines() -> Iterator[Row]:
 
 
 def ranks() -> Iterator[Row]:
-    """Real ranks between two steps."""
+    """Compare real ranks between two steps."""
     import estimates_ranks
 
     for case, found in zip(RANKS, estimates_ranks.measure(), strict=True):
@@ -114,7 +114,7 @@ def ranks() -> Iterator[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the comparisons as Markdown, one line a case."""
+    """Return the comparisons as Markdown, one line per case."""
     parts = [
         _section("Activations: one pass of fake tensors", [row for row in rows if row.kind == "pass"]),
         _section("ZeRO: every byte of a real engine", [row for row in rows if row.kind == "engine"]),
@@ -147,24 +147,24 @@ def _cell(row: Row) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Say the largest errors of what is to be within 1 %, and of peaks."""
+    """Return the largest error of the states, which should be within 1 %, and of the peaks."""
     states = [row for row in rows if row.what in STATES and row.measured]
     peaks = [row for row in rows if row.what.startswith("peak")]
-    found = []
-    for name, some in (("weights, gradients and optimizer", states), ("peaks", peaks)):
-        if some:
-            worst = max(some, key=lambda row: abs(row.error))
-            off = f"{worst.error:+.2%} ({worst.name}: {worst.what})"
-            found.append(f"Of {len(some)} figures of {name} the one furthest off is {off}.")
-    return "\n".join(found)
+    lines = []
+    for name, group in (("figures of weights, gradients and optimizer", states), ("peaks", peaks)):
+        if group:
+            worst = max(group, key=lambda row: abs(row.error))
+            error = f"{worst.error:+.2%}\n({worst.name}: {worst.what})"
+            lines.append(f"Largest error of {len(group)} {name}: {error}.")
+    return "\n\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Compare `megaft estimate` with what is measured."""
+    """Compare `megaft estimate` with measurements."""
 
     only: Literal["pass", "engine", "ranks", "scaling"] | None = None
-    """Measure, and replace, one part of it only."""
+    """Measure and replace only this part."""
 
 
 def main(arguments: Arguments) -> None:
@@ -182,21 +182,21 @@ def main(arguments: Arguments) -> None:
 
 
 def write(kinds: list[str], rows: list[Row]) -> None:
-    """Write the results, of other kinds those that are there, and the page."""
+    """Write the results and the page, keeping earlier rows of other kinds."""
     from megaft.base.environment import environment
 
     where = environment()
     stem = RESULTS / f"estimates_cpu{where['num_cores']}_{datetime.now(UTC):%Y%m}"
     path = stem.with_suffix(".json")
     if path.exists():
-        kept = [Row(**row) for row in json.loads(path.read_text())["rows"]]
-        rows = sorted([*rows, *(row for row in kept if row.kind not in kinds)], key=lambda row: KINDS.index(row.kind))
+        earlier = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+        rows = sorted(
+            [*rows, *(row for row in earlier if row.kind not in kinds)], key=lambda row: KINDS.index(row.kind)
+        )
     write_json_atomic(path, {"environment": where, "rows": [asdict(row) for row in rows]})
     content = f"{summary(rows)}\n\n{table(rows)}"
     versions = ", ".join(f"{name} {where['packages'][name]}" for name in ("torch", "deepspeed", "transformers"))
-    title = (
-        f"# megaft's estimates beside what is measured\n\n`python tools/benchmarks/estimates.py`; {versions}, commit"
-    )
+    title = f"# megaft's estimates beside measurements\n\n`python tools/benchmarks/estimates.py`; {versions}, commit"
     text = f"{title} {where['git']['commit']}.\n\nEstimated / measured. {content}\n"
     stem.with_suffix(".md").write_text(text)
     write_between_marks(ROOT / "docs" / "estimates.md", content)

@@ -1,4 +1,4 @@
-"""Cases that the estimates are compared on: models, DeepSpeed settings, ranks."""
+"""Cases for comparing the estimates: models, DeepSpeed settings, ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL = {"model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A recipe and what it is called in the table."""
+    """A recipe and its name in the table."""
 
     name: str
     recipe: Recipe
@@ -32,7 +32,7 @@ class Passing:
     context_length: int
     is_recomputed: bool = False
     tensor_parallel_size: int = 0
-    """0 is transformers' model; from 1 on megatron-core's."""
+    """0 means transformers' model, 1 or more megatron-core's."""
     dropout: float = 0.0
 
     @property

@@ -1,7 +1,7 @@
-"""A real DeepSpeed engine on CPU tensors, as rank 0 of so many, whose every byte is counted.
+"""Memory of a real DeepSpeed engine on CPU tensors, as rank 0 of N, counted byte by byte.
 
-The other ranks do not exist: torch's fake process group answers for them, so that one process shows what each ZeRO
-stage keeps on 1, 2 or 8 ranks.
+The other ranks do not exist: torch's fake process group stands in for them, so one process shows the memory of each
+ZeRO stage on 1, 2 or 8 ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megaft.run.optim import build_optimizer
 
 
 class Counter(TorchDispatchMode):
-    """Counts the bytes of all tensors that come out of any operation, while they live."""
+    """Counts the bytes of the live output tensors of all operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Counter(TorchDispatchMode):
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at what it gives."""
+        """Run the operation and count its outputs."""
         found = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._see, found)
         return found
@@ -68,7 +68,7 @@ class Held:
 
 
 def measure(recipe: Recipe, steps: int = 2) -> Held:
-    """Build the engine of a recipe as rank 0 of its ranks, train it a few steps and count."""
+    """Build a recipe's engine as rank 0, train a few steps and return its memory."""
     loss.CHUNK_BYTES["cpu"] = loss.CHUNK_BYTES["cuda"]
     accumulation = recipe.setup().gradient_accumulation_steps
     try:
@@ -89,7 +89,7 @@ def measure(recipe: Recipe, steps: int = 2) -> Held:
 
 
 def build(recipe: Recipe) -> Any:
-    """Return DeepSpeed's engine of a new model, as training makes it."""
+    """Return DeepSpeed's engine of a new model, built as in training."""
     _allow_fp16()
     setup, model = recipe.setup(), _model(recipe)
     groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
@@ -113,7 +113,7 @@ def _model(recipe: Recipe) -> nn.Module:
 
 
 def _forget_groups() -> None:
-    """DeepSpeed keeps groups of the ranks there were."""
+    """Clear the process groups that DeepSpeed caches."""
     from deepspeed.utils import groups
 
     for name, value in vars(groups).items():
@@ -122,7 +122,7 @@ def _forget_groups() -> None:
 
 
 def transformers_config(recipe: Recipe) -> dict[str, Any]:
-    """Return the configuration of a recipe's shape, which is a GPT-2's, without dropout."""
+    """Return transformers' configuration of a recipe's GPT-2, without dropout."""
     shape = recipe.shape
     assert not shape.is_gated
     sizes = {"n_embd": shape.width, "n_layer": shape.num_layers, "n_head": shape.num_heads}
@@ -135,11 +135,11 @@ def _allow_fp16() -> None:
 
     accelerator = get_accelerator()
     assert accelerator is not None
-    accelerator.is_fp16_supported = lambda: True  # torch computes it here, slower
+    accelerator.is_fp16_supported = lambda: True  # torch computes it on CPUs, slowly
 
 
 def train_step(engine: Any, recipe: Recipe, accumulation: int) -> int:
-    """Train one step; return the bytes of gradients before the optimizer's."""
+    """Train one step; return the bytes of gradients before the optimizer step."""
     tokens = torch.zeros(engine.train_micro_batch_size_per_gpu(), recipe.context_length, dtype=torch.long)
     found = 0
     for _ in range(accumulation):
@@ -162,7 +162,7 @@ def _gradients(engine: Any) -> Iterator[Tensor]:
 
 
 def held(engine: Any, gradients: int, peak: int) -> Held:
-    """Walk an engine's tensors, between steps."""
+    """Return the bytes of an engine's tensors, between steps."""
     optimizer = inner_optimizer(engine)
     stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     stepped += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])
@@ -178,6 +178,6 @@ def held(engine: Any, gradients: int, peak: int) -> Held:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of these tensors' memory, shared memory once."""
+    """Return the bytes of these tensors, counting shared storage once."""
     storages = {storage._cdata: storage.nbytes() for tensor in tensors if (storage := tensor.untyped_storage())}
     return sum(storages.values())

@@ -1,8 +1,8 @@
-"""The memory of one forward and backward pass, by torch's own tracker, on fake tensors: of any size, in seconds.
+"""Memory of one forward and backward pass on fake tensors, by torch's memory tracker: any size, in seconds.
 
-Fake tensors here are CPU ones, since torch built without CUDA has no autograd for others. What CUDA computes by another
-kernel is therefore put in its place: fused attention with dropout, dropout with masks of bytes, fused RMSNorm
-(LayerNorm keeps the same tensors). Chunks of logits are CUDA's.
+Fake tensors are on the CPU, since torch built without CUDA has no autograd for others. Operations with other kernels on
+CUDA are therefore replaced: fused attention with dropout, dropout with byte masks, fused RMSNorm (LayerNorm saves the
+same tensors). Logits are chunked as on CUDA.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from megaft.weights.loading import pretrained
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Of a forward and backward pass, in bytes."""
+    """Memory of a forward and backward pass, in bytes."""
 
     weights: int
     total: int
 
 
 def measure(case: Passing) -> Peak:
-    """Build the model of fake tensors, pass forward and backward, and return what torch's tracker saw."""
+    """Run a model of fake tensors forward and backward; return the memory that torch's tracker recorded."""
     if case.tensor_parallel_size:
         parallel.pretend(case.tensor_parallel_size)
         parallel.cut_matrices(case.tensor_parallel_size)
@@ -73,7 +73,7 @@ def _model(case: Passing) -> nn.Module:
 
 
 def _round(model: nn.Module, dtype: torch.dtype) -> None:
-    """As `model.to(dtype)`, which torch has not for fake tensors."""
+    """Convert a model like `model.to(dtype)`, which does not support fake tensors."""
     rounded: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""Real ranks that train a GPT-2 of 34 M parameters on CPUs, and what the system says is in their memory."""
+"""Resident memory of real ranks that train a GPT-2 of 34 M parameters on CPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ M_MMAP_THRESHOLD = -3
 
 
 def measure() -> list[dict[str, Any]]:
-    """Return what rank 0 of each case holds between two steps: its tensors, and resident memory."""
+    """Return rank 0's memory between two steps for each case: tensors and resident."""
     torch.set_num_threads(1)
     return [{"name": case.name, **_run(case)} for case in RANKS]
 
@@ -36,7 +36,7 @@ def _run(case: Case) -> dict[str, Any]:
     processes = [context.Process(target=_rank, args=(rank, port, case, theirs)) for rank in ranks]
     for process in processes:
         process.start()
-    assert ours.poll(SECONDS), f"{case.name}: rank 0 says nothing"
+    assert ours.poll(SECONDS), f"{case.name}: rank 0 returned no result"
     found = ours.recv()
     for process in processes:
         process.join()
@@ -45,15 +45,15 @@ def _run(case: Case) -> dict[str, Any]:
 
 def _rank(rank: int, port: int, case: Case, answers: Any) -> None:
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back to the system
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)  # return freed memory to the system
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.recipe.world_size}
     os.environ.update(
         {name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     parallel.join(parallel.discover(os.environ))
-    _train(replace(case.recipe, shape=shape_of(WARM_UP, 0.0)))  # whatever a first step loads
+    _train(replace(case.recipe, shape=shape_of(WARM_UP, 0.0)))  # loaded by a first step
     gc.collect()
-    libc.malloc_trim(0)  # also of the parent's memory, which this process began with
+    libc.malloc_trim(0)  # including memory inherited from the parent
     before = resident_bytes()
     engine = _train(case.recipe)
     found = asdict(estimates_engine.held(engine, 0, 0)) | {"resident": resident_bytes() - before}
@@ -71,6 +71,6 @@ def _train(recipe: Any) -> Any:
 
 
 def resident_bytes() -> int:
-    """Return the anonymous memory of this process that is resident."""
+    """Return the anonymous resident memory of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))

@@ -1,4 +1,4 @@
-"""The 8.3 B model of Megatron-LM's paper on 8, 64 and 512 GPUs, by the estimator alone, for docs/scaling.md."""
+"""Estimates of the 8.3 B model of Megatron-LM's paper on 8, 64 and 512 GPUs, for docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -29,68 +29,68 @@ SECONDS_PER_DAY = 86_400
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """Parallelism of the model."""
+class Sharding:
+    """A parallel recipe of the model."""
 
     name: str
     file: str
     tensor_parallel_size: int
 
 
-WAYS = (Way("TP 8 x ZeRO-1", "megatron_8.3b_tp8.json", 8), Way("ZeRO-3", "megatron_8.3b_zero3.json", 1))
+SHARDINGS = (Sharding("TP 8 x ZeRO-1", "megatron_8.3b_tp8.json", 8), Sharding("ZeRO-3", "megatron_8.3b_zero3.json", 1))
 HARDWARE = ("h100", "a100", "v100-32gb")
 
 
 def write_scaling(page: Path) -> None:
-    """Write the page's table."""
+    """Write the page's tables."""
     content = f"{table()}\n\n{paper()}"
     print(content)
     write_between_marks(page, content)
 
 
 def table() -> str:
-    """Return every way on every number of GPUs: the largest micro-batch that fits, its memory and its time."""
+    """Return the largest micro-batch that fits, its memory and time, for each recipe and number of GPUs."""
     head = (
-        "| GPU, precision | GPUs | way | micro-batch | layers recomputed | peak of a GPU | tokens/s | days an epoch |"
+        "| GPU, precision | GPUs | sharding | micro-batch | recomputation | peak of a GPU | tokens/s | days an epoch |"
     )
-    rows = [row(gpu, count, way) for gpu in HARDWARE for count in (8, 64, 512) for way in WAYS]
+    rows = [row(gpu, count, sharding) for gpu in HARDWARE for count in (8, 64, 512) for sharding in SHARDINGS]
     return "\n".join([head, "|---" * 8 + "|", *rows])
 
 
-def row(gpu: str, num_gpus: int, way: Way) -> str:
-    """Return one line: without recomputing where that fits, else with."""
-    start = f"| {GPUS[gpu].name}, {'bf16' if GPUS[gpu].has_bf16 else 'fp16'} | {num_gpus} | {way.name} |"
-    found = best(gpu, num_gpus, way)
-    if found is None:
-        smallest = recipe(way, num_gpus, 1, gpu, is_recomputed=True).footprint().peak_bytes
-        return f"{start} none | - | {smallest / GIB:.1f} GiB at the least: does not fit | - | - |"
-    setup = found.setup()
-    rates = speed(found, setup.dtype, GPUS[gpu], EPOCH)
+def row(gpu: str, num_gpus: int, sharding: Sharding) -> str:
+    """Return one line, without recomputation if that fits."""
+    start = f"| {GPUS[gpu].name}, {'bf16' if GPUS[gpu].has_bf16 else 'fp16'} | {num_gpus} | {sharding.name} |"
+    largest = best(gpu, num_gpus, sharding)
+    if largest is None:
+        smallest = recipe(sharding, num_gpus, 1, gpu, is_recomputed=True).footprint().peak_bytes
+        return f"{start} none | - | {smallest / GIB:.1f} GiB at least: does not fit | - | - |"
+    setup = largest.setup()
+    rates = speed(largest, setup.dtype, GPUS[gpu], EPOCH)
     (low, high), (longest, shortest) = rates["tokens_per_second"], rates["days"]
-    peak = found.footprint().peak_bytes / GIB
-    recomputed = "yes" if found.is_recomputed else "no"
+    peak = largest.footprint().peak_bytes / GIB
+    recomputed = "yes" if largest.is_recomputed else "no"
     return (
         f"{start} {setup.micro_batch_size} | {recomputed} | {peak:.1f} GiB | {low:,.0f} to {high:,.0f} | "
         f"{shortest:.3g} to {longest:.3g} |"
     )
 
 
-def best(gpu: str, num_gpus: int, way: Way) -> Recipe | None:
-    """Return the largest micro-batch that fits, preferring to recompute nothing."""
+def best(gpu: str, num_gpus: int, sharding: Sharding) -> Recipe | None:
+    """Return the recipe with the largest micro-batch that fits, preferably without recomputation; None if none fits."""
     for is_recomputed in (False, True):
         for size in (64, 32, 16, 8, 4, 2, 1):
-            found = recipe(way, num_gpus, size, gpu, is_recomputed=is_recomputed)
+            candidate = recipe(sharding, num_gpus, size, gpu, is_recomputed=is_recomputed)
             try:
-                if found.footprint().peak_bytes <= GPUS[gpu].memory_bytes - RESERVED_BYTES:
-                    return found
-            except ConfigError:  # that micro-batch does not divide the batch over these ranks
+                if candidate.footprint().peak_bytes <= GPUS[gpu].memory_bytes - RESERVED_BYTES:
+                    return candidate
+            except ConfigError:  # this micro-batch does not divide the batch over these ranks
                 continue
     return None
 
 
-def recipe(way: Way, num_gpus: int, micro_batch_size: int, gpu: str, *, is_recomputed: bool) -> Recipe:
-    """Return the shipped DeepSpeed JSON with another micro-batch; in fp16 where the GPU has no bf16."""
-    settings: dict[str, Any] = read_deepspeed_json(ROOT / "ds_configs" / way.file)
+def recipe(sharding: Sharding, num_gpus: int, micro_batch_size: int, gpu: str, *, is_recomputed: bool) -> Recipe:
+    """Return the recipe of a shipped DeepSpeed JSON with another micro-batch; in fp16 if the GPU has no bf16."""
+    settings: dict[str, Any] = read_deepspeed_json(ROOT / "ds_configs" / sharding.file)
     settings |= {"train_batch_size": BATCH, "train_micro_batch_size_per_gpu": micro_batch_size}
     if not GPUS[gpu].has_bf16:
         settings = {key: value for key, value in settings.items() if key != "bf16"} | {"fp16": {"enabled": True}}
@@ -99,29 +99,29 @@ def recipe(way: Way, num_gpus: int, micro_batch_size: int, gpu: str, *, is_recom
         deepspeed=settings,
         context_length=CONTEXT,
         world_size=num_gpus,
-        tensor_parallel_size=way.tensor_parallel_size,
-        is_megatron=way.tensor_parallel_size > 1,
+        tensor_parallel_size=sharding.tensor_parallel_size,
+        is_megatron=sharding.tensor_parallel_size > 1,
         is_recomputed=is_recomputed,
         optim=OptimConfig(),
     )
 
 
 def paper() -> str:
-    """Compare the paper's epoch with what its figures mean in the estimator's units."""
+    """Compare the paper's figures with the estimates."""
     gpu = "v100-32gb"
-    recomputed = recipe(WAYS[0], PAPER_GPUS, 8, gpu, is_recomputed=True)
+    recomputed = recipe(SHARDINGS[0], PAPER_GPUS, 8, gpu, is_recomputed=True)
     one = replace(recomputed, world_size=8, deepspeed=recomputed.deepspeed | {"train_batch_size": 8})
     rates = speed(recomputed, "float16", GPUS[gpu], EPOCH)
     work, (longest, shortest) = rates["flops_per_token"], rates["days"]
     tokens_per_second = EPOCH / PAPER_DAYS / SECONDS_PER_DAY
     model_flops = tokens_per_second * work
     lines = [
-        "| Megatron-LM's paper | reported | by the estimator |",
+        "| Megatron-LM's paper | reported | estimated |",
         "|---|---|---|",
         f"| parameters of the 8.3 B model | 8.3 billion | {recomputed.shape.num_parameters:,} |",
         f"| days an epoch on 512 V100 | {PAPER_DAYS:.2f} | {shortest:.2f} to {longest:.2f} |",
-        f"| PFLOP/s on 512 V100 | 15.1 (weak-scaling study) | {model_flops / 1e15:.1f} in those {PAPER_DAYS:.2f} days "
-        f"without what is recomputed, {model_flops * 4 / 3e15:.1f} with it |",
+        f"| PFLOP/s on 512 V100 | 15.1 (weak-scaling study) | {model_flops / 1e15:.1f} in {PAPER_DAYS:.2f} days "
+        f"without recomputation, {model_flops * 4 / 3e15:.1f} with it |",
         f"| fits 8 V100 of 32 GB at batch 8 (weak-scaling study, without ZeRO) | yes | "
         f"{one.footprint().peak_bytes / GIB:.1f} GiB a GPU |",
     ]

@@ -1,9 +1,9 @@
-"""Time zero-shot evaluation beside Megatron-LM's loop and lm-evaluation-harness: same model, text and number.
+"""Time zero-shot evaluation against Megatron-LM's loop and lm-evaluation-harness: same model, text and result.
 
     python tools/benchmarks/evaluate_vs_peers.py --preset gpt2-124m-cpu [--data CORPORA] [--quick]
 
-FLOPs predict first; then every contestant runs in a process of its own, in turn, repeat after repeat. The page goes to
-stdout and, with the raw figures beside it, to tools/benchmarks/results. Fails where the numbers found do not agree.
+It first predicts speedups from FLOPs; then every system runs in its own process, in turn, repeat after repeat. The
+report goes to stdout and, with the raw figures, to tools/benchmarks/results. It fails if the results do not agree.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Time zero-shot evaluation beside its peers."""
+    """Time zero-shot evaluation against other systems."""
 
     preset: Literal["toy", "gpt2-124m-cpu", "gpt2-xl-h100"]
     """Models, texts and device of the benchmark."""
     cases: tuple[str, ...] = ()
-    """Only these of its comparisons: stride, pages, padded, lambada."""
+    """Comparisons to run: stride, pages, padded, lambada."""
     without: tuple[str, ...] = ()
-    """Peers to leave out; megaft alone runs where none is left."""
+    """Systems to leave out; megaft always runs."""
     data: Path | None = None
-    """Folder of the real corpora and of GPT-2's vocabulary (gpt2_bpe). By default Python's documentation serves."""
+    """Folder of the real corpora and of GPT-2's vocabulary (gpt2_bpe). By default Python's documentation is used."""
     repeats: int = 3
-    """Runs of each contestant."""
+    """Runs of each system."""
     quick: bool = False
-    """Score a half, once less."""
+    """Score half as much, with one repeat fewer."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Instead of the preset's."""
+    """Overrides the preset's."""
     results: Path = HERE / "results"
-    """Folder of the page and the raw figures."""
+    """Folder for the report and the raw figures."""
 
     def chosen(self) -> list[Case]:
-        """Return the comparisons to make."""
+        """Return the selected comparisons."""
         found = [case for case in PRESETS[self.preset] if not self.cases or case.name in self.cases]
         found = [replace(case, peers=tuple(p for p in case.peers if p not in self.without)) for case in found]
         if self.quick:
@@ -58,7 +58,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> int:
-    """Predict, measure, report; return 1 where contestants found different numbers."""
+    """Predict, measure, report; return 1 if systems give different numbers."""
     from megaft.base.environment import environment
     from megaft.base.files import write_json_atomic
 
@@ -80,7 +80,7 @@ def main(arguments: Arguments) -> int:
 
 
 def prepared(case: Case, folder: Path, data: Path | None) -> Comparison:
-    """Write a case's model and text, and say what FLOPs predict."""
+    """Write a case's model and text, and print the speedup predicted from FLOPs."""
     from transformers import AutoConfig
 
     model = folder / case.model
@@ -120,7 +120,7 @@ def planned(case: Case, folder: Path, config: Any) -> tuple[list[tuple[int, int]
 
 
 def measure(comparisons: list[Comparison], folder: Path, repeats: int) -> Iterator[Comparison]:
-    """Run every contestant, in turn."""
+    """Run every system, in turn."""
     for comparison in comparisons:
         for _ in range(repeats):
             for contestant, runs in comparison.runs.items():
@@ -132,10 +132,10 @@ def measure(comparisons: list[Comparison], folder: Path, repeats: int) -> Iterat
 
 
 def launch(contestant: str, case: Path) -> dict[str, Any]:
-    """Run a contestant to its end.
+    """Run one system.
 
     Raises:
-        SystemExit: It failed; with its last words.
+        SystemExit: It failed; the message has its last line of output.
     """
     command = [sys.executable, str(HERE / "evaluate_vs_peers_run.py"), contestant, str(case)]
     settings = {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -146,7 +146,7 @@ def launch(contestant: str, case: Path) -> dict[str, Any]:
 
 
 def short(argument: str) -> str:
-    """Return an argument without the folders only one machine has."""
+    """Return an argument without the machine's folders."""
     return "/".join(Path(argument).parts[-2:]) if argument.startswith(("/", "..")) else argument
 
 

@@ -1,4 +1,4 @@
-"""Workload of the evaluation benchmark: models, texts, windows, systems, and the speed that FLOPs predict."""
+"""Workload of the evaluation benchmark: models, texts, windows, systems, and the speed predicted from FLOPs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Case:
     context_length: int | None = None
     stride: int | None = None
     size: int
-    """Amount scored: windows of a stream, about; pages; LAMBADA rows."""
+    """Amount scored: windows of a stream (approximate), pages, or LAMBADA rows."""
     peers: tuple[Contestant, ...]
     goal: float
-    """Required speedup of megaft over its best peer."""
+    """Required speedup of megaft over the best other system."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
 
@@ -46,18 +46,18 @@ class Case:
 
     @property
     def data(self) -> str:
-        """The name of the file that is scored."""
+        """Name of the scored file."""
         return f"{self.name}.{'jsonl' if self.task.startswith('lambada') else 'txt'}"
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Return the case of a file that `dataclasses.asdict` made."""
+        """Read a case written by `dataclasses.asdict`."""
         return cls(**json.loads(path.read_text()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Sizes of a decoder's matrices, in weights of one layer, and of its head."""
+    """Numbers of weights in the matrices of one decoder layer and in the output layer."""
 
     num_layers: int
     query_width: int
@@ -87,11 +87,11 @@ class Shape:
         )
 
     def whole(self, inputs: int) -> int:
-        """FLOPs of a forward pass that makes all logits: two a weight and token, and causal attention."""
+        """FLOPs of a forward pass with all logits: two per weight and token, plus causal attention."""
         return self.num_layers * self._layer(inputs) + 2 * inputs * self.head
 
     def scored(self, inputs: int, targets: int) -> int:
-        """FLOPs of one whose head, and last layer but for keys and values, run on the scored positions."""
+        """FLOPs of a pass whose output layer, and last layer except keys and values, run on scored positions."""
         attention = 4 * self.query_width * targets * inputs - 2 * self.query_width * targets**2
         last = 2 * inputs * self.key_and_value + 2 * targets * (self.query + self.output + self.mlp) + attention
         return (self.num_layers - 1) * self._layer(inputs) + last + 2 * targets * self.head
@@ -102,7 +102,7 @@ class Shape:
 
 
 def flops(case: Case, shape: Shape, rows: list[tuple[int, int]], context_length: int) -> dict[Contestant, int]:
-    """Return what each contestant multiplies for `rows`, pairs of inputs and scored tokens."""
+    """Return the FLOPs of each system for `rows`, pairs of inputs and scored tokens."""
     whole = sum(shape.whole(inputs) for inputs, _ in rows)
     by_kind = {
         "megaft": sum(shape.scored(*row) for row in rows),
@@ -137,7 +137,7 @@ def _save_smollm2(folder: Path) -> None:
     (file,) = Path(spec.origin).parent.glob("*.gguf")
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     config = loaded.config.to_dict()
-    del config["quantization_config"]  # transformers saves no model that has one
+    del config["quantization_config"]  # transformers cannot save a model that has one
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
@@ -145,7 +145,7 @@ def _save_smollm2(folder: Path) -> None:
 
 
 CHARACTERS_PER_TOKEN = {False: 1.86, True: 4.67}
-"""Of the toy's tokenizer on Python's documentation, and of GPT-2's on WikiText-103 as it is before detokenizing."""
+"""False: the toy's tokenizer on Python's documentation. True: GPT-2's on the tokenized WikiText-103."""
 FILES = {
     "stream": "wikitext103/wiki.test.tokens",
     "page": "wikitext2_raw/wiki.test.raw",
@@ -154,7 +154,7 @@ FILES = {
 
 
 def make_text(case: Case, path: Path, data: Path | None) -> None:
-    """Write what is scored: of the real corpora in folder `data`, or else of Python's documentation."""
+    """Write the scored text: of the real corpora in folder `data`, or else of Python's documentation."""
     if case.task.startswith("lambada"):
         lines = _passages(case.size) if data is None else (data / FILES["row"]).read_text().splitlines()[: case.size]
         path.write_text("".join(f"{line}\n" for line in lines))

@@ -1,4 +1,4 @@
-"""The evaluation benchmark's figures as a page: what FLOPs predict, what was measured, and what makes the rest."""
+"""Report of the evaluation benchmark: predicted FLOPs, measurements, and the causes of the difference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WHY = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A case, the FLOPs of each contestant, and its runs in order."""
+    """A case, the FLOPs of each system, and its runs in order."""
 
     case: Case
     flops: dict[Contestant, int]
@@ -45,7 +45,7 @@ class Comparison:
 
     @property
     def best_peer(self) -> Contestant:
-        """The fastest of the others at its median."""
+        """Fastest other system by median."""
         return min(self.case.peers, key=lambda peer: median(self.seconds(peer)))
 
     def seconds(self, contestant: Contestant) -> list[float]:
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def is_sound(self) -> bool:
-        """Return whether all systems agree on the nats and on the accuracy."""
+        """Return whether all systems agree on nats and accuracy."""
         limit = AGREEMENT if self.case.dtype == "float32" else HALF_PRECISION_AGREEMENT
         accuracies = {run["accuracy"] for runs in self.runs.values() for run in runs}
         return self.disagreement() <= limit and (len(accuracies) == 1 or self.case.dtype != "float32")
@@ -109,7 +109,7 @@ class Comparison:
 
 
 def as_dict(comparisons: Iterable[Comparison], environment: dict[str, Any]) -> dict[str, Any]:
-    """Return everything measured, as JSON values."""
+    """Return all measurements as JSON values."""
     return {"environment": environment, "processor": cpu_name(), "comparisons": list(map(asdict, comparisons))}
 
 
@@ -122,7 +122,7 @@ def markdown(preset: str, comparisons: list[Comparison], environment: dict[str, 
     peers = "\n".join(f"- {name}: {way}" for name, way in WAYS.items())
     return "\n\n".join(
         [
-            f"# Zero-shot evaluation beside its peers: {preset} on {hardware}",
+            f"# Zero-shot evaluation compared with other systems: {preset} on {hardware}",
             f"{repeats} repeats, contestants in turn, each in a process of its own with every core; median [least, "
             "most]. Seconds run from the text to the number, without imports and loading. TFLOP are those of products "
             "with weights and of causal attention; lm-eval's padding in a batch is not counted.",

@@ -1,8 +1,8 @@
-"""One contestant of the evaluation benchmark, in a process of its own: what it found, its seconds, its memory.
+"""One system of the evaluation benchmark in its own process: its result, seconds and memory.
 
     python tools/benchmarks/evaluate_vs_peers_run.py CONTESTANT FOLDER/CASE.json
 
-Seconds run from the text to the number: detokenizing, tokenizing and sums are inside, imports and loading are not.
+Seconds are measured from text to result: with detokenizing, tokenizing and sums, without imports and model loading.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor
 BATCH_SIZE = 8
 """Megatron-LM's README evaluates with --micro-batch-size 8."""
 Found = tuple[float, float | None]
-"""Nats, and accuracy where there is one."""
+"""Nats, and accuracy if the task has one."""
 
 
 def main(contestant: str, path: Path) -> None:
-    """Run a contestant, and print what it found as JSON."""
+    """Run one system, and print its result as JSON."""
     case = Case.read(path)
     prepare = {"megaft": megaft, "megatron": megatron, "padded": padded}.get(contestant, lm_eval)
     begin = time.perf_counter()
@@ -42,10 +42,10 @@ def main(contestant: str, path: Path) -> None:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Return the most memory held: allocated by torch on CUDA, resident since this program began elsewhere."""
+    """Return the peak memory: allocated by torch on CUDA, otherwise resident since this program started."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()  # not getrusage, which begins at the parent's peak
+    status = Path("/proc/self/status").read_text()  # not getrusage, which starts at the parent's peak
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # pyright: ignore[reportOptionalSubscript]
 
 

@@ -1,8 +1,8 @@
-"""Try every causal family that the installed transformers knows: python tools/benchmarks/families.py --output FILE.
+"""Test every causal model family of the installed transformers: python tools/benchmarks/families.py --output FILE.
 
-A tiny random model of each is trained, scored, continued, partitioned, packed and sharded as a user's would be, and
-every number is compared with plain forward passes of transformers. Each cell is right, refused in one line, wrong
-without a word (SILENT) or an error that nobody meant (TRACEBACK).
+A tiny random model of each is trained, scored, generated from, partitioned by ZeRO-3, packed and sharded as a user's
+would be. Every number is compared with plain forward passes of transformers. Each cell is right, refused in one line,
+silently wrong (SILENT) or an unexpected exception (TRACEBACK).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PER_PROCESS = 20
 
 
 def main() -> None:
-    """Try all families in processes of a few each, and write the table."""
+    """Test all families, a few per process, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="Markdown file of the table.")
     parser.add_argument("--quick", action="store_true", help=f"Only {', '.join(QUICK)}.")
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _try_in_process(types: list[str]) -> dict[str, dict[str, str]]:
-    """Try some families in a process of their own, so that one that ends it takes only itself away."""
+    """Test some families in a subprocess, so that a crash loses only the family that caused it."""
     rows: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
@@ -104,7 +104,7 @@ def _try_here(types: list[str], file: Path) -> None:
 
 
 def try_family(model_type: str, parts: tuple[str, ...] = PARTS) -> dict[str, str]:
-    """Return the outcome of a family in each part: a word and a reason."""
+    """Return the outcome of each check of a family: a word and a reason."""
     from families_cases import CASES
     from families_models import VARIANTS, tiny_config
 
@@ -121,7 +121,7 @@ def try_family(model_type: str, parts: tuple[str, ...] = PARTS) -> dict[str, str
 
 
 def _save(config: Any, folder: str) -> Any:
-    """Return a tiny model that was saved in a folder; None where transformers makes none, and the folder says so."""
+    """Save and return a tiny model; None if transformers cannot create one, with the reason in the folder."""
     import torch
     from families_models import tiny_model
     from safetensors.torch import save_file
@@ -137,13 +137,13 @@ def _save(config: Any, folder: str) -> Any:
         logits = model(input_ids=torch.arange(9).unsqueeze(0), use_cache=False).logits
     assert logits.isfinite().all(), "logits are not finite"
     model.save_pretrained(folder)
-    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of the text alone, in a folder of more
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # the text model inside a larger model's folder
         config.save_pretrained(folder)
     return model
 
 
 def outcome(case: Callable[[str, Any], None], folder: str, model: Any) -> str:
-    """Return the outcome of a case."""
+    """Return the outcome of one check."""
     from megaft.base.errors import UserError
 
     try:
@@ -165,17 +165,17 @@ def _one_line(error: Any) -> str:
 
 
 def report(rows: dict[str, dict[str, str]]) -> str:
-    """Return the page: versions, counts, the table, and every reason once."""
+    """Return the page: versions, counts, the table, and each reason once."""
     counts = {part: Counter(_kind(row[part]) for row in rows.values()) for part in PARTS}
     lines = [
         "# Model families",
         "",
         _wrapped(
-            "Results for a tiny random model of each model type that AutoModelForCausalLM takes, part by part. "
-            "*Right* means equal to plain forward passes of the transformers model that was saved: weights and greedy "
-            "tokens exactly, losses and nats to 2e-5. *Refused* means an error of one line before anything is trained "
-            "or printed. The numbers are those of the notes below the table, where NAME is the model type, CLASS its "
-            "class and MODEL the folder."
+            "Support for every model type that AutoModelForCausalLM accepts, tested on a tiny random model of each. "
+            "*Right* means equal to plain forward passes of the same model in transformers: weights and greedy "
+            "tokens exactly, losses and nats to 2e-5. *Refused* means a one-line error before anything is trained or "
+            "printed. Numbers refer to the notes below the table, in which NAME is the model type, CLASS its class "
+            "and MODEL the folder."
         ),
         "",
         _wrapped(
@@ -199,13 +199,13 @@ def report(rows: dict[str, dict[str, str]]) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Return a paragraph, or an item of a list, in lines of 120 columns."""
+    """Wrap a paragraph or list item at 120 columns."""
     indent = " " * (text.find(" ") + 1) if text[0].isdigit() else ""
     return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _without_names(cell: str) -> str:
-    """Return a cell whose reason is the same for all families that have it."""
+    """Replace names in a cell, so that families with the same reason share a note."""
     cell = re.sub(r"\w+ \(model_type [\w-]+\)", "CLASS (model_type NAME)", cell)
     return re.sub(r"(of type|model_type) (?!NAME\b)[\w-]+", r"\1 NAME", cell)
 

@@ -1,4 +1,4 @@
-"""Uses of a model folder, each compared with plain forward passes of the transformers model that was saved there."""
+"""Checks of a model folder against plain forward passes of the transformers model saved in it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def tokens_of(model: Any, *shape: int, seed: int = 1) -> Tensor:
 
 
 def check(found: Tensor, expected: Tensor, what: str) -> None:
-    """Raise AssertionError where two tensors differ by more than rounding."""
+    """Raise AssertionError if two tensors differ by more than rounding."""
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
     assert difference <= TOLERANCE, f"differs: {what} by {difference:.1e} of the largest"
 
 
 def check_loaded(model: Any, saved: Any) -> None:
-    """Raise AssertionError where a tensor is not loaded as it was saved."""
+    """Raise AssertionError if a tensor is loaded differently from how it was saved."""
     found = model.state_dict()
     for name, tensor in saved.state_dict().items():
         assert torch.equal(found[name], tensor), f"differs: {name} as loaded"
@@ -52,13 +52,13 @@ def check_loaded(model: Any, saved: Any) -> None:
 
 
 def trains(folder: str, saved: Any) -> None:
-    """Compare weights with those that were saved, and loss and gradients with those of plain logits."""
+    """Compare weights with the saved ones, and loss and gradients with those computed from plain logits."""
     model = hugging_face.build(ModelConfig(path=folder, dropout=0.0), LoraConfig(), 0)
     check_loaded(model, saved)
     trials.require_language_model(model)
     nats_model = NatsModel(model).train()
     tokens = tokens_of(model, 2, 40)
-    torch.manual_seed(0)  # of what a family draws even without dropout
+    torch.manual_seed(0)  # for families that draw random numbers even without dropout
     expected = token_nats(model(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:]).sum()
     gradients = _gradients(expected, model)
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def _gradients(loss: Tensor, model: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def scores(folder: str, saved: Any) -> None:
-    """Compare the nats of padded rows with plain logits of each prefix alone."""
+    """Compare the nats of padded rows with those from plain logits of each prefix alone."""
     scorer = load_scoring_model(folder, dtype=torch.float32, device=torch.device("cpu"))
     tokens = tokens_of(saved, 2, 41)
     inputs, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
@@ -96,7 +96,7 @@ def scores(folder: str, saved: Any) -> None:
 
 @torch.no_grad()
 def generates(folder: str, saved: Any) -> None:
-    """Compare greedy tokens with those of forward passes over the whole text."""
+    """Compare greedy tokens with those of forward passes over the whole text, without a cache."""
     reader: Any = load_cached_model(folder, torch.float32)
     prompt = tokens_of(saved, 6).tolist()
     greedy = SamplingConfig(temperature=0)
@@ -109,7 +109,7 @@ def generates(folder: str, saved: Any) -> None:
 
 
 def partitions(folder: str, saved: Any) -> None:
-    """Compare loss under ZeRO-3 with that of the whole model."""
+    """Compare the loss under ZeRO-3 with that of the whole model."""
     source = ModelConfig(path=folder, dropout=0.0)
     whole = hugging_face.build(source, LoraConfig(), 0).train()
     check_loaded(whole, saved)
@@ -135,7 +135,7 @@ def partitions(folder: str, saved: Any) -> None:
 
 @torch.no_grad()
 def packs(folder: str, saved: Any) -> None:
-    """Compare nats of documents in one row with those of each alone."""
+    """Compare the nats of packed documents with those of each document alone."""
     model = hugging_face.build(ModelConfig(path=folder, dropout=0.0), LoraConfig(), 0).eval()
     trials.require_language_model(model)
     trials.require_keeps_documents_apart(model)
@@ -155,7 +155,7 @@ def packs(folder: str, saved: Any) -> None:
 
 @torch.no_grad()
 def cuts(folder: str, saved: Any) -> None:
-    """Compare nats of megatron-core's modules with transformers' logits."""
+    """Compare the nats of megatron-core's modules with those from transformers' logits."""
     from megaft.models import megatron
 
     model = megatron.build(ModelConfig(path=folder, backend="megatron", dropout=0.0), seed=0, engine_config=None)
@@ -167,8 +167,8 @@ def cuts(folder: str, saved: Any) -> None:
 
 @torch.no_grad()
 def cuts_over_ranks(folder: str, saved: Any) -> None:
-    """Compare nats of megatron-core's modules on two ranks with transformers' logits."""
-    cuts(folder, saved)  # which says what is refused
+    """Compare the nats of megatron-core's modules on two ranks with those from transformers' logits."""
+    cuts(folder, saved)  # raises the refusals
     tokens = tokens_of(saved, 2, 40)
     expected = token_nats(saved(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:])
     for found in nats_on_ranks(folder, tokens):

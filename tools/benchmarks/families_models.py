@@ -1,4 +1,4 @@
-"""Tiny random models of every causal family that transformers knows, their configurations derived from its defaults."""
+"""Tiny random models of every causal family of transformers, with configurations derived from its defaults."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ SMALL = {
     "original_max_position_embeddings": 256,
     "is_decoder": True,
 }
-"""Settings of a tiny model, applied where its configuration has a setting of that name."""
+"""Settings of a tiny model, applied if its configuration has a setting of that name."""
 
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
@@ -162,11 +162,11 @@ ODD: dict[str, dict[str, Any]] = {
     "mpt": {"max_seq_len": 512},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
-"""Further settings of single families."""
+"""Further settings of individual families."""
 
 
 def model_types() -> list[str]:
-    """Return the model types of all configurations that AutoModelForCausalLM takes."""
+    """Return the model types of all configurations that AutoModelForCausalLM accepts."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -194,7 +194,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, no window": ("mistral", {"sliding_window": None}),
     "xlm, causal": ("xlm", {"causal": True}),
 }
-"""Configurations that are not a family's usual one: model type and changes."""
+"""Unusual configurations of a family: model type and changes."""
 
 
 def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> Any:
@@ -208,7 +208,7 @@ def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> Any:
 
 
 def tiny_model(config: Any, seed: int = 0) -> Any:
-    """Return a random model of a configuration, whose weights are large enough that every part of it is felt."""
+    """Return a random model whose weights are large enough that every module affects the output."""
     if (size := num_parameters(config)) > LARGEST:
         raise OverflowError(f"{size} parameters are not tiny")
     torch.manual_seed(seed)
@@ -216,7 +216,7 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
 
 
 def _small(config_class: Any) -> dict[str, Any]:
-    """Return the settings of SMALL that a class of configurations has, for itself and for those inside it."""
+    """Return the settings of SMALL that a configuration class has, including its nested configurations."""
     known = _settings_of(config_class)
     small = {name: value for name, value in SMALL.items() if name in known and _can_set(config_class, name)}
     aliases = getattr(config_class, "attribute_map", {})
@@ -233,17 +233,17 @@ def _small(config_class: Any) -> dict[str, Any]:
 
 
 def _inner_type(settings: dict[str, Any], default: Any) -> Any:
-    """Return the class of a configuration inside another, if one is named; `default` may be AutoConfig."""
+    """Return the class of a nested configuration, if one is named; `default` may be AutoConfig."""
     if settings.get("model_type"):
         return CONFIG_MAPPING[settings["model_type"]]
     return default if hasattr(default, "model_type") else None
 
 
 def _settings_of(config_class: Any) -> dict[str, Any]:
-    """Return the default settings, and those of the same meaning by the names that all families share."""
+    """Return the default settings, also under the attribute names that all families share."""
     try:
         known = config_class().to_dict()
-    except STAND_IN_ERRORS:  # its defaults alone make no configuration
+    except STAND_IN_ERRORS:  # its defaults alone are not a valid configuration
         known = dict.fromkeys(SMALL)
     aliases = getattr(config_class, "attribute_map", {})
     return {alias: known[name] for alias, name in aliases.items() if name in known} | known

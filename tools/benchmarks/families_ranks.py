@@ -14,10 +14,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 
 def nats_on_ranks(folder: str, tokens: Any) -> list[Any]:
-    """Return each rank's nats of the tokens behind the first of every row.
+    """Return each rank's nats of every row's tokens after the first.
 
     Raises:
-        RuntimeError: A rank failed; with the last line of its stderr.
+        RuntimeError: A rank failed; the message has the last line of its stderr.
     """
     import torch
 

@@ -1,10 +1,10 @@
-"""Kill, hang, damage and fill up small runs in every way, start each again until it is done, and compare.
+"""Fault injection: disturb small runs in every way, restart each until it finishes, and compare the results.
 
     python tools/benchmarks/faults.py [--runs 500] [--seed 0] [--output docs/reliability.md]
 
-Real DeepSpeed on two CPU ranks. Each kind of fault comes once, then every change that a save makes to the disk, then
-all kinds in turn. A run is lost when the same command does not bring it to its end; it trained differently when any
-step's loss, a shard of the last checkpoint or the exported weights are not those of the undisturbed run, bit for bit.
+Real DeepSpeed on two CPU ranks. First each kind of fault once, then a fault after every change that a save makes to the
+disk, then all kinds in turn. A run is lost if repeating its command does not finish it. It trained differently if any
+step's loss, a shard of the last checkpoint or the exported weights differ from the undisturbed run in any bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from random import Random
 
 import tyro
 
-# Before the fork server starts, which imports torch once for all ranks.
+# Before starting the fork server, which imports torch once for all ranks.
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 from faults_disk import small_disk
@@ -39,7 +39,7 @@ SETTINGS = [(stage, is_background) for stage in range(4) for is_background in (F
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Outcome of a run."""
+    """Outcome of a disturbed run."""
 
     kind: str
     restarts: int
@@ -51,12 +51,12 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        """Return whether every promise was kept."""
+        """Return whether the run kept every promise."""
         return not (self.is_lost or self.is_different or self.accepted_damaged or self.unkept)
 
 
 class Campaign:
-    """The undisturbed runs, and what disturbed ones are compared with."""
+    """The undisturbed runs, and the comparison of disturbed runs with them."""
 
     def __init__(
         self,
@@ -66,17 +66,19 @@ class Campaign:
         hosts: tuple[Host, ...],
         left_out: dict[str, str],
     ) -> None:
-        """Train a run a setting (ZeRO stage, whether saves are in the background) without disturbance.
+        """Train one undisturbed run per setting (ZeRO stage, synchronous or asynchronous saves).
 
         Args:
-            folder: Where runs go; those on a small disk to `disk` in it.
-            seed: Fixes what is drawn.
+            folder: Folder of the runs; those on a small disk are in its `disk`.
+            seed: Seed of all random choices.
             settings: The settings.
-            hosts: The two that can be cut off.
-            left_out: Kinds that cannot be tried here, and why.
+            hosts: Two hosts whose link can be cut.
+            left_out: Kinds that cannot be tested here, and why.
         """
         self._folder, self._seed, self._number, self._hosts, self.left_out = folder, seed, count(), hosts, left_out
-        self._turns = {kind: threading.Lock() for kind in (FULL_DISK, CUT_HOST)}  # the disk and the hosts are shared
+        self._turns = {
+            kind: threading.Lock() for kind in (FULL_DISK, CUT_HOST)
+        }  # the disk and the hosts are shared by all threads
         make_inputs(folder / "inputs")
         self.references: dict[tuple[int, bool], tuple[Setting, Reference]] = {}
         for stage, is_background in settings:
@@ -84,11 +86,11 @@ class Campaign:
             self.references[stage, is_background] = (setting, reference(setting, folder / setting.name))
 
     def kinds(self) -> list[str]:
-        """Return the kinds that can be tried here."""
+        """Return the kinds of fault that can be tested here."""
         return [kind for kind in KINDS if kind not in self.left_out]
 
     def plan(self, kinds: list[str], runs: int) -> list[tuple[str, int]]:
-        """Return (kind, number) of each run: one a kind, then all changes of a save, then every kind in turn."""
+        """Return (kind, number) of each run: each kind once, then all changes of a save, then all kinds in turn."""
         kinds = [kind for kind in self.kinds() if kind in kinds]
         every = [
             (kind, number)
@@ -101,7 +103,7 @@ class Campaign:
         return [*((kind, 0) for kind in kinds), *every, *in_turn][:runs]
 
     def run(self, kind: str, number: int) -> Outcome:
-        """Make one disturbed run; any number of threads may."""
+        """Make one disturbed run. Safe to call from several threads."""
         with self._turns.get(kind) or nullcontext():
             return self._run(kind, number)
 
@@ -138,7 +140,7 @@ class Campaign:
 
 @contextmanager
 def campaign_in(folder: Path, seed: int, settings: list[tuple[int, bool]] = SETTINGS) -> Iterator[Campaign]:
-    """Give a campaign, with a small disk and two hosts while it lasts where they can be made."""
+    """Yield a campaign, with a small disk and two hosts if this machine allows them."""
     folder.mkdir(parents=True, exist_ok=True)
     no_hosts = why_not()
     with small_disk(folder / "disk") as no_disk, nullcontext(()) if no_hosts else two_hosts(folder) as hosts:
@@ -148,7 +150,7 @@ def campaign_in(folder: Path, seed: int, settings: list[tuple[int, bool]] = SETT
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Return the counts as Markdown."""
+    """Return the results as Markdown."""
     columns = ("kind of fault", "runs", "starts", "lost", "different", "damage accepted", "broken promises", "seconds")
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
@@ -157,7 +159,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def row(name: str, outcomes: list[Outcome]) -> str:
-    """Return a line of the table; seconds are the median of runs that came to an end."""
+    """Return a line of the table; seconds are the median of finished runs."""
     seconds = statistics.median([outcome.seconds for outcome in outcomes if not outcome.is_lost] or [float("nan")])
     numbers = (
         len(outcomes),
@@ -171,7 +173,7 @@ def row(name: str, outcomes: list[Outcome]) -> str:
 
 
 def write_between_marks(page: Path, content: str) -> None:
-    """Replace what is between the page's `<!-- faults -->` and `<!-- end faults -->`."""
+    """Replace the text between the page's `<!-- faults -->` and `<!-- end faults -->`."""
     before, begin, rest = page.read_text().partition("<!-- faults -->\n")
     _, end, after = rest.partition("<!-- end faults -->")
     if not (begin and end):
@@ -181,28 +183,28 @@ def write_between_marks(page: Path, content: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Disturb small runs in every way, start each again until it is done, and compare with undisturbed ones."""
+    """Disturb small runs in every way, restart each until it finishes, and compare with undisturbed runs."""
 
     runs: int = 500
     """Disturbed runs."""
     at_once: int = 2
-    """Runs that go on at the same time: many of them only wait."""
+    """Number of concurrent runs; most of the time they wait."""
     seed: int = 0
-    """Fixes what is drawn: kinds of damage, settings, and when faults come."""
+    """Seed of kinds of damage, settings, and times of faults."""
     kinds: tuple[str, ...] = ()
-    """Only the kinds whose name contains one of these."""
+    """Only kinds of fault whose name contains one of these."""
     output: Path | None = None
     """Write the table here, between the page's two comment lines."""
     folder: Path | None = None
-    """Folder for runs that broke a promise, with their output. By default nothing is left."""
+    """Folder for runs that broke a promise, with their output. By default nothing is kept."""
 
     def chosen(self) -> list[str]:
-        """Return the kinds to try."""
+        """Return the selected kinds of fault."""
         return [kind for kind in KINDS if not self.kinds or any(part in kind for part in self.kinds)]
 
 
 def outcomes_of(campaign: Campaign, plan: list[tuple[str, int]], at_once: int) -> list[Outcome]:
-    """Make the runs, telling how far it is."""
+    """Make the runs and report progress."""
     done = count(1)
 
     def made(kind: str, number: int) -> Outcome:

@@ -1,4 +1,4 @@
-"""Disk faults: a process that dies between two of its changes, damaged files, no room."""
+"""Disk faults: a process that dies between two changes, damaged files, a full disk."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ CHANGES = ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir")
 
 @dataclass(frozen=True, slots=True)
 class Sabotage:
-    """Fault that a rank injects right after one of its system calls that change checkpoints."""
+    """Fault that a rank injects right after one of its system calls that change a checkpoint."""
 
     deed: Literal["list", "kill", "hang", "fill"]
-    """Write down every call; get SIGKILL or SIGSTOP; or take all room on the disk."""
+    """List every call; receive SIGKILL or SIGSTOP; or fill the disk."""
     folder: Path
     """RUN/checkpoints."""
     step: int
-    """Calls count from the first one that names this step's checkpoint, until a later checkpoint is named."""
+    """Calls are counted from the first that names this step's checkpoint until a later checkpoint is named."""
     at: int = 0
     """Number of the system call, from 0."""
     notes: Path = Path()
-    """File that lists the calls, or that takes the room."""
+    """File that lists the calls, or that fills the disk."""
 
     def begin(self) -> None:
-        """Watch this process from here on."""
+        """Start watching this process."""
         watch(Calls(self, self._after))
 
     def _after(self, number: int, what: str) -> None:
@@ -50,14 +50,14 @@ class Sabotage:
 
 
 class Calls:
-    """Counts the calls that belong to the save of one step, whichever thread makes them."""
+    """Counter of the calls that belong to the save of one step, over all threads."""
 
     def __init__(self, sabotage: Sabotage, after: Callable[[int, str], None]) -> None:
         self.folder, self._step, self._after = str(sabotage.folder), sabotage.step, after
         self._count, self._is_active = 0, False
 
     def made(self, name: str, path: str) -> None:
-        """Take a call that was just made."""
+        """Count a call that was just made."""
         if not path.startswith(self.folder):
             return
         for step in re.findall(r"step-(\d{8})", path):
@@ -68,7 +68,7 @@ class Calls:
 
 
 def watch(calls: Calls) -> None:
-    """Tell `calls` of everything that this process changes on a disk from here on."""
+    """Report all further changes of this process to a disk to `calls`."""
 
     def watched(name: str) -> Callable[..., Any]:
         really = getattr(os, name)
@@ -99,7 +99,7 @@ def watch(calls: Calls) -> None:
         file = io.BufferedWriter(raw)
         return file if "b" in mode else io.TextIOWrapper(file, *arguments, **keywords)
 
-    io.open = open_watched  # what pathlib calls
+    io.open = open_watched  # called by pathlib
 
 
 def _path_of(target: Any, dir_fd: int | None = None, **_: Any) -> str:
@@ -109,13 +109,13 @@ def _path_of(target: Any, dir_fd: int | None = None, **_: Any) -> str:
 
 
 def fill(filler: Path, spare_bytes: int = 0) -> None:
-    """Take all room of a file system but `spare_bytes`."""
+    """Fill a file system except for `spare_bytes`."""
     chunk = b"\0" * 4096
     descriptor = os.open(filler, os.O_WRONLY | os.O_CREAT)
     try:
         while shutil.disk_usage(filler.parent).free > spare_bytes:
             os.write(descriptor, chunk)
-    except OSError:  # full, which was wanted
+    except OSError:  # full, as intended
         pass
     finally:
         os.close(descriptor)
@@ -123,7 +123,7 @@ def fill(filler: Path, spare_bytes: int = 0) -> None:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[str | None]:
-    """Mount a file system of 8 MB at `folder`; give the reason where that cannot be done."""
+    """Mount a file system of 8 MB at `folder`; yield the reason if that is impossible."""
     folder.mkdir()
     mount = shutil.which("mount")
     command = [mount or "mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
@@ -137,19 +137,19 @@ def small_disk(folder: Path) -> Iterator[str | None]:
 
 
 def flip_bit(path: Path, random: Random) -> None:
-    """Change one bit of a file, and what it says: the sixth bit would let a number in JSON have E for e."""
+    """Flip one bit that changes the content: the sixth bit would only turn the e of a JSON number into E."""
     data = bytearray(path.read_bytes())
     data[random.randrange(len(data))] ^= 1 << random.randrange(5)
     path.write_bytes(data)
 
 
 def truncate(path: Path, random: Random) -> None:
-    """Cut a file anywhere."""
+    """Truncate a file at a random position."""
     os.truncate(path, random.randrange(1, path.stat().st_size))
 
 
 def empty(path: Path, random: Random) -> None:
-    """Leave no byte of a file."""
+    """Truncate a file to zero bytes."""
     os.truncate(path, 0)
 
 
@@ -159,10 +159,10 @@ def remove(path: Path, random: Random) -> None:
 
 
 def scribble(path: Path, random: Random) -> None:
-    """Let a file hold something else."""
+    """Overwrite a file with other content."""
     path.write_bytes(random.randbytes(20))
 
 
 def misname(path: Path, random: Random) -> None:
-    """Let `latest` name what is not there."""
+    """Make `latest` name a checkpoint that does not exist."""
     path.write_text("step-00000999\n")

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a cable that can be cut. Needs root and iproute2."""
+"""Two hosts on one machine: network namespaces joined by a virtual cable. Needs root and iproute2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 CLONE_NEWNET, CLONE_NEWUTS, CLONE_NEWNS = 0x40000000, 0x04000000, 0x00020000
 MS_BIND, MS_REC, MS_SLAVE = 0x1000, 0x4000, 0x80000
 PREFIX = "megaft-"
-"""Of the namespaces' names; the pid of the process that made them follows."""
+"""Prefix of the namespaces' names; the pid of the process that made them follows."""
 CABLE, DEAD_END = "eth0", "eth1"
 """The interface that reaches the other host, and one that reaches nothing."""
 ENTER = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
@@ -30,10 +30,10 @@ class Host:
     address: str
     """On the cable."""
     dead_end_address: str
-    """Of the interface that reaches nothing."""
+    """Address of the interface that reaches nothing."""
     namespace: str
     hosts_file: Path
-    """Seen as /etc/hosts by processes that start there."""
+    """File that processes on this host see as /etc/hosts."""
 
     def command(self, *words: str | Path) -> list[str]:
         """Return the command that runs `words` on this host."""
@@ -51,15 +51,15 @@ class Host:
         socket.sethostname(self.name)
 
     def cut(self) -> None:
-        """Take the link down: packets are lost, and no connection is told."""
+        """Take the link down: packets are lost without notice to any connection."""
         _ip("-n", self.namespace, "link", "set", CABLE, "down")
 
     def heal(self) -> None:
-        """Take the link up again."""
+        """Restore the link."""
         _ip("-n", self.namespace, "link", "set", CABLE, "up")
 
     def end_processes(self) -> None:
-        """Kill what runs on this host."""
+        """Kill the processes that run on this host."""
         for pid in self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -70,7 +70,7 @@ class Host:
 
 
 def why_not() -> str | None:
-    """Return the reason why there can be no such hosts here."""
+    """Return the reason why this machine cannot have such hosts."""
     if not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
         return "iproute2 or util-linux is not installed"
     if os.geteuid() != 0:
@@ -85,10 +85,10 @@ def why_not() -> str | None:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
-    """Make node1 and node2, with addresses on a cable of their own; afterwards all their processes are killed.
+    """Create node1 and node2, joined by a virtual cable; afterwards all their processes are killed.
 
     Args:
-        folder: Where their /etc/hosts are kept.
+        folder: Folder for their /etc/hosts files.
     """
     _remove_left_behind()
     first, second = hosts = tuple(
@@ -116,18 +116,18 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
         yield first, second
     finally:
         for host in hosts:
-            with suppress(subprocess.CalledProcessError):  # it was not made
+            with suppress(subprocess.CalledProcessError):  # it was not created
                 host.end_processes()
                 _ip("netns", "del", host.namespace)
 
 
 def hosts_text(hosts: tuple[Host, ...]) -> str:
-    """Return an /etc/hosts with everyone's address."""
+    """Return an /etc/hosts with all addresses."""
     return "127.0.0.1 localhost\n" + "".join(f"{host.address} {host.name}\n" for host in hosts)
 
 
 def _remove_left_behind() -> None:
-    """Delete the namespaces of processes that were killed."""
+    """Delete namespaces left behind by killed processes."""
     for path in Path("/run/netns").glob(f"{PREFIX}*"):
         if not Path(f"/proc/{path.name.removeprefix(PREFIX).partition('-')[0]}").exists():
             subprocess.run(["ip", "netns", "del", path.name], capture_output=True)

@@ -1,4 +1,4 @@
-"""Ranks of one run as processes that can be killed one by one, and a launcher's patience with those left."""
+"""Ranks of one run as separate processes, started and cleaned up as by a launcher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from faults_hosts import Host
 WORLD_SIZE = 2
 CONTEXT = get_context("forkserver")
 PRELOADED = (
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # drags in torch's compiler, a second and a half
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler, which takes 1.5 s
     "megaft.run.start",
     "megaft.checkpoint.export",
     "megaft.run.recovery",
@@ -29,11 +29,11 @@ PRELOADED = (
 )
 CONTEXT.set_forkserver_preload([*PRELOADED])
 LIMIT = 240.0
-"""Seconds after which a job hangs."""
+"""Seconds after which a job counts as hung."""
 BLOCK = signal.SIGUSR2
-"""Sends a rank's main thread into a call that never returns, as behind a GPU that waits for a peer."""
+"""Signal that blocks a rank's main thread in a call that never returns, like a GPU that waits for a peer."""
 ONE_AT_A_TIME = threading.Lock()
-"""Around whatever may ask a process for its end: multiprocessing asks all of them, and takes an answer once."""
+"""Lock for polling processes: multiprocessing polls all of them, and each exit status can be read once."""
 
 
 class Job:
@@ -52,10 +52,10 @@ class Job:
 
         Args:
             command: Flags of megaft/train.py.
-            logs: What the ranks say goes to this name with `-RANK.txt`.
-            sabotage: What ranks do to themselves.
-            hosts: Where each rank runs; nothing stands for this machine.
-            is_forked: Take the libraries from the fork server; else start Python anew, which takes seconds.
+            logs: Output files are this name with `-RANK.txt`.
+            sabotage: Faults that ranks inject into themselves.
+            hosts: Host of each rank; empty for this machine.
+            is_forked: Fork from a server with the libraries imported; otherwise start Python, which takes seconds.
         """
         from megaft.base.parallel import free_port
 
@@ -76,14 +76,14 @@ class Job:
                 os.kill(pid, number)
 
     def first_end(self, seconds: float = LIMIT) -> bool:
-        """Wait until a rank has ended; False when none has after so long."""
+        """Wait until a rank has ended; return False after the timeout."""
         return bool(wait([rank.sentinel for rank in self.ranks], seconds))
 
     def codes(self, patience: float, limit: float = LIMIT) -> list[int | None]:
         """Wait for all; return each rank's exit code, negative for a signal.
 
-        As launchers do, ranks that are left `patience` seconds after the first bad end are killed. They have None, and
-        so have all that are left when the job takes longer than `limit`.
+        Like a launcher, kill the remaining ranks `patience` seconds after the first failure. Their code is None, as is
+        that of all remaining ranks if the job takes longer than `limit`.
         """
         ends, left = time.monotonic() + limit, [*self.ranks]
         while left and (seconds := ends - time.monotonic()) > 0:
@@ -113,7 +113,7 @@ def run_rank(
     hosts: Sequence[Host],
     is_forked: bool,
 ) -> None:
-    """Be a rank: on its host, in the environment of a launcher, with its output in a file."""
+    """Run a rank on its host, in a launcher's environment, with its output in a file."""
     if hosts:
         hosts[rank].enter()
     os.environ.update(
@@ -136,7 +136,7 @@ def run_rank(
     from megaft.base import exit_code, heartbeat
 
     torch.set_num_threads(1)
-    # Ranks let the main one speak first, and their main thread end by itself; no need to wait 20 s each time.
+    # Ranks wait for the main rank's message and for their main thread to end; here 20 s each time is too long.
     exit_code.SECONDS_FOR_MAIN = heartbeat.GRACE_SECONDS = 1.0
     signal.signal(BLOCK, lambda *_: ctypes.CDLL(None).sleep(int(2 * LIMIT)))
     if sabotage:

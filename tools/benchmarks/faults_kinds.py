@@ -1,4 +1,4 @@
-"""The kinds of fault: what each does to a run until it has to be started again, and what must happen at once."""
+"""Kinds of fault: how each disturbs a run until it must be restarted, and the immediate reaction it requires."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from faults_trial import EVERY, PATIENCE, STEPS, TIMEOUT_MINUTES, WATCHED_STEP, 
 Fault = Callable[[Trial], None]
 REQUEUE, CHECKPOINT_ERROR, USAGE = 75, 4, 2
 SHORT_TIMEOUT = 0.15
-"""Minutes, for runs in which a rank is not heard of."""
+"""Timeout in minutes for runs in which a rank falls silent."""
 SLACK = 120.0
-"""Seconds that a busy machine may take over an ending that is owed."""
+"""Seconds in which a required exit must happen, even on a busy machine."""
 ONE_STOPS = threading.Lock()
-"""Around the making of what is copied."""
+"""Lock for making the run that is copied."""
 
 
 def killed_at_start(trial: Trial) -> None:
-    """SIGKILL of both ranks while Python starts and imports."""
+    """SIGKILL both ranks while Python starts and imports."""
     job = trial.start(is_forked=False)
     job.first_end(trial.random.uniform(0.0, 8.0))
     job.send(signal.SIGKILL)
@@ -34,7 +34,7 @@ def killed_at_start(trial: Trial) -> None:
 
 
 def killed(trial: Trial) -> None:
-    """SIGKILL of both ranks at random times, up to three times in a row."""
+    """SIGKILL both ranks at random times, up to three times in a row."""
     for _ in range(trial.random.randint(1, 3)):
         job = trial.start()
         trial.some_time(job)
@@ -43,7 +43,7 @@ def killed(trial: Trial) -> None:
 
 
 def one_killed(trial: Trial) -> None:
-    """SIGKILL of one rank at a random time; the other ends by itself."""
+    """SIGKILL one rank at a random time; the other must exit by itself."""
     job, victim = trial.start(), trial.random.randrange(WORLD_SIZE)
     trial.some_time(job)
     was_training = bool(read_lines(trial.run_dir / "metrics.jsonl"))
@@ -54,7 +54,7 @@ def one_killed(trial: Trial) -> None:
 
 
 def require_survivors_end(trial: Trial, job: Job, codes: list[int | None], victim: int) -> None:
-    """Promise of ranks that lost a peer: code 75, or 0 where all was done, and the reason in a line."""
+    """Require of ranks that lost a peer: exit code 75, or 0 if the run was done, and the reason in one line."""
     for rank, code in enumerate(codes):
         if rank != victim:
             trial.expect(code in (REQUEUE, 0), f"rank {rank} ended with {code} after rank {victim} was lost")
@@ -63,7 +63,7 @@ def require_survivors_end(trial: Trial, job: Job, codes: list[int | None], victi
 
 
 def killed_in_save(trial: Trial, rank: int, at: int, is_alone: bool = False) -> None:
-    """SIGKILL after one of a rank's changes to the disk during a save; of both ranks, or of that one alone."""
+    """SIGKILL both ranks, or one, after one of a rank's changes to the disk during a save."""
     job = trial.start({rank: trial.sabotage("kill", at)})
     job.first_end()
     if not is_alone:
@@ -75,19 +75,19 @@ def killed_in_save(trial: Trial, rank: int, at: int, is_alone: bool = False) -> 
 
 
 def hung(trial: Trial, victim: int, at: int | None) -> None:
-    """SIGSTOP of a rank, in a save or between; the other ends within the timeout."""
+    """SIGSTOP a rank, during a save or not; the other must exit within the timeout."""
     trial.flags = (f"--run.timeout-minutes={SHORT_TIMEOUT}",)
     job = trial.start({victim: trial.sabotage("hang", at)} if at is not None else None)
     if at is None and trial.wait_for(job, trial.random.randrange(1, STEPS)):
         job.send(signal.SIGSTOP, victim)
-    trial.expect(job.first_end(60 * SHORT_TIMEOUT + SLACK), "nobody noticed that a rank hangs")
+    trial.expect(job.first_end(60 * SHORT_TIMEOUT + SLACK), "no rank detected that another hangs")
     job.send(signal.SIGKILL, victim)
     require_survivors_end(trial, job, trial.end(job, SLACK), victim)
     trial.flags = ()
 
 
 def blocked(trial: Trial, is_alone: bool) -> None:
-    """A rank's main thread never comes back from a call, and its peer is killed, or waits for it; all end."""
+    """Block a rank's main thread in a call while its peer is killed or waits for it; all must exit."""
     trial.flags = (f"--run.timeout-minutes={SHORT_TIMEOUT}",)
     job, victim = trial.start(), trial.random.randrange(WORLD_SIZE)
     trial.wait_for(job, trial.random.randrange(1, STEPS))
@@ -100,7 +100,7 @@ def blocked(trial: Trial, is_alone: bool) -> None:
 
 
 def cut_off(trial: Trial) -> None:
-    """The link of one of two hosts goes down: all ranks end, and with the link up the run goes on."""
+    """Take down the link of one of two hosts: all ranks must exit, and resume once the link is up."""
     trial.flags = (f"--run.timeout-minutes={SHORT_TIMEOUT}",)
     job, host = trial.start(), trial.random.choice(trial.hosts)
     trial.wait_for(job, trial.random.randrange(1, STEPS - 1))
@@ -113,7 +113,7 @@ def cut_off(trial: Trial) -> None:
 
 
 def flapping(trial: Trial) -> None:
-    """The link of one of two hosts is down for a moment, up to three times: training goes on, or all ranks end."""
+    """Take down the link of one host briefly, up to three times: training must continue, or all ranks exit."""
     trial.flags = (f"--run.timeout-minutes={TIMEOUT_MINUTES}",)
     job, host = trial.start(), trial.random.choice(trial.hosts)
     for _ in range(trial.random.randint(1, 3)):
@@ -127,15 +127,15 @@ def flapping(trial: Trial) -> None:
 
 
 def require_all_end(trial: Trial, job: Job, allowed: tuple[int, ...]) -> None:
-    """Promise of a run without one of its ranks: every rank ends in time, and the reason is written."""
+    """Require of a run that lost a rank: every rank exits in time, and the reason is recorded."""
     codes = trial.end(job, patience=60 * SHORT_TIMEOUT + SLACK)
     trial.expect({*allowed}.issuperset(codes), f"ended with {codes}: {job.said()[-300:]!r}")
     if 0 not in codes:
-        trial.expect(ended(trial.run_dir) == REQUEUE, f"ended.json tells {ended(trial.run_dir)} after {codes}")
+        trial.expect(ended(trial.run_dir) == REQUEUE, f"ended.json has {ended(trial.run_dir)} after {codes}")
 
 
 def signalled(trial: Trial, number: signal.Signals) -> None:
-    """A signal to one rank at a random time: both save and end with 75."""
+    """Signal one rank at a random time: both must save and exit with 75."""
     job, target = trial.start(), trial.random.randrange(WORLD_SIZE)
     trial.some_time(job)
     was_training = bool(read_lines(trial.run_dir / "metrics.jsonl"))
@@ -147,7 +147,7 @@ def signalled(trial: Trial, number: signal.Signals) -> None:
 
 
 def damaged(trial: Trial, file: str, damage: Callable[[Path, Random], None]) -> None:
-    """Something happens to a file of the newest checkpoint of a killed run, or to the pointer."""
+    """Damage a file of the newest checkpoint of a killed run, or `latest`."""
     stop_half_way(trial)
     newest = WATCHED_STEP - EVERY
     folder = trial.checkpoints if file == "latest" else trial.checkpoints / f"step-{newest:08d}"
@@ -161,7 +161,7 @@ def damaged(trial: Trial, file: str, damage: Callable[[Path, Random], None]) -> 
 
 
 def stop_half_way(trial: Trial) -> None:
-    """Leave a run whose newest checkpoint is the one before the watched save: killed once a setting, then copied."""
+    """Leave a run killed before the watched save: made once per setting, then copied."""
     stopped = trial.setting.inputs.with_name(f"{trial.setting.name}-half-way")
     with ONE_STOPS:
         if not stopped.exists():
@@ -174,7 +174,7 @@ def stop_half_way(trial: Trial) -> None:
 
 
 def all_damaged(trial: Trial) -> None:
-    """No checkpoint holds: the run refuses to start over, until one is put back."""
+    """Damage every checkpoint: the run must refuse to start over until one is restored."""
     stop_half_way(trial)
     files = sorted(trial.checkpoints.glob("step-????????/*.safetensors"))
     whole = {file: file.read_bytes() for file in files}
@@ -189,7 +189,7 @@ def all_damaged(trial: Trial) -> None:
 
 
 def disk_full(trial: Trial, at: int | None) -> None:
-    """No room, before the save or from one of its changes on: code 4, and the last checkpoint stays."""
+    """Fill the disk before a save or during it: exit code 4, and the last checkpoint must stay."""
     filler = trial.run_dir / "filler"
     if at is None:
         stop_half_way(trial)
@@ -205,7 +205,7 @@ def disk_full(trial: Trial, at: int | None) -> None:
 
 
 def second_job(trial: Trial) -> None:
-    """The same command while it runs: refused with who has the folder; the first one is not disturbed."""
+    """Start the same command twice: the second must be refused with the owner of the folder, and the first finish."""
     first = trial.start({0: trial.sabotage("hang", trial.random.randrange(8))})
     while not is_stopped(first.ranks[0].pid) and not first.first_end(0.05):
         pass
@@ -222,7 +222,7 @@ def second_job(trial: Trial) -> None:
 
 
 def is_stopped(pid: int | None) -> bool:
-    """Return whether a process is stopped by a signal, by its state in /proc."""
+    """Return whether a process is stopped by a signal, from /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
@@ -230,35 +230,35 @@ def is_stopped(pid: int | None) -> bool:
 
 
 def boundaries(changes: tuple[list[str], ...]) -> list[tuple[int, int]]:
-    """Return (rank, number) of all changes to the disk in a save."""
+    """Return (rank, number) of every change to the disk in a save."""
     return [(rank, at) for rank, made in enumerate(changes) for at in range(len(made))]
 
 
 def at_boundary(number: int, random: Random, changes: tuple[list[str], ...], **how: bool) -> Fault:
-    """Kill after the `number`-th change, over all ranks."""
+    """Kill after the `number`-th change, counted over all ranks."""
     rank, at = boundaries(changes)[number % len(boundaries(changes))]
     return partial(killed_in_save, rank=rank, at=at, **how)
 
 
 def at_random_boundary(number: int, random: Random, changes: tuple[list[str], ...], **how: bool) -> Fault:
-    """Kill after any change."""
+    """Kill after a random change."""
     return at_boundary(random.randrange(len(boundaries(changes))), random, changes, **how)
 
 
 def hanging(number: int, random: Random, changes: tuple[list[str], ...]) -> Fault:
-    """Hang at any time, or in a save, in turn."""
+    """Hang at a random time or during a save, alternating."""
     rank, at = random.choice(boundaries(changes))
     return partial(hung, victim=rank, at=at if number % 2 else None)
 
 
 def filling(number: int, random: Random, changes: tuple[list[str], ...]) -> Fault:
-    """Take the room before a save, or after any of its changes that has another file to come, in turn."""
+    """Fill the disk before a save, or after one of its changes that is followed by another file, alternating."""
     last = changes[0].index("open latest.tmp")
     return partial(disk_full, at=random.randrange(last + 1) if number % 2 else None)
 
 
 def one_of(*faults: Fault) -> Callable[..., Fault]:
-    """Take these in turn."""
+    """Choose among these in turn."""
     return lambda number, random, changes: faults[number % len(faults)]
 
 
@@ -295,9 +295,9 @@ KINDS: dict[str, Callable[[int, Random, tuple[list[str], ...]], Fault]] = {
     "a full disk": filling,
     "two jobs on one folder": one_of(second_job),
 }
-"""The row of the table, and what makes the n-th fault of it."""
+"""Row of the table, and the function of its n-th fault."""
 EVERY_CHANGE = {
     "both ranks killed at every change to the disk in a save": (2, False),
     "both ranks killed at every change to the disk in a save (async)": (3, True),
 }
-"""ZeRO stage, and whether it is in the background, of kinds that go through all changes of a save."""
+"""ZeRO stage, and whether saves are asynchronous, of the kinds that cover every change of a save."""

@@ -1,4 +1,4 @@
-"""One run of the campaign: disturbed, started again until it is done, and compared with the undisturbed one."""
+"""One disturbed run: restarted until it finishes, and compared with the undisturbed run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from faults_job import WORLD_SIZE, Job
 
 STEPS, EVERY, KEPT = 8, 2, 2
 WATCHED_STEP = 6
-"""Of the save that is watched: others are there before, and the oldest of them goes."""
+"""Step of the watched save: earlier checkpoints exist, and the oldest is deleted."""
 TIMEOUT_MINUTES = 0.5
 RESTARTS = 6
-"""A run that needs more is lost."""
+"""Number of starts after which a run counts as lost."""
 PATIENCE = 5.0
-"""Seconds that a launcher leaves ranks whose peer failed."""
+"""Seconds that a launcher waits before it kills ranks whose peer failed."""
 RETRIED = {0, 75, None, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1}
-"""Exit codes of ranks after which a batch system starts the job again. None was killed by the launcher."""
+"""Exit codes after which a batch system restarts the job; None means killed by the launcher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Setting:
 
 
 def make_inputs(folder: Path) -> None:
-    """Write the model, the text and an engine's settings a ZeRO stage."""
+    """Write the model, the text and a DeepSpeed JSON for each ZeRO stage."""
     toy.make_model(folder / "model")
     toy.make_texts(folder, train_bytes=20_000)
     for stage in range(4):
@@ -76,13 +76,13 @@ class Training:
     """Losses and weights of a finished run."""
 
     losses: dict[int, str]
-    """Every step's, in hexadecimal."""
+    """Loss of every step, in hexadecimal."""
     files: dict[str, str]
     """SHA-256 of the last checkpoint's shards and of the exported weights."""
 
 
 def training_of(run_dir: Path) -> Training:
-    """Return the losses and file hashes of a run, trusting no manifest."""
+    """Return the losses and file hashes of a run, without trusting its manifests."""
     rows = [row for row in read_lines(run_dir / "metrics.jsonl") if "loss" in row]
     losses = {row["step"]: float(row["loss"]).hex() for row in rows}
     assert [*losses] == [row["step"] for row in rows], "each step once"
@@ -92,18 +92,18 @@ def training_of(run_dir: Path) -> Training:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Return the rows of a file of JSON lines, of which a crash may have cut the last."""
+    """Return the rows of a JSON lines file whose last line a crash may have truncated."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def is_whole(folder: Path) -> bool:
-    """Tell whether a checkpoint is what its manifest says, by another program than megaft's."""
+    """Return whether a checkpoint matches its manifest, by a check independent of megaft."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         claimed = manifest.pop("sha256")
@@ -114,7 +114,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def newest_whole(run_dir: Path) -> int:
-    """Return the step of the newest whole checkpoint, 0 where there is none."""
+    """Return the step of the newest whole checkpoint, or 0."""
     folders = (run_dir / "checkpoints").glob("step-????????*")
     steps = [int(folder.name[5:13]) for folder in folders if folder.suffix not in (".tmp", ".old") and is_whole(folder)]
     return max(steps, default=0)
@@ -122,14 +122,14 @@ def newest_whole(run_dir: Path) -> int:
 
 @dataclass
 class Trial:
-    """One run and what became of it."""
+    """A disturbed run and its history."""
 
     kind: str
     setting: Setting
     folder: Path
     random: Random
     start_seconds: float
-    """From the start of the undisturbed run to its first step."""
+    """Seconds from the start of the undisturbed run to its first step."""
     hosts: tuple[Host, ...] = ()
     """Hosts of its ranks; empty for this machine."""
     flags: tuple[str, ...] = ()
@@ -148,7 +148,7 @@ class Trial:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
+        """Folder of the run's checkpoints."""
         return self.run_dir / "checkpoints"
 
     def sabotage(self, deed: Literal["list", "kill", "hang", "fill"], at: int = 0, notes: Path = Path()) -> Sabotage:
@@ -156,7 +156,7 @@ class Trial:
         return Sabotage(deed, self.checkpoints, WATCHED_STEP, at, notes)
 
     def start(self, sabotage: Mapping[int, Sabotage] | None = None, *, is_forked: bool = True) -> Job:
-        """Start the command, again or for the first time."""
+        """Start or restart the command."""
         self.restarts += 1
         self._expected_step = newest_whole(self.run_dir)
         self._starts = len(self.starts())
@@ -165,34 +165,34 @@ class Trial:
         return Job(command, logs, sabotage, self.hosts, is_forked=is_forked)
 
     def starts(self) -> list[int]:
-        """Return the steps from which the run was continued."""
+        """Return the steps from which the run resumed."""
         return [row["step"] for row in read_lines(self.run_dir / "events.jsonl") if row["event"] == "start"]
 
     def end(self, job: Job, patience: float = PATIENCE, limit: float = 240.0) -> list[int | None]:
-        """Wait for a job's end, look into what it said and continued from, and return the ranks' exit codes."""
+        """Wait for a job to end, check its output and resume step, and return the ranks' exit codes."""
         codes = job.codes(patience, limit)
         if "Traceback" in (said := job.said()):
             self.unkept.append(f"a traceback: {said[said.index('Traceback') :][-400:]}")
         for step in self.starts()[self._starts :]:
             self.accepted_damaged |= step > self._expected_step
-            self.expect(step == self._expected_step, f"went on from {step} instead of {self._expected_step}")
+            self.expect(step == self._expected_step, f"resumed from {step} instead of {self._expected_step}")
         return codes
 
     def expect(self, holds: bool, what: str) -> None:
-        """Note a promise that was not kept."""
+        """Record a broken promise unless `holds`."""
         if not holds:
             self.unkept.append(what)
 
     def wait_for(self, job: Job, step: int) -> bool:
-        """Wait until the run has done so many steps; False if it ended before."""
+        """Wait until the run has done this many steps; return False if it ended before."""
         while not any(row["step"] >= step for row in read_lines(self.run_dir / "metrics.jsonl")):
             if job.first_end(0.01):
                 return False
         return True
 
     def some_time(self, job: Job) -> int:
-        """Wait until a random moment of the run; return how many steps it had surely done."""
-        step = max(0, self.random.randrange(-STEPS // 2, STEPS + 1))  # a third of all moments are in the start
+        """Wait until a random moment of the run; return the number of steps certainly done."""
+        step = max(0, self.random.randrange(-STEPS // 2, STEPS + 1))  # a third of all moments are during the start
         if step == 0:
             job.first_end(self.random.uniform(0.0, self.start_seconds))
         elif self.wait_for(job, step):
@@ -200,7 +200,7 @@ class Trial:
         return step
 
     def go_on(self) -> None:
-        """Start the command again until all ranks end with 0, as a batch system does."""
+        """Restart the command until all ranks exit with 0, as a batch system does."""
         while (codes := self.end(self.start())) != [0] * WORLD_SIZE:
             if self.restarts >= RESTARTS or not RETRIED.issuperset(codes):
                 self.is_lost = True
@@ -209,7 +209,7 @@ class Trial:
         self.seconds = time.monotonic() - self._began
 
     def differs(self, undisturbed: Training) -> bool:
-        """Tell whether the run trained anything else than the undisturbed one."""
+        """Return whether the run trained differently from the undisturbed one."""
         return not self.is_lost and training_of(self.run_dir) != undisturbed
 
 
@@ -222,7 +222,7 @@ class Reference:
     changes: tuple[list[str], ...]
     """Return each rank's operations on the disk in the watched save."""
     start_seconds: float
-    """Until the first step was done."""
+    """Seconds until the first step was done."""
 
 
 def reference(setting: Setting, folder: Path) -> Reference:
@@ -242,6 +242,6 @@ def reference(setting: Setting, folder: Path) -> Reference:
 
 
 def ended(run_dir: Path) -> int | None:
-    """Return the exit code that RUN/ended.json tells."""
+    """Return the exit code in RUN/ended.json."""
     path = run_dir / "ended.json"
     return json.loads(path.read_text())["exit_code"] if os.path.exists(path) else None

@@ -1,10 +1,10 @@
-"""Fuzz the readers of foreign files: nothing but success or a one-line error, in time, and no file outside.
+"""Fuzz the readers of untrusted files: each must succeed or give a one-line error, in time, and write nothing outside.
 
     python tools/benchmarks/fuzz.py --target jsonl --runs 10000 --seed 0
-    python tools/benchmarks/fuzz.py --target jsonl --runs 1 --seed 4711    # a failure again
+    python tools/benchmarks/fuzz.py --target jsonl --runs 1 --seed 4711    # repeat a failure
 
-Case N of a target is the valid files with one of them changed by the seed N. Cases run in forked children, so that a
-crash, a hang or an allocation without end is a finding rather than the end.
+Case N of a target is a set of valid files, one of them mutated with seed N. Cases run in forked children, so a crash, a
+hang or unbounded allocation is recorded as a failure and does not end the program.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
-os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # children may not wait for threads of their parent
+os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # children must not wait for threads of their parent
 
 import psutil
 from fuzz_mutate import fresh_copy, mutate
 from fuzz_targets import TARGETS, Target
 
 SECONDS = 10.0
-"""Processor time of a case at most; on a busy machine WAITING times as many seconds may pass."""
+"""Limit of processor time per case; on a busy machine WAITING times as many seconds may pass."""
 WAITING = 4
 BATCH = 200
 MEMORY = 6 * 2**30
-"""Address space that a case may take beyond what the libraries have."""
+"""Address space that a case may use on top of the libraries."""
 PRINTED = 10
 PROGRESS_SECONDS = 10.0
-"""Seconds between two lines of progress."""
+"""Seconds between progress lines."""
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class Counts:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[int, str]] = field(default_factory=list)
-    """Seed and description of all that is neither accepted nor refused in one line."""
+    """Seed and description of each case neither accepted nor refused in one line."""
 
     def __str__(self) -> str:
         """Return the number of cases of each outcome."""
@@ -66,7 +66,7 @@ class Counts:
 
 @dataclass(slots=True)
 class Progress:
-    """Print to stderr, every few seconds, how far a target's cases are."""
+    """Progress of a target's cases, printed to stderr every few seconds."""
 
     name: str
     runs: int
@@ -79,7 +79,7 @@ class Progress:
         return time.monotonic() - self.begin
 
     def show(self, counts: Counts) -> None:
-        """Print the counts, if the last line is old enough."""
+        """Print the counts if the last line is old enough."""
         if time.monotonic() - self.printed < PROGRESS_SECONDS:
             return
         self.printed = time.monotonic()
@@ -108,7 +108,7 @@ def fuzz(target: Target, runs: int, seed: int, progress: Progress | None = None)
 
 
 def _batch(target: Target, root: Path, seeds: range) -> Iterator[tuple[int, str, str]]:
-    """Yield the outcome of each case up to the end, or to the one that ends the child."""
+    """Yield the outcome of each case until the last, or until one that kills the child."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -116,7 +116,7 @@ def _batch(target: Target, root: Path, seeds: range) -> Iterator[tuple[int, str,
         try:
             _run_cases(target, root, seeds, writer)
         finally:
-            os._exit(0)  # the folder is the parent's to remove
+            os._exit(0)  # the parent removes the folder
     os.close(writer)
     with os.fdopen(reader, "rb") as lines:
         for seed in seeds:
@@ -135,7 +135,7 @@ def _batch(target: Target, root: Path, seeds: range) -> Iterator[tuple[int, str,
 
 
 def _answers(reader: int, child: int) -> bool:
-    """Wait for the outcome of a case; return whether it comes before its time is over."""
+    """Wait for the outcome of a case; return whether it comes in time."""
     process = psutil.Process(child)
     begin, used = time.monotonic(), sum(process.cpu_times()[:2])
     while not select.select([reader], [], [], SECONDS / 20)[0]:
@@ -157,7 +157,7 @@ ACKNOWLEDGE = os.pipe()
 def _run_cases(target: Target, root: Path, seeds: range, writer: int) -> None:
     faulthandler.disable()  # the parent reports a crash, with the seed that repeats it
     if len(seeds) > 1:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries of other languages print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # output of native libraries
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     for seed in seeds:
@@ -167,7 +167,7 @@ def _run_cases(target: Target, root: Path, seeds: range, writer: int) -> None:
 
 
 def run_case(target: Target, valid: Path, root: Path, seed: int) -> tuple[str, str]:
-    """Change a copy of the valid files by the seed, read it, and return what became of it."""
+    """Mutate a copy of the valid files with the seed, read it, and return the outcome."""
     from megaft.base.errors import UserError
 
     rng = random.Random(seed)
@@ -185,7 +185,7 @@ def run_case(target: Target, valid: Path, root: Path, seed: int) -> tuple[str, s
         outcome, detail = ("refused", "") if "\n" not in str(error) else ("lines", str(error))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of Rust's is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         frame = traceback.extract_tb(error.__traceback__)[-1]
         ours = [
             one
@@ -206,7 +206,7 @@ def _quiet() -> Iterator[None]:
 
 
 def main() -> int:
-    """Fuzz one target or all, and print a line of counts and the first failures of each."""
+    """Fuzz one target or all; print counts and the first failures of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="all")
     parser.add_argument("--runs", type=int, default=1000, help="cases of each target")

@@ -1,4 +1,4 @@
-"""Mutations of files: bytes, JSON values, links. Each is a function of a random generator alone."""
+"""Mutations of files: bytes, JSON values, links. Each depends only on a random generator."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _duplicate(data: bytes, rng: random.Random) -> bytes:
 
 
 def _number(data: bytes, rng: random.Random) -> bytes:
-    """Put a 32- or 64-bit number somewhere: sizes and offsets of binary headers."""
+    """Overwrite bytes with a 32- or 64-bit number, as in sizes and offsets of binary headers."""
     size = rng.choice((4, 8))
     value = (rng.choice(NUMBERS) % 2 ** (8 * size)).to_bytes(size, "little")
     place = rng.randrange(max(1, min(len(data), 128)))
@@ -103,7 +103,7 @@ BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def _mutate_json(data: bytes, rng: random.Random) -> bytes | None:
-    """Return JSON, or a line of JSON lines, with a value changed; None where the file is no JSON."""
+    """Return JSON or JSON lines with one value changed; None if the file is not JSON."""
     lines = data.split(b"\n")
     place = rng.randrange(len(lines))
     for whole, head, tail in ((data, [], []), (lines[place], lines[:place], lines[place + 1 :])):
@@ -114,14 +114,14 @@ def _mutate_json(data: bytes, rng: random.Random) -> bytes | None:
         for _ in range(rng.choice((1, 1, 1, 2, 4))):
             value = _changed(value, rng)
         text = json.dumps(value, ensure_ascii=rng.random() < 0.7)
-        if rng.random() < 0.05 and text.startswith("{") and len(text) > 2:  # a key twice
+        if rng.random() < 0.05 and text.startswith("{") and len(text) > 2:  # a duplicate key
             text = text[:-1] + ", " + text[1:]
         return b"\n".join([*head, text.encode("utf-8", "surrogatepass"), *tail])
     return None
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
-    """Return a JSON value with something in it replaced, removed, renamed, repeated or wrapped."""
+    """Return a JSON value with one item replaced, removed, renamed, repeated or wrapped."""
     if isinstance(value, dict | list) and value and rng.random() < 0.85:
         copy = value.copy()
         key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
@@ -144,7 +144,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
 
 
 def fresh_copy(seed: Path, folder: Path) -> Path:
-    """Put a copy of the seed's folder where the last case was, and return it."""
+    """Replace the last case's folder by a fresh copy of the valid files, and return it."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(seed, folder, symlinks=True)
     return folder

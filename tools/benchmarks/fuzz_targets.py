@@ -1,4 +1,4 @@
-"""Readers of foreign files, each with small valid files to begin from."""
+"""Fuzz targets: readers of untrusted files, each with small valid files to mutate."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A reader, what it reads at first, and which of the files are changed."""
+    """A reader, its valid files, and which of them are mutated."""
 
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
     files: tuple[str, ...]
     """Globs below the folder."""
     mend: Callable[[Path], None] | None = None
-    """Makes checksums of a changed file right again, so that what lies behind them is reached."""
+    """Recomputes checksums of a mutated file, so that the reader gets past them."""
 
 
 def _prepare(name: str, **options: Any) -> Callable[[Path], Any]:
@@ -75,7 +75,7 @@ def _zst(data: bytes) -> bytes:
 
 
 def _encode(path: Path) -> None:
-    """Use all of a tokenizer: ids, text, a chat where there is a template, and saving."""
+    """Exercise a tokenizer: encoding, decoding, a chat if it has a template, and saving."""
     from megaft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
@@ -159,7 +159,7 @@ def _make_gguf(folder: Path) -> None:
 
 
 def _load_gguf(folder: Path) -> None:
-    """Load a GGUF file's model for training or evaluation, its tokenizer, and its weights for converting."""
+    """Load a GGUF file's model for training or evaluation, its tokenizer, and its weights for conversion."""
     from megaft.data.tokenizer import load_tokenizer
 
     path = folder / "model.gguf"

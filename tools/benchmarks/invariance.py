@@ -1,10 +1,10 @@
-"""Train one small run cut in many ways, and compare every loss and the final weights.
+"""Train one small run split in many ways, and compare every loss and the final weights.
 
     python tools/benchmarks/invariance.py [--steps 20] [--output docs/invariance.md]
 
-Each cut is micro-batch x accumulation x ranks x ZeRO stage x tensor parallelism, on CPU ranks joined by gloo.
-Documents of unequal length, one a sample, give every micro batch another number of labels. Cuts of one world size
-share a launch.
+A split is micro-batch x accumulation x ranks x ZeRO stage x tensor parallelism, on CPU ranks joined by gloo. Documents
+of unequal length, one per sample, give micro-batches different numbers of labels. Splits of one world size share a
+launch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to cut the run."""
+    """One way to split the run."""
 
     world_size: int
     micro_batch_size: int
@@ -38,11 +38,11 @@ class Way:
     precision: str = "fp32"
     is_offloaded: bool = False
     tensor_parallel_size: int = 0
-    """0 is transformers' modules; from 1 on it is megatron-core's."""
+    """0 means transformers' modules, 1 or more megatron-core's."""
 
     @property
     def accumulation(self) -> int:
-        """Micro batches per step and rank."""
+        """Micro-batches per step and rank."""
         return GLOBAL_BATCH_SIZE // self.micro_batch_size // (self.world_size // max(1, self.tensor_parallel_size))
 
     @property
@@ -54,7 +54,7 @@ class Way:
         """The engine's settings."""
         zero: dict = {"stage": self.zero_stage}
         if self.zero_stage == 3:
-            zero["stage3_param_persistence_threshold"] = 0  # partition even this model's small parameters
+            zero["stage3_param_persistence_threshold"] = 0  # partition even the small parameters of this model
         if self.is_offloaded:
             zero["offload_optimizer"] = {"device": "cpu"}
         settings = {
@@ -114,7 +114,7 @@ WAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Differences of a run from the reference."""
+    """Differences of a run from its reference."""
 
     way: Way
     first_loss: float
@@ -122,7 +122,7 @@ class Outcome:
     loss_difference: float
     """Largest over all steps, in nats per token."""
     norm_difference: float
-    """Largest of the gradient norm before clipping, over all steps, as a part of it."""
+    """Largest relative difference of the gradient norm before clipping, over all steps."""
     weight_difference: float
     """Largest over all elements of all parameters."""
 
@@ -145,7 +145,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def run_ways(folder: Path, ways: list[Way], steps: int) -> None:
-    """Train every way in turn in this rank; all have this launch's world size."""
+    """Train every split of this launch's world size on this rank, one after another."""
     from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed asks for a CPU with fp16 instructions; torch computes fp16 without them too, slower.
@@ -156,7 +156,7 @@ def run_ways(folder: Path, ways: list[Way], steps: int) -> None:
 
 
 def flags(folder: Path, way: Way, steps: int) -> list[str]:
-    """The command line of a run, but for its DeepSpeed JSON."""
+    """Return the command line of a run, without its DeepSpeed JSON."""
     return [
         f"--model.path={folder / 'model'}",
         f"--data.train={folder / 'train'}",
@@ -176,7 +176,7 @@ def flags(folder: Path, way: Way, steps: int) -> list[str]:
 
 
 def outcomes(folder: Path, ways: tuple[Way, ...], steps: int) -> Iterator[Outcome]:
-    """Compare every finished way with its reference."""
+    """Compare every finished run with its reference."""
     for way in ways:
         reference = REFERENCES[way.optimizer, way.precision]
         losses, expected = rows_of(folder / way.name, "loss"), rows_of(folder / reference.name, "loss")
@@ -200,7 +200,7 @@ def rows_of(run_dir: Path, quantity: str) -> list[float]:
 
 
 def weights_of(folder: Path, name: str, step: int) -> dict:
-    """Return every fp32 weight of a run's checkpoint by transformers' name."""
+    """Return every fp32 weight of a run's checkpoint by its name in transformers."""
     from megaft.weights import canonical, manifest
     from megaft.weights.parameters import load_config, shapes_of
     from megaft.weights.pieces import WEIGHT
@@ -236,14 +236,14 @@ def table(results: list[Outcome]) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Train one small run cut in many ways, and compare every loss and the final weights."""
+    """Train one small run split in many ways, and compare every loss and the final weights."""
 
     steps: int = 20
     """Optimizer steps of each run."""
     output: Path | None = None
     """Write the table here, between the page's two comment lines."""
     folder: Path | None = None
-    """Folder of the runs; given to the ranks of a launch."""
+    """Folder of the runs; set for the ranks of a launch."""
 
 
 def main(arguments: Arguments) -> int:
@@ -262,7 +262,7 @@ def main(arguments: Arguments) -> int:
 
 
 def write_between_marks(page: Path, content: str) -> None:
-    """Replace what is between the page's `<!-- table -->` and `<!-- end -->`."""
+    """Replace the text between the page's `<!-- table -->` and `<!-- end -->`."""
     before, _, rest = page.read_text().partition("<!-- table -->\n")
     _, mark, after = rest.partition("<!-- end -->")
     page.write_text(f"{before}<!-- table -->\n{content}\n{mark}{after}")

@@ -1,9 +1,9 @@
-"""Show what memory models of Megatron's sizes need in parts, on CPU ranks of one machine.
+"""Measure the memory of sharded models of Megatron's sizes, on CPU ranks of one machine.
 
     python tools/benchmarks/large_models.py --folder /a/disk/with/30/GB
 
-Weights are random. What counts is the peak of the ranks' anonymous memory, all of them together: the pages of mapped
-weight files are the kernel's, which takes them back when it needs them.
+Weights are random. The result is the peak of anonymous memory, summed over ranks. Pages of mapped weight files do not
+count: the kernel reclaims them when it needs memory.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ WHAT = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Show what memory large models need in parts."""
+    """Measure the memory of large sharded models."""
 
     cases: tuple[str, ...] = tuple(WHAT)
-    """Some of forward, train, fake and cut."""
+    """Cases to run: forward, train, fake, cut."""
     folder: Path | None = None
-    """Folder with room for 13 GB. By default a temporary one."""
+    """Folder with 13 GB of free space. By default a temporary one."""
     hardware: str = f"cpu{os.cpu_count()}"
-    """A name for the result files."""
+    """Name of the hardware in the result files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ class Measured:
     rank_bytes: list[int]
     """Peak of each rank."""
     machine_bytes: int
-    """Peak of what the whole machine had less available than before, with all that ran there."""
+    """Peak drop in the machine's available memory, including other processes."""
     said: dict[str, Any]
 
 
@@ -95,7 +95,7 @@ def configuration(layers: int, width: int, heads: int) -> dict[str, Any]:
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
-    """Write a random model in bf16, a shard for each layer: no more than one of them is ever in memory."""
+    """Write a random model in bf16, one file per layer, with at most one layer in memory."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +132,7 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def measure_forward(folder: Path) -> Measured:
-    """Load the 2.5 B shape in parts and score a text with it."""
+    """Load the 2.5 B shape sharded and score a text with it."""
     write_model(folder / "model", configuration(54, 1920, 20))
     said = folder / "said.json"
     measured = watch(2, [str(HERE / "large_models_ranks.py"), "forward", str(folder / "model"), str(said)], said)
@@ -143,7 +143,7 @@ def measure_forward(folder: Path) -> Measured:
 
 @torch.no_grad()
 def nats_layer_by_layer(folder: Path) -> float:
-    """Score the ranks' tokens with transformers' own layers, one in memory at a time: what the ranks should say."""
+    """Return the expected nats: score the same tokens with transformers' layers, one in memory at a time."""
     config = GPT2Config.from_pretrained(folder, n_layer=1)
     model: Any = GPT2LMHeadModel(config).bfloat16().eval().transformer
     ends, *layers = sorted(folder.glob("*.safetensors"))
@@ -159,7 +159,7 @@ def nats_layer_by_layer(folder: Path) -> float:
 
 
 def measure_train(folder: Path) -> Measured:
-    """Train 12 layers of that width for a step, and save."""
+    """Train 12 layers of the same width for a step, and save."""
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text(json.dumps(configuration(12, 1920, 20)))
     make_tokenizer(folder / "model", text())
@@ -188,12 +188,12 @@ def measure_fake(folder: Path, case: str = "fake") -> Measured:
 
 
 def measure_cut(folder: Path) -> Measured:
-    """Build it with megatron-core, as one of eight that share each matrix."""
+    """Build it in megatron-core, as one of eight tensor-parallel ranks."""
     return measure_fake(folder, "cut")
 
 
 def watch(num_ranks: int, arguments: list[str], said: Path | None) -> Measured:
-    """Start ranks, look at their memory until they end, and return what was seen and what the main rank wrote."""
+    """Start ranks and sample their memory until they end; return it with the figures of the main rank."""
     began, available = time.perf_counter(), _available()
     variables = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
@@ -206,7 +206,7 @@ def watch(num_ranks: int, arguments: list[str], said: Path | None) -> Measured:
         now = [_anonymous(rank.pid) for rank in ranks]
         peak, peaks = max(peak, sum(now)), list(map(max, peaks, now))
         machine = max(machine, available - _available())
-        if any(rank.returncode for rank in ranks):  # the others would wait for it
+        if any(rank.returncode for rank in ranks):  # the others would wait for the failed rank
             for rank in ranks:
                 rank.terminate()
         time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -222,7 +222,7 @@ def watch(num_ranks: int, arguments: list[str], said: Path | None) -> Measured:
 
 
 def _anonymous(pid: int) -> int:
-    """Bytes of a process that are in no file; 0 once it has ended."""
+    """Return the anonymous memory of a process in bytes; 0 after it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -235,7 +235,7 @@ def _available() -> int:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the report as a page."""
+    """Return the report as Markdown."""
     where = report["environment"]
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "GB of anonymous memory, all ranks": lambda case: f"{case['anonymous_bytes'] / GB:.2f}",
@@ -247,14 +247,14 @@ def markdown(report: dict[str, Any]) -> str:
     said = [f"- {name}: `{json.dumps(case['said'])}`" for name, case in report["cases"].items()]
     return "\n".join(
         [
-            "# Large models in parts\n",
+            "# Memory of large sharded models\n",
             "Peaks of memory while a case runs, from starting Python to its end. Anonymous memory is what the ranks "
             "hold themselves; the machine's column also has mapped files that were read. That and the seconds are with "
             "whatever else ran there.\n",
             *(f"- {name}: {WHAT[name]}" for name in report["cases"]),
             "",
             table(("case", *columns), rows),
-            "\nWhat the main rank said:\n",
+            "\nOutput of the main rank:\n",
             *said,
             f"\n- command: `python tools/benchmarks/large_models.py {' '.join(where['command'][1:])}`",
             f"- commit: {where['git'] and where['git']['commit']}",

@@ -1,4 +1,4 @@
-"""Program of a rank of large_models.py: score with a partitioned model, or build an engine as one of many ranks.
+"""Program of a rank of large_models.py: score with a partitioned model, or build the engine of one of many ranks.
 
 python large_models_ranks.py forward|fake|cut FOLDER FIGURES.json
 """
@@ -37,7 +37,7 @@ def tokens(vocab_size: int) -> tuple[Tensor, Tensor]:
 
 
 def forward(folder: Path) -> dict[str, Any]:
-    """Load a model in parts and score tokens with it."""
+    """Load a model sharded and score tokens with it."""
     device = parallel.join(parallel.discover(os.environ))
     scorer = load_scoring_model(str(folder), dtype=torch.bfloat16, device=device, is_partitioned=True)
     model: Any = scorer.model
@@ -48,7 +48,7 @@ def forward(folder: Path) -> dict[str, Any]:
 
 
 def fake(folder: Path, tensor_parallel_size: int = 1) -> dict[str, Any]:
-    """Build training's engine as rank 0 of ranks that do not exist."""
+    """Build training's engine as rank 0 of a fake process group."""
     import deepspeed
 
     topology = parallel.pretend(WORLD_SIZE)
@@ -82,7 +82,7 @@ def fake(folder: Path, tensor_parallel_size: int = 1) -> dict[str, Any]:
 
 
 def held_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a rank's parts of the weights, and of those that are gathered now."""
+    """Return the bytes of a rank's weight partitions and of the weights currently gathered."""
     parameters: Any = model.parameters()
     return sum(one.nbytes + (one.ds_tensor.nbytes if hasattr(one, "ds_tensor") else 0) for one in parameters)
 

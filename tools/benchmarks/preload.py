@@ -1,4 +1,4 @@
-"""Imported last by fork servers: what each of their children would otherwise compute anew at its first model."""
+"""Warm-up for fork servers, imported last: computations that each child would otherwise repeat for its first model."""
 
 import gc
 

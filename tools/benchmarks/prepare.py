@@ -1,9 +1,9 @@
-"""Time `megaft prepare` beside a bare loop over `tokenizers`, on the same text and cores, one after the other.
+"""Time `megaft prepare` against a bare `tokenizers` loop on the same text and cores, alternating.
 
     python tools/benchmarks/prepare.py TEXT --tokenizer FOLDER --megabytes 540 --repeats 3
 
 Both are whole processes, imports included. The loop reads the file in blocks of the same size, encodes them in batches
-of the same size and takes their ids; it decodes, counts, hashes and writes nothing, and cuts words at block ends.
+of the same size and collects the ids. It does not decode, count, hash or write, and splits words at block ends.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ print(total)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Time `megaft prepare` beside a bare loop over `tokenizers`."""
+    """Time `megaft prepare` against a bare `tokenizers` loop."""
 
     text: tyro.conf.Positional[Path]
     """Repeated to --megabytes."""
     tokenizer: str
-    """A folder with tokenizer.json, or what megaft prepare takes."""
+    """A folder with tokenizer.json, or any tokenizer that `megaft prepare` accepts."""
     megabytes: int = 50
-    """Size of the text that is tokenized."""
+    """Size of the tokenized text."""
     repeats: int = 3
     """Runs of each program."""
     hardware: str = f"cpu{os.cpu_count()}"
-    """A name for the result files."""
+    """Name of the hardware in the result files."""
 
 
 def main(arguments: Arguments) -> None:
@@ -68,7 +68,7 @@ def main(arguments: Arguments) -> None:
 
 
 def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
-    """Run both programs by turns, `arguments.repeats` times each."""
+    """Run both programs alternately, `arguments.repeats` times each."""
     text = folder / "text.txt"
     num_bytes = repeat(arguments.text, text, arguments.megabytes * 1_000_000)
     vocabulary = save_tokenizer(arguments.tokenizer, folder)
@@ -91,14 +91,14 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, Any]:
 
 
 def repeat(source: Path, target: Path, num_bytes: int) -> int:
-    """Write `source` as often as fits into `num_bytes`, at least once; return the bytes written."""
+    """Write `source` as many times as fit into `num_bytes`, at least once; return the bytes written."""
     data = source.read_bytes()
     with target.open("wb") as file:
         return sum(file.write(data) for _ in range(max(1, num_bytes // len(data))))
 
 
 def save_tokenizer(source: str, folder: Path) -> Path:
-    """Save the tokenizer where the bare loop can read it; return its tokenizer.json."""
+    """Save the tokenizer for the bare loop; return its tokenizer.json."""
     program = (
         "import sys; from megaft.data.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1]).save(sys.argv[2])"
     )
@@ -123,13 +123,13 @@ def timed(command: list[str], num_bytes: int) -> dict[str, float]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the report as a page."""
+    """Return the report as Markdown."""
     where, num_runs = report["environment"], len(report["ratios"])
     command = " ".join(where["command"][1:])
     header = ("whole process", "MB/s, median [least, most]", "processor s", "peak memory, at most")
     return "\n".join(
         [
-            "# megaft prepare beside a bare `encode_batch_fast` loop\n",
+            "# megaft prepare compared with a bare `encode_batch_fast` loop\n",
             f"{report['bytes'] / 1e6:,.0f} MB, {report['tokens']:,} tokens, {num_runs} runs each, by turns.\n",
             table(header, (row(name, runs) for name, runs in report["runs"].items())),
             f"\nmegaft / bare: {spread(report['ratios'], '.2f')}\n",
@@ -143,7 +143,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def short(argument: str) -> str:
-    """Return an argument without the folders only one machine has."""
+    """Return an argument without the machine's folders."""
     return "/".join(Path(argument).parts[-2:]) if "/" in argument else argument
 
 

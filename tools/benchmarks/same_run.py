@@ -1,13 +1,13 @@
-"""Record every bit of what small runs, evaluations and datasets come to, and compare it after a change of the code.
+"""Record the exact results of small runs, evaluations and datasets, and compare them after a code change.
 
     python tools/benchmarks/same_run.py --record before.json --keep FOLDER
     python tools/benchmarks/same_run.py --compare before.json
     python tools/benchmarks/same_run.py --compare before.json --continue FOLDER
 
-Only commands and flags are used, nothing is imported from megaft, so that modules may move between the recording and
-the comparison. --keep leaves runs and evaluations that were stopped part-way; with --continue, later code finishes
-copies of them and compares with the recorded results, which were never interrupted. All inputs are made from Python's
-own documentation. Python, torch and transformers must be those of the recording, and the machine's CPU of its kind.
+It uses only commands and flags and imports nothing from megaft, so modules may move between recording and comparison.
+--keep leaves runs and evaluations stopped part-way; with --continue, later code finishes copies of them and compares
+with the recorded, uninterrupted results. All inputs are made from Python's own documentation. Python, torch,
+transformers and the kind of CPU must be those of the recording.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ ENVIRONMENT = {
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 STEPS = 6
 STOPPED = 1
-"""Exit code of torchrun where its ranks end with another than 0, as they do after the file STOP."""
+"""Exit code of torchrun if a rank exits with a code other than 0, as after the file STOP."""
 CHANGING = {"seconds", "tokens_per_second", "command", "environment", "model"}
 """Fields of a result that differ between two evaluations of one model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Record every bit of what small runs, evaluations and datasets come to, or compare with such a record."""
+    """Record the exact results of small runs, evaluations and datasets, or compare with such a record."""
 
     record: Path | None = None
     """Write the results to this file."""
     compare: Path | None = None
-    """Compare the results with this file's; exit with 1 if any differ."""
+    """Compare the results with this file; exit with 1 if any differ."""
     keep: Path | None = None
-    """New folder, to leave runs and evaluations in that were stopped part-way."""
+    """New folder for runs and evaluations stopped part-way."""
     continued: Annotated[Path | None, tyro.conf.arg(name="continue")] = None
-    """With --compare: finish copies of what --keep left in this folder, and compare only that."""
+    """With --compare: finish copies of the runs that --keep left in this folder, and compare only those."""
     seed: int = 0
-    """Seed of models, runs and drawn text."""
+    """Seed of models, runs and sampled text."""
 
 
 def main(arguments: Arguments) -> int | str:
-    """Collect results; record them, or print what differs from a record."""
+    """Collect results; record them, or print the differences from a record."""
     if arguments.keep:
         stop_part_way(arguments.keep.resolve(), arguments.seed)
     if (arguments.record is None) == (arguments.compare is None):
@@ -80,7 +80,7 @@ def main(arguments: Arguments) -> int | str:
 
 
 def results(arguments: Arguments, work: Path) -> dict[str, Any]:
-    """Return all results by name, as a record holds them."""
+    """Return all results by name, as in a record."""
     if arguments.continued:
         inputs = arguments.continued.resolve() / "inputs"
         for name in ("runs", "evaluations"):
@@ -94,7 +94,7 @@ def results(arguments: Arguments, work: Path) -> dict[str, Any]:
 
 
 def finished(inputs: Path, work: Path, seed: int) -> dict[str, Any]:
-    """Train and evaluate to the end, continuing what is in the folder; return the results."""
+    """Train and evaluate to the end, resuming from the folder; return the results."""
     runs = [(run, inputs, work / "runs" / name, seed) for name, run in RUNS.items()]
     evaluations = [(each, inputs, work / "evaluations" / name) for name, each in EVALUATIONS.items()]
     two_at_a_time(train, runs)
@@ -129,7 +129,7 @@ def prepare(inputs: Path, seed: int) -> None:
 
 
 def train(run: Run, inputs: Path, folder: Path, seed: int, expected: int = 0) -> None:
-    """Train on two ranks until the last step, or the file STOP."""
+    """Train on two ranks until the last step or the file STOP."""
     settings = inputs / f"{folder.name}.json"
     settings.write_text(json.dumps(run.deepspeed_json()))
     command(
@@ -162,7 +162,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> str:
-    """Return the SHA-256 of all tensors in a folder's safetensors files: names, dtypes, shapes and bytes."""
+    """Return the SHA-256 over the names, dtypes, shapes and bytes of all tensors in a folder's safetensors files."""
     import torch
     from safetensors.torch import load_file
 
@@ -201,7 +201,7 @@ def shared(entry: Mapping[str, Any]) -> Any:
 
 
 def datasets(inputs: Path) -> dict[str, Any]:
-    """Return each dataset's receipt, less versions and paths, and the SHA-256 of its other files."""
+    """Return each dataset's receipt, without versions and paths, and the SHA-256 of its other files."""
     found: dict[str, Any] = {}
     for name in DATASETS:
         receipt = json.loads((inputs / f"{name}.json").read_text())
@@ -215,7 +215,7 @@ def datasets(inputs: Path) -> dict[str, Any]:
 
 
 def texts(inputs: Path, work: Path, seed: int) -> dict[str, Any]:
-    """Return what models generate: the most likely text, and one drawn."""
+    """Return generated texts: one greedy, one sampled."""
     prompts = ("--prompt", "The import statement", "class", "--max-new-tokens=40", "--ignore-eos", "--json")
     found: dict[str, Any] = {}
     for name, model in {"gpt2": inputs / "gpt2", "run": work / "runs/documents"}.items():
@@ -226,7 +226,7 @@ def texts(inputs: Path, work: Path, seed: int) -> dict[str, Any]:
 
 
 def stop_part_way(folder: Path, seed: int) -> None:
-    """Leave every run as the file STOP ends it after a step, and every evaluation as if killed in its last batch."""
+    """Stop every run by the file STOP after a step, and leave every evaluation as if killed in its last batch."""
     inputs = folder / "inputs"
     prepare(inputs, seed)
     for name in RUNS:
@@ -243,19 +243,19 @@ def stop_part_way(folder: Path, seed: int) -> None:
 
 
 def require_continued(begun: Path, work: Path) -> None:
-    """End if a run or an evaluation began anew where it was to go on."""
+    """Exit if a run or an evaluation started over instead of continuing."""
     for name in RUNS:
         before, after = ((folder / "runs" / name / "metrics.jsonl").read_bytes() for folder in (begun, work))
         if not after.startswith(before):
             sys.exit(f"runs/{name} began anew")
     for name in EVALUATIONS:
         first = json.loads((work / "evaluations" / name / "results.json").read_text())["results"][0]
-        if first["tokens_per_second"] is not None:  # it is None where an earlier command had scored some batches
+        if first["tokens_per_second"] is not None:  # None if an earlier command had scored some batches
             sys.exit(f"evaluations/{name} began anew")
 
 
 def exact(value: Any) -> Any:
-    """Return a JSON value with its floats in hexadecimal, which rounds nothing."""
+    """Return a JSON value with its floats in hexadecimal, which is exact."""
     if isinstance(value, Mapping):
         return {key: exact(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The datasets, training runs and evaluations that same_run.py tries."""
+"""Datasets, training runs and evaluations of same_run.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Run:
         """Return the engine's settings."""
         zero: dict[str, Any] = {"stage": self.zero_stage}
         if self.zero_stage == 3:
-            zero["stage3_param_persistence_threshold"] = 0  # partition even this model's small parameters
+            zero["stage3_param_persistence_threshold"] = 0  # partition even the small parameters of this model
         return {
             "train_batch_size": 8,
             "train_micro_batch_size_per_gpu": 2,

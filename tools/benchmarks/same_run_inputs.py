@@ -1,4 +1,4 @@
-"""Models, texts and questions for same_run.py, made from Python's own documentation. Imports nothing of megaft."""
+"""Models, texts and questions for same_run.py, made from Python's own documentation without importing megaft."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_inputs(folder: Path, seed: int) -> None:
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, str]]) -> None:
-    """Write a JSON object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -60,13 +60,13 @@ def save_tokenizer(folder: Path, text: str) -> None:
 
 
 def write_task_files(folder: Path, pages: list[str]) -> None:
-    """Write a small file of each task's name and form."""
+    """Write a small file with each task's name and format."""
     folder.mkdir()
     text = "\n".join(page[:600] for page in pages[:4])
     for name in ("wiki.test.tokens", "wiki.test.raw", "ptb.test.txt", "enwik8", "text8"):
         (folder / name).write_text(text.replace(pages[0][40:48], "<unk>") if name.endswith("tokens") else text)
     (folder / "news.en.heldout-00000-of-00050").write_text("\n".join(filter(None, text.split("\n")[:20])) + "\n")
-    # A random model with tied embeddings is apt to repeat a token, so some of these last words are its first choice.
+    # A random model with tied embeddings tends to repeat a token, so some of these last words are its first choice.
     passages = [[*page.split()[:150], word, word] for page, word in zip(pages, WORDS, strict=False)]
     write_records(folder / "lambada_test.jsonl", [{"text": " ".join(words)} for words in passages])
     for letters in ("CN", "NE"):

@@ -1,4 +1,4 @@
-"""A tiny language model, its tokenizer and a text, made from what comes with Python: checks need no download."""
+"""A tiny language model, its tokenizer and a text, made from Python's documentation without a download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOCAB_SIZE = 512
 
 
 def text() -> str:
-    """Return the Python documentation's topics, some 700 kB of English and code."""
+    """Return the topics of Python's documentation, about 700 kB of English and code."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n"
@@ -37,7 +37,7 @@ def make_tokenizer(folder: Path, corpus: str) -> None:
 
 
 def make_model(folder: Path, *, dropout: float = 0.0, context_length: int = 128) -> None:
-    """Save a random two-layer GPT-2, 32 wide, with the tokenizer above."""
+    """Save a random two-layer GPT-2 of hidden size 32, with the tokenizer above."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -69,7 +69,7 @@ def make_texts(folder: Path, *, train_bytes: int = 60_000, valid_bytes: int = 4_
 
 
 def train_in_turn(runs: Iterable[tuple[Path, dict, list[str]]]) -> None:
-    """Train on this rank, one run after another: where its DeepSpeed JSON goes, that JSON, and the other flags."""
+    """Train runs one after another on this rank; each is the path of its DeepSpeed JSON, that JSON, and other flags."""
     from megaft.base import parallel
     from megaft.config.train import parse_train
     from megaft.train import train

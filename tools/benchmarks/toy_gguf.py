@@ -1,4 +1,4 @@
-"""A GGUF file of a tiny Llama with the toy's tokenizer, and the same model as transformers has it."""
+"""GGUF file of a tiny Llama with the toy's tokenizer, and the same model in transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NAMES = {
 
 
 def make_llama() -> Any:
-    """Return transformers' model of the file's weights, the same ones every time."""
+    """Return the transformers model with the file's weights, always the same."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,12 +49,12 @@ def make_llama() -> Any:
 
 
 def make_gguf(path: Path, model: Any = None, **settings: Any) -> None:
-    """Write a model in fp32 and the toy's tokenizer as llama.cpp's converter does.
+    """Write a model in fp32 and the toy's tokenizer in the format of llama.cpp's converter.
 
     Args:
         path: The file.
-        model: By default make_llama's.
-        settings: More of the file's settings, or others; a number becomes an unsigned one of 32 bits.
+        model: By default the one of make_llama.
+        settings: Additional or replaced settings of the file; numbers are written as uint32.
     """
     from gguf import GGUFWriter
 
@@ -71,7 +71,7 @@ def make_gguf(path: Path, model: Any = None, **settings: Any) -> None:
 
 
 def gguf_name(name: str) -> str:
-    """Return llama.cpp's name of a parameter of transformers' Llama."""
+    """Return llama.cpp's name for a parameter of transformers' Llama."""
     *layer, module = (
         name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
         if (name.startswith("model.layers."))
@@ -96,7 +96,7 @@ def _sizes() -> dict[str, Any]:
 
 
 def _permuted(name: str, weight: Any) -> Any:
-    """Return a weight with the rows of a head's rotations beside each other, as llama.cpp wants queries and keys."""
+    """Permute query or key weights to llama.cpp's rotary layout, with the two rows of each rotation adjacent."""
     heads = HEADS if "q_proj" in name else KEY_HEADS if "k_proj" in name else 0
     if not heads:
         return weight

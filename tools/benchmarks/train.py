@@ -1,9 +1,9 @@
-"""Time megaft's training beside transformers' Trainer and a plain torch loop, in one invocation.
+"""Time megaft's training against transformers' Trainer and a plain torch loop, in one invocation.
 
     python tools/benchmarks/train.py --preset gpt2-124m-cpu [--dtype bf16] [--dropout 0.1] [--repeats 3]
 
-Every contestant is launched as its users launch it, in turn, and repeat after repeat: the same model and weights, text,
-batch, precision, optimizer and clipping, no evaluation. The page goes to stdout and, with the raw figures beside it, to
+Every system is launched as its users launch it, in turn, repeat after repeat: the same model and weights, text, batch,
+precision, optimizer and clipping, without evaluation. The report goes to stdout and, with the raw figures, to
 tools/benchmarks/results.
 """
 
@@ -25,26 +25,26 @@ from train_report import Report
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Time megaft's training beside its peers."""
+    """Time megaft's training against other systems."""
 
     preset: Literal["toy", "gpt2-124m-cpu", "gpt2-xl-h100"]
     """Model, text and device of the benchmark."""
     contestants: tuple[Contestant, ...] = ("megaft", "trainer", "torch")
-    """Contestants, in the order they run."""
+    """Systems, in the order they run."""
     repeats: int = 3
     """Launches of each."""
     results: Path = HERE / "results"
-    """Folder of the page and the raw figures."""
+    """Folder for the report and the raw figures."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Instead of the preset's, as are all below."""
+    """Overrides the preset's, like all settings below."""
     dropout: float | None = None
-    """Every dropout probability of the model."""
+    """All dropout probabilities of the model."""
     micro_batch_size: int | None = None
     """Samples per rank in one forward pass."""
     accumulation: int | None = None
-    """Micro batches per step and rank."""
+    """Micro-batches per step and rank."""
     warm_up_steps: int | None = None
-    """First steps, which are not counted."""
+    """First steps, which are not timed."""
     steps: int | None = None
     """Steps after them."""
 
@@ -52,17 +52,17 @@ class Arguments:
         for name, value in (("repeats", self.repeats), ("warm-up-steps", self.warm_up_steps), ("steps", self.steps)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; use 1 or more.")
-        self.case().deepspeed_json()  # refuses batch sizes and precisions that do not go together
+        self.case().deepspeed_json()  # refuses incompatible batch sizes and precisions
 
     def case(self) -> Case:
-        """Return the preset with what was asked for instead."""
+        """Return the preset with the overrides applied."""
         fields = ("dtype", "dropout", "micro_batch_size", "accumulation", "warm_up_steps", "steps")
         said = {name: value for name in fields if (value := getattr(self, name)) is not None}
         return replace(PRESETS[self.preset], **said)
 
 
 def main(arguments: Arguments) -> int:
-    """Launch, report; return 1 where something failed or the contestants began at different losses."""
+    """Launch, report; return 1 if a run failed or the systems started at different losses."""
     import torch
 
     from megaft.base.environment import environment
@@ -70,7 +70,7 @@ def main(arguments: Arguments) -> int:
 
     case = arguments.case()
     is_there = "cuda" if torch.cuda.is_available() else "cpu"
-    if case.device != is_there:  # the ranks would take the other device
+    if case.device != is_there:  # the ranks would use the other device
         sys.exit(f"preset {arguments.preset} runs on {case.device}, but this machine offers {is_there}.")
     runs = tuple(measure(case, arguments.contestants, arguments.repeats))
     report = Report(case=case, runs=runs, environment=environment(), flops_per_token=case.flops_per_token())
@@ -82,7 +82,7 @@ def main(arguments: Arguments) -> int:
 
 
 def measure(case: Case, contestants: tuple[Contestant, ...], repeats: int) -> Iterator[Run]:
-    """Run the contestants in turn; one that fails does not run again."""
+    """Run the systems in turn; one that fails is not run again."""
     failed = set()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -92,7 +92,7 @@ def measure(case: Case, contestants: tuple[Contestant, ...], repeats: int) -> It
                 if contestant in failed:
                     continue
                 run = launch(contestant, case, folder, folder / "run")
-                shutil.rmtree(folder / "run")  # megaft's last checkpoint is 12 bytes a parameter
+                shutil.rmtree(folder / "run")  # megaft's last checkpoint has 12 bytes a parameter
                 if run.failure:
                     failed.add(contestant)
                 print(line(repeat, run), file=sys.stderr, flush=True)
@@ -100,7 +100,7 @@ def measure(case: Case, contestants: tuple[Contestant, ...], repeats: int) -> It
 
 
 def line(repeat: int, run: Run) -> str:
-    """Return a line about the outcome of a launch."""
+    """Return one line with the outcome of a launch."""
     steps = " ".join(f"{seconds:.3f}" for seconds in run.step_seconds)
     outcome = f"failed: {run.failure}" if run.failure else f"first step after {run.seconds_to_first_step:.1f} s"
     return f"repeat {repeat + 1} {run.contestant}: {outcome}; steps of {steps} s"

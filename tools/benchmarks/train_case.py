@@ -1,4 +1,4 @@
-"""Workload of the training benchmark, the same for every contestant: model shape, text, batch, precision."""
+"""Workload of the training benchmark, the same for every system: model shape, text, batch, precision."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ GRADIENT_CLIPPING = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A GPT-2 from scratch, and how it is trained."""
+    """A GPT-2 trained from scratch, and its training settings."""
 
     model: str
-    """Its name in reports."""
+    """Name in reports."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -33,19 +33,19 @@ class Case:
     num_ranks: int
     micro_batch_size: int
     accumulation: int = 1
-    """Micro batches per step and rank."""
+    """Micro-batches per step and rank."""
     dtype: Literal["fp32", "bf16"]
     recipe: str
     """The file of ds_configs that megaft and the Trainer run with; {dtype} is filled in."""
     dropout: float = 0.0
     warm_up_steps: int
-    """First steps, which are not counted."""
+    """First steps, which are not timed."""
     steps: int
     """Steps after them."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Return the case whose inputs are in `folder`."""
+        """Read the case whose inputs are in `folder`."""
         return cls(**json.loads((folder / "case.json").read_text()))
 
     @property
@@ -71,10 +71,10 @@ class Case:
     def deepspeed_json(self) -> dict:
         """Return the recipe with this case's batch.
 
-        What megaft would fill in is spelled out, so that DeepSpeed under the Trainer runs with the very same values.
+        Defaults that megaft fills in are explicit, so DeepSpeed runs with the same values under the Trainer.
 
         Raises:
-            ValueError: The recipe has another precision.
+            ValueError: The recipe has a different precision.
         """
         from megaft.config.deepspeed_json import read_deepspeed_json, resolve
         from megaft.config.train import OptimConfig

@@ -1,4 +1,4 @@
-"""One launch of one contestant of the training benchmark, seen from outside."""
+"""One launch of one system of the training benchmark."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ SECONDS_BETWEEN_LOOKS = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Report of a launch."""
+    """Result of a launch."""
 
     contestant: Contestant
     seconds_to_first_step: float
     """From the start of the launcher until the first step's row is in the file."""
     step_seconds: tuple[float, ...]
     losses: tuple[float, ...]
-    """Nats per token of the global batch, a step each."""
+    """Nats per token of the global batch at each step."""
     peak_memory_bytes: int
     """Of the main rank."""
     peak_flops: float | None
-    """Of one device; megaft tells it."""
+    """Peak FLOPs of one device, as reported by megaft."""
     failure: str | None
-    """The last line about an error, where the launch failed."""
+    """Last line about an error, if the launch failed."""
 
 
 def command(contestant: Contestant, case: Case, folder: Path, run_dir: Path) -> list[str]:
@@ -68,7 +68,7 @@ def _megaft_flags(case: Case, folder: Path, run_dir: Path) -> list[str]:
 
 
 def launch(contestant: Contestant, case: Case, folder: Path, run_dir: Path) -> Run:
-    """Run a contestant to its end, and read what it wrote."""
+    """Run a system and read its output."""
     run_dir.mkdir()
     metrics, log = run_dir / "metrics.jsonl", run_dir / "log.txt"
     with log.open("w") as output:
@@ -93,7 +93,7 @@ def _environment(case: Case) -> dict[str, str]:
 
 
 def _watch(arguments: list[str], environment: dict[str, str], metrics: Path, output) -> tuple[float, int]:
-    """Return the seconds until the file has a row, or until the end without one, and the exit code."""
+    """Return the seconds until the file has a row (or the process ends), and the exit code."""
     begin, first = time.perf_counter(), None
     with subprocess.Popen(arguments, env=environment, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
@@ -109,6 +109,6 @@ def _watch(arguments: list[str], environment: dict[str, str], metrics: Path, out
 
 
 def last_error(log: Path) -> str:
-    """Return the last line of a log that names an error, or else its last line."""
+    """Return the last line of a log that names an error, or else the last line."""
     lines = log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
     return next((line for line in reversed(lines) if "Error" in line and "ChildFailed" not in line), lines[-1]).strip()

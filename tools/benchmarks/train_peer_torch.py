@@ -1,4 +1,4 @@
-"""A contestant: a plain torch loop. Weights in fp32, autocast for bf16, DDP where there are several ranks."""
+"""Peer of the training benchmark: a plain torch loop with fp32 weights, autocast for bf16, and DDP on several ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def join(case: Case, topology: Topology) -> torch.device:
 
 
 def micro_batches(samples: Windows, case: Case, topology: Topology, device: torch.device) -> Iterator[dict]:
-    """Yield this rank's micro batches, epoch after epoch."""
+    """Yield this rank's micro-batches, epoch after epoch."""
     sampler = DistributedSampler(samples, topology.world_size, topology.rank, seed=SEED)
     loader = DataLoader(
         samples, case.micro_batch_size, sampler=sampler, drop_last=True, pin_memory=device.type != "cpu"
@@ -42,7 +42,7 @@ def micro_batches(samples: Windows, case: Case, topology: Topology, device: torc
 
 
 def train(case: Case, folder: Path, run_dir: Path, topology: Topology, device: torch.device) -> None:
-    """Train the case, and write a row a step."""
+    """Train the case, and write one row per step."""
     language_model = new_model(folder).to(device)
     language_model.config.use_cache = False
     language_model.train()
@@ -51,7 +51,7 @@ def train(case: Case, folder: Path, run_dir: Path, topology: Topology, device: t
     groups = parameter_groups(language_model.named_parameters(), WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
     batches = micro_batches(Windows(folder, case.context_length), case, topology, device)
-    torch.manual_seed(SEED + topology.rank)  # dropout differs on ranks
+    torch.manual_seed(SEED + topology.rank)  # dropout differs between ranks
     recorder = Recorder(run_dir, device)
     for step in range(case.max_steps):
         for micro_batch in range(case.accumulation):
@@ -71,8 +71,8 @@ def train(case: Case, folder: Path, run_dir: Path, topology: Topology, device: t
 def main() -> None:
     """Train the case on this rank.
 
-    DDP must be gone before the group it joins: as the group's last owner it waits, holding Python's lock, for a thread
-    of gloo's that may be waiting for that lock.
+    DDP must be deleted before its process group: as the group's last owner it waits, holding the GIL, for a gloo thread
+    that may be waiting for the GIL.
     """
     case, folder, run_dir = arguments()
     topology = discover(os.environ)

@@ -1,4 +1,4 @@
-"""A contestant: transformers' Trainer under the same DeepSpeed JSON, with its own fused AdamW."""
+"""Peer of the training benchmark: transformers' Trainer with the same DeepSpeed JSON and its own fused AdamW."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 class Recording(TrainerCallback):
-    """Ends the recorder's steps."""
+    """Callback that ends the recorder's steps."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -20,19 +20,19 @@ class Recording(TrainerCallback):
 
 
 class RecordedTrainer(Trainer):
-    """Keeps the loss of every micro batch on the device; the Trainer's own logging would wait for it."""
+    """Trainer that keeps the loss of every micro-batch on the device; its own logging would wait for the device."""
 
     recorder: Recorder
 
     def training_step(self, *args, **kwargs):
-        """Forward and backward of a micro batch; the loss is divided by the accumulation steps."""
+        """Run a micro-batch forward and backward; the loss is divided by the accumulation steps."""
         loss = super().training_step(*args, **kwargs)
         self.recorder.add(loss)
         return loss
 
 
 def settings(case: Case, deepspeed_json: str, output_dir: str) -> TrainingArguments:
-    """The Trainer's: no evaluation, no checkpoint, no log, and nothing else that waits for the device."""
+    """Return the Trainer's settings: no evaluation, checkpoint or log, and nothing else that waits for the device."""
     return TrainingArguments(
         output_dir=output_dir,
         deepspeed=deepspeed_json,

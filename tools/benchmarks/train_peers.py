@@ -1,4 +1,4 @@
-"""Code that the peers of the training benchmark share: arguments, samples, and rows as megaft writes them."""
+"""Shared code of the training benchmark's peers: arguments, samples, and rows in megaft's format."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def arguments() -> tuple[Case, Path, Path]:
 
 
 def new_model(folder: Path) -> Any:
-    """Return transformers' model in fp32 with sdpa attention and the weights that megaft starts from."""
+    """Return transformers' model in fp32 with sdpa attention and megaft's initial weights."""
     return create_language_model(str(folder / "model"), SEED)
 
 
 class Windows(torch.utils.data.Dataset):
-    """The prepared tokens, cut every context_length."""
+    """Prepared tokens, split every context_length."""
 
     def __init__(self, folder: Path, context_length: int) -> None:
         self._tokens = TokenFile(folder / "train")
@@ -47,7 +47,7 @@ class Windows(torch.utils.data.Dataset):
 
 
 class Recorder:
-    """Rows in RUN/metrics.jsonl with megaft's own clock, which does not wait for the device."""
+    """Writer of RUN/metrics.jsonl with megaft's clock, which does not wait for the device."""
 
     def __init__(self, run_dir: Path, device: torch.device) -> None:
         """Start the clock of the first step."""
@@ -58,7 +58,7 @@ class Recorder:
         self._pending = Pending(device)
 
     def add(self, loss: Tensor) -> None:
-        """Take a micro batch's part of the step's loss on this rank."""
+        """Add a micro-batch's share of the step's loss on this rank."""
         self._loss = self._loss + loss.detach()
 
     def step(self, step: int) -> None:
@@ -68,7 +68,7 @@ class Recorder:
         self._loss = torch.zeros((), device=self._device)
 
     def close(self) -> None:
-        """Write the row that was left."""
+        """Write the last row."""
         self._log(self._pending.drain())
 
     def _log(self, rows: list[dict]) -> None:

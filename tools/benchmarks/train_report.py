@@ -1,4 +1,4 @@
-"""The training benchmark's figures as tables: medians over repeats, and in brackets the least and the most."""
+"""Report of the training benchmark: medians over repeats, with minimum and maximum in brackets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train_case import BETAS, GRADIENT_CLIPPING, LEARNING_RATE, WEIGHT_DECAY, Ca
 from train_launch import Contestant, Run
 
 FIRST_LOSS_TOLERANCE = 0.05
-"""Nats per token; contestants start from equal weights but not from equal samples. A wrong scale is far outside."""
+"""Tolerance in nats per token: systems start from equal weights but other samples. A wrong scale is far outside."""
 
 WAYS = {
     "megaft": "`deepspeed megaft/train.py`",
@@ -26,7 +26,7 @@ WAYS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """A case, its runs in the order they ran, and where that was."""
+    """A case, its runs in order, and their environment."""
 
     case: Case
     runs: tuple[Run, ...]
@@ -36,16 +36,16 @@ class Report:
 
     @property
     def contestants(self) -> list[Contestant]:
-        """Those that finished at least once, in the order they ran."""
+        """Systems that finished at least once, in the order they ran."""
         return list(dict.fromkeys(run.contestant for run in self.runs if run.failure is None))
 
     @property
     def peak_flops(self) -> float | None:
-        """Of one device; where megaft measures it at every start, the most it saw."""
+        """Peak FLOPs of one device; if megaft measures it at every start, the largest value."""
         return max((run.peak_flops for run in self.runs if run.peak_flops), default=None)
 
     def finished(self, contestant: Contestant) -> list[Run]:
-        """Its runs, in order."""
+        """Finished runs of a system, in order."""
         return [run for run in self.runs if run.contestant == contestant and run.failure is None]
 
     def tokens_per_second(self, contestant: Contestant) -> list[float]:
@@ -54,21 +54,21 @@ class Report:
         return [tokens / median(run.step_seconds[self.case.warm_up_steps :]) for run in self.finished(contestant)]
 
     def ratios(self, one: Contestant, other: Contestant) -> list[float]:
-        """Speeds of `one` over those of `other`, repeat by repeat."""
+        """Return the speed of `one` relative to `other`, repeat by repeat."""
         return [a / b for a, b in zip(self.tokens_per_second(one), self.tokens_per_second(other), strict=False)]
 
     def first_loss_difference(self) -> float:
-        """Return the largest difference between contestants' losses of step 1, in nats per token."""
+        """Return the largest difference between the systems' losses of step 1, in nats per token."""
         losses = [run.losses[0] for run in self.runs if run.failure is None]
         return max(losses, default=0.0) - min(losses, default=0.0)
 
     @property
     def is_sound(self) -> bool:
-        """Return whether every contestant ran, and all began at the same loss."""
+        """Return whether every system ran, and all started at the same loss."""
         return all(run.failure is None for run in self.runs) and self.first_loss_difference() <= FIRST_LOSS_TOLERANCE
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything measured, as JSON values."""
+        """Return all measurements as JSON values."""
         return asdict(self) | {"hardware": self.hardware, "tokens_per_step": self.case.tokens_per_step}
 
     @property
@@ -80,7 +80,7 @@ class Report:
 
     @property
     def file_name(self) -> str:
-        """Without an ending: what, on which hardware, and the month."""
+        """File name without a suffix: case, hardware and month."""
         is_cuda = self.case.device == "cuda"
         hardware = self.hardware if is_cuda else f"{self.environment['num_cores']}-cores-{platform.machine()}"
         slug = re.sub(r"[^a-z0-9]+", "-", hardware.lower())
@@ -154,7 +154,7 @@ class Report:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Return the median, and the least and the most where there are several."""
+    """Return the median, with minimum and maximum if there are several values."""
     middle = format(median(values), form)
     return middle if len(values) == 1 else f"{middle} [{min(values):{form}}, {max(values):{form}}]"
 
@@ -166,7 +166,7 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def cpu_name() -> str:
-    """Return the processor's name as Linux tells it, or else the machine's kind."""
+    """Return the processor's name from Linux, or else the machine type."""
     information = Path("/proc/cpuinfo")
     text = information.read_text() if information.exists() else ""
     found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
