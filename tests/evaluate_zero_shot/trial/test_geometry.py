@@ -31,7 +31,7 @@ def test_geometry(protocol, context_limit, asked, expected):
     ("protocol", "context_limit", "asked", "message"),
     [
         ("megatron", 512, (None, None), "megatron has a context length of 1024, but the model has 512 positions"),
-        ("megaft", None, (None, None), "give --context-length"),
+        ("megaft", None, (None, None), "--context-length is not given"),
         ("megaft", 1024, (128, 129), "stride is 129; use 1 to 128"),
         ("lm-eval-megatron", 1024, (None, 1024), "stride is 1024; use 1 to 1023"),
         ("megaft", 1024, (2048, None), "the model has 1024 positions; give --context-length 1024"),
