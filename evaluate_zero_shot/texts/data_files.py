@@ -16,7 +16,7 @@ from evaluate_zero_shot.texts.pages import lines
 from megaft.base.errors import DataError
 from megaft.config.prepare import DEFAULT_KEY
 from megaft.data.record_file import records_of
-from megaft.data.text_file import Source
+from megaft.data.text_file import TextFile
 
 FULL_BYTES, TEST_BYTES = 100_000_000, 5_000_000
 """Size of enwik8 and text8, and of their conventional test part."""
@@ -134,7 +134,7 @@ def read_text(file: DataFile, task: Task, limit_lines: int | None) -> str:
     Raises:
         DataError: The file cannot be read, or is empty, damaged, blank, UTF-16, binary or not UTF-8; with the offset.
     """
-    data, source = _content(file.path), Source(file.path)
+    data, source = _content(file.path), TextFile(file.path)
     begin = source.mark_bytes(data)
     if task.has_test_part and len(data) == FULL_BYTES:
         begin = _test_begin(data)
@@ -162,7 +162,7 @@ def read_records(file: DataFile, task: Task, limit_lines: int | None) -> list[st
     """
     if file.name is not None:
         return None
-    source = Source(file.path)
+    source = TextFile(file.path)
     if source.format == "text" or task.kind == "last-word":
         return None
     if task.files is not None:
@@ -184,7 +184,7 @@ def _test_begin(data: bytes) -> int:
 
 
 def _content(path: Path) -> bytes:
-    data = b"".join(Source(path).content())
+    data = b"".join(TextFile(path).content())
     if not data:
         raise DataError(f"{path} is empty; give a file with text.")
     return data

@@ -19,7 +19,7 @@ from torch import Tensor
 from megaft.base import parallel
 from megaft.models.backend import backend_of_model
 from megaft.models.parameters import is_cut, parameter_groups
-from megaft.weights.pieces import WEIGHT, part_name
+from megaft.weights.checkpoint_reader import WEIGHT, shard_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def places(engine) -> Iterator[Place]:
     """Yield every trained piece this rank holds, in the order of the model's parameters."""
     locate = {0: _place_whole, 1: _place_in_group, 2: _place_in_group, 3: _place_in_sub_group}[stage(engine)]
     for name, parameter in _trained(engine):
-        stored = part_name(name, parallel.tensor_parallel_rank()) if is_cut(parameter) else name
+        stored = shard_name(name, parallel.tensor_parallel_rank()) if is_cut(parameter) else name
         place = locate(engine, stored, parameter)
         if place is not None and place.numel > 0:
             yield place
@@ -96,7 +96,7 @@ def shapes(engine) -> dict[str, list[int]]:
 def collect(engine) -> Iterator[tuple[str, str, int, Tensor]]:
     """Yield (name, kind, offset, values) of what this rank has to write: every piece exactly once over all ranks."""
     _ensure_moments(engine)
-    parts = {part_name(name, parallel.tensor_parallel_rank()) for name, one in _trained(engine) if is_cut(one)}
+    parts = {shard_name(name, parallel.tensor_parallel_rank()) for name, one in _trained(engine) if is_cut(one)}
     for number, place in enumerate(places(engine)):
         is_ours = stage(engine) > 0 or number % parallel.data_parallel_size() == parallel.data_parallel_rank()
         if is_ours and (place.name in parts or parallel.tensor_parallel_rank() == 0):

@@ -51,7 +51,9 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
     with naming_disk_errors(final), _removed_on_error(temporary):
         temporary.mkdir()
         form = MegatronExport if config.model.backend == "megatron" else HuggingFaceExport
-        written = form(config, partial(canonical.canonical, checkpoint_folder), getattr(torch, dtype), tokenizer)
+        written = form(
+            config, partial(canonical.transformers_view, checkpoint_folder), getattr(torch, dtype), tokenizer
+        )
         written.write(temporary)
         tokenizer.save(temporary)
         require_same_ids(tokenizer, temporary)

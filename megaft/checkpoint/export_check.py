@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from megaft.base.errors import REPORT, NumericsError
 from megaft.models.offload import Fetch, from_disk, offloaded_model
-from megaft.weights.canonical import Canonical
+from megaft.weights.canonical import TransformersView
+from megaft.weights.checkpoint_reader import WEIGHT
 from megaft.weights.loading.padding_tokens import read_padding_tokens
-from megaft.weights.pieces import WEIGHT
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
 """Tolerance of one token's nats, and relative tolerance of the mean. Both models have the same weights and compute in
@@ -134,7 +134,7 @@ def _nats(model: nn.Module, rows: Rows) -> Tensor:
     return torch.cat(nats)
 
 
-def load_weights(model: nn.Module, saved: Canonical) -> None:
+def load_weights(model: nn.Module, saved: TransformersView) -> None:
     """Put a checkpoint's fp32 weights into a language model of the run's architecture."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

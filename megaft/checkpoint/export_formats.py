@@ -22,7 +22,8 @@ from megaft.data.tokenizer import AnyTokenizer
 from megaft.models import adapters, hugging_face
 from megaft.models.offload import num_offloadable, offloaded_model, save_offloaded
 from megaft.weights import writing
-from megaft.weights.canonical import Canonical
+from megaft.weights.canonical import TransformersView
+from megaft.weights.checkpoint_reader import WEIGHT
 from megaft.weights.generation_ids import (
     GENERATION,
     follow_tokenizer,
@@ -35,12 +36,11 @@ from megaft.weights.loading.size_limit import FP32_BYTES
 from megaft.weights.loading.stand_in import num_parameters as count_parameters
 from megaft.weights.loading.stored_weights import keep_padding_row
 from megaft.weights.parameters import Weights, load_config, shapes_of
-from megaft.weights.pieces import WEIGHT
 from megaft.weights.provenance import published_name
 from megaft.weights.reading import file_of, open_weights
 from megaft.weights.writing import rounded
 
-Saved = Callable[[Any], Canonical]
+Saved = Callable[[Any], TransformersView]
 """Opens a checkpoint for a transformers configuration."""
 
 
@@ -112,7 +112,7 @@ class HuggingFaceExport:
         return _architecture_of(self.config, self.tokenizer)
 
     @cached_property
-    def _canonical(self) -> Canonical:
+    def _canonical(self) -> TransformersView:
         return self.saved(self._architecture)
 
     def _rounded_weight(self, name: str) -> torch.Tensor:

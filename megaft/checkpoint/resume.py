@@ -21,10 +21,10 @@ from megaft.base.files import naming_disk_errors, to_json
 from megaft.checkpoint import engine_state
 from megaft.checkpoint.run_state import Identity, RunState
 from megaft.config.train import CHANGEABLE
-from megaft.weights.canonical import Canonical, Recut
+from megaft.weights.canonical import ReshardedReader, TransformersView
+from megaft.weights.checkpoint_reader import CheckpointReader
 from megaft.weights.layout import layout_of
 from megaft.weights.manifest import published, read_manifest, verify
-from megaft.weights.pieces import Pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +113,12 @@ def _load(engine, folder: Path, identity: Identity, allow_changed: Collection[st
 
 def _reader(engine: Any, folder: Path, manifest: dict[str, Any]) -> Callable[[str, str, int, int], Tensor]:
     """Return a reader of this rank's pieces, unconverted if the same backend and tensor-parallel size wrote them."""
-    pieces, cut = Pieces(folder, manifest), engine_state.cut(engine)
+    pieces, cut = CheckpointReader(folder, manifest), engine_state.cut(engine)
     if all(manifest[name] == value for name, value in cut.items()):
         return pieces.read
     model = engine.module.language_model
     layout = layout_of(model.config) if cut["backend"] == "megatron" else None
-    return Recut(Canonical(pieces, manifest, model.config), layout).read
+    return ReshardedReader(TransformersView(pieces, manifest, model.config), layout).read
 
 
 def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> None:

@@ -40,7 +40,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class BatchSplit:
     """Split of the global batch over data-parallel ranks and micro-batches."""
 
     micro_batch_size: int
@@ -67,7 +67,7 @@ def micro_batches(
     samples: Samples,
     position: int,
     left_out: Ranges,
-    cut: Cut,
+    split: BatchSplit,
     row_length: int | None,
 ) -> list[Batch]:
     """Return this rank's micro batches of a step.
@@ -76,13 +76,13 @@ def micro_batches(
         samples: The run's samples.
         position: Samples taken by the steps before.
         left_out: Samples of the whole sequence that the run does without.
-        cut: How the step's samples are dealt.
+        split: How the step's samples are dealt.
         row_length: As `Samples.row_length` gives it.
     """
     keep_documents, longest = samples.attend_within_documents, samples.context_length
     batches = []
-    for first in cut.first_positions(position):
-        chosen = [whole_position(first + row, left_out) for row in range(cut.micro_batch_size)]
+    for first in split.first_positions(position):
+        chosen = [whole_position(first + row, left_out) for row in range(split.micro_batch_size)]
         batches.append(collate([samples[place] for place in chosen], chosen[0], row_length, keep_documents, longest))
     return batches
 

@@ -13,7 +13,7 @@ from megaft.base.errors import DataError
 from megaft.data.chat import Renderer, scored_contents
 from megaft.data.record_file import records_of
 from megaft.data.records import Record, Segment
-from megaft.data.text_file import BLOCK_BYTES, Source
+from megaft.data.text_file import BLOCK_BYTES, TextFile
 
 Unit = Literal["file", "line", "document"]
 
@@ -22,7 +22,7 @@ _WIDE_SPACES = [space for code in range(128, 0x3001) if (space := chr(code)).iss
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class RawDocument:
     """One document as its file has it."""
 
     where: str
@@ -46,7 +46,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """A document, or a part of one that may be tokenized by itself; the counts are its share of the document's."""
 
     segments: tuple[Segment, ...]
@@ -62,7 +62,7 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class TextLayout:
     """Layout of a file of documents: its unit, format and keys."""
 
     unit: Unit = "file"
@@ -76,7 +76,7 @@ class Layout:
     """The tokenizer's chat template."""
 
 
-def documents(source: Source, layout: Layout) -> Iterator[Document]:
+def documents(source: TextFile, layout: TextLayout) -> Iterator[Document]:
     """Yield the documents of one file without the blank ones; blank records are counted in the source.
 
     Raises:
@@ -94,42 +94,42 @@ def documents(source: Source, layout: Layout) -> Iterator[Document]:
         raise DataError(f"{source.path} holds only blank lines; give a file with text.")
 
 
-def pieces(source: Source, layout: Layout, *, may_cut: bool) -> Iterator[Piece]:
-    """Yield the documents of one file in pieces, each to be tokenized by itself: whole documents unless `may_cut`.
+def chunks(source: TextFile, layout: TextLayout, *, can_split: bool) -> Iterator[Chunk]:
+    """Yield the documents of one file in chunks, each to be tokenized by itself: whole documents unless `can_split`.
 
     Args:
         source: The file.
         layout: Where its documents are.
-        may_cut: Whether long texts may be cut at spaces (`Tokenizer.cuts_at_spaces`). A file that is one document is
-            then never in memory as a whole, unless it has to be detokenized.
+        can_split: Split long texts at spaces (`Tokenizer.splits_at_spaces`). A file that is one document is then never
+            held in memory as a whole, unless it has to be detokenized.
 
     Raises:
         DataError: As `documents`.
     """
-    if may_cut and source.format == "text" and layout.unit == "file" and layout.detokenize is None:
+    if can_split and source.format == "text" and layout.unit == "file" and layout.detokenize is None:
         yield from _streamed(source)
         return
     for document in documents(source, layout):
-        yield from cut_document(document, may_cut=may_cut)
+        yield from split_document(document, can_split=can_split)
 
 
-def coded(parts: Iterable[Piece], code: str) -> Iterator[Piece]:
-    """Yield the pieces with a control code, which is not scored, and a space before each document's text."""
+def with_control_code(parts: Iterable[Chunk], code: str) -> Iterator[Chunk]:
+    """Yield the chunks with a control code, which is not scored, and a space before each document's text."""
     begins_document = True
-    for piece in parts:
+    for chunk in parts:
         if begins_document:
-            first, *others = piece.segments
+            first, *others = chunk.segments
             segments = (Segment(code, False), Segment(f" {first.text}", first.is_scored), *others)
-            piece = replace(piece, segments=segments)
-        yield piece
-        begins_document = piece.ends_document
+            chunk = replace(chunk, segments=segments)
+        yield chunk
+        begins_document = chunk.ends_document
 
 
-def cut(blocks: Iterable[str]) -> Iterator[str]:
+def split_at_spaces(blocks: Iterable[str]) -> Iterator[str]:
     """Re-cut a text's blocks, each before its last space or newline that follows a non-space; none is empty."""
     held: list[str] = []
     for block in blocks:
-        at = _last_cut(block)
+        at = _last_split(block)
         if at:
             yield "".join([*held, block[:at]])
             held = []
@@ -138,41 +138,41 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def _last_cut(text: str) -> int:
+def _last_split(text: str) -> int:
     for at in range(len(text) - 1, 0, -1):
         if text[at] in " \n" and not text[at - 1].isspace():
             return at
     return 0
 
 
-def _streamed(source: Source) -> Iterator[Piece]:
+def _streamed(source: TextFile) -> Iterator[Chunk]:
     is_blank = True
     previous = ""
-    for text in chain(cut(source.blocks()), [None]):
+    for text in chain(split_at_spaces(source.blocks()), [None]):
         if previous:
             is_blank = is_blank and previous.isspace()
-            yield Piece((Segment(previous),), *count(previous), text is None, str(source.path))
+            yield Chunk((Segment(previous),), *count(previous), text is None, str(source.path))
         previous = text
     if is_blank:
         raise DataError(f"{source.path} holds only blank lines; give a file with text.")
 
 
-def cut_document(document: Document, *, may_cut: bool) -> Iterator[Piece]:
-    """Yield a document as pieces of about BLOCK_BYTES if it may be cut, and as one otherwise."""
-    if may_cut and sum(len(segment.text) for segment in document.segments) > BLOCK_BYTES:
-        *first, last = _cut_segments(document.segments)
+def split_document(document: Document, *, can_split: bool) -> Iterator[Chunk]:
+    """Yield a document as chunks of about BLOCK_BYTES if it may be cut, and as one otherwise."""
+    if can_split and sum(len(segment.text) for segment in document.segments) > BLOCK_BYTES:
+        *first, last = _split_segments(document.segments)
     else:
         first, last = [], document.segments
-    yield from (Piece(segments, 0, 0, ends_document=False, where=document.where) for segments in first)
-    yield Piece(last, document.num_words, document.num_bytes, ends_document=True, where=document.where)
+    yield from (Chunk(segments, 0, 0, ends_document=False, where=document.where) for segments in first)
+    yield Chunk(last, document.num_words, document.num_bytes, ends_document=True, where=document.where)
 
 
-def _cut_segments(segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
+def _split_segments(segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
     """Cut the segments' text, as one string, at spaces; yield the segments of each part."""
     text = "".join(segment.text for segment in segments)
     borders = list(pairwise(accumulate((len(segment.text) for segment in segments), initial=0)))
     begin = 0
-    for part in cut(_slices(text)):
+    for part in split_at_spaces(_slices(text)):
         end = begin + len(part)
         is_last = end == len(text)  # to which the empty segments at the end belong
         yield tuple(
@@ -187,13 +187,13 @@ def _slices(text: str) -> Iterator[str]:
     return (text[begin : begin + BLOCK_BYTES] for begin in range(0, len(text), BLOCK_BYTES))
 
 
-def _document(text: Text, detokenize: Callable[[str], str] | None) -> Document:
-    counts = [count(counted) for counted in text.counted]
-    segments = text.segments
+def _document(raw: RawDocument, detokenize: Callable[[str], str] | None) -> Document:
+    counts = [count(counted) for counted in raw.counted]
+    segments = raw.segments
     if detokenize is not None:
         segments = [Segment(detokenize(segment.text), segment.is_scored) for segment in segments]
     num_words, num_bytes = sum(words for words, _ in counts), sum(num_bytes for _, num_bytes in counts)
-    return Document(tuple(segments), num_words, num_bytes, text.where)
+    return Document(tuple(segments), num_words, num_bytes, raw.where)
 
 
 def count(text: str) -> tuple[int, int]:
@@ -206,7 +206,7 @@ def count(text: str) -> tuple[int, int]:
     return int(np.count_nonzero(begins)) + int(len(data) > 0 and not is_space[0]), len(data)
 
 
-def _texts(source: Source, layout: Layout) -> Iterator[Text]:
+def _texts(source: TextFile, layout: TextLayout) -> Iterator[RawDocument]:
     match layout.unit:
         case "file":
             yield _plain(str(source.path), "".join(source.blocks()))
@@ -220,22 +220,22 @@ def _texts(source: Source, layout: Layout) -> Iterator[Text]:
                     yield _plain(f"{source.path}, line {at}", "\n".join([first, *(line for _, line in group)]))
 
 
-def _plain(where: str, text: str) -> Text:
-    return Text(where, [Segment(text)], [text])
+def _plain(where: str, text: str) -> RawDocument:
+    return RawDocument(where, [Segment(text)], [text])
 
 
-def _records(source: Source, layout: Layout) -> Iterator[Text]:
+def _records(source: TextFile, layout: TextLayout) -> Iterator[RawDocument]:
     return (_of_record(record, layout) for record in records_of(source))
 
 
-def _of_record(record: Record, layout: Layout) -> Text:
+def _of_record(record: Record, layout: TextLayout) -> RawDocument:
     if layout.messages_key is not None:
         assert layout.render is not None
         messages = record.get(layout.messages_key)
         segments = layout.render(record.where, layout.messages_key, messages)
         layout.render.count_tools(record)
-        return Text(record.where, segments, scored_contents(messages))
+        return RawDocument(record.where, segments, scored_contents(messages))
     if layout.prompt_key is not None and layout.completion_key is not None:
         prompt, completion = record.text(layout.prompt_key), record.text(layout.completion_key)
-        return Text(record.where, [Segment(prompt, False), Segment(completion)], [completion])
+        return RawDocument(record.where, [Segment(prompt, False), Segment(completion)], [completion])
     return _plain(record.where, record.text(layout.text_key))

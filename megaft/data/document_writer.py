@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from megaft.data.encoding import Encoded
+from megaft.data.encoding import EncodedChunk
 from megaft.data.indexed import Tokens, TokenWriter
 from megaft.data.receipt import temporary
 
@@ -68,20 +68,20 @@ class DocumentWriter:
         """Dtype of the tokens on disk."""
         return self._tokens.dtype
 
-    def add(self, encoded: Encoded) -> None:
-        """Add the next piece of the document, and end it where the piece does."""
-        piece, ids, is_scored = encoded.piece, encoded.ids, encoded.is_scored
+    def add(self, encoded: EncodedChunk) -> None:
+        """Add the next chunk of the document, and end it where the chunk does."""
+        chunk, ids, is_scored = encoded.chunk, encoded.ids, encoded.is_scored
         if not self._is_open:
             ids, is_scored = self._open_document(ids, is_scored)
         self._held.append((ids, is_scored))
         self._has_scored_text = self._has_scored_text or bool(is_scored.any())
         self._num_tokens += len(ids)
-        self._num_words += piece.num_words
-        self._num_bytes += piece.num_bytes
+        self._num_words += chunk.num_words
+        self._num_bytes += chunk.num_bytes
         if self._num_tokens >= self._min_tokens:
             self._write_held()
-        if piece.ends_document:
-            self._end_document(piece.where, is_end_scored=piece.segments[-1].is_scored)
+        if chunk.ends_document:
+            self._end_document(chunk.where, is_end_scored=chunk.segments[-1].is_scored)
 
     def close(self) -> str:
         """Flush to disk and return the SHA-256 of the tokens."""

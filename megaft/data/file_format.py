@@ -77,7 +77,7 @@ def compression_of(begin: bytes) -> str | None:
     return next((suffix for suffix, magic in COMPRESSION_MAGIC.items() if magic.match(begin)), None)
 
 
-def foreign(path: Path, head: bytes) -> tuple[str, str] | None:
+def unsupported_format(path: Path, head: bytes) -> tuple[str, str] | None:
     """Return the format of a file that is neither text nor JSON, and the way out; None for one that may be text.
 
     Args:

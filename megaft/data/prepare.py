@@ -19,14 +19,14 @@ from megaft.base.progress import counting
 from megaft.config.prepare import DEFAULT_KEY, PrepareConfig
 from megaft.data import prepare_report
 from megaft.data.chat import SCORED_ROLE, Renderer, template_sha256
-from megaft.data.corpus import Layout, Piece, coded, pieces
+from megaft.data.corpus import Chunk, TextLayout, chunks, with_control_code
 from megaft.data.dataset import Dataset
 from megaft.data.document_writer import Counts, DocumentWriter
 from megaft.data.encoding import Encoder
 from megaft.data.indexed import with_suffix
 from megaft.data.input_files import expand
 from megaft.data.receipt import FORMAT_VERSION, SUFFIXES, publish, publishing
-from megaft.data.text_file import Source
+from megaft.data.text_file import TextFile
 from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
 
 _TEXT_SETTINGS = (
@@ -39,7 +39,7 @@ def prepare(config: PrepareConfig, tokenizer: AnyTokenizer | None = None) -> dic
     """Tokenize the inputs and publish the dataset; return its receipt.
 
     Memory does not grow with the corpus, only with a document that has to be detokenized or whose tokenizer cannot
-    take it in parts.
+    encode it in chunks.
 
     Args:
         config: What to read, how, and where to.
@@ -89,12 +89,12 @@ def ensure_prepared(
     return Dataset(str(prefix))
 
 
-def _sources(config: PrepareConfig) -> dict[Source, str]:
+def _sources(config: PrepareConfig) -> dict[TextFile, str]:
     """Return the files in their order, each with its control code."""
-    sources: dict[Source, str] = {}
+    sources: dict[TextFile, str] = {}
     paths: set[Path] = set()
     for name, code in zip(config.inputs, config.control_codes or [""] * len(config.inputs), strict=True):
-        found = [Source(path, config.format) for path in expand([name], tell=_warn)]
+        found = [TextFile(path, config.format) for path in expand([name], tell=_warn)]
         _tell_two_kinds(name, found)
         sources |= {source: code for source in found if config.control_codes or source.path not in paths}
         paths |= {source.path for source in found}
@@ -105,7 +105,7 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _tell_two_kinds(name: str, sources: list[Source]) -> None:
+def _tell_two_kinds(name: str, sources: list[TextFile]) -> None:
     """Warn of a folder or glob that has, say, a README beside its JSON lines."""
     texts = [source.path for source in sources if source.format == "text"]
     if texts and len(texts) < len(sources):
@@ -113,7 +113,7 @@ def _tell_two_kinds(name: str, sources: list[Source]) -> None:
         _warn(f"warning: {name} has texts ({texts[0]}: {len(texts)} in all) beside JSON records ({records}).")
 
 
-def _require_kept(config: PrepareConfig, sources: list[Source]) -> None:
+def _require_kept(config: PrepareConfig, sources: list[TextFile]) -> None:
     """Refuse an output that would replace an input: x.json with the output x would become its receipt."""
     written = {with_suffix(config.output, suffix).resolve() for suffix in (".json", *SUFFIXES)}
     if lost := [source.path for source in sources if source.path.resolve() in written]:
@@ -123,7 +123,7 @@ def _require_kept(config: PrepareConfig, sources: list[Source]) -> None:
         )
 
 
-def _check_keys(config: PrepareConfig, sources: list[Source]) -> None:
+def _check_keys(config: PrepareConfig, sources: list[TextFile]) -> None:
     key = config.messages_key or config.prompt_key or config.json_key
     texts = [source.path for source in sources if source.format == "text"]
     if key is not None and texts:
@@ -147,7 +147,7 @@ def _check_codes(config: PrepareConfig, tokenizer: AnyTokenizer) -> None:
             )
 
 
-def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyTokenizer) -> dict[str, Any]:
+def _write(config: PrepareConfig, sources: dict[TextFile, str], tokenizer: AnyTokenizer) -> dict[str, Any]:
     eod_id = tokenizer.eos_id if config.append_eod else None
     if config.append_eod and eod_id is None:
         raise DataError(f"{config.tokenizer} has no end-of-sequence token to append; drop --append-eod.")
@@ -163,13 +163,13 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
     renderer = Renderer(tokenizer.apply_chat_template)
     layout = _layout(config, renderer)
 
-    def parts_of(source: Source, code: str) -> Iterator[Piece]:
-        parts = pieces(source, layout, may_cut=tokenizer.cuts_at_spaces)
-        return coded(parts, code) if code else parts
+    def chunks_of(source: TextFile, code: str) -> Iterator[Chunk]:
+        parts = chunks(source, layout, can_split=tokenizer.splits_at_spaces)
+        return with_control_code(parts, code) if code else parts
 
     encode = Encoder(tokenizer)
     with counting(sum(source.path.stat().st_size for source in sources), "bytes") as show:
-        for batch in encode(chain.from_iterable(parts_of(source, code) for source, code in sources.items())):
+        for batch in encode(chain.from_iterable(chunks_of(source, code) for source, code in sources.items())):
             for encoded in batch:
                 writer.add(encoded)
             show(sum(source.num_bytes for source in sources))
@@ -183,7 +183,7 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
             "source": config.tokenizer,
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
-            "round_trip": encode.gives_back,
+            "round_trip": encode.is_lossless,
         },
         "opening_ids": list(opening_ids),
         "eod_id": eod_id,
@@ -199,7 +199,7 @@ def _write(config: PrepareConfig, sources: dict[Source, str], tokenizer: AnyToke
     return receipt
 
 
-def _counts(sources: list[Source], counts: Counts) -> dict[str, Any]:
+def _counts(sources: list[TextFile], counts: Counts) -> dict[str, Any]:
     return {
         "sources": [source.record() for source in sources],
         **asdict(counts),
@@ -250,7 +250,7 @@ def _require_scored(config: PrepareConfig, writer: DocumentWriter, roles: set[st
     )
 
 
-def _tell_changes(sources: list[Source]) -> None:
+def _tell_changes(sources: list[TextFile]) -> None:
     for source in sources:
         if source.byte_order_marks:
             print(f"warning: {source.path} begins with a byte order mark, which is left out.", file=sys.stderr)
@@ -258,8 +258,8 @@ def _tell_changes(sources: list[Source]) -> None:
             print(f"warning: {source.path} has {source.crlfs:,} line ends CRLF, which became LF.", file=sys.stderr)
 
 
-def _layout(config: PrepareConfig, renderer: Renderer) -> Layout:
-    return Layout(
+def _layout(config: PrepareConfig, renderer: Renderer) -> TextLayout:
+    return TextLayout(
         unit=config.unit,
         text_key=config.json_key or DEFAULT_KEY,
         prompt_key=config.prompt_key,
@@ -270,7 +270,7 @@ def _layout(config: PrepareConfig, renderer: Renderer) -> Layout:
     )
 
 
-def _text_settings(config: PrepareConfig, sources: list[Source]) -> dict[str, Any]:
+def _text_settings(config: PrepareConfig, sources: list[TextFile]) -> dict[str, Any]:
     """Return the settings that decided what was read, None for those that nothing was read by, and what was counted."""
     formats = {source.format for source in sources}
     has_records = not formats <= {"text"}
@@ -296,7 +296,7 @@ def _is_current(dataset: Dataset, config: PrepareConfig, tokenizer: AnyTokenizer
         return False
     opening_ids = opening_ids_of(tokenizer, is_chat=config.messages_key is not None)
     paths = expand(config.inputs)
-    text_settings = _text_settings(config, [Source(path, config.format) for path in paths])
+    text_settings = _text_settings(config, [TextFile(path, config.format) for path in paths])
     settings = {"eod_id": None, "opening_ids": list(opening_ids), **text_settings}
     return (
         settings.items() <= receipt.items()

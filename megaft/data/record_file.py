@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from megaft.base.errors import DataError
 from megaft.data.file_format import is_unfinished
 from megaft.data.records import Record
-from megaft.data.text_file import Source
+from megaft.data.text_file import TextFile
 
 
-def records_of(source: Source) -> Iterator[Record]:
+def records_of(source: TextFile) -> Iterator[Record]:
     """Yield the records of a file of JSON lines, or of one JSON array; blank lines hold none.
 
     Raises:
@@ -22,7 +22,7 @@ def records_of(source: Source) -> Iterator[Record]:
     return (Record(f"{source.path}, {unit} {number}", text) for number, text in texts if text.strip())
 
 
-def _array(source: Source) -> Iterator[tuple[int, str]]:
+def _array(source: TextFile) -> Iterator[tuple[int, str]]:
     blocks = source.blocks()
     text = next(blocks).lstrip()
     while not text:  # it begins with white space; `format` saw the bracket
@@ -32,7 +32,7 @@ def _array(source: Source) -> Iterator[tuple[int, str]]:
         number += 1
         end, text = _read_value(text, blocks, f"{source.path}, record {number}")
         yield number, text[:end]
-        text = _beyond(text[end:], blocks)
+        text = _skip_whitespace(text[end:], blocks)
         if text.startswith("]"):
             break
         if not text.startswith(","):
@@ -40,11 +40,11 @@ def _array(source: Source) -> Iterator[tuple[int, str]]:
                 f"{source.path}: no comma or ] comes after record {number} of the array; write one record a line."
             )
         text = text[1:]
-    if _beyond(text[1:], blocks):
+    if _skip_whitespace(text[1:], blocks):
         raise DataError(f"{source.path} goes on after its JSON array; write one record a line.")
 
 
-def _beyond(text: str, blocks: Iterator[str]) -> str:
+def _skip_whitespace(text: str, blocks: Iterator[str]) -> str:
     """Return the text from its next character that is no white space, reading on for it; empty at the end."""
     while not (text := text.lstrip()):
         block = next(blocks, None)
@@ -57,12 +57,12 @@ def _beyond(text: str, blocks: Iterator[str]) -> str:
 def _read_value(text: str, blocks: Iterator[str], where: str) -> tuple[int, str]:
     """Return the end of the value that a text begins with, and the text, read on as far as that takes."""
     decoder = json.JSONDecoder()
-    text = _beyond(text, blocks)
+    text = _skip_whitespace(text, blocks)
     while True:
         try:
             return decoder.raw_decode(text)[1], text
         except json.JSONDecodeError as error:
-            more = list(_at_least(len(text), blocks)) if is_unfinished(error) else []
+            more = list(_read_at_least(len(text), blocks)) if is_unfinished(error) else []
             if not more:
                 raise DataError(f"{where}: broken JSON ({error.msg}); the array holds one object each.") from error
             text += "".join(more)
@@ -70,7 +70,7 @@ def _read_value(text: str, blocks: Iterator[str], where: str) -> tuple[int, str]
             raise DataError(f"{where} cannot be read: {error}.") from error
 
 
-def _at_least(num_characters: int, blocks: Iterator[str]) -> Iterator[str]:
+def _read_at_least(num_characters: int, blocks: Iterator[str]) -> Iterator[str]:
     """Yield blocks of so many characters together: a value that needs ever more is parsed a few times only."""
     for block in blocks:
         yield block

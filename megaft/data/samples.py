@@ -21,7 +21,7 @@ IGNORE_INDEX = -100
 """The label of a token that is not scored."""
 
 
-NOWHERE = np.zeros(0, np.int64)
+NO_POSITIONS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Corpus(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-class _Tokens(ABC):
+class _DatasetSamples(ABC):
     """A prepared dataset, its tokens and which of them are scored, cut into samples.
 
     A sample without a scored token is left out: samples are numbered without them.
@@ -72,33 +72,33 @@ class _Tokens(ABC):
         self.scored = TokenFile(f"{prefix}.scored") if receipt["has_mask"] else None
         self.num_left_out = 0
         """Samples without a scored token, such as the first part of a prompt longer than the context."""
-        self._num_whole = 0
+        self._num_before = 0
         self._used: np.ndarray | None = None
 
     @abstractmethod
     def labels(self, sample: Any) -> tuple[Any, Any]:
         """Return the positions of samples' first labels and behind their last, those left out being numbered too."""
 
-    def cut(self, num_whole: int, never: np.ndarray) -> None:
-        """Number the samples; labels at the positions `never` are not scored, whatever the mask says."""
-        self._num_whole = num_whole
+    def number_samples(self, num_before: int, unscored: np.ndarray) -> None:
+        """Number the samples; labels at the positions `unscored` are not scored, whatever the mask says."""
+        self._num_before = num_before
         if self.num_opening >= self.context_length:  # else they do not fill a sample
             openings = self.tokens.document_offsets[:-1, None] + np.arange(self.num_opening)
-            never = np.union1d(never, openings)
-        if self.scored is not None or len(never) > 0:
-            is_used = holds_scored_token(num_whole, self.context_length, self.labels, self.scored, never)
-            self.num_left_out = num_whole - int(is_used.sum())
+            unscored = np.union1d(unscored, openings)
+        if self.scored is not None or len(unscored) > 0:
+            is_used = holds_scored_token(num_before, self.context_length, self.labels, self.scored, unscored)
+            self.num_left_out = num_before - int(is_used.sum())
             self._used = np.flatnonzero(is_used) if self.num_left_out else None
 
     def __len__(self) -> int:
-        return self._num_whole - self.num_left_out
+        return self._num_before - self.num_left_out
 
     def range_of(self, index: int) -> tuple[int, int]:
         """Return the token range of a sample, its last label included."""
         begin, end = self.labels(index if self._used is None else self._used[index])
         return int(begin) - 1, int(end)
 
-    def between(self, begin: int, end: int) -> Sample:
+    def read(self, begin: int, end: int) -> Sample:
         """Return the sample of tokens begin to end - 1: all but the last are inputs, all but the first labels."""
         tokens = self.tokens.read(begin, end).astype(np.int64)
         labels = tokens[1:]
@@ -114,7 +114,7 @@ class _Tokens(ABC):
         return positions - offsets[np.searchsorted(offsets, positions, side="right") - 1] < self.num_opening
 
 
-class Stream(_Tokens):
+class PackedSamples(_DatasetSamples):
     """Packed samples: all documents concatenated and split every context_length tokens, across documents.
 
     Each token is a label once an epoch, except the first of the corpus and the special tokens that the tokenizer puts
@@ -126,9 +126,11 @@ class Stream(_Tokens):
     def __init__(self, dataset: Dataset, context_length: int, attend_within_documents: bool = False):
         super().__init__(dataset, context_length)
         self.attend_within_documents = attend_within_documents
-        num_whole = math.ceil(max(0, self.tokens.num_tokens - 1) / context_length)
+        num_before = math.ceil(max(0, self.tokens.num_tokens - 1) / context_length)
         # Nothing in a document's own context predicts its first token.
-        self.cut(num_whole, np.unique(self.tokens.document_offsets[1:-1]) if attend_within_documents else NOWHERE)
+        self.number_samples(
+            num_before, np.unique(self.tokens.document_offsets[1:-1]) if attend_within_documents else NO_POSITIONS
+        )
 
     def labels(self, sample: Any) -> tuple[Any, Any]:
         """Return the positions of samples' first labels and behind their last."""
@@ -137,7 +139,7 @@ class Stream(_Tokens):
 
     def __getitem__(self, index: int) -> Sample:
         begin, end = self.range_of(index)
-        sample = self.between(begin, end)
+        sample = self.read(begin, end)
         if not self.attend_within_documents:
             return sample
         documents = np.searchsorted(self.tokens.document_offsets, np.arange(begin, end), side="right")
@@ -145,7 +147,7 @@ class Stream(_Tokens):
         return Sample(sample.input_ids, np.where(is_inside, sample.labels, IGNORE_INDEX), documents[:-1])
 
 
-class Documents(_Tokens):
+class DocumentSamples(_DatasetSamples):
     """Unpacked samples: each document by itself, split into several where it is longer than the context."""
 
     def __init__(self, dataset: Dataset, context_length: int):
@@ -153,7 +155,7 @@ class Documents(_Tokens):
         targets = np.diff(self.tokens.document_offsets) - 1
         pieces = -(-np.maximum(targets, 0) // context_length)
         self.first_sample = np.concatenate([[0], np.cumsum(pieces)])
-        self.cut(int(self.first_sample[-1]), NOWHERE)
+        self.number_samples(int(self.first_sample[-1]), NO_POSITIONS)
 
     def labels(self, sample: Any) -> tuple[Any, Any]:
         """Return the positions of samples' first labels and behind their last."""
@@ -163,4 +165,4 @@ class Documents(_Tokens):
         return begin, np.minimum(begin + self.context_length, offsets[document + 1])
 
     def __getitem__(self, index: int) -> Sample:
-        return self.between(*self.range_of(index))
+        return self.read(*self.range_of(index))

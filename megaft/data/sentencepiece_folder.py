@@ -57,21 +57,21 @@ def load(folder: Path) -> PreTrainedTokenizerFast:
     Raises:
         DataError: The files beside it are damaged, or the ids of a text would not be the model's.
     """
-    theirs = from_pretrained(folder)
+    reference = from_pretrained(folder)
     model = parse((folder / MODEL_NAME).read_bytes())
-    prefix = _prefix(theirs, model)
+    prefix = _prefix(reference, model)
     backend = _converted(folder, model, prefix)
-    _add_tokens(backend, theirs, folder)
-    backend.post_processor = theirs.backend_tokenizer.post_processor
-    settings = {name: getattr(theirs, name) for name in (*_SPECIAL_TOKENS, "chat_template", "model_max_length")}
-    loaded = _wrapped(backend, settings | {"extra_special_tokens": theirs.extra_special_tokens})
+    _add_tokens(backend, reference, folder)
+    backend.post_processor = reference.backend_tokenizer.post_processor
+    settings = {name: getattr(reference, name) for name in (*_SPECIAL_TOKENS, "chat_template", "model_max_length")}
+    loaded = _wrapped(backend, settings | {"extra_special_tokens": reference.extra_special_tokens})
     _require_model_ids(backend, model, prefix, folder)
     return loaded
 
 
-def _prefix(theirs: PreTrainedTokenizerFast, model: ModelProto) -> Prefix:
+def _prefix(reference: PreTrainedTokenizerFast, model: ModelProto) -> Prefix:
     """Follow `legacy`, which decides whether text after a special token gets a space; else sentencepiece itself."""
-    steps: dict[str, Any] = json.loads(theirs.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    steps: dict[str, Any] = json.loads(reference.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     own = prefix_of(model)
     return steps.get("prepend_scheme", own) if own == "always" else own
 
@@ -84,8 +84,8 @@ def _converted(source: Path, model: ModelProto, prefix: Prefix) -> tokenizers.To
         raise DataError(f"{source} cannot be converted for transformers: {error}.") from error
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, theirs: PreTrainedTokenizerFast, folder: Path) -> None:
-    tokens = dict(sorted(theirs.added_tokens_decoder.items()))
+def _add_tokens(backend: tokenizers.Tokenizer, reference: PreTrainedTokenizerFast, folder: Path) -> None:
+    tokens = dict(sorted(reference.added_tokens_decoder.items()))
     for token in tokens.values():
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     declared = read_json(folder / _ADDED) if (folder / _ADDED).is_file() else {}

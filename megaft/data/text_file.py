@@ -17,7 +17,7 @@ import zstandard
 
 from megaft.base.errors import DataError
 from megaft.config.prepare import ReadAs
-from megaft.data.file_format import HEAD_BYTES, Format, compression_of, foreign, format_of
+from megaft.data.file_format import HEAD_BYTES, Format, compression_of, format_of, unsupported_format
 
 BLOCK_BYTES = 1 << 13
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
@@ -29,7 +29,7 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 _DAMAGED = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError)
 
 
-class Source:
+class TextFile:
     """A UTF-8 text file, or one compressed by gzip, zstd, xz or bzip2. Read it once, through `blocks` or `lines`.
 
     Attributes:
@@ -60,7 +60,7 @@ class Source:
         if self._read_as != "auto":
             return "text" if self._read_as == "text" else "lines"
         head = self._head()
-        if (other := foreign(self.path, head)) is not None:
+        if (other := unsupported_format(self.path, head)) is not None:
             what, way_out = other
             raise DataError(f"{self.path} is {what}; {way_out}.")
         found = format_of(self.path, head)
@@ -73,7 +73,7 @@ class Source:
 
     def _head(self) -> bytes:
         head = b""
-        for block in Source(self.path).content():
+        for block in TextFile(self.path).content():
             head += block
             if len(head) >= HEAD_BYTES:
                 break

@@ -64,7 +64,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     @cached_property
-    def cuts_at_spaces(self) -> bool:
+    def splits_at_spaces(self) -> bool:
         """True if encoding a text in parts, split before any space or newline that follows a non-space, is exact.
 
         GPT-2's pre-tokenizer has no alternative in which white space follows something else, so a match always ends
@@ -165,7 +165,7 @@ class Tokenizer:
 class SentencePieceTokenizer:
     """A sentencepiece model run by its own library: transformers' conversion breaks ties between merges differently."""
 
-    cuts_at_spaces = False  # it puts a space before every text it is given
+    splits_at_spaces = False  # it puts a space before every text it is given
     opening_ids: tuple[int, ...] = ()  # a bare model file adds no special tokens
     special_tokens: tuple[str, ...] = ()  # where a text spells them, it is text
     chat_template: None = None

@@ -18,7 +18,7 @@ from megaft.models import trials
 from megaft.models.adapters import add_adapters
 from megaft.models.loss import Head, token_nats
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
-from megaft.weights.loading.host_room import agreed_room
+from megaft.weights.loading.memory_budget import agreed_memory_budget
 from megaft.weights.loading.pretrained import (
     MODEL_SETTING,
     create_from,
@@ -26,7 +26,7 @@ from megaft.weights.loading.pretrained import (
     load_language_model,
     read_new_config,
 )
-from megaft.weights.loading.size_limit import Room
+from megaft.weights.loading.size_limit import MemoryBudget
 
 
 class NatsModel(nn.Module):
@@ -90,26 +90,26 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
     """
     is_gguf = config.path is not None and config.path.endswith(".gguf")
     if lora.rank or is_gguf or not is_stage_3(engine_config):
-        return together(build_whole, config, lora, seed, agreed_room())
+        return together(build_whole, config, lora, seed, agreed_memory_budget())
     if config.path is not None:
         with in_parts(engine_config, is_new=False):
             model = load_language_model(config.path, dropout=config.dropout)
     else:
         assert config.from_scratch is not None
         new_config = together(read_new_config, config.from_scratch, config.dropout)
-        parts, room = parallel.world_size(), agreed_room()
+        parts, budget = parallel.world_size(), agreed_memory_budget()
         with in_parts(engine_config, is_new=True):
-            model = create_from(new_config, config.from_scratch, seed, parts, room)
+            model = create_from(new_config, config.from_scratch, seed, parts, budget)
     return together(_recomputing, model, config)
 
 
-def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, room: Room | None = None) -> CausalLM:
+def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, budget: MemoryBudget | None = None) -> CausalLM:
     """Return the model a run starts from, whole on this rank, which may be alone in calling this."""
     if config.path is not None:
         model = load_language_model(config.path, dropout=config.dropout)
     else:
         assert config.from_scratch is not None
-        model = create_language_model(config.from_scratch, seed, config.dropout, room)
+        model = create_language_model(config.from_scratch, seed, config.dropout, budget)
     if lora.rank:
         add_adapters(model, lora, seed)
     return _recomputing(model, config)

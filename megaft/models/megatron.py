@@ -109,7 +109,7 @@ class MegatronModel(nn.Module):
         self.config = config
         self.layout = layout_of(config)
         shape = self.layout.shape
-        shape.require_cuttable(parallel.tensor_parallel_size(), "--parallel.tensor-parallel-size")
+        shape.require_shardable(parallel.tensor_parallel_size(), "--parallel.tensor-parallel-size")
         self.gpt = GPTModel(
             config=transformer_config(config),
             transformer_layer_spec=layer_spec(config, recompute=recompute),

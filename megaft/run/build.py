@@ -21,7 +21,7 @@ from megaft.checkpoint.saver import Saver
 from megaft.config.deepspeed_json import Resolved
 from megaft.config.schedules import SCHEDULES
 from megaft.config.train import TrainConfig
-from megaft.data.batches import Cut
+from megaft.data.batches import BatchSplit
 from megaft.models.hugging_face import require_fits
 from megaft.models.parameters import parameter_groups
 from megaft.models.rope import length_limit
@@ -42,7 +42,7 @@ class Run:
     plan: Plan
     engine: Any
     device: torch.device
-    cut: Cut
+    cut: BatchSplit
     row_length: int | None
     """Length of every row of a batch; None where rows are padded to the longest of their micro-batch."""
     validation: Validation | None
@@ -106,7 +106,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         plan=plan,
         engine=engine,
         device=device,
-        cut=Cut(
+        cut=BatchSplit(
             setup.micro_batch_size,
             setup.gradient_accumulation_steps,
             parallel.data_parallel_rank(),

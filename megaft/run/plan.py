@@ -17,7 +17,7 @@ from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.run.settings import plan_settings
 from megaft.run.sources import Sources, named_sources, open_samples, prepare_sources, require_same_tokenizer
 from megaft.run.trackers import check_trackers
-from megaft.weights.loading.pretrained import require_there
+from megaft.weights.loading.pretrained import require_exists
 from megaft.weights.megatron_folder import is_megatron_folder
 
 
@@ -70,7 +70,7 @@ def require_inputs(config: TrainConfig) -> None:
         ConfigError: They are named wrongly.
     """
     if config.model.path is not None:
-        require_there(config.model.path)
+        require_exists(config.model.path)
         _require_readable(config.model, config.model.path)
     named_sources(config.data)
 

@@ -75,5 +75,5 @@ def plan_engine(
 
 def resumed_batch_size(config: TrainConfig) -> int | None:
     """Return the global batch size of the run that the folder holds; None where there is none to continue."""
-    newest = None if config.run.fresh else manifest.peek(config.run.dir)
+    newest = None if config.run.fresh else manifest.newest_manifest(config.run.dir)
     return newest["identity"].get("global_batch_size") if newest else None

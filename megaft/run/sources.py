@@ -20,7 +20,7 @@ from megaft.data.chat import template_sha256
 from megaft.data.dataset import Dataset
 from megaft.data.prepare import ensure_prepared, opening_ids_of
 from megaft.data.receipt import is_prepared
-from megaft.data.samples import Documents, Stream
+from megaft.data.samples import DocumentSamples, PackedSamples
 from megaft.data.sequence import Samples
 from megaft.data.tokenizer import AnyTokenizer
 
@@ -140,9 +140,9 @@ def open_samples(sources: Sources, config: DataConfig, seed: int) -> Samples:
         DataError: A dataset has no token to predict, or none that is scored.
     """
     corpora = [
-        Documents(dataset, config.context_length)
+        DocumentSamples(dataset, config.context_length)
         if config.sample == "document"
-        else Stream(dataset, config.context_length, config.attend_within_documents)
+        else PackedSamples(dataset, config.context_length, config.attend_within_documents)
         for dataset in sources.train
     ]
     for dataset, corpus in zip(sources.train, corpora, strict=True):

@@ -9,20 +9,20 @@ from typing import Any
 from torch import Tensor
 
 from megaft.base import parallel
+from megaft.weights.checkpoint_reader import CheckpointReader, shard_name
 from megaft.weights.layout import Layout, layout_of
 from megaft.weights.manifest import verify
-from megaft.weights.pieces import Pieces, part_name
 
 HUGGING_FACE, MEGATRON = "language_model.", "language_model.gpt."
 """Prefix of a parameter's name in a checkpoint of each backend."""
 
 
-class Canonical:
+class TransformersView:
     """The weights and moments of a checkpoint by transformers' names."""
 
-    def __init__(self, pieces: Pieces, manifest: dict[str, Any], architecture: Any) -> None:
-        """Read `pieces`, which modules of `manifest`'s backend wrote, of a model of this transformers configuration."""
-        self._pieces, self._size = pieces, manifest["tensor_parallel_size"]
+    def __init__(self, reader: CheckpointReader, manifest: dict[str, Any], architecture: Any) -> None:
+        """Read `reader`, which modules of `manifest`'s backend wrote, of a model of this transformers configuration."""
+        self._reader, self._size = reader, manifest["tensor_parallel_size"]
         is_megatron = manifest["backend"] == "megatron"
         self._layout: Layout | None = layout_of(architecture) if is_megatron else None
         self._whole = lru_cache(maxsize=1)(self._put_together)  # queries, keys and values are asked for in turn
@@ -34,22 +34,22 @@ class Canonical:
             CheckpointError: The checkpoint does not have all of it.
         """
         if self._layout is None:
-            return self._pieces.whole(HUGGING_FACE + name, kind)
+            return self._reader.whole(HUGGING_FACE + name, kind)
         return self._whole(self._layout.rule_of(name), kind)[name]
 
     def _put_together(self, there: str, kind: str) -> dict[str, Tensor]:
         assert self._layout is not None
         is_cut = self._size > 1 and self._layout.rules[there].axis is not None
-        stored = [part_name(MEGATRON + there, rank) for rank in range(self._size)] if is_cut else [MEGATRON + there]
-        return self._layout.whole(there, [self._pieces.whole(one, kind) for one in stored])
+        stored = [shard_name(MEGATRON + there, rank) for rank in range(self._size)] if is_cut else [MEGATRON + there]
+        return self._layout.whole(there, [self._reader.whole(one, kind) for one in stored])
 
 
-class Recut:
-    """Reader as `Pieces`, for another backend or tensor-parallel size than the checkpoint's."""
+class ReshardedReader:
+    """Reader as `CheckpointReader`, for another backend or tensor-parallel size than the checkpoint's."""
 
-    def __init__(self, canonical: Canonical, layout: Layout | None) -> None:
+    def __init__(self, view: TransformersView, layout: Layout | None) -> None:
         """Read for modules of megatron-core, which have a layout, or for transformers'."""
-        self._canonical, self._layout = canonical, layout
+        self._view, self._layout = view, layout
 
     def read(self, name: str, kind: str, offset: int, numel: int) -> Tensor:
         """Return `numel` elements from `offset` of the flattened parameter that this rank has.
@@ -58,14 +58,14 @@ class Recut:
             CheckpointError: The checkpoint does not have all of it.
         """
         if self._layout is None:
-            return self._canonical.read(name.removeprefix(HUGGING_FACE), kind).flatten()[offset : offset + numel]
+            return self._view.read(name.removeprefix(HUGGING_FACE), kind).flatten()[offset : offset + numel]
         there = name.removeprefix(MEGATRON).partition("|")[0]
-        sources = [self._canonical.read(source, kind) for source in self._layout.rules[there].sources]
+        sources = [self._view.read(source, kind) for source in self._layout.rules[there].sources]
         mine = self._layout.local(there, sources, parallel.tensor_parallel_size(), parallel.tensor_parallel_rank())
         return mine.flatten()[offset : offset + numel]
 
 
-def canonical(folder: Path, architecture: Any) -> Canonical:
+def transformers_view(folder: Path, architecture: Any) -> TransformersView:
     """Return a checkpoint's weights and moments by transformers' names.
 
     Args:
@@ -76,4 +76,4 @@ def canonical(folder: Path, architecture: Any) -> Canonical:
         CheckpointError: It does not hold.
     """
     manifest = verify(folder)
-    return Canonical(Pieces(folder, manifest), manifest, architecture)
+    return TransformersView(CheckpointReader(folder, manifest), manifest, architecture)

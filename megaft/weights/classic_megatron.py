@@ -5,7 +5,7 @@
 
 Facts from Megatron-LM's megatron/checkpointing.py and transformers' convert_megatron_gpt2_checkpoint.py. Nothing in a
 pickle is run: torch's weights_only reader builds tensors and plain values, and every class it meets that such
-checkpoints are known to name becomes a `Record`, which has none of its code. Any other name is refused.
+checkpoints are known to name becomes a `UnpickledObject`, which has none of its code. Any other name is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NAMES = (
 )
 """Renamings from Megatron-LM's classic parameter names to megatron-core's."""
 
-USUAL = {
+GPT2_SETTINGS = {
     **{"swiglu": False, "squared_relu": False, "normalization": "LayerNorm", "add_bias_linear": True},
     **{"apply_residual_connection_post_layernorm": False, "apply_layernorm_1p": False, "num_experts": None},
     **{"use_rotary_position_embeddings": False, "group_query_attention": False, "pipeline_model_parallel_size": 1},
@@ -55,7 +55,7 @@ USUAL = {
 """Settings with which Megatron-LM's model is a GPT-2."""
 
 
-class Record:
+class UnpickledObject:
     """Stand-in for an unpickled object of any class: its state, without its code."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -95,7 +95,9 @@ class ClassicCheckpoint:
         version, settings = states[0].get("checkpoint_version", 0), states[0].get("args")
         if version not in (0, 1) and version < 2:
             raise DataError(f"{paths[0]} has checkpoint_version {version}; Megatron-LM wrote 0, 1.0, 2.0 and 3.0.")
-        return ClassicCheckpoint(folder, ranks, version, vars(settings) if isinstance(settings, Record) else None)
+        return ClassicCheckpoint(
+            folder, ranks, version, vars(settings) if isinstance(settings, UnpickledObject) else None
+        )
 
     def config(self) -> Any:
         """Return transformers' configuration of the model, from Megatron-LM's settings.
@@ -105,7 +107,7 @@ class ClassicCheckpoint:
         """
         from transformers import GPT2Config
 
-        settings = self._usual_settings()
+        settings = self._gpt2_settings()
         vocab_size = settings["padded_vocab_size"]
         ending = 50256 if vocab_size > 50256 else None
         is_tanh = settings.get("openai_gelu") or settings.get("bias_gelu_fusion")
@@ -126,7 +128,7 @@ class ClassicCheckpoint:
             eos_token_id=ending,
         )
 
-    def _usual_settings(self) -> dict[str, Any]:
+    def _gpt2_settings(self) -> dict[str, Any]:
         settings = self.settings or {}
         needed = ("padded_vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_attention_heads")
         if missing := [name for name in needed if settings.get(name) is None]:
@@ -134,7 +136,7 @@ class ClassicCheckpoint:
                 f"{self.folder} does not say of what model it is ({missing[0]} is not in its args); give "
                 "--model-config, the folder or config.json of transformers' model of that shape, such as gpt2-medium's."
             )
-        for name, usual in USUAL.items():
+        for name, usual in GPT2_SETTINGS.items():
             if (settings.get(name) or usual) != usual:
                 raise DataError(
                     f"{self.folder} has {name} {settings[name]}, and GPT-2 has {usual}; it is another model."
@@ -145,7 +147,7 @@ class ClassicCheckpoint:
         """Return the shapes of what a rank has."""
         return {name: tensor.shape for name, tensor in self.ranks[rank].items()}
 
-    def require_only(self, layout: Layout) -> None:
+    def require_known_tensors(self, layout: Layout) -> None:
         """Refuse a tensor that the configuration's model lacks, such as a further layer, by its name."""
         if unknown := sorted(self.ranks[0].keys() - layout.rules.keys()):
             raise DataError(
@@ -153,7 +155,7 @@ class ClassicCheckpoint:
                 "give --model-config of the very model, if it is a GPT-2."
             )
 
-    def padded(self, layout: Layout, expected: dict[str, torch.Size]) -> dict[str, torch.Size]:
+    def padded_shapes(self, layout: Layout, expected: dict[str, torch.Size]) -> dict[str, torch.Size]:
         """Return the shapes with the rows of Megatron-LM's vocabulary, which is filled up to a multiple of 128."""
         changed = {}
         for name in (name for name, rule in layout.rules.items() if rule.rows):
@@ -166,10 +168,10 @@ class ClassicCheckpoint:
         """Return every rank's part of a parameter, queries, keys and values in megatron-core's order."""
         rule = layout.rules[name]
         parts = [tensors[name].clone() for tensors in self.ranks]
-        return [ordered(part, self.version, rule.groups // len(parts)) for part in parts] if rule.groups else parts
+        return [reorder_qkv(part, self.version, rule.groups // len(parts)) for part in parts] if rule.groups else parts
 
 
-def ordered(tensor: Tensor, version: float, num_heads: int) -> Tensor:
+def reorder_qkv(tensor: Tensor, version: float, num_heads: int) -> Tensor:
     """Return the rows of queries, keys and values as version 2.0 has them, head by head: 3 x width of each.
 
     Version 0 has all heads' queries, then all keys, then all values; version 1.0 has the three row by row.
@@ -199,7 +201,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _only(classes: Iterable[tuple[type, str]]) -> Iterator[None]:
+def _allowing_only(classes: Iterable[tuple[type, str]]) -> Iterator[None]:
     """Let torch's reader build these classes and none that a library allowed, as megatron-core does when imported."""
     before = get_safe_globals()
     clear_safe_globals()
@@ -212,11 +214,11 @@ def _only(classes: Iterable[tuple[type, str]]) -> Iterator[None]:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's dictionary, in which objects are Records."""
+    """Return a checkpoint's dictionary, in which objects are UnpickledObjects."""
     known: dict[str, None] = {}
     while True:
         try:
-            with _only((Record, name) for name in known):
+            with _allowing_only((UnpickledObject, name) for name in known):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
             name = re.search(r"GLOBAL (\S+)", str(error))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megaft.base.checks import require
 from megaft.weights.shape import Shape
-from megaft.weights.sizes import Sizes
+from megaft.weights.sizes import ConfigValues
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Rule:
 class Family:
     """Names, layout and computation of a family's models in transformers."""
 
-    read: Callable[[Family, Sizes, float | None], Shape]
+    read: Callable[[Family, ConfigValues, float | None], Shape]
     """Returns the shape that a config.json describes, with another dropout of the residual stream if one is given."""
     rules: Callable[[Shape], dict[str, Rule]]
     """Returns a rule for each parameter of megatron-core, without the output layer's."""
@@ -89,13 +89,13 @@ def shape_of(config: dict[str, Any], dropout: float | None = None, source: str =
         source: File or name of the configuration, for messages.
 
     Raises:
-        ConfigError: A family whose sizes are not known here.
+        ConfigError: A family whose values are not known here.
         DataError: Sizes that make no model.
     """
     kind = config.get("model_type")
     require(kind in FAMILIES, f"the model's model_type is {kind}; megaft estimate knows {', '.join(FAMILIES)}.")
     family = FAMILIES[str(kind)]
-    return family.read(family, Sizes(config, source), dropout)
+    return family.read(family, ConfigValues(config, source), dropout)
 
 
 def model_shape(config: Any) -> Shape:
@@ -106,27 +106,27 @@ def model_shape(config: Any) -> Shape:
 # GPT-2: LayerNorm, learned positions, biases everywhere, one matrix of queries, keys and values, stored as (in, out).
 
 
-def _gpt2_shape(family: Family, sizes: Sizes, dropout: float | None) -> Shape:
-    width, heads = sizes.whole("n_embd", 768), sizes.whole("n_head", 12)
-    sizes.require_multiple("n_embd", width, "n_head", heads)
-    own_dropout = sizes.share("resid_pdrop", 0.1)
+def _gpt2_shape(family: Family, values: ConfigValues, dropout: float | None) -> Shape:
+    width, heads = values.positive_int("n_embd", 768), values.positive_int("n_head", 12)
+    values.require_multiple("n_embd", width, "n_head", heads)
+    own_dropout = values.fraction("resid_pdrop", 0.1)
     of_qkv, of_others = family.biases or (True, True)
     return Shape(
         norm="LayerNorm",
         is_gated=False,
         has_position_embedding=True,
-        num_layers=sizes.whole("n_layer", 12),
+        num_layers=values.positive_int("n_layer", 12),
         width=width,
         num_heads=heads,
         num_groups=heads,
         head_width=width // heads,
-        inner_width=sizes.whole("n_inner", 4 * width, null=4 * width),
-        vocab_size=sizes.whole("vocab_size", 50_257),
-        num_positions=sizes.whole("n_positions", 1024),
-        is_tied=sizes.flag("tie_word_embeddings", True),
+        inner_width=values.positive_int("n_inner", 4 * width, null=4 * width),
+        vocab_size=values.positive_int("vocab_size", 50_257),
+        num_positions=values.positive_int("n_positions", 1024),
+        is_tied=values.flag("tie_word_embeddings", True),
         has_qkv_bias=of_qkv,
         has_bias=of_others,
-        activation=sizes.config.get("activation_function", "gelu_new"),
+        activation=values.config.get("activation_function", "gelu_new"),
         dropout=own_dropout if dropout is None else dropout,
     )
 
@@ -184,30 +184,30 @@ _GPT2 = Family(
 # Llama: RMSNorm, rotary positions, grouped keys and values, a gated inner layer, hardly any biases.
 
 
-def _llama_shape(family: Family, sizes: Sizes, _: float | None) -> Shape:
-    width, heads = sizes.whole("hidden_size", 4096), sizes.whole("num_attention_heads", 32)
-    if sizes.config.get("head_dim") is None:
-        sizes.require_multiple("hidden_size", width, "num_attention_heads", heads)
-    groups = sizes.whole("num_key_value_heads", family.default_groups or heads, null=heads)
-    sizes.require_multiple("num_attention_heads", heads, "num_key_value_heads", groups)
-    has_bias = sizes.flag("attention_bias", False)
+def _llama_shape(family: Family, values: ConfigValues, _: float | None) -> Shape:
+    width, heads = values.positive_int("hidden_size", 4096), values.positive_int("num_attention_heads", 32)
+    if values.config.get("head_dim") is None:
+        values.require_multiple("hidden_size", width, "num_attention_heads", heads)
+    groups = values.positive_int("num_key_value_heads", family.default_groups or heads, null=heads)
+    values.require_multiple("num_attention_heads", heads, "num_key_value_heads", groups)
+    has_bias = values.flag("attention_bias", False)
     of_qkv, of_others = family.biases or (has_bias, has_bias)
     return Shape(
         norm="RMSNorm",
         is_gated=True,
         has_position_embedding=False,
-        num_layers=sizes.whole("num_hidden_layers", 32),
+        num_layers=values.positive_int("num_hidden_layers", 32),
         width=width,
         num_heads=heads,
         num_groups=groups,
-        head_width=sizes.whole("head_dim", width // heads, null=width // heads),
-        inner_width=sizes.whole("intermediate_size", 11_008),
-        vocab_size=sizes.whole("vocab_size", 32_000),
-        num_positions=sizes.whole("max_position_embeddings", 2048),
-        is_tied=sizes.flag("tie_word_embeddings", False),
+        head_width=values.positive_int("head_dim", width // heads, null=width // heads),
+        inner_width=values.positive_int("intermediate_size", 11_008),
+        vocab_size=values.positive_int("vocab_size", 32_000),
+        num_positions=values.positive_int("max_position_embeddings", 2048),
+        is_tied=values.flag("tie_word_embeddings", False),
         has_qkv_bias=of_qkv,
         has_bias=of_others,
-        activation=sizes.config.get("hidden_act", "silu"),
+        activation=values.config.get("hidden_act", "silu"),
         dropout=0.0,
     )
 

@@ -12,11 +12,11 @@ from megaft.base.errors import DataError
 from megaft.base.files import parse_json
 from megaft.base.foreign import require_inert
 from megaft.weights import canonical
+from megaft.weights.checkpoint_reader import WEIGHT
 from megaft.weights.parameters import Weights, load_config, require_fitting, shapes_of
-from megaft.weights.pieces import WEIGHT
 
 
-def model_of_run(folder: Path) -> str:
+def base_model_of_run(folder: Path) -> str:
     """Return the model that a checkpoint's run began with, which has the configuration and the tokenizer.
 
     Raises:
@@ -46,7 +46,7 @@ def open_checkpoint(folder: Path, model_config: str) -> Weights:
     """
     require_inert("model-config", model_config)
     config = load_config(model_config)
-    saved, shapes = canonical.canonical(folder, config), shapes_of(config)
+    saved, shapes = canonical.transformers_view(folder, config), shapes_of(config)
 
     def fetch(name: str) -> Tensor:
         tensor = saved.read(name, WEIGHT)

@@ -51,7 +51,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name[len("step-") :][:8])
 
 
-def peek(run_dir: Path) -> dict[str, Any] | None:
+def newest_manifest(run_dir: Path) -> dict[str, Any] | None:
     """Return the manifest of the newest checkpoint that has a readable one, hashing no other file.
 
     It asks no other rank, so it can be called before they have joined.

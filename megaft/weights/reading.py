@@ -16,7 +16,7 @@ from megaft.weights.families import family_of
 from megaft.weights.folder import model_folder
 from megaft.weights.layout import OUTPUT_LAYER, layout_of
 from megaft.weights.loading.finite_weights import require_finite
-from megaft.weights.loading.pretrained import load_language_model, require_there
+from megaft.weights.loading.pretrained import load_language_model, require_exists
 from megaft.weights.loading.size_limit import Size, no_larger_than
 from megaft.weights.loading.weight_files import (
     INDEX,
@@ -55,13 +55,13 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
     """
     source = model_folder(source)
     folder = Path(source)
-    require_there(source, "model")
+    require_exists(source, "model")
     if is_classic(folder):
         return _from_classic(folder, model_config)
     if is_checkpoint(folder):
         from megaft.weights.from_checkpoint import open_checkpoint
 
-        return open_checkpoint(folder, described_by(source, model_config))
+        return open_checkpoint(folder, config_source(source, model_config))
     require(
         model_config is None,
         f"model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
@@ -70,15 +70,15 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
     if is_megatron_folder(folder):
         return _from_megatron(folder, is_hashed)
     files = [] if folder.suffix == ".gguf" else _safetensors_of(source)
-    return _from_safetensors(source, files) if files else _from_whole(source)
+    return _from_safetensors(source, files) if files else _from_transformers(source)
 
 
-def described_by(source: str, model_config: str | None) -> str:
+def config_source(source: str, model_config: str | None) -> str:
     """Return the source of a model's configuration and tokenizer, which a checkpoint does not contain."""
     if model_config is None and is_checkpoint(Path(source)):
-        from megaft.weights.from_checkpoint import model_of_run
+        from megaft.weights.from_checkpoint import base_model_of_run
 
-        return model_of_run(Path(source))
+        return base_model_of_run(Path(source))
     return model_config or source
 
 
@@ -142,7 +142,7 @@ def _require_tied(source: str, embedding: str, holders: dict[str, TensorFile], s
         raise untied_weights(f"model is {source}", OUTPUT_LAYER, embedding)
 
 
-def _from_whole(source: str) -> Weights:
+def _from_transformers(source: str) -> Weights:
     dtype = torch.float32 if source.endswith(".gguf") else load_config(source).dtype or torch.float32
     model = load_language_model(source, dtype, setting="model")
     layout_of(model.config)
@@ -165,9 +165,9 @@ def _from_classic(folder: Path, model_config: str | None) -> Weights:
     with naming_config_errors(str(folder)):
         config = checkpoint.config() if model_config is None else load_config(model_config)
     layout, shapes, size = layout_of(config), shapes_of(config), len(checkpoint.ranks)
-    checkpoint.require_only(layout)
+    checkpoint.require_known_tensors(layout)
     for rank in range(size):
-        expected = checkpoint.padded(layout, local_shapes(layout, shapes, size, rank))
+        expected = checkpoint.padded_shapes(layout, local_shapes(layout, shapes, size, rank))
         require_fitting(f"{folder} (rank {rank})", expected, checkpoint.shapes(rank))
     dtype = widest_dtype(tensor.dtype for tensors in checkpoint.ranks for tensor in tensors.values())
     return from_shards(config, dtype, lambda name: checkpoint.read(name, layout))

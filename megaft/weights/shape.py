@@ -74,14 +74,14 @@ class Shape:
         """Parameters of the whole model, tied ones once."""
         return num_elements(self.weights())
 
-    def require_cuttable(self, size: int, setting: str) -> None:
+    def require_shardable(self, size: int, setting: str) -> None:
         """Raise ConfigError unless each of `size` ranks gets whole attention groups, equal parts of layers, and words.
 
         Args:
             size: Ranks that share each matrix.
             setting: The user's name for that number.
         """
-        able = [ranks for ranks in range(1, MAX_RANKS + 1) if self._can_cut(ranks)]
+        able = [ranks for ranks in range(1, MAX_RANKS + 1) if self._can_shard(ranks)]
         require(
             size in able,
             f"{setting} is {size}, but the model's {self.num_groups} attention groups and inner width of "
@@ -89,7 +89,7 @@ class Shape:
             f"use one of {', '.join(map(str, able))}.",
         )
 
-    def _can_cut(self, size: int) -> bool:
+    def _can_shard(self, size: int) -> bool:
         has_words = (size - 1) * -(-self.vocab_size // size) < self.vocab_size
         return has_words and self.num_groups % size == self.inner_width % size == 0
 

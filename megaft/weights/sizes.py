@@ -9,14 +9,14 @@ from megaft.base.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ConfigValues:
     """A configuration and its source."""
 
     config: dict[str, Any]
     source: str
     """Its file, or a model's name."""
 
-    def whole(self, key: str, default: int, null: Any = None) -> int:
+    def positive_int(self, key: str, default: int, null: Any = None) -> int:
         """Return a whole number of 1 or more.
 
         Args:
@@ -32,7 +32,7 @@ class Sizes:
         self._require(type(value) is int and value >= 1, key, "a whole number of 1 or more")
         return value
 
-    def share(self, key: str, default: float) -> float:
+    def fraction(self, key: str, default: float) -> float:
         """Return a number from 0 to less than 1; DataError for anything else."""
         value = self.config.get(key, default)
         self._require(type(value) in (int, float) and 0 <= value < 1, key, "a number from 0 to less than 1")

@@ -17,8 +17,8 @@ from megaft.checkpoint import resume
 from megaft.checkpoint.resume import Found, find
 from megaft.checkpoint.run_state import RunState
 from megaft.weights import manifest as manifest_module
-from megaft.weights.manifest import folder_of, peek, saved_steps, verify
-from megaft.weights.pieces import Pieces
+from megaft.weights.checkpoint_reader import CheckpointReader
+from megaft.weights.manifest import folder_of, newest_manifest, saved_steps, verify
 
 SHAPES = {"a.weight": [3, 4], "b": [5]}
 
@@ -85,7 +85,7 @@ def test_any_range_is_read_from_pieces_cut_anywhere(tmp_path_factory, data, shap
         shards[shard][f"weight/x@{begin}"] = whole[begin:end].clone()
         shards[shard][f"exp_avg/x@{begin}"] = -whole[begin:end]
     folder = write_checkpoint(tmp_path_factory.mktemp("run"), shards=shards)
-    pieces = Pieces(folder, {"shapes": {"x": shape}, "files": dict.fromkeys(shards)})
+    pieces = CheckpointReader(folder, {"shapes": {"x": shape}, "files": dict.fromkeys(shards)})
 
     begin = data.draw(st.integers(0, numel))
     length = data.draw(st.integers(0, numel - begin))
@@ -102,7 +102,7 @@ def test_names_and_kinds_are_told_apart(tmp_path):
         "weight/a/b@c@0": torch.full((2,), 4.0),
     }
     folder = write_checkpoint(tmp_path, shards={"rank-00000.safetensors": tensors})
-    pieces = Pieces(folder, verify(folder))
+    pieces = CheckpointReader(folder, verify(folder))
     read = [pieces.read(name, kind, 0, 2)[0] for name, kind in [("h.1", "weight"), ("h.11", "weight")]]
     assert [*read, pieces.read("h.1", "exp_avg", 0, 2)[0], pieces.read("a/b@c", "weight", 1, 1)[0]] == [1, 2, 3, 4]
 
@@ -119,7 +119,7 @@ def test_names_and_kinds_are_told_apart(tmp_path):
 def test_what_is_not_there_is_named(tmp_path, name, kind, offset, numel, held):
     folder = write_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=f"holds {held} of {numel} elements of {kind} of {name}"):
-        Pieces(folder, verify(folder)).read(name, kind, offset, numel)
+        CheckpointReader(folder, verify(folder)).read(name, kind, offset, numel)
 
 
 # Verifying
@@ -217,7 +217,7 @@ def test_a_file_that_is_not_safetensors_is_named(tmp_path):
         if damage is not None:
             (folder / "rank-00001.safetensors").write_bytes(damage)
         with pytest.raises(CheckpointError, match=r"rank-00001.safetensors is not a safetensors file"):
-            Pieces(folder, manifest_module.read_manifest(folder))
+            CheckpointReader(folder, manifest_module.read_manifest(folder))
 
 
 def test_nothing_is_read_through_symbolic_links(tmp_path):
@@ -240,7 +240,7 @@ def test_five_elements_that_are_not_each_of_the_five_are_no_parameter(tmp_path, 
     tensors = {f"weight/b@{begin}": torch.ones(numel) for begin, numel in spans.items()}
     folder = write_checkpoint(tmp_path, shards={"rank-00000.safetensors": tensors})
     with pytest.raises(CheckpointError, match="of 5 elements of weight of b"):
-        Pieces(folder, verify(folder)).read("b", "weight", 0, 5)
+        CheckpointReader(folder, verify(folder)).read("b", "weight", 0, 5)
 
 
 # Finding
@@ -252,7 +252,7 @@ def test_a_new_run_has_no_checkpoint(tmp_path):
     (tmp_path / "checkpoints" / "step-00000003.tmp").mkdir()  # a save that was cut off
     (tmp_path / "checkpoints" / "step-00000001.old").mkdir()
     assert find(tmp_path) == Found(None, ())
-    assert (saved_steps(tmp_path), peek(tmp_path)) == ([], None)
+    assert (saved_steps(tmp_path), newest_manifest(tmp_path)) == ([], None)
 
 
 def test_the_newest_that_holds_is_found(tmp_path, capsys):
@@ -318,7 +318,7 @@ def test_a_glance_at_the_newest_reads_no_more_than_a_manifest(tmp_path):
     (folder_of(tmp_path, 3) / "manifest.json").write_text("{")
     for path in folder_of(tmp_path, 2).glob("rank-*"):
         path.unlink()
-    assert (peek(tmp_path) or {}) == manifest_module.read_manifest(folder_of(tmp_path, 2))
+    assert (newest_manifest(tmp_path) or {}) == manifest_module.read_manifest(folder_of(tmp_path, 2))
 
 
 def test_starting_over_forgets_all(tmp_path):

@@ -36,9 +36,9 @@ from megaft.data.tokenizer import load_tokenizer
 from megaft.run.sources import open_samples, prepare_sources
 from megaft.run.validation import NUM_TOKENS
 from megaft.weights import manifest
+from megaft.weights.checkpoint_reader import CheckpointReader
 from megaft.weights.loading import pretrained
 from megaft.weights.manifest import folder_of
-from megaft.weights.pieces import Pieces
 from megaft.weights.provenance import sha256_of_model
 
 
@@ -134,7 +134,7 @@ def test_best_and_last(config, wanted, best, expected, tmp_path):
     state = replace(state_of(config), best_step=best)
     folder = export_again(config, state)
     model, _ = exported(folder)
-    pieces = Pieces(folder_of(config.run.dir, expected), manifest.verify(folder_of(config.run.dir, expected)))
+    pieces = CheckpointReader(folder_of(config.run.dir, expected), manifest.verify(folder_of(config.run.dir, expected)))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, pieces.whole(f"language_model.{name}", "weight")), name
     assert f"finetuned for {counted(expected, 'step')} with" in (folder / "README.md").read_text()

@@ -140,7 +140,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(memory_folder, step, is_backgro
         shutil.copytree(folder / "before", run_dir)
         exit_code = save_killed(run_dir, step, 0.75, at, settings)
         found = find(run_dir).folder
-        assert (manifest_module.peek(run_dir) or {})["state"]["step"] == manifest_module.step_of(found)
+        assert (manifest_module.newest_manifest(run_dir) or {})["state"]["step"] == manifest_module.step_of(found)
         outcomes.append(fill_of(found))
         assert manifest_module.step_of(found) == (step if outcomes[-1] == 0.75 else 1)
         save(run_dir, 3, 1.0, keep_last=1)  # the run goes on

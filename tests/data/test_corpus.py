@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from megaft.base.errors import DataError
 from megaft.data.chat import Renderer
-from megaft.data.corpus import Document, Layout, count, cut, cut_document, documents, pieces
+from megaft.data.corpus import Document, TextLayout, chunks, count, documents, split_at_spaces, split_document
 from megaft.data.input_files import expand
 from megaft.data.records import Segment
-from megaft.data.text_file import BLOCK_BYTES, Source
+from megaft.data.text_file import BLOCK_BYTES, TextFile
 from megaft.data.tokenizer import load_tokenizer
 
 TEXT = " = A = \n one two\n\nthree  é\n \n\nfour"
@@ -32,7 +32,7 @@ def jsonl(*records):
 
 
 def texts(path, **layout):
-    return ["".join(part.text for part in d.segments) for d in documents(Source(path), Layout(**layout))]
+    return ["".join(part.text for part in d.segments) for d in documents(TextFile(path), TextLayout(**layout))]
 
 
 UNITS = [
@@ -54,7 +54,7 @@ def test_several_compressed_streams_in_one_file(tmp_path):
 
 
 def test_counts_are_of_the_original(tmp_path):
-    (document,) = documents(Source(write(tmp_path / "a", "a @-@ b é\n")), Layout(detokenize=lambda _: "x"))
+    (document,) = documents(TextFile(write(tmp_path / "a", "a @-@ b é\n")), TextLayout(detokenize=lambda _: "x"))
     assert (document.num_words, document.num_bytes, document.segments) == (4, 11, (Segment("x"),))
 
 
@@ -84,7 +84,9 @@ def render(messages, add_generation_prompt=False):
 @pytest.mark.parametrize(("record", "layout", "expected"), RECORDS)
 def test_jsonl(tmp_path, record, layout, expected):
     path = write(tmp_path / "a.jsonl", "\n" + jsonl(record) * 2)
-    found = [list(document.segments) for document in documents(Source(path), Layout(render=Renderer(render), **layout))]
+    found = [
+        list(document.segments) for document in documents(TextFile(path), TextLayout(render=Renderer(render), **layout))
+    ]
     assert found == [expected] * 2
 
 
@@ -121,9 +123,9 @@ def number(messages, add_generation_prompt=False):
 def test_a_template_that_rewrites_is_refused(tmp_path, rewrite, fault):
     turns = [("assistant", "x"), ("user", "y"), ("assistant", "")]
     path = write(tmp_path / "a.jsonl", jsonl({"m": [{"role": role, "content": text} for role, text in turns]}))
-    layout = Layout(messages_key="m", render=Renderer(rewrite))
+    layout = TextLayout(messages_key="m", render=Renderer(rewrite))
     with pytest.raises(DataError, match=rf"line 1: the chat template {fault}; use prompt and completion keys"):
-        list(documents(Source(path), layout))
+        list(documents(TextFile(path), layout))
 
 
 BAD = [
@@ -158,22 +160,22 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("may_cut", [True, False])
+@pytest.mark.parametrize("can_split", [True, False])
 @pytest.mark.parametrize(("name", "data", "message"), BAD)
-def test_bad_files(tmp_path, name, data, message, may_cut):
+def test_bad_files(tmp_path, name, data, message, can_split):
     with pytest.raises(DataError, match=message) as raised:
-        list(pieces(Source(write(tmp_path / name, data)), Layout(), may_cut=may_cut))
+        list(chunks(TextFile(write(tmp_path / name, data)), TextLayout(), can_split=can_split))
     assert name in str(raised.value)
 
 
 def test_missing_and_unreadable_files(tmp_path):
     with pytest.raises(DataError, match="cannot be read: No such file"):
-        list(Source(tmp_path / "gone").blocks())
+        list(TextFile(tmp_path / "gone").blocks())
 
 
 def test_marks_and_line_ends(tmp_path):
     data = b"\xef\xbb\xbf" + b"a\r\n" * BLOCK_BYTES + b"lone\rend\r"
-    source = Source(write(tmp_path / "a.txt", data))
+    source = TextFile(write(tmp_path / "a.txt", data))
     assert "".join(source.blocks()) == "a\n" * BLOCK_BYTES + "lone\rend\r"
     assert (source.byte_order_marks, source.crlfs, source.num_bytes) == (1, BLOCK_BYTES, len(data))
 
@@ -275,10 +277,10 @@ def gpt2(gpt2_bpe):
 @given(parts=st.lists(st.sampled_from(ODD) | st.text(max_size=3), max_size=60), width=st.integers(1, 9))
 def test_cutting_changes_no_token(gpt2, parts, width):
     text = "".join(parts)
-    cuts = list(cut(text[begin : begin + width] for begin in range(0, len(text), width)))
+    cuts = list(split_at_spaces(text[begin : begin + width] for begin in range(0, len(text), width)))
     assert "".join(cuts) == text
     assert [i for ids in gpt2.encode_batch(cuts) for i in ids] == gpt2.encode(text)
-    assert sum(len(piece.split()) for piece in cuts) == len(text.split())
+    assert sum(len(chunk.split()) for chunk in cuts) == len(text.split())
 
 
 def test_every_character_may_stand_before_a_cut(gpt2):
@@ -292,25 +294,25 @@ def test_every_character_may_stand_before_a_cut(gpt2):
 @pytest.mark.parametrize("name", ["book.txt", "wikitext2/wiki.test.tokens"])
 def test_streamed_file_equals_whole(corpora, gpt2, name):
     path = corpora / name
-    read = partial(pieces, layout=Layout())
-    streamed, (whole,) = list(read(Source(path), may_cut=True)), read(Source(path), may_cut=False)
+    read = partial(chunks, layout=TextLayout())
+    streamed, (whole,) = list(read(TextFile(path), can_split=True)), read(TextFile(path), can_split=False)
     assert len(streamed) > 1
-    assert "".join(piece.text for piece in streamed) == whole.text
-    assert [piece.ends_document for piece in streamed] == [False] * (len(streamed) - 1) + [True]
+    assert "".join(chunk.text for chunk in streamed) == whole.text
+    assert [chunk.ends_document for chunk in streamed] == [False] * (len(streamed) - 1) + [True]
     for name in ("num_words", "num_bytes"):
-        assert sum(getattr(piece, name) for piece in streamed) == getattr(whole, name)
-    ids = [i for ids in gpt2.encode_batch([piece.text for piece in streamed]) for i in ids]
+        assert sum(getattr(chunk, name) for chunk in streamed) == getattr(whole, name)
+    ids = [i for ids in gpt2.encode_batch([chunk.text for chunk in streamed]) for i in ids]
     assert ids == gpt2.encode(whole.text)
 
 
 def test_long_record_is_cut_too(tmp_path):
     record = {"q": "why? " * BLOCK_BYTES, "a": "so " * BLOCK_BYTES}
-    layout = Layout(prompt_key="q", completion_key="a")
-    found = list(pieces(Source(write(tmp_path / "a.jsonl", jsonl(record))), layout, may_cut=True))
+    layout = TextLayout(prompt_key="q", completion_key="a")
+    found = list(chunks(TextFile(write(tmp_path / "a.jsonl", jsonl(record))), layout, can_split=True))
     for key, is_scored in (("q", False), ("a", True)):
-        parts = [part for piece in found for part in piece.segments]
+        parts = [part for chunk in found for part in chunk.segments]
         assert "".join(part.text for part in parts if part.is_scored is is_scored) == record[key]
-    assert max(len(piece.text) for piece in found) <= 2 * BLOCK_BYTES
+    assert max(len(chunk.text) for chunk in found) <= 2 * BLOCK_BYTES
     assert (found[-1].num_words, found[-1].num_bytes, found[-1].ends_document) == (
         BLOCK_BYTES,
         3 * BLOCK_BYTES,  # of the completion
@@ -328,23 +330,23 @@ def test_acut_document_keeps_its_segments(lengths, block):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megaft.data.corpus.BLOCK_BYTES", block)
-        found = list(cut_document(Document(tuple(segments), 1, 2, "a"), may_cut=True))
+        found = list(split_document(Document(tuple(segments), 1, 2, "a"), can_split=True))
     assert len(found) > 1
     characters = [(letter, part.is_scored) for part in segments for letter in part.text]
     assert [
-        (letter, part.is_scored) for piece in found for part in piece.segments for letter in part.text
+        (letter, part.is_scored) for chunk in found for part in chunk.segments for letter in part.text
     ] == characters
     assert found[-1].segments[-1] == segments[-1]
-    assert "".join(piece.text for piece in found) == "".join(part.text for part in segments)
+    assert "".join(chunk.text for chunk in found) == "".join(part.text for part in segments)
 
 
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        pytest.param("a.txt", Layout(), id="file"),
-        pytest.param("a.txt", Layout(unit="line"), id="line"),
-        pytest.param("a.txt", Layout(unit="document"), id="document"),
-        pytest.param("a.jsonl", Layout(), id="jsonl"),
+        pytest.param("a.txt", TextLayout(), id="file"),
+        pytest.param("a.txt", TextLayout(unit="line"), id="line"),
+        pytest.param("a.txt", TextLayout(unit="document"), id="document"),
+        pytest.param("a.jsonl", TextLayout(), id="jsonl"),
     ],
 )
 def test_memory_does_not_grow_with_the_file(tmp_path, name, layout):
@@ -352,7 +354,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name, layout):
     line = jsonl({"text": words}) if name.endswith("jsonl") else f"{words}\n\n"
     path = write(tmp_path / name, line * 10_000)
     tracemalloc.start()
-    num_words = sum(piece.num_words for piece in pieces(Source(path), layout, may_cut=True))
+    num_words = sum(chunk.num_words for chunk in chunks(TextFile(path), layout, can_split=True))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert num_words == 400_000

@@ -10,7 +10,7 @@ from tokenizers import normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megaft.data.chat import Renderer
-from megaft.data.corpus import Piece
+from megaft.data.corpus import Chunk
 from megaft.data.encoding import Encoder
 from megaft.data.records import Segment
 from megaft.data.tokenizer import Tokenizer, load_tokenizer
@@ -45,7 +45,7 @@ def tokenizers(hugging_faces, sentencepiece):
 
 def encoded(tokenizer, segments):
     """The ids of a document and which of them are scored."""
-    ((document,),) = Encoder(tokenizer)([Piece(tuple(segments), 0, 0, True, "a")])
+    ((document,),) = Encoder(tokenizer)([Chunk(tuple(segments), 0, 0, True, "a")])
     return document.ids.tolist(), document.is_scored.tolist()
 
 

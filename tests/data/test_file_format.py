@@ -15,8 +15,8 @@ import pytest
 import zstandard
 
 from megaft.base.errors import DataError
-from megaft.data.corpus import Layout, documents, pieces
-from megaft.data.text_file import BLOCK_BYTES, Source
+from megaft.data.corpus import TextLayout, chunks, documents
+from megaft.data.text_file import BLOCK_BYTES, TextFile
 
 LINES = '{"text": "To be"}\n{"text": "or not"}\n'
 TEXTS = ["To be", "or not"]
@@ -29,7 +29,7 @@ def write(path, data):
 
 
 def texts(path, read_as="auto", **layout):
-    found = documents(Source(path, read_as), Layout(**layout))
+    found = documents(TextFile(path, read_as), TextLayout(**layout))
     return ["".join(segment.text for segment in document.segments) for document in found]
 
 
@@ -100,7 +100,7 @@ def test_text_is_text(tmp_path, content):
 def test_the_user_may_want_braces(tmp_path, content):
     path = write(tmp_path / "x.json", content)
     assert texts(path, "text") == [content]
-    assert "".join(piece.text for piece in pieces(Source(path, "text"), Layout(), may_cut=True)) == content
+    assert "".join(chunk.text for chunk in chunks(TextFile(path, "text"), TextLayout(), can_split=True)) == content
 
 
 def packed(**members):
@@ -166,11 +166,11 @@ FOREIGN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("may_cut", [True, False])
+@pytest.mark.parametrize("can_split", [True, False])
 @pytest.mark.parametrize(("name", "data", "message"), FOREIGN)
-def test_other_formats_are_named(tmp_path, name, data, message, may_cut):
+def test_other_formats_are_named(tmp_path, name, data, message, can_split):
     with pytest.raises(DataError, match=message) as raised:
-        list(pieces(Source(write(tmp_path / name, data)), Layout(), may_cut=may_cut))
+        list(chunks(TextFile(write(tmp_path / name, data)), TextLayout(), can_split=can_split))
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
 

@@ -19,7 +19,7 @@ from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
 from megaft.data.prepare import PrepareConfig, ensure_prepared, prepare
 from megaft.data.receipt import load_receipt
-from megaft.data.samples import IGNORE_INDEX, Documents, Stream
+from megaft.data.samples import IGNORE_INDEX, DocumentSamples, PackedSamples
 from megaft.data.tokenizer import load_tokenizer
 from megaft.run.sources import Sources, require_same_tokenizer
 from megaft.run.validation import Validation
@@ -133,11 +133,11 @@ def test_training_scores_no_opening_token(tmp_path, folders, kind, context_lengt
     flat = [token for body in bodies for token in body]
     first = 0 if tokenizer.opening_ids else 1
     without_first = [token for body in bodies for token in body[first:]]
-    stream = Stream(Dataset(str(prefix)), context_length)
+    stream = PackedSamples(Dataset(str(prefix)), context_length)
     assert labels_of(stream) == flat[first:]
-    apart = Stream(Dataset(str(prefix)), context_length, attend_within_documents=True)
+    apart = PackedSamples(Dataset(str(prefix)), context_length, attend_within_documents=True)
     assert labels_of(apart) == without_first
-    documents = Documents(Dataset(str(prefix)), context_length)
+    documents = DocumentSamples(Dataset(str(prefix)), context_length)
     assert labels_of(documents) == without_first
 
 

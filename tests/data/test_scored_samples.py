@@ -8,14 +8,14 @@ from prepared_files import IGNORED, cut_documents, document_lengths, reusing_fol
 
 from megaft.data import scored_samples
 from megaft.data.dataset import Dataset
-from megaft.data.samples import Documents, Stream
+from megaft.data.samples import DocumentSamples, PackedSamples
 from megaft.data.sequence import Samples
 
 
 def open_corpus(kind, prefix, context_length):
     if kind == "document":
-        return Documents(Dataset(prefix), context_length)
-    return Stream(Dataset(prefix), context_length, attend_within_documents=kind == "within")
+        return DocumentSamples(Dataset(prefix), context_length)
+    return PackedSamples(Dataset(prefix), context_length, attend_within_documents=kind == "within")
 
 
 def masked(documents, scored):

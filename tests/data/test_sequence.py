@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from prepared_files import IGNORED, cut_documents, document_lengths, reusing_folder, write_dataset
 
 from megaft.base.errors import ConfigError
-from megaft.data.batches import PADDED_TO, Cut, collate, micro_batches
+from megaft.data.batches import PADDED_TO, BatchSplit, collate, micro_batches
 from megaft.data.dataset import Dataset
-from megaft.data.samples import Documents, Sample, Stream
+from megaft.data.samples import DocumentSamples, PackedSamples, Sample
 from megaft.data.sequence import BLOCK, Samples
 
 
@@ -171,7 +171,7 @@ def test_the_identity_of_an_order_tells_corpora_weights_and_lengths_apart():
     [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)],
 )
 def test_a_step_is_the_same_samples_in_every_cut(step, micro_batch_size, accumulation, num_ranks):
-    cuts = [Cut(micro_batch_size, accumulation, rank, num_ranks) for rank in range(num_ranks)]
+    cuts = [BatchSplit(micro_batch_size, accumulation, rank, num_ranks) for rank in range(num_ranks)]
     assert {cut.global_batch_size for cut in cuts} == {8}
     assert {len(cut.first_positions(step * 8)) for cut in cuts} == {accumulation}
     positions = [
@@ -183,16 +183,16 @@ def test_a_step_is_the_same_samples_in_every_cut(step, micro_batch_size, accumul
 def test_one_micro_batch_size_gives_the_same_pieces_on_any_number_of_ranks():
     """So dropout, seeded by a piece's first position, is the same too."""
     pieces = [
-        sorted(p for rank in range(ranks) for p in Cut(2, 8 // ranks, rank, ranks).first_positions(24))
+        sorted(p for rank in range(ranks) for p in BatchSplit(2, 8 // ranks, rank, ranks).first_positions(24))
         for ranks in (1, 2, 4, 8)
     ]
     assert all(other == pieces[0] for other in pieces)
 
 
 def test_micro_batches_are_the_samples_of_their_positions(tmp_path):
-    corpus = Stream(dataset(tmp_path / "a", cut_documents([40, 3])), 4)
+    corpus = PackedSamples(dataset(tmp_path / "a", cut_documents([40, 3])), 4)
     samples = Samples([corpus], [1], seed=2)
-    first, second = micro_batches(samples, 8, (), Cut(2, 2, 1, 2), row_length=4)
+    first, second = micro_batches(samples, 8, (), BatchSplit(2, 2, 1, 2), row_length=4)
     assert (first.first_position, second.first_position) == (10, 14)
     for batch in (first, second):
         assert batch.document_ids is None
@@ -203,10 +203,10 @@ def test_micro_batches_are_the_samples_of_their_positions(tmp_path):
 
 
 def test_what_is_left_out_makes_room_for_the_samples_after_it(tmp_path):
-    samples = Samples([Stream(dataset(tmp_path / "a", cut_documents([60])), 4)], [1], seed=2)
+    samples = Samples([PackedSamples(dataset(tmp_path / "a", cut_documents([60])), 4)], [1], seed=2)
 
     def seen(left_out):
-        batches = [micro_batches(samples, step * 2, left_out, Cut(2, 1, 0, 1), 4)[0] for step in range(5)]
+        batches = [micro_batches(samples, step * 2, left_out, BatchSplit(2, 1, 0, 1), 4)[0] for step in range(5)]
         return [row.tolist() for batch in batches for row in batch.input_ids], [b.first_position for b in batches]
 
     (whole, _), (rest, first_positions) = seen(()), seen(((2, 4), (5, 6)))
@@ -228,7 +228,7 @@ def test_what_is_left_out_makes_room_for_the_samples_after_it(tmp_path):
     ],
 )
 def test_stream(tmp_path, num_tokens, expected):
-    corpus = Stream(dataset(tmp_path / "a", cut_documents([num_tokens])), 4)
+    corpus = PackedSamples(dataset(tmp_path / "a", cut_documents([num_tokens])), 4)
     samples = [corpus[i] for i in range(len(corpus))]
     assert [(s.input_ids.tolist(), s.labels.tolist()) for s in samples] == expected
 
@@ -236,7 +236,7 @@ def test_stream(tmp_path, num_tokens, expected):
 @given(lengths=document_lengths, context_length=st.integers(2, 9))
 @reusing_folder
 def test_a_stream_has_every_token_but_the_first_as_a_label_once(tmp_path, lengths, context_length):
-    corpus = Stream(dataset(tmp_path / "a", cut_documents(lengths)), context_length)
+    corpus = PackedSamples(dataset(tmp_path / "a", cut_documents(lengths)), context_length)
     assert sorted(scored_labels(corpus)) == list(range(2, sum(lengths) + 1))
     for i in range(len(corpus)):
         assert 1 <= len(corpus[i].input_ids) <= context_length
@@ -245,14 +245,14 @@ def test_a_stream_has_every_token_but_the_first_as_a_label_once(tmp_path, length
 
 def test_only_scored_tokens_are_labels(tmp_path):
     prefix = write_dataset(tmp_path / "a", [[1, 2, 3], [4, 5, 6]], scored=[[0, 1, 1], [0, 0, 1]])
-    sample = Stream(Dataset(prefix), 8)[0]
+    sample = PackedSamples(Dataset(prefix), 8)[0]
     assert sample.input_ids.tolist() == [1, 2, 3, 4, 5]
     assert sample.labels.tolist() == [2, 3, IGNORED, IGNORED, 6]
-    assert [Documents(Dataset(prefix), 8)[i].labels.tolist() for i in range(2)] == [[2, 3], [IGNORED, 6]]
+    assert [DocumentSamples(Dataset(prefix), 8)[i].labels.tolist() for i in range(2)] == [[2, 3], [IGNORED, 6]]
 
 
 def test_attention_within_documents(tmp_path):
-    corpus = Stream(dataset(tmp_path / "a", cut_documents([3, 0, 1, 5])), 4, attend_within_documents=True)
+    corpus = PackedSamples(dataset(tmp_path / "a", cut_documents([3, 0, 1, 5])), 4, attend_within_documents=True)
     samples = [corpus[i] for i in range(len(corpus))]
     assert [s.input_ids.tolist() for s in samples] == [[1, 2, 3, 4], [5, 6, 7, 8]]
     # 1 2 3 | 4 | 5 6 7 8 9: nothing predicts 4 and 5, the first tokens of their documents.
@@ -265,7 +265,7 @@ def test_attention_within_documents(tmp_path):
 @reusing_folder
 def test_within_documents_every_token_but_each_first_is_a_label_once(tmp_path, lengths, context_length):
     documents = cut_documents(lengths)
-    corpus = Stream(dataset(tmp_path / "a", documents), context_length, attend_within_documents=True)
+    corpus = PackedSamples(dataset(tmp_path / "a", documents), context_length, attend_within_documents=True)
     assert sorted(scored_labels(corpus)) == [token for document in documents for token in document[1:]]
     document_of = {token: number for number, document in enumerate(documents) for token in document}
     for i in range(len(corpus)):
@@ -287,7 +287,7 @@ def test_within_documents_every_token_but_each_first_is_a_label_once(tmp_path, l
     ],
 )
 def test_documents(tmp_path, lengths, expected):
-    corpus = Documents(dataset(tmp_path / "a", cut_documents(lengths)), 4)
+    corpus = DocumentSamples(dataset(tmp_path / "a", cut_documents(lengths)), 4)
     assert [corpus[i].input_ids.tolist() for i in range(len(corpus))] == expected
 
 
@@ -295,7 +295,7 @@ def test_documents(tmp_path, lengths, expected):
 @reusing_folder
 def test_documents_have_every_token_but_each_first_as_a_label_once(tmp_path, lengths, context_length):
     documents = cut_documents(lengths)
-    corpus = Documents(dataset(tmp_path / "a", documents), context_length)
+    corpus = DocumentSamples(dataset(tmp_path / "a", documents), context_length)
     assert scored_labels(corpus) == [token for document in documents for token in document[1:]]
     for i in range(len(corpus)):
         tokens = {*corpus[i].input_ids.tolist(), *corpus[i].labels.tolist()}

@@ -112,7 +112,7 @@ CUTS = [
 def test_cuts_at_spaces(trained_gpt2, change, expected):
     hugging_face = AutoTokenizer.from_pretrained(trained_gpt2)
     change(hugging_face.backend_tokenizer)
-    assert Tokenizer(hugging_face).cuts_at_spaces is expected
+    assert Tokenizer(hugging_face).splits_at_spaces is expected
 
 
 def write(path, data=b""):

@@ -131,7 +131,7 @@ def rows_of(config, key):
 def saved_model(config, step):
     """The weights of a checkpoint in a model as transformers makes it."""
     model = hugging_face.build(config.model, config.lora, config.run.seed)
-    load_weights(model, canonical.canonical(folder_of(config.run.dir, step), model.config))
+    load_weights(model, canonical.transformers_view(folder_of(config.run.dir, step), model.config))
     return model.eval()
 
 

@@ -6,7 +6,7 @@ import torch
 from tiny_models import LLAMA, VOCAB, logits_of, make_config
 
 from megaft.base.errors import ConfigError
-from megaft.data.batches import Cut, collate, micro_batches
+from megaft.data.batches import BatchSplit, collate, micro_batches
 from megaft.data.samples import IGNORE_INDEX, Corpus, Sample
 from megaft.data.sequence import Samples
 from megaft.models.hugging_face import NatsModel
@@ -15,7 +15,7 @@ from megaft.models.rope import length_limit
 from megaft.scoring.model import ScoringModel
 from megaft.scoring.score import rows_of, score
 from megaft.scoring.windows import windows
-from megaft.weights.loading.stand_in import make_loud
+from megaft.weights.loading.stand_in import add_noise
 
 SWITCH, CONTEXT = 70, 100
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.1, 4.0, 20.0, 60.0]}
@@ -31,7 +31,7 @@ def long_rope():
     settings = LLAMA | {"max_position_embeddings": CONTEXT, "original_max_position_embeddings": SWITCH}
     torch.manual_seed(0)
     config = make_config("phi3", settings | {"rope_parameters": LONG_ROPE})
-    return make_loud(AutoModelForCausalLM.from_config(config)).eval()
+    return add_noise(AutoModelForCausalLM.from_config(config)).eval()
 
 
 class Texts(Corpus):
@@ -100,7 +100,7 @@ def test_packed_documents_on_both_sides_of_the_switch_are_refused():
 
 def losses(model, micro_batch_size, row_length):
     """Return the loss of one global batch, cut into micro-batches."""
-    cut = Cut(micro_batch_size, 8 // micro_batch_size, rank=0, num_ranks=1)
+    cut = BatchSplit(micro_batch_size, 8 // micro_batch_size, rank=0, num_ranks=1)
     batches = micro_batches(samples_of(), 0, (), cut, row_length)
     with torch.no_grad():
         nats = sum(float(model(batch.input_ids, batch.labels)) for batch in batches)

@@ -13,8 +13,8 @@ from megaft.checkpoint.resume import load
 from megaft.checkpoint.run_state import RunState
 from megaft.checkpoint.saver import Saver
 from megaft.config.train import CheckpointConfig, OptimConfig
+from megaft.weights.checkpoint_reader import CheckpointReader
 from megaft.weights.manifest import folder_of, verify
-from megaft.weights.pieces import Pieces
 
 pytestmark = pytest.mark.slow
 
@@ -137,15 +137,15 @@ def continued(folder, hop):
     engine = make_engine(hop.stage)
     num_read = 0
 
-    class CountingPieces(Pieces):
+    class CountingReader(CheckpointReader):
         def read(self, name, kind, offset, numel):
             nonlocal num_read
             num_read += numel
             return super().read(name, kind, offset, numel)
 
-    resume.Pieces = CountingPieces
+    resume.CheckpointReader = CountingReader
     load(engine, folder_of(folder / hop.source, CUT_AT), IDENTITY)
-    resume.Pieces = Pieces
+    resume.CheckpointReader = CheckpointReader
     save(engine, folder / hop.target, CUT_AT)
     own = sum(place.numel for place in engine_state.places(engine))
     return {"losses": train(engine, CUT_AT, STEPS), "read": num_read, "own": own}
@@ -185,7 +185,7 @@ def zip_ranks(ranks):
 
 def whole_state(folder):
     """Every weight and moment, whole."""
-    pieces = Pieces(folder, verify(folder))
+    pieces = CheckpointReader(folder, verify(folder))
     return {
         (name, kind): pieces.read(name, kind, 0, shape.numel())
         for name, shape in pieces.shapes.items()

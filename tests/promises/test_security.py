@@ -25,8 +25,8 @@ from megaft.data.tokenizer import load_tokenizer
 from megaft.run import trackers
 from megaft.run.same_settings import settings_error
 from megaft.weights import manifest as manifest_module
+from megaft.weights.checkpoint_reader import CheckpointReader
 from megaft.weights.loading import pretrained
-from megaft.weights.pieces import Pieces
 
 
 class Canary:
@@ -243,7 +243,7 @@ def test_a_pickle_that_a_manifest_vouches_for_is_not_run(tmp_path):
     manifest = plant_checkpoint(folder, as_torch_saves(tmp_path / "canary"))
     manifest_module.verify(folder)
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is not a safetensors file"):
-        Pieces(folder, manifest)
+        CheckpointReader(folder, manifest)
     assert not (tmp_path / "canary").exists()
 
 

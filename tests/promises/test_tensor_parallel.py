@@ -91,7 +91,7 @@ def test_weights_and_moments_are_those_of_one_rank(folder, toy_model, name, kind
     config = load_config(str(toy_model))
 
     expected, found = (
-        canonical.canonical(manifest_module.folder_of(folder / run, STEPS), config) for run in ("alone", name)
+        canonical.transformers_view(manifest_module.folder_of(folder / run, STEPS), config) for run in ("alone", name)
     )
     for parameter in shapes_of(config):
         difference = (found.read(parameter, kind) - expected.read(parameter, kind)).abs().max()

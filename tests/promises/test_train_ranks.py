@@ -10,7 +10,7 @@ import toy
 from run_folders import losses, rows, shard_hashes
 
 from megaft.weights import manifest as manifest_module
-from megaft.weights.pieces import Pieces
+from megaft.weights.checkpoint_reader import CheckpointReader
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(resumed, run_ranks, common, 
     for step, loss in continued.items():
         assert float.fromhex(loss) == pytest.approx(float.fromhex(whole[step]), abs=1e-5)
     weights = [
-        Pieces(path, manifest_module.verify(path))
+        CheckpointReader(path, manifest_module.verify(path))
         for path in (
             manifest_module.folder_of(folder / "elastic", STEPS),
             manifest_module.folder_of(resumed / "fp32-2-whole", STEPS),

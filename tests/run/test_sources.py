@@ -14,7 +14,7 @@ from megaft.config.train import DataConfig
 from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
 from megaft.data.receipt import load_receipt
-from megaft.data.samples import IGNORE_INDEX, Documents, Stream
+from megaft.data.samples import IGNORE_INDEX, DocumentSamples, PackedSamples
 from megaft.data.tokenizer import load_tokenizer
 from megaft.run import sources as training_data
 from megaft.run.sources import (
@@ -195,7 +195,7 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_the_main_one(tmp_path, 
         prepare(tmp_path, toy_model, text, topology=OTHER)
 
 
-@pytest.mark.parametrize(("sample", "kind"), [("stream", Stream), ("document", Documents)])
+@pytest.mark.parametrize(("sample", "kind"), [("stream", PackedSamples), ("document", DocumentSamples)])
 def test_open_samples(tmp_path, toy_model, text, sample, kind):
     (dataset,) = prepare(tmp_path, toy_model, text).train
     config = DataConfig(train=("unused",), context_length=16, sample=sample)
@@ -210,7 +210,7 @@ def test_attention_within_documents_is_passed_on(tmp_path, toy_model, text):
     sources = prepare(tmp_path, toy_model, text)
     config = DataConfig(train=("unused",), attend_within_documents=True)
     (corpus,) = open_samples(sources, config, seed=0).corpora
-    assert isinstance(corpus, Stream)
+    assert isinstance(corpus, PackedSamples)
     assert corpus.attend_within_documents
 
 

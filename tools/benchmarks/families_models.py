@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megaft.weights.loading.stand_in import STAND_IN_ERRORS, make_loud, num_parameters
+from megaft.weights.loading.stand_in import STAND_IN_ERRORS, add_noise, num_parameters
 
 WORDS, LAYERS, WIDTH, HEADS, LARGEST = 96, 2, 32, 4, 20_000_000
 
@@ -212,7 +212,7 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
     if (size := num_parameters(config)) > LARGEST:
         raise OverflowError(f"{size} parameters are not tiny")
     torch.manual_seed(seed)
-    return make_loud(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+    return add_noise(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
 
 
 def _small(config_class: Any) -> dict[str, Any]:

@@ -207,10 +207,10 @@ def _read_prepared(folder: Path) -> None:
     from megaft.config.train import DataConfig
     from megaft.data.dataset import Dataset
     from megaft.data.indexed import TokenFile
-    from megaft.data.samples import Documents
+    from megaft.data.samples import DocumentSamples
 
     dataset = Dataset(str(folder / "out"))
-    documents = Documents(dataset, 16)
+    documents = DocumentSamples(dataset, 16)
     tokens = TokenFile(folder / "out", 512)
     tokens.read(0, int(tokens.document_offsets[-1]))
     DataConfig(train=(str(folder / "out"),))
@@ -259,7 +259,7 @@ def _find_checkpoint(folder: Path) -> None:
     from megaft.checkpoint import resume
     from megaft.weights import manifest as manifest_module
 
-    manifest_module.peek(folder)
+    manifest_module.newest_manifest(folder)
     manifest_module.saved_steps(folder)
     resume.find(folder)
 

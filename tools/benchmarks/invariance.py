@@ -202,11 +202,11 @@ def rows_of(run_dir: Path, quantity: str) -> list[float]:
 def weights_of(folder: Path, name: str, step: int) -> dict:
     """Return every fp32 weight of a run's checkpoint by its name in transformers."""
     from megaft.weights import canonical, manifest
+    from megaft.weights.checkpoint_reader import WEIGHT
     from megaft.weights.parameters import load_config, shapes_of
-    from megaft.weights.pieces import WEIGHT
 
     config = load_config(str(folder / "model"))
-    saved = canonical.canonical(manifest.folder_of(folder / name, step), config)
+    saved = canonical.transformers_view(manifest.folder_of(folder / name, step), config)
     return {name: saved.read(name, WEIGHT) for name in shapes_of(config)}
 
 

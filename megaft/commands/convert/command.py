@@ -37,7 +37,7 @@ def main(config: ConvertConfig) -> int:
     from megaft.base.dtypes import dtype_name
     from megaft.weights import writing
     from megaft.weights.folder import model_folder
-    from megaft.weights.reading import described_by, open_weights
+    from megaft.weights.reading import config_source, open_weights
 
     require_new(config.to)
     source = model_folder(config.source)
@@ -50,7 +50,7 @@ def main(config: ConvertConfig) -> int:
             writing.write_megatron(weights, folder, dtype, config.tensor_parallel_size, made_from)
         else:
             writing.write_hugging_face(weights, folder, dtype)
-        writing.copy_companions(described_by(source, config.model_config), folder)
+        writing.copy_companions(config_source(source, config.model_config), folder)
         open_weights(str(folder))  # reads what was written as any other model: names, shapes and ties
     seconds = time.perf_counter() - begin
     name = dtype_name(dtype)

@@ -32,8 +32,8 @@ from megaft.commands.doctor import toy
 from megaft.commands.doctor.table import Check, exit_code, show
 from megaft.config.train import CheckpointConfig
 from megaft.weights import manifest
+from megaft.weights.checkpoint_reader import WEIGHT, CheckpointReader
 from megaft.weights.loading.causal_lm import CausalLM
-from megaft.weights.pieces import WEIGHT, Pieces
 
 TOLERANCE = 1e-5
 """Nats per token: fp32 sums in another order differ by some 1e-6."""
@@ -232,6 +232,6 @@ def _same_after_resume(ranks: Ranks, saved: Path, stage: int, micro_batch_size: 
 
 
 def _weight_difference(saved: Path, model: CausalLM) -> float:
-    pieces = Pieces(saved, manifest.verify(saved))
+    pieces = CheckpointReader(saved, manifest.verify(saved))
     weights = {f"language_model.{name}": weight.detach().cpu() for name, weight in model.named_parameters()}
     return max(float((pieces.whole(name, WEIGHT) - weights[name]).abs().max()) for name in pieces.shapes)

@@ -15,7 +15,7 @@ from megaft.base.parallel import Topology
 from megaft.checkpoint import engine_state
 from megaft.config.deepspeed_json import resolve
 from megaft.config.train import OptimConfig
-from megaft.data.batches import Cut, collate
+from megaft.data.batches import BatchSplit, collate
 from megaft.data.samples import IGNORE_INDEX, Sample
 from megaft.models.hugging_face import NatsModel
 from megaft.models.parameters import parameter_groups
@@ -65,7 +65,7 @@ def train_alone(model: CausalLM, global_batch_size: int, device: torch.device) -
         yield loss.item()
 
 
-def make_engine(topology: Topology, device: torch.device, stage: int, micro_batch_size: int) -> tuple[Any, Cut]:
+def make_engine(topology: Topology, device: torch.device, stage: int, micro_batch_size: int) -> tuple[Any, BatchSplit]:
     """Return a DeepSpeed engine of the toy, and how its global batch is cut."""
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})  # cut small ones too
     json = {
@@ -80,10 +80,10 @@ def make_engine(topology: Topology, device: torch.device, stage: int, micro_batc
     optimizer = build_optimizer(groups, OPTIM, device_type=device.type)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config)[0]
     accumulation = setup.gradient_accumulation_steps
-    return engine, Cut(micro_batch_size, accumulation, topology.rank, topology.world_size)
+    return engine, BatchSplit(micro_batch_size, accumulation, topology.rank, topology.world_size)
 
 
-def train(engine: Any, cut: Cut, steps: range, device: torch.device) -> list[float]:
+def train(engine: Any, cut: BatchSplit, steps: range, device: torch.device) -> list[float]:
     """Take steps through DeepSpeed, as the training program does; return each one's loss in nats per token."""
     engine.train()
     losses = []

@@ -32,7 +32,7 @@ class Recipe:
         size, shape = self.tensor_parallel_size, self.shape
         num_data_ranks(self.world_size, size, "--tensor-parallel-size")
         require_shardable("megatron" if self.is_megatron else "hugging-face", size)
-        shape.require_cuttable(size, "--tensor-parallel-size")
+        shape.require_shardable(size, "--tensor-parallel-size")
         require(
             self.context_length <= shape.num_positions,
             f"--context-length is {self.context_length}, but the model has {shape.num_positions} positions; "

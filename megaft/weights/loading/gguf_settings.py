@@ -254,7 +254,7 @@ def _require_query_scale(path: Path, header: GgufHeader, model: Any) -> None:
         )
 
 
-def require_all_taken(path: Path, header: GgufHeader, model: Any) -> None:
+def require_all_weights_loaded(path: Path, header: GgufHeader, model: Any) -> None:
     """Refuse a model that lacks something of its GGUF file: transformers leaves out what it does not know.
 
     Llama 3's rope_freqs and biases of attention are such.

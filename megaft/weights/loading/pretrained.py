@@ -19,10 +19,10 @@ from megaft.base.gguf import read_header
 from megaft.weights.loading.causal_lm import CausalLM
 from megaft.weights.loading.config_errors import first_line
 from megaft.weights.loading.finite_weights import require_finite_weights, stored_tensors
-from megaft.weights.loading.gguf_settings import require_all_taken, require_same_settings
+from megaft.weights.loading.gguf_settings import require_all_weights_loaded, require_same_settings
 from megaft.weights.loading.loading_report import without_report_table
 from megaft.weights.loading.padding_tokens import read_padding_tokens
-from megaft.weights.loading.size_limit import Room, Size, no_larger_than, no_larger_than_memory
+from megaft.weights.loading.size_limit import MemoryBudget, Size, no_larger_than, no_larger_than_memory
 from megaft.weights.loading.stand_in import STAND_IN_ERRORS
 from megaft.weights.loading.stored_weights import freeze_as_constructed, keeping_stored_weights
 from megaft.weights.loading.text_model import require_causal_class
@@ -96,7 +96,7 @@ def load_language_model(
     if not is_deepspeed_zero3_enabled():
         freeze_as_constructed(model)
     if header is not None:
-        require_all_taken(Path(source), header, model)
+        require_all_weights_loaded(Path(source), header, model)
         require_same_settings(Path(source), header, model)
         model = _without_quantization(model)
     return read_padding_tokens(model)
@@ -110,11 +110,11 @@ def _require_tied(name: str, model: CausalLM) -> None:
 
 
 def create_language_model(
-    config_path: str, seed: int, dropout: float | None = None, room: Room | None = None
+    config_path: str, seed: int, dropout: float | None = None, budget: MemoryBudget | None = None
 ) -> CausalLM:
     """Initialise a new model from a config.json; the weights are a function of the seed."""
     config = read_new_config(config_path, dropout)
-    return create_from(config, config_path, seed, room=room)
+    return create_from(config, config_path, seed, budget=budget)
 
 
 def read_new_config(config_path: str, dropout: float | None = None) -> Any:
@@ -126,11 +126,13 @@ def read_new_config(config_path: str, dropout: float | None = None) -> Any:
         return config
 
 
-def create_from(config: Any, config_path: str, seed: int, parts: int = 1, room: Room | None = None) -> CausalLM:
-    """Initialise a model of a configuration read from a config.json; `parts`, `room` as `no_larger_than_memory`."""
+def create_from(
+    config: Any, config_path: str, seed: int, parts: int = 1, budget: MemoryBudget | None = None
+) -> CausalLM:
+    """Initialise a model of a configuration read from a config.json; `parts`, `budget` as `no_larger_than_memory`."""
     with _naming_bad_config(config_path, config):
         torch.manual_seed(seed)
-        with no_larger_than_memory(f"--model.from-scratch is {config_path}", parts, room):
+        with no_larger_than_memory(f"--model.from-scratch is {config_path}", parts, budget):
             return new_model(config)
 
 
@@ -156,7 +158,7 @@ def new_model(config: Any) -> CausalLM:
     )
 
 
-def require_there(source: str, setting: str = MODEL_SETTING) -> None:
+def require_exists(source: str, setting: str = MODEL_SETTING) -> None:
     """Raise DataError for what looks like a path and is not there; a hub name is found out later."""
     _location(source, setting)
 

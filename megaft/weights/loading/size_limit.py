@@ -36,7 +36,7 @@ class Size(NamedTuple):
     """Elements of all tensors."""
 
 
-class Room(NamedTuple):
+class MemoryBudget(NamedTuple):
     """Free memory of a host, in bytes, and the ranks there, each of which builds a model."""
 
     free: int
@@ -84,42 +84,42 @@ def no_larger_than(stored: Size, model: str) -> Iterator[None]:
                 f"{stored.tensors:,} are stored. Copy both from one model."
             )
         if built.buffer_bytes > SMALL_BYTES:
-            _require_room(model, built.buffer_bytes, Room(available_memory()))
+            _require_memory(model, built.buffer_bytes, MemoryBudget(available_memory()))
 
     with _counting(check):
         yield
 
 
 @contextmanager
-def no_larger_than_memory(model: str, parts: int = 1, room: Room | None = None) -> Iterator[None]:
+def no_larger_than_memory(model: str, parts: int = 1, budget: MemoryBudget | None = None) -> Iterator[None]:
     """Refuse, while it is built, a new model in fp32 that this host's free memory cannot hold.
 
     Args:
         model: How the message names the model, such as "--model.from-scratch is DIR".
         parts: Parts of the model, of which each rank holds one.
-        room: By default this host's, for one rank. Ranks that build one model together need the same, so that all
+        budget: By default this host's, for one rank. Ranks that build one model together need the same, so that all
             refuse it or none.
 
     Raises:
         DataError: Its parameters and buffers take more.
     """
-    most = room or Room(available_memory())
+    most = budget or MemoryBudget(available_memory())
 
     def check(built: _Built) -> None:
-        _require_room(model, FP32_BYTES * built.numbers // parts + built.buffer_bytes, most)
+        _require_memory(model, FP32_BYTES * built.numbers // parts + built.buffer_bytes, most)
 
     with _counting(check):
         yield
 
 
-def _require_room(model: str, num_bytes: int, room: Room) -> None:
-    total = num_bytes * room.ranks
-    if total > room.free:
-        ranks = f" ({num_bytes:,} on each of its {room.ranks} ranks)" if room.ranks > 1 else ""
+def _require_memory(model: str, num_bytes: int, budget: MemoryBudget) -> None:
+    total = num_bytes * budget.ranks
+    if total > budget.free:
+        ranks = f" ({num_bytes:,} on each of its {budget.ranks} ranks)" if budget.ranks > 1 else ""
         raise DataError(
             f"{model}; its config.json makes a model that takes more than {total:,} bytes of memory{ranks}, but "
-            f"{room.free:,} are free on this host. Correct its sizes, or use a host with more memory"
-            f"{' or ZeRO stage 3' if room.ranks > 1 else ''}."
+            f"{budget.free:,} are free on this host. Correct its sizes, or use a host with more memory"
+            f"{' or ZeRO stage 3' if budget.ranks > 1 else ''}."
         )
 
 

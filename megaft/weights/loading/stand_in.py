@@ -85,7 +85,7 @@ def stand_in(model: CausalLM) -> CausalLM | None:
                 if num_parameters(config, make) > most_parameters:
                     continue
                 small = make(config, dtype=torch.float32, attn_implementation=attention)
-                make_loud(read_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
+                add_noise(read_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
             except STAND_IN_ERRORS:
                 continue
             return small
@@ -93,7 +93,7 @@ def stand_in(model: CausalLM) -> CausalLM | None:
 
 
 @torch.no_grad()
-def make_loud(model: CausalLM) -> CausalLM:
+def add_noise(model: CausalLM) -> CausalLM:
     """Add noise to every parameter, of a size that keeps a layer's outputs as large as its inputs."""
     for parameter in model.parameters():
         fan_in = parameter.numel() / parameter.shape[0] if parameter.ndim > 1 else 25

@@ -16,8 +16,8 @@ from megaft.cli import main as command
 from megaft.data.tokenizer import load_tokenizer
 from megaft.weights import manifest as manifest_module
 from megaft.weights import writing
+from megaft.weights.checkpoint_reader import WEIGHT
 from megaft.weights.loading.pretrained import load_language_model
-from megaft.weights.pieces import WEIGHT
 from megaft.weights.reading import open_weights
 from megaft.weights.tensor_file import write_shard
 

@@ -340,7 +340,7 @@ def test_a_cut_is_refused_as_training_refuses_it(changes, size, is_refused):
     refused = refusal(estimated)
     assert (refused is not None) == is_refused
     assert refused == refusal(
-        lambda: model_shape(GPT2Config(**changes)).require_cuttable(size, "--tensor-parallel-size")
+        lambda: model_shape(GPT2Config(**changes)).require_shardable(size, "--tensor-parallel-size")
     )
 
 

@@ -11,9 +11,9 @@ from tiny_models import edit_json, make_model
 from megaft.base.errors import DataError
 from megaft.base.foreign import MOST_LAYERS, require_inert
 from megaft.commands.estimate.presets import configuration
-from megaft.weights.loading import host_room, size_limit
+from megaft.weights.loading import memory_budget, size_limit
 from megaft.weights.loading.pretrained import create_from, create_language_model, load_language_model, read_new_config
-from megaft.weights.loading.size_limit import Room, Size, no_larger_than
+from megaft.weights.loading.size_limit import MemoryBudget, Size, no_larger_than
 from megaft.weights.reading import open_weights
 
 LLAMA_PARAMETERS = 2 * (61 * 32) + 32 + 2 * (2 * 32 + 32 * 32 * 2 + 2 * 16 * 32 + 3 * 48 * 32)
@@ -122,12 +122,12 @@ def test_a_new_model_must_fit_in_memory(parts, ranks, tmp_path):
     source = str(tmp_path / "config.json")
     config = read_new_config(source)
     create = partial(create_from, config, source, 0, parts)
-    assert sum(one.numel() for one in create(Room(needed, ranks)).parameters()) == LLAMA_PARAMETERS
+    assert sum(one.numel() for one in create(MemoryBudget(needed, ranks)).parameters()) == LLAMA_PARAMETERS
     each = rf" \({needed // ranks:,} on each of its {ranks} ranks\)" if ranks > 1 else ""
     with pytest.raises(
         DataError, match=rf"^--model.from-scratch is {source}; .* {needed:,} bytes.*{each}, but {needed - 1:,}"
     ):
-        create(Room(needed - 1, ranks))
+        create(MemoryBudget(needed - 1, ranks))
 
 
 def test_ranks_of_a_host_share_its_memory(monkeypatch):
@@ -135,10 +135,10 @@ def test_ranks_of_a_host_share_its_memory(monkeypatch):
     hosts = {"a": crc32(b"a"), "b": crc32(b"b")}
     agreed = iter([[hosts["a"], hosts["a"], hosts["b"]], [-40]])
     asked = []
-    monkeypatch.setattr(host_room, "host_id", lambda: "a")
-    monkeypatch.setattr(host_room, "available_memory", lambda: 101)
-    monkeypatch.setattr(host_room.parallel, "rank", lambda: 1)
-    monkeypatch.setattr(host_room.parallel, "world_size", lambda: 3)
-    monkeypatch.setattr(host_room.parallel, "max_over_ranks", lambda values: asked.append(values) or next(agreed))
-    assert host_room.agreed_room() == Room(80, 2)
+    monkeypatch.setattr(memory_budget, "host_id", lambda: "a")
+    monkeypatch.setattr(memory_budget, "available_memory", lambda: 101)
+    monkeypatch.setattr(memory_budget.parallel, "rank", lambda: 1)
+    monkeypatch.setattr(memory_budget.parallel, "world_size", lambda: 3)
+    monkeypatch.setattr(memory_budget.parallel, "max_over_ranks", lambda values: asked.append(values) or next(agreed))
+    assert memory_budget.agreed_memory_budget() == MemoryBudget(80, 2)
     assert asked == [[0, hosts["a"], 0], [-50]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from megaft.base.errors import CheckpointError
 
 
-class Pieces:
+class CheckpointReader:
     """The pieces of a checkpoint, read as if every parameter were one flat tensor."""
 
     def __init__(self, folder: Path, manifest: dict):
@@ -61,6 +61,6 @@ WEIGHT = "weight"
 """The kind of the fp32 weight itself; the other kinds are the optimizer's names of its moments."""
 
 
-def part_name(name: str, tensor_parallel_rank: int) -> str:
+def shard_name(name: str, tensor_parallel_rank: int) -> str:
     """Return the name in checkpoints of a rank's shard of a parameter."""
     return f"{name}|{tensor_parallel_rank}"
