@@ -53,7 +53,7 @@ def test_every_protocol_describes_itself(name):
 
 
 def test_differences_name_the_field_and_both_ways():
-    found = differences(PROTOCOLS["lm-eval"], PROTOCOLS["megatron"])
-    assert "Stride: the context length; there 32" in found
-    assert any(line.startswith("Scope: each page for itself") for line in found)
-    assert not any(line.startswith("Detokenizer") for line in found)
+    fields = {difference.field: difference for difference in differences(PROTOCOLS["lm-eval"], PROTOCOLS["megatron"])}
+    assert (fields["stride"].ours, fields["stride"].theirs) == ("the context length", "32")
+    assert fields["scope"].ours.startswith("each page")
+    assert "detokenizer" not in fields
