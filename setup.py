@@ -1,4 +1,4 @@
-"""Packages live where their users look for them: `detokenizers` under tools/, the rest at the top."""
+"""Package locations: `detokenizers` is under tools/, the others at the top."""
 
 from setuptools import find_packages, setup
 
