@@ -1,4 +1,4 @@
-"""Fixtures of every test: the real corpora and models, and a small launcher of ranks."""
+"""Shared fixtures: corpora, models, and a small launcher of ranks."""
 
 import gc
 import os
@@ -43,7 +43,7 @@ def pytest_report_header() -> str | None:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out tests of absent corpora; begin with files that have slow tests, so that the workers end together."""
+    """Skip tests of absent corpora; start with files that have slow tests, so that the workers finish together."""
     if not published.IS_PRESENT:
         config.hook.pytest_deselected(items=[item for item in items if "shared" in item.fixturenames])
         items[:] = [item for item in items if "shared" not in item.fixturenames]
@@ -53,25 +53,25 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report):
-    """Show a failure when it happens, so that a log that is cut short has it."""
+    """Print a failure immediately, so that a truncated log contains it."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         print(f"\n{report.when} of {report.nodeid} failed:\n{report.longreprtext}", flush=True)
 
 
 def pytest_collection_finish() -> None:
-    """Spare what was imported from garbage collections, of which exports make many."""
+    """Exclude imported modules from garbage collection, which exports run often."""
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of published corpora and of a GPT-2 trained on one; without it, tests that ask for it are left out."""
+    """Folder of published corpora and a GPT-2 trained on one; tests that use it are skipped without it."""
     return published.FOLDER
 
 
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory):
-    """make_once("name", make, ...) returns a folder that make(folder, ...) filled, once for all workers of a run."""
+    """make_once("name", make, ...) returns a folder filled by make(folder, ...), once for all workers of a run."""
     parent = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         parent = parent.parent
@@ -91,7 +91,7 @@ def make_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpora(make_once) -> Path:
-    """The folder of corpora in the forms of the published ones, made of Python's documentation."""
+    """Folder of corpora in the published formats, made from Python's documentation."""
     import corpora
 
     return make_once("corpora", corpora.write)
@@ -99,7 +99,7 @@ def corpora(make_once) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2_bpe(make_once, corpora) -> Path:
-    """The folder of a byte-level BPE in GPT-2's files, vocab.json and merges.txt."""
+    """Folder of a byte-level BPE in GPT-2's files, vocab.json and merges.txt."""
     import trained_gpt2
 
     return make_once("gpt2-bpe", trained_gpt2.make_vocabulary, _training_text(corpora))
@@ -107,7 +107,7 @@ def gpt2_bpe(make_once, corpora) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_gpt2(make_once, corpora, gpt2_bpe) -> Path:
-    """The folder of a small trained GPT-2 with that tokenizer."""
+    """Folder of a small trained GPT-2 with that tokenizer."""
     import trained_gpt2
 
     return make_once("trained-gpt2", trained_gpt2.make_model, gpt2_bpe, _training_text(corpora))
@@ -121,7 +121,7 @@ def _training_text(corpora: Path) -> str:
 
 @pytest.fixture(scope="module")
 def memory_folder() -> Iterator[Path]:
-    """A folder in memory, or on disk without room there: fsync costs nothing to tests that save again and again."""
+    """A folder in memory, or on disk if that is full: fsync is free for tests that save often."""
     memory = Path("/dev/shm")
     has_room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
     with TemporaryDirectory(dir=memory if has_room else None) as folder:
@@ -130,7 +130,7 @@ def memory_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory) -> Path:
-    """The folder of a random two-layer GPT-2 and its tokenizer."""
+    """Folder of a random two-layer GPT-2 and its tokenizer."""
     import toy
 
     folder = tmp_path_factory.mktemp("toy") / "model"
@@ -140,7 +140,7 @@ def toy_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_texts(tmp_path_factory) -> tuple[Path, Path]:
-    """A text to train on and another to validate on."""
+    """Texts for training and validation."""
     import toy
 
     return toy.make_texts(tmp_path_factory.mktemp("texts"))
@@ -148,7 +148,7 @@ def toy_texts(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def smollm2_cut(tmp_path_factory) -> Path:
-    """A GGUF file of SmolLM2's first layers and words, quantized as the published one is."""
+    """GGUF file of SmolLM2's first layers and vocabulary entries, quantized like the published one."""
     import smollm2
 
     return smollm2.cut(tmp_path_factory.mktemp("smollm2"))
@@ -156,7 +156,7 @@ def smollm2_cut(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def export_runs(tmp_path_factory, toy_model, toy_texts, run_ranks) -> dict[str, list[str]]:
-    """The flags of toy runs that ended with an export, by name."""
+    """Flags of toy runs that ended with an export, by name."""
     from export_runs import make_runs
 
     return make_runs(tmp_path_factory.mktemp("runs"), toy_model, toy_texts, run_ranks)
@@ -164,7 +164,7 @@ def export_runs(tmp_path_factory, toy_model, toy_texts, run_ranks) -> dict[str, 
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """run_ranks(2, function, *args) returns what function(*args) returned on each of 2 CPU ranks.
+    """run_ranks(2, function, *args) returns the results of function(*args) on each of 2 CPU ranks.
 
     The ranks are processes with the environment of a launcher; libraries are imported once, in the fork server.
     """

@@ -1,4 +1,4 @@
-"""The evaluation benchmark: its predictions by hand, and all contestants on a toy."""
+"""The evaluation benchmark: predictions checked by hand, and all systems on a toy model."""
 
 import contextlib
 import io
@@ -74,7 +74,7 @@ def printed_by(contestant, case):
 @pytest.mark.long
 @pytest.mark.slow
 def test_all_contestants_find_one_number(tmp_path, monkeypatch, run_ranks):
-    """One contestant runs as a program, the others in processes that begin with their libraries imported."""
+    """One system runs as a program, the others in forked processes with their libraries imported."""
     launch = evaluate_vs_peers.launch
 
     def launch_quickly(contestant, case):

@@ -1,4 +1,4 @@
-"""The training benchmark: its sums on invented runs, and all contestants on a toy."""
+"""The training benchmark: arithmetic on invented runs, and all systems on a toy model."""
 
 import json
 import runpy

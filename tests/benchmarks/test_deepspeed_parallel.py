@@ -1,4 +1,4 @@
-"""Limits of DeepSpeed's parallel schemes, as docs/parallelism.md has them, so that an upstream fix is noticed."""
+"""Limits of DeepSpeed's parallel schemes in docs/parallelism.md, tested so that an upstream fix is noticed."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Advisories on what megaft installs, for where no service can be asked: package, first version without, name.
+"""Security advisories of megaft's dependencies, for machines without network: package, first fixed version, name.
 
 Of each package the newest that was known in November 2026. What megaft hands foreign files to has its floors, with
 reasons, in megaft/commands/doctor/floors.py; these stand behind it, and what megaft cannot reach is said to be so.

@@ -1,4 +1,4 @@
-"""Rows of the bad-input tables: a command in a process of its own, and a workshop of broken things."""
+"""Cases of the bad-input tests: commands in subprocesses, and a factory of broken inputs."""
 
 import json
 import os
@@ -29,7 +29,7 @@ class Done:
 
 @dataclass(kw_only=True)
 class Running:
-    """A command that runs."""
+    """A running command."""
 
     process: object
     out: Path
@@ -49,7 +49,7 @@ class Running:
 
 
 def start(command, folder, environment=None, before=None):
-    """Start `megaft ...`, or `evaluate ...`, in a child of the fork server: its libraries are imported once."""
+    """Start `megaft ...` or `evaluate ...` in a child of the fork server, which has the libraries imported."""
     number = next(NUMBERS)
     out, err = folder / f"{number}.out", folder / f"{number}.err"
     process = CONTEXT.Process(target=_run, args=(list(command), folder, out, err, environment or {}, before))
@@ -78,7 +78,7 @@ def _hold(folder, file, held, stop):
 
 
 def trusted(folder):
-    """Return the files that a later run would take for finished, hashed: receipts, checkpoints, exports, results."""
+    """Return the hashes of files that a later run would accept as finished: receipts, checkpoints, exports, results."""
     files = (path for path in folder.rglob("*") if path.is_file() and _is_trusted(path))
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -92,22 +92,22 @@ def _is_trusted(path):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One bad input: the command that meets it, and the answer."""
+    """One bad input: the command that reads it, and the expected answer."""
 
     id: str
     code: int
     said: tuple[str, ...]
-    """Pattern of the message: the file or setting, its value, the rule, a way out."""
+    """Pattern of the message: file or setting, value, rule, fix."""
     make: Callable
-    """From a Workshop to the command."""
+    """Function from a Workshop to the command."""
     leaves: str = "nothing"
-    """Pattern of the files that may be new afterwards: a checkpoint from before a loss went wrong."""
+    """Pattern of files that may be created: a checkpoint from before a loss went wrong."""
     before: Callable | None = None
-    """Runs in the command's process first, to take away what this machine has."""
+    """Function that first runs in the command's process, to hide a feature of this machine."""
 
 
 class Table:
-    """Cases, collected by a decorator on what makes them."""
+    """Cases, collected by a decorator on their commands."""
 
     def __init__(self):
         self.cases = []
@@ -122,7 +122,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Toy:
-    """Sound things to start from, made once: a model, a sentencepiece model, prepared texts, a finished run."""
+    """Valid inputs, made once: a model, a sentencepiece model, prepared texts, a finished run."""
 
     model: Path
     sentencepiece: Path
@@ -139,7 +139,7 @@ TRAIN_JSON = {
 
 
 class Workshop:
-    """Makes files in a folder of its own, and commands that are sound but for what a case changes."""
+    """Factory of files in its own folder, and of commands that are valid except for a case's change."""
 
     def __init__(self, folder, toy):
         self.folder, self.toy, self.environment = folder, toy, {}
@@ -156,7 +156,7 @@ class Workshop:
         self._at_end.callback(function, *arguments, **options)
 
     def write(self, name, content):
-        """Write a file; a text as UTF-8."""
+        """Write a file, text as UTF-8."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -169,7 +169,7 @@ class Workshop:
         ]
 
     def prepared(self, name, text, *flags):
-        """Prepare a text soundly; return the prefix."""
+        """Prepare a valid text; return the prefix."""
         prefix = self.folder / name
         command = ["prepare", str(text), f"--output={prefix}", f"--tokenizer={self.toy.model}", *flags]
         done = start(command, self.folder).wait()
@@ -188,7 +188,7 @@ class Workshop:
         ]
 
     def deepspeed(self, **changes):
-        """Train with a DeepSpeed JSON that differs; None leaves a key out."""
+        """Train with a changed DeepSpeed JSON; None removes a key."""
         merged = TRAIN_JSON | changes
         return self.train(deepspeed={key: value for key, value in merged.items() if value is not None})
 
@@ -202,7 +202,7 @@ class Workshop:
         return ["generate", f"--model={model}", "--prompt=Python is", "--max-new-tokens=2"]
 
     def model(self, **changes):
-        """Copy the model's folder, with another config.json."""
+        """Copy the model's folder with a changed config.json."""
         folder = self.folder / "model"
         shutil.copytree(self.toy.model, folder)
         config = json.loads((folder / "config.json").read_text())
@@ -226,7 +226,7 @@ class Workshop:
         assert held.wait(120)
 
     def rank(self, rank, world_size, **environment):
-        """Be one rank of several; return the port where they would meet."""
+        """Act as one rank of several; return the port of their rendezvous."""
         from megaft.base.parallel import free_port
 
         port = free_port()

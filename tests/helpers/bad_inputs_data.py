@@ -194,7 +194,7 @@ def single_tokens(workshop):
 
 
 def nothing_scored(workshop):
-    """A prepared dataset of prompts and completions, none of whose tokens is scored."""
+    """A prepared dataset of prompts and completions without a scored token."""
     records = workshop.write("none.jsonl", json.dumps({"p": "one two three", "c": " four five"}) + "\n")
     prefix = workshop.prepared("none", records, "--prompt-key=p", "--completion-key=c")
     scored = np.memmap(f"{prefix}.scored.bin", np.uint8, mode="r+")

@@ -130,7 +130,7 @@ def _(workshop):
 
 
 def without_bf16():
-    """Give the machine's accelerator what an older one computes in."""
+    """Restrict the machine's accelerator to the dtypes of an older one."""
     import torch
     from deepspeed.accelerator import get_accelerator
 

@@ -107,7 +107,7 @@ def _(workshop):
 
 
 def small_disk(workshop, kilobytes, *options):
-    """Mount a disk of its own; unmounted when the test ends."""
+    """Mount a separate disk; it is unmounted when the test ends."""
     folder = workshop.folder / "full"
     folder.mkdir()
     wanted = ",".join([f"size={kilobytes}k", *options])

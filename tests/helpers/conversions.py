@@ -1,4 +1,4 @@
-"""Conversions between storage formats, by one call."""
+"""Conversions between storage formats in one call."""
 
 from megaft.commands.convert import command, config
 

@@ -1,4 +1,4 @@
-"""Corpora in the forms of WikiText, Penn Treebank, LAMBADA and others, made from Python's own documentation.
+"""Corpora in the formats of WikiText, Penn Treebank, LAMBADA and others, made from Python's documentation.
 
 Word tokenization follows that of each corpus; `articles` and `sentences` have the text before it. Nothing here imports
 megaft.
@@ -46,13 +46,13 @@ def is_prose(text: str) -> bool:
 
 
 def paragraphs() -> list[str]:
-    """Return the paragraphs of all articles as they were written, in order."""
+    """Return the original paragraphs of all articles, in order."""
     return [text for _, sections in articles() for _, texts in sections for text in texts]
 
 
 @cache
 def sentences() -> tuple[str, ...]:
-    """Return the sentences of all articles as they were written, in order."""
+    """Return the original sentences of all articles, in order."""
     return tuple(sentence for text in paragraphs() for sentence in SENTENCE_END.split(text))
 
 
@@ -61,7 +61,7 @@ def plain_quotes(text: str) -> str:
 
 
 def words_apart(text: str) -> str:
-    """Return a text as the Moses tokenizer parts it: punctuation and clitics are words of their own."""
+    """Return a text tokenized like Moses: punctuation and clitics are separate words."""
     text = re.sub(r'(["()\[\]?!;:]|,(?!\d)|\.\.\.)', r" \1 ", plain_quotes(text))
     text = re.sub(r"(?<=\w)'(?=\w)", " '", text)
     text = re.sub(r"(?<!\S)'(?=\w)(?!(?:s|t|re|ve|ll|d|m)\b)|(?<=\w)'(?!\w)", " ' ", text)
@@ -76,7 +76,7 @@ def wikitext_words(text: str) -> str:
 
 
 def wikitext(rarest: int = 1) -> str:
-    """Return all articles as WikiText has them, words that occur fewer than `rarest` times as <unk>."""
+    """Return all articles in WikiText's format, with <unk> for words that occur fewer than `rarest` times."""
     text = "".join(_page(title, sections) for title, sections in articles()) + " \n"
     return rare_as_unknown(text, rarest)
 
@@ -95,7 +95,7 @@ def rare_as_unknown(text: str, rarest: int) -> str:
 
 
 def penn_treebank() -> str:
-    """Return sentences a line, in lower case without punctuation, numbers as N: Mikolov's preprocessing."""
+    """Return one sentence per line in Mikolov's preprocessing: lower case, no punctuation, numbers as N."""
     lines = []
     for sentence in sentences():
         text = re.sub(r"(?<=\w)n't\b", " n't", sentence.lower().replace("\u2019", "'"))
@@ -106,14 +106,14 @@ def penn_treebank() -> str:
 
 
 def one_billion_words() -> str:
-    """Return tokenized sentences in random order, a line each."""
+    """Return tokenized sentences in random order, one per line."""
     lines = [words_apart(sentence) + "\n" for sentence in sentences()]
     random.Random(0).shuffle(lines)
     return "".join(lines)
 
 
 def text8(num_characters: int = 100_000) -> str:
-    """Return text in the letters a to z and spaces."""
+    """Return a text of only the letters a to z and spaces."""
     return re.sub(r"[^a-z]+", " ", " " + " ".join(sentences()).lower())[:num_characters]
 
 
@@ -138,14 +138,14 @@ def lambada() -> str:
 
 
 def book() -> str:
-    """Return all topics with their code as a book of Project Gutenberg has its text: a byte order mark, and CRLFs."""
+    """Return all topics and their code in Project Gutenberg's format: a byte-order mark and CRLFs."""
     from pydoc_data.topics import topics
 
     return "\ufeff" + "\n\n".join(topics[name].strip() for name in sorted(topics)).replace("\n", "\r\n") + "\r\n"
 
 
 def childrens_book_test(num_questions: int = 40) -> str:
-    """Return questions of twenty numbered sentences and one with a word left out, which is among ten words."""
+    """Return questions of twenty numbered sentences and one with a blank, with ten candidates."""
     texts = [words_apart(sentence) for sentence in sentences()]
     nouns = sorted(
         {word for text in texts for word in text.split() if word.isalpha() and word.islower() and len(word) > 5}
@@ -165,7 +165,7 @@ def childrens_book_test(num_questions: int = 40) -> str:
 
 
 def write(folder: Path) -> Path:
-    """Write every corpus where evaluations look for the published one, and return the folder."""
+    """Write every corpus at the path of the published one, and return the folder."""
     texts = {
         "wikitext103/wiki.test.tokens": wikitext(2),
         "wikitext2/wiki.test.tokens": wikitext(4),

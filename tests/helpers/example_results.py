@@ -1,4 +1,4 @@
-"""results.json as an evaluation writes it, with plausible made-up numbers."""
+"""Example results.json with plausible invented numbers."""
 
 import json
 import math
@@ -11,7 +11,7 @@ FILES = {"wikitext2": "WikiText-2 test", "wikitext103": "WikiText-103 test", "la
 
 
 def result(model="gpt2", task="wikitext103", protocol="megatron", **changed):
-    """One entry; what is given replaces what is made up."""
+    """Return one entry; arguments replace invented values."""
     per_token = 3.55 - 0.2 * list(SIZES).index(model) if model in SIZES else 4.0
     per_token -= 0.05 * math.log2(1024 / changed.get("stride", 32))
     values = {
@@ -65,7 +65,7 @@ def result(model="gpt2", task="wikitext103", protocol="megatron", **changed):
 
 
 def lambada(model="gpt2", protocol="lm-eval", accuracy=0.3256, **changed):
-    """An entry of LAMBADA."""
+    """Return an entry of LAMBADA."""
     interval = {
         "quantity": "accuracy",
         "low": accuracy - 0.013,
@@ -92,7 +92,7 @@ def lambada(model="gpt2", protocol="lm-eval", accuracy=0.3256, **changed):
 
 
 def four_sizes():
-    """The four GPT-2 sizes on three tasks by three protocols, one of them swept over strides."""
+    """Return the four GPT-2 sizes on three tasks by three protocols, one of them swept over strides."""
     strides = [
         result(model, stride=stride, is_protocol_default=stride == 32) for model in SIZES for stride in (32, 256, 1024)
     ]

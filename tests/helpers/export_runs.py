@@ -1,4 +1,4 @@
-"""Toy runs that end with an export, and what their checkpoints and exports hold."""
+"""Toy runs that end with an export, and the contents of their checkpoints and exports."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from megaft.weights.manifest import folder_of
 STEPS, CLIP, WEIGHT_DECAY, EPSILON = 3, 0.5, 0.1, 1e-5
 RATES = [0.5e-3, 1e-3, 1e-3]  # two steps of warm-up to 1e-3, then the cosine's first step
 VALID_BYTES = 1_200
-"""Of validation text: more tokens than the nats of an export are compared on."""
+"""Characters of validation text: more tokens than the export check compares."""
 TOPOLOGY = Topology("test", 0, 0, 1, "", 0)
 LLAMA = {
     "model_type": "llama",
@@ -129,7 +129,7 @@ def rows_of(config, key):
 
 
 def saved_model(config, step):
-    """The weights of a checkpoint in a model as transformers makes it."""
+    """Return a transformers model with the weights of a checkpoint."""
     model = hugging_face.build(config.model, config.lora, config.run.seed)
     load_weights(model, canonical.transformers_view(folder_of(config.run.dir, step), model.config))
     return model.eval()
@@ -152,7 +152,7 @@ def copy_of(config, folder):
 
 
 def export_again(config, state=None, dtype="float32"):
-    """Export as a run does at its end, on tokens of the validation text."""
+    """Export as at the end of a run, checked on tokens of the validation text."""
     tokenizer = load_tokenizer(config.tokenizer_source)
     sources = prepare_sources(config.data, config.tokenizer_source, tokenizer, config.run.dir, TOPOLOGY)
     rows = held_out_rows(Validation(sources.valid, config, tokenizer), None, config.longest_input)

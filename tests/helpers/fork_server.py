@@ -1,4 +1,4 @@
-"""One fork server for all tests: its children begin with the libraries imported."""
+"""Fork server shared by all tests; its children start with the libraries imported."""
 
 from multiprocessing import get_context
 

@@ -1,4 +1,4 @@
-"""The part of a DeepSpeed engine that Saver and `load` use, without DeepSpeed; and a save that is killed half way."""
+"""Stand-in for the parts of a DeepSpeed engine that Saver and `load` use; and a save killed half-way."""
 
 import os
 import signal
@@ -54,14 +54,14 @@ class PlainEngine:
 
 
 def save(run_dir, step, fill, **settings):
-    """Save a checkpoint as a run does; return the Saver, which may not have published yet."""
+    """Save a checkpoint as in a run; return the Saver, which may not have published it yet."""
     saver = Saver(run_dir, IDENTITY, CheckpointConfig(**settings))
     saver.save(PlainEngine(fill), RunState(step=step))
     return saver
 
 
 def save_killed(run_dir, step, fill, at, settings):
-    """Save in a child that SIGKILL ends before its `at`-th call that changes the disk; 0 where it makes fewer."""
+    """Save in a child killed before its `at`-th call that changes the disk; return 0 if it makes fewer."""
     child = os.fork()
     if child == 0:
         try:

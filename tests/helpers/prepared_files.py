@@ -1,4 +1,4 @@
-"""Prepared corpora written token by token, and Hypothesis's documents for them."""
+"""Prepared corpora written token by token, and Hypothesis strategies for their documents."""
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -20,7 +20,7 @@ document_lengths = st.lists(st.integers(0, 23), min_size=1, max_size=12).filter(
 
 
 def write_dataset(prefix, documents, scored=None):
-    """Documents of tokens, and for each token whether it is scored."""
+    """Documents of tokens, with a mask of the scored ones."""
     digests = []
     for suffix, content in (("", documents), (".scored", scored)):
         if content is not None:
@@ -43,6 +43,6 @@ def write_dataset(prefix, documents, scored=None):
 
 
 def cut_documents(lengths):
-    """Documents of these lengths, whose tokens count up from 1: each says where in the stream it stands."""
+    """Return documents of these lengths whose tokens count up from 1, so that each is its position in the stream."""
     ends = np.cumsum(lengths).tolist()
     return [list(range(end - length + 1, end + 1)) for length, end in zip(lengths, ends, strict=True)]

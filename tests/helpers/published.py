@@ -1,4 +1,4 @@
-"""The folder of published corpora, which only some machines have."""
+"""Folder of published corpora, which only some machines have."""
 
 import os
 from pathlib import Path

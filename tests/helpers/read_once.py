@@ -1,4 +1,4 @@
-"""Models and tokenizers of one source, read by the first command that needs them and kept for the others."""
+"""Cache of models and tokenizers, so that several commands read a source once."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ def tokenizers(patch):
 
 
 def models(patch):
-    """Let evaluations of one model, all with the same dtype and backend, load it once."""
+    """Let evaluations of one model with one dtype and backend load it once."""
     from evaluate_zero_shot.trial import subject
 
     tokenizers(patch)

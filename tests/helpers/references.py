@@ -1,4 +1,4 @@
-"""Reference computations of published systems, as their definitions read: row by row, full logits, nothing shared.
+"""Reference implementations of published systems, straight from their definitions: row by row, with full logits.
 
 Every function returns figures under their names in results.json. Models are transformers' own in float32; the
 detokenizer and the windows of lm-evaluation-harness are its own code. Nothing here imports megaft.
@@ -36,12 +36,12 @@ class Reference:
         return self.model(torch.tensor([inputs])).logits[0]
 
     def nats(self, inputs, targets):
-        """Nats of each of `targets`, the last of which follows the last of `inputs`."""
+        """Return the nats of `targets`, the last of which follows the last of `inputs`."""
         logits = self.logits(inputs)[-len(targets) :]
         return F.cross_entropy(logits, torch.tensor(targets), reduction="none").double().tolist()
 
     def ended(self, text):
-        """Return the text with its most probable next token."""
+        """Return the text followed by its most probable next token."""
         return text + self.tokenizer.decode(self.logits(self.encode(text))[-1].argmax())
 
     def harness(self, context_length=None):
@@ -56,7 +56,7 @@ class Reference:
 
 
 def detokenized(text):
-    """Megatron-LM's rules for WikiText, from lm-evaluation-harness, which has the same."""
+    """Megatron-LM's detokenization rules for WikiText, from lm-evaluation-harness, which has the same."""
     return wikitext_detokenizer({"page": text})
 
 
@@ -66,7 +66,7 @@ def original_tokens(text):
 
 
 def pages(text):
-    """Cut a text before every line that reads ` = Title = `."""
+    """Split a text before every line of the form ` = Title = `."""
     return re.split(r"(?m)^(?= = [^=].*[^=] = $)", text)[1:]
 
 
@@ -116,7 +116,7 @@ def lm_eval(reference, documents, context_length, detokenize=detokenized):
 
 
 def megaft(reference, documents, detokenize, context_length, stride):
-    """Every token of every document behind a prefix; later windows score `stride` tokens after all that still fits."""
+    """Score every token of every document after a prefix; later windows score `stride` tokens."""
     nats, num_tokens = 0.0, 0
     for document in documents:
         tokens = [reference.prefix, *reference.encode(detokenize(document))]
@@ -199,7 +199,7 @@ def fairseq(reference, text, tokens_per_sample, context_window):
 
 
 def lm_finetuning(reference, text, context_length):
-    """Chunks by themselves, whose first tokens are unscored; Megatron's formula stretches their mean."""
+    """Score independent chunks without their first tokens; Megatron's formula extends their mean to all tokens."""
     tokens = reference.encode(detokenized(text))
     chunks = [tokens[begin : begin + context_length] for begin in range(0, len(tokens), context_length)]
     scored = [nat for chunk in chunks if len(chunk) > 1 for nat in reference.nats(chunk[:-1], chunk[1:])]
@@ -213,7 +213,7 @@ def lambada_rows(lines):
 
 
 def _last_words(reference, pairs, banned=()):
-    """Accuracy, and perplexity of a target: one row at a time, right if every token is the first choice."""
+    """Return accuracy and perplexity of targets, row by row; a target is right if every token is the first choice."""
     nats, right = 0.0, 0
     for context, target in pairs:
         inputs = [*context, *target][:-1]
@@ -271,7 +271,7 @@ def cloze_questions(text):
 
 
 def cloze(reference, text, has_prefix):
-    """GPT-2 paper, section 3.2: the candidate is chosen with which the rest of the sentence is the most probable."""
+    """GPT-2 paper, section 3.2: choose the candidate that makes the rest of the sentence most probable."""
     nats, right, number = 0.0, 0, 0
     for context, candidates, after, answer in cloze_questions(text):
         inputs = [reference.prefix] * has_prefix + reference.encode(context)

@@ -1,4 +1,4 @@
-"""A finished run's rows, losses and checkpoint, read from its folder."""
+"""Readers of a finished run's folder: rows, losses and checkpoint."""
 
 import json
 

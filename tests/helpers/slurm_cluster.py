@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: munged, slurmctld and one slurmd a node, in a folder and on ports of their own."""
+"""A real SLURM on this machine: munged, slurmctld and one slurmd per node, in their own folder and ports."""
 
 import os
 import shutil
@@ -16,9 +16,9 @@ from megaft.base.parallel import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("n1", "n2", "n3")
-"""n1 and n2 are partition main, n2 and n3 partition spare: a node can be lost that main does not need."""
+"""Partition main has n1 and n2, spare has n2 and n3: main survives the loss of n3."""
 GPUS = [f"gpu{number}" for number in range(8)]
-"""Of each node; to SLURM any file is one."""
+"""GPUs of each node; SLURM accepts any file as a device."""
 
 CONFIG = """\
 ClusterName=megaft
@@ -65,27 +65,27 @@ NODE = (
 
 @dataclass(frozen=True)
 class Cluster:
-    """A folder with a running SLURM, and how to ask it."""
+    """A folder with a running SLURM, and its commands."""
 
     folder: Path
     environment: dict[str, str]
 
     def run(self, *command, **kwargs):
-        """Run a command of SLURM; returns what it wrote."""
+        """Run a command of SLURM; return its output."""
         environment = self.environment | kwargs.pop("environment", {})
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **kwargs)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def job(self, number):
-        """The fields of `scontrol show job`."""
+        """Return the fields of `scontrol show job`."""
         words = self.run("scontrol", "--oneliner", "show", "job", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A running Cluster; its daemons are ended by pid, and its folder goes with them."""
+    """Yield a running Cluster; its daemons are ended by pid, and its folder is deleted."""
     missing = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path=_path()) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge)")
@@ -181,7 +181,7 @@ def _end(daemon, seconds=10):
 
 
 def _end_left_behind(folder):
-    """Steps on a node that was lost may live on; their environment names this folder."""
+    """End steps that survive on a lost node; their environment names this folder."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # it has ended meanwhile
             if os.fsencode(f"SLURM_CONF={folder}/") in path.read_bytes():
@@ -198,7 +198,7 @@ def _num_idle(cluster):
 
 
 def wait_for(is_there, folder, seconds=300):
-    """Wait until SLURM has done something; the daemons' output is shown if it never does."""
+    """Wait for SLURM to reach a state; show the daemons' output if it never does."""
     deadline = time.monotonic() + seconds
     while not is_there():
         if time.monotonic() > deadline:

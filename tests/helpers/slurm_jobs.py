@@ -1,4 +1,4 @@
-"""Runs of the toy model as jobs of a SLURM, and what becomes of them."""
+"""Toy runs as SLURM jobs, and their outcomes."""
 
 import json
 import re
@@ -10,20 +10,20 @@ import pytest
 from megaft.base.parallel import free_port
 
 CANARY = "canary-3f9a1c"
-"""The secrets of whoever submits."""
+"""Secrets of the submitting user."""
 STEPS = 400
 PATIENCE = 600
-"""Seconds for what takes a few on a machine with nothing else to do."""
+"""Timeout for steps that take a few seconds on an idle machine."""
 
 
 class Jobs:
-    """Submits runs of the toy model, and waits for what becomes of them."""
+    """Submits runs of the toy model and waits for their outcomes."""
 
     def __init__(self, cluster, folder, flags):
         self.cluster, self.folder, self._flags = cluster, folder, flags
 
     def submit(self, script, name, *options, flags=(), max_steps=STEPS):
-        """`megaft submit`; returns the job's number."""
+        """Run `megaft submit`; return the job's number."""
         run = [f"--run.dir={self.folder / name}", f"--run.max-steps={max_steps}"]
         command = [sys.executable, "-m", "megaft.cli", "submit", script, "--cpus-per-task=1", "--time=30"]
         environment = {
@@ -35,15 +35,15 @@ class Jobs:
         return int(self.cluster.run(*command, cwd=self.folder, environment=environment).split()[-1])
 
     def wait(self, job, seconds=PATIENCE, **wanted):
-        """Wait until the job's fields are these; its log is shown if they never are."""
+        """Wait until the job has these fields; show its log if it never does."""
         return self._until(lambda: wanted.items() <= self.cluster.job(job).items(), job, seconds)
 
     def wait_for_restart(self, job, times=1, seconds=PATIENCE):
-        """The job was requeued at least so often."""
+        """Wait until the job was requeued at least this often."""
         return self._until(lambda: int(self.cluster.job(job)["Restarts"]) >= times, job, seconds)
 
     def wait_for_step(self, job, step, name=None, seconds=PATIENCE):
-        """The run in the folder of that name, or of the job's, has trained so many steps."""
+        """Wait until the run in that folder, or in the job's, has trained this many steps."""
         name = name or self.cluster.job(job)["JobName"]
         return self._until(lambda: max(self.losses(name), default=0) >= step, job, seconds)
 
@@ -63,11 +63,11 @@ class Jobs:
         return {row["step"]: row["loss"].hex() for row in rows if "loss" in row}
 
     def wait_for_end(self, job, name):
-        """Return what the run wrote when it ended."""
+        """Return the run's ended.json."""
         path = self.folder / name / "ended.json"
         self._until(path.exists, job, PATIENCE)
         return json.loads(path.read_text())
 
     def continued_after(self, job, name):
-        """Return the steps after which each later turn of the job went on."""
+        """Return the steps from which later attempts of the job resumed."""
         return [int(n) for n in re.findall(r"after (\d+) steps", (self.folder / f"{name}-{job}.log").read_text())]

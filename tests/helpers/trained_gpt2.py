@@ -1,16 +1,16 @@
-"""A small trained GPT-2 and its byte-level BPE, of the generated corpora: every context of 1,024 tokens is trained."""
+"""A small GPT-2 and its byte-level BPE, trained on the generated corpora with contexts of 1,024 tokens."""
 
 import json
 from pathlib import Path
 
 VOCAB_SIZE = 2001
-"""An odd number, as GPT-2's 50,257: 256 bytes, merges, and the end of text."""
+"""An odd number, like GPT-2's 50,257: 256 bytes, merges, and the end of text."""
 END = "<|endoftext|>"
 NUM_STEPS, ROWS, TOKENS = 200, 4, 128
 
 
 def make_vocabulary(folder: Path, text: str) -> Path:
-    """Write vocab.json and merges.txt as OpenAI's GPT-2 has them, the end of text last, and return the folder."""
+    """Write vocab.json and merges.txt in the format of OpenAI's GPT-2, and return the folder."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
@@ -24,7 +24,7 @@ def make_vocabulary(folder: Path, text: str) -> Path:
 
 
 def make_model(folder: Path, vocabulary: Path, text: str) -> Path:
-    """Train on a text for some seconds, and save the model and its tokenizer."""
+    """Train on a text for a few seconds, and save the model and its tokenizer."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 

@@ -35,7 +35,7 @@ exec {ssh} -F none -i {folder}/key -o StrictHostKeyChecking=no -o UserKnownHosts
 
 @dataclass(frozen=True)
 class TwoHosts:
-    """node1 and node2, and a folder that both see."""
+    """Two hosts, node1 and node2, and a shared folder."""
 
     hosts: tuple[Host, Host]
     folder: Path
@@ -53,13 +53,13 @@ class TwoHosts:
             )
 
     def run_on(self, host, *words, seconds=600, **environment):
-        """Run a command on host 0 or 1; returns its exit code and what it said."""
+        """Run a command on host 0 or 1; return its exit code and output."""
         log = self.folder / f"{time.monotonic_ns()}.log"
         code = self.start(host, *words, log=log, **environment).wait(seconds)
         return code, log.read_text()
 
     def ranks(self, function, *arguments, hosts=(0, 1), own=({}, {}), **environment):
-        """Return what a function returned, or the exception it raised, on a rank of each of two hosts.
+        """Run a function on one rank of each of two hosts; return its results or exceptions.
 
         Args:
             own: Variables of the first and of the second rank's environment alone.
@@ -73,7 +73,7 @@ class TwoHosts:
         return [rank.exception() or rank.result() for rank in ranks]
 
     def run_on_both(self, command, seconds=600, **environment):
-        """Run `command(host number)` on both at the same time; returns two exit codes and what both said."""
+        """Run `command(host number)` on both hosts at the same time; return two exit codes and the outputs."""
         logs = [self.folder / f"{time.monotonic_ns()}-{number}.log" for number in (0, 1)]
         started = [self.start(number, *command(number), log=logs[number], **environment) for number in (0, 1)]
         deadline = time.monotonic() + seconds
@@ -91,7 +91,7 @@ def _on_host(host, rank, environment, function, arguments):
 
 
 def skip_unless_possible():
-    """Skip a test where this machine cannot be two hosts."""
+    """Skip a test if this machine cannot simulate two hosts."""
     if reason := faults_hosts.why_not():
         pytest.skip(reason)
 
@@ -107,7 +107,7 @@ def two_hosts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_ssh(two_hosts):
-    """The two hosts with a running sshd each; `ssh node2` works on both without a question."""
+    """The two hosts, each with a running sshd; `ssh node2` works on both without a prompt."""
     if not (Path(SSHD).exists() and shutil.which("ssh")):
         pytest.skip("not installed: sshd and ssh (Debian: openssh-server)")
     with _sshd_on(two_hosts):

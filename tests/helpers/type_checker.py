@@ -1,4 +1,4 @@
-"""Configuration of the type checker that tests check annotations with; an int will do for a float."""
+"""Configuration of the runtime type checker of annotations in tests; an int is accepted as a float."""
 
 from beartype import BeartypeConf, beartype
 

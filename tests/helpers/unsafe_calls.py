@@ -1,4 +1,4 @@
-"""Finds what can run code from a file, or a shell, in the syntax tree of a Python source."""
+"""Search of a Python syntax tree for calls that can run code from a file, or a shell."""
 
 import ast
 
@@ -11,21 +11,21 @@ FORBIDDEN = {
     *(f"{module}.{name}" for module in LOADERS for name in ("load", "loads", "Unpickler")),
 }
 ONLY = {"shell": False, "allow_pickle": False, "trust_remote_code": False, "weights_only": True}
-"""A keyword's one value, given as a constant."""
+"""The only allowed value of each keyword, which must be a constant."""
 UNPACKING = {"extractall", "extract", "unpack_archive"}
 UNPICKLING = {"load_checkpoint", "load_universal_checkpoint"}
-"""DeepSpeed's, of an engine."""
+"""Methods of DeepSpeed engines."""
 
 
 def unsafe_calls(source):
-    """Return (line, what) of each."""
+    """Return (line, name) of each unsafe call."""
     tree = ast.parse(source)
     names = dict(pair for node in ast.walk(tree) for pair in _imported(node))
     return sorted({found for node in ast.walk(tree) for found in _faults(node, names)})
 
 
 def _imported(node):
-    """The local names of an import, and what they are in full."""
+    """Return the local names of an import with their full names."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield (

@@ -1,4 +1,4 @@
-"""Every kind of bad input, through the real commands: the exit code, one line that helps, and nothing left to trust."""
+"""Every kind of bad input, through the real commands: exit code, one helpful line, no finished output."""
 
 import json
 import re
@@ -20,7 +20,7 @@ ZERO_3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
 
 
 def is_slow(case):
-    """Reading texts takes no torch."""
+    """Reading texts does not import torch."""
     return case not in bad_inputs_data.TABLE.cases[:9]
 
 
@@ -49,7 +49,7 @@ def toy(sound, toy_texts):
 
 @pytest.fixture
 def texts(tmp_path, sound):
-    """A workshop where only texts are needed."""
+    """A workshop for cases that need only texts."""
     with Workshop(tmp_path, sound) as workshop:
         yield workshop
 
@@ -138,7 +138,7 @@ def accepted(workshop, command):
 
 
 def tokens_of(workshop, content):
-    """The receipt, the tokens and what was said of a text that is prepared."""
+    """Prepare a text; return its receipt, tokens and output."""
     done = accepted(workshop, workshop.prepare(workshop.write("a.txt", content)))
     receipt = json.loads((workshop.folder / "out/data.json").read_text())
     return receipt, np.fromfile(workshop.folder / "out/data.bin", np.uint16).tolist(), done

@@ -1,4 +1,4 @@
-"""A checkpoint of any ZeRO stage and number of ranks continues at any other: the same state, then the same losses."""
+"""Elastic checkpoints: any ZeRO stage and number of ranks resumes at any other with the same state and losses."""
 
 import os
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ STAGES = range(4)
 
 @dataclass(frozen=True)
 class Hop:
-    """A checkpoint, made at a stage, that is loaded at another."""
+    """A checkpoint saved at one stage and loaded at another."""
 
     source: str
     stage: int
@@ -65,7 +65,7 @@ def make_engine(stage, dtype="fp32", persistence_threshold=0):
 
 
 def train(engine, first, last):
-    """Return the losses of steps [first, last): every rank takes its share of each step's samples."""
+    """Train steps [first, last), with each step's samples split over ranks; return the losses."""
     from megaft.base import parallel
 
     rank, size = parallel.data_parallel_rank(), parallel.data_parallel_size()
@@ -88,7 +88,7 @@ def save(engine, run_dir, step, **settings):
 
 
 def joined(function):
-    """Run a function as one of the ranks that the environment tells of."""
+    """Run a function as the rank given by the environment."""
     from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
@@ -98,7 +98,7 @@ def joined(function):
 
 
 def first_runs(folder):
-    """Train at every stage and save in the middle; go back and train again; save in the background, too."""
+    """Train at every stage and save in the middle; go back and train again; also save asynchronously."""
 
     def run():
         return {stage: first_run(folder / f"{stage}", make_engine(stage)) for stage in STAGES} | {
@@ -129,7 +129,7 @@ def first_run(run_dir, engine):
 
 
 def hops(folder, hops):
-    """Continue each hop's checkpoint: return the losses, and what this rank read of the weights and moments."""
+    """Resume each hop's checkpoint; return the losses, and the weights and moments that this rank read."""
     return joined(lambda: {hop.target: continued(folder, hop) for hop in hops})
 
 
@@ -162,7 +162,7 @@ def first(run_ranks, folder):
 
 
 OFFSETS = {1: (0, 1, 2, 3), 4: (1, 2), 2: (2,), 8: (2,)}
-"""Ranks, in the order in which checkpoints go on, and how many stages further than its own each is loaded."""
+"""Numbers of ranks in the order of resuming, and how many stages higher each checkpoint is loaded."""
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def zip_ranks(ranks):
 
 
 def whole_state(folder):
-    """Every weight and moment, whole."""
+    """Return every whole weight and moment."""
     pieces = CheckpointReader(folder, verify(folder))
     return {
         (name, kind): pieces.read(name, kind, 0, shape.numel())

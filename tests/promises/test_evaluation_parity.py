@@ -1,4 +1,4 @@
-"""Figures of `python -m evaluate_zero_shot` beside brute force and lm-evaluation-harness itself, on real weights."""
+"""Results of `python -m evaluate_zero_shot` compared with brute force and lm-evaluation-harness, on trained weights."""
 
 import json
 import math
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 1e-6
 slow = pytest.mark.slow
 MOST_CHARACTERS = 20_000
-"""Of a text that is a single line."""
+"""Characters of a text that is a single line."""
 FILES = {
     "wikitext103": "wikitext103/wiki.test.tokens",
     "wikitext2": "wikitext2/wiki.test.tokens",
@@ -205,7 +205,7 @@ def test_lm_finetuning(tiny, trained_gpt2, beginning, evaluate, context_length):
 
 @pytest.fixture(scope="module")
 def uniform(trained_gpt2, tmp_path_factory):
-    """The folder of a model to which all 2,001 tokens are equally likely: tied embeddings of zeros."""
+    """Folder of a model that gives all 2,001 tokens equal probability: its tied embeddings are zero."""
     folder = shutil.copytree(trained_gpt2, tmp_path_factory.mktemp("models") / "uniform")
     change_tensors(folder, lambda tensors: tensors["transformer.wte.weight"].zero_())
     return folder
@@ -213,7 +213,7 @@ def uniform(trained_gpt2, tmp_path_factory):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_uniform_model_by_hand(uniform, tiny, beginning, evaluate, protocol):
-    """Whatever the windows, a token costs ln 2001 nats; only what counts as a word differs."""
+    """With any windows a token costs ln 2001 nats; only the word counts differ."""
     path, text = beginning("wikitext103", 14)
     result = evaluate(uniform, *flags("wikitext103", protocol, path))
     assert result["num_scored_tokens"] >= 0.95 * len(tiny.encode(references.detokenized(text)))
@@ -296,7 +296,7 @@ def test_published_corpora(shared, evaluate, tmp_path, task, protocol, corpus, n
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """SmolLM2-135M-Instruct out of its GGUF file, in transformers' own format."""
+    """SmolLM2-135M-Instruct converted from its GGUF file to transformers' format."""
     return smol.save(tmp_path_factory.mktemp("smollm2"))
 
 

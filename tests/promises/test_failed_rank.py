@@ -1,4 +1,4 @@
-"""An error that one rank alone meets in the middle of a run: every rank ends with its message and exit code."""
+"""An error on one rank in the middle of a run: every rank ends with its message and exit code."""
 
 import errno
 import json
@@ -13,11 +13,11 @@ from megaft.base.errors import DataError
 
 pytestmark = pytest.mark.slow
 ENOUGH = 300
-"""Seconds that end a hang, however busy the machine is."""
+"""Timeout that ends a hang, even on a busy machine."""
 
 
 def fail_at(number, error):
-    """Return a function for the place of another, which it calls; its call of this number raises instead."""
+    """Return a wrapper of a function whose `number`-th call raises instead."""
 
     def patched(plain):
         calls = []

@@ -1,4 +1,4 @@
-"""A dozen families through every part on one rank: all of transformers' causal families are in docs/families.md."""
+"""A dozen model families through every check on one rank; docs/families.md covers all causal families."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The fault campaign of docs/reliability.md in a short form: every kind once; and that it sees what it looks for."""
+"""Short form of the fault injection in docs/reliability.md: every kind once, and proof that it detects violations."""
 
 import os
 from dataclasses import replace

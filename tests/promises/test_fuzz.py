@@ -1,4 +1,4 @@
-"""Changed files are read or refused in one line: a hundred of each kind, or fewer of slow ones, in this process.
+"""Mutated files are read or refused in one line: a hundred per target, fewer of slow ones, in this process.
 
 tools/benchmarks/fuzz.py runs as many as wanted, in children that may hang or crash, and of slower readers too.
 """

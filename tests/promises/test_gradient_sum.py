@@ -1,4 +1,4 @@
-"""The gradient of a step is the fp32 sum of what micro-batches and ranks computed, in half precision too."""
+"""The gradient of a step is the fp32 sum over micro-batches and ranks, in half precision too."""
 
 import copy
 import os
@@ -114,7 +114,7 @@ def test_gradients_are_summed_in_fp32(run_ranks):
 
 @pytest.mark.slow
 def test_one_ranks_gradients_are_summed_in_fp32_too(run_ranks):
-    """Stage 1 rounds the fp32 sum of one rank too where it is told to exchange bf16."""
+    """If told to exchange bf16, stage 1 rounds even one rank's fp32 sum."""
     exact, rounded = run_ranks(1, errors, [(json_of("bf16", 1, 4), {}), AS_DEEPSPEED_HAS_IT])[0]
     assert exact < 2e-7
     assert rounded > 1e-3

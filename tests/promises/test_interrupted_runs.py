@@ -1,4 +1,4 @@
-"""Runs that are stopped, go wrong or lose a rank: real DeepSpeed on two ranks, several runs in each launch."""
+"""Runs that are stopped, diverge or lose a rank: real DeepSpeed on two ranks, several runs per launch."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def settings_of(zero_stage=1, **more):
 
 
 def runs(folder, common, cases):
-    """Run cases of (name, flags, what happens on this rank, DeepSpeed settings) in turn; return each exit code."""
+    """Run cases of (name, flags, event on this rank, DeepSpeed settings) in turn; return each exit code."""
     from deepspeed.accelerator import get_accelerator
 
     from megaft import train
@@ -53,7 +53,7 @@ def runs(folder, common, cases):
 
 
 def signalled(number, step, rank, patch, run_dir):
-    """Rank 1 gets a signal during a step, and another during the save."""
+    """Send rank 1 a signal during a step, and another during the save."""
     from megaft.checkpoint.saver import Saver
     from megaft.run.metrics import Metrics
 
@@ -75,7 +75,7 @@ def signalled(number, step, rank, patch, run_dir):
 
 
 def file_put(name, step, rank, patch, run_dir):
-    """Somebody puts a file into the run's folder during a step."""
+    """Create a file in the run's folder during a step."""
     from megaft.run.metrics import Metrics
 
     report = Metrics.step
@@ -89,7 +89,7 @@ def file_put(name, step, rank, patch, run_dir):
 
 
 def poisoned(positions, spoil, rank, patch, run_dir):
-    """The loss of some samples, by their place in the whole sequence, is spoiled."""
+    """Corrupt the loss of some samples, given by their position in the whole sequence."""
     from megaft import train
     from megaft.models.hugging_face import NatsModel
     from megaft.run import guard
@@ -115,7 +115,7 @@ def huge(nats):
 
 
 def steep(nats):
-    """As it is, but its gradient is too large for the norm's squares."""
+    """Return the same loss with a gradient whose squared norm overflows."""
     return nats + (nats - nats.detach()) * 1e38
 
 

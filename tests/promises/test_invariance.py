@@ -1,4 +1,4 @@
-"""The first promise: one run, cut in the ways of the table in docs/invariance.md, of which each kind comes once."""
+"""The first promise: one run, split like each kind of row of the table in docs/invariance.md."""
 
 import pytest
 from invariance import LEARNING_RATE, REFERENCES, TOLERANCE, WAYS, Way, make_inputs, outcomes, run_ways, weights_of
@@ -27,7 +27,7 @@ TRIED = [
     *(Way(4, 2, stage, tensor_parallel_size=2) for stage in range(4)),
     *(Way(4, 4, stage, tensor_parallel_size=4) for stage in (0, 3)),
 ]
-"""The rest of the table cuts alike; tools/benchmarks/invariance.py tries all of it, for 20 steps."""
+"""tools/benchmarks/invariance.py tests the whole table, for 20 steps."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_losses_and_weights_do_not_depend_on_the_cut(measured, way):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_what_is_compared_has_trained(folder, optimizer):
-    """Weights moved by far more than they may differ."""
+    """Weights changed by far more than the tolerance."""
     weights = weights_of(folder, REFERENCES[optimizer, "fp32"].name, STEPS)
     untrained = load_language_model(str(folder / "model")).state_dict()
     moved = [(weights[name] - untrained[name]).abs().max() for name in weights]

@@ -1,4 +1,4 @@
-"""Known defects of other systems, each in a few lines, and that megaft does not have them.
+"""Known defects of other systems, each reproduced in a few lines, and megaft's correct behaviour.
 
 The first part of a test shows the defect by its own formula, on this machine; the second holds megaft to the right one.
 """

@@ -1,4 +1,4 @@
-"""`megaft/train.py` as its users start it: each launcher trains the same toy run."""
+"""Launchers of `megaft/train.py`: each trains the same toy run."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def run_under(folder, flags_of):
 
 
 def trained(output_path, flags):
-    """Return the exit code of `python megaft/train.py`, in a process that has its imports, and what it wrote."""
+    """Run `python megaft/train.py` in a forked process with its imports; return its exit code and output."""
     from megaft import train
 
     with output_path.open("w") as output, redirect_stdout(output), redirect_stderr(output):
@@ -133,7 +133,7 @@ def test_what_a_user_gets_wrong_is_said_once_without_a_traceback(run_under):
 
 
 def test_a_library_first_on_the_path_is_not_hidden(run_under, tmp_path):
-    """Started as a script, megaft/ would be first on sys.path; its modules must not stand in for libraries."""
+    """As a script's folder, megaft/ would be first on sys.path; its modules must not shadow libraries."""
     done = subprocess.run(
         [sys.executable, PROGRAM, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -142,7 +142,7 @@ def test_a_library_first_on_the_path_is_not_hidden(run_under, tmp_path):
 
 
 def test_a_run_continues_with_its_own_settings_only(run_alone, reference):
-    """Another learning rate or validation window would make its rows and its best checkpoint mean two things."""
+    """Another learning rate or validation window would make its rows and best checkpoint inconsistent."""
     code, said, run_dir = run_alone("--optim.learning-rate=3e-3", "--eval.stride=8", "--run.max-steps=3")
     assert code == 4
     for setting in (

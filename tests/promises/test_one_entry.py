@@ -1,4 +1,4 @@
-"""An optimizer, a schedule, a guard policy, a model family and a command are each one entry of one table."""
+"""Extension points: an optimizer, schedule, guard policy, model family or command is one table entry."""
 
 import math
 import sys
@@ -44,13 +44,13 @@ def test_the_choices_of_the_flags_are_the_tables_names():
 
 @pytest.mark.parametrize("name", [name for name, one in OPTIMIZERS.items() if one.cpu_equivalent is None])
 def test_an_optimizers_states_are_the_tables(name):
-    """What a checkpoint's size is computed from; Adafactor keeps less of a matrix."""
+    """A checkpoint's size is computed from these states; Adafactor keeps less of a matrix."""
     optim = replace(OptimConfig(), name=name, momentum=0.9 if name == "sgd" else 0.0)
     assert states_after_a_step(optim) == {"weight", *OPTIMIZERS[name].moments} - {"step"}
 
 
 def states_after_a_step(optim):
-    """Return the kinds of what a checkpoint holds of a vector."""
+    """Return the kinds of state that a checkpoint has for a vector."""
     engine = PlainEngine(fill=1.0)
     engine.module.weight.requires_grad = False
     engine.optimizer = build_optimizer(
@@ -88,7 +88,7 @@ def test_a_schedule(monkeypatch):
 
 
 def test_a_guard_policy(monkeypatch):
-    """One that records a spike and goes on, weights and all."""
+    """A policy that records a spike and keeps the step."""
     monkeypatch.setitem(POLICIES, "note", Policy(moves_weights=True, then="go on"))
     config = GuardConfig(spike="note", spike_window=32)
     guard = Guard(config, {}, smallest_loss_scale=None)

@@ -1,4 +1,4 @@
-"""Published corpora are whole where they are, and never missing in CI; generated ones have their forms."""
+"""Published corpora are complete if present, and always present in CI; generated ones have the same formats."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ import pytest
 
 
 def test_ci_has_the_published_corpora():
-    """Elsewhere tests of published counts are left out, and generated texts are what the promises are tested on."""
+    """Without them, tests of published counts are skipped, and the promises are tested on generated texts."""
     if os.environ.get("CI", "").lower() in ("1", "true"):
         assert published.IS_PRESENT, published.ABSENT
 

@@ -1,4 +1,4 @@
-"""A mistake that one rank alone finds, as where a node lacks a file: every rank ends with its message and exit code."""
+"""An error on one rank at the start, such as a missing file: every rank ends with its message and exit code."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def refuse(*_, **__):
 
 
 EMPTY = "an empty folder"
-"""The broken model folder of one rank: it has no files of a model."""
+"""Broken model folder of one rank, without a model's files."""
 # ZeRO stage; the flag that names the model; what is broken (or the flag that is given), and on which rank; and what
 # that rank says
 CASES = {

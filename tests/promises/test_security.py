@@ -1,4 +1,4 @@
-"""SECURITY.md's promises: no file that came from elsewhere runs code, and no secret ends up in a file.
+"""Promises of SECURITY.md: no untrusted file runs code, and no secret ends up in a file.
 
 Tested elsewhere: our own code runs nothing (test_unsafe_calls.py), the report shows all as text and loads nothing
 (test_report.py), batch scripts quote values (test_submit.py), damaged checkpoints are refused by name
@@ -223,7 +223,7 @@ def test_a_chat_template_stays_in_its_sandbox(template, planted, tmp_path):
 
 
 def plant_checkpoint(folder, shard):
-    """A checkpoint whose manifest is right about a shard that is anything."""
+    """Return a checkpoint with an arbitrary shard and a matching manifest."""
     folder.mkdir(parents=True)
     name = "rank-00000.safetensors"
     (folder / name).write_bytes(shard)
@@ -249,7 +249,7 @@ def test_a_pickle_that_a_manifest_vouches_for_is_not_run(tmp_path):
 
 @pytest.mark.slow
 def test_training_runs_nothing_that_lies_among_its_checkpoints(toy_model, tmp_path, toy_texts):
-    """As DeepSpeed and a Trainer lay them out, which megaft does not read, and one in megaft's own form."""
+    """In the layouts of DeepSpeed and the Trainer, which megaft does not read, and in megaft's own."""
     canary, checkpoints = tmp_path / "canary", tmp_path / "run" / "checkpoints"
     plant_checkpoint(manifest_module.folder_of(tmp_path / "run", 1), b"not the pickle")
     for name in ("global_step1/mp_rank_00_model_states.pt", "checkpoint-1/optimizer.pt", "step-00000001/x.pkl"):
@@ -330,7 +330,7 @@ MARKUP = "<img src=x onerror=alert(1)>"
 
 @pytest.mark.slow
 def test_no_secret_is_in_any_file_and_a_name_is_no_markup(toy_model, toy_texts, tmp_path):
-    """Secrets of the environment, and one that the command line repeats in a path."""
+    """Secrets in the environment, one of which is also in a path of the command line."""
     model = tmp_path / SECRETS["STORAGE_TOKEN"] / MARKUP
     shutil.copytree(toy_model, model)
     flags = commands(model, tmp_path, toy_texts)

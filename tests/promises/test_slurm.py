@@ -1,4 +1,4 @@
-"""Training under a real SLURM: whatever ends a job's turn, the run goes on and its losses are the undisturbed run's."""
+"""Training under a real SLURM: after any interruption the run resumes with the losses of the uninterrupted run."""
 
 import json
 
@@ -29,14 +29,14 @@ def jobs(cluster, toy_model, toy_texts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sweep(jobs):
-    """An array of two runs, one after the other, each of two ranks on one node; the second has no end."""
+    """A job array of two sequential runs, each of two ranks on one node; the second never ends."""
     (jobs.folder / "sweep.txt").write_text("--run.seed 0\n--run.seed=1 --run.max-steps '1000000'\n")
     return jobs.submit("finetune_sweep", "sweep", "--gpus-per-node=2", "--array=1-2%1", flags=["sweep.txt"])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(jobs, sweep):
-    """The losses of the array's first run, on one node."""
+    """Losses of the array's first run, on one node."""
     jobs.wait(f"{sweep}_1", JobState="COMPLETED")
     losses = jobs.losses("sweep/1")
     assert list(losses) == list(range(1, STEPS + 1))

@@ -1,4 +1,4 @@
-"""A run whose matrices are cut otherwise after every stop, or belong to another backend, is one run."""
+"""A run resumed with another tensor-parallel size, ZeRO stage or backend after every stop is the same run."""
 
 import json
 import shutil

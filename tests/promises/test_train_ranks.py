@@ -1,4 +1,4 @@
-"""The laws of training that need several ranks. One launch a world size; every case in it trains a toy model."""
+"""Training properties that need several ranks: one launch per world size, a toy model per case."""
 
 import os
 import re
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.slow
 STEPS, CUT_AT = 4, 2
 GLOBAL_BATCH_SIZE = 6
 VALID_BYTES = 600
-"""Of validation text: five batches of windows."""
+"""Characters of validation text: five batches of windows."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """An engine, and flags of a run."""
+    """DeepSpeed settings and flags of a run."""
 
     name: str
     stage: int
@@ -31,7 +31,7 @@ class Case:
     is_offloaded: bool = False
     micro_batch_size: int = 1
     continues: str = ""
-    """The run whose checkpoint of step CUT_AT this one begins with."""
+    """Run whose checkpoint of step CUT_AT this one resumes."""
 
     def deepspeed_json(self):
         zero = {"stage": self.stage, **({"stage3_param_persistence_threshold": 0} if self.stage == 3 else {})}
@@ -52,7 +52,7 @@ def train_cases(folder, common, cases):
 
 
 def prepared(folder, common, case):
-    """Return a case's run as toy.train_in_turn takes it, its first checkpoint in place."""
+    """Return a case's run for toy.train_in_turn, with its first checkpoint in place."""
     run_dir = folder / case.name
     if case.continues and os.environ["RANK"] == "0":
         copy_checkpoint(folder / case.continues, run_dir)
@@ -60,7 +60,7 @@ def prepared(folder, common, case):
 
 
 def copy_checkpoint(source, target):
-    """Begin a run with the checkpoint of step CUT_AT of another, and nothing else of it."""
+    """Start a run with only the checkpoint of step CUT_AT of another."""
     shutil.copytree(manifest_module.folder_of(source, CUT_AT), manifest_module.folder_of(target, CUT_AT))
 
 
@@ -107,7 +107,7 @@ EXPORTED = ("fp32-0", "fp32-2", "fp32-3", "bf16-3", "lora-3", "cut-fp32-3", "cut
 
 @pytest.fixture(scope="module")
 def resumed(run_ranks, common, memory_folder):
-    """Each engine's run on two ranks with dropout: once whole, and once continued from its checkpoint half-way."""
+    """Run each engine on two ranks with dropout: once uninterrupted, and once resumed from its checkpoint half-way."""
     folder = memory_folder / "resumed"
     folder.mkdir()
     cases = []
@@ -132,7 +132,7 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(resumed, engine):
 
 @pytest.mark.parametrize("engine", EXPORTED)
 def test_an_export_has_the_nats_of_the_trained_model(resumed, engine):
-    """Whatever engine trained it; without them it would not be there."""
+    """Every engine publishes the export, which it does only after this check."""
     card = (resumed / f"{engine}-whole" / "export" / "README.md").read_text()
     found, trained = re.search(r"held-out tokens: (\S+) per token, the trained model (\S+)\.\n", card).groups()
     assert float(found) == pytest.approx(float(trained), rel=1e-5)
@@ -155,7 +155,7 @@ def test_dropout_is_the_same_at_every_stage(resumed):
 
 
 def test_every_stage_tells_the_same_gradient_norm(resumed):
-    """Stage 0's is ours, from the gradients; the others are DeepSpeed's."""
+    """megaft computes stage 0's from the gradients; DeepSpeed computes the others."""
     first, *others = (grad_norms(resumed / f"fp32-{stage}-whole") for stage in range(4))
     assert len(first) == STEPS
     for other in others:
@@ -195,7 +195,7 @@ def test_with_one_micro_batch_size_dropout_is_exact_on_any_number_of_ranks(on_th
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one(resumed, run_ranks, common, tmp_path_factory):
-    """Another stage and another number of ranks: the format knows neither."""
+    """Another stage and number of ranks: the format depends on neither."""
     folder = tmp_path_factory.mktemp("elastic")
     copy_checkpoint(resumed / "fp32-2-whole", folder / "elastic")
     case = Case("elastic", 3, flags=("--model.dropout=0.1", f"--run.max-steps={STEPS}"))

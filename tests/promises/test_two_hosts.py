@@ -1,4 +1,4 @@
-"""Ranks on two hosts: the losses of one host under every launcher, whatever a host's own name leads to."""
+"""Ranks on two hosts: the losses of one host under every launcher, whatever a host's own name resolves to."""
 
 import json
 import os
@@ -33,12 +33,12 @@ LAUNCHERS = {
         *("--rdzv-backend=c10d", "--rdzv-endpoint=node1:29501", "--rdzv-id=first", PROGRAM),
     ],
 }
-"""The same command on each host, as docs/multinode.md has it."""
+"""The same command on each host, as in docs/multinode.md."""
 LAUNCHERS_FROM_ONE = {
     "deepspeed over ssh": ("pdsh", [BIN / "deepspeed", "--hostfile=hostfile", "--master_addr=node1", PROGRAM]),
     "mpirun": ("mpirun", ["mpirun", "--allow-run-as-root", "--hostfile", "hostfile", sys.executable, PROGRAM]),
 }
-"""The program that must be installed, and the command on the first host."""
+"""Required program, and the command on the first host."""
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def summed():
 
 @pytest.fixture
 def own_name_is(two_hosts):
-    """own_name_is("127.0.1.1") makes each host's own name lead there, as an /etc/hosts does."""
+    """own_name_is("127.0.1.1") makes each host's own name resolve to that address, like /etc/hosts."""
 
     def write(where):
         for number, host in enumerate(two_hosts.hosts):

@@ -1,4 +1,4 @@
-"""Half of a surrogate pair, which JSON can escape and a file's name can have: refused or escaped, never a traceback."""
+"""Lone surrogates, which JSON and file names can contain: refused or escaped, never a traceback."""
 
 import io
 import json
@@ -103,7 +103,7 @@ def test_printing_such_a_name_is_no_error(monkeypatch):
     ],
 )
 def test_folders_of_weights_are_utf_8(make, setting):
-    """safetensors opens no others, which a run would find out after its last step."""
+    """safetensors opens no other names, and a run would fail only after its last step."""
     with pytest.raises(ConfigError, match=rf"^--{setting} is .*not UTF-8"):
         make(Path("runs") / ODD_NAME)
     make(Path("runs") / "café")

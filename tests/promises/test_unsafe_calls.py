@@ -1,4 +1,4 @@
-"""Our code has no call that runs what a file or a text says, and the search for such calls finds them."""
+"""megaft's code has no call that runs code from a file or text, and the search detects such calls."""
 
 import re
 from pathlib import Path

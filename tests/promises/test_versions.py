@@ -1,4 +1,4 @@
-"""Installed versions: pinned alike in constraints.txt and requirements.lock, above the floors and the advisories."""
+"""Dependency versions: pinned alike in constraints.txt and requirements.lock, above the floors and advisories."""
 
 import re
 import tomllib
