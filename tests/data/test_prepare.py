@@ -218,7 +218,7 @@ def test_the_round_trip_of_the_last_document_counts(tmp_path, capsys):
     options = {"tokenizer": str(tmp_path / "tokenizer"), "unit": "line"}
     receipt = prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", **options))
     assert (receipt["tokenizer"]["round_trip"], receipt["documents"]) == (False, 60_001)
-    assert capsys.readouterr().err.count("loses text") == 1
+    assert capsys.readouterr().err.count("is lossy") == 1
 
 
 def chat(*roles):
@@ -237,13 +237,13 @@ NOTHING_SCORED = [
     pytest.param(
         [chat("user", "narrator"), chat("human", "cat")],
         {"messages_key": "m"},
-        "'assistant' are, and --messages-key m has the roles 'cat', 'human', 'narrator', 'user'",
+        "'assistant' are, but --messages-key m has the roles 'cat', 'human', 'narrator', 'user'",
         id="other roles",
     ),
     pytest.param(
         [{"m": [*chat("user")["m"], *({**turn, "weight": 0} for turn in chat("assistant")["m"])]}],
         {"messages_key": "m"},
-        "each turn of role 'assistant' has weight 0, or neither a text",
+        "every turn of role 'assistant' has weight 0, or neither text",
         id="weight 0",
     ),
 ]
@@ -275,7 +275,7 @@ def test_a_lossy_tokenizer_is_reported(corpora, tmp_path, capsys, holds):
     tokenizer = make_llama_model(tmp_path / "llama.model") if holds else make_sentencepiece(tmp_path / "normalizing")
     receipt = prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=str(tokenizer)))
     assert receipt["tokenizer"]["round_trip"] is holds
-    assert ("loses text" in capsys.readouterr().err) is not holds
+    assert ("is lossy" in capsys.readouterr().err) is not holds
     assert read(tmp_path / "out") == [load_tokenizer(tokenizer).encode(path.read_text(encoding="utf-8-sig"))]
 
 
@@ -321,7 +321,7 @@ def test_bad_input_leaves_nothing_behind(run, tmp_path):
     with pytest.raises(DataError, match=r"a\.txt, line 1, byte offset 0, is 0xff"):
         run(good, bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.txt"]
-    with pytest.raises(DataError, match="holds no JSON records, so the key 'm' means nothing"):
+    with pytest.raises(DataError, match="has no JSON records, so the key 'm' has no effect"):
         run(bad, messages_key="m")
 
 
@@ -332,8 +332,8 @@ def test_two_at_once_are_refused(run, tmp_path):
 
 
 DAMAGE = [
-    pytest.param(".bin", lambda old: old[:-1], "has 3 bytes where its receipt says 4 bytes", id="short .bin"),
-    pytest.param(".idx", lambda old: old + b"x", "has 63 bytes where its receipt says 62 bytes", id="long .idx"),
+    pytest.param(".bin", lambda old: old[:-1], "has 3 bytes; its receipt says 4 bytes", id="short .bin"),
+    pytest.param(".idx", lambda old: old + b"x", "has 63 bytes; its receipt says 62 bytes", id="long .idx"),
     pytest.param(".json", lambda old: old[:-9], "is damaged", id="cut receipt"),
     pytest.param(".json", lambda old: b"[]", "is not a receipt of format version 1", id="no receipt"),
     pytest.param(".json", lambda old: b'{"format_version": 0}', "is not a receipt of format", id="another version"),

@@ -112,7 +112,7 @@ NOT_LEARNT = [
         CHATS + lines(chat(("user", "Hi")), chat(("system", "x"))),
         {"messages_key": "m"},
         {"documents": 4, "documents_unscored": 3, "first_unscored": "a.jsonl, line 2"},
-        ["3 of 4 documents have no scored text, so nothing is learnt from them: no turn of role 'assistant'"],
+        ["3 of 4 documents have no scored text, so the model learns nothing from them: no turn of role 'assistant'"],
         id="chats",
     ),
     pytest.param(
@@ -120,7 +120,7 @@ NOT_LEARNT = [
         PAIRS + lines({"q": "seven", "a": ""}),
         QA | {"append_eod": True},
         {"documents": 3, "documents_unscored": 1, "first_unscored": "a.jsonl, line 3"},
-        ["1 of 3 documents have no scored text, so nothing is learnt from them: their --completion-key a is empty"],
+        ["1 of 3 documents have no scored text, so the model learns nothing from them: their --completion-key a is "],
         id="completions",
     ),
     pytest.param(
@@ -197,5 +197,5 @@ def test_what_no_template_renders_is_remarked_on(run, capsys):
 def test_a_unit_of_texts_means_nothing_in_records(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(PAIRS)
-    with pytest.raises(DataError, match=r"unit is line, which means nothing in .*a.jsonl: .* drop --unit"):
+    with pytest.raises(DataError, match=r"unit is line, which has no effect on .*a.jsonl: .* drop --unit"):
         prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=str(tokenizer), unit="line"))

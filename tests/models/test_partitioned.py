@@ -188,7 +188,7 @@ REFUSED = {
     "a value that bfloat16 cannot hold": (
         "llama",
         lambda folder: change_tensors(folder, lambda tensors: tensors["model.norm.weight"][-1].fill_(3.4e38)),
-        r"in bfloat16 model\.norm\.weight has 1 of 32 values .*; use float32, or copy the model anew",
+        r"in bfloat16 model\.norm\.weight has 1 of 32 values .*; use float32, or copy the model again",
     ),
     "a NaN in both copies of tied weights": (
         "gpt2",

@@ -143,16 +143,16 @@ DAMAGES = {
     ),
     "no floats": (
         lambda folder: change_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[HEAD].int()})),
-        "up_proj.weight in I32",
+        "up_proj.weight as I32",
     ),
     "cut short": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4]),
-        "cut short",
+        "truncated",
     ),
     "code": (lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "evil.py"}), "auto_map"),
-    "no number": (lambda folder: edit_json(folder / "config.json", hidden_size="wide"), "makes no model"),
-    "no heads": (lambda folder: edit_json(folder / "config.json", num_attention_heads=0), "makes no model"),
-    "no such activation": (lambda folder: edit_json(folder / "config.json", hidden_act="zzz"), "makes no model"),
+    "no number": (lambda folder: edit_json(folder / "config.json", hidden_size="wide"), "cannot build a model"),
+    "no heads": (lambda folder: edit_json(folder / "config.json", num_attention_heads=0), "cannot build a model"),
+    "no such activation": (lambda folder: edit_json(folder / "config.json", hidden_act="zzz"), "cannot build a model"),
     "quantized": (
         lambda folder: edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"}),
         "quantized",

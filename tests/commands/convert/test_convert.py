@@ -161,7 +161,7 @@ def test_training_reads_no_hashes(tmp_path, two_ranks):
 
 REFUSED = {
     "it exists": ("start", {"tensor_parallel_size": 2}, "exists"),
-    "too many ranks": ("new", {"tensor_parallel_size": 3}, "do not divide by it, .*; use one of 1, 2, 4"),
+    "too many ranks": ("new", {"tensor_parallel_size": 3}, "are not divisible by it, .*; use one of 1, 2, 4"),
 }
 
 

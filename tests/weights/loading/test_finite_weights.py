@@ -93,7 +93,7 @@ def test_a_damaged_model_is_named_however_it_is_loaded(damaged, setting, load, c
         load(damaged)
     assert str(refused.value) == (
         f"{setting} is {damaged}; in model.safetensors {UP} has 2 of 1,536 values that are not finite, the first at "
-        "[2, 3] (2 tensors have such values); the model is damaged. Copy it anew, or go back to a checkpoint before it."
+        "[2, 3] (2 tensors have such values); the model is damaged. Copy it again, or use an earlier checkpoint."
     )
     assert "cache" not in capsys.readouterr().err
 
