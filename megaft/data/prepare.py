@@ -15,6 +15,7 @@ import detokenizers
 import megaft
 from megaft.base.errors import ConfigError, DataError
 from megaft.base.files import naming_disk_errors, sha256_of
+from megaft.base.plural import counted
 from megaft.base.progress import counting
 from megaft.config.prepare import DEFAULT_KEY, PrepareConfig
 from megaft.data import prepare_report
@@ -109,7 +110,7 @@ def _warn_of_mixed_formats(name: str, sources: list[TextFile]) -> None:
     texts = [source.path for source in sources if source.format == "text"]
     if texts and len(texts) < len(sources):
         records = next(source.path for source in sources if source.format != "text")
-        _warn(f"warning: {name} mixes {len(texts)} text files ({texts[0]}) with JSON records ({records}).")
+        _warn(f"warning: {name} mixes {counted(len(texts), 'text file')} ({texts[0]}) with JSON records ({records}).")
 
 
 def _require_inputs_kept(config: PrepareConfig, sources: list[TextFile]) -> None:

@@ -81,7 +81,7 @@ def test_a_folder_without_what_other_programs_left_in_it(run, tmp_path, capsys):
     assert (receipt["documents"], len(found)) == (2, 2)
     said = capsys.readouterr().err
     assert f"note: skipped empty files of {tmp_path}/d: {tmp_path}/d/_SUCCESS and 1 more." in said
-    assert f"warning: {tmp_path}/d has texts ({tmp_path}/d/README.md: 1 in all) beside JSON records" in said
+    assert f"warning: {tmp_path}/d mixes 1 text file ({tmp_path}/d/README.md) with JSON records" in said
 
 
 KEYS = [

@@ -62,7 +62,7 @@ def _(workshop):
 @refuse(
     "19 more layers than the weights have",
     3,
-    r"do not fit its config\.json: transformer\.h\.2\.\S+ is missing \(\d+ such\)",
+    r"do not fit its config\.json: transformer\.h\.2\.\S+ is missing \(\d+ in all\)",
 )
 def _(workshop):
     return workshop.generate(workshop.model(n_layer=3))

@@ -163,7 +163,7 @@ REFUSED = {
     "a layer too many": (
         "llama",
         lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
-        r"has no model\.layers\.1\.\S+ \(9 such\)",
+        r"has no model\.layers\.1\.\S+ \(9 in all\)",
     ),
     "tied in config.json, apart in the file": (
         "llama",
@@ -209,7 +209,7 @@ REFUSED = {
             change_tensors(folder, lambda tensors: tensors.pop("lm_head.weight")),
             edit_json(folder / "config.json", tie_word_embeddings=False),
         ),
-        r"lm_head\.weight is missing \(1 such\)",
+        r"lm_head\.weight is missing \(1 in all\)",
     ),
 }
 

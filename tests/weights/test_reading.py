@@ -135,7 +135,7 @@ DAMAGES = {
     "missing": (lambda folder: change_tensors(folder, lambda tensors: tensors.pop(HEAD)), f"{HEAD} is missing"),
     "a layer more": (
         lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
-        r"has no model.layers.1.\S+ \(9 such\)",
+        r"has no model.layers.1.\S+ \(9 in all\)",
     ),
     "misshapen": (
         lambda folder: change_tensors(folder, lambda tensors: tensors.update({HEAD: torch.zeros(48, 31)})),

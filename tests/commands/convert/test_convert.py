@@ -311,6 +311,6 @@ def test_what_was_written_is_read_before_it_is_published(tmp_path, monkeypatch):
     make_model("gpt2").save_pretrained(tmp_path / "gpt2")
     write_config = writing._write_config
     monkeypatch.setattr(writing, "_write_config", untie)
-    with pytest.raises(DataError, match=r"lm_head.weight is missing \(1 such\)"):
+    with pytest.raises(DataError, match=r"lm_head.weight is missing \(1 in all\)"):
         run(tmp_path / "gpt2", tmp_path / "new", "hugging-face")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2"]

@@ -57,7 +57,7 @@ def test_a_file_is_the_model_that_was_written(make):
         pytest.param({"llama.block_count": 3}, r"block_count 3, but tensors of 2 layers", id="a layer too many"),
         pytest.param({"llama.block_count": 0}, r"block_count 0; use 1 to", id="no layers"),
         pytest.param({"llama.block_count": MOST_LAYERS + 1}, r"block_count 10001; use 1 to 10,000", id="any number"),
-        pytest.param({"tensors": {"blk.0.attn_q.bias": 32}}, r"48,320 weights, .* takes 48,288", id="a bias"),
+        pytest.param({"tensors": {"blk.0.attn_q.bias": 32}}, r"48,320 weights, .* loads 48,288", id="a bias"),
         pytest.param({"tensors": {"rope_freqs.weight": 4}}, r"ignores rope_freqs\.weight", id="Llama 3's positions"),
         pytest.param({"texts": {"llama.rope.scaling.type": "yarn"}}, r"rope\.scaling\.type 'yarn'", id="YaRN"),
         pytest.param({"llama.logit_scale": 0.0625}, r"llama\.logit_scale 0\.0625", id="scaled logits"),

@@ -92,7 +92,7 @@ def test_a_model_that_its_weights_cannot_fill_is_not_built(change, load, copy):
 @pytest.mark.parametrize("load", [load_language_model, open_weights])
 def test_a_small_difference_is_named_by_its_tensor(load, copy):
     edit_json(copy / "config.json", num_hidden_layers=3)
-    with pytest.raises(DataError, match=r"do not fit its config\.json: model\.layers\.2\.\S+ is missing \(9 such\)"):
+    with pytest.raises(DataError, match=r"do not fit its config\.json: model\.layers\.2\.\S+ is missing \(9 in all\)"):
         load(str(copy))
 
 

@@ -38,7 +38,7 @@ REFUSED = {
     "a layer more than config.json counts": (
         "llama",
         lambda folder: edit_json(config_of(folder), num_hidden_layers=1),
-        r"has no model\.layers\.1\.\S+ \(9 such\)",
+        r"has no model\.layers\.1\.\S+ \(9 in all\)",
     ),
     "a value head": (
         "gpt2",
