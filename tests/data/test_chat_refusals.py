@@ -1,4 +1,4 @@
-"""Chats that cannot be rendered: one line with the place, the template's words and the way out, in both commands."""
+"""Chats that cannot be rendered: one-line errors with location, the template's error and a fix, in both commands."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture
 def with_template(plain, tmp_path):
-    """with_template(jinja) returns the folder of a tokenizer that has it."""
+    """with_template(jinja) returns the folder of a tokenizer with that chat template."""
 
     def made(template):
         folder = shutil.copytree(plain, tmp_path / "tokenizer")
@@ -92,7 +92,7 @@ def test_a_chat_may_begin_with_the_assistant_where_the_template_lets_it(tmp_path
 
 
 def test_a_generation_prompt_that_the_answer_does_not_begin_with_is_refused(tmp_path, with_template):
-    """Gemma 4 asks for an answer behind an empty thought: trained on the answer alone, it would never see that."""
+    """Gemma 4's generation prompt ends with an empty thought, which training on the answer alone would lack."""
     message = (
         r"line 2: the chat template begins an answer .* 'says assistant<turn\|>\\n' instead of '<\|channel>thought"
     )

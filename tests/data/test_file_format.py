@@ -227,7 +227,7 @@ def test_broken_records(tmp_path, name, data, message):
 
 
 def test_long_first_lines_are_recognized(tmp_path):
-    """The beginning that is looked at ends inside the first record."""
+    """The bytes read for detection end inside the first record."""
     long = "word " * 50_000
     assert texts(write(tmp_path / "x", json.dumps({"text": long, "id": 1}) + '\n{"text": "b"}\n')) == [long, "b"]
     with pytest.raises(DataError, match="is a JSON object over several lines"):

@@ -212,7 +212,7 @@ def test_completions_of_a_sentencepiece_model_get_no_space_of_their_own(tmp_path
 
 @pytest.mark.slow
 def test_the_round_trip_of_the_last_document_counts(tmp_path, capsys):
-    """A million characters that the tokenizer knows, in many batches, and then some that it does not."""
+    """A million characters in the vocabulary, in many batches, followed by some outside it."""
     make_sentencepiece(tmp_path / "tokenizer", byte_fallback=False)
     path = write(tmp_path / "a.txt", "the same line again\n" * 60_000 + "日本語\n")
     options = {"tokenizer": str(tmp_path / "tokenizer"), "unit": "line"}
@@ -260,7 +260,7 @@ def test_data_without_a_scored_token_are_refused(tmp_path, chat_tokenizer, recor
 
 
 def test_the_end_of_a_chat_is_scored_after_the_assistant_alone(tmp_path, chat_tokenizer):
-    """It is what the model is to say next; after a user's turn that is not the end."""
+    """The end token is scored only if the last segment is; after a user's turn the model should not end the text."""
     path = write(tmp_path / "a.jsonl", jsonl(chat("user", "assistant"), chat("user", "assistant", "user")))
     config = {"inputs": (str(path),), "output": tmp_path / "out", "tokenizer": chat_tokenizer}
     prepare(PrepareConfig(**config, messages_key="m", append_eod=True))

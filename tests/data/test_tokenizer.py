@@ -201,7 +201,7 @@ def test_files_beside_a_model_count_as_in_transformers(tmp_path, legacy, add_bos
 
 
 def test_text_beside_added_tokens_is_as_sentencepiece_has_it(tmp_path, corpora, llama):
-    """transformers merges Llama's runs of spaces before all else; the model was trained on what sentencepiece does."""
+    """transformers merges Llama's runs of spaces first; the model was trained on sentencepiece's order."""
     folder = make_llama(tmp_path / "llama", chat_template="x")
     shutil.copyfile(llama, folder / "tokenizer.model")
     tokenizer, reference = load_tokenizer(folder), SentencePieceProcessor(model_file=str(llama))

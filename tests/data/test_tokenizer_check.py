@@ -56,7 +56,7 @@ def test_a_saved_tokenizer_is_the_same_beside_any_model(tmp_path, make, model_ty
 
 
 def test_a_class_chosen_by_model_type_is_refused(tmp_path):
-    """For Qwen 2 transformers rebuilds whatever tokenizer there is as a Qwen2Tokenizer."""
+    """For Qwen 2 transformers rebuilds any tokenizer as a Qwen2Tokenizer."""
     tokenizer = load_tokenizer(make_metaspace(tmp_path / "source"))
     tokenizer.save(tmp_path / "saved")
     (tmp_path / "saved/config.json").write_text('{"model_type": "qwen2"}')
@@ -90,7 +90,7 @@ def test_another_tokenizer_is_refused(tmp_path, change, message):
 
 
 def test_transformers_own_conversion_of_llama_is_refused(tmp_path):
-    """It merges runs of spaces first, which have the lowest score."""
+    """transformers merges runs of spaces first, although they have the lowest score."""
     model = make_llama_model(tmp_path / "llama.model")
     (tmp_path / "hand-made").mkdir()
     shutil.copyfile(model, tmp_path / "hand-made/tokenizer.model")

@@ -20,7 +20,7 @@ PADDED = 128
 
 
 def split_heads(matrix, version, size):
-    """Cut transformers' c_attn, as (out, in), over ranks in the order Megatron-LM had by then."""
+    """Shard transformers' c_attn, as (out, in), over ranks in the row order of a Megatron-LM version."""
     parts = []
     heads = {kind: [] for kind in "qkv"}
     for kind, block in zip("qkv", matrix.split(HEADS * WIDTH), strict=True):
@@ -147,7 +147,7 @@ def test_to_ranks_and_back(tmp_path):
 
 @pytest.fixture
 def megatron_enums(monkeypatch):
-    """The modules whose classes real checkpoints name; they are gone when the checkpoint is read."""
+    """Modules whose classes real checkpoints refer to; they are removed before reading."""
     enums, scaler = types.ModuleType("megatron.model.enums"), types.ModuleType("fp16.loss_scaler")
     enums.ModelType = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module="megatron.model.enums")
     scaler.DynamicLossScaler = type("DynamicLossScaler", (), {"__module__": "fp16.loss_scaler"})

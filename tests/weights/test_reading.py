@@ -94,7 +94,7 @@ def test_stored_dtypes_stay(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache of the hub with nothing in it; hub(model, **options) puts someone/tiny there and returns its folder."""
+    """An empty hub cache; hub(model, **options) adds someone/tiny and returns its folder."""
 
     def put(model, **options):
         commit = "0" * 40

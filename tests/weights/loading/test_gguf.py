@@ -1,4 +1,4 @@
-"""GGUF files of which transformers would make another model: refused, and those it makes right are exact."""
+"""GGUF files that transformers would load wrongly are refused; those it loads correctly are exact."""
 
 import numpy
 import pytest
@@ -17,7 +17,7 @@ TOKENS = torch.arange(20)[None]
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Return a function that writes a file of the toy's Llama with more settings, texts and tensors."""
+    """Return a function that writes the toy Llama with extra settings, texts and tensors."""
     from gguf import GGUFWriter
 
     write_header = GGUFWriter.write_header_to_file

@@ -1,4 +1,4 @@
-"""Model folders whose weights and config.json disagree: refused however they are loaded, and never guessed at."""
+"""Model folders whose weights and config.json disagree are refused however they are loaded."""
 
 import logging
 import shutil
@@ -181,7 +181,7 @@ def test_what_older_versions_stored_besides_is_left_out(case, tmp_path):
 
 
 def test_layers_that_transformers_leaves_out_on_purpose_are_no_error(tmp_path):
-    """GLM-4's multi-token prediction layer is in its files, and in the list of what transformers does not load."""
+    """GLM-4's files contain its multi-token prediction layer, which transformers is configured to ignore."""
     from transformers import AutoModelForCausalLM
     from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoePreTrainedModel
 
@@ -200,7 +200,7 @@ def test_layers_that_transformers_leaves_out_on_purpose_are_no_error(tmp_path):
 
 
 def test_a_folder_with_two_sets_of_weights_is_refused(tmp_path):
-    """transformers reads model.safetensors, others the index."""
+    """transformers reads model.safetensors; other programs read the index."""
     folder = make_folder(tmp_path / "model", "llama", lambda _: None)
     make_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert load_language_model(str(tmp_path / "sharded"))
