@@ -118,7 +118,7 @@ def test_names_and_kinds_are_told_apart(tmp_path):
 )
 def test_what_is_not_there_is_named(tmp_path, name, kind, offset, numel, held):
     folder = write_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=f"holds {held} of {numel} elements of {kind} of {name}"):
+    with pytest.raises(CheckpointError, match=f"has {held} of {numel} elements of {kind} of {name}"):
         CheckpointReader(folder, verify(folder)).read(name, kind, offset, numel)
 
 
