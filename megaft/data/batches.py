@@ -1,4 +1,4 @@
-"""Micro-batches: this rank's share of a step's samples, stacked and padded."""
+"""Micro-batches: this rank's samples of a step, stacked and padded."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from megaft.data.samples import IGNORE_INDEX, Sample
 from megaft.data.sequence import Samples
 
 PADDED_TO = 64
-"""Samples of one document are padded to the longest of their micro batch, rounded up to this."""
+"""Single-document samples are padded to the longest of their micro-batch, rounded up to a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro batch on one rank; rows are padded at the end with labels that are not scored."""
+    """A micro-batch on one rank; rows are padded at the end with unscored labels."""
 
     input_ids: Int64[Tensor, "batch time"]
     labels: Int64[Tensor, "batch time"]
     document_ids: Int64[Tensor, "batch time"] | None
     num_tokens: int
-    """Input tokens, without padding."""
+    """Input tokens without padding."""
     num_scored: int
     first_position: int
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the model's inputs on its device, copied from pinned memory without waiting for a GPU."""
+        """Return the model's inputs on its device, copied from pinned memory asynchronously."""
 
         def moved(tensor: Tensor) -> Tensor:
             return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
@@ -54,13 +54,13 @@ class BatchSplit:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_ranks
 
     def first_positions(self, position: int) -> list[int]:
-        """Return the first position of each of this rank's micro batches, in a step that begins at `position`.
+        """Return the first sample position of each of this rank's micro-batches, in a step that begins at `position`.
 
-        Piece m of rank r is number m * num_ranks + r of the global batch, so that with one micro-batch size the same
-        pieces exist on any number of ranks.
+        Micro-batch m of rank r is number m * num_ranks + r of the global batch, so for a given micro-batch size the
+        micro-batches are the same on any number of ranks.
         """
-        pieces = range(self.rank, self.gradient_accumulation_steps * self.num_ranks, self.num_ranks)
-        return [position + piece * self.micro_batch_size for piece in pieces]
+        numbers = range(self.rank, self.gradient_accumulation_steps * self.num_ranks, self.num_ranks)
+        return [position + number * self.micro_batch_size for number in numbers]
 
 
 def micro_batches(
@@ -70,20 +70,22 @@ def micro_batches(
     split: BatchSplit,
     row_length: int | None,
 ) -> list[Batch]:
-    """Return this rank's micro batches of a step.
+    """Return this rank's micro-batches of a step.
 
     Args:
         samples: The run's samples.
-        position: Samples taken by the steps before.
-        left_out: Samples of the whole sequence that the run does without.
-        split: How the step's samples are dealt.
-        row_length: As `Samples.row_length` gives it.
+        position: Samples taken by earlier steps.
+        left_out: Samples of the full sequence that the run skips.
+        split: Split of the global batch over ranks and micro-batches.
+        row_length: From `Samples.row_length`.
     """
     keep_documents, longest = samples.attend_within_documents, samples.context_length
     batches = []
     for first in split.first_positions(position):
-        chosen = [whole_position(first + row, left_out) for row in range(split.micro_batch_size)]
-        batches.append(collate([samples[place] for place in chosen], chosen[0], row_length, keep_documents, longest))
+        positions = [whole_position(first + row, left_out) for row in range(split.micro_batch_size)]
+        batches.append(
+            collate([samples[index] for index in positions], positions[0], row_length, keep_documents, longest)
+        )
     return batches
 
 
@@ -93,11 +95,11 @@ def collate(
     """Stack samples into a batch.
 
     Args:
-        rows: Its samples.
-        first_position: Position of the first in the run's sequence.
+        rows: Samples of the batch.
+        first_position: Position of the first sample in the run's sequence.
         row_length: None pads to the longest sample, rounded up to a multiple of PADDED_TO.
-        keep_documents: Whether the batch tells the model which tokens are of one document.
-        longest: Largest row length that rounding up may give: the model has no positions beyond it.
+        keep_documents: Include the document ids, which keep attention within documents.
+        longest: Upper limit of the rounded row length, for models without later positions.
     """
     rounded = -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
     length = row_length or min(rounded, longest or rounded)

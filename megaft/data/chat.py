@@ -1,4 +1,4 @@
-"""Chats: check the messages, render them by a tokenizer's chat template, and count the turns of each role."""
+"""Chats: validate messages, render them with a chat template, and count the turns of each role."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ if TYPE_CHECKING:
     from megaft.data.tokenizer import Messages
 
 SCORED_ROLE = "assistant"
-"""The role whose turns are trained on."""
+"""Role whose turns are trained on."""
 
 PROMPT_ROLES = frozenset(
     {"system", "developer", "user", "tool", "function", "environment", "ipython", "observation", "documents", "context"}
 )
-"""Roles of common chat templates whose turns are only read."""
+"""Roles of common chat templates whose turns are context only."""
 
 ASSISTANT_ROLES = frozenset(
     {"assistant", "gpt", "chatgpt", "gpt4", "model", "bot", "chatbot", "ai", "bing", "bard", "claude", "llama"}
     | {"response", "answer", "output", "completion"}
 )
-"""Names that chat datasets give the assistant; compared in lower case, without punctuation."""
-
+"""Other names of the assistant in chat datasets, compared in lower case without punctuation."""
 
 TOOL_KEYS = ("tools", "functions")
-"""Keys, beside that of the messages, under which OpenAI's format defines tools; no template is given them."""
+"""Record keys for tool definitions in OpenAI's format; they are not passed to the template."""
 
 
 class Renderer:
-    """Renders chats by a tokenizer's `apply_chat_template`, and counts the turns.
+    """Renders chats with a tokenizer's `apply_chat_template` and counts the turns.
 
     Attributes:
         turns: Messages of each role so far.
-        changed: Those whose content, or the name of a tool they call, the rendered text does not hold, by role.
-        weight_0: Turns of the assistant that are not scored because their weight is 0.
+        changed: Messages whose content, or called tool's name, is missing from the rendered text, by role.
+        weight_0: Assistant turns that are not scored because their weight is 0.
         empty: Scored turns with neither text nor a tool call: only the template's end of turn is scored.
         with_tools: Records that define tools.
         first_tools: File and line of the first such record.
@@ -59,12 +58,12 @@ class Renderer:
         Raises:
             DataError: As `require_messages` and `segments`.
         """
-        found = segments(where, require_messages(where, key, messages), self._apply_chat_template)
+        rendered_segments = segments(where, require_messages(where, key, messages), self._apply_chat_template)
         self.turns.update(message["role"] for message in messages)
         self.weight_0 += sum(message["role"] == SCORED_ROLE and message.get("weight") == 0 for message in messages)
         self.empty += sum(_is_scored(message) and not any(_kept_parts(message)) for message in messages)
-        self.changed.update(changed_roles(messages, "".join(segment.text for segment in found)))
-        return found
+        self.changed.update(changed_roles(messages, "".join(segment.text for segment in rendered_segments)))
+        return rendered_segments
 
     def count_tools(self, record: Record) -> None:
         """Count the record if it defines tools."""
@@ -73,11 +72,11 @@ class Renderer:
             self.first_tools = self.first_tools or record.where
 
     def warnings(self) -> list[str]:
-        """Return warnings of uncommon roles, of content that the template does not keep, empty answers, and tools."""
+        """Return warnings about unknown roles, content lost by the template, empty answers, and tool definitions."""
         unknown = [role for role in sorted(self.turns) if role != SCORED_ROLE and role.lower() not in PROMPT_ROLES]
         tools = (
             f"{self.with_tools:,} records define tools beside their messages ({' or '.join(TOOL_KEYS)}; first "
-            f"{self.first_tools}), which are not rendered; put them into a system turn."
+            f"{self.first_tools}), which are not rendered; put them in a system turn."
         )
         empty = f"turns of role {SCORED_ROLE!r} have no text ({self.empty:,}); only their end of turn is trained on."
         return [
@@ -97,7 +96,7 @@ def changed_roles(messages: Messages, text: str) -> list[str]:
 
 
 def changed_warnings(changed: Counter[str]) -> list[str]:
-    """Return a line for each role whose turns the template does not keep."""
+    """Return a warning for each role whose content the template leaves out or changes."""
     return [
         f"the chat template leaves out or changes the content of turns of role {role!r} ({number:,})."
         for role, number in sorted(changed.items())
@@ -112,15 +111,15 @@ def _kept_parts(message: dict[str, Any]) -> list[str]:
 
 
 def template_sha256(template: Any) -> str:
-    """Return the SHA-256 of a chat template's text, as of its file chat_template.jinja; of several, of their JSON."""
+    """Return the SHA-256 of a chat template, as of chat_template.jinja; for several templates, of their JSON."""
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return sha256(text.encode()).hexdigest()
 
 
 def require_messages(where: str, key: str, messages: Any) -> Messages:
-    """Return messages that have a role and a text each, and perhaps a `weight` of 0 or 1, as OpenAI's format has it.
+    """Return valid messages: a role and a content each, and an optional `weight` of 0 or 1, as in OpenAI's format.
 
-    A weight of null, as tables have it where only some messages have a weight, counts as 1.
+    A weight of null, as in tables where only some messages have a weight, counts as 1.
 
     Args:
         where: The file and line, or the setting.
@@ -128,7 +127,7 @@ def require_messages(where: str, key: str, messages: Any) -> Messages:
         messages: Its value.
 
     Raises:
-        DataError: They have not, or a role is another name of the assistant's, whose turns would not be trained on.
+        DataError: A message is invalid, or its role is another name of the assistant, which would not be trained on.
     """
     if not isinstance(messages, list) or not messages:
         raise DataError(
@@ -150,7 +149,7 @@ def require_messages(where: str, key: str, messages: Any) -> Messages:
 
 
 def _fault(message: Any) -> str | None:
-    """Return how a message differs from an object with a role and a content, both strings, and how to mend it."""
+    """Return a message's fault and its fix, or None. A valid message has a role and a content, both strings."""
     if not isinstance(message, dict):
         return f"is a {type(message).__name__}; give an object with a role and a content"
     if "role" not in message and {"from", "value"} <= message.keys():  # ShareGPT's form
@@ -161,7 +160,7 @@ def _fault(message: Any) -> str | None:
         return f"has the role {message.get('role')!r}; give a string, such as 'user'"
     content, role = message.get("content"), message["role"]
     if isinstance(content, list):
-        return f"of role {role!r}, has a content in parts (a list); join their texts into one string"
+        return f"of role {role!r}, has a list as content; join the texts of its parts into one string"
     if content is None and message.get("tool_calls"):
         return f'of role {role!r}, has tool_calls and no content; give the content ""'
     if content is None:
@@ -169,12 +168,12 @@ def _fault(message: Any) -> str | None:
     if not isinstance(content, str):
         return f"of role {role!r}, has the content {content!r:.40}; give a string"
     if "\0" in content:
-        return f"of role {role!r}, has a NUL character (\\u0000), which no text has; leave it out"
+        return f"of role {role!r}, has a NUL character (\\u0000), which is not text; remove it"
     return None
 
 
 def scored_contents(messages: Messages) -> list[str]:
-    """Return the content of each turn that is trained on."""
+    """Return the content of each scored turn."""
     return [message["content"] for message in messages if _is_scored(message)]
 
 
@@ -183,64 +182,65 @@ def _is_scored(message: dict[str, Any]) -> bool:
 
 
 def segments(where: str, messages: Messages, render: Callable[..., str]) -> list[Segment]:
-    """Return the rendered messages; only the assistant's turns are scored, and not those of weight 0.
+    """Render messages to segments; only the assistant's turns are scored, except those of weight 0.
 
     Args:
         where: The file and line.
-        messages: Of `require_messages`.
-        render: Messages -> text, with `add_generation_prompt` up to where the assistant would speak.
+        messages: Validated by `require_messages`.
+        render: Messages -> text; with `add_generation_prompt`, up to where the assistant's turn begins.
 
     Raises:
-        DataError: The template refuses messages, or does not keep what it rendered before, so that turns cannot be
-            told apart.
+        DataError: The template refuses the messages, or rewrites earlier turns, so that turns cannot be separated.
     """
-    found: list[Segment] = []
+    result: list[Segment] = []
     done = ""
     for end, message in enumerate(messages):
         if message["role"] == SCORED_ROLE:
             prompt = rendered(where, messages[:end], render, add_generation_prompt=True)
             begin = _after(where, done, prompt, "rewrites earlier turns")
             done = rendered(where, messages[: end + 1], render)
-            answer = _after(where, prompt, done, "begins an answer otherwise than its generation prompt")
-            found += [Segment(begin, False), Segment(answer, _is_scored(message))]
+            answer = _after(where, prompt, done, "begins an answer differently from its generation prompt")
+            result += [Segment(begin, False), Segment(answer, _is_scored(message))]
     rest = _after(where, done, rendered(where, messages, render), "rewrites earlier turns")
-    return [*found, Segment(rest, False)] if rest else found
+    return [*result, Segment(rest, False)] if rest else result
 
 
 def rendered(where: str, messages: Messages, render: Callable[..., str], *, add_generation_prompt: bool = False) -> str:
-    """Return the text of messages by a chat template.
+    """Render messages to text with a chat template.
 
     Raises:
-        DataError: The template refuses them; with the place, their roles, the template's words and a way out.
+        DataError: The template refuses them; the message has their location and roles, the template's error and a fix.
     """
     try:
         return render(messages, add_generation_prompt=add_generation_prompt)
     except ChatTemplateError as error:
         roles = ", ".join(f"{message['role']!r:.40}" for message in messages[:8]) + ", ..." * (len(messages) > 8)
-        raise DataError(f"{where}: {error} ({_named(roles)}); {_way_out(roles, error)}.") from error
+        raise DataError(f"{where}: {error} ({_named(roles)}); {_fix(roles, error)}.") from error
 
 
 def _named(roles: str) -> str:
-    return f"roles: {roles}" if roles else "without a message before the assistant's"
+    return f"roles: {roles}" if roles else "no message before the assistant's"
 
 
-def _way_out(roles: str, error: ChatTemplateError) -> str:
-    says = str(error).lower()
+def _fix(roles: str, error: ChatTemplateError) -> str:
+    reason = str(error).lower()
     if not roles:
-        return f"begin the chat with a turn of the user's, not of role {SCORED_ROLE!r}"
-    if "alternat" in says:
-        return "begin with a turn of the user's, and join neighbouring turns of one role into one"
-    if "system" in says and "system" in roles:
-        return "put the system turn's content in front of the first user's"
-    return "give messages that it takes, a chat model's own template, or prompts and completions instead of chats"
+        return f"begin the chat with a user turn, not one of role {SCORED_ROLE!r}"
+    if "alternat" in reason:
+        return "begin with a user turn, and merge consecutive turns of the same role"
+    if "system" in reason and "system" in roles:
+        return "move the system turn's content to the start of the first user turn"
+    return "give messages that it accepts, another chat model's tokenizer, or prompts and completions instead of chats"
 
 
 def _after(where: str, beginning: str, text: str, fault: str) -> str:
     if not text.startswith(beginning):
-        at = next((at for at, (one, other) in enumerate(zip(beginning, text, strict=False)) if one != other), len(text))
+        at = next(
+            (at for at, (left, right) in enumerate(zip(beginning, text, strict=False)) if left != right), len(text)
+        )
         raise DataError(
-            f"{where}: the chat template {fault}, {text[at : at + 40]!r} in place of {beginning[at : at + 40]!r}; use "
-            "prompt and completion keys, with the prompt as generation is to see it."
+            f"{where}: the chat template {fault}, {text[at : at + 40]!r} instead of {beginning[at : at + 40]!r}; "
+            "use prompt and completion keys, with the prompt exactly as in generation."
         )
     return text.removeprefix(beginning)
 

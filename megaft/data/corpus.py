@@ -1,4 +1,4 @@
-"""Read documents from files: their boundaries, and the segments of each that are scored."""
+"""Read documents from files: document boundaries, and the scored segments of each document."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _WIDE_SPACES = [space for code in range(128, 0x3001) if (space := chr(code)).iss
 
 @dataclass(frozen=True, slots=True)
 class RawDocument:
-    """One document as its file has it."""
+    """One document as stored in its file, before detokenization."""
 
     where: str
     """The file and line."""
     segments: Sequence[Segment]
     counted: Sequence[str]
-    """Strings whose words and bytes are counted: the text, the completion, or the content of each scored turn."""
+    """Strings whose words and bytes count: the text, the completion, or the content of each scored turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
     """One document, detokenized, with the words (by `str.split`) and UTF-8 bytes of its original text.
 
-    Of a prompt with its completion these are the completion's, of a chat those of the contents of its scored turns.
+    For a prompt and completion, the counts are the completion's; for a chat, those of its scored turns' contents.
     """
 
     segments: tuple[Segment, ...]
@@ -47,7 +47,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A document, or a part of one that may be tokenized by itself; the counts are its share of the document's."""
+    """A document, or a part of one that can be tokenized on its own; the counts are its share of the document's."""
 
     segments: tuple[Segment, ...]
     num_words: int
@@ -57,7 +57,7 @@ class Chunk:
 
     @property
     def text(self) -> str:
-        """The text that is tokenized as one string."""
+        """Text tokenized as one string."""
         return self.segments[0].text if len(self.segments) == 1 else "".join(part.text for part in self.segments)
 
 
@@ -71,16 +71,16 @@ class TextLayout:
     completion_key: str | None = None
     messages_key: str | None = None
     detokenize: Callable[[str], str] | None = None
-    """Detokenizer; None leaves the text as it is."""
+    """Detokenizer; None leaves the text unchanged."""
     render: Renderer | None = None
     """The tokenizer's chat template."""
 
 
 def documents(source: TextFile, layout: TextLayout) -> Iterator[Document]:
-    """Yield the documents of one file without the blank ones; blank records are counted in the source.
+    """Yield the non-blank documents of one file; count blank records in `source`.
 
     Raises:
-        DataError: The file has no documents, or a record that cannot be used, named by its line.
+        DataError: The file has no documents, or a record is invalid; the message names its line.
     """
     read = _texts if source.format == "text" else _records
     document = None
@@ -95,11 +95,11 @@ def documents(source: TextFile, layout: TextLayout) -> Iterator[Document]:
 
 
 def chunks(source: TextFile, layout: TextLayout, *, can_split: bool) -> Iterator[Chunk]:
-    """Yield the documents of one file in chunks, each to be tokenized by itself: whole documents unless `can_split`.
+    """Yield the documents of one file in chunks that are tokenized separately: whole documents unless `can_split`.
 
     Args:
         source: The file.
-        layout: Where its documents are.
+        layout: Layout of its documents.
         can_split: Split long texts at spaces (`Tokenizer.splits_at_spaces`). A file that is one document is then never
             held in memory as a whole, unless it has to be detokenized.
 
@@ -114,19 +114,19 @@ def chunks(source: TextFile, layout: TextLayout, *, can_split: bool) -> Iterator
 
 
 def with_control_code(parts: Iterable[Chunk], code: str) -> Iterator[Chunk]:
-    """Yield the chunks with a control code, which is not scored, and a space before each document's text."""
+    """Put an unscored control code and a space before each document's text; yield the chunks."""
     begins_document = True
     for chunk in parts:
         if begins_document:
-            first, *others = chunk.segments
-            segments = (Segment(code, False), Segment(f" {first.text}", first.is_scored), *others)
+            first, *rest = chunk.segments
+            segments = (Segment(code, False), Segment(f" {first.text}", first.is_scored), *rest)
             chunk = replace(chunk, segments=segments)
         yield chunk
         begins_document = chunk.ends_document
 
 
 def split_at_spaces(blocks: Iterable[str]) -> Iterator[str]:
-    """Re-cut a text's blocks, each before its last space or newline that follows a non-space; none is empty."""
+    """Regroup a text's blocks to end before a space or newline that follows a non-space; yield no empty block."""
     held: list[str] = []
     for block in blocks:
         at = _last_split(block)
@@ -158,7 +158,7 @@ def _streamed(source: TextFile) -> Iterator[Chunk]:
 
 
 def split_document(document: Document, *, can_split: bool) -> Iterator[Chunk]:
-    """Yield a document as chunks of about BLOCK_BYTES if it may be cut, and as one otherwise."""
+    """Yield a document in chunks of about BLOCK_BYTES if it can be split, otherwise as one chunk."""
     if can_split and sum(len(segment.text) for segment in document.segments) > BLOCK_BYTES:
         *first, last = _split_segments(document.segments)
     else:
@@ -168,16 +168,16 @@ def split_document(document: Document, *, can_split: bool) -> Iterator[Chunk]:
 
 
 def _split_segments(segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
-    """Cut the segments' text, as one string, at spaces; yield the segments of each part."""
+    """Split the segments' concatenated text at spaces; yield the segments of each part."""
     text = "".join(segment.text for segment in segments)
-    borders = list(pairwise(accumulate((len(segment.text) for segment in segments), initial=0)))
+    bounds = list(pairwise(accumulate((len(segment.text) for segment in segments), initial=0)))
     begin = 0
     for part in split_at_spaces(_slices(text)):
         end = begin + len(part)
-        is_last = end == len(text)  # to which the empty segments at the end belong
+        is_last = end == len(text)  # trailing empty segments belong to it
         yield tuple(
             Segment(text[max(begin, left) : min(end, right)], segment.is_scored)
-            for segment, (left, right) in zip(segments, borders, strict=True)
+            for segment, (left, right) in zip(segments, bounds, strict=True)
             if right > begin and (left < end or is_last)
         )
         begin = end
@@ -197,7 +197,7 @@ def _document(raw: RawDocument, detokenize: Callable[[str], str] | None) -> Docu
 
 
 def count(text: str) -> tuple[int, int]:
-    """Return the words, as len(text.split()), and the UTF-8 bytes of a text, without making the words."""
+    """Return the number of words, equal to len(text.split()), and of UTF-8 bytes, without building the words."""
     data = text.encode()
     if any(space in text for space in _WIDE_SPACES):
         return len(text.split()), len(data)

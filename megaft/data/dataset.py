@@ -17,7 +17,7 @@ class Dataset:
 
     @cached_property
     def receipt(self) -> dict[str, Any]:
-        """The receipt, read and checked at its first use only.
+        """The receipt, read and validated on first access.
 
         Raises:
             DataError: As `load_receipt`.

@@ -1,4 +1,4 @@
-"""Write tokenized documents to disk: leave out short ones, begin and end each, mark scored tokens, and count."""
+"""Write tokenized documents to disk: skip short ones, add opening and end tokens, store the loss mask, and count."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megaft.data.receipt import temporary
 
 @dataclass(slots=True)
 class Counts:
-    """Counts of a dataset; words and UTF-8 bytes are of the original text of the documents kept.
+    """Counts of a dataset. Words and UTF-8 bytes are those of the original text of the documents written.
 
-    `documents_skipped` are those left out as too short; `documents_unscored` are kept, but none of their own text is
-    scored. The places are the first such document's file and line.
+    `documents_skipped` are too short; `documents_unscored` are written, but have no scored text of their own.
+    `first_skipped` and `first_unscored` are the file and line of the first of each.
     """
 
     documents: int = 0
@@ -34,7 +34,7 @@ class Counts:
 
 
 class DocumentWriter:
-    """Writer of a dataset's temporary files: the tokens, and with `has_mask` a loss mask, 1 for each scored token."""
+    """Writer of a dataset's temporary files: the tokens and, with `has_mask`, a loss mask (1 for a scored token)."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class DocumentWriter:
 
         Args:
             prefix: Path of the dataset's files, without their suffixes.
-            vocab_size: Number of token ids, which decides the integer type on disk.
+            vocab_size: Number of token ids, which determines the integer dtype on disk.
             has_mask: Write the loss mask.
-            min_tokens: Documents whose own text has fewer tokens are left out.
-            opening_ids: Special tokens put before each document, unless its text spells them; never scored.
-            eod_id: End-of-document token, scored where the document's last segment is; None appends none.
+            min_tokens: Skip documents whose own text has fewer tokens.
+            opening_ids: Special tokens put before each document, unless its text begins with them; never scored.
+            eod_id: End-of-document token, scored if the document's last segment is; None appends no token.
         """
         self.counts = Counts()
         self._prefix, self._min_tokens, self._eod_id = prefix, min_tokens, eod_id
@@ -69,17 +69,17 @@ class DocumentWriter:
         return self._tokens.dtype
 
     def add(self, encoded: EncodedChunk) -> None:
-        """Add the next chunk of the document, and end it where the chunk does."""
+        """Add the next chunk of the document; end the document if the chunk ends it."""
         chunk, ids, is_scored = encoded.chunk, encoded.ids, encoded.is_scored
         if not self._is_open:
             ids, is_scored = self._open_document(ids, is_scored)
-        self._held.append((ids, is_scored))
+        self._buffer.append((ids, is_scored))
         self._has_scored_text = self._has_scored_text or bool(is_scored.any())
         self._num_tokens += len(ids)
         self._num_words += chunk.num_words
         self._num_bytes += chunk.num_bytes
         if self._num_tokens >= self._min_tokens:
-            self._write_held()
+            self._flush()
         if chunk.ends_document:
             self._end_document(chunk.where, is_end_scored=chunk.segments[-1].is_scored)
 
@@ -90,25 +90,25 @@ class DocumentWriter:
         return self._tokens.close(temporary(self._prefix, ".idx"))
 
     def _start_document(self) -> None:
-        # Held until the document is known to be long enough to keep.
-        self._held: list[tuple[Tokens, Bool[np.ndarray, " tokens"]]] = []
+        # Buffered until the document is known to be long enough.
+        self._buffer: list[tuple[Tokens, Bool[np.ndarray, " tokens"]]] = []
         self._is_open = self._has_scored_text = False
         self._num_tokens = self._num_words = self._num_bytes = 0
 
     def _open_document(
         self, ids: Tokens, is_scored: Bool[np.ndarray, " tokens"]
     ) -> tuple[Integer[np.ndarray, " rest"], Bool[np.ndarray, " rest"]]:
-        """Hold the opening tokens, and return what follows them; a text that spells them does not get them twice."""
+        """Buffer the opening tokens and return the tokens after them; a text that begins with them gets them once."""
         self._is_open = True
         length = len(self._opening_ids)
-        self._held.append((self._opening_ids, np.zeros(length, bool)))
-        is_spelled = np.array_equal(ids[:length], self._opening_ids)
-        return (ids[length:], is_scored[length:]) if is_spelled else (ids, is_scored)
+        self._buffer.append((self._opening_ids, np.zeros(length, bool)))
+        begins_with_them = np.array_equal(ids[:length], self._opening_ids)
+        return (ids[length:], is_scored[length:]) if begins_with_them else (ids, is_scored)
 
-    def _write_held(self) -> None:
-        for tokens, is_scored in self._held:
+    def _flush(self) -> None:
+        for tokens, is_scored in self._buffer:
             self._write(tokens, is_scored)
-        self._held = []
+        self._buffer = []
 
     def _write(self, tokens: Tokens, is_scored: Bool[np.ndarray, " tokens"]) -> None:
         self._tokens.add(tokens)

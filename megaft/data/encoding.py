@@ -1,4 +1,4 @@
-"""Tokenize chunks of documents as whole strings, mark the tokens that are scored, and check the round trip."""
+"""Tokenize chunks of documents, build their loss masks, and check the round trip."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BATCHES_AHEAD = 8
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """A chunk's tokens."""
+    """A chunk with its tokens and loss mask."""
 
     chunk: Chunk
     ids: Tokens
@@ -29,10 +29,10 @@ class EncodedChunk:
 
 
 class Encoder:
-    """Tokenizes chunks in batches, some of them ahead in a thread, without Python's lock, while the caller works.
+    """Tokenizes chunks in batches, ahead of the caller in a thread that does not hold the GIL.
 
     Attributes:
-        is_lossless: Whether decoding gave back the text of every chunk tokenized so far.
+        is_lossless: True if decoding has reproduced the text of every chunk so far.
     """
 
     def __init__(self, tokenizer: AnyTokenizer) -> None:
@@ -40,7 +40,7 @@ class Encoder:
         self._tokenizer = tokenizer
 
     def __call__(self, chunks: Iterable[Chunk]) -> Iterator[list[EncodedChunk]]:
-        """Yield the chunks with their tokens, a batch at a time."""
+        """Yield batches of tokenized chunks."""
         queue: deque[Future[list[EncodedChunk]]] = deque()
         with ThreadPoolExecutor(1) as pool:
             for batch in _batches(chunks):
@@ -58,29 +58,29 @@ class Encoder:
             masks = [scored_tokens(chunk, spans) for chunk, (_, spans) in zip(batch, encodings, strict=True)]
         else:
             ids = self._tokenizer.encode_batch(texts)
-            masks = [np.full(len(one), chunk.segments[0].is_scored) for chunk, one in zip(batch, ids, strict=True)]
+            masks = [np.full(len(row), chunk.segments[0].is_scored) for chunk, row in zip(batch, ids, strict=True)]
         self._check(texts, ids)
-        # Lists of millions of ids would be walked again and again by the garbage collector.
-        arrays = [np.fromiter(one, np.int32, len(one)) for one in ids]
+        # Arrays, because the garbage collector would repeatedly traverse lists of millions of ids.
+        arrays = [np.fromiter(row, np.int32, len(row)) for row in ids]
         return [EncodedChunk(*columns) for columns in zip(batch, arrays, masks, strict=True)]
 
     def _check(self, texts: list[str], ids: list[list[int]]) -> None:
-        """Check the round trip, until the first text that does not come back."""
+        """Check the round trip until the first text that decoding does not reproduce."""
         if self.is_lossless and self._tokenizer.decode_batch(ids) != texts:
             self.is_lossless = False
-            print("warning: the tokenizer loses text: decoding does not give it back.", file=sys.stderr)
+            print("warning: the tokenizer is lossy: decoding does not reproduce the text.", file=sys.stderr)
 
 
 def scored_tokens(chunk: Chunk, spans: list[Span]) -> Bool[np.ndarray, " tokens"]:
-    """Return the mask of scored tokens: those with at least one character of a scored segment.
+    """Return the loss mask of a chunk: tokens with at least one character of a scored segment.
 
-    A token across a border belongs to the scored side, as in the `assistant_masks` of transformers: unscored, a
-    completion's first word would never be learnt. (TRL counts the tokens of the prompt by itself instead.)
+    A token across a segment boundary is scored, as in transformers' `assistant_masks`; otherwise the first word of a
+    completion might never be learned. (TRL counts the prompt's tokens separately instead.)
 
     Args:
-        chunk: Its segments say which characters are scored.
-        spans: Where each token begins and ends in the chunk's text. One that covers no character, such as a space that
-            the tokenizer puts before a text or the first bytes of a character, counts as the character that follows.
+        chunk: The text; its segments determine the scored characters.
+        spans: Character span of each token. An empty span, such as that of a prefix space or of the first bytes of a
+            character, counts as the next character.
     """
     lengths = [len(segment.text) for segment in chunk.segments]
     is_scored = np.repeat([segment.is_scored for segment in chunk.segments], lengths)

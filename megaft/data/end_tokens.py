@@ -1,4 +1,4 @@
-"""End-of-sequence tokens: the ids at which a model's own files say that a text is over."""
+"""End-of-sequence token ids from a model's generation_config.json, config.json and tokenizer."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ KEY = "eos_token_id"
 
 
 def end_ids(source: str, tokenizer: AnyTokenizer, vocab_size: int) -> frozenset[int]:
-    """Return every id that ends a text: the model's, as transformers' `generate` takes them, and the tokenizer's.
+    """Return all end-of-sequence ids: the model's, as in transformers' `generate`, and the tokenizer's.
 
-    generation_config.json counts, and config.json where that names none. The tokenizer's end token is what training
-    puts behind every document, so it ends a text too. A default of config.json's class may lie outside a small
-    vocabulary, where it never occurs.
+    generation_config.json takes precedence over config.json. Training puts the tokenizer's end token after every
+    document, so it ends a text too. Defaults of the configuration class may lie outside a small vocabulary; they are
+    ignored.
 
     Args:
-        source: The model: a folder, a hub name or a GGUF file, of which only the tokenizer's end token is used.
+        source: The model: a folder, a hub name, or a GGUF file, for which only the tokenizer's end token is used.
         tokenizer: The model's.
         vocab_size: Of the model.
 
     Raises:
-        DataError: A file is damaged, or names what cannot be an id.
+        DataError: A file is damaged, or an id is invalid.
     """
     named = set() if source.endswith(".gguf") else _named(source, vocab_size)
     return frozenset(named if tokenizer.eos_id is None else named | {tokenizer.eos_id})
@@ -54,17 +54,17 @@ def _ids(path: Path | None, value: Any, vocab_size: int, *, is_strict: bool) -> 
         if not is_id or (is_strict and id_ >= vocab_size):
             raise DataError(
                 f"{path}: {KEY} is {json.dumps(value)[:80]}; use a token id from 0 to {vocab_size - 1}, or a list of "
-                "them, or give --ignore-eos."
+                "ids, or give --ignore-eos."
             )
     return {id_ for id_ in ids if id_ < vocab_size}
 
 
 def _read(source: str, name: str) -> tuple[Path | None, dict[str, Any]]:
-    """Return a file of the model and its content, {} where there is none."""
-    found = find_file(source, name)
-    if found is None:
+    """Return the path of a model's JSON file and its content; None and {} without the file."""
+    path = find_file(source, name)
+    if path is None:
         return None, {}
-    content = read_json(found)
+    content = read_json(path)
     if not isinstance(content, dict):
-        raise DataError(f"{found} is a JSON {type(content).__name__}, not an object; copy it anew.")
-    return found, content
+        raise DataError(f"{path} is a JSON {type(content).__name__}; it must be an object. Copy it again.")
+    return path, content

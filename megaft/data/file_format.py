@@ -1,4 +1,4 @@
-"""Recognize a data file by its content: plain text, JSON records, compressed data, or a format that is not read."""
+"""Detect the format of a data file from its content: plain text, JSON records, compressed or unsupported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 Format = Literal["text", "lines", "array"]
-"""Plain text; JSON records, one a line; one JSON array of records."""
+"""Plain text; JSON records, one per line; or one JSON array of records."""
 
 HEAD_BYTES = 1 << 16
 LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
@@ -24,7 +24,7 @@ _ROWS = (
     "p.{read}.to_pylist()]' FILE > FILE.jsonl"
 )
 _UNPACK = "unpack it and give the folder"
-_EXPORT = 'write its texts as JSON lines, one {"text": ...} each'
+_EXPORT = 'write its texts as JSON lines, one {"text": ...} per line'
 _MODEL = "give texts; a model belongs to --model.path or --model"
 _PLAIN = "convert it to plain text"
 _CONTROL = rb"[\0-\x08\x0e-\x1f]"
@@ -45,7 +45,7 @@ _MAGIC = (
     (rb"Rar!\x1a\x07", "a rar archive", _UNPACK),
     (rb"\x04\x22\x4d\x18", "an lz4 file", "decompress it first: lz4 -d"),
     (rb"\xff\x06\0\0sNaPpY", "a snappy file", "decompress it first"),
-    (rb"\x1f[\x9d\xa0]", "a file of compress (.Z)", "decompress it first: gzip -d"),
+    (rb"\x1f[\x9d\xa0]", "a file made by compress (.Z)", "decompress it first: gzip -d"),
     (rb"\x93NUMPY", "a NumPy array", _EXPORT),
     (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", _EXPORT),
     (rb"\x80[\x02-\x05]|\([dli]p?[01]\n", "a pickle, which may run code when it is read", _EXPORT),
@@ -62,31 +62,31 @@ _MAGIC = (
         "the index of a prepared dataset",
         "give its prefix, without .idx, to --data.train or --data.valid",
     ),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}|OggS\0|\x7fELF", "no text but an image, sound or program", _EXPORT),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}|OggS\0|\x7fELF", "an image, sound or program, not text", _EXPORT),
 )
 _SUFFIXES = {
     **dict.fromkeys((".tfrecord", ".tfrecords"), ("a TFRecord file", _EXPORT)),
-    **dict.fromkeys((".br", ".lzma", ".lz", ".lzo"), ("a compressed file of a kind that is not read", "unpack it")),
+    **dict.fromkeys((".br", ".lzma", ".lz", ".lzo"), ("a compressed file of an unsupported kind", "unpack it")),
 }
 _RECORD = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
 _TABLES = {".csv": "excel", ".tsv": "excel-tab"}
 
 
 def compression_of(begin: bytes) -> str | None:
-    """Return the suffix that stands for the compression of a file that begins so, or None."""
+    """Return the suffix of the compression that these first bytes show, or None."""
     return next((suffix for suffix, magic in COMPRESSION_MAGIC.items() if magic.match(begin)), None)
 
 
 def unsupported_format(path: Path, head: bytes) -> tuple[str, str] | None:
-    """Return the format of a file that is neither text nor JSON, and the way out; None for one that may be text.
+    """Return a description of an unsupported format and how to convert it; None for a file that may be text or JSON.
 
     Args:
-        path: By its suffix alone a table (.csv, .tsv) is told from prose with commas.
-        head: Its beginning, decompressed.
+        path: The file. Only its suffix tells a table (.csv, .tsv) from prose with commas.
+        head: Its first bytes, decompressed.
     """
-    for magic, what, way_out in _MAGIC:
+    for magic, description, fix in _MAGIC:
         if re.match(magic, head, re.DOTALL):
-            return what, way_out.replace("FILE", str(path))
+            return description, fix.replace("FILE", str(path))
     suffix = plain_suffix(path)
     if suffix == ".bin" and path.with_suffix(".idx").is_file():
         return "the tokens of a prepared dataset", "give its prefix, without .bin, to --data.train or --data.valid"
@@ -99,45 +99,45 @@ def unsupported_format(path: Path, head: bytes) -> tuple[str, str] | None:
 
 
 def plain_suffix(path: Path) -> str:
-    """Return the suffix without that of a compression, in lower case: `.jsonl` for books.jsonl.gz."""
+    """Return the lower-case suffix before any compression suffix: `.jsonl` for books.jsonl.gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSION_MAGIC), "")
 
 
 def format_of(path: Path, head: bytes) -> Format | str:
-    """Return the format of a text file, or, for JSON that holds no records, a description of it.
+    """Return the format of a text file, or a description of it if it is JSON without records.
 
-    A file is JSON lines when its suffix says so or it begins with `{`, a string in quotes and a colon; an array of
-    records when a `[` comes before these. Other files are text, such as LaTeX, wiki markup and lists, unless they are
-    called .json; an object that goes on over several lines is neither.
+    JSON lines: the suffix says so, or the file begins with `{`, a quoted string and a colon. Array: `[` comes before
+    these. Other files, such as LaTeX, wiki markup and lists, are text unless named .json. An object that spans several
+    lines is neither.
     """
     if plain_suffix(path) in LINES_SUFFIXES:
         return "lines"
     text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").lstrip()
-    is_cut = len(head) >= HEAD_BYTES
+    is_truncated = len(head) >= HEAD_BYTES
     if _RECORD.match(text):
         first, newline, _ = text.partition("\n")
-        if not _is_json(first, may_go_on=is_cut and not newline) and _is_json(text, may_go_on=is_cut):
+        if not _is_json(first, is_truncated=is_truncated and not newline) and _is_json(text, is_truncated=is_truncated):
             return "a JSON object over several lines"
         return "lines"
     if text.startswith("[") and _RECORD.match(text[1:].lstrip()):
         return "array"
     if plain_suffix(path) == ".json" and text:
-        return "JSON without records" if _is_json(text, may_go_on=is_cut) else "called .json, but not JSON"
+        return "JSON without records" if _is_json(text, is_truncated=is_truncated) else "named .json, but not JSON"
     return "text"
 
 
-def _is_json(text: str, *, may_go_on: bool) -> bool:
-    """Return whether a text is one JSON value, or several; or the beginning of one, where it may go on."""
+def _is_json(text: str, *, is_truncated: bool) -> bool:
+    """Return True if a text is one or more JSON values; if it is truncated, the start of one is enough."""
     try:
         _, end = json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
-        return may_go_on and is_unfinished(error)
+        return is_truncated and is_unfinished(error)
     except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
         return True
     return text[end:].lstrip()[:1] in ("", "{", "[")
 
 
 def is_unfinished(error: json.JSONDecodeError) -> bool:
-    """Return whether JSON is broken only in that it ends too early."""
+    """Return True if the only fault of the JSON is that it ends too early."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - len("false")

@@ -1,9 +1,9 @@
-"""Tokens on disk in Megatron's .bin/.idx format.
+"""Memory-mapped token files in Megatron's .bin/.idx format.
 
-Every document is one sequence. PREFIX.bin holds the tokens of all documents one after the other. PREFIX.idx holds the
-magic, version (uint64), dtype code (uint8), number of sequences and of document indices (uint64 each), then lengths
-in tokens (int32), offsets in bytes (int64) and document indices (int64): megatron/core/datasets/indexed_dataset.py.
-Byte for byte what megatron-core's IndexedDatasetBuilder writes, and ours because importing that takes five seconds.
+Every document is one sequence. PREFIX.bin has the concatenated tokens of all documents. PREFIX.idx has the magic,
+version (uint64), dtype code (uint8), number of sequences and of document indices (uint64 each), then lengths in
+tokens (int32), offsets in bytes (int64) and document indices (int64): megatron/core/datasets/indexed_dataset.py.
+Byte for byte the output of megatron-core's IndexedDatasetBuilder, reimplemented as importing that takes five seconds.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ Tokens = Integer[np.ndarray, " tokens"]
 
 
 def idx_bytes(num_documents: int) -> int:
-    """Return the length in bytes of the .idx of this many documents."""
+    """Return the length in bytes of the .idx file of this many documents."""
     return _HEADER.size + num_documents * (4 + 8) + (num_documents + 1) * 8
 
 
 def with_suffix(prefix: str | Path, suffix: str) -> Path:
-    """Return the path that is the prefix and a suffix: a dot inside the prefix is no suffix."""
+    """Append a suffix to the prefix; a dot in the prefix does not start a suffix."""
     return Path(f"{prefix}{suffix}")
 
 
 class TokenFile:
-    """A .bin/.idx pair, mapped into memory.
+    """A memory-mapped .bin/.idx pair.
 
     Attributes:
-        dtype: Of the tokens.
-        num_tokens: In all documents.
-        num_documents: How many there are.
-        document_offsets: Where documents begin in the stream, in tokens, and at the end its length.
+        dtype: Dtype of the tokens.
+        num_tokens: Tokens of all documents.
+        num_documents: Number of documents.
+        document_offsets: First token of each document in the stream, followed by the length of the stream.
     """
 
     document_offsets: Int64[np.ndarray, " num_offsets"]
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None) -> None:
-        """Open the pair. Where `vocab_size` is given, no larger token is ever read."""
+        """Open the pair. With `vocab_size`, reading a token outside the vocabulary is an error."""
         idx, data = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (idx, data):
             if not path.is_file():
@@ -60,7 +60,7 @@ class TokenFile:
         self.num_tokens = int(self.document_offsets[-1])
         if data.stat().st_size != self.num_tokens * self.dtype.itemsize:
             raise DataError(
-                f"{data} has {data.stat().st_size:,} bytes where {idx} says {self.num_tokens:,} tokens of "
+                f"{data} has {data.stat().st_size:,} bytes, but {idx} says {self.num_tokens:,} tokens of "
                 f"{self.dtype.itemsize} bytes; run megaft prepare again."
             )
         is_empty = self.num_tokens == 0  # an empty file cannot be mapped
@@ -68,11 +68,11 @@ class TokenFile:
         self._data, self._vocab_size = data, vocab_size
 
     def read(self, begin: int, end: int) -> Tokens:
-        """Return tokens begin to end of the concatenated documents, as a view of the file.
+        """Return tokens [begin, end) of the concatenated documents, as a view of the file.
 
         Raises:
-            IndexError: The range is not inside the stream.
-            DataError: A token is not in the vocabulary; to a model on a GPU it would be a crash without a name.
+            IndexError: The range is outside the stream.
+            DataError: A token is outside the vocabulary; on a GPU it would be an unexplained crash.
         """
         if not 0 <= begin <= end <= self.num_tokens:
             raise IndexError(f"tokens {begin} to {end} of a stream of {self.num_tokens}")
@@ -89,7 +89,7 @@ class TokenFile:
 def _read_idx(path: Path) -> tuple[np.dtype, Int[np.ndarray, " documents"]]:
     data = np.fromfile(path, np.uint8)
     if len(data) < _HEADER.size:
-        raise DataError(f"{path} has {len(data)} bytes, fewer than a header; run megaft prepare again.")
+        raise DataError(f"{path} has {len(data)} bytes, shorter than its header; run megaft prepare again.")
     magic, version, code, num_sequences, num_indices = _HEADER.unpack(data[: _HEADER.size].tobytes())
     if magic != _MAGIC or version != 1 or code not in _DTYPES:
         raise DataError(f"{path} is not a version 1 Megatron index; run megaft prepare again.")
@@ -102,37 +102,37 @@ def _read_idx(path: Path) -> tuple[np.dtype, Int[np.ndarray, " documents"]]:
 
 
 class TokenWriter:
-    """Writes documents piece by piece, hashing what it writes."""
+    """Writes documents chunk by chunk and hashes the tokens."""
 
     def __init__(self, bin_path: Path, *, cardinality: int | None) -> None:
-        """Write to `bin_path`. The dtype is the smallest that Megatron has for `cardinality` ids; None is for masks."""
+        """Open `bin_path`. The dtype is Megatron's smallest for `cardinality` ids; None is for loss masks."""
         self.dtype = np.dtype("u1" if cardinality is None else "u2" if cardinality < _UINT16_BELOW else "i4")
         self._file = bin_path.open("wb")
         self._hash = hashlib.sha256()
         self._lengths = [0]
 
     def add(self, tokens: Tokens) -> None:
-        """Add tokens to the document."""
+        """Append tokens to the current document."""
         data = tokens.astype(self.dtype, copy=False).tobytes()
         self._file.write(data)
         self._hash.update(data)
         self._lengths[-1] += len(tokens)
 
     def end_document(self) -> None:
-        """End the document: all its pieces are one sequence.
+        """End the current document, which becomes one sequence.
 
         Raises:
-            DataError: It is longer than Megatron's format can say.
+            DataError: It is longer than Megatron's format allows.
         """
         if self._lengths[-1] > np.iinfo(np.int32).max:
             raise DataError(
-                f"a document has {self._lengths[-1]:,} tokens; Megatron's format holds {np.iinfo(np.int32).max:,}. "
+                f"a document has {self._lengths[-1]:,} tokens; Megatron's format allows {np.iinfo(np.int32).max:,}. "
                 "Prepare with --unit document or line."
             )
         self._lengths.append(0)
 
     def close(self, idx_path: Path) -> str:
-        """Write the index, and both files through to the disk; return the SHA-256 of the tokens."""
+        """Write the index, flush both files to disk, and return the SHA-256 of the tokens."""
         lengths = np.array(self._lengths[:-1], np.int32)
         ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
         offsets = ends - lengths.astype(np.int64) * self.dtype.itemsize

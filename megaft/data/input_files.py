@@ -1,4 +1,4 @@
-"""Expand inputs to files: files, folders with the folders linked in them, and globs."""
+"""Expand inputs to files: file names, folders (following links) and globs."""
 
 from __future__ import annotations
 
@@ -10,51 +10,52 @@ from pathlib import Path
 from megaft.base.errors import DataError
 
 
-def _nothing(_: str) -> None:
-    """Say nothing."""
+def _ignore(_: str) -> None:
+    """Discard a message."""
 
 
-def expand(inputs: Iterable[str | Path], tell: Callable[[str], None] = _nothing) -> list[Path]:
-    """Return the files that the inputs name: files, folders (all below them but hidden ones) and globs, sorted each.
+def expand(inputs: Iterable[str | Path], tell: Callable[[str], None] = _ignore) -> list[Path]:
+    """Return the files of the inputs: files, folders (recursively, without hidden files) and globs, each sorted.
 
-    Links are followed, each folder once. An empty file that is not named itself, such as Spark's _SUCCESS, is left out.
+    Links are followed; each folder is visited once. Empty files not named explicitly, such as Spark's _SUCCESS, are
+    skipped.
 
     Args:
-        inputs: Names.
-        tell: Called with a note on empty files that are left out.
+        inputs: Names of files and folders, and globs.
+        tell: Called with a note on skipped empty files.
 
     Raises:
-        DataError: An input names no file, a link leads nowhere, or a folder cannot be read.
+        DataError: An input matches no file, a link is broken, or a folder cannot be read.
     """
     files: dict[Path, None] = {}
     for name in map(str, inputs):
-        found = [Path(name)] if Path(name).is_file() else _with_text(name, tell)
-        if not found:
-            raise DataError(f"{name} names no file; give a text or .jsonl file, a folder, or a quoted glob.")
-        files |= dict.fromkeys(found)
+        paths = [Path(name)] if Path(name).is_file() else _non_empty(name, tell)
+        if not paths:
+            raise DataError(f"{name} matches no file; give a text or .jsonl file, a folder, or a quoted glob.")
+        files |= dict.fromkeys(paths)
     return list(files)
 
 
-def _with_text(name: str, tell: Callable[[str], None]) -> list[Path]:
-    found = sorted(set(_found(name)))
-    empty = [path for path in found if path.stat().st_size == 0]
+def _non_empty(name: str, tell: Callable[[str], None]) -> list[Path]:
+    paths = sorted(set(_matching(name)))
+    empty = [path for path in paths if path.stat().st_size == 0]
     if empty:
-        others = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
-        tell(f"note: {empty[0]}{others} of {name} left out: empty.")
-    return [path for path in found if path not in empty]
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        tell(f"note: skipped empty files of {name}: {empty[0]}{more}.")
+    return [path for path in paths if path not in empty]
 
 
-def _found(name: str) -> Iterator[Path]:
+def _matching(name: str) -> Iterator[Path]:
     for path in [Path(name)] if Path(name).exists() else map(Path, glob.glob(name, recursive=True)):
         for file in _below(path) if path.is_dir() else [path]:
             if not file.exists():
-                raise DataError(f"{file} is a link to {os.readlink(file)}, which does not exist; mend or remove it.")
+                raise DataError(f"{file} is a link to {os.readlink(file)}, which does not exist; fix or remove it.")
             if file.is_file():
                 yield file
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder but hidden ones; linked folders come after all others, and each folder once."""
+    """Yield all non-hidden files below a folder, linked folders last, each folder once."""
     visited: set[str] = set()
     pending = [folder]
     while pending:

@@ -1,6 +1,6 @@
-"""Samples that a run leaves out, as ascending ranges [begin, end) of its whole sequence of samples.
+"""Samples that a run skips, as ascending ranges [begin, end) of its full sequence of samples.
 
-The run sees the sequence without them; its order stays a function of the seed, the position and these ranges.
+The run sees the sequence without them; its order depends only on the seed, the position and these ranges.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def whole_position(position: int, left_out: Ranges) -> int:
-    """Return the place in the whole sequence of the sample at `position` of the sequence without those left out."""
+    """Map a position in the sequence without the skipped samples to its position in the full sequence."""
     for begin, end in left_out:
         if position < begin:
             break
@@ -20,16 +20,16 @@ def whole_position(position: int, left_out: Ranges) -> int:
 
 
 def whole_ranges(begin: int, end: int, left_out: Ranges) -> Ranges:
-    """Return the places in the whole sequence of the samples at `begin` to `end` - 1."""
+    """Map positions [begin, end) of the sequence without the skipped samples to ranges of the full sequence."""
     return _ranges([whole_position(position, left_out) for position in range(begin, end)])
 
 
 def leave_out(left_out: Ranges, more: Ranges) -> Ranges:
-    """Return both, as rising ranges that do not touch."""
+    """Return the union of both, as ascending ranges that neither overlap nor touch."""
     return _ranges(sorted({position for ranges in (left_out, more) for span in ranges for position in range(*span)}))
 
 
 def _ranges(positions: list[int]) -> Ranges:
-    breaks = [place for place, (one, two) in enumerate(pairwise(positions), start=1) if two != one + 1]
+    breaks = [index for index, (left, right) in enumerate(pairwise(positions), start=1) if right != left + 1]
     bounds = [0, *breaks, len(positions)]
     return tuple((positions[first], positions[last - 1] + 1) for first, last in pairwise(bounds) if first < last)

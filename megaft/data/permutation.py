@@ -1,4 +1,4 @@
-"""Shuffles that need no memory: position i of a permutation is computed, not looked up."""
+"""Constant-memory shuffling: a keyed pseudo-random permutation, computed position by position."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ ROUNDS = 6
 
 
 def permute(index: int, length: int, *key: object) -> int:
-    """Return the image of `index` in the pseudo-random permutation of range(length) that `key` names.
+    """Return the image of `index` in the pseudo-random permutation of range(length) selected by `key`.
 
     A Feistel network over the next even power of two, walked until it lands inside the range (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains"). It depends on nothing but its arguments: no library's generator, no state.
+    "Ciphers with arbitrary finite domains"). It depends only on its arguments: no library's generator, no state.
     """
     assert 0 <= index < length, (index, length)
     half_bits = max(1, ((length - 1).bit_length() + 1) // 2)

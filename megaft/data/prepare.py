@@ -1,4 +1,4 @@
-"""Tokenize a corpus to disk, with a receipt of data, tokenizer and counts."""
+"""Tokenize a corpus to disk and write a receipt with its sources, tokenizer, settings and counts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import detokenizers
 import megaft
 from megaft.base.errors import ConfigError, DataError
 from megaft.base.files import naming_disk_errors, sha256_of
+from megaft.base.plural import counted
 from megaft.base.progress import counting
 from megaft.config.prepare import DEFAULT_KEY, PrepareConfig
 from megaft.data import prepare_report
@@ -38,19 +39,18 @@ _TEXT_SETTINGS = (
 def prepare(config: PrepareConfig, tokenizer: AnyTokenizer | None = None) -> dict[str, Any]:
     """Tokenize the inputs and publish the dataset; return its receipt.
 
-    Memory does not grow with the corpus, only with a document that has to be detokenized or whose tokenizer cannot
-    encode it in chunks.
+    Memory does not grow with the corpus, only with documents that are detokenized or cannot be encoded in chunks.
 
     Args:
-        config: What to read, how, and where to.
-        tokenizer: That of `config.tokenizer`, where it is loaded already.
+        config: Inputs, settings and output.
+        tokenizer: `config.tokenizer`, if it is already loaded.
 
     Raises:
-        DataError: An input or the tokenizer cannot be used, or nothing is left to write.
-        ConfigError: The output cannot be written, or another process is at it.
+        DataError: An input or the tokenizer is invalid, or no document is left to write.
+        ConfigError: The output cannot be written, or another process is writing it.
     """
     sources = _sources(config)
-    _require_kept(config, list(sources))
+    _require_inputs_kept(config, list(sources))
     _check_keys(config, list(sources))
     if config.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # read at the first batch of the process
@@ -67,14 +67,14 @@ def prepare(config: PrepareConfig, tokenizer: AnyTokenizer | None = None) -> dic
 def ensure_prepared(
     text_path: Path, prefix: Path, tokenizer_source: str, tokenizer: AnyTokenizer, detokenizer: str = "identity"
 ) -> Dataset:
-    """Prepare one file as one document (or one .jsonl's texts) unless a receipt there says the same was done before.
+    """Prepare one file as one document (or the texts of one .jsonl), unless the prefix already has the same dataset.
 
     Args:
         text_path: The file.
-        prefix: Of the dataset.
+        prefix: Prefix of the dataset.
         tokenizer_source: Name of the tokenizer, for the receipt.
-        tokenizer: It, loaded.
-        detokenizer: Undoes the tokenization of the corpus.
+        tokenizer: The loaded tokenizer.
+        detokenizer: Detokenizer for the corpus.
 
     Raises:
         DataError, ConfigError: As `prepare`.
@@ -90,14 +90,14 @@ def ensure_prepared(
 
 
 def _sources(config: PrepareConfig) -> dict[TextFile, str]:
-    """Return the files in their order, each with its control code."""
+    """Return the input files in order, each with its control code."""
     sources: dict[TextFile, str] = {}
     paths: set[Path] = set()
     for name, code in zip(config.inputs, config.control_codes or [""] * len(config.inputs), strict=True):
-        found = [TextFile(path, config.format) for path in expand([name], tell=_warn)]
-        _tell_two_kinds(name, found)
-        sources |= {source: code for source in found if config.control_codes or source.path not in paths}
-        paths |= {source.path for source in found}
+        files = [TextFile(path, config.format) for path in expand([name], tell=_warn)]
+        _warn_of_mixed_formats(name, files)
+        sources |= {file: code for file in files if config.control_codes or file.path not in paths}
+        paths |= {file.path for file in files}
     return sources
 
 
@@ -105,20 +105,20 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _tell_two_kinds(name: str, sources: list[TextFile]) -> None:
-    """Warn of a folder or glob that has, say, a README beside its JSON lines."""
+def _warn_of_mixed_formats(name: str, sources: list[TextFile]) -> None:
+    """Warn about an input that mixes texts and JSON records, such as a README beside JSON lines."""
     texts = [source.path for source in sources if source.format == "text"]
     if texts and len(texts) < len(sources):
         records = next(source.path for source in sources if source.format != "text")
-        _warn(f"warning: {name} has texts ({texts[0]}: {len(texts)} in all) beside JSON records ({records}).")
+        _warn(f"warning: {name} mixes {counted(len(texts), 'text file')} ({texts[0]}) with JSON records ({records}).")
 
 
-def _require_kept(config: PrepareConfig, sources: list[TextFile]) -> None:
-    """Refuse an output that would replace an input: x.json with the output x would become its receipt."""
+def _require_inputs_kept(config: PrepareConfig, sources: list[TextFile]) -> None:
+    """Refuse an output that would overwrite an input: with --output x, an input x.json would become the receipt."""
     written = {with_suffix(config.output, suffix).resolve() for suffix in (".json", *SUFFIXES)}
-    if lost := [source.path for source in sources if source.path.resolve() in written]:
+    if overwritten := [source.path for source in sources if source.path.resolve() in written]:
         raise ConfigError(
-            f"--output {config.output} would overwrite the input {lost[0]}; give another prefix, such as "
+            f"--output {config.output} would overwrite the input {overwritten[0]}; give another prefix, such as "
             f"{config.output}-tokens."
         )
 
@@ -128,12 +128,12 @@ def _check_keys(config: PrepareConfig, sources: list[TextFile]) -> None:
     texts = [source.path for source in sources if source.format == "text"]
     if key is not None and texts:
         raise DataError(
-            f"{texts[0]} holds no JSON records, so the key {key!r} means nothing in it; prepare it by itself."
+            f"{texts[0]} has no JSON records, so the key {key!r} has no effect on it; prepare it separately."
         )
     if config.unit != "file" and not texts:
         raise DataError(
-            f"--unit is {config.unit}, which means nothing in {sources[0].path}: each of its JSON records is a "
-            "document; drop --unit."
+            f"--unit is {config.unit}, which has no effect on {sources[0].path}: each JSON record is a document; "
+            "drop --unit."
         )
 
 
@@ -143,7 +143,7 @@ def _check_codes(config: PrepareConfig, tokenizer: AnyTokenizer) -> None:
         if len(ids) != 1 or tokenizer.encode(f"{code} a")[:1] != ids:
             shown = " ".join(repr(tokenizer.decode([id_])) for id_ in ids)
             raise DataError(
-                f"control code {code!r} is {len(ids)} tokens ({shown}) to {config.tokenizer}; use a word that is one."
+                f"control code {code!r} is {len(ids)} tokens ({shown}) in {config.tokenizer}; use a single token."
             )
 
 
@@ -173,7 +173,7 @@ def _write(config: PrepareConfig, sources: dict[TextFile, str], tokenizer: AnyTo
             for encoded in batch:
                 writer.add(encoded)
             show(sum(source.num_bytes for source in sources))
-    _tell_changes(list(sources))
+    _warn_of_changes(list(sources))
     bin_sha256 = writer.close()
     _require_scored(config, writer, set(renderer.turns))
     receipt = {
@@ -221,9 +221,9 @@ def _chat_fields(tokenizer: AnyTokenizer, renderer: Renderer) -> dict[str, Any]:
 
 
 def opening_ids_of(tokenizer: AnyTokenizer, *, is_chat: bool) -> tuple[int, ...]:
-    """Return the tokens that each document begins with: the tokenizer's own, but for chats, which their template opens.
+    """Return the special tokens put before each document: the tokenizer's own; none for chats, as templates add them.
 
-    The same ids as from transformers' `tokenizer(text)` and `apply_chat_template(messages)`.
+    The ids are those of transformers' `tokenizer(text)` and `apply_chat_template(messages)`.
     """
     return () if is_chat else tokenizer.opening_ids
 
@@ -235,27 +235,30 @@ def _require_scored(config: PrepareConfig, writer: DocumentWriter, roles: set[st
         return
     if SCORED_ROLE in roles:
         raise DataError(
-            f"no token of {' '.join(config.inputs)} would be scored: each turn of role {SCORED_ROLE!r} has weight 0, "
-            "or neither a text nor an end of turn; give turns to learn."
+            f"no token of {' '.join(config.inputs)} would be scored: every turn of role {SCORED_ROLE!r} has weight "
+            "0, or neither text nor an end of turn; give turns to train on."
         )
     if config.messages_key is not None:
         raise DataError(
-            f"no token of {' '.join(config.inputs)} would be scored: only the turns of role {SCORED_ROLE!r} are, and "
-            f"--messages-key {config.messages_key} has the roles {', '.join(map(repr, sorted(roles)))}; rename the one "
-            "that answers."
+            f"no token of {' '.join(config.inputs)} would be scored: only turns of role {SCORED_ROLE!r} are, but "
+            f"--messages-key {config.messages_key} has the roles {', '.join(map(repr, sorted(roles)))}; rename the "
+            "role that answers."
         )
     raise DataError(
-        f"no token of {' '.join(config.inputs)} would be scored: each --completion-key {config.completion_key} is "
-        "empty; give the key of a text to learn."
+        f"no token of {' '.join(config.inputs)} would be scored: every --completion-key {config.completion_key} is "
+        "empty; give the key of a text to train on."
     )
 
 
-def _tell_changes(sources: list[TextFile]) -> None:
+def _warn_of_changes(sources: list[TextFile]) -> None:
     for source in sources:
         if source.byte_order_marks:
-            print(f"warning: {source.path} begins with a byte order mark, which is left out.", file=sys.stderr)
+            print(f"warning: {source.path} begins with a byte order mark, which was removed.", file=sys.stderr)
         if source.crlfs:
-            print(f"warning: {source.path} has {source.crlfs:,} line ends CRLF, which became LF.", file=sys.stderr)
+            print(
+                f"warning: {source.path} has {source.crlfs:,} CRLF line endings, which were changed to LF.",
+                file=sys.stderr,
+            )
 
 
 def _layout(config: PrepareConfig, renderer: Renderer) -> TextLayout:
@@ -271,7 +274,7 @@ def _layout(config: PrepareConfig, renderer: Renderer) -> TextLayout:
 
 
 def _text_settings(config: PrepareConfig, sources: list[TextFile]) -> dict[str, Any]:
-    """Return the settings that decided what was read, None for those that nothing was read by, and what was counted."""
+    """Return the settings that determined the text, None for unused ones, and the kind of text that was counted."""
     formats = {source.format for source in sources}
     has_records = not formats <= {"text"}
     reads_text = config.prompt_key is None and config.messages_key is None
@@ -283,7 +286,7 @@ def _text_settings(config: PrepareConfig, sources: list[TextFile]) -> dict[str, 
 
 
 def _counted(config: PrepareConfig) -> str:
-    """Name the text whose words and bytes are in the receipt; only of whole texts do perplexities divide by them."""
+    """Name the text whose words and bytes are counted; only those of whole texts normalize perplexities."""
     if config.messages_key is not None:
         return "contents of scored turns"
     return "texts" if config.completion_key is None else "completions"

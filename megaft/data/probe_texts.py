@@ -1,4 +1,4 @@
-"""Texts that tell tokenizers apart: white space, digits, scripts, emoji, markup."""
+"""Probe texts for comparing tokenizers: white space, digits, scripts, emoji, markup."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ PROBES = (
     "aaaaaaaaaa ========== ---------- !!!???...",
     "",
 )
-"""Texts that tokenizers which seem equal have encoded differently."""
+"""Texts that seemingly equal tokenizers have been seen to encode differently."""

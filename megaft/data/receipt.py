@@ -1,4 +1,4 @@
-"""PREFIX.json, the receipt of a prepared dataset: it is written last, so without it there is no dataset."""
+"""Receipt of a prepared dataset, PREFIX.json: written last, so a dataset without it is incomplete."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def is_prepared(prefix: str) -> bool:
 
 
 def load_receipt(prefix: str | Path) -> dict[str, Any]:
-    """Return the receipt of a prepared dataset whose files are all there and as long as it says.
+    """Return the receipt of a prepared dataset, after checking that all files exist and have its sizes.
 
     Raises:
-        DataError: There is no receipt (never prepared, or stopped half way), or a file does not agree with it.
+        DataError: There is no receipt (never prepared, or interrupted), or a file does not match it.
     """
     path = with_suffix(prefix, ".json")
     try:
         receipt = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{prefix} is no prepared dataset: {path} cannot be read. Run megaft prepare.") from error
+        raise DataError(f"{prefix} is not a prepared dataset: {path} cannot be read. Run megaft prepare.") from error
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); run megaft prepare again.") from error
     if not isinstance(receipt, dict) or receipt.get("format_version") != FORMAT_VERSION:
         raise DataError(f"{path} is not a receipt of format version {FORMAT_VERSION}; run megaft prepare again.")
     if fault := _fault(receipt):
-        raise DataError(f"{path} has {fault}, which megaft prepare does not write; run it again.")
+        raise DataError(f"{path} has {fault}, which is invalid; run megaft prepare again.")
     for suffix, num_bytes in _file_bytes(receipt).items():
         _check_length(with_suffix(prefix, suffix), num_bytes)
     return receipt
@@ -52,7 +52,7 @@ _DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16")
 
 
 def _fault(receipt: dict[str, Any]) -> str | None:
-    """Return the first field that training or validation reads and that has another form, with its value."""
+    """Return the first invalid field of those that training and validation read, with its value."""
     tokenizer = receipt.get("tokenizer")
     wrong = [name for name in _COUNTS if not _is_count(receipt.get(name))]
     wrong += [] if receipt.get("dtype") in _DTYPES else ["dtype"]
@@ -77,21 +77,21 @@ def _file_bytes(receipt: dict[str, Any]) -> dict[str, int]:
 def _check_length(path: Path, expected: int) -> None:
     actual = path.stat().st_size if path.is_file() else None
     if actual != expected:
-        found = "is missing" if actual is None else f"has {actual:,} bytes"
-        raise DataError(f"{path} {found} where its receipt says {expected:,} bytes; run megaft prepare again.")
+        state = "is missing" if actual is None else f"has {actual:,} bytes"
+        raise DataError(f"{path} {state}; its receipt says {expected:,} bytes. Run megaft prepare again.")
 
 
 def temporary(prefix: Path, suffix: str) -> Path:
-    """Return the temporary path of a file until it is published."""
+    """Return the temporary path of a file before publication."""
     return with_suffix(prefix, f"{suffix}.tmp")
 
 
 @contextmanager
 def publishing(prefix: Path) -> Iterator[None]:
-    """Keep others from writing the same prefix, and remove the temporary files of a run that failed.
+    """Lock the prefix against other writers, and remove temporary files after a failure.
 
     Raises:
-        ConfigError: Another process is at it.
+        ConfigError: Another process is writing it.
     """
     with locked(prefix, file=with_suffix(prefix, ".lock")):
         try:
@@ -102,7 +102,7 @@ def publishing(prefix: Path) -> Iterator[None]:
 
 
 def publish(prefix: Path, receipt: dict[str, Any]) -> None:
-    """Give the temporary files, which are on disk, their names; then write the receipt. An older dataset goes first."""
+    """Replace any older dataset: remove its receipt, rename the temporary files, then write the new receipt."""
     with_suffix(prefix, ".json").unlink(missing_ok=True)
     fsync(prefix.parent)
     for suffix in SUFFIXES:

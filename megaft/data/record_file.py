@@ -1,4 +1,4 @@
-"""The records of a file: JSON lines, or one JSON array, read without holding more than a record."""
+"""Streaming reader of the records of a JSON lines or JSON array file, one record in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megaft.data.text_file import TextFile
 
 
 def records_of(source: TextFile) -> Iterator[Record]:
-    """Yield the records of a file of JSON lines, or of one JSON array; blank lines hold none.
+    """Yield the records of a file of JSON lines, or of one JSON array; skip blank lines.
 
     Raises:
-        DataError: One is broken, with its line, or its number in the array.
+        DataError: A record is invalid; the message names its line, or its number in the array.
     """
     texts = _array(source) if source.format == "array" else enumerate(source.lines(), 1)
     unit = "record" if source.format == "array" else "line"
@@ -25,7 +25,7 @@ def records_of(source: TextFile) -> Iterator[Record]:
 def _array(source: TextFile) -> Iterator[tuple[int, str]]:
     blocks = source.blocks()
     text = next(blocks).lstrip()
-    while not text:  # it begins with white space; `format` saw the bracket
+    while not text:  # leading white space; `format` has seen the bracket
         text = next(blocks).lstrip()
     text, number = text.removeprefix("["), 0
     while True:
@@ -37,15 +37,15 @@ def _array(source: TextFile) -> Iterator[tuple[int, str]]:
             break
         if not text.startswith(","):
             raise DataError(
-                f"{source.path}: no comma or ] comes after record {number} of the array; write one record a line."
+                f"{source.path}: record {number} of the array is not followed by a comma or ]; write one record a line."
             )
         text = text[1:]
     if _skip_whitespace(text[1:], blocks):
-        raise DataError(f"{source.path} goes on after its JSON array; write one record a line.")
+        raise DataError(f"{source.path} continues after its JSON array; write one record per line.")
 
 
 def _skip_whitespace(text: str, blocks: Iterator[str]) -> str:
-    """Return the text from its next character that is no white space, reading on for it; empty at the end."""
+    """Return the text from its next non-space character, reading on as needed; empty at the end."""
     while not (text := text.lstrip()):
         block = next(blocks, None)
         if block is None:
@@ -55,7 +55,7 @@ def _skip_whitespace(text: str, blocks: Iterator[str]) -> str:
 
 
 def _read_value(text: str, blocks: Iterator[str], where: str) -> tuple[int, str]:
-    """Return the end of the value that a text begins with, and the text, read on as far as that takes."""
+    """Return the end offset of the JSON value at the start of the text, and the text, extended as needed."""
     decoder = json.JSONDecoder()
     text = _skip_whitespace(text, blocks)
     while True:
@@ -64,14 +64,16 @@ def _read_value(text: str, blocks: Iterator[str], where: str) -> tuple[int, str]
         except json.JSONDecodeError as error:
             more = list(_read_at_least(len(text), blocks)) if is_unfinished(error) else []
             if not more:
-                raise DataError(f"{where}: broken JSON ({error.msg}); the array holds one object each.") from error
+                raise DataError(
+                    f"{where}: broken JSON ({error.msg}); every record of the array must be an object."
+                ) from error
             text += "".join(more)
         except (RecursionError, ValueError) as error:
             raise DataError(f"{where} cannot be read: {error}.") from error
 
 
 def _read_at_least(num_characters: int, blocks: Iterator[str]) -> Iterator[str]:
-    """Yield blocks of so many characters together: a value that needs ever more is parsed a few times only."""
+    """Yield blocks of at least this many characters in total, so that a long value is parsed only a few times."""
     for block in blocks:
         yield block
         num_characters -= len(block)

@@ -1,6 +1,6 @@
-"""Training samples of one prepared corpus, packed into rows of equal length or one document each.
+"""Training samples of one prepared corpus: packed rows of equal length, or one document each.
 
-A sample is input tokens and their labels, a label being the next token, or IGNORE_INDEX where it is not scored.
+A sample is input tokens and their labels: the next token, or IGNORE_INDEX if it is not scored.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from megaft.data.indexed import TokenFile
 from megaft.data.scored_samples import holds_scored_token
 
 IGNORE_INDEX = -100
-"""The label of a token that is not scored."""
-
+"""Label of a token that is not scored."""
 
 NO_POSITIONS = np.zeros(0, np.int64)
 
@@ -35,19 +34,19 @@ class Sample:
 
 @runtime_checkable
 class Corpus(Protocol):
-    """Samples by number, each seen once an epoch; every one holds a scored token."""
+    """Indexed samples, each seen once per epoch. Every sample has a scored token."""
 
     sha256: str
     num_left_out: int
-    """Samples without a scored token, which have no number."""
+    """Samples without a scored token, which have no index."""
     context_length: int
-    """Most input tokens of a sample."""
+    """Maximum input tokens of a sample."""
     is_packed: bool
     """True if every sample but the last fills the context."""
     attend_within_documents: bool
-    """True if attention and positions are to stay inside documents."""
+    """True if attention and positions stay inside documents."""
     tokens: TokenFile
-    """All tokens, and where documents begin."""
+    """All tokens, and the document offsets."""
 
     def __len__(self) -> int: ...
 
@@ -55,9 +54,9 @@ class Corpus(Protocol):
 
 
 class _DatasetSamples(ABC):
-    """A prepared dataset, its tokens and which of them are scored, cut into samples.
+    """Samples of a prepared dataset, with its tokens and loss mask.
 
-    A sample without a scored token is left out: samples are numbered without them.
+    Samples without a scored token are left out and get no index.
     """
 
     is_packed = False
@@ -72,34 +71,34 @@ class _DatasetSamples(ABC):
         self.scored = TokenFile(f"{prefix}.scored") if receipt["has_mask"] else None
         self.num_left_out = 0
         """Samples without a scored token, such as the first part of a prompt longer than the context."""
-        self._num_before = 0
+        self._num_all = 0
         self._used: np.ndarray | None = None
 
     @abstractmethod
     def labels(self, sample: Any) -> tuple[Any, Any]:
-        """Return the positions of samples' first labels and behind their last, those left out being numbered too."""
+        """Return the label range [begin, end) of samples, indexed with the samples left out."""
 
-    def number_samples(self, num_before: int, unscored: np.ndarray) -> None:
-        """Number the samples; labels at the positions `unscored` are not scored, whatever the mask says."""
-        self._num_before = num_before
-        if self.num_opening >= self.context_length:  # else they do not fill a sample
+    def number_samples(self, num_all: int, unscored: np.ndarray) -> None:
+        """Index the samples that have a scored token; labels at positions `unscored` never count as scored."""
+        self._num_all = num_all
+        if self.num_opening >= self.context_length:  # otherwise they cannot fill a sample
             openings = self.tokens.document_offsets[:-1, None] + np.arange(self.num_opening)
             unscored = np.union1d(unscored, openings)
         if self.scored is not None or len(unscored) > 0:
-            is_used = holds_scored_token(num_before, self.context_length, self.labels, self.scored, unscored)
-            self.num_left_out = num_before - int(is_used.sum())
+            is_used = holds_scored_token(num_all, self.context_length, self.labels, self.scored, unscored)
+            self.num_left_out = num_all - int(is_used.sum())
             self._used = np.flatnonzero(is_used) if self.num_left_out else None
 
     def __len__(self) -> int:
-        return self._num_before - self.num_left_out
+        return self._num_all - self.num_left_out
 
     def range_of(self, index: int) -> tuple[int, int]:
-        """Return the token range of a sample, its last label included."""
+        """Return the token range [begin, end) of a sample, including its last label."""
         begin, end = self.labels(index if self._used is None else self._used[index])
         return int(begin) - 1, int(end)
 
     def read(self, begin: int, end: int) -> Sample:
-        """Return the sample of tokens begin to end - 1: all but the last are inputs, all but the first labels."""
+        """Return the sample of tokens [begin, end): inputs are all but the last token, labels all but the first."""
         tokens = self.tokens.read(begin, end).astype(np.int64)
         labels = tokens[1:]
         if self.scored is not None:
@@ -109,7 +108,7 @@ class _DatasetSamples(ABC):
         return Sample(tokens[:-1], labels, np.zeros_like(labels))
 
     def _is_opening(self, positions: Int64[np.ndarray, " time"]) -> Bool[np.ndarray, " time"]:
-        """Return a mask of the special tokens that preparation put at the beginning of every document."""
+        """Return a mask of the opening tokens that preparation put before every document."""
         offsets = self.tokens.document_offsets
         return positions - offsets[np.searchsorted(offsets, positions, side="right") - 1] < self.num_opening
 
@@ -117,8 +116,7 @@ class _DatasetSamples(ABC):
 class PackedSamples(_DatasetSamples):
     """Packed samples: all documents concatenated and split every context_length tokens, across documents.
 
-    Each token is a label once an epoch, except the first of the corpus and the special tokens that the tokenizer puts
-    before each document.
+    Each token is a label once per epoch, except the first of the corpus and the opening tokens of each document.
     """
 
     is_packed = True
@@ -126,14 +124,14 @@ class PackedSamples(_DatasetSamples):
     def __init__(self, dataset: Dataset, context_length: int, attend_within_documents: bool = False):
         super().__init__(dataset, context_length)
         self.attend_within_documents = attend_within_documents
-        num_before = math.ceil(max(0, self.tokens.num_tokens - 1) / context_length)
-        # Nothing in a document's own context predicts its first token.
+        num_all = math.ceil(max(0, self.tokens.num_tokens - 1) / context_length)
+        # No token of a document comes before its first one to predict it.
         self.number_samples(
-            num_before, np.unique(self.tokens.document_offsets[1:-1]) if attend_within_documents else NO_POSITIONS
+            num_all, np.unique(self.tokens.document_offsets[1:-1]) if attend_within_documents else NO_POSITIONS
         )
 
     def labels(self, sample: Any) -> tuple[Any, Any]:
-        """Return the positions of samples' first labels and behind their last."""
+        """Return the label range [begin, end) of samples."""
         begin = sample * self.context_length + 1
         return begin, np.minimum(begin + self.context_length, self.tokens.num_tokens)
 
@@ -148,17 +146,17 @@ class PackedSamples(_DatasetSamples):
 
 
 class DocumentSamples(_DatasetSamples):
-    """Unpacked samples: each document by itself, split into several where it is longer than the context."""
+    """Unpacked samples: one document each; a document longer than the context is split into several."""
 
     def __init__(self, dataset: Dataset, context_length: int):
         super().__init__(dataset, context_length)
         targets = np.diff(self.tokens.document_offsets) - 1
-        pieces = -(-np.maximum(targets, 0) // context_length)
-        self.first_sample = np.concatenate([[0], np.cumsum(pieces)])
+        samples_of = -(-np.maximum(targets, 0) // context_length)
+        self.first_sample = np.concatenate([[0], np.cumsum(samples_of)])
         self.number_samples(int(self.first_sample[-1]), NO_POSITIONS)
 
     def labels(self, sample: Any) -> tuple[Any, Any]:
-        """Return the positions of samples' first labels and behind their last."""
+        """Return the label range [begin, end) of samples."""
         document = np.searchsorted(self.first_sample, sample, side="right") - 1
         offsets = self.tokens.document_offsets
         begin = offsets[document] + (sample - self.first_sample[document]) * self.context_length + 1

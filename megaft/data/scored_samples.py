@@ -1,4 +1,4 @@
-"""Select the samples that hold a scored token; the others train nothing and have no mean."""
+"""Find the samples that have a scored token; the others have no loss to train on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int64
 from megaft.data.indexed import TokenFile
 
 TOKENS_AT_ONCE = 1 << 24
-"""Tokens whose part of the mask is in memory at one time."""
+"""Tokens of the loss mask in memory at a time."""
 
 Samples = Int64[np.ndarray, " samples"]
 
@@ -20,32 +20,32 @@ def holds_scored_token(
     context_length: int,
     labels: Callable[[Samples], tuple[Samples, Samples]],
     mask: TokenFile | None,
-    never: Int64[np.ndarray, " tokens"],
+    unscored: Int64[np.ndarray, " tokens"],
 ) -> Bool[np.ndarray, " {num_samples}"]:
-    """Return for each sample whether one of its labels is scored.
+    """Return a mask of the samples that have at least one scored label.
 
-    A function of the dataset alone: every rank, and every start of a run, finds the same.
+    It depends only on the dataset, so it is the same on every rank and every resume.
 
     Args:
-        num_samples: Samples of the dataset.
-        context_length: Most labels of a sample.
-        labels: From the numbers of samples to the positions of their first label and behind their last: both rising.
-        mask: Which tokens are scored; None: all.
-        never: Rising positions of labels that are not scored whatever the mask says.
+        num_samples: Number of samples in the dataset.
+        context_length: Maximum labels of a sample.
+        labels: Maps sample numbers to the ascending bounds [begin, end) of their labels.
+        mask: Loss mask; None if all tokens are scored.
+        unscored: Ascending positions of labels that never count as scored.
     """
     size = max(1, TOKENS_AT_ONCE // context_length)
     parts = (labels(np.arange(first, min(first + size, num_samples))) for first in range(0, num_samples, size))
-    return np.concatenate([np.zeros(0, bool), *(_holds(*part, mask, never) for part in parts)])
+    return np.concatenate([np.zeros(0, bool), *(_holds(*part, mask, unscored) for part in parts)])
 
 
-def _holds(begins: Samples, ends: Samples, mask: TokenFile | None, never: np.ndarray) -> np.ndarray:
+def _holds(begins: Samples, ends: Samples, mask: TokenFile | None, unscored: np.ndarray) -> np.ndarray:
     begin, end = int(begins[0]), int(ends[-1])
-    here = never[np.searchsorted(never, begin) : np.searchsorted(never, end)]
+    inside = unscored[np.searchsorted(unscored, begin) : np.searchsorted(unscored, end)]
     if mask is None:
-        num_never = np.searchsorted(here, ends) - np.searchsorted(here, begins)
-        return num_never < ends - begins
+        num_unscored = np.searchsorted(inside, ends) - np.searchsorted(inside, begins)
+        return num_unscored < ends - begins
     is_scored = np.array(mask.read(begin, end)) != 0
-    is_scored[here - begin] = False
-    # Tokens of neither may stand between two samples: every second of these ranges is a sample's.
+    is_scored[inside - begin] = False
+    # Some tokens may lie between two samples; every second range is that of a sample.
     bounds = np.stack([begins, ends], axis=1).ravel()[:-1] - begin
     return np.logical_or.reduceat(is_scored, bounds)[::2]

@@ -1,4 +1,4 @@
-"""Tokenizer folders with a sentencepiece `tokenizer.model`: special tokens of the files beside it, and saving."""
+"""Tokenizer folders with a sentencepiece `tokenizer.model`: load with the files beside it, and save."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json"),
 )
-"""Files beside a tokenizer.model that transformers reads for its tokenizer."""
+"""Files that transformers reads beside a tokenizer.model."""
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 _ADDED = "added_tokens.json"
 _ADDITIONS = (_ADDED, "chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 
 def additions(folder: Path) -> list[str]:
-    """Return the names of files beside a folder's tokenizer.model that say more than the model does itself."""
+    """Return the names of files that add to a folder's tokenizer.model."""
     pieces = _special_pieces(parse((folder / MODEL_NAME).read_bytes()))
     names = [name for name in _CONFIGS if (folder / name).is_file() and not _repeats(folder / name, pieces)]
     return names + [name for name in _ADDITIONS if (folder / name).exists()]
@@ -52,10 +52,10 @@ def _repeats(path: Path, pieces: Mapping[str, str]) -> bool:
 
 
 def load(folder: Path) -> PreTrainedTokenizerFast:
-    """Return a folder's tokenizer: text by its tokenizer.model, all else as transformers reads the files beside it.
+    """Load a folder's tokenizer: text as in its tokenizer.model, special tokens and settings as in transformers.
 
     Raises:
-        DataError: The files beside it are damaged, or the ids of a text would not be the model's.
+        DataError: A file is damaged, or the ids of a text would differ from the model's.
     """
     reference = from_pretrained(folder)
     model = parse((folder / MODEL_NAME).read_bytes())
@@ -70,7 +70,7 @@ def load(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _prefix(reference: PreTrainedTokenizerFast, model: ModelProto) -> Prefix:
-    """Follow `legacy`, which decides whether text after a special token gets a space; else sentencepiece itself."""
+    """Return the prefix that `legacy` selects for text after special tokens, otherwise sentencepiece's own."""
     steps: dict[str, Any] = json.loads(reference.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     own = prefix_of(model)
     return steps.get("prepend_scheme", own) if own == "always" else own
@@ -92,7 +92,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, reference: PreTrainedTokenizerFas
     for content, id_ in [*((token.content, id_) for id_, token in tokens.items()), *declared.items()]:
         if (given := backend.token_to_id(content)) != id_:
             raise DataError(
-                f"{folder}: the files beside {MODEL_NAME} make {content!r} token {id_}, but it becomes {given}; give a "
+                f"{folder}: the files beside {MODEL_NAME} give {content!r} the id {id_}, but it gets {given}; give a "
                 "folder with a tokenizer.json."
             )
 
@@ -109,20 +109,20 @@ def _require_model_ids(backend: tokenizers.Tokenizer, model: ModelProto, prefix:
 
     processor = SentencePieceProcessor(model_proto=model.SerializeToString())
     for text in PROBES:
-        if prefix == "first" and text.startswith(" "):  # transformers adds no second space there
+        if prefix == "first" and text.startswith(" "):  # transformers adds no second space here
             continue
         ids, expected = backend.encode(text, add_special_tokens=False).ids, processor.encode(text)
         if ids != expected:
             raise DataError(
-                f"{folder}: with what {', '.join(additions(folder))} would add to {MODEL_NAME}, the ids of {text!r} "
-                f"become {ids}, not {expected} as the model has them; give a folder with a tokenizer.json."
+                f"{folder}: with {', '.join(additions(folder))} beside {MODEL_NAME}, the ids of {text!r} are "
+                f"{ids}; the model's are {expected}. Give a folder with a tokenizer.json."
             )
 
 
 def save(path: Path, folder: str | Path) -> None:
-    """Save a bare sentencepiece model as AutoTokenizer loads it with the same ids: also as a tokenizer.json.
+    """Save a bare sentencepiece model, with a tokenizer.json from which AutoTokenizer gives the same ids.
 
-    A special token that a text spells is text, as it is to sentencepiece (`split_special_tokens`).
+    A special token spelled in a text is ordinary text, as in sentencepiece (`split_special_tokens`).
     """
     model = parse(path.read_bytes())
     saved = _wrapped(_converted(path, model, prefix_of(model)), _special_pieces(model) | {"split_special_tokens": True})
@@ -132,18 +132,18 @@ def save(path: Path, folder: str | Path) -> None:
 
 
 def is_saved_model(folder: Path) -> bool:
-    """Return whether a folder's tokenizer.json is only what `save` made of the tokenizer.model beside it."""
+    """Return True if `save` made a folder's tokenizer.json from the tokenizer.model beside it."""
     path = folder / "tokenizer_config.json"
     if not path.is_file() or not (folder / MODEL_NAME).is_file():
         return False
     try:
         settings = parse_json(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # which loading it names
+    except (ValueError, RecursionError):  # loading it raises the error
         return False
     if not isinstance(settings, dict) or settings.get("split_special_tokens") is not True:
         return False
     model = parse((folder / MODEL_NAME).read_bytes())
-    made = _wrapped(_converted(folder, model, prefix_of(model)), _special_pieces(model))
+    saved = _wrapped(_converted(folder, model, prefix_of(model)), _special_pieces(model))
     return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) == parse_json(
-        made.backend_tokenizer.to_str()
+        saved.backend_tokenizer.to_str()
     )

@@ -1,4 +1,4 @@
-"""Convert a sentencepiece model to the `tokenizers` library, merging in the order of the model's scores."""
+"""Convert a sentencepiece model to the `tokenizers` library, with merges in the order of the model's scores."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     import tokenizers
     from tokenizers import normalizers
 
-ModelProto = Any  # a class that protobuf makes when it runs
+ModelProto = Any  # a class that protobuf builds at run time
 Prefix = Literal["always", "first", "never"]
-"""Space prefix of text: before every stretch of it, only at its beginning, or nowhere."""
+"""Space prefix of text: before every span between special tokens, only at the start, or never."""
 
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, UNKNOWN, CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -19,26 +19,26 @@ _EXTRA_SPACES = ((rf"\A +|[ {_SPACE}]+\z", ""), (" {2,}", " "))
 
 
 def parse(data: bytes) -> ModelProto:
-    """Return a model file's content; google.protobuf's DecodeError if it is no model."""
+    """Parse a model file; raises google.protobuf's DecodeError if it is not one."""
     from sentencepiece import sentencepiece_model_pb2
 
-    made: Any = sentencepiece_model_pb2
-    return made.ModelProto.FromString(data)
+    generated: Any = sentencepiece_model_pb2
+    return generated.ModelProto.FromString(data)
 
 
 def prefix_of(model: ModelProto) -> Prefix:
-    """Return sentencepiece's own placement of the space prefix, by `add_dummy_prefix`."""
+    """Return sentencepiece's own placement of the space prefix, from `add_dummy_prefix`."""
     return "always" if model.normalizer_spec.add_dummy_prefix else "never"
 
 
 def convert(model: ModelProto, prefix: Prefix) -> tokenizers.Tokenizer:
     """Return a tokenizer with the ids of a sentencepiece model (BPE or unigram).
 
-    transformers 5 takes the merges in the order of the vocabulary. Llama's runs of spaces come first there, but have
-    the lowest score: "a  b" is `▁a ▁ ▁b` to sentencepiece, and `▁a ▁▁ b` in that order.
+    transformers 5 orders merges by vocabulary id. Llama's runs of spaces have the lowest ids, but also the lowest
+    scores: "a  b" is `▁a ▁ ▁b` to sentencepiece, and `▁a ▁▁ b` in that order.
 
     Raises:
-        NotImplementedError: The model is of another type (word or char), or marks words at their end.
+        NotImplementedError: The model is a word or char model, or marks the ends of words.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 
@@ -65,8 +65,8 @@ def _bpe(model: ModelProto) -> tokenizers.models.BPE:
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     splits = ((piece[:at], piece[at:], score) for piece, score in scores.items() for at in range(1, len(piece)))
     merges = [(left, right, score) for left, right, score in splits if left in scores and right in scores]
-    # Of pairs with one score sentencepiece merges the leftmost first, so that runs grow from their beginning: so they
-    # do when the pair with the longest left part is the first.
+    # Among pairs with equal scores sentencepiece merges the leftmost first, so runs grow from their start. Putting the
+    # pair with the longest left side first has the same effect.
     merges.sort(key=lambda merge: (merge[2], len(merge[0]), len(merge[1])), reverse=True)
     return models.BPE(
         {piece.piece: id_ for id_, piece in enumerate(model.pieces)},
@@ -80,7 +80,7 @@ def _bpe(model: ModelProto) -> tokenizers.models.BPE:
 def _unigram(model: ModelProto) -> tokenizers.models.Unigram:
     from tokenizers import models
 
-    # Pieces that stand for no text (<s>, <unk>, bytes) may not win where a text spells them.
+    # Pieces that stand for no text (<s>, <unk>, bytes) must not match text that spells them.
     unlikely = min(piece.score for piece in model.pieces) - 100
     return models.Unigram(
         [(piece.piece, piece.score if piece.type in (_NORMAL, _USER_DEFINED) else unlikely) for piece in model.pieces],

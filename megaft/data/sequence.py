@@ -1,6 +1,6 @@
-"""The endless sequence of training samples: corpora blended by weight and shuffled anew each epoch.
+"""Infinite sequence of training samples: corpora blended by weight and reshuffled every epoch.
 
-Sample k of a run is a function of the seed and k alone: not of the number of steps, of ranks, or of resumes.
+Sample k of a run depends only on the seed and k, not on the number of steps, ranks or resumes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from megaft.data.permutation import permute
 from megaft.data.samples import Corpus, Sample
 
 BLOCK = 64
-"""Samples after which each corpus of a blend has given its share, to within one or two."""
+"""Number of samples after which each corpus of a blend has given its share, to within one or two samples."""
 
 
 class Samples:
-    """The endless sequence of a run's samples: corpora blended by weight, each epoch of each in an order of its own."""
+    """Infinite sequence of a run's samples: corpora blended by weight, with a new order in each epoch of a corpus."""
 
     def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float], seed: int):
         assert len(corpora) == len(weights) > 0
         for corpus in corpora:
             if len(corpus) == 0:
-                raise ConfigError("--data.train has a dataset without a single token to predict; give a longer text.")
+                raise ConfigError("--data.train has a dataset without a token to predict; give a longer text.")
         self.corpora = corpora
         self.seed = seed
         exact = [Fraction(weight) for weight in weights]
@@ -44,7 +44,7 @@ class Samples:
     def locate(self, position: int) -> tuple[int, int]:
         """Return the corpus of the sample at `position`, and the number of earlier samples of that corpus.
 
-        Both are known without a look at earlier blocks, from how many samples each corpus has given by a block's ends.
+        Computed from the samples that each corpus has given at the bounds of the block, without earlier blocks.
         """
         block, slot = divmod(position, BLOCK)
         return self._block(block)[slot]
@@ -59,58 +59,59 @@ class Samples:
     def taken(self, position: int) -> list[int]:
         """Return the number of samples of each corpus among the first `position`, a multiple of BLOCK.
 
-        From the largest, each corpus takes its share of what is left, rounded, so that no count ever falls. (The
-        differences of rounded cumulative weights, which are simpler, do fall where a weight is small.)
+        In descending order of weight, each corpus takes its rounded share of what remains, so no count ever decreases.
+        (Differences of rounded cumulative weights are simpler, but can decrease for small weights.)
         """
-        counts, left, weight_left = [0] * len(self.shares), position, Fraction(1)
+        counts, remaining, weight_remaining = [0] * len(self.shares), position, Fraction(1)
         for corpus in self.by_share:
-            counts[corpus] = math.floor(left * self.shares[corpus] / weight_left + Fraction(1, 2))
-            left -= counts[corpus]
-            weight_left -= self.shares[corpus]
+            counts[corpus] = math.floor(remaining * self.shares[corpus] / weight_remaining + Fraction(1, 2))
+            remaining -= counts[corpus]
+            weight_remaining -= self.shares[corpus]
         return counts
 
     @property
     def sha256(self) -> str:
-        """Hash of the corpora and their shares, on which the order of samples depends besides the seed."""
+        """Hashes, lengths and shares of the corpora: with the seed, they determine the order of samples."""
         return " ".join(
             f"{corpus.sha256}:{len(corpus)}:{share}" for corpus, share in zip(self.corpora, self.shares, strict=True)
         )
 
     @property
     def context_length(self) -> int:
-        """Most input tokens of a sample."""
+        """Maximum input tokens of a sample."""
         return self.corpora[0].context_length
 
     @property
     def is_packed(self) -> bool:
-        """True if samples fill the context, across documents; otherwise each is of one document."""
+        """True if samples fill the context, across documents; otherwise each has one document."""
         return self.corpora[0].is_packed
 
     @property
     def attend_within_documents(self) -> bool:
-        """True if attention and positions are to stay inside the documents of a packed sample."""
+        """True if attention and positions stay inside the documents of a packed sample."""
         return self.corpora[0].attend_within_documents
 
     def row_length(self, longest_alike: int | None) -> int | None:
-        """Return the length of every row of a batch; None where rows are padded to the longest of their micro-batch.
+        """Return the fixed row length of a batch; None to pad rows to the longest of their micro-batch.
 
         Args:
-            longest_alike: The model's longest input whose states do not depend on its length (None: of any length).
-                Where the context is longer, every row is padded to the context, so that a loss is the same at every
+            longest_alike: Longest input for which the model's states do not depend on the input length; None for no
+                limit. With a longer context every row is padded to the context, so that the loss does not depend on the
                 micro-batch size.
 
         Raises:
-            ConfigError: Documents are kept apart in a context longer than that: the lengths felt are the documents'.
+            ConfigError: Attention stays within documents and the context is longer than that: the length of a document
+                would matter.
         """
         context = self.context_length
-        is_length_felt = longest_alike is not None and context > longest_alike
+        depends_on_length = longest_alike is not None and context > longest_alike
         require(
-            not (is_length_felt and self.attend_within_documents),
-            f"--data.attend-within-documents is set and --data.context-length is {context}, but the model has other "
-            f"rotary positions for inputs longer than {longest_alike} tokens, chosen by the longest document of a "
-            f"micro-batch; use --data.context-length {longest_alike} or less, or --data.sample document.",
+            not (depends_on_length and self.attend_within_documents),
+            f"--data.attend-within-documents is set and --data.context-length is {context}, but the model's "
+            f"rotary positions change for inputs longer than {longest_alike} tokens, depending on the longest document "
+            f"of a micro-batch; use --data.context-length {longest_alike} or less, or --data.sample document.",
         )
-        return context if is_length_felt or self.is_packed else None
+        return context if depends_on_length or self.is_packed else None
 
     def num_steps(self, epochs: float, global_batch_size: int) -> int:
         """Return the number of steps in `epochs` passes over every corpus."""

@@ -1,4 +1,4 @@
-"""One input file read as a stream: decompressed, checked, decoded, hashed and counted on the way."""
+"""Streaming reader of one input file: decompresses, validates, decodes, hashes and counts."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _DAMAGED = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError)
 
 
 class TextFile:
-    """A UTF-8 text file, or one compressed by gzip, zstd, xz or bzip2. Read it once, through `blocks` or `lines`.
+    """A UTF-8 text file, plain or compressed with gzip, zstd, xz or bzip2. Read it once, with `blocks` or `lines`.
 
     Attributes:
-        num_bytes: Bytes of the file read so far, as they are on disk.
-        byte_order_marks: Byte order marks removed from its beginning: 0 or 1.
-        crlfs: Line ends changed from CRLF to LF.
-        blank_records: Records without text, which are left out.
+        num_bytes: Bytes read so far, as stored on disk.
+        byte_order_marks: Byte order marks removed from the start of the file: 0 or 1.
+        crlfs: Line endings changed from CRLF to LF.
+        blank_records: Skipped records without text.
         first_blank: File and line of the first such record.
     """
 
@@ -52,23 +52,23 @@ class TextFile:
 
     @cached_property
     def format(self) -> Format:
-        """The format that the file's beginning shows: text, JSON lines or a JSON array.
+        """Format detected from the start of the file: text, JSON lines or a JSON array.
 
         Raises:
-            DataError: It is another, with the way out.
+            DataError: The format is not supported; the message says how to convert it.
         """
         if self._read_as != "auto":
             return "text" if self._read_as == "text" else "lines"
         head = self._head()
-        if (other := unsupported_format(self.path, head)) is not None:
-            what, way_out = other
-            raise DataError(f"{self.path} is {what}; {way_out}.")
-        found = format_of(self.path, head)
-        if found == "text" or found == "lines" or found == "array":
-            return found
+        if (unsupported := unsupported_format(self.path, head)) is not None:
+            description, fix = unsupported
+            raise DataError(f"{self.path} is {description}; {fix}.")
+        detected = format_of(self.path, head)
+        if detected == "text" or detected == "lines" or detected == "array":
+            return detected
         raise DataError(
-            f"{self.path} is {found}; write one record a line, such as with jq -c . (jq -c '.[]' for a list of them), "
-            "or say --format text if its braces are the text."
+            f"{self.path} is {detected}; write one record per line, such as with jq -c . (jq -c '.[]' for a list), "
+            "or use --format text if the braces are part of the text."
         )
 
     def _head(self) -> bytes:
@@ -80,9 +80,9 @@ class TextFile:
         return head
 
     def record(self) -> dict[str, str | int]:
-        """Return what a receipt says of the file, after the last of it was read."""
-        read = {"path": str(self.path), "sha256": self._hash.hexdigest(), "bytes": self.num_bytes}
-        return read | {"format": self.format}
+        """Return the file's entry in the receipt. Call it after reading the whole file."""
+        entry = {"path": str(self.path), "sha256": self._hash.hexdigest(), "bytes": self.num_bytes}
+        return entry | {"format": self.format}
 
     def add_blank(self, where: str) -> None:
         """Count a record without text."""
@@ -90,7 +90,7 @@ class TextFile:
         self.first_blank = self.first_blank or where
 
     def lines(self) -> Iterator[str]:
-        """Yield lines without their line end. Only LF and CRLF end a line."""
+        """Yield lines without their line endings. Only LF and CRLF end a line."""
         held: list[str] = []
         for block in self.blocks():
             first, *rest = block.split("\n")
@@ -106,7 +106,7 @@ class TextFile:
         """Yield the text in blocks of about BLOCK_BYTES bytes.
 
         Raises:
-            DataError: The file is missing, empty, damaged, UTF-16, binary, or not UTF-8; with the line and byte offset.
+            DataError: The file is missing, empty, damaged or not UTF-8; the message has the line and byte offset.
         """
         held, offset, line = b"", 0, 1
         for block in chain(self.content(), [None]):
@@ -130,29 +130,29 @@ class TextFile:
             raise DataError(f"{self.path} is empty; give a file with text.")
 
     def mark_bytes(self, data: bytes) -> int:
-        """Return the length of the byte order mark at the file's beginning; DataError where it is one of UTF-16."""
+        """Return the length of the UTF-8 byte order mark at the start of the file; DataError for UTF-16."""
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{self.path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8.")
         self.byte_order_marks = int(data.startswith(codecs.BOM_UTF8))
         return len(codecs.BOM_UTF8) * self.byte_order_marks
 
     def decode(self, data: bytes, offset: int, line: int, *, final: bool) -> tuple[str, int]:
-        """Return the text of bytes at an offset and line of the file, and how many were used: not half a character.
+        """Decode bytes at an offset and line of the file; return the text and the number of bytes used.
 
         Raises:
-            DataError: They are binary or not UTF-8; or, where these are the `final` ones, end inside a character.
+            DataError: The bytes are binary or not UTF-8, or the `final` bytes end inside a character.
         """
         at = data.find(b"\0")
         if at >= 0:
-            what = "a NUL byte: the file is binary or UTF-16; give UTF-8 text."
+            fault = "a NUL byte: the file is binary or UTF-16; give UTF-8 text."
         else:
             try:
                 return codecs.utf_8_decode(data, "strict", final)
             except UnicodeDecodeError as error:
                 at = error.start
-                what = f"{data[at]:#04x}, which is not UTF-8; convert the file, such as with iconv -f LATIN1 -t UTF-8."
+                fault = f"{data[at]:#04x}, which is not UTF-8; convert the file, such as with iconv -f LATIN1 -t UTF-8."
         line += data.count(b"\n", 0, at)
-        raise DataError(f"{self.path}, line {line}, byte offset {offset + at}, is {what}")
+        raise DataError(f"{self.path}, line {line}, byte offset {offset + at}, is {fault}")
 
     def _raw(self) -> Iterator[bytes]:
         try:
@@ -165,7 +165,7 @@ class TextFile:
             raise DataError(f"{self.path} cannot be read: {error.strerror}.") from error
 
     def content(self) -> Iterator[bytes]:
-        """Yield the file's bytes, decompressed; read it by this or by `blocks`.
+        """Yield the file's bytes, decompressed. Use either this or `blocks`.
 
         Raises:
             DataError: The file is missing or damaged.
@@ -175,7 +175,7 @@ class TextFile:
         suffix = compression_of(begin)
         if suffix is None:
             if begin and self.path.suffix.lower() in _DECOMPRESSORS:
-                raise DataError(f"{self.path} is damaged or not a {self.path.suffix} file; its beginning is another's.")
+                raise DataError(f"{self.path} is damaged or not a {self.path.suffix} file; check its name.")
             yield begin
             yield from raw
             return
@@ -185,9 +185,9 @@ class TextFile:
                 while data:
                     stream = stream or _DECOMPRESSORS[suffix]()
                     yield stream.decompress(data)
-                    # A file may hold several compressed streams one after the other, with zeros between.
+                    # A file may hold several concatenated compressed streams, with zero padding between them.
                     data, stream = (stream.unused_data.lstrip(b"\0"), None) if stream.eof else (b"", stream)
         except _DAMAGED as error:
             raise DataError(f"{self.path} is damaged or not a {suffix} file: {error}.") from error
         if stream is not None:
-            raise DataError(f"{self.path} ends in the middle of its compressed data; copy it anew.")
+            raise DataError(f"{self.path} ends in the middle of its compressed data; copy it again.")

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, special tokens only where the text spells them; and a hash of what decides ids."""
+"""Tokenizers: encode and decode text, with special tokens only where the text spells them, and hash the vocabulary."""
 
 from __future__ import annotations
 
@@ -27,49 +27,49 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
-"""Character offsets of a token, its begin and end in the text; equal for a token that stands for no character."""
+"""Character offsets [begin, end) of a token in the text; empty for a token that covers no character."""
 OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
-"""Tokenizer files of transformers that are not supported here."""
+"""Tokenizer files that transformers supports and megaft does not."""
 LARGEST_ID = 10_000_000
-"""Largest token id that is read: tokenizers allocates a vocabulary up to the largest id."""
+"""Largest token id accepted: `tokenizers` allocates memory up to the largest id."""
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
 
 
 class Tokenizer:
-    """A tokenizer of the `tokenizers` library, with the special tokens and chat template transformers knows."""
+    """A tokenizer of the `tokenizers` library, with the special tokens and chat template of transformers."""
 
     def __init__(self, hugging_face: PreTrainedTokenizerFast) -> None:
         self._hugging_face = hugging_face
-        # Below transformers nothing is added and nobody warns of sequences longer than a model.
+        # The backend adds no special tokens and does not warn about sequences longer than the model's context.
         self._backend: tokenizers.Tokenizer = hugging_face.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.special_ids = {name: _one_id(getattr(hugging_face, f"{name}_token_id")) for name in SPECIAL_NAMES}
+        self.special_ids = {name: _single_id(getattr(hugging_face, f"{name}_token_id")) for name in SPECIAL_NAMES}
         self.bos_id, self.eos_id = self.special_ids["bos"], self.special_ids["eos"]
 
     @property
     def prefix_id(self) -> int | None:
-        """Prefix token that scoring puts before a document: beginning-of-sequence, else end-of-sequence."""
+        """Token that scoring puts before a document: beginning-of-sequence, else end-of-sequence."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
     @cached_property
     def vocab_size(self) -> int:
-        """The largest id plus one, added tokens included."""
+        """Largest id plus one, including added tokens."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @cached_property
     def sha256(self) -> str:
-        """A hash of everything that decides ids, so it is the same wherever the tokenizer was loaded from."""
-        deciding = {key: self._state[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
-        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of everything that determines ids; independent of where the tokenizer was loaded from."""
+        content = {key: self._state[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def splits_at_spaces(self) -> bool:
-        """True if encoding a text in parts, split before any space or newline that follows a non-space, is exact.
+        """True if encoding chunks of a text, split before any space or newline that follows a non-space, is exact.
 
-        GPT-2's pre-tokenizer has no alternative in which white space follows something else, so a match always ends
-        there, and the lookahead in `\\s+(?!\\S)` begins at a white space. Unknown for other pre-tokenizers, for
-        normalizers, and for added tokens that swallow the white space after them.
+        In GPT-2's pre-tokenizer no alternative matches white space after another character, so every match ends before
+        such white space, and the lookahead in `\\s+(?!\\S)` starts at it. False for other pre-tokenizers, for
+        normalizers, and for added tokens that contain or strip white space.
         """
         pre: dict[str, Any] = self._state["pre_tokenizer"] or {"type": None}
         steps: list[dict[str, Any]] = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
@@ -86,13 +86,13 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        """The special tokens that a text may spell, in the order of their ids."""
+        """Special tokens that a text may spell, by ascending id."""
         added = sorted(self._state["added_tokens"], key=itemgetter("id"))
         return tuple(token["content"] for token in added if token["special"])
 
     @property
     def chat_template(self) -> Any:
-        """The template in Jinja, or several by name; None without one."""
+        """Jinja chat template, or several by name; None without one."""
         return self._hugging_face.chat_template
 
     @cached_property
@@ -108,7 +108,7 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_framed(self, text: str) -> list[int]:
-        """Return the ids of one text with the special tokens that transformers puts around it."""
+        """Return the ids of one text with the special tokens that transformers adds."""
         return self._backend.encode(text, add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -116,13 +116,13 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
-        """Return the ids of each text and the characters that each token stands for, on all cores."""
-        encodings = self._with_whole_spans.encode_batch(texts, add_special_tokens=False)
+        """Return the ids of each text and the character span of each token, on all cores."""
+        encodings = self._with_untrimmed_spans.encode_batch(texts, add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     @cached_property
-    def _with_whole_spans(self) -> tokenizers.Tokenizer:
-        """The tokenizer without its post-processor, which may trim the spaces off spans."""
+    def _with_untrimmed_spans(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its post-processor, which may trim spaces from spans."""
         return type(self._backend).from_str(json.dumps(self._state | {"post_processor": None}))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -134,13 +134,13 @@ class Tokenizer:
         return self._backend.decode_batch(batch, skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Write files that transformers' AutoTokenizer loads."""
+        """Save files that transformers' AutoTokenizer loads."""
         self._hugging_face.save_pretrained(folder)
 
     def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """Return the text of a conversation, up to where the assistant would speak with `add_generation_prompt`.
+        """Return the text of a chat, with `add_generation_prompt` up to where the assistant's next turn begins.
 
-        Without messages that is what comes before a chat which the assistant begins.
+        With no messages, this is the text before a chat that the assistant begins.
 
         Raises:
             ChatTemplateError: The template refuses the messages.
@@ -148,10 +148,10 @@ class Tokenizer:
         """
         if self._hugging_face.chat_template is None:
             raise DataError(
-                "the tokenizer has no chat template; use one of a chat model, or prompt and completion keys."
+                "the tokenizer has no chat template; use a chat model's tokenizer, or prompt and completion keys."
             )
         try:
-            # A batch of one: transformers takes no empty chat by itself, whether or not the template does.
+            # A batch of one: transformers rejects an unbatched empty chat, even if the template accepts it.
             (text,) = self._hugging_face.apply_chat_template(
                 [messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )
@@ -163,11 +163,11 @@ class Tokenizer:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model run by its own library: transformers' conversion breaks ties between merges differently."""
+    """A sentencepiece model run by its own library, as transformers' conversion breaks merge ties differently."""
 
-    splits_at_spaces = False  # it puts a space before every text it is given
+    splits_at_spaces = False  # it prepends a space to every text
     opening_ids: tuple[int, ...] = ()  # a bare model file adds no special tokens
-    special_tokens: tuple[str, ...] = ()  # where a text spells them, it is text
+    special_tokens: tuple[str, ...] = ()  # spelled in a text, they are ordinary text
     chat_template: None = None
 
     def __init__(self, path: Path) -> None:
@@ -181,10 +181,10 @@ class SentencePieceTokenizer:
         except (RuntimeError, UnicodeDecodeError) as error:
             if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
                 raise DataError(
-                    f"{path} is a tiktoken file, as Llama 3's; give a folder with its tokenizer.json."
+                    f"{path} is a tiktoken file, like Llama 3's; give a folder with its tokenizer.json."
                 ) from error
             raise DataError(
-                f"{path} is not a whole sentencepiece model ({len(data):,} bytes); copy it anew."
+                f"{path} is not a complete sentencepiece model ({len(data):,} bytes); copy it again."
             ) from error
         self._path = path
         self.sha256 = hashlib.sha256(data).hexdigest()
@@ -199,7 +199,7 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def encode_framed(self, text: str) -> list[int]:
-        """Return the ids of one text; nothing is put around it."""
+        """Return the ids of one text; no special tokens are added."""
         return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -207,7 +207,7 @@ class SentencePieceTokenizer:
         return self._processor.encode(list(texts), num_threads=_num_threads())
 
     def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
-        """Return the ids of each text and the characters that each token stands for, on all cores."""
+        """Return the ids of each text and the character span of each token, on all cores."""
         found = self._processor.encode(list(texts), return_type="offset_mapping", num_threads=_num_threads())
         return [(encoding["ids"], encoding["offsets"]) for encoding in found]
 
@@ -230,7 +230,7 @@ class SentencePieceTokenizer:
         return self._processor.decode(list(map(list, batch)), num_threads=_num_threads())
 
     def save(self, folder: str | Path) -> None:
-        """Write files that transformers' AutoTokenizer loads."""
+        """Save files that transformers' AutoTokenizer loads."""
         sentencepiece_folder.save(self._path, folder)
 
     def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
@@ -242,10 +242,10 @@ AnyTokenizer = Tokenizer | SentencePieceTokenizer
 
 
 def load_tokenizer(source: str | Path) -> AnyTokenizer:
-    """Load a tokenizer. No code that comes with it is run.
+    """Load a tokenizer, without running code that comes with it.
 
     Args:
-        source: A hub name, a folder (also one with just vocab.json and merges.txt, or tokenizer.model), a .gguf file,
+        source: A hub name, a folder (possibly with only vocab.json and merges.txt, or tokenizer.model), a .gguf file,
             or a sentencepiece .model file.
 
     Raises:
@@ -262,14 +262,16 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
     if path.is_dir():
         return _from_folder(path)
     if path.exists():
-        raise DataError(f"{path} is no tokenizer; give a folder, a .gguf file, a sentencepiece .model or a hub name.")
+        raise DataError(
+            f"{path} is not a tokenizer; give a folder, a .gguf file, a sentencepiece .model or a hub name."
+        )
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)) or path.suffix in (".model", ".gguf"):
         raise DataError(f"there is no tokenizer at {source}; give an existing folder or file, or a hub name.")
     return _from_hub(str(source))
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions that a template may end with: jinja's own, and Python's of any expression in it."""
+    """Return the exceptions that a template can raise: jinja's own, and Python's from its expressions."""
     from jinja2 import TemplateError
 
     python = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
@@ -280,7 +282,7 @@ def _num_threads() -> int:
     return int(os.environ.get("RAYON_NUM_THREADS", -1))
 
 
-def _one_id(value: object) -> int | None:
+def _single_id(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
@@ -288,17 +290,17 @@ def _from_model(path: Path) -> SentencePieceTokenizer:
     tokenizer = SentencePieceTokenizer(path)
     if path.name == MODEL_NAME and not is_saved_model(path.parent) and (added := additions(path.parent)):
         raise DataError(
-            f"{path} is not the whole tokenizer: {', '.join(added)} beside it add to it; give the folder "
-            f"{path.parent} (or, if only the model is meant, a copy of it elsewhere)."
+            f"{path} is not the complete tokenizer: {', '.join(added)} in its folder add to it; give the folder "
+            f"{path.parent}, or, to use the model alone, copy it to another folder."
         )
     return tokenizer
 
 
 def _from_hub(name: str) -> AnyTokenizer:
-    """Load by hub name; where the repository has no tokenizer.json but a tokenizer.model, as from a folder of both."""
+    """Load by hub name; a repository with tokenizer.model and no tokenizer.json is loaded as a folder is."""
     if find_file_if_any(name, "tokenizer.json") is None and (model := find_file_if_any(name, MODEL_NAME)) is not None:
         require_inert("tokenizer", name)
-        for beside in BESIDE:  # so that they are in the hub's cache
+        for beside in BESIDE:  # downloads them to the hub cache
             find_file_if_any(name, beside)
         return _from_folder(model.parent)
     return Tokenizer(from_pretrained(name))
@@ -317,7 +319,9 @@ def _from_folder(folder: Path) -> AnyTokenizer:
         (missing,) = {"vocab.json", "merges.txt"} - has
         raise DataError(f"{folder} has no {missing}; a BPE needs both vocab.json and merges.txt.")
     elif "vocab.json" not in has:
-        raise DataError(f"{folder} has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt{_other(has)}.")
+        raise DataError(
+            f"{folder} has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt{_unsupported(has)}."
+        )
     else:
         _check_json(folder / "vocab.json")
         if not has & {"config.json", "tokenizer_config.json"}:
@@ -330,19 +334,19 @@ def _from_folder(folder: Path) -> AnyTokenizer:
     return Tokenizer(from_pretrained(folder))
 
 
-def _other(names: set[str]) -> str:
-    """Name the files of tokenizers that are not read here."""
+def _unsupported(names: set[str]) -> str:
+    """Return the end of a message that names unsupported tokenizer files."""
     other = sorted(name for name in names if name in OTHER_KINDS or name.endswith(".tiktoken"))
     return f"; {', '.join(other)} must be converted to a tokenizer.json first" if other else ""
 
 
 def _check_json(path: Path) -> None:
-    """Refuse a damaged vocab.json or tokenizer.json, and ids for which tokenizers would take all memory."""
+    """Refuse a damaged vocab.json or tokenizer.json, and ids so large that `tokenizers` would use all memory."""
     content = read_json(path)
     model = content.get("model", content) if isinstance(content, dict) else None
     vocabulary = model.get("vocab", model) if isinstance(model, dict) else None
     for token, id_ in vocabulary.items() if isinstance(vocabulary, dict) else ():
         if isinstance(id_, int) and id_ > LARGEST_ID:
             raise DataError(
-                f"{path} has token {token[:40]!a} with the id {id_}, far above any vocabulary; copy it anew."
+                f"{path} has token {token[:40]!a} with the id {id_}; ids must be at most {LARGEST_ID}. Copy it again."
             )

@@ -1,4 +1,4 @@
-"""Compare a saved tokenizer, as plain transformers loads it, with the tokenizer that it was saved from."""
+"""Compare a saved tokenizer, as transformers loads it, with the original."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def require_same_ids(tokenizer: AnyTokenizer, folder: str | Path) -> None:
-    """Refuse a folder whose tokenizer, as `AutoTokenizer.from_pretrained` loads it, is not the one given.
+    """Refuse a folder whose tokenizer, loaded with `AutoTokenizer.from_pretrained`, differs from the given one.
 
-    Compared are the ids of `PROBES`, of every special token spelled in a text, and of a chat where there is a
-    template, with and without the special tokens around a text; the ids of the special tokens; and the template.
+    Compares the ids of `PROBES`, of every special token inside a text, and of a templated chat, with and without added
+    special tokens; the special token ids; and the chat template.
 
     Args:
         tokenizer: The tokenizer that a model was trained with.
-        folder: Holds a saved tokenizer, and perhaps the model's config.json, by which transformers picks a class.
+        folder: Saved tokenizer; a config.json in it may change the class that transformers chooses.
 
     Raises:
-        DataError: They differ, with the text and both lists of ids; or the folder's cannot be loaded.
+        DataError: They differ (the message has both values), or the saved one cannot be loaded.
     """
     saved = from_pretrained(folder)
     for name, id_ in tokenizer.special_ids.items():
@@ -51,16 +51,16 @@ def _probes(tokenizer: AnyTokenizer) -> Iterator[str]:
     if tokenizer.chat_template is not None:
         try:
             yield tokenizer.apply_chat_template([{"role": "user", "content": "Hi  there"}], add_generation_prompt=True)
-        except DataError:  # a template that takes no such chat; it is compared as text above
+        except DataError:  # the template rejects this chat; it is compared as text above
             return
 
 
 def _require_equal(folder: str | Path, what: str, expected: object, saved: object) -> None:
     if expected != saved:
         raise DataError(
-            f"the tokenizer in {folder} is not the one the model has: {what} is {_short(saved)} to transformers, but "
-            f"{_short(expected)} to megaft. transformers may choose another class by config.json's model_type; name a "
-            "tokenizer made for that model type."
+            f"the tokenizer in {folder} is not the model's: {what} is {_short(saved)} in transformers, but "
+            f"{_short(expected)} in megaft. transformers may choose another class from config.json's model_type; use "
+            "a tokenizer made for that model type."
         )
 
 

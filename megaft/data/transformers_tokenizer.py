@@ -1,4 +1,4 @@
-"""Load a tokenizer by transformers' AutoTokenizer; what its files have wrong becomes one line."""
+"""Load a tokenizer with transformers' AutoTokenizer, with one-line errors for damaged files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
     *(RecursionError, OverflowError, MemoryError, struct.error, StrictDataclassError),
 )
-"""As transformers passes on what it did not expect in a file: a list for an object, a key that is missing, ..."""
+"""Exceptions that transformers lets through for unexpected content: a list for an object, a missing key, ..."""
 
 
 def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFast:
-    """Return `AutoTokenizer.from_pretrained(source)`; code that comes with it is never run.
+    """Return `AutoTokenizer.from_pretrained(source)`, without running code that comes with it.
 
     Raises:
-        DataError: It cannot be loaded, or is not one of the `tokenizers` library.
+        DataError: It cannot be loaded, or does not use the `tokenizers` library.
     """
     from transformers import AutoTokenizer
 
@@ -42,9 +42,9 @@ def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFa
 
 
 def require_usable(source: str | Path, loaded: Any) -> None:
-    """Refuse a tokenizer that fails when it is used: at some texts, or at settings that UTF-8 does not have.
+    """Refuse a tokenizer that fails on some texts, or whose settings cannot be encoded as UTF-8.
 
-    Settings may have half of a surrogate pair, which JSON can escape.
+    JSON escapes can put an unpaired surrogate into settings.
     """
     from megaft.data.probe_texts import PROBES
 
@@ -55,20 +55,20 @@ def require_usable(source: str | Path, loaded: Any) -> None:
     for name, value in settings.items():
         if not is_unicode({name: value}):
             raise DataError(
-                f"{source}: {name!a} of the tokenizer has half of a surrogate pair (\\ud800 to \\udfff), which is no "
+                f"{source}: {name!a} of the tokenizer has an unpaired surrogate (\\ud800 to \\udfff), which is not "
                 "text; write the character itself, or remove it."
             )
 
 
 @contextmanager
 def naming_errors(source: str | Path) -> Iterator[None]:
-    """Turn the errors by which transformers and tokenizers refuse a tokenizer's files into a DataError."""
+    """Convert errors of transformers and tokenizers for invalid tokenizer files to a DataError."""
     try:
         yield
     except _ERRORS as error:
         raise DataError(_refusal(source, error)) from error
     except BaseException as error:
-        # tokenizers raises the bare class for whatever it cannot read, and panics at what its authors did not expect.
+        # tokenizers raises a bare Exception for files it cannot read, and panics in cases it does not expect.
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise DataError(_refusal(source, error)) from error
@@ -76,8 +76,8 @@ def naming_errors(source: str | Path) -> Iterator[None]:
 
 def _refusal(source: str | Path, error: BaseException) -> str:
     reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-    where = "" if Path(source).exists() else " There is no such folder here, so it was taken for a hub name."
+    where = "" if Path(source).exists() else " There is no such folder, so it was used as a hub name."
     return (
         f"no tokenizer could be loaded from {source} ({reason}).{where} Give a folder with a tokenizer, or a hub "
-        "name where there is a network."
+        "name, with network access."
     )

@@ -1,11 +1,11 @@
-"""Checkpoints of the Megatron-LM of 2019 to 2023: GPT-2 as pickles, one file a tensor-parallel rank.
+"""Read classic Megatron-LM checkpoints (2019 to 2023): GPT-2 as pickles, one file per tensor-parallel rank.
 
     FOLDER/latest_checkpointed_iteration.txt             a number, or the word release
-    FOLDER/iter_0500000/mp_rank_00/model_optim_rng.pt    or release/..., or mp_rank_00_000 with its pipeline rank
+    FOLDER/iter_0500000/mp_rank_00/model_optim_rng.pt    or release/...; mp_rank_00_000 with a pipeline rank
 
-Facts from Megatron-LM's megatron/checkpointing.py and transformers' convert_megatron_gpt2_checkpoint.py. Nothing in a
-pickle is run: torch's weights_only reader builds tensors and plain values, and every class it meets that such
-checkpoints are known to name becomes a `UnpickledObject`, which has none of its code. Any other name is refused.
+Follows Megatron-LM's megatron/checkpointing.py and transformers' convert_megatron_gpt2_checkpoint.py. No code in a
+pickle runs: torch's weights_only reader builds tensors and plain values, and turns instances of classes that these
+checkpoints are known to contain into `UnpickledObject`, which has none of their code. Any other class is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
 
 from megaft.base.errors import DataError
+from megaft.base.plural import counted
 from megaft.weights.layout import Layout
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -34,7 +35,7 @@ KNOWN = re.compile(
     r"|megatron\.(legacy\.|core\.)?(model\.)?enums\.\w+|megatron\.core\.transformer\.enums\.\w+"
     r"|numpy(\.(_?core\.multiarray\.(_reconstruct|scalar)|ndarray|dtype))"
 )
-"""Classes in the checkpoints' pickles (settings, loss scalers, random states) that are not needed here."""
+"""Classes in the checkpoints' pickles (settings, loss scalers, random states) whose code is not needed."""
 
 NAMES = (
     (r"^(transformer|encoder)\.", "decoder."),
@@ -45,14 +46,14 @@ NAMES = (
     (r"\.dense_h_to_4h\.", ".linear_fc1."),
     (r"\.dense_4h_to_h\.", ".linear_fc2."),
 )
-"""Renamings from Megatron-LM's classic parameter names to megatron-core's."""
+"""Rewrites of Megatron-LM's classic parameter names to megatron-core's."""
 
 GPT2_SETTINGS = {
     **{"swiglu": False, "squared_relu": False, "normalization": "LayerNorm", "add_bias_linear": True},
     **{"apply_residual_connection_post_layernorm": False, "apply_layernorm_1p": False, "num_experts": None},
     **{"use_rotary_position_embeddings": False, "group_query_attention": False, "pipeline_model_parallel_size": 1},
 }
-"""Settings with which Megatron-LM's model is a GPT-2."""
+"""Megatron-LM settings with which its model is a GPT-2."""
 
 
 class UnpickledObject:
@@ -67,43 +68,43 @@ class UnpickledObject:
 
 
 def is_classic(folder: Path) -> bool:
-    """Return True if a folder is, or contains, a checkpoint of Megatron-LM."""
+    """Return True if a folder is, or contains, a classic Megatron-LM checkpoint."""
     return (folder / TRACKER).is_file() or any(folder.glob("mp_rank_*/model*_rng.pt"))
 
 
 @dataclass(frozen=True, slots=True)
 class ClassicCheckpoint:
-    """Shards of every tensor-parallel rank, by megatron-core's names."""
+    """Shards of every tensor-parallel rank, under megatron-core's parameter names."""
 
     folder: Path
     ranks: list[dict[str, Tensor]]
     version: float
-    """Checkpoint version, which decides the order of the rows of queries, keys and values."""
+    """Checkpoint version, which determines the row order of queries, keys and values."""
     settings: dict[str, Any] | None
-    """Megatron-LM's arguments, if the checkpoint has them."""
+    """Megatron-LM's arguments, if the checkpoint stores them."""
 
     @staticmethod
     def open(folder: Path) -> ClassicCheckpoint:
-        """Read a checkpoint's files; where they are zip archives, tensors stay on disk until they are asked for.
+        """Open a checkpoint's files. In zip archives, tensors stay on disk until they are read.
 
         Raises:
-            DataError: A file is missing, damaged, holds code, or is not a GPT's.
+            DataError: A file is missing or damaged, contains code, or is not a GPT checkpoint.
         """
         paths = _files(folder)
         states = [read_pickle(path) for path in paths]
         ranks = [_tensors(path, state) for path, state in zip(paths, states, strict=True)]
         version, settings = states[0].get("checkpoint_version", 0), states[0].get("args")
         if version not in (0, 1) and version < 2:
-            raise DataError(f"{paths[0]} has checkpoint_version {version}; Megatron-LM wrote 0, 1.0, 2.0 and 3.0.")
+            raise DataError(f"{paths[0]} has checkpoint_version {version}; supported versions are 0, 1.0, 2.0 and 3.0.")
         return ClassicCheckpoint(
             folder, ranks, version, vars(settings) if isinstance(settings, UnpickledObject) else None
         )
 
     def config(self) -> Any:
-        """Return transformers' configuration of the model, from Megatron-LM's settings.
+        """Return transformers' configuration for Megatron-LM's settings.
 
         Raises:
-            DataError: They are not there, or the model is no GPT-2.
+            DataError: The settings are missing, or the model is not a GPT-2.
         """
         from transformers import GPT2Config
 
@@ -133,30 +134,30 @@ class ClassicCheckpoint:
         needed = ("padded_vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_attention_heads")
         if missing := [name for name in needed if settings.get(name) is None]:
             raise DataError(
-                f"{self.folder} does not say of what model it is ({missing[0]} is not in its args); give "
-                "--model-config, the folder or config.json of transformers' model of that shape, such as gpt2-medium's."
+                f"{self.folder} does not describe its model ({missing[0]} is not in its args); give --model-config, "
+                "the folder or config.json of a transformers model of the same shape, such as gpt2-medium's."
             )
-        for name, usual in GPT2_SETTINGS.items():
-            if (settings.get(name) or usual) != usual:
+        for name, expected in GPT2_SETTINGS.items():
+            if (settings.get(name) or expected) != expected:
                 raise DataError(
-                    f"{self.folder} has {name} {settings[name]}, and GPT-2 has {usual}; it is another model."
+                    f"{self.folder} has {name} {settings[name]}; GPT-2, the only supported model, has {expected}."
                 )
         return settings
 
     def shapes(self, rank: int) -> dict[str, torch.Size]:
-        """Return the shapes of what a rank has."""
+        """Return the shapes of a rank's tensors."""
         return {name: tensor.shape for name, tensor in self.ranks[rank].items()}
 
     def require_known_tensors(self, layout: Layout) -> None:
-        """Refuse a tensor that the configuration's model lacks, such as a further layer, by its name."""
+        """Refuse tensors that the configuration's model does not have, such as those of an extra layer."""
         if unknown := sorted(self.ranks[0].keys() - layout.rules.keys()):
             raise DataError(
-                f"{self.folder} has {unknown[0]} ({len(unknown)} such), which the model of its configuration has not; "
-                "give --model-config of the very model, if it is a GPT-2."
+                f"{self.folder} contains {counted(len(unknown), 'tensor')} absent from its configuration, such as "
+                f"{unknown[0]}. If it is a GPT-2, give the matching --model-config."
             )
 
     def padded_shapes(self, layout: Layout, expected: dict[str, torch.Size]) -> dict[str, torch.Size]:
-        """Return the shapes with the rows of Megatron-LM's vocabulary, which is filled up to a multiple of 128."""
+        """Return the expected shapes with Megatron-LM's vocabulary rows, padded to a multiple of 128."""
         changed = {}
         for name in (name for name, rule in layout.rules.items() if rule.rows):
             rows = len(self.ranks[0].get(name, ()))
@@ -165,16 +166,18 @@ class ClassicCheckpoint:
         return expected | changed
 
     def read(self, name: str, layout: Layout) -> list[Tensor]:
-        """Return every rank's part of a parameter, queries, keys and values in megatron-core's order."""
+        """Return every rank's shard of a parameter, with queries, keys and values in megatron-core's order."""
         rule = layout.rules[name]
-        parts = [tensors[name].clone() for tensors in self.ranks]
-        return [reorder_qkv(part, self.version, rule.groups // len(parts)) for part in parts] if rule.groups else parts
+        shards = [tensors[name].clone() for tensors in self.ranks]
+        if not rule.groups:
+            return shards
+        return [reorder_qkv(shard, self.version, rule.groups // len(shards)) for shard in shards]
 
 
 def reorder_qkv(tensor: Tensor, version: float, num_heads: int) -> Tensor:
-    """Return the rows of queries, keys and values as version 2.0 has them, head by head: 3 x width of each.
+    """Reorder the rows of queries, keys and values to version 2.0's order: by head, then q, k and v, then width.
 
-    Version 0 has all heads' queries, then all keys, then all values; version 1.0 has the three row by row.
+    Version 0 stores all queries, then all keys, then all values; version 1.0 interleaves the three row by row.
     """
     if version == 0:
         return tensor.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
@@ -189,20 +192,20 @@ def _files(folder: Path) -> list[Path]:
     if (folder / TRACKER).is_file():
         step = (folder / TRACKER).read_text(errors="replace").strip()
         inner = folder / (f"iter_{int(step):07d}" if step.isdecimal() else "release")
-    found = {match: path for path in inner.glob("mp_rank_*") if (match := _RANK.fullmatch(path.name))}
-    ranks = sorted((int(match[1]), path) for match, path in found.items())
-    if any(int(match[2] or 0) for match in found):
-        raise DataError(f"{inner} is cut over pipeline ranks; merge them with the Megatron-LM that wrote it.")
+    files = {match: path for path in inner.glob("mp_rank_*") if (match := _RANK.fullmatch(path.name))}
+    ranks = sorted((int(match[1]), path) for match, path in files.items())
+    if any(int(match[2] or 0) for match in files):
+        raise DataError(f"{inner} is split over pipeline ranks; merge them with the Megatron-LM that wrote it.")
     if not ranks or [rank for rank, _ in ranks] != list(range(len(ranks))):
         raise DataError(
-            f"{inner} has {[path.name for _, path in ranks]}; it needs mp_rank_00, mp_rank_01, ... each once."
+            f"{inner} has {[path.name for _, path in ranks]}; it needs each of mp_rank_00, mp_rank_01, ... once."
         )
     return [next(folder.glob("model*_rng.pt"), folder / "model_optim_rng.pt") for _, folder in ranks]
 
 
 @contextmanager
 def _allowing_only(classes: Iterable[tuple[type, str]]) -> Iterator[None]:
-    """Let torch's reader build these classes and none that a library allowed, as megatron-core does when imported."""
+    """Restrict torch's reader to these classes; libraries such as megatron-core add others when imported."""
     before = get_safe_globals()
     clear_safe_globals()
     add_safe_globals([*classes])
@@ -214,7 +217,7 @@ def _allowing_only(classes: Iterable[tuple[type, str]]) -> Iterator[None]:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's dictionary, in which objects are UnpickledObjects."""
+    """Unpickle a checkpoint's dictionary without running code; objects become UnpickledObject."""
     known: dict[str, None] = {}
     while True:
         try:
@@ -224,27 +227,25 @@ def read_pickle(path: Path) -> dict[str, Any]:
             name = re.search(r"GLOBAL (\S+)", str(error))
             if name is None:
                 raise DataError(
-                    f"{path} is missing or damaged ({str(error).splitlines()[0]}); copy it anew."
+                    f"{path} is missing or damaged ({str(error).splitlines()[0]}); copy it again."
                 ) from error
             if name[1] in known or not KNOWN.fullmatch(name[1]):
                 raise DataError(
-                    f"{path} names {name[1]}, which is code, and megaft runs none that comes with a checkpoint; "
-                    "save only its model, args and checkpoint_version anew where you trust it."
+                    f"{path} refers to {name[1]}; megaft runs no code from a checkpoint. If you trust the file, load "
+                    "it elsewhere and save only its model, args and checkpoint_version."
                 ) from error
             known[name[1]] = None
 
 
 def _tensors(path: Path, state: Any) -> dict[str, Tensor]:
-    """Return a rank's tensors by megatron-core's names."""
+    """Return a rank's tensors under megatron-core's names."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise DataError(
-            f"{path} has no dictionary model; it is not a checkpoint of Megatron-LM without virtual stages."
-        )
+        raise DataError(f"{path} has no dictionary named model; checkpoints with virtual stages are not supported.")
     return {_core_name(name): tensor for name, tensor in _flat(state["model"].get("language_model", {})).items()}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of nested dictionaries, their keys joined by dots."""
+    """Return the tensors of nested dictionaries, with keys joined by dots."""
     tensors = {}
     for key, value in tree.items():
         if isinstance(value, dict):

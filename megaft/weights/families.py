@@ -1,4 +1,4 @@
-"""Model families of the megatron backend: one record for each, read wherever a family decides something.
+"""Model families of the megatron backend: all family-specific names, shapes and layouts.
 
 To add a family whose layers are GPT-2's or Llama's, add an entry to FAMILIES. Imports no torch.
 """
@@ -18,8 +18,8 @@ from megaft.weights.sizes import ConfigValues
 class Rule:
     """Mapping of one megatron-core parameter from transformers' parameters.
 
-    Megatron keeps the queries, keys and values of an attention group together, so that a cut between groups is one
-    between ranks, and of a gated layer each rank's gate before its values.
+    Megatron stores the queries, keys and values of an attention group together, so that ranks split between groups. In
+    a gated layer each rank's gate rows precede its value rows.
     """
 
     sources: tuple[str, ...]
@@ -27,11 +27,11 @@ class Rule:
     axis: Literal[0, 1] | None = None
     """Sharded axis of the matrix as (out, in); None if it is replicated."""
     groups: int = 0
-    """Query groups of the whole model, where queries, keys and values lie together."""
+    """Query groups of the whole model, for a fused matrix of queries, keys and values."""
     is_transposed: bool = False
     """True if transformers stores the matrix as (in, out), as GPT-2 does."""
     rows: int = 0
-    """Vocabulary entries, if rows of zeros pad them to a multiple of the ranks."""
+    """Vocabulary entries, if zero rows pad them to a multiple of the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,19 +39,19 @@ class Family:
     """Names, layout and computation of a family's models in transformers."""
 
     read: Callable[[Family, ConfigValues, float | None], Shape]
-    """Returns the shape that a config.json describes, with another dropout of the residual stream if one is given."""
+    """Returns the shape from a config.json, with the residual stream's dropout replaced if one is given."""
     rules: Callable[[Shape], dict[str, Rule]]
-    """Returns a rule for each parameter of megatron-core, without the output layer's."""
+    """Returns a rule for each parameter of megatron-core, except the output layer's."""
     require_layout: Callable[[Any], None]
-    """Raises ConfigError for parameters that megatron-core lacks."""
+    """Raises ConfigError for parameters that megatron-core does not have."""
     require_modules: Callable[[Any], None]
     """Raises ConfigError for attention or dropout that the megatron backend does not build."""
     base_prefix: str
-    """transformers' prefix of the base model's parameter names, which files may leave out."""
+    """transformers' prefix of the base model's parameter names, which files may omit."""
     embedding: str
-    """Name of the embedding of the vocabulary."""
+    """Name of the token embedding."""
     activations: tuple[str, ...]
-    """Activations of the inner layer that the megatron backend builds."""
+    """Activations of the MLP that the megatron backend supports."""
     epsilon: str
     """Name of the norms' epsilon in config.json."""
     attention_dropout: str
@@ -59,41 +59,41 @@ class Family:
     trains_padding: bool
     """True if the embedding of the padding token has a gradient."""
     residual_outputs: str | None = None
-    """End of the names of matrices that write into the residual stream, if new ones are scaled by the model's depth."""
+    """Name suffix of the matrices that write to the residual stream, if initialization scales them by depth."""
     default_groups: int | None = None
-    """Key and value heads if config.json leaves them out; None for as many as query heads."""
+    """Key and value heads if config.json omits them; None for the number of query heads."""
     biases: tuple[bool, bool] | None = None
-    """True for biases of queries, keys and values, and for those of the other matrices; None if config.json decides."""
+    """Biases of queries, keys and values, and of the other matrices; None if config.json sets them."""
 
 
 def family_of(config: Any) -> Family:
     """Return the family of a transformers configuration.
 
     Raises:
-        ConfigError: The megatron backend does not have it.
+        ConfigError: The megatron backend does not support it.
     """
     require(
         config.model_type in FAMILIES,
-        f"the model is of type {config.model_type}; --model.backend megatron and `megaft convert` know "
+        f"the model's model_type is {config.model_type}; --model.backend megatron and `megaft convert` support "
         f"{', '.join(FAMILIES)}; use --model.backend hugging-face.",
     )
     return FAMILIES[config.model_type]
 
 
 def shape_of(config: dict[str, Any], dropout: float | None = None, source: str = "config.json") -> Shape:
-    """Read a transformers configuration; what it leaves out has transformers' default.
+    """Return the shape of a transformers configuration, with transformers' defaults for missing keys.
 
     Args:
-        config: As in config.json.
-        dropout: Dropout of the residual stream in place of the configuration's own, in families that have it.
+        config: Content of config.json.
+        dropout: Replaces the configuration's dropout of the residual stream, in families that have it.
         source: File or name of the configuration, for messages.
 
     Raises:
-        ConfigError: A family whose values are not known here.
-        DataError: Sizes that make no model.
+        ConfigError: The family is not supported.
+        DataError: A size is invalid.
     """
     kind = config.get("model_type")
-    require(kind in FAMILIES, f"the model's model_type is {kind}; megaft estimate knows {', '.join(FAMILIES)}.")
+    require(kind in FAMILIES, f"the model's model_type is {kind}; megaft estimate supports {', '.join(FAMILIES)}.")
     family = FAMILIES[str(kind)]
     return family.read(family, ConfigValues(config, source), dropout)
 
@@ -110,7 +110,7 @@ def _gpt2_shape(family: Family, values: ConfigValues, dropout: float | None) -> 
     width, heads = values.positive_int("n_embd", 768), values.positive_int("n_head", 12)
     values.require_multiple("n_embd", width, "n_head", heads)
     own_dropout = values.fraction("resid_pdrop", 0.1)
-    of_qkv, of_others = family.biases or (True, True)
+    qkv_bias, other_bias = family.biases or (True, True)
     return Shape(
         norm="LayerNorm",
         is_gated=False,
@@ -124,8 +124,8 @@ def _gpt2_shape(family: Family, values: ConfigValues, dropout: float | None) -> 
         vocab_size=values.positive_int("vocab_size", 50_257),
         num_positions=values.positive_int("n_positions", 1024),
         is_tied=values.flag("tie_word_embeddings", True),
-        has_qkv_bias=of_qkv,
-        has_bias=of_others,
+        has_qkv_bias=qkv_bias,
+        has_bias=other_bias,
         activation=values.config.get("activation_function", "gelu_new"),
         dropout=own_dropout if dropout is None else dropout,
     )
@@ -137,20 +137,20 @@ def _gpt2_rules(shape: Shape) -> dict[str, Rule]:
         "embedding.position_embeddings.weight": Rule(("transformer.wpe.weight",)),
     }
     for layer in range(shape.num_layers):
-        there, here = f"transformer.h.{layer}.", f"decoder.layers.{layer}."
+        source, target = f"transformer.h.{layer}.", f"decoder.layers.{layer}."
         for kind in ("weight", "bias"):
             rules |= {
-                f"{here}input_layernorm.{kind}": Rule((f"{there}ln_1.{kind}",)),
-                f"{here}self_attention.linear_qkv.{kind}": Rule(
-                    (f"{there}attn.c_attn.{kind}",), 0, groups=shape.num_groups, is_transposed=True
+                f"{target}input_layernorm.{kind}": Rule((f"{source}ln_1.{kind}",)),
+                f"{target}self_attention.linear_qkv.{kind}": Rule(
+                    (f"{source}attn.c_attn.{kind}",), 0, groups=shape.num_groups, is_transposed=True
                 ),
-                f"{here}self_attention.linear_proj.{kind}": Rule(
-                    (f"{there}attn.c_proj.{kind}",), 1 if kind == "weight" else None, is_transposed=True
+                f"{target}self_attention.linear_proj.{kind}": Rule(
+                    (f"{source}attn.c_proj.{kind}",), 1 if kind == "weight" else None, is_transposed=True
                 ),
-                f"{here}pre_mlp_layernorm.{kind}": Rule((f"{there}ln_2.{kind}",)),
-                f"{here}mlp.linear_fc1.{kind}": Rule((f"{there}mlp.c_fc.{kind}",), 0, is_transposed=True),
-                f"{here}mlp.linear_fc2.{kind}": Rule(
-                    (f"{there}mlp.c_proj.{kind}",), 1 if kind == "weight" else None, is_transposed=True
+                f"{target}pre_mlp_layernorm.{kind}": Rule((f"{source}ln_2.{kind}",)),
+                f"{target}mlp.linear_fc1.{kind}": Rule((f"{source}mlp.c_fc.{kind}",), 0, is_transposed=True),
+                f"{target}mlp.linear_fc2.{kind}": Rule(
+                    (f"{source}mlp.c_proj.{kind}",), 1 if kind == "weight" else None, is_transposed=True
                 ),
             }
     final = {f"decoder.final_layernorm.{kind}": Rule((f"transformer.ln_f.{kind}",)) for kind in ("weight", "bias")}
@@ -160,8 +160,8 @@ def _gpt2_rules(shape: Shape) -> dict[str, Rule]:
 def _gpt2_modules(config: Any) -> None:
     require(
         config.resid_pdrop == config.embd_pdrop,
-        f"the model has resid_pdrop {config.resid_pdrop} and embd_pdrop {config.embd_pdrop}, and megatron-core one "
-        "probability for both; give --model.dropout.",
+        f"the model has resid_pdrop {config.resid_pdrop} and embd_pdrop {config.embd_pdrop}, but megatron-core has one "
+        "probability for both; set --model.dropout.",
     )
     _require_plain_attention(config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights)
 
@@ -181,7 +181,7 @@ _GPT2 = Family(
     biases=(True, True),
 )
 
-# Llama: RMSNorm, rotary positions, grouped keys and values, a gated inner layer, hardly any biases.
+# Llama: RMSNorm, rotary positions, grouped keys and values, a gated MLP, few or no biases.
 
 
 def _llama_shape(family: Family, values: ConfigValues, _: float | None) -> Shape:
@@ -191,7 +191,7 @@ def _llama_shape(family: Family, values: ConfigValues, _: float | None) -> Shape
     groups = values.positive_int("num_key_value_heads", family.default_groups or heads, null=heads)
     values.require_multiple("num_attention_heads", heads, "num_key_value_heads", groups)
     has_bias = values.flag("attention_bias", False)
-    of_qkv, of_others = family.biases or (has_bias, has_bias)
+    qkv_bias, other_bias = family.biases or (has_bias, has_bias)
     return Shape(
         norm="RMSNorm",
         is_gated=True,
@@ -205,8 +205,8 @@ def _llama_shape(family: Family, values: ConfigValues, _: float | None) -> Shape
         vocab_size=values.positive_int("vocab_size", 32_000),
         num_positions=values.positive_int("max_position_embeddings", 2048),
         is_tied=values.flag("tie_word_embeddings", False),
-        has_qkv_bias=of_qkv,
-        has_bias=of_others,
+        has_qkv_bias=qkv_bias,
+        has_bias=other_bias,
         activation=values.config.get("hidden_act", "silu"),
         dropout=0.0,
     )
@@ -215,20 +215,20 @@ def _llama_shape(family: Family, values: ConfigValues, _: float | None) -> Shape
 def _llama_rules(shape: Shape) -> dict[str, Rule]:
     rules = {"embedding.word_embeddings.weight": Rule(("model.embed_tokens.weight",), 0, rows=shape.vocab_size)}
     for layer in range(shape.num_layers):
-        there, here = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-        attention, mlp = f"{there}self_attn.", f"{there}mlp."
-        rules[f"{here}input_layernorm.weight"] = Rule((f"{there}input_layernorm.weight",))
+        source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        attention, mlp = f"{source}self_attn.", f"{source}mlp."
+        rules[f"{target}input_layernorm.weight"] = Rule((f"{source}input_layernorm.weight",))
         for kind in ("weight", *(["bias"] if shape.has_qkv_bias else [])):
-            sources = tuple(f"{attention}{part}_proj.{kind}" for part in "qkv")
-            rules[f"{here}self_attention.linear_qkv.{kind}"] = Rule(sources, 0, groups=shape.num_groups)
+            sources = tuple(f"{attention}{letter}_proj.{kind}" for letter in "qkv")
+            rules[f"{target}self_attention.linear_qkv.{kind}"] = Rule(sources, 0, groups=shape.num_groups)
         for kind in ("weight", *(["bias"] if shape.has_bias else [])):
             inner = 1 if kind == "weight" else None
             rules |= {
-                f"{here}self_attention.linear_proj.{kind}": Rule((f"{attention}o_proj.{kind}",), inner),
-                f"{here}mlp.linear_fc1.{kind}": Rule((f"{mlp}gate_proj.{kind}", f"{mlp}up_proj.{kind}"), 0),
-                f"{here}mlp.linear_fc2.{kind}": Rule((f"{mlp}down_proj.{kind}",), inner),
+                f"{target}self_attention.linear_proj.{kind}": Rule((f"{attention}o_proj.{kind}",), inner),
+                f"{target}mlp.linear_fc1.{kind}": Rule((f"{mlp}gate_proj.{kind}", f"{mlp}up_proj.{kind}"), 0),
+                f"{target}mlp.linear_fc2.{kind}": Rule((f"{mlp}down_proj.{kind}",), inner),
             }
-        rules[f"{here}pre_mlp_layernorm.weight"] = Rule((f"{there}post_attention_layernorm.weight",))
+        rules[f"{target}pre_mlp_layernorm.weight"] = Rule((f"{source}post_attention_layernorm.weight",))
     return rules | {"decoder.final_layernorm.weight": Rule(("model.norm.weight",))}
 
 
@@ -236,8 +236,8 @@ def _llama_layout(config: Any) -> None:
     in_attention, in_mlp = getattr(config, "attention_bias", False), getattr(config, "mlp_bias", False)
     require(
         in_attention == in_mlp,
-        f"the model has attention_bias {in_attention} and mlp_bias {in_mlp}, which megatron-core cannot tell apart; "
-        "use --model.backend hugging-face.",
+        f"the model has attention_bias {in_attention} and mlp_bias {in_mlp}, but megatron-core has one switch for "
+        "both; use --model.backend hugging-face.",
     )
 
 
@@ -249,7 +249,7 @@ def _llama_modules(config: Any) -> None:
 def _require_plain_attention(is_unusual: bool) -> None:
     require(
         not is_unusual,
-        "the model has attention scaled or windowed, and --model.backend megatron plain attention only; "
+        "the model scales attention scores or uses a sliding window, which --model.backend megatron does not support; "
         "use --model.backend hugging-face.",
     )
 
@@ -273,4 +273,4 @@ FAMILIES: dict[str, Family] = {
     "mistral": replace(_LLAMA, default_groups=8),
     "qwen2": replace(_LLAMA, default_groups=32, biases=(True, False), require_layout=lambda config: None),
 }
-"""By transformers' model_type."""
+"""Supported families by transformers' model_type."""

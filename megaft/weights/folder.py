@@ -1,4 +1,4 @@
-"""Folder of a model's files, which for a run is its export/. Imports no torch."""
+"""Resolve a model or run folder to the folder of the model's files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megaft.base.errors import DataError
 
 
 def model_folder(source: str, setting: str = "model") -> str:
-    """Return the folder of a model's files; for a run's folder, its export/.
+    """Return a model folder; for a run folder, its export/.
 
     Raises:
         DataError: The run's export/ holds no model.
@@ -17,23 +17,21 @@ def model_folder(source: str, setting: str = "model") -> str:
     if not export.is_dir():
         return source
     if not (export / "config.json").is_file():
-        raise DataError(
-            f"{setting} is {source}, a run whose export/ has no config.json; export it again, or copy it anew."
-        )
+        raise DataError(f"{setting} is {source}, a run whose export/ has no config.json; export or copy it again.")
     return str(export)
 
 
 def model_source(model: str) -> str:
-    """Return the folder of the files of a model that can be run, or its hub name; for a run's folder, its export/.
+    """Return a folder that transformers can load, or a hub name; for a run folder, its export/.
 
     Raises:
-        DataError: The folder holds no model.
+        DataError: The folder has no model.
     """
     source = model_folder(model, "--model")
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DataError(
             f"--model is {model}, a folder with neither config.json nor export/; "
-            "give a model's folder, or a run's after it has ended."
+            "give a model folder, or the folder of a finished run."
         )
     return source

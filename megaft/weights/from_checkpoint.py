@@ -1,4 +1,4 @@
-"""The weights of a run's checkpoint, by transformers' names: in fp32, whichever modules and ranks wrote it."""
+"""Read the fp32 weights of a run's checkpoint under transformers' names, whichever backend and ranks wrote it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megaft.weights.parameters import Weights, load_config, require_fitting, sha
 
 
 def base_model_of_run(folder: Path) -> str:
-    """Return the model that a checkpoint's run began with, which has the configuration and the tokenizer.
+    """Return the base model of a checkpoint's run, which has the configuration and the tokenizer.
 
     Raises:
-        ConfigError: The run trains adapters, which are not a model's weights.
-        DataError: The run does not say.
+        ConfigError: The run trains LoRA adapters only.
+        DataError: The run's config.json does not name it.
     """
     path = folder.resolve().parents[1] / "config.json"
     try:
@@ -30,19 +30,19 @@ def base_model_of_run(folder: Path) -> str:
         source = model["path"] or model["from_scratch"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
-            f"{folder} is a checkpoint whose run does not say what model it trains ({path}: {type(error).__name__}); "
-            "give --model-config, the folder of the model it began with."
+            f"{folder} is a checkpoint of a run that does not name its model ({path}: {type(error).__name__}); "
+            "give --model-config, the folder of the run's base model."
         ) from error
-    require(rank == 0, f"{folder} has adapters only; convert {path.parent / 'export'}, which has them merged.")
+    require(rank == 0, f"{folder} has LoRA adapters only; convert {path.parent / 'export'}, where they are merged.")
     return str(source)
 
 
 def open_checkpoint(folder: Path, model_config: str) -> Weights:
-    """Return the weights of a checkpoint whose files all have the size and hash of its manifest.
+    """Verify a checkpoint against its manifest and return its weights.
 
     Raises:
-        CheckpointError: They have not, or a weight is missing.
-        DataError: A weight has not the shape of the configuration.
+        CheckpointError: A file is damaged, or a weight is missing.
+        DataError: A weight's shape differs from the configuration's.
     """
     require_inert("model-config", model_config)
     config = load_config(model_config)

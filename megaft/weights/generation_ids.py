@@ -1,4 +1,4 @@
-"""Beginning, end and padding tokens of generation: as a model's own files say, or as the tokenizer of a new model."""
+"""Beginning, end and padding token ids of generation, from a model's files or a new model's tokenizer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ KINDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def follow_tokenizer(config: Any, bos_id: int | None, eos_id: int | None) -> None:
-    """Give a new model's configuration its tokenizer's beginning and end, where it does not have them already.
+    """Set a new model's bos_token_id and eos_token_id to the tokenizer's, unless they already include it.
 
-    An end may be several tokens; one of them must be the tokenizer's, with which training ended documents.
+    There may be several end tokens; one must be the tokenizer's, which ends the training documents.
     """
     text = config.get_text_config()
     for kind, token in (("bos_token_id", bos_id), ("eos_token_id", eos_id)):
-        if token not in _several(getattr(text, kind, None)):
+        if token not in _id_set(getattr(text, kind, None)):
             setattr(text, kind, token)
 
 
 def generation_ids(folder: str | Path) -> dict[str, set[int]]:
-    """Return the tokens of each kind by which transformers begins and ends texts with a model's folder or hub name."""
+    """Return the token ids of each kind that transformers uses to generate with a model folder or hub name."""
     from transformers import AutoConfig, GenerationConfig
 
     from megaft.weights.reading import file_of
@@ -34,21 +34,21 @@ def generation_ids(folder: str | Path) -> dict[str, set[int]]:
 
 
 def ids_of(config: Any) -> dict[str, set[int]]:
-    """Return the tokens of each kind in a configuration of generation or of a model."""
-    return {kind: _several(getattr(config, kind, None)) for kind in KINDS}
+    """Return the token ids of each kind in a generation or model configuration."""
+    return {kind: _id_set(getattr(config, kind, None)) for kind in KINDS}
 
 
-def require_same_generation_ids(expected: dict[str, set[int]], found: dict[str, set[int]], folder: Path) -> None:
-    """Raise DataError where an export would begin, end or pad texts with other tokens than expected."""
+def require_same_generation_ids(expected: dict[str, set[int]], actual: dict[str, set[int]], folder: Path) -> None:
+    """Refuse an export whose beginning, end or padding tokens differ from the expected ones."""
     for kind in KINDS:
-        if found[kind] != expected[kind]:
+        if actual[kind] != expected[kind]:
             raise DataError(
-                f"{folder} was not published: its {kind} is {sorted(found[kind])} for transformers, not "
-                f"{sorted(expected[kind])} as the model that was trained. The checkpoint is whole; {REPORT}."
+                f"{folder} was not published: its {kind} is {sorted(actual[kind])} in transformers, but "
+                f"{sorted(expected[kind])} in the trained model. The checkpoint is complete; {REPORT}."
             )
 
 
-def _several(ids: Any) -> set[int]:
+def _id_set(ids: Any) -> set[int]:
     if ids is None:
         return set()
     return {*ids} if isinstance(ids, list | tuple) else {ids}

@@ -1,7 +1,7 @@
 """Map parameters between transformers and megatron-core, whole or sharded over tensor-parallel ranks.
 
-transformers' names and shapes are the canonical form: folders, checkpoints and models of any backend and any number of
-ranks are read as if they held those, and written from them. Pure arithmetic of tensors; megatron-core is not needed.
+transformers' names and shapes are the canonical form: folders, checkpoints and models of any backend and number of
+ranks are converted from and to it. Pure tensor arithmetic; does not need megatron-core.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OUTPUT_LAYER = "lm_head.weight"
 
 
 def local(rule: Rule, sources: Sequence[Tensor], size: int, rank: int) -> Tensor:
-    """Return the shard of rank `rank` of `size`, from the parameters of transformers that the rule names."""
+    """Return the shard of rank `rank` of `size`, from the transformers parameters `rule.sources`."""
     tensors = [tensor.T if rule.is_transposed and tensor.ndim == 2 else tensor for tensor in sources]
     if rule.rows:
         missing = -rule.rows % size
@@ -37,10 +37,10 @@ def local(rule: Rule, sources: Sequence[Tensor], size: int, rank: int) -> Tensor
 
 
 def whole(rule: Rule, shards: Sequence[Tensor], heads_per_group: int) -> dict[str, Tensor]:
-    """Return the parameters of transformers by name, from what every rank holds: the inverse of `local`."""
-    apart = [_apart(rule, shard, len(shards), heads_per_group) for shard in shards]
+    """Return the transformers parameters by name, from all ranks' shards: the inverse of `local`."""
+    split = [_split_sources(rule, shard, len(shards), heads_per_group) for shard in shards]
     axis = rule.axis
-    tensors = apart[0] if axis is None else [torch.cat(parts, axis) for parts in zip(*apart, strict=True)]
+    tensors = split[0] if axis is None else [torch.cat(shards_of, axis) for shards_of in zip(*split, strict=True)]
     if rule.rows:
         tensors = [tensor[: rule.rows] for tensor in tensors]
     if rule.groups and len(rule.sources) == 1:
@@ -49,17 +49,17 @@ def whole(rule: Rule, shards: Sequence[Tensor], heads_per_group: int) -> dict[st
     return {name: tensor.contiguous() for name, tensor in zip(rule.sources, tensors, strict=True)}
 
 
-def _apart(rule: Rule, shard: Tensor, size: int, heads_per_group: int) -> list[Tensor]:
+def _split_sources(rule: Rule, shard: Tensor, size: int, heads_per_group: int) -> list[Tensor]:
     if rule.groups:
         width = shard.shape[0] // (rule.groups // size) // (heads_per_group + 2)
-        parts = shard.unflatten(0, (rule.groups // size, -1)).split([heads_per_group * width, width, width], 1)
-        return [part.flatten(0, 1) for part in parts]
+        qkv = shard.unflatten(0, (rule.groups // size, -1)).split([heads_per_group * width, width, width], 1)
+        return [rows.flatten(0, 1) for rows in qkv]
     return list(shard.chunk(len(rule.sources)))
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The rules of one model, by megatron-core's names."""
+    """The rules of one model, by megatron-core's parameter names."""
 
     rules: dict[str, Rule]
     shape: Shape
@@ -69,11 +69,11 @@ class Layout:
         return local(self.rules[name], sources, size, rank)
 
     def whole(self, name: str, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the parameters of transformers that `name` of megatron-core is made of, from every rank's part."""
+        """Return the transformers parameters in the megatron-core parameter `name`, from all ranks' shards."""
         return whole(self.rules[name], shards, self.shape.num_heads // self.shape.num_groups)
 
     def rule_of(self, source: str) -> str:
-        """Return the name in megatron-core of what holds a parameter of transformers."""
+        """Return the megatron-core parameter that contains a transformers parameter."""
         return next(name for name, rule in self.rules.items() if source in rule.sources)
 
 
@@ -84,8 +84,8 @@ def layout_of(config: Any) -> Layout:
         config: transformers' configuration.
 
     Raises:
-        ConfigError: The family, or something in its configuration, has no counterpart in megatron-core.
-        DataError: Its sizes make no model.
+        ConfigError: megatron-core does not support the family or a setting of the configuration.
+        DataError: A size is invalid.
     """
     family = family_of(config)
     family.require_layout(config)

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: where they are, and the manifest that makes one valid.
+"""Checkpoint folders and their manifests, against which checkpoints are verified.
 
     RUN/checkpoints/step-00000020/
-        rank-00000.safetensors ...  each rank's pieces, keyed kind/name@offset, fp32
+        rank-00000.safetensors ...  each rank's slices, keyed kind/name@offset, fp32
         manifest.json               size and SHA-256 of every file, shapes, the run's state, and its own SHA-256
     RUN/checkpoints/latest          the name of the newest; only a hint
 
-There is no pickle in it. A folder without a manifest whose sizes and hashes hold is not a checkpoint.
+A checkpoint contains no pickle. It is valid only if its files match the sizes and hashes of its manifest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megaft.base.files import is_file_name, parse_json, sha256_of, to_json
 FORMAT = 3
 MANIFEST = "manifest.json"
 
-# A checkpoint that the same step, saved again, is about to replace is one as well, until it has.
+# A checkpoint that is being replaced by one of the same step stays valid until it is replaced.
 NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
 
 
@@ -31,18 +31,18 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` steps."""
+    """Return the folder of the checkpoint saved after `step` steps."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def published(folder: Path) -> list[Path]:
-    """Return the checkpoints in RUN/checkpoints, oldest first, whether or not they still hold."""
-    found = {path: match for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))}
-    return sorted(found, key=lambda path: (found[path][1], found[path][2] is None, path.name))
+    """Return the checkpoint folders in RUN/checkpoints, oldest first, without verifying them."""
+    names = {path: match for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name))}
+    return sorted(names, key=lambda path: (names[path][1], names[path][2] is None, path.name))
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Return the steps of all published checkpoints, rising, whether or not they still hold."""
+    """Return the ascending steps of all published checkpoints, without verifying them."""
     return [step_of(path) for path in published(run_dir / "checkpoints")]
 
 
@@ -52,28 +52,28 @@ def step_of(folder: Path) -> int:
 
 
 def newest_manifest(run_dir: Path) -> dict[str, Any] | None:
-    """Return the manifest of the newest checkpoint that has a readable one, hashing no other file.
+    """Return the newest readable manifest without hashing the checkpoint's files.
 
-    It asks no other rank, so it can be called before they have joined.
+    Uses no collectives, so it can be called before the ranks have joined.
     """
     for folder in reversed(published(run_dir / "checkpoints")):
         try:
             return read_manifest(folder)
         except CheckpointError:
-            continue  # `find` says why
+            continue  # `find` reports the error
     return None
 
 
 def verify(folder: Path, share: int = 0, num_shares: int = 1) -> dict[str, Any]:
-    """Return the manifest of a checkpoint whose files all have the size and hash it names.
+    """Check that a checkpoint's files have the sizes and hashes of its manifest, and return the manifest.
 
     Args:
-        folder: The checkpoint's.
-        share: Only every `num_shares`-th file is hashed, from this one.
-        num_shares: By default every file is.
+        folder: The checkpoint's folder.
+        share: Hash only every `num_shares`-th file, starting with this one.
+        num_shares: By default every file is hashed.
 
     Raises:
-        CheckpointError: One is missing or different; the message names it.
+        CheckpointError: A file is missing or differs; the message names it.
     """
     manifest = read_manifest(folder)
     for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
@@ -82,12 +82,12 @@ def verify(folder: Path, share: int = 0, num_shares: int = 1) -> dict[str, Any]:
             raise CheckpointError(f"{folder / MANIFEST} names {name[:80]}, which is outside the checkpoint.")
         require_size(path, expected["bytes"])
         if number % num_shares == share and _sha256_of(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's.")
+            raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the manifest's.")
     return manifest
 
 
 def require_size(path: Path, num_bytes: int) -> None:
-    """Raise CheckpointError unless a file is there and has so many bytes."""
+    """Raise CheckpointError unless a file exists and has `num_bytes` bytes."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
     if path.stat().st_size != num_bytes:
@@ -105,22 +105,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest.
 
     Raises:
-        CheckpointError: It is missing, unreadable, damaged, or of a format this version does not know.
+        CheckpointError: It is missing, unreadable, damaged, or of an unsupported format.
     """
     path = folder / MANIFEST
     if folder.is_symlink() or path.is_symlink():
-        raise CheckpointError(f"{folder} is or holds a symbolic link; move the checkpoint itself there.")
+        raise CheckpointError(f"{folder} is or contains a symbolic link; replace it with the checkpoint itself.")
     try:
         manifest = parse_json(path.read_text())
-        known = manifest["format"] == FORMAT
+        is_supported = manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is missing or unreadable; the checkpoint was never finished.") from error
-    if not known:
-        raise CheckpointError(f"{path} has format {manifest['format']}; this megaft reads {FORMAT}.")
+        raise CheckpointError(f"{path} is missing or unreadable; the checkpoint is incomplete.") from error
+    if not is_supported:
+        raise CheckpointError(f"{path} has format {manifest['format']}; this version of megaft reads format {FORMAT}.")
     if manifest.pop("sha256", None) != _manifest_sha256(manifest):
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one it names.")
+        raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256.")
     if not _is_complete(manifest):
-        raise CheckpointError(f"{path} has an identity or files of another form; megaft did not write it.")
+        raise CheckpointError(f"{path} has an invalid identity or file list; megaft did not write it.")
     return manifest
 
 
@@ -134,7 +134,7 @@ def _is_complete(manifest: dict[str, Any]) -> bool:
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
-    """Return the contents of manifest.json, which names its own SHA-256."""
+    """Return the text of manifest.json, including its own SHA-256."""
     return to_json(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2) + "\n"
 
 

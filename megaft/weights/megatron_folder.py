@@ -1,4 +1,4 @@
-"""Folders of `megaft convert --format megatron`: one safetensors file a tensor-parallel rank, and a manifest."""
+"""Folders of `megaft convert --format megatron`: one safetensors file per tensor-parallel rank, and a manifest."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ from megaft.weights.parameters import require_fitting, shapes_of
 from megaft.weights.tensor_file import TensorFile, open_tensors
 
 MANIFEST = "megatron.json"
-
-
 FORMAT = 1
-"""Format version in the manifest of a megatron folder."""
+"""Format version of the manifest."""
 
 
 def is_megatron_folder(folder: Path) -> bool:
-    """Return True if `megaft convert --format megatron` wrote a folder."""
+    """Return True if a folder was written by `megaft convert --format megatron`."""
     return (folder / MANIFEST).is_file()
 
 
 def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[TensorFile]:
-    """Return the file of each tensor-parallel rank in a converted folder, their sizes and shapes checked.
+    """Return the file of each tensor-parallel rank, after checking sizes and shapes.
 
     Raises:
-        DataError: One is missing or different; the message names it.
+        DataError: A file is missing or differs; the message names it.
     """
     manifest = read_manifest(folder)
     layout, shapes, size = layout_of(config), shapes_of(config), manifest["tensor_parallel_size"]
@@ -41,12 +39,12 @@ def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[Ten
     if len(files) != size:
         raise DataError(
             f"{folder / MANIFEST} names {counted(len(files), 'file')} for {counted(size, 'rank')}; "
-            "convert the model anew."
+            "convert the model again."
         )
     for rank, file in enumerate(files):
-        found = {name: span.shape for name, span in file.spans.items()}
-        require_fitting(str(file.path), local_shapes(layout, shapes, size, rank), found)
-        require_no_more(f"model is {file.path}", layout.rules, found)
+        stored = {name: span.shape for name, span in file.spans.items()}
+        require_fitting(str(file.path), local_shapes(layout, shapes, size, rank), stored)
+        require_no_more(f"model is {file.path}", layout.rules, stored)
     return files
 
 
@@ -54,35 +52,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a megatron folder.
 
     Raises:
-        DataError: It is damaged or of another format.
+        DataError: It is damaged or of an unsupported format.
     """
     path = folder / MANIFEST
     try:
         manifest = parse_json(path.read_text(encoding="utf-8"))
-        known, files, _ = manifest["format"], manifest["files"], int(manifest["tensor_parallel_size"])
+        version, files, _ = manifest["format"], manifest["files"], int(manifest["tensor_parallel_size"])
         for entry in files.values():
             _ = entry["bytes"], entry["sha256"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew.") from error
-    if known != FORMAT:
-        raise DataError(f"{path} has format {known}; this megaft reads {FORMAT}.")
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model again.") from error
+    if version != FORMAT:
+        raise DataError(f"{path} has format {version}; this version of megaft reads format {FORMAT}.")
     return manifest
 
 
 def _checked(folder: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> TensorFile:
     path = folder / name
     if not is_file_name(name):
-        raise DataError(f"{folder / MANIFEST} names {name[:80]}, which is not a file beside it; copy the folder anew.")
+        raise DataError(
+            f"{folder / MANIFEST} names {name[:80]}, which is not a file in its folder; copy the folder again."
+        )
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         size = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
-        raise DataError(f"{path} {size}; {MANIFEST} says {entry['bytes']} bytes. Copy it anew.")
+        raise DataError(f"{path} {size}; {MANIFEST} says {entry['bytes']} bytes. Copy it again.")
     if is_hashed and sha256_of(path) != entry["sha256"]:
-        raise DataError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}. Copy it anew.")
+        raise DataError(f"{path} is damaged: its SHA-256 differs from the one in {MANIFEST}. Copy it again.")
     return open_tensors(path)
 
 
 def local_shapes(layout: Layout, shapes: dict[str, torch.Size], size: int, rank: int) -> dict[str, torch.Size]:
-    """Return the shape of what rank `rank` of `size` holds of every parameter of megatron-core."""
+    """Return the shapes of rank `rank` of `size`'s shards of all megatron-core parameters."""
 
     @cache
     def meta(source: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Initial weights of a new model, each a function of the seed and its name, so that any rank can make any part."""
+"""Initialize a new model's weights, each from the seed and its name, so that any rank can draw any of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megaft.weights.parameters import Weights, shapes_of
 
 
 def new_weights(config: Any, seed: int) -> Weights:
-    """Return the weights of a new model of a transformers configuration, drawn as they are read.
+    """Return the weights of a new model of a transformers configuration, drawn when read.
 
-    As in Radford et al. 2019 (section 2.3): biases are 0, norms 1, all else normal with the configuration's deviation,
-    but GPT-2's projections back into the residual stream with that over the root of their number.
+    As in Radford et al. 2019 (section 2.3): biases are 0, norms are 1, and the rest is normal with the configuration's
+    standard deviation, divided by the root of their number for GPT-2's projections into the residual stream.
     """
     shapes = shapes_of(config)
     return Weights(config, torch.float32, shapes, lambda name: _drawn(name, shapes[name], config, seed))

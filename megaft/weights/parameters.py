@@ -1,4 +1,4 @@
-"""Weights of a model by transformers' names, tensor by tensor, and the shapes its config.json gives them.
+"""A model's weights under transformers' names, read one tensor at a time, and their shapes from config.json.
 
 Memory is bounded by the largest parameter, except for `.bin` and GGUF files, which transformers loads whole.
 """
@@ -24,24 +24,24 @@ CONFIG_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
     *(AssertionError, ImportError, StrictDataclassError),
 )
-"""Exceptions of transformers and torch for a config.json whose values make no model."""
+"""Exceptions of transformers and torch for an invalid config.json."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The parameters of a model as transformers has them."""
+    """The parameters of a model under transformers' names, read on demand."""
 
     config: Any
     """transformers' configuration."""
     dtype: torch.dtype
     """Dtype that holds every stored value exactly."""
     shapes: dict[str, torch.Size]
-    """Shapes of all parameters, without those tied to another."""
+    """Shapes of all parameters, without tied duplicates."""
     fetch: Callable[[str], Tensor]
 
     @property
     def num_parameters(self) -> int:
-        """Number of elements of all weights."""
+        """Total elements of all weights."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     @property
@@ -54,10 +54,10 @@ class Weights:
         return self.shapes[name]
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter in the dtype it is stored in, in memory that it shares with nothing else.
+        """Return a parameter in its stored dtype, in memory of its own.
 
         Raises:
-            DataError: The disk refuses.
+            DataError: The file cannot be read.
         """
         return self.fetch(name)
 
@@ -66,7 +66,7 @@ def load_config(source: str) -> Any:
     """Return transformers' configuration of a model.
 
     Raises:
-        DataError: There is none, or transformers cannot read it.
+        DataError: It is missing, or transformers cannot read it.
     """
     from transformers import AutoConfig
 
@@ -78,24 +78,26 @@ def load_config(source: str) -> Any:
 
 @contextmanager
 def naming_config_errors(source: str, config: Any = None) -> Iterator[None]:
-    """Turn what transformers and torch say of a configuration that makes no model into a DataError.
+    """Convert errors of transformers and torch for an invalid configuration to a DataError.
 
     Args:
-        source: Where it is from.
-        config: It, if transformers could read it.
+        source: The model it is from.
+        config: The configuration, if transformers could read it.
     """
     try:
         yield
     except CONFIG_ERRORS as error:
         reason = padding_rule(error, config) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"model is {source}; transformers makes no model of its config.json: {reason}") from error
+        raise DataError(
+            f"model is {source}; transformers cannot build a model from its config.json: {reason}"
+        ) from error
 
 
 def shapes_of(config: Any) -> dict[str, torch.Size]:
-    """Return the shape of every parameter that transformers' model has, the tied ones once; no memory is taken.
+    """Return the shapes of a transformers model's parameters, tied ones once, without allocating them.
 
     Raises:
-        DataError: The configuration makes no model.
+        DataError: The configuration is invalid.
     """
     from transformers import AutoModelForCausalLM
 
@@ -105,31 +107,31 @@ def shapes_of(config: Any) -> dict[str, torch.Size]:
 
 
 def widest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the dtype that holds every value of these exactly."""
+    """Return the smallest dtype that holds every value of these dtypes exactly."""
     return reduce(torch.promote_types, dtypes)
 
 
 def from_shards(config: Any, dtype: torch.dtype, read: Callable[[str], list[Tensor]]) -> Weights:
-    """Return the weights that `read` gives, by megatron-core's names, as every tensor-parallel rank has them."""
+    """Return weights from `read`, which maps a megatron-core name to the shards of all tensor-parallel ranks."""
     layout = layout_of(config)
 
-    @lru_cache(maxsize=1)  # queries, keys and values lie together and are asked for in turn
+    @lru_cache(maxsize=1)  # fused queries, keys and values are read one after the other
     def whole(name: str) -> dict[str, Tensor]:
         return layout.whole(name, read(name))
 
     return Weights(config, dtype, shapes_of(config), lambda name: whole(layout.rule_of(name))[name])
 
 
-def require_fitting(source: str, expected: dict[str, torch.Size], found: dict[str, torch.Size]) -> None:
-    """Raise DataError that names the first tensor that is missing or has another shape than config.json says."""
+def require_fitting(source: str, expected: dict[str, torch.Size], stored: dict[str, torch.Size]) -> None:
+    """Raise DataError with the first tensor that is missing or whose shape differs from config.json's."""
     wrong = {
-        name: f"is {list(found[name])}, not {list(shape)}" if name in found else "is missing"
+        name: f"is {list(stored[name])}, not {list(shape)}" if name in stored else "is missing"
         for name, shape in expected.items()
-        if found.get(name) != shape
+        if stored.get(name) != shape
     }
     if wrong:
         name = next(iter(wrong))
         raise DataError(
             f"model is {source}; its weights do not fit its config.json: {name} {wrong[name]} "
-            f"({len(wrong)} such). Copy both from one model."
+            f"({len(wrong)} in all). Copy both from one model."
         )

@@ -1,4 +1,4 @@
-"""Name and SHA-256 of a model, by which cards and results name it to readers on other machines."""
+"""Portable name and SHA-256 of a model, for model cards and results."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja"
 
 
 def published_name(source: str) -> str:
-    """Return a hub name as it is; of a local path its last part, with the start of the model's SHA-256.
+    """Return a hub name unchanged; for a local path, its last component and the start of the model's SHA-256.
 
-    A folder's bare name could be that of another model on the hub.
+    Without the hash, the folder's name could be confused with a model on the hub.
     """
     if not Path(source).exists():
         return without_folders(without_secrets(source))
@@ -27,7 +27,7 @@ def sha256_of_model(source: str) -> str:
     """Return the SHA-256 over the names and contents of the model's files.
 
     Args:
-        source: A model folder, a GGUF file, or a hub name, whose files are in the hub's cache.
+        source: A model folder, a GGUF file, or the hub name of a cached model.
     """
     digest = hashlib.sha256()
     for file in _files(source):

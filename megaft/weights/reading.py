@@ -1,4 +1,4 @@
-"""Open a model's weights, whatever they are stored as: a model folder, a GGUF file, a run, a checkpoint."""
+"""Open a model's weights from any supported format: model folder, GGUF file, run or checkpoint."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from megaft.weights.tensor_file import TensorFile, open_tensors
 
 
 def open_weights(source: str, *, model_config: str | None = None, is_hashed: bool = False) -> Weights:
-    """Find a model's weights and check their names and shapes; no value is read yet.
+    """Locate a model's weights and check their names and shapes, without reading values.
 
     Args:
-        source: A model folder, a hub name, a GGUF file, a folder that `megaft convert` wrote, a run's folder, or a
-            classic Megatron-LM checkpoint's, or a checkpoint of a run.
-        model_config: For a checkpoint: where transformers' config.json is, if it does not say what it is of.
-        is_hashed: Check the SHA-256 of a converted folder's files too, which reads them all once more.
+        source: A model folder, a hub name, a GGUF file, a folder written by `megaft convert`, a run folder, a classic
+            Megatron-LM checkpoint, or a checkpoint of a run.
+        model_config: Source of config.json for a checkpoint that does not describe its model.
+        is_hashed: Verify the SHA-256 of a converted folder's files too, which reads them once more.
 
     Raises:
-        ConfigError: It is of a family without a layout.
-        DataError: It is not there, asks for code, or its weights are not those of its configuration.
+        ConfigError: The megatron backend does not support its family.
+        DataError: It does not exist, requires custom code, or its weights do not match its configuration.
     """
     source = model_folder(source)
     folder = Path(source)
@@ -74,7 +74,7 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
 
 
 def config_source(source: str, model_config: str | None) -> str:
-    """Return the source of a model's configuration and tokenizer, which a checkpoint does not contain."""
+    """Return the source of a model's configuration and tokenizer, which checkpoints do not contain."""
     if model_config is None and is_checkpoint(Path(source)):
         from megaft.weights.from_checkpoint import base_model_of_run
 
@@ -83,22 +83,22 @@ def config_source(source: str, model_config: str | None) -> str:
 
 
 def _safetensors_of(source: str) -> list[TensorFile]:
-    """Return the safetensors files of a folder or of what the hub calls so; none where it has others only."""
+    """Return the safetensors files of a folder or hub model; empty if its weights have another format."""
     if Path(source).is_dir():
         require_weights(Path(source))
     index = file_of(source, INDEX)
     names = sorted(shard_names(index)) if index else ["model.safetensors"]
-    found = {name: file_of(source, name) for name in names}
-    if index and (missing := [name for name, path in found.items() if path is None]):
-        raise DataError(f"model is {source}; its {missing[0]}, which {index.name} names, is not there. Copy it anew.")
-    return [open_tensors(path) for path in found.values() if path]
+    paths = {name: file_of(source, name) for name in names}
+    if index and (missing := [name for name, path in paths.items() if path is None]):
+        raise DataError(f"model is {source}; {missing[0]}, which {index.name} lists, is missing. Copy it again.")
+    return [open_tensors(path) for path in paths.values() if path]
 
 
 def file_of(source: str, name: str) -> Path | None:
-    """Return a file of a model's folder, or of what the hub calls so; None where it has none, or nobody can be asked.
+    """Return a file of a model folder or hub model; None if it has none, or the hub cannot be reached.
 
     Raises:
-        DataError: There can be no such model.
+        DataError: The model cannot exist.
     """
     try:
         return find_file(source, name)
@@ -113,12 +113,12 @@ def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     holders = {name: file for file in files for name in file.spans}
     with no_larger_than(_size_of(files), f"model is {source}"):
         shapes = shapes_of(config)
-    family = family_of(config)  # of others, transformers changes names between file and model
+    family = family_of(config)  # in other families transformers renames parameters when loading
     family.require_layout(config)
     prefix = family.base_prefix
     stored = {name: name if name in holders else name.removeprefix(prefix) for name in shapes}
-    found = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
-    require_fitting(source, shapes, found)
+    stored_shapes = {name: holders[key].spans[key].shape for name, key in stored.items() if key in holders}
+    require_fitting(source, shapes, stored_shapes)
     _require_tied(source, stored[family.embedding], holders, stored)
     require_no_more(f"model is {source}", {*stored.values(), OUTPUT_LAYER}, holders)
 
@@ -134,7 +134,7 @@ def _size_of(files: list[TensorFile]) -> Size:
 
 
 def _require_tied(source: str, embedding: str, holders: dict[str, TensorFile], stored: dict[str, str]) -> None:
-    """Raise DataError where an output layer that config.json ties to the embedding is stored with other values."""
+    """Refuse a stored output layer that config.json ties to the embedding and that differs from it."""
     if OUTPUT_LAYER not in holders or OUTPUT_LAYER in stored:
         return
     pair = [require_finite(key, holders[key].read(key), f"model is {source}; ") for key in (OUTPUT_LAYER, embedding)]

@@ -1,4 +1,4 @@
-"""Read and write safetensors files one tensor at a time, unmapped: touched pages of a map would stay resident.
+"""Read and write safetensors files one tensor at a time, without mmap, whose touched pages would stay resident.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -22,9 +22,9 @@ from megaft.base.errors import DataError
 from megaft.base.files import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Dtypes of weights by the format's names."""
+"""Supported dtypes by safetensors' names."""
 BYTES_AT_ONCE = 1 << 24
-"""Bytes written between two hints that the disk may begin."""
+"""Bytes written between hints to start writing to disk."""
 
 
 class Span(NamedTuple):
@@ -38,23 +38,23 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """A safetensors file whose header has been read."""
+    """A safetensors file with a parsed header."""
 
     path: Path
     spans: dict[str, Span]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype; DataError where weights have no such one."""
+        """Return a tensor's dtype; DataError if it is not supported."""
         kind = self.spans[name].dtype
         if kind not in DTYPES:
-            raise DataError(f"{self.path} has {name} in {kind}; weights can be in {', '.join(DTYPES)}. Give such ones.")
+            raise DataError(f"{self.path} stores {name} as {kind}; supported dtypes are {', '.join(DTYPES)}.")
         return DTYPES[kind]
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor in fresh memory.
+        """Return a tensor in new memory.
 
         Raises:
-            DataError: The disk refuses, or the file is shorter than it was.
+            DataError: The file cannot be read, or has been truncated.
         """
         _, shape, begin, end = self.spans[name]
         data = torch.empty(end - begin, dtype=torch.uint8)
@@ -81,7 +81,7 @@ def open_tensors(path: Path) -> TensorFile:
             length = int.from_bytes(file.read(8), "little")
             header = parse_json(file.read(length))
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is missing, cut short or damaged ({error}); copy it anew.") from error
+        raise DataError(f"{path} is missing, truncated or damaged ({error}); copy it again.") from error
     header.pop("__metadata__", None)
     spans = {}
     for name, entry in header.items():
@@ -91,9 +91,9 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 class TensorWriter:
-    """A new safetensors file: its header at once, then its tensors one after the other, hashed on the way.
+    """Writer of a new safetensors file: the header first, then tensor after tensor, hashed on the way.
 
-    An OSError of the disk removes the file.
+    An OSError while writing removes the file.
     """
 
     def __init__(self, path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype):
@@ -103,7 +103,7 @@ class TensorWriter:
         self._put(header_of(shapes, dtype))
 
     def write(self, tensor: Tensor) -> None:
-        """Add the next of the tensors that the header names, from any device."""
+        """Write the next tensor in the header's order, from any device."""
         self._put(tensor.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
 
     def _put(self, data: bytes | memoryview) -> None:
@@ -111,12 +111,12 @@ class TensorWriter:
             self._num_bytes += self._file.write(data)
             self._sha256.update(data)
             if self._num_bytes - self._num_released >= BYTES_AT_ONCE and hasattr(os, "posix_fadvise"):
-                # The disk begins, and the page cache lets go of what is there: little is left for the sync at the end.
+                # Start writing and drop written pages from the page cache, which leaves little for the final sync.
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 self._num_released = self._num_bytes
 
     def close(self) -> tuple[int, bytes]:
-        """Wait until the file is on disk; return its bytes and SHA-256."""
+        """Flush the file to disk; return its size in bytes and SHA-256."""
         with self._removed_on_error():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -135,10 +135,10 @@ class TensorWriter:
 
 
 def write_shard(path: Path, tensors: list[tuple[str, Tensor]]) -> tuple[int, bytes]:
-    """Write tensors as fp32 into a new safetensors file; return its bytes and SHA-256 once it is on disk.
+    """Write tensors as fp32 to a new safetensors file; return its size in bytes and SHA-256 once it is on disk.
 
     Raises:
-        OSError: The disk refuses, and nothing of the file is left; or there is such a file already, which stays.
+        OSError: Writing failed, and the file was removed; or the file already exists, and is kept.
     """
     writer = TensorWriter(path, {name: tensor.shape for name, tensor in tensors}, torch.float32)
     for _, tensor in tensors:
@@ -147,7 +147,7 @@ def write_shard(path: Path, tensors: list[tuple[str, Tensor]]) -> tuple[int, byt
 
 
 def header_of(shapes: dict[str, torch.Size], dtype: torch.dtype) -> bytes:
-    """Return the beginning of a safetensors file of tensors in one dtype: the length of a JSON text, and the text."""
+    """Return the header of a safetensors file of tensors in one dtype: the length of the JSON text, and the text."""
     kind = next(kind for kind, known in DTYPES.items() if known == dtype)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0

@@ -1,7 +1,7 @@
-"""Write a model's weights tensor by tensor: as a transformers folder, or as one file a tensor-parallel rank.
+"""Write a model's weights one tensor at a time, as a transformers folder or as one file per tensor-parallel rank.
 
-All of a folder's files are open, their headers first, which the shapes alone decide; then each parameter is read,
-rounded, cut and written before the next. Memory is bounded by the largest parameter.
+All files are opened and their headers, which depend only on the shapes, are written first. Then each parameter is read,
+rounded, sharded and written before the next. Memory is bounded by the largest parameter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
-"""Files of a model folder besides its configuration and weights."""
+"""Files of a model folder other than its configuration and weights."""
 
 
 def write_hugging_face(weights: Weights, folder: Path, dtype: torch.dtype) -> None:
@@ -42,40 +42,40 @@ def write_hugging_face(weights: Weights, folder: Path, dtype: torch.dtype) -> No
     Raises:
         DataError: A weight cannot be read, is not finite, or is too large for the dtype.
     """
-    parts = _parts(weights, dtype)
-    names = [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
-    if len(parts) == 1:
+    files = _shapes_by_file(weights, dtype)
+    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    if len(files) == 1:
         names = ["model.safetensors"]
-    for name, shapes in zip(names, parts, strict=True):
+    for name, shapes in zip(names, files, strict=True):
         writer = TensorWriter(folder / name, shapes, dtype)
         for parameter in shapes:
             writer.write(rounded(parameter, weights.read(parameter), dtype))
         writer.close()
-    if len(parts) > 1:
-        weight_map = {parameter: name for name, shapes in zip(names, parts, strict=True) for parameter in shapes}
+    if len(files) > 1:
+        weight_map = {parameter: name for name, shapes in zip(names, files, strict=True) for parameter in shapes}
         total = {"total_size": weights.num_parameters * dtype.itemsize}
         write_json_atomic(folder / INDEX, {"metadata": total, "weight_map": weight_map})
     _write_config(weights.config, folder, dtype)
 
 
-def _parts(weights: Weights, dtype: torch.dtype) -> list[dict[str, torch.Size]]:
-    """Return the shapes of each file's parameters."""
-    parts, num_bytes = [{}], 0
+def _shapes_by_file(weights: Weights, dtype: torch.dtype) -> list[dict[str, torch.Size]]:
+    """Return the parameter shapes of each file."""
+    files, num_bytes = [{}], 0
     for name, shape in weights.shapes.items():
         more = shape.numel() * dtype.itemsize
-        if parts[-1] and num_bytes + more > SHARD_BYTES:
-            parts.append({})
+        if files[-1] and num_bytes + more > SHARD_BYTES:
+            files.append({})
             num_bytes = 0
-        parts[-1][name] = shape
+        files[-1][name] = shape
         num_bytes += more
-    return parts
+    return files
 
 
 def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int, source: str) -> None:
-    """Write a folder with what each of `size` tensor-parallel ranks of megatron-core has, and a manifest.
+    """Write a folder with the shards of `size` tensor-parallel ranks of megatron-core, and a manifest.
 
     Raises:
-        ConfigError: The model cannot be cut over so many.
+        ConfigError: The model cannot be sharded over that many ranks.
         DataError: A weight cannot be read, is not finite, or is too large for the dtype.
     """
     layout = layout_of(weights.config)
@@ -105,16 +105,16 @@ def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a parameter in another dtype.
+    """Round a parameter to a dtype.
 
     Raises:
-        DataError: It has NaN or infinite values, or some too large for the dtype.
+        DataError: A value is not finite, or too large for the dtype.
     """
     result = require_finite(name, tensor).to(dtype)
     if not is_finite(result):
-        short = dtype_name(dtype)
+        target = dtype_name(dtype)
         fix = "use bfloat16" if dtype == torch.float16 else "use float32"
-        raise DataError(f"{name} has values up to {tensor.abs().max():g}, which {short} cannot hold; {fix}.")
+        raise DataError(f"{name} has values up to {tensor.abs().max():g}, which {target} cannot represent; {fix}.")
     return result
 
 
@@ -129,9 +129,9 @@ def _write_config(config: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def copy_companions(source: str, folder: Path) -> None:
-    """Copy the tokenizer's files and settings of generation that a model's folder, or the hub, has.
+    """Copy the tokenizer and generation files of a model folder or hub model.
 
-    Of a GGUF file, write the tokenizer that is in it; of one config.json there is nothing.
+    From a GGUF file, write its tokenizer. A bare config.json has none.
     """
     if source.endswith(".gguf"):
         load_tokenizer(source).save(folder)

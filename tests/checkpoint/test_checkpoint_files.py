@@ -118,7 +118,7 @@ def test_names_and_kinds_are_told_apart(tmp_path):
 )
 def test_what_is_not_there_is_named(tmp_path, name, kind, offset, numel, held):
     folder = write_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=f"holds {held} of {numel} elements of {kind} of {name}"):
+    with pytest.raises(CheckpointError, match=f"has {held} of {numel} elements of {kind} of {name}"):
         CheckpointReader(folder, verify(folder)).read(name, kind, offset, numel)
 
 
@@ -183,12 +183,12 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path, name):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        pytest.param(None, "never finished", id="none"),
-        pytest.param("", "never finished", id="empty"),
-        pytest.param('{"format": 3, "files": {"rank-0', "never finished", id="cut off"),
-        pytest.param("[]", "never finished", id="a list"),
-        pytest.param("{}", "never finished", id="no format"),
-        pytest.param('{"format": 99}', "has format 99; this megaft reads 3", id="another format"),
+        pytest.param(None, "the checkpoint is incomplete", id="none"),
+        pytest.param("", "the checkpoint is incomplete", id="empty"),
+        pytest.param('{"format": 3, "files": {"rank-0', "the checkpoint is incomplete", id="cut off"),
+        pytest.param("[]", "the checkpoint is incomplete", id="a list"),
+        pytest.param("{}", "the checkpoint is incomplete", id="no format"),
+        pytest.param('{"format": 99}', "has format 99; this version of megaft reads format 3", id="another format"),
         pytest.param('{"format": 3}', "manifest.json is damaged", id="no files"),
     ],
 )
@@ -231,7 +231,7 @@ def test_nothing_is_read_through_symbolic_links(tmp_path):
     (folder / "manifest.json").symlink_to(outside / "manifest.json")
     folder_of(tmp_path / "run", 2).symlink_to(outside)
     for linked in (folder, folder_of(tmp_path / "run", 2)):
-        with pytest.raises(CheckpointError, match="is or holds a symbolic link"):
+        with pytest.raises(CheckpointError, match="is or contains a symbolic link"):
             verify(linked)
 
 

@@ -188,7 +188,7 @@ def test_every_end_token_of_the_source_counts(tmp_path):
     several = generation_ids(tmp_path)
     assert several == {"bos_token_id": {0}, "eos_token_id": {3, 5}, "pad_token_id": {3}}
     edit_json(tmp_path / "generation_config.json", eos_token_id=3)
-    with pytest.raises(DataError, match=r"eos_token_id is \[3\] for transformers, not \[3, 5\]"):
+    with pytest.raises(DataError, match=r"eos_token_id is \[3\] in transformers, but \[3, 5\]"):
         require_same_generation_ids(several, generation_ids(tmp_path), tmp_path)
     (tmp_path / "generation_config.json").unlink()
     assert generation_ids(tmp_path) == {"bos_token_id": {0}, "eos_token_id": {0}, "pad_token_id": {0}}

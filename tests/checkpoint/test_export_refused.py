@@ -71,7 +71,7 @@ def test_an_export_of_another_tokenizer_is_not_published(config, monkeypatch):
     card = (config.run.dir / "export" / "README.md").read_bytes()
     save = Tokenizer.save
     monkeypatch.setattr(Tokenizer, "save", save_another)
-    with pytest.raises(DataError, match=r"^the tokenizer in \S+ is not the one the model has: ids of "):
+    with pytest.raises(DataError, match=r"^the tokenizer in \S+ is not the model's: ids of "):
         export_again(config)
     assert (config.run.dir / "export" / "README.md").read_bytes() == card
     assert not (config.run.dir / "export.tmp").exists()

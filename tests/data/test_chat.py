@@ -1,4 +1,4 @@
-"""Chats: which turns are trained on, what is said of the others, and that generation reads what preparation writes."""
+"""Chats: scored turns, warnings about other turns, and equal rendering in preparation and generation."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_a_chat_to_answer_has_the_ids_of_transformers_and_of_preparation(tmp_pat
 
 
 def test_a_plain_prompt_keeps_the_beginning_of_its_tokenizer(folders, capsys):
-    """The ChatML template writes no <s>, so a rendered chat given as text is not what training saw: that is said."""
+    """The ChatML template writes no <s>, so generation warns about a rendered chat given as text."""
     tokenizer = load_tokenizer(folders["byte level, chatml"])
     assert text_prompt(tokenizer, "To be").ids == [tokenizer.bos_id, *tokenizer.encode("To be")]
     assert capsys.readouterr().err == ""
@@ -98,7 +98,7 @@ def test_messages_that_are_no_chat_to_answer_are_refused(value, message):
 
 @pytest.mark.parametrize("role", ["gpt", "model", "Assistant", "bot", "GPT-4", "chat_gpt", "AI"])
 def test_turns_of_another_name_of_the_assistant_are_refused(tmp_path, folders, role):
-    """The first record alone would train, and the second's targets would be lost without a word."""
+    """Otherwise only the first record would train, and the second's targets would be lost silently."""
     message = rf"chats\.jsonl, line 2: 'm' has a turn of role '{role}', .*Rename it to 'assistant'"
     with pytest.raises(DataError, match=message):
         prepared(tmp_path, folders["no BOS"], TURNS, chat("user: Hello", f"{role}: To be"))
@@ -107,7 +107,7 @@ def test_turns_of_another_name_of_the_assistant_are_refused(tmp_path, folders, r
 
 @pytest.mark.parametrize("other", [1, None])
 def test_turns_of_weight_0_are_read_and_not_trained_on(tmp_path, folders, other):
-    """OpenAI's format marks them so: the tokens stay, and those of the other answer are scored."""
+    """Weight 0 as in OpenAI's format: the tokens stay as context, and the other answer is scored."""
     folder = folders["byte level, chatml"]
     whole, weighted = tmp_path / "whole", tmp_path / "weighted"
     for place, first in ((whole, TURNS[1]), (weighted, TURNS[1] | {"weight": 0})):

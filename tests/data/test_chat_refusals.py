@@ -1,4 +1,4 @@
-"""Chats that cannot be rendered: one line with the place, the template's words and the way out, in both commands."""
+"""Chats that cannot be rendered: one-line errors with location, the template's error and a fix, in both commands."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture
 def with_template(plain, tmp_path):
-    """with_template(jinja) returns the folder of a tokenizer that has it."""
+    """with_template(jinja) returns the folder of a tokenizer with that chat template."""
 
     def made(template):
         folder = shutil.copytree(plain, tmp_path / "tokenizer")
@@ -45,13 +45,17 @@ REFUSED = [
     pytest.param(
         GEMMA, ("system", "user"), "\"System role not supported\" (roles: 'system', 'user')", "first", id="system"
     ),
-    pytest.param(GEMMA, ("user", "user"), '"Conversation roles must alternate', "join neighbouring", id="alternation"),
+    pytest.param(GEMMA, ("user", "user"), '"Conversation roles must alternate', "merge consecutive", id="alternation"),
     pytest.param(
-        "{{ messages[0].parts.text }}", ("user",), "\"'dict object' has no attribute 'parts'\"", "own", id="undefined"
+        "{{ messages[0].parts.text }}",
+        ("user",),
+        "\"'dict object' has no attribute 'parts'\"",
+        "chat model",
+        id="undefined",
     ),
-    pytest.param("{{ messages[0]['content'] + 1 }}", ("user",), '"can only concatenate str', "own", id="types"),
-    pytest.param("{% for %}", ("user",), "\"Expected an expression, got 'end of statement", "own", id="syntax"),
-    pytest.param("{{ raise_exception('a\nb') }}", ("user",), "\"a b\" (roles: 'user')", "own template", id="two lines"),
+    pytest.param("{{ messages[0]['content'] + 1 }}", ("user",), '"can only concatenate str', "chat model", id="types"),
+    pytest.param("{% for %}", ("user",), "\"Expected an expression, got 'end of statement", "chat model", id="syntax"),
+    pytest.param("{{ raise_exception('a\nb') }}", ("user",), "\"a b\" (roles: 'user')", "chat model", id="two lines"),
 ]
 
 
@@ -73,8 +77,8 @@ def test_what_a_template_refuses_has_a_place_and_a_way_out(tmp_path, with_templa
 def test_a_chat_that_the_assistant_begins_is_refused_where_the_template_renders_nothing_before_it(
     tmp_path, with_template
 ):
-    fault = r'"list object has no element 0" \(without a message before the assistant'
-    message = rf"line 2: .*{fault}'s\); begin the chat with a turn of the user's"
+    fault = r'"list object has no element 0" \(no message before the assistant'
+    message = rf"line 2: .*{fault}'s\); begin the chat with a user turn"
     with pytest.raises(DataError, match=message):
         prepared(tmp_path, with_template(GEMMA), chat("assistant", "user"))
 
@@ -88,9 +92,9 @@ def test_a_chat_may_begin_with_the_assistant_where_the_template_lets_it(tmp_path
 
 
 def test_a_generation_prompt_that_the_answer_does_not_begin_with_is_refused(tmp_path, with_template):
-    """Gemma 4 asks for an answer behind an empty thought: trained on the answer alone, it would never see that."""
+    """Gemma 4's generation prompt ends with an empty thought, which training on the answer alone would lack."""
     message = (
-        r"line 2: the chat template begins an answer .* 'says assistant<turn\|>\\n' in place of '<\|channel>thought"
+        r"line 2: the chat template begins an answer .* 'says assistant<turn\|>\\n' instead of '<\|channel>thought"
     )
     with pytest.raises(DataError, match=message):
         prepared(tmp_path, with_template(GEMMA_4), chat("user", "assistant"))
@@ -105,7 +109,7 @@ FAULTS = [
     pytest.param({"role": "user", "content": 3}, "of role 'user', has the content 3; give a string", id="number"),
     pytest.param(
         {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
-        r"of role 'user', has a content in parts \(a list\); join their texts",
+        r"of role 'user', has a list as content; join the texts",
         id="parts",
     ),
     pytest.param(

@@ -1,4 +1,4 @@
-"""A control code and a space before each document's text: the tokens of the prompt that asks for such texts."""
+"""Control codes: a code and a space before each document's text, with the same tokens as in a prompt."""
 
 from itertools import pairwise
 
@@ -22,7 +22,7 @@ def read(prefix):
 
 
 def test_every_document_of_an_input_begins_with_its_control_code(tmp_path, toy_model):
-    """Not scored, so that the code is a condition and not a target."""
+    """The code is not scored: it is a condition, not a target."""
     texts = [write(tmp_path / "a.txt", "the one\nand two\n"), write(tmp_path / "b.txt", "a word\n")]
     config = PrepareConfig(
         inputs=tuple(map(str, texts)),

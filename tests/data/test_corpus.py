@@ -109,15 +109,15 @@ def number(messages, add_generation_prompt=False):
     [
         pytest.param(
             count_turns,
-            "begins an answer otherwise than its generation prompt, '1 turns' in place of '0 turns'",
+            "begins an answer differently from its generation prompt, '1 turns' instead of '0 turns'",
             id="counts",
         ),
         pytest.param(
             think,
-            "begins an answer otherwise than its generation prompt, 'x\\\\n' in place of '<think>'",
+            "begins an answer differently from its generation prompt, 'x\\\\n' instead of '<think>'",
             id="thoughts",
         ),
-        pytest.param(number, "rewrites earlier turns, '>x<last>y' in place of 'last>x'", id="the last turn"),
+        pytest.param(number, "rewrites earlier turns, '>x<last>y' instead of 'last>x'", id="the last turn"),
     ],
 )
 def test_a_template_that_rewrites_is_refused(tmp_path, rewrite, fault):
@@ -154,7 +154,7 @@ BAD = [
     pytest.param("a", b'{"text": "a", "n": ' + b"[" * 10**5, "line 1 cannot be read as JSON .it nests", id="no name"),
     pytest.param("a.jsonl", b'{"text": NaN}', "line 1: 'text' is a float", id="NaN"),
     pytest.param("a.jsonl", b'{"text": "a\\u0000"}', "line 1: 'text' has a NUL character", id="NUL"),
-    pytest.param("a.jsonl", b'{"text": "a\\udc00"}', "line 1 escapes half of a surrogate", id="half a surrogate"),
+    pytest.param("a.jsonl", b'{"text": "a\\udc00"}', "line 1 has an unpaired surrogate", id="half a surrogate"),
     pytest.param("a.jsonl", b'{"text": "a", "text": "b"}', "line 1 has the key 'text' 2 times", id="key twice"),
     pytest.param("a.json", b'[{"text": "a", "n": ' + b"[" * 10**5, "record 1 cannot be read", id="deep array"),
 ]  # fmt: skip
@@ -187,7 +187,7 @@ def test_expand(tmp_path):
         str(path.relative_to(tmp_path)) for path in expand([f"{tmp_path}/*.txt", tmp_path / "d", tmp_path / "z.txt"])
     ]
     assert names == ["y.txt", "z.txt", "d/a.txt", "d/b.txt", "d/sub/c.txt"]
-    with pytest.raises(DataError, match="names no file"):
+    with pytest.raises(DataError, match="matches no file"):
         expand([tmp_path / "*.jsonl"])
 
 
@@ -231,7 +231,7 @@ def test_empty_files_are_left_out_unless_named(tmp_path):
     write(tmp_path / "d/a.txt", "x")
     empty, said = write(tmp_path / "d/_SUCCESS", ""), []
     assert expand([tmp_path / "d"], said.append) == [tmp_path / "d/a.txt"]
-    assert said == [f"note: {empty} of {tmp_path}/d left out: empty."]
+    assert said == [f"note: skipped empty files of {tmp_path}/d: {empty}."]
     assert expand([empty]) == [empty]
 
 

@@ -1,4 +1,4 @@
-"""Documents of several segments are tokenized as one string, and the tokens are parted at the segments' borders."""
+"""Documents of several segments: tokenized as one string, with a loss mask from the segment boundaries."""
 
 import copy
 
@@ -44,7 +44,7 @@ def tokenizers(hugging_faces, sentencepiece):
 
 
 def encoded(tokenizer, segments):
-    """The ids of a document and which of them are scored."""
+    """Return the ids and the loss mask of a document."""
     ((document,),) = Encoder(tokenizer)([Chunk(tuple(segments), 0, 0, True, "a")])
     return document.ids.tolist(), document.is_scored.tolist()
 
@@ -64,7 +64,7 @@ def test_ids_are_those_of_the_whole_text(tokenizers, name, parts):
 @settings(max_examples=150, deadline=None)
 @given(prompt=TEXTS, completion=TEXTS.filter(bool))
 def test_scored_tokens_hold_the_completion(tokenizers, name, prompt, completion):
-    """The first scored token is the first that reaches beyond the prompt."""
+    """The first scored token is the first that extends beyond the prompt."""
     tokenizer = tokenizers[name]
     ids, is_scored = encoded(tokenizer, [Segment(prompt, False), Segment(completion)])
     num_prompt = is_scored.index(True) if True in is_scored else len(ids)
@@ -97,7 +97,7 @@ def test_chats_equal_transformers(hugging_faces, kind, template, contents):
 
 
 def masks_of_characters(hugging_face, segments):
-    """Transformers' own way from characters to tokens, for each scored segment (`assistant_masks` does the same)."""
+    """Reference: transformers' char_to_token for each scored segment, as in `assistant_masks`."""
     text = "".join(segment.text for segment in segments)
     encoding = hugging_face(text, add_special_tokens=False)
     found, begin = [False] * len(encoding["input_ids"]), 0
@@ -126,7 +126,7 @@ NORMALIZED = [
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize(("normalizer", "prompt", "completion", "expected"), NORMALIZED)
 def test_normalizers_move_no_border(hugging_faces, kind, normalizer, prompt, completion, expected):
-    """The tokens of the completion are the scored ones also where the normalized text is longer or shorter."""
+    """The completion's tokens are scored even if normalization changes the length of the text."""
     backend = copy.deepcopy(hugging_faces[kind].backend_tokenizer)
     if normalizer is not None:
         backend.normalizer = normalizer

@@ -1,4 +1,4 @@
-"""The ids at which generation ends, from the files of a model."""
+"""End-of-sequence ids of generation, from a model's files."""
 
 import json
 from types import SimpleNamespace

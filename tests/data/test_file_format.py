@@ -162,7 +162,7 @@ FOREIGN = [
     pytest.param("x.txt", '{\n  "text": "To be"\n}\n', "is a JSON object over several lines; .* jq", id="JSON object"),
     pytest.param("x.json", '{"a":\n 1}', "is a JSON object over several lines", id=".json object"),
     pytest.param("x.json", '["a", "b"]', "is JSON without records", id="JSON of strings"),
-    pytest.param("x.json", "{'text': 'a'}", "is called .json, but not JSON", id="no JSON"),
+    pytest.param("x.json", "{'text': 'a'}", "is named .json, but not JSON", id="no JSON"),
 ]  # fmt: skip
 
 
@@ -203,11 +203,15 @@ BROKEN = [
     pytest.param("x.txt", '{"text": "a"}\n{"text": \n', r"x\.txt, line 2, column \d+: broken JSON", id="second line"),
     pytest.param("x.txt", '{"text": "a\n', r"x\.txt, line 1, column \d+: broken JSON", id="first line"),
     pytest.param("x.txt", '{"text": "a"}\nprose\n', "line 2, column 1: broken JSON", id="prose after it"),
-    pytest.param("x.json", '[{"text": "a"} {"text": "b"}]', "no comma or ] comes after record 1", id="no comma"),
+    pytest.param(
+        "x.json", '[{"text": "a"} {"text": "b"}]', "record 1 of the array is not followed by a comma", id="no comma"
+    ),
     pytest.param("x.json", '[{"text": "a"}, {"text"', "record 2: broken JSON", id="cut array"),
-    pytest.param("x.json", '[{"text": "a"}', "no comma or ] comes after record 1", id="array without an end"),
+    pytest.param(
+        "x.json", '[{"text": "a"}', "record 1 of the array is not followed by a comma", id="array without an end"
+    ),
     pytest.param("x.json", '[{"text": "a"}, 3]', "record 2 is a JSON int", id="a number"),
-    pytest.param("x.json", '[{"text": "a"}] x', "goes on after its JSON array", id="text after an array"),
+    pytest.param("x.json", '[{"text": "a"}] x', "continues after its JSON array", id="text after an array"),
     pytest.param("x.json", '[{"txt": "a"}]', "record 1 has no key 'text'", id="no key"),
     pytest.param("x.xz", lzma.compress(b"abc" * 99)[:-9], "in the middle of its compressed data", id="cut .xz"),
     pytest.param("x.bz2", bz2.compress(b"abc" * 99)[:-9], "in the middle of its compressed data", id="cut .bz2"),
@@ -223,7 +227,7 @@ def test_broken_records(tmp_path, name, data, message):
 
 
 def test_long_first_lines_are_recognized(tmp_path):
-    """The beginning that is looked at ends inside the first record."""
+    """The bytes read for detection end inside the first record."""
     long = "word " * 50_000
     assert texts(write(tmp_path / "x", json.dumps({"text": long, "id": 1}) + '\n{"text": "b"}\n')) == [long, "b"]
     with pytest.raises(DataError, match="is a JSON object over several lines"):

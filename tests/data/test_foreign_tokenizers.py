@@ -1,4 +1,4 @@
-"""Tokenizers whose files make the libraries below panic or raise: refused in one line, as any damaged file."""
+"""Tokenizer files that make the underlying libraries panic or raise: one-line errors, as for any damaged file."""
 
 import json
 
@@ -12,7 +12,7 @@ CHAT = [{"role": "user", "content": "Hi"}]
 
 
 def test_a_panic_of_tokenizers_is_a_damaged_file(tmp_path):
-    """A prefix longer than a merge: Rust takes a slice that ends before it begins."""
+    """A prefix longer than a merge: Rust slices with an end before the start."""
     folder = make_byte_level(tmp_path)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -23,7 +23,7 @@ def test_a_panic_of_tokenizers_is_a_damaged_file(tmp_path):
 
 
 def huge_id(folder, id_):
-    """tokenizers makes a table of as many rows."""
+    """tokenizers allocates a table with that many rows."""
     path = make_byte_level(folder) / "tokenizer.json"
     content = json.loads(path.read_text())
     content["model"]["vocab"]["zzz"] = id_
@@ -53,7 +53,7 @@ def test_ids_may_have_gaps(make, tmp_path):
 
 
 def test_a_panic_at_a_text_is_a_damaged_file(tmp_path):
-    """A normalizer without a kind, which counts bytes as characters: texts of ASCII alone pass."""
+    """A normalizer without a type, which counts bytes as characters: only ASCII texts pass."""
     path = make_byte_level(tmp_path) / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": [""]}))
     with pytest.raises(DataError, match=r"no tokenizer could be loaded from .*PanicException"):

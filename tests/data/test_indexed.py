@@ -80,8 +80,8 @@ DAMAGE = [
     pytest.param(".idx", overwrite(17, b"\x09"), "not a version 1 Megatron index", id="dtype code"),
     pytest.param(".idx", overwrite(18, struct.pack("<Q", 2**40)), "document must be one sequence", id="count"),
     pytest.param(".idx", lambda old: old[:-1], "document must be one sequence", id="short index"),
-    pytest.param(".idx", lambda old: old[:9], "fewer than a header", id="header only"),
-    pytest.param(".bin", lambda old: old[:-1], "has 13 bytes where .* says 7 tokens of 2 bytes", id="short tokens"),
+    pytest.param(".idx", lambda old: old[:9], "shorter than its header", id="header only"),
+    pytest.param(".bin", lambda old: old[:-1], "has 13 bytes, but .* says 7 tokens of 2 bytes", id="short tokens"),
     pytest.param(".bin", None, "does not exist", id="no tokens"),
     pytest.param(".idx", None, "does not exist", id="no index"),
 ]

@@ -1,5 +1,6 @@
-"""Documents begin with the special tokens that transformers' tokenizer puts before a text: a beginning-of-sequence
-token, say. The receipt names them, training and validation compare and use them, and no one scores them."""
+"""Opening tokens: documents begin with the special tokens that transformers' tokenizer puts before a text.
+
+The receipt records them, training and validation compare and use them, and they are never scored."""
 
 import json
 from itertools import pairwise
@@ -29,7 +30,7 @@ PLAIN, WITH_BOS, WITH_TWO, WITH_END = "$A", "<s> $A", "<s> </s> $A", "$A </s>"
 
 
 def with_template(folder, single):
-    """A byte-level tokenizer whose post-processor is this template; apart from that it is always the same."""
+    """A byte-level tokenizer that differs only in its post-processor, this template."""
     make_byte_level(folder, bos="<s>")
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
@@ -79,7 +80,7 @@ def test_documents_are_what_transformers_tokenizer_gives(tmp_path, folders, kind
 
 
 def test_what_a_text_spells_is_not_put_before_it_again(tmp_path, folders):
-    """Chats that were rendered beforehand begin with <s>; transformers would give them two."""
+    """Chats rendered in advance begin with <s>; transformers would add a second one."""
     prefix = prepared(tmp_path, folders["bos"], texts("<s>[INST] hi"), append_eod=True)
     assert read(prefix) == [load_tokenizer(folders["bos"]).encode("<s>[INST] hi</s>")]
     assert load_receipt(prefix)["scored_tokens"] == len(read(prefix)[0]) - 1
@@ -114,7 +115,7 @@ def test_a_chat_begins_as_its_template_says(tmp_path, begins):
 
 
 def labels_of(corpus):
-    """The labels of all samples, of which none is without."""
+    """Return the labels of all samples; every sample has a scored one."""
     rows = [corpus[index].labels for index in range(len(corpus))]
     assert all((row != IGNORE_INDEX).any() for row in rows)
     return [label for row in rows for label in row.tolist() if label != IGNORE_INDEX]
@@ -123,7 +124,7 @@ def labels_of(corpus):
 @pytest.mark.parametrize("kind", ["plain", "bos", "two"])
 @pytest.mark.parametrize("context_length", [1, 2, 3, 64])
 def test_training_scores_no_opening_token(tmp_path, folders, kind, context_length):
-    """A stream scores every other token but its first; apart documents score what follows their first token."""
+    """Packed samples score all other tokens but the first; separate documents score all after their first token."""
     prefix = prepared(tmp_path, folders[kind], texts(*TEXTS), append_eod=True)
     tokenizer = load_tokenizer(folders[kind])
     ends = tokenizer.eos_id
@@ -158,7 +159,7 @@ DISAGREEING = [
 def test_a_dataset_that_begins_otherwise_is_refused(
     tmp_path, folders, monkeypatch, made_with, run_with, changes, message, role
 ):
-    """The hash of a tokenizer does not tell: a post-processor changes no ids of the text itself."""
+    """The tokenizer's hash is unaffected, as a post-processor does not change the ids of the text itself."""
     prefix, same = (prepared(tmp_path, folders[kind], texts("a b"), kind) for kind in (made_with, run_with))
     tokenizer = load_tokenizer(folders[run_with])
     changed = load_receipt(prefix) | changes

@@ -9,7 +9,7 @@ def test_every_index_appears_once(length):
 
 
 def test_the_order_is_pinned():
-    """A change of the shuffle changes every run that is resumed after it."""
+    """A change of the shuffle would change every resumed run."""
     assert [permute(i, 10, 0, "corpus", 0) for i in range(10)] == [8, 5, 4, 7, 6, 9, 1, 0, 3, 2]
 
 
@@ -27,7 +27,7 @@ def test_places_are_spread_evenly():
 
 
 def test_neighbours_part():
-    """Two neighbours are as far apart as two random places: a third of the length on average."""
+    """Neighbours are as far apart as two random positions: a third of the length on average."""
     length = 10_000
     gaps = [abs(permute(i, length, 7) - permute(i + 1, length, 7)) for i in range(2000)]
     assert 0.30 < sum(gaps) / len(gaps) / length < 0.37

@@ -212,13 +212,13 @@ def test_completions_of_a_sentencepiece_model_get_no_space_of_their_own(tmp_path
 
 @pytest.mark.slow
 def test_the_round_trip_of_the_last_document_counts(tmp_path, capsys):
-    """A million characters that the tokenizer knows, in many batches, and then some that it does not."""
+    """A million characters in the vocabulary, in many batches, followed by some outside it."""
     make_sentencepiece(tmp_path / "tokenizer", byte_fallback=False)
     path = write(tmp_path / "a.txt", "the same line again\n" * 60_000 + "日本語\n")
     options = {"tokenizer": str(tmp_path / "tokenizer"), "unit": "line"}
     receipt = prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", **options))
     assert (receipt["tokenizer"]["round_trip"], receipt["documents"]) == (False, 60_001)
-    assert capsys.readouterr().err.count("loses text") == 1
+    assert capsys.readouterr().err.count("is lossy") == 1
 
 
 def chat(*roles):
@@ -237,13 +237,13 @@ NOTHING_SCORED = [
     pytest.param(
         [chat("user", "narrator"), chat("human", "cat")],
         {"messages_key": "m"},
-        "'assistant' are, and --messages-key m has the roles 'cat', 'human', 'narrator', 'user'",
+        "'assistant' are, but --messages-key m has the roles 'cat', 'human', 'narrator', 'user'",
         id="other roles",
     ),
     pytest.param(
         [{"m": [*chat("user")["m"], *({**turn, "weight": 0} for turn in chat("assistant")["m"])]}],
         {"messages_key": "m"},
-        "each turn of role 'assistant' has weight 0, or neither a text",
+        "every turn of role 'assistant' has weight 0, or neither text",
         id="weight 0",
     ),
 ]
@@ -260,7 +260,7 @@ def test_data_without_a_scored_token_are_refused(tmp_path, chat_tokenizer, recor
 
 
 def test_the_end_of_a_chat_is_scored_after_the_assistant_alone(tmp_path, chat_tokenizer):
-    """It is what the model is to say next; after a user's turn that is not the end."""
+    """The end token is scored only if the last segment is; after a user's turn the model should not end the text."""
     path = write(tmp_path / "a.jsonl", jsonl(chat("user", "assistant"), chat("user", "assistant", "user")))
     config = {"inputs": (str(path),), "output": tmp_path / "out", "tokenizer": chat_tokenizer}
     prepare(PrepareConfig(**config, messages_key="m", append_eod=True))
@@ -275,7 +275,7 @@ def test_a_lossy_tokenizer_is_reported(corpora, tmp_path, capsys, holds):
     tokenizer = make_llama_model(tmp_path / "llama.model") if holds else make_sentencepiece(tmp_path / "normalizing")
     receipt = prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=str(tokenizer)))
     assert receipt["tokenizer"]["round_trip"] is holds
-    assert ("loses text" in capsys.readouterr().err) is not holds
+    assert ("is lossy" in capsys.readouterr().err) is not holds
     assert read(tmp_path / "out") == [load_tokenizer(tokenizer).encode(path.read_text(encoding="utf-8-sig"))]
 
 
@@ -321,7 +321,7 @@ def test_bad_input_leaves_nothing_behind(run, tmp_path):
     with pytest.raises(DataError, match=r"a\.txt, line 1, byte offset 0, is 0xff"):
         run(good, bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.txt"]
-    with pytest.raises(DataError, match="holds no JSON records, so the key 'm' means nothing"):
+    with pytest.raises(DataError, match="has no JSON records, so the key 'm' has no effect"):
         run(bad, messages_key="m")
 
 
@@ -332,8 +332,8 @@ def test_two_at_once_are_refused(run, tmp_path):
 
 
 DAMAGE = [
-    pytest.param(".bin", lambda old: old[:-1], "has 3 bytes where its receipt says 4 bytes", id="short .bin"),
-    pytest.param(".idx", lambda old: old + b"x", "has 63 bytes where its receipt says 62 bytes", id="long .idx"),
+    pytest.param(".bin", lambda old: old[:-1], "has 3 bytes; its receipt says 4 bytes", id="short .bin"),
+    pytest.param(".idx", lambda old: old + b"x", "has 63 bytes; its receipt says 62 bytes", id="long .idx"),
     pytest.param(".json", lambda old: old[:-9], "is damaged", id="cut receipt"),
     pytest.param(".json", lambda old: b"[]", "is not a receipt of format version 1", id="no receipt"),
     pytest.param(".json", lambda old: b'{"format_version": 0}', "is not a receipt of format", id="another version"),

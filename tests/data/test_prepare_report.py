@@ -1,4 +1,4 @@
-"""Receipt and report of `megaft prepare`: what was read and counted, what is left out or not learnt from."""
+"""Receipt and report of `megaft prepare`: sources, counts, and skipped or unscored documents."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ READ = [
 
 @pytest.mark.parametrize(("name", "content", "options", "read", "counted"), READ)
 def test_the_receipt_says_what_was_read_and_what_was_counted(run, name, content, options, read, counted):
-    """Words and bytes by hand."""
+    """Words and bytes are counted by hand."""
     receipt = run(name, content, **options)
     assert (receipt["unit"], receipt["json_key"], receipt["sources"][0]["format"]) == read
     assert (receipt["words_and_bytes_of"], receipt["words"], receipt["bytes"]) == counted
@@ -88,7 +88,7 @@ def test_the_receipt_says_what_was_read_and_what_was_counted(run, name, content,
 
 
 def test_the_receipt_has_the_hash_of_the_chat_template(run):
-    """As sha256sum of a chat_template.jinja."""
+    """Equals sha256sum of chat_template.jinja."""
     receipt = run("a.jsonl", CHATS, messages_key="m")
     assert receipt["chat_template_sha256"] == hashlib.sha256(CHATML.encode()).hexdigest()
     assert (receipt["turns"], receipt["turns_of_weight_0"]) == ({"assistant": 3, "system": 1, "user": 2}, 1)
@@ -112,7 +112,7 @@ NOT_LEARNT = [
         CHATS + lines(chat(("user", "Hi")), chat(("system", "x"))),
         {"messages_key": "m"},
         {"documents": 4, "documents_unscored": 3, "first_unscored": "a.jsonl, line 2"},
-        ["3 of 4 documents have no scored text, so nothing is learnt from them: no turn of role 'assistant'"],
+        ["3 of 4 documents have no scored text, so the model learns nothing from them: no turn of role 'assistant'"],
         id="chats",
     ),
     pytest.param(
@@ -120,7 +120,7 @@ NOT_LEARNT = [
         PAIRS + lines({"q": "seven", "a": ""}),
         QA | {"append_eod": True},
         {"documents": 3, "documents_unscored": 1, "first_unscored": "a.jsonl, line 3"},
-        ["1 of 3 documents have no scored text, so nothing is learnt from them: their --completion-key a is empty"],
+        ["1 of 3 documents have no scored text, so the model learns nothing from them: their --completion-key a is "],
         id="completions",
     ),
     pytest.param(
@@ -182,7 +182,7 @@ def test_the_share_of_scored_tokens_is_said(run, tmp_path, capsys):
 
 
 def test_what_no_template_renders_is_remarked_on(run, capsys):
-    """Tools beside the messages, a call of a tool that the template leaves out, and an answer without text."""
+    """Tool definitions beside the messages, a tool call that the template omits, and an answer without text."""
     call = {"type": "function", "function": {"name": "add_numbers", "arguments": {"a": 1}}}
     asked = chat(("user", "1 + 1"), ("assistant", ""), tool_calls=[call]) | {"tools": [{"type": "function"}]}
     receipt = run("a.jsonl", lines(asked, chat(("user", "Hi"), ("assistant", ""))) + CHATS, messages_key="m")
@@ -197,5 +197,5 @@ def test_what_no_template_renders_is_remarked_on(run, capsys):
 def test_a_unit_of_texts_means_nothing_in_records(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(PAIRS)
-    with pytest.raises(DataError, match=r"unit is line, which means nothing in .*a.jsonl: .* drop --unit"):
+    with pytest.raises(DataError, match=r"unit is line, which has no effect on .*a.jsonl: .* drop --unit"):
         prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=str(tokenizer), unit="line"))

@@ -80,12 +80,12 @@ def test_a_folder_without_what_other_programs_left_in_it(run, tmp_path, capsys):
     receipt, found = run(tmp_path / "d")
     assert (receipt["documents"], len(found)) == (2, 2)
     said = capsys.readouterr().err
-    assert f"note: {tmp_path}/d/_SUCCESS and 1 more of {tmp_path}/d left out: empty." in said
-    assert f"warning: {tmp_path}/d has texts ({tmp_path}/d/README.md: 1 in all) beside JSON records" in said
+    assert f"note: skipped empty files of {tmp_path}/d: {tmp_path}/d/_SUCCESS and 1 more." in said
+    assert f"warning: {tmp_path}/d mixes 1 text file ({tmp_path}/d/README.md) with JSON records" in said
 
 
 KEYS = [
-    pytest.param({"json_key": "body"}, DataError, "holds no JSON records, so the key 'body' means nothing", id="text"),
+    pytest.param({"json_key": "body"}, DataError, "has no JSON records, so the key 'body' has no effect", id="text"),
     pytest.param({"json_key": "a", "messages_key": "m"}, ConfigError, "json-key is a, which means nothing", id="two"),
     pytest.param({"json_key": "a", "format": "text"}, ConfigError, "format is text, in which the key a", id="format"),
 ]

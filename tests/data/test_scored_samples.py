@@ -1,4 +1,4 @@
-"""Samples without a scored token are left out of training, and no scored token with them."""
+"""Samples without a scored token are left out of training; no scored token is lost."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def open_corpus(kind, prefix, context_length):
 
 
 def masked(documents, scored):
-    """For each token of the documents whether it is among those scored."""
+    """Return the loss mask of the documents' tokens."""
     return [[token in scored for token in document] for document in documents]
 
 
@@ -73,7 +73,7 @@ def test_every_sample_holds_a_scored_token_and_none_of_these_is_lost(tmp_path, k
 
 
 def test_only_a_dataset_with_such_samples_has_another_order_than_before(tmp_path):
-    """A checkpoint remembers the data: a run begun when these samples took part is another run."""
+    """The run's identity includes the data: a run that included these samples is a different run."""
     documents = cut_documents([9, 3])
     whole = write_dataset(tmp_path / "a", documents, masked(documents, {3, 7, 11}))
     holed = write_dataset(tmp_path / "b", documents, masked(documents, {7, 11}))

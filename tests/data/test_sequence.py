@@ -20,7 +20,7 @@ from megaft.data.sequence import BLOCK, Samples
 
 @dataclass
 class Numbers:
-    """A corpus whose sample i is the one token i."""
+    """A corpus whose sample i is the single token i."""
 
     sha256: str
     length: int
@@ -54,7 +54,7 @@ BLEND_OF_TWO = "aabaaaaaaaaaabbabaabaaaaaabaaababbaaabaaabaaaaaaaabaaaaabbaabbaa
 
 
 def test_the_order_is_pinned():
-    """A change here changes every run that is resumed after it: two epochs of seven samples, then a blend."""
+    """A change here would change every resumed run: two epochs of seven samples, then a blend."""
     alone = Samples([Numbers("a", 7)], [1.0], seed=0)
     assert [sample for _, sample in seen(alone, range(14))] == ORDER_OF_SEVEN
     blend = Samples([Numbers("a", 7), Numbers("b", 5)], [0.75, 0.25], seed=0)
@@ -115,7 +115,7 @@ def test_locate_counts(weights, seed):
 
 
 def test_a_blend_does_not_come_in_runs():
-    """Of two equal corpora, the longest run within 64 shuffled blocks is as short as of coin tosses."""
+    """With two equal corpora, the longest run in 64 shuffled blocks is as short as for coin tosses."""
     samples = Samples([Numbers("a", 10), Numbers("b", 10)], [1, 1], seed=0)
     corpora = "".join(str(samples.locate(p)[0]) for p in range(64 * BLOCK))
     assert "0" * 25 not in corpora
@@ -133,7 +133,7 @@ def test_every_corpus_of_a_blend_is_seen_in_epochs():
 
 
 def test_a_corpus_without_samples_is_refused():
-    with pytest.raises(ConfigError, match="without a single token to predict"):
+    with pytest.raises(ConfigError, match="without a token to predict"):
         Samples([Numbers("a", 3), Numbers("b", 0)], [1, 1], seed=0)
 
 
@@ -181,7 +181,7 @@ def test_a_step_is_the_same_samples_in_every_cut(step, micro_batch_size, accumul
 
 
 def test_one_micro_batch_size_gives_the_same_pieces_on_any_number_of_ranks():
-    """So dropout, seeded by a piece's first position, is the same too."""
+    """Micro-batches are the same on any number of ranks, and so is dropout, which their first position seeds."""
     pieces = [
         sorted(p for rank in range(ranks) for p in BatchSplit(2, 8 // ranks, rank, ranks).first_positions(24))
         for ranks in (1, 2, 4, 8)

@@ -127,7 +127,7 @@ BAD = [
     pytest.param(lambda t, llama: write(t / "empty.model"), "empty.model is empty", id="zero-length .model"),
     pytest.param(
         lambda t, llama: write(t / "cut.model", llama.read_bytes()[:-1000]),
-        "cut.model is not a whole sentencepiece model",
+        "cut.model is not a complete sentencepiece model",
         id="truncated .model",
     ),
     pytest.param(lambda t, llama: write(t / "a" / "vocab.json").parent, "has no merges.txt", id="no merges"),
@@ -140,7 +140,7 @@ BAD = [
     pytest.param(
         lambda t, llama: write(t / "a.gguf", b"GGUF"), "a.gguf is no GGUF file, cut short", id="truncated GGUF"
     ),
-    pytest.param(lambda t, llama: write(t / "a.txt"), "is no tokenizer", id="another file"),
+    pytest.param(lambda t, llama: write(t / "a.txt"), "is not a tokenizer", id="another file"),
     pytest.param(
         lambda t, llama: "nobody/has-this-one", "nobody/has-this-one is no folder here nor in", id="no network"
     ),
@@ -201,7 +201,7 @@ def test_files_beside_a_model_count_as_in_transformers(tmp_path, legacy, add_bos
 
 
 def test_text_beside_added_tokens_is_as_sentencepiece_has_it(tmp_path, corpora, llama):
-    """transformers merges Llama's runs of spaces before all else; the model was trained on what sentencepiece does."""
+    """transformers merges Llama's runs of spaces first; the model was trained on sentencepiece's order."""
     folder = make_llama(tmp_path / "llama", chat_template="x")
     shutil.copyfile(llama, folder / "tokenizer.model")
     tokenizer, reference = load_tokenizer(folder), SentencePieceProcessor(model_file=str(llama))
@@ -233,17 +233,17 @@ BESIDE = [
 def test_a_model_is_not_taken_without_what_adds_to_it(tmp_path, name, content):
     folder = make_sentencepiece(tmp_path / "sp")
     (folder / name).write_text(json.dumps(content))
-    with pytest.raises(DataError, match=rf"tokenizer\.model is not the whole tokenizer: {name} .* give the folder"):
+    with pytest.raises(DataError, match=rf"tokenizer\.model is not the complete tokenizer: {name} .* give the folder"):
         load_tokenizer(folder / "tokenizer.model")
     shutil.copyfile(folder / "tokenizer.model", tmp_path / "bare.model")
     assert isinstance(load_tokenizer(tmp_path / "bare.model"), SentencePieceTokenizer)
 
 
 REFUSED = [
-    pytest.param({"added_tokens.json": {"<x>": 900}}, "make '<x>' token 900, but it becomes 800", id="a gap in ids"),
+    pytest.param({"added_tokens.json": {"<x>": 900}}, "give '<x>' the id 900, but it gets 800", id="a gap in ids"),
     pytest.param({"added_tokens.json": ["<x>"]}, "no tokenizer could be loaded", id="added tokens that are a list"),
     pytest.param({"tokenizer_config.json": []}, "no tokenizer could be loaded", id="settings that are a list"),
-    pytest.param({"tokenizer_config.json": {"legacy": False}}, "with what .* the ids of", id="no prefix after a strip"),
+    pytest.param({"tokenizer_config.json": {"legacy": False}}, "with .* the ids of", id="no prefix after a strip"),
 ]
 
 

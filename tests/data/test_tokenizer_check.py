@@ -56,11 +56,11 @@ def test_a_saved_tokenizer_is_the_same_beside_any_model(tmp_path, make, model_ty
 
 
 def test_a_class_chosen_by_model_type_is_refused(tmp_path):
-    """For Qwen 2 transformers rebuilds whatever tokenizer there is as a Qwen2Tokenizer."""
+    """For Qwen 2 transformers rebuilds any tokenizer as a Qwen2Tokenizer."""
     tokenizer = load_tokenizer(make_metaspace(tmp_path / "source"))
     tokenizer.save(tmp_path / "saved")
     (tmp_path / "saved/config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(DataError, match=r"pad_token_id is 800 to transformers, but None .* model_type"):
+    with pytest.raises(DataError, match=r"pad_token_id is 800 in transformers, but None .* model_type"):
         require_same_ids(tokenizer, tmp_path / "saved")
 
 
@@ -70,7 +70,7 @@ def edited(folder, name, **changes):
 
 
 CHANGES = [
-    pytest.param(lambda f: edited(f, "tokenizer_config.json", eos_token="<s>"), "eos_token_id is 0 .* 1 to", id="EOS"),
+    pytest.param(lambda f: edited(f, "tokenizer_config.json", eos_token="<s>"), "eos_token_id is 0 .* 1 in", id="EOS"),
     pytest.param(lambda f: (f / "chat_template.jinja").unlink(), "chat_template is None", id="template"),
     pytest.param(lambda f: edited(f, "tokenizer.json", post_processor=None), "special tokens around", id="no BOS"),
     pytest.param(
@@ -90,13 +90,13 @@ def test_another_tokenizer_is_refused(tmp_path, change, message):
 
 
 def test_transformers_own_conversion_of_llama_is_refused(tmp_path):
-    """It merges runs of spaces first, which have the lowest score."""
+    """transformers merges runs of spaces first, although they have the lowest score."""
     model = make_llama_model(tmp_path / "llama.model")
     (tmp_path / "hand-made").mkdir()
     shutil.copyfile(model, tmp_path / "hand-made/tokenizer.model")
     (tmp_path / "hand-made/tokenizer_config.json").write_text(json.dumps(LLAMA))
     tokenizer = load_tokenizer(model)
-    with pytest.raises(DataError, match=r"ids of '.* is .* to transformers, but .* to megaft"):
+    with pytest.raises(DataError, match=r"ids of '.* is .* in transformers, but .* in megaft"):
         require_same_ids(tokenizer, tmp_path / "hand-made")
     tokenizer.save(tmp_path / "saved")
     require_same_ids(tokenizer, tmp_path / "saved")

@@ -48,7 +48,7 @@ def _(workshop):
     return workshop.prepare(workshop.write("a.txt", b"ELF\n\0\1\2"))
 
 
-@refuse("9 JSONL broken at a line", 3, r"a\.jsonl, line 2, column 10: broken JSON .*; a line is one object")
+@refuse("9 JSONL broken at a line", 3, r"a\.jsonl, line 2, column 10: broken JSON .*; every line must be an object")
 def _(workshop):
     return workshop.prepare(workshop.write("a.jsonl", '{"text": "one"}\n{"text": two}\n'))
 
@@ -129,7 +129,7 @@ def _(workshop):
     return workshop.prepare(workshop.toy.sentencepiece, tokenizer=workshop.write("a.model", b""))
 
 
-@refuse("21 truncated .model", 3, r"a\.model is not a whole sentencepiece model \([\d,]+ bytes\); copy it anew")
+@refuse("21 truncated .model", 3, r"a\.model is not a complete sentencepiece model \([\d,]+ bytes\); copy it again")
 def _(workshop):
     whole = workshop.toy.sentencepiece.read_bytes()
     return workshop.prepare(
@@ -154,7 +154,7 @@ def _(workshop):
 @refuse(
     "25 a control code of several tokens",
     3,
-    r"control code 'Wikipedia' is \d tokens \('W.*\) to .*; use a word that is one",
+    r"control code 'Wikipedia' is \d tokens \('W.*\) in .*; use a single token",
 )
 def _(workshop):
     return workshop.prepare(workshop.write("a.txt", "one two\n"), flags=["--control-codes", "Wikipedia"])
@@ -168,7 +168,7 @@ def _(workshop):
     return workshop.train(data=prefix)
 
 
-@refuse("49 .idx cut short", 3, r"copy\.idx has 10 bytes where its receipt says [\d,]+ bytes; run megaft prepare again")
+@refuse("49 .idx cut short", 3, r"copy\.idx has 10 bytes; its receipt says [\d,]+ bytes. Run megaft prepare again")
 def _(workshop):
     prefix = workshop.copy(workshop.toy.train)
     index = workshop.folder / "copy.idx"
@@ -179,7 +179,7 @@ def _(workshop):
 @refuse(
     "50 .bin shorter than .idx says",
     3,
-    r"copy\.bin has [\d,]+ bytes where its receipt says [\d,]+ bytes; run megaft prep",
+    r"copy\.bin has [\d,]+ bytes; its receipt says [\d,]+ bytes. Run megaft prep",
 )
 def _(workshop):
     prefix = workshop.copy(workshop.toy.train)

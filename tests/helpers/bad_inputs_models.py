@@ -62,7 +62,7 @@ def _(workshop):
 @refuse(
     "19 more layers than the weights have",
     3,
-    r"do not fit its config\.json: transformer\.h\.2\.\S+ is missing \(\d+ such\)",
+    r"do not fit its config\.json: transformer\.h\.2\.\S+ is missing \(\d+ in all\)",
 )
 def _(workshop):
     return workshop.generate(workshop.model(n_layer=3))
@@ -147,7 +147,7 @@ def _(workshop):
     return workshop.deepspeed(bf16={"enabled": True})
 
 
-@refuse("43 truncated safetensors", 3, r"model/model\.safetensors is cut short or damaged .*; copy it anew")
+@refuse("43 truncated safetensors", 3, r"model/model\.safetensors is truncated or damaged .*; copy it again")
 def _(workshop):
     folder = workshop.model()
     weights = folder / "model.safetensors"
@@ -155,7 +155,7 @@ def _(workshop):
     return workshop.train(model=folder)
 
 
-@refuse("43 truncated safetensors, evaluated", 3, r"model\.safetensors is cut short.*copy it anew")
+@refuse("43 truncated safetensors, evaluated", 3, r"model\.safetensors is truncated.*copy it again")
 def _(workshop):
     folder = workshop.model()
     weights = folder / "model.safetensors"
@@ -200,7 +200,7 @@ def _(workshop):
     return workshop.train(f"--model.from-scratch={folder}", f"--data.tokenizer={workshop.toy.model}")
 
 
-@refuse("47 padding beyond the vocabulary", 3, r"model; transformers .*pad_token_id is 1000000, .*vocab_size.* null")
+@refuse("47 padding beyond the vocabulary", 3, r"model; transformers .*pad_token_id is 1000000; .* null .*vocab_size")
 def _(workshop):
     return workshop.generate(workshop.model(pad_token_id=10**6, model_type="llama"))
 

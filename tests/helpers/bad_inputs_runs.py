@@ -41,7 +41,9 @@ def _(workshop):
     return damaged_shard(workshop, lambda shard: shard.write_bytes(b""))
 
 
-@refuse("42 flipped bit", 4, r"rank-00000\.safetensors is damaged: its SHA-256 is not the manifest's.*--run\.fresh")
+@refuse(
+    "42 flipped bit", 4, r"rank-00000\.safetensors is damaged: its SHA-256 differs from the manifest's.*--run\.fresh"
+)
 def _(workshop):
     def flip(shard):
         content = bytearray(shard.read_bytes())

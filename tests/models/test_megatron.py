@@ -242,11 +242,11 @@ def test_a_new_model_is_the_same_on_any_number_of_ranks(run_ranks):
 
 
 REFUSED = {
-    "attention groups": ("llama", {}, 4, "2 attention groups and .* do not divide by it, .*; use one of 1, 2"),
-    "a rank without words": ("gpt2", {"vocab_size": 5}, 4, "its 5 words leave a rank without any; use one of 1, 2"),
-    "window": ("mistral with a sliding window", {}, 1, "attention scaled or windowed"),
+    "attention groups": ("llama", {}, 4, "2 attention groups and .* are not divisible by it, .*; use one of 1, 2"),
+    "a rank without words": ("gpt2", {"vocab_size": 5}, 4, "its 5 vocabulary entries are too few; use one of 1, 2"),
+    "window": ("mistral with a sliding window", {}, 1, "sliding window"),
     "activation": ("gpt2", {"activation_function": "tanh"}, 1, "activation is tanh"),
-    "two dropouts": ("gpt2", {"embd_pdrop": 0.2, "resid_pdrop": 0.1}, 1, "give --model.dropout"),
+    "two dropouts": ("gpt2", {"embd_pdrop": 0.2, "resid_pdrop": 0.1}, 1, "set --model.dropout"),
     "yarn": (
         "llama",
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},

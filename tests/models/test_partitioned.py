@@ -163,7 +163,7 @@ REFUSED = {
     "a layer too many": (
         "llama",
         lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
-        r"has no model\.layers\.1\.\S+ \(9 such\)",
+        r"has no model\.layers\.1\.\S+ \(9 in all\)",
     ),
     "tied in config.json, apart in the file": (
         "llama",
@@ -188,7 +188,7 @@ REFUSED = {
     "a value that bfloat16 cannot hold": (
         "llama",
         lambda folder: change_tensors(folder, lambda tensors: tensors["model.norm.weight"][-1].fill_(3.4e38)),
-        r"in bfloat16 model\.norm\.weight has 1 of 32 values .*; use float32, or copy the model anew",
+        r"in bfloat16 model\.norm\.weight has 1 of 32 values .*; use float32, or copy the model again",
     ),
     "a NaN in both copies of tied weights": (
         "gpt2",
@@ -209,7 +209,7 @@ REFUSED = {
             change_tensors(folder, lambda tensors: tensors.pop("lm_head.weight")),
             edit_json(folder / "config.json", tie_word_embeddings=False),
         ),
-        r"lm_head\.weight is missing \(1 such\)",
+        r"lm_head\.weight is missing \(1 in all\)",
     ),
 }
 

@@ -154,12 +154,16 @@ NOTHING = {"byte_order_marks": 0, "crlfs": 0}
         pytest.param(
             "\ufeffone\n",
             "one\n",
-            "begins with a byte order mark, which is left out.",
+            "begins with a byte order mark, which was removed.",
             {"byte_order_marks": 1},
             id="5 BOM",
         ),
         pytest.param(
-            "one\r\ntwo\r\n", "one\ntwo\n", "has 2 line ends CRLF, which became LF.", {"crlfs": 2}, id="8 CRLF"
+            "one\r\ntwo\r\n",
+            "one\ntwo\n",
+            "has 2 CRLF line endings, which were changed to LF.",
+            {"crlfs": 2},
+            id="8 CRLF",
         ),
     ],
 )
@@ -202,7 +206,7 @@ def test_23_figures_by_bytes_of_a_lossy_tokenizer_are_left_out(workshop):
     shutil.copyfile(workshop.toy.sentencepiece, model / "tokenizer.model")
     text = workshop.write("a.txt", "two  spaces\nand a line\n" * 40)
     done = accepted(workshop, workshop.prepare(text, tokenizer=model))
-    assert "warning: the tokenizer loses text" in done.err
+    assert "warning: the tokenizer is lossy" in done.err
     assert json.loads((workshop.folder / "out/data.json").read_text())["tokenizer"]["round_trip"] is False
     done = accepted(workshop, workshop.evaluate(text, "--context-length=64", "--stride=32", model=model))
     assert "warning: the tokenizer loses text" in done.err

@@ -20,7 +20,7 @@ PADDED = 128
 
 
 def split_heads(matrix, version, size):
-    """Cut transformers' c_attn, as (out, in), over ranks in the order Megatron-LM had by then."""
+    """Shard transformers' c_attn, as (out, in), over ranks in the row order of a Megatron-LM version."""
     parts = []
     heads = {kind: [] for kind in "qkv"}
     for kind, block in zip("qkv", matrix.split(HEADS * WIDTH), strict=True):
@@ -147,7 +147,7 @@ def test_to_ranks_and_back(tmp_path):
 
 @pytest.fixture
 def megatron_enums(monkeypatch):
-    """The modules whose classes real checkpoints name; they are gone when the checkpoint is read."""
+    """Modules whose classes real checkpoints refer to; they are removed before reading."""
     enums, scaler = types.ModuleType("megatron.model.enums"), types.ModuleType("fp16.loss_scaler")
     enums.ModelType = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module="megatron.model.enums")
     scaler.DynamicLossScaler = type("DynamicLossScaler", (), {"__module__": "fp16.loss_scaler"})
@@ -204,7 +204,7 @@ def test_a_pickle_with_code_is_refused(tmp_path, evil, zipped):
         zipped=zipped,
         args=settings(model_type=Evil(function, text.format(trace))),
     )
-    with pytest.raises(DataError, match="which is code"):
+    with pytest.raises(DataError, match="runs no code"):
         converted(tmp_path / "classic", tmp_path / "end")
     assert not trace.exists()
     assert not (tmp_path / "end").exists()
@@ -221,11 +221,11 @@ def add(states):
 
 REFUSED = {
     "a tensor is missing": (drop, {}, r"decoder.layers.1.mlp.linear_fc1.bias is missing"),
-    "a layer too many": (add, {}, r"has decoder.layers.2.input_layernorm.bias"),
+    "a layer too many": (add, {}, r"such as decoder.layers.2.input_layernorm.bias"),
     "fewer heads": (None, {"num_attention_heads": 4, "hidden_size": 64}, "do not fit"),
     "swiglu": (None, {"swiglu": True}, "swiglu True"),
     "rmsnorm": (None, {"normalization": "RMSNorm"}, "normalization RMSNorm"),
-    "no number": (None, {"num_layers": "two"}, "makes no model"),
+    "no number": (None, {"num_layers": "two"}, "cannot build a model"),
     "no width": (None, {"hidden_size": None}, "hidden_size is not in its args"),
 }
 
@@ -250,7 +250,7 @@ def test_ranks_that_are_not_all_there(tmp_path):
         open_weights(str(tmp_path / "classic"))
     (first / "kept").unlink()
     first.rmdir()
-    with pytest.raises(DataError, match="it needs mp_rank_00"):
+    with pytest.raises(DataError, match="needs each of mp_rank_00"):
         open_weights(str(tmp_path / "classic"))
     second.rename(first)
     with pytest.raises(DataError, match="do not fit"):

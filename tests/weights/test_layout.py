@@ -73,7 +73,7 @@ def test_every_parameter_of_transformers_has_one_place(name):
 
 
 def test_a_family_without_a_layout_is_refused():
-    with pytest.raises(ConfigError, match=r"is of type bloom; .* know gpt2, llama, mistral, qwen2;"):
+    with pytest.raises(ConfigError, match=r"model_type is bloom; .* support gpt2, llama, mistral, qwen2;"):
         layout_of(make_config("bloom", {}))
 
 

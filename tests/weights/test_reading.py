@@ -94,7 +94,7 @@ def test_stored_dtypes_stay(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache of the hub with nothing in it; hub(model, **options) puts someone/tiny there and returns its folder."""
+    """An empty hub cache; hub(model, **options) adds someone/tiny and returns its folder."""
 
     def put(model, **options):
         commit = "0" * 40
@@ -135,7 +135,7 @@ DAMAGES = {
     "missing": (lambda folder: change_tensors(folder, lambda tensors: tensors.pop(HEAD)), f"{HEAD} is missing"),
     "a layer more": (
         lambda folder: edit_json(folder / "config.json", num_hidden_layers=1),
-        r"has no model.layers.1.\S+ \(9 such\)",
+        r"has no model.layers.1.\S+ \(9 in all\)",
     ),
     "misshapen": (
         lambda folder: change_tensors(folder, lambda tensors: tensors.update({HEAD: torch.zeros(48, 31)})),
@@ -143,16 +143,16 @@ DAMAGES = {
     ),
     "no floats": (
         lambda folder: change_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[HEAD].int()})),
-        "up_proj.weight in I32",
+        "up_proj.weight as I32",
     ),
     "cut short": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4]),
-        "cut short",
+        "truncated",
     ),
     "code": (lambda folder: edit_json(folder / "config.json", auto_map={"AutoModel": "evil.py"}), "auto_map"),
-    "no number": (lambda folder: edit_json(folder / "config.json", hidden_size="wide"), "makes no model"),
-    "no heads": (lambda folder: edit_json(folder / "config.json", num_attention_heads=0), "makes no model"),
-    "no such activation": (lambda folder: edit_json(folder / "config.json", hidden_act="zzz"), "makes no model"),
+    "no number": (lambda folder: edit_json(folder / "config.json", hidden_size="wide"), "cannot build a model"),
+    "no heads": (lambda folder: edit_json(folder / "config.json", num_attention_heads=0), "cannot build a model"),
+    "no such activation": (lambda folder: edit_json(folder / "config.json", hidden_act="zzz"), "cannot build a model"),
     "quantized": (
         lambda folder: edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"}),
         "quantized",

@@ -1,4 +1,4 @@
-"""Errors of transformers and torch for a config.json, in one line."""
+"""One-line messages for errors of transformers and torch about a config.json."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ PADDING = "Padding_idx must be within num_embeddings"
 
 
 def padding_rule(error: Exception, config: Any) -> str | None:
-    """Return the rule that a transformers configuration breaks with its pad_token_id, if that is the error."""
+    """Return the rule that the configuration's pad_token_id breaks, if that caused the error."""
     if PADDING not in str(error):
         return None
     text = config.get_text_config()
     return (
-        f"its pad_token_id is {text.pad_token_id}, which must be null or below vocab_size ({text.vocab_size}) in this "
-        "family, as it has a padding row; set it to null in a copy of config.json"
+        f"its pad_token_id is {text.pad_token_id}; in this family, which has a padding row, it must be null or less "
+        f"than vocab_size ({text.vocab_size}). Set it to null in a copy of config.json"
     )
 
 
 def first_line(error: Exception, config: Any = None) -> str:
-    """Return an error in one line; `config` is the configuration, where transformers could read it."""
+    """Return an error's message as one line; `config` is the configuration, if transformers could read it."""
     if rule := padding_rule(error, config):
         return rule
-    first, *others = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first

@@ -1,4 +1,4 @@
-"""Refusal of NaN and infinite weights, by file, tensor and count, before anything is computed from them."""
+"""Refuse NaN and infinite weights before use, naming file, tensor and count."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor, nn
 from megaft.base.dtypes import dtype_name
 from megaft.base.errors import DataError
 
-FIX = "the model is damaged. Copy it anew, or go back to a checkpoint before it."
+FIX = "the model is damaged. Copy it again, or use an earlier checkpoint."
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether every value is finite, without a copy of the tensor: aminmax passes a NaN on."""
+    """Return True if every value is finite, without copying the tensor: aminmax propagates NaN."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return all(bound.isfinite() for bound in tensor.aminmax())
 
 
 def require_finite(name: str, tensor: Tensor, where: str = "") -> Tensor:
-    """Return a weight, all of whose values are finite.
+    """Return a weight after checking that all values are finite.
 
     Args:
-        name: Of the weight.
+        name: Name of the weight.
         tensor: The weight.
-        where: How the message begins, such as "--model.path is DIR; ".
+        where: Start of the message, such as "--model.path is DIR; ".
 
     Raises:
-        DataError: It holds NaN or infinite values.
+        DataError: A value is NaN or infinite.
     """
     if is_finite(tensor):
         return tensor
@@ -39,10 +39,10 @@ def require_finite(name: str, tensor: Tensor, where: str = "") -> Tensor:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's parameters and the buffers that its files hold, with their names.
+    """Yield names and tensors of a model's parameters and persistent buffers.
 
-    DeepSeek-V3's bias of its router is such a buffer: with a NaN there the model takes other experts, and all that it
-    returns is finite.
+    One such buffer is the bias of DeepSeek-V3's router: with a NaN in it the model selects other experts, and its
+    output stays finite.
     """
     yield from model.named_parameters()
     saved = model.state_dict(keep_vars=True)
@@ -50,18 +50,17 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def require_finite_weights(model: str, source: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse loaded weights that are not finite; one pass over memory.
+    """Refuse loaded weights that are not finite, in one pass over memory.
 
-    The message names the stored tensor and its file, where the model is a folder of safetensors: these are read again
-    then, a tensor at a time.
+    If the model is a folder of safetensors files, they are read again to name the stored tensor and its file.
 
     Args:
-        model: How the message names the model, such as "--model.path is DIR".
+        model: Setting and value for the message, such as "--model.path is DIR".
         source: The model.
-        weights: Loaded weights and their names.
+        weights: Names and loaded weights.
 
     Raises:
-        DataError: One holds NaN or infinite values.
+        DataError: A value is NaN or infinite.
     """
     for name, tensor in weights:
         if not is_finite(tensor):
@@ -69,12 +68,12 @@ def require_finite_weights(model: str, source: str, weights: Iterable[tuple[str,
             if tensor.dtype == torch.float32:
                 require_finite(name, tensor, f"{model}; ")
             raise DataError(
-                f"{model}; in {dtype_name(tensor.dtype)} {_fault(name, tensor)}; use float32, or copy the model anew."
+                f"{model}; in {dtype_name(tensor.dtype)} {_fault(name, tensor)}; use float32, or copy the model again."
             )
 
 
 def _refuse_stored(model: str, source: str) -> None:
-    """Raise DataError for the stored tensors of a folder that are not finite, if there are any."""
+    """Raise DataError if stored tensors of a folder are not finite."""
     faults = [
         f"in {path.name} {_fault(name, tensor)}" for path, name, tensor in _stored(source) if not is_finite(tensor)
     ]
@@ -93,5 +92,5 @@ def _stored(source: str) -> Iterator[tuple[Path, str, Tensor]]:
 
 def _fault(name: str, tensor: Tensor) -> str:
     is_bad = ~tensor.isfinite()
-    first = [int(place) for place in torch.unravel_index(is_bad.flatten().view(torch.uint8).argmax(), tensor.shape)]
+    first = [int(index) for index in torch.unravel_index(is_bad.flatten().view(torch.uint8).argmax(), tensor.shape)]
     return f"{name} has {int(is_bad.sum()):,} of {tensor.numel():,} values that are not finite, the first at {first}"

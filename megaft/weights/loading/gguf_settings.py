@@ -1,6 +1,6 @@
-"""Settings of a GGUF file that change a model's numbers, each compared with the model that transformers made.
+"""Compare the settings of a GGUF file that affect logits with the model that transformers built from it.
 
-transformers' reader takes some of them, has fixed values for others, and leaves out the rest without a word.
+transformers' reader uses some of them, has fixed values for others, and silently ignores the rest.
 Keys: gguf.constants.Keys, and https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -45,12 +45,12 @@ _SHAPES = frozenset(
         "ssm.time_step_rank",
     )
 )
-"""Shapes or presence of tensors, by which transformers goes (StableLM's parallel residual too) or refuses a model."""
+"""Settings that the tensors' shapes or presence imply (StableLM's parallel residual too); transformers checks them."""
 
 _NO_EFFECT = frozenset(
     ("context_length", "tensor_data_layout", "pooling_type", "nextn_predict_layers", "n_deepstack_layers")
 )
-"""No effect on logits. Further layers are seen by their tensors."""
+"""Settings without effect on logits. Additional layers are detected by their tensors."""
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 _CONFIG = {
@@ -64,7 +64,7 @@ _CONFIG = {
     "expert_used_count": ("num_experts_per_tok", "top_k_experts"),
     "expert_weights_norm": ("norm_topk_prob",),
 }
-"""The attributes of transformers' configurations that hold a setting, whichever the family declares."""
+"""Attributes of transformers' configurations for each setting; families declare different ones."""
 
 _NEUTRAL: dict[str, tuple[float, ...]] = {
     "attention.causal": (True,),
@@ -90,33 +90,32 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     "ssm.group_count": (0, 1),
     "swin_norm": (False,),
 }
-"""The values with which a setting changes nothing, as llama.cpp reads it; 0 stands for "not set"."""
+"""Values with which a setting has no effect in llama.cpp; 0 stands for "not set"."""
 
 _SOFTMAX, _SIGMOID = (0, 1), 2
-"""llama.cpp's numbers of routing functions; transformers' MiniMax-M2 always has the sigmoid."""
+"""llama.cpp's numbers for routing functions; transformers' MiniMax-M2 always uses the sigmoid."""
 _DEFAULT_BASE = 10_000.0
-"""llama.cpp's base of rotary embeddings where a file has none."""
+"""llama.cpp's default base of rotary embeddings."""
 _CLOSE = 1e-5
-"""Relative tolerance: files have numbers in fp32, and frequencies are powers of them in fp32."""
+"""Relative tolerance: files store numbers in fp32, and frequencies are powers of them in fp32."""
 
 
 def require_same_settings(path: Path, header: GgufHeader, model: Any) -> None:
-    """Refuse a model that was not made with the settings of its GGUF file.
+    """Refuse a model that does not follow the settings of its GGUF file.
 
     Args:
-        path: Of the file, for the message.
+        path: The file, for the message.
         header: Its header.
-        model: What transformers made of it.
+        model: transformers' model of the file.
 
     Raises:
-        DataError: A setting that changes numbers is another one in the model, is left out by transformers, or is
-            unknown here.
+        DataError: A setting that affects logits differs in the model, is ignored by transformers, or is unknown.
     """
     for name, value in _settings(header, model):
         if not _agrees(name, value, header, model):
             raise DataError(
-                f"{path} has {_shown(header, name, value)}, but transformers' {type(model).__name__} does not compute "
-                "with that when it is read from a GGUF file; give the model's safetensors folder instead."
+                f"{path} has {_shown(header, name, value)}, but transformers' {type(model).__name__} does not use "
+                "it when loaded from a GGUF file; give the model's safetensors folder instead."
             )
     _require_query_scale(path, header, model)
 
@@ -129,7 +128,7 @@ def _shown(header: GgufHeader, name: str, value: Any) -> str:
 
 
 def _settings(header: GgufHeader, model: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the architecture's settings that may change numbers, and defaults of those that the file leaves out."""
+    """Yield the architecture's settings that may affect logits, with defaults for missing ones."""
     prefix = f"{header.architecture}."
     own = {name.removeprefix(prefix): value for name, value in header.settings.items() if name.startswith(prefix)}
     if not _is_scaled(header):
@@ -138,7 +137,7 @@ def _settings(header: GgufHeader, model: Any) -> Iterator[tuple[str, Any]]:
         own = {name: value for name, value in own.items() if name.removeprefix("rope.scaling.") not in names}
     if [*_frequencies(model, is_sliding=False)]:
         own.setdefault("rope.freq_base", _DEFAULT_BASE)
-    if header.architecture != "gemma2":  # whose window llama.cpp knows by itself
+    if header.architecture != "gemma2":  # llama.cpp has its window built in
         own.setdefault("attention.sliding_window", 0)
     yield from ((name, value) for name, value in own.items() if name not in _SHAPES | _NO_EFFECT)
 
@@ -148,7 +147,7 @@ def _is_scaled(header: GgufHeader) -> bool:
 
 
 def _agrees(name: str, value: Any, header: GgufHeader, model: Any) -> bool:
-    """Return True if the model computes with a setting of its file."""
+    """Return True if the model uses a setting of its file."""
     config = model.config.get_text_config()
     if name.startswith("rope.scaling.") and _is_scaled(header):
         return _scaling_agrees(name.removeprefix("rope.scaling."), value, config)
@@ -167,13 +166,13 @@ def _config_agrees(name: str, value: float, config: Any) -> bool:
 
 
 def _declared(config: Any, name: str) -> Any:
-    """Return the value of a setting in a configuration; None if its family has no such attribute."""
-    known = {*dir(type(config)), *config.attribute_map}  # a reader may add attributes that no module looks at
-    return next((getattr(config, one) for one in _CONFIG.get(name, ()) if one in known), None)
+    """Return the configuration's value of a setting; None if its family does not declare it."""
+    known = {*dir(type(config)), *config.attribute_map}  # a reader may add attributes that no module uses
+    return next((getattr(config, attribute) for attribute in _CONFIG.get(name, ()) if attribute in known), None)
 
 
 def _frequencies(model: Any, *, is_sliding: bool) -> Iterator[Tensor]:
-    """Yield the frequencies of the rotary embeddings, of layers with a sliding window or of the others."""
+    """Yield the rotary frequencies of the layers with, or without, a sliding window."""
     for name, buffer in model.named_buffers():
         kind = name.rsplit(".", 1)[-1]
         if kind.endswith("inv_freq") and "original" not in kind and kind.startswith("sliding") == is_sliding:
@@ -181,13 +180,13 @@ def _frequencies(model: Any, *, is_sliding: bool) -> Iterator[Tensor]:
 
 
 def _positions_agree(name: str, value: Any, header: GgufHeader, model: Any) -> bool:
-    found = [*_frequencies(model, is_sliding=name.endswith("_swa"))]
+    frequencies = [*_frequencies(model, is_sliding=name.endswith("_swa"))]
     if "dimension_count" in name:
-        return bool(found) and all(2 * len(one) == value for one in found)
+        return bool(frequencies) and all(2 * len(tensor) == value for tensor in frequencies)
     if _is_scaled(header):  # frequencies are scaled; the base is in the config
         parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         return math.isclose(value, parameters.get("rope_theta", 0), rel_tol=_CLOSE)
-    return bool(found) and all(_is_geometric(one, value) for one in found)
+    return bool(frequencies) and all(_is_geometric(tensor, value) for tensor in frequencies)
 
 
 def _is_geometric(frequencies: Tensor, base: float) -> bool:
@@ -196,7 +195,7 @@ def _is_geometric(frequencies: Tensor, base: float) -> bool:
 
 
 def _scaling_agrees(name: str, value: Any, config: Any) -> bool:
-    """Return True if positions are scaled as the file says; `name` is the part of a key after "rope.scaling."."""
+    """Return True if position scaling matches the file; `name` is a key's part after "rope.scaling."."""
     parameters = getattr(config, "rope_parameters", None) or {}
     known = {"type": "rope_type", "attn_factor": "attention_factor"}
     known["original_context_length"] = "original_max_position_embeddings"
@@ -213,7 +212,7 @@ def _window_agrees(window: float, config: Any) -> bool:
 
 
 def _pattern_agrees(period: float, config: Any) -> bool:
-    """Return True if the last of every `period` layers, and no other, attends to all positions."""
+    """Return True if only the last of every `period` layers attends to all positions."""
     kinds = getattr(config, "layer_types", None)
     if period < 1 or kinds is None:
         return False
@@ -237,44 +236,44 @@ _RULES: dict[str, Callable[[float, Any], bool]] = {
 
 
 def _query_scale(config: Any) -> float:
-    """Return the square of the divisor of attention scores."""
+    """Return the square of the number that attention scores are divided by."""
     head = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
     return getattr(config, "query_pre_attn_scalar", None) or head
 
 
 def _require_query_scale(path: Path, header: GgufHeader, model: Any) -> None:
-    """Refuse Gemma 27B, among others: its file has no attention scale, and transformers takes the other sizes'."""
+    """Refuse files without an attention scale, such as Gemma 27B's, for which transformers uses the other sizes'."""
     config = model.config.get_text_config()
     scalar, head = getattr(config, "query_pre_attn_scalar", None), getattr(config, "head_dim", None)
     if scalar != (head if scalar else None) and header.setting("attention.scale") is None:
         raise DataError(
             f"{path} has {header.architecture}.attention.key_length {head} and no attention.scale, but transformers' "
-            f"{type(model).__name__} takes query_pre_attn_scalar {scalar} for it; give the model's safetensors folder "
+            f"{type(model).__name__} uses query_pre_attn_scalar {scalar} for it; give the model's safetensors folder "
             "instead."
         )
 
 
 def require_all_weights_loaded(path: Path, header: GgufHeader, model: Any) -> None:
-    """Refuse a model that lacks something of its GGUF file: transformers leaves out what it does not know.
+    """Refuse a model without all tensors of its GGUF file: transformers ignores those it does not know.
 
-    Llama 3's rope_freqs and biases of attention are such.
+    Examples are Llama 3's rope_freqs and attention biases.
 
     Args:
-        path: Of the file, for the message.
+        path: The file, for the message.
         header: Its header.
-        model: What transformers made of it.
+        model: transformers' model of the file.
 
     Raises:
-        DataError: The file has other weights than the model.
+        DataError: The number of weights differs between the file and the model.
     """
-    taken = sum(parameter.numel() for parameter in model.parameters())
+    loaded = sum(parameter.numel() for parameter in model.parameters())
     stored = header.num_elements
     if model.config.get_text_config().tie_word_embeddings:
-        stored -= header.tensors.get("output.weight", 0)  # the embedding once more
-    if stored != taken:
+        stored -= header.tensors.get("output.weight", 0)  # a copy of the embedding
+    if stored != loaded:
         scales = [name for name in header.tensors if name.startswith("rope_")]
-        extra = f" and leaves out {scales[0]}, which scales positions" if scales else ""
+        extra = f" and ignores {scales[0]}, which scales positions" if scales else ""
         raise DataError(
-            f"{path} has {stored:,} weights, but transformers' {type(model).__name__} takes {taken:,} of "
+            f"{path} has {stored:,} weights, but transformers' {type(model).__name__} loads {loaded:,} of "
             f"them{extra}; give the model's safetensors folder instead."
         )

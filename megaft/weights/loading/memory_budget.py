@@ -1,4 +1,4 @@
-"""Share of a host's free memory that each of its ranks may take."""
+"""Memory budget of each rank: its share of the host's free memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megaft.weights.loading.size_limit import MemoryBudget
 
 
 def agreed_memory_budget() -> MemoryBudget:
-    """Return the room of each rank on the host that has least, the same on all ranks; every rank calls this."""
+    """Return the budget of the host with the least free memory per rank, the same on all ranks. A collective."""
     host = [crc32(host_id().encode())]
     ranks = parallel.gather_numbers(host).count(host)
     share = -parallel.max_over_ranks([-(available_memory() // ranks)])[0]

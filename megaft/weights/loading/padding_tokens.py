@@ -1,4 +1,4 @@
-"""Attention to padding tokens inside a text, as to other tokens, in families that would mask them."""
+"""Make families that mask padding tokens by default attend to them inside a text, as to other tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 COUNTS_PADDING = ("xlm",)
-"""Families that count a row's padding tokens, wherever they stand, and ignore as many places at its end."""
+"""Families that count a row's padding tokens anywhere and ignore as many positions at its end."""
 
 
 def read_padding_tokens(model: Any) -> Any:
-    """Return the model, which reads padding tokens like any other: families that count them get a mask of ones.
+    """Treat padding tokens like any other: families that count them get an attention mask of ones.
 
-    Without a mask their states depend on later tokens, even where the configuration makes them causal.
+    Without a mask their states depend on later tokens, even with a causal configuration.
     """
     if model.config.model_type in COUNTS_PADDING:
         model.base_model.register_forward_pre_hook(_with_mask, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Load causal language models with transformers, or initialise new ones, and check what transformers does not."""
+"""Load causal language models with transformers, or initialise new ones, with checks that transformers lacks."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from megaft.weights.loading.text_model import require_causal_class
 from megaft.weights.loading.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
 
 MODEL_SETTING = "--model.path"
-"""Setting of training that names the model."""
-
+"""Training's setting for the model."""
 
 LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, SafetensorError, UnpicklingError)
-"""Exceptions of transformers for a model it cannot read, or for a config.json whose values make no model."""
+"""Exceptions of transformers for a model it cannot load or an invalid config.json."""
 
 
 def load_language_model(
@@ -43,19 +42,19 @@ def load_language_model(
 
     Args:
         source: The model.
-        dtype: Of its weights, once they are loaded.
-        dropout: Every dropout probability; None leaves them as they are.
-        setting: Names the model in messages, as the user of the command gives it.
+        dtype: Dtype of the loaded weights.
+        dropout: Every dropout probability; None leaves them unchanged.
+        setting: Setting that names the model, for messages.
 
     Raises:
-        DataError: It is not there, transformers cannot read it, or its weights are quantized, not finite, or not those
-            of its config.json.
+        DataError: It does not exist, transformers cannot load it, or its weights are quantized, not finite, or do not
+            match its config.json.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # every rank would draw its own
+    logging.disable_progress_bar()  # every rank would show its own
     where, options = _location(source, setting)
     require_inert(setting, where)
     header = read_header(Path(source)) if options else None
@@ -69,7 +68,7 @@ def load_language_model(
         if not options:
             require_not_quantized(setting, source, config)
         set_dropout(config, dropout)
-        lost = parallel.naming_lost_peers(parallel.rank())  # while parts are filled
+        lost = parallel.naming_lost_peers(parallel.rank())  # while shards are loaded
         with limit, lost, keeping_stored_weights(), without_report_table():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -83,16 +82,16 @@ def load_language_model(
                 **options,
             )
     except LOAD_ERRORS as error:
-        # Some families fail there only, with a message that says nothing.
-        where = " at ZeRO stage 3 (stage 2 may do)" if is_deepspeed_zero3_enabled() else ""
+        # Some families fail only at stage 3, with an unhelpful message.
+        where = " at ZeRO stage 3 (stage 2 may work)" if is_deepspeed_zero3_enabled() else ""
         raise DataError(
             f"{setting} is {source}; transformers cannot load it{where}: {first_line(error, config)}"
         ) from error
     model, report = loaded
     require_complete(f"{setting} is {source}", report)
-    if not is_deepspeed_zero3_enabled():  # there partitioned._fill checks whole weights
+    if not is_deepspeed_zero3_enabled():  # at stage 3 partitioned._fill checks whole weights
         require_finite_weights(f"{setting} is {source}", source, stored_tensors(model))
-    _require_tied(f"{setting} is {source}", model)  # after that: a NaN does not equal itself
+    _require_tied(f"{setting} is {source}", model)  # after the finite check: NaN does not equal itself
     if not is_deepspeed_zero3_enabled():
         freeze_as_constructed(model)
     if header is not None:
@@ -103,16 +102,16 @@ def load_language_model(
 
 
 def _require_tied(name: str, model: CausalLM) -> None:
-    """Refuse weights that config.json ties and transformers did not: both are stored, and they differ."""
+    """Refuse weights that config.json ties, but whose stored tensors differ, so that transformers left them untied."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
-    if apart := sorted(tied.keys() - model.all_tied_weights_keys.keys()):
-        raise untied_weights(name, apart[0], tied[apart[0]])
+    if untied := sorted(tied.keys() - model.all_tied_weights_keys.keys()):
+        raise untied_weights(name, untied[0], tied[untied[0]])
 
 
 def create_language_model(
     config_path: str, seed: int, dropout: float | None = None, budget: MemoryBudget | None = None
 ) -> CausalLM:
-    """Initialise a new model from a config.json; the weights are a function of the seed."""
+    """Initialise a new model from a config.json; its weights depend only on the seed."""
     config = read_new_config(config_path, dropout)
     return create_from(config, config_path, seed, budget=budget)
 
@@ -129,7 +128,7 @@ def read_new_config(config_path: str, dropout: float | None = None) -> Any:
 def create_from(
     config: Any, config_path: str, seed: int, parts: int = 1, budget: MemoryBudget | None = None
 ) -> CausalLM:
-    """Initialise a model of a configuration read from a config.json; `parts`, `budget` as `no_larger_than_memory`."""
+    """Initialise a model from a configuration; `parts` and `budget` are those of `no_larger_than_memory`."""
     with _naming_bad_config(config_path, config):
         torch.manual_seed(seed)
         with no_larger_than_memory(f"--model.from-scratch is {config_path}", parts, budget):
@@ -139,16 +138,16 @@ def create_from(
 @contextmanager
 def _naming_bad_config(config_path: str, config: Any = None) -> Iterator[None]:
     try:
-        with parallel.naming_lost_peers(parallel.rank()):  # while parts are made
+        with parallel.naming_lost_peers(parallel.rank()):  # while shards are built
             yield
     except LOAD_ERRORS as error:
         raise DataError(
-            f"--model.from-scratch is {config_path}; not a model config: {first_line(error, config)}"
+            f"--model.from-scratch is {config_path}; invalid model config: {first_line(error, config)}"
         ) from error
 
 
 def new_model(config: Any) -> CausalLM:
-    """Return a new model of a transformers configuration, in fp32 and with random weights."""
+    """Return a new fp32 model of a transformers configuration, with random weights."""
     from transformers import AutoModelForCausalLM
 
     return read_padding_tokens(
@@ -159,7 +158,7 @@ def new_model(config: Any) -> CausalLM:
 
 
 def require_exists(source: str, setting: str = MODEL_SETTING) -> None:
-    """Raise DataError for what looks like a path and is not there; a hub name is found out later."""
+    """Raise DataError for a local path that does not exist; hub names are checked later."""
     _location(source, setting)
 
 
@@ -186,13 +185,13 @@ def _load_config(where: str, options: dict[str, str]):
     text = config.get_text_config()
     for name in SIZES:
         size = getattr(text, name, 1)
-        if isinstance(size, int) and size < 1:  # transformers takes it, and makes a model of nothing
+        if isinstance(size, int) and size < 1:  # transformers accepts it and builds an empty model
             raise ValueError(f"{name} is {size}; use 1 or more.")
     return config
 
 
 def _attention(config) -> str:
-    """Return torch's fused attention where the architecture has it. What config.json names may be code on the hub."""
+    """Return "sdpa" where the architecture supports it, never config.json's choice, which may be code on the hub."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -200,9 +199,9 @@ def _attention(config) -> str:
 
 
 def set_dropout(config: Any, dropout: float | None) -> None:
-    """Give every dropout probability of a transformers configuration this value; None leaves them.
+    """Set every dropout probability of a transformers configuration; None leaves them unchanged.
 
-    LayerDrop (Fan et al. 2020) leaves out whole layers: 0.0 turns it off too, other values leave it.
+    LayerDrop (Fan et al. 2020), which skips whole layers, is turned off by 0.0 and unchanged by other values.
     """
     if dropout is None:
         return
@@ -214,7 +213,7 @@ def set_dropout(config: Any, dropout: float | None) -> None:
 
 
 def _without_quantization(model: CausalLM) -> CausalLM:
-    """Return the same weights in a model that `save_pretrained` accepts: one read from GGUF counts as quantized."""
+    """Copy the weights to a model that `save_pretrained` accepts, as models loaded from GGUF count as quantized."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

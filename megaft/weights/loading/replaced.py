@@ -9,10 +9,10 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Replace a function of a module or class in the block, and restore it afterwards.
+    """Replace a function of a module or class inside the block.
 
     Raises:
-        AttributeError: The owner has no such function: the library is another version.
+        AttributeError: The function does not exist in this version of the library.
     """
     original = getattr(owner, name)
     setattr(owner, name, function)

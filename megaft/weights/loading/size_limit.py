@@ -1,7 +1,7 @@
-"""Stop the construction of a model that its config.json makes far larger than its weight files or the host's memory.
+"""Stop building a model whose config.json makes it far larger than its weight files or the host's memory.
 
-transformers builds all modules before it compares them with the weights: a wrong number of layers takes minutes, a
-wrong width takes the host's memory.
+transformers builds all modules before comparing them with the weights: a wrong number of layers costs minutes, a wrong
+width all of the host's memory.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from megaft.base.host_memory import available_memory
 
 TENSORS = 1_000
 TENSORS_FACTOR = 100
-"""Parameters of a model per stored tensor, as where the experts of a layer are stored as one."""
+"""Maximum parameters per stored tensor: the experts of a layer may be stored as one tensor."""
 NUMBERS = 100_000_000
 NUMBERS_FACTOR = 4
-"""Elements of a model per stored element: an embedding that is tied to another is built twice."""
+"""Maximum elements per stored element: tied embeddings are built twice."""
 FP32_BYTES = 4
 SMALL_BYTES = 2**30
-"""Bytes of buffers below which free memory is not checked."""
+"""Do not check free memory for buffers up to this many bytes."""
 
 
 class Size(NamedTuple):
-    """The size of a model or of its weight files."""
+    """Size of a model or of its weight files."""
 
     tensors: int
     numbers: int
-    """Elements of all tensors."""
+    """Total elements of all tensors."""
 
 
 class MemoryBudget(NamedTuple):
-    """Free memory of a host, in bytes, and the ranks there, each of which builds a model."""
+    """Free bytes of a host's memory, and the number of ranks on it that build a model."""
 
     free: int
     ranks: int = 1
@@ -45,7 +45,7 @@ class MemoryBudget(NamedTuple):
 
 @dataclass(slots=True)
 class _Built:
-    """Counts what is registered with modules, each name of a module once."""
+    """Counts parameters and buffers registered with modules, each name of a module once."""
 
     tensors: int = 0
     numbers: int = 0
@@ -63,23 +63,23 @@ class _Built:
 
 @contextmanager
 def no_larger_than(stored: Size, model: str) -> Iterator[None]:
-    """Refuse, while it is built, a model that is far larger than its weight files.
+    """Stop building a model that becomes far larger than its weight files.
 
-    Small differences pass here; comparing every tensor finds them afterwards.
+    Small differences pass; the later comparison of all tensors finds them.
 
     Args:
-        stored: The size of the weight files.
-        model: How the message names the model, such as "--model.path is DIR".
+        stored: Size of the weight files.
+        model: Setting and value for the message, such as "--model.path is DIR".
 
     Raises:
-        DataError: It has far more parameters, or buffers larger than this host's free memory.
+        DataError: It has far more parameters, or its buffers exceed this host's free memory.
     """
-    most = Size(TENSORS_FACTOR * stored.tensors + TENSORS, NUMBERS_FACTOR * stored.numbers + NUMBERS)
+    limit = Size(TENSORS_FACTOR * stored.tensors + TENSORS, NUMBERS_FACTOR * stored.numbers + NUMBERS)
 
     def check(built: _Built) -> None:
-        if built.tensors > most.tensors or built.numbers > most.numbers:
+        if built.tensors > limit.tensors or built.numbers > limit.numbers:
             raise DataError(
-                f"{model}; its weights do not fit its config.json, which makes a model of more than "
+                f"{model}; its weights do not fit its config.json, which describes more than "
                 f"{built.numbers:,} weights in {built.tensors:,} tensors, but {stored.numbers:,} in "
                 f"{stored.tensors:,} are stored. Copy both from one model."
             )
@@ -92,21 +92,21 @@ def no_larger_than(stored: Size, model: str) -> Iterator[None]:
 
 @contextmanager
 def no_larger_than_memory(model: str, parts: int = 1, budget: MemoryBudget | None = None) -> Iterator[None]:
-    """Refuse, while it is built, a new model in fp32 that this host's free memory cannot hold.
+    """Stop building a new fp32 model that this host's free memory cannot hold.
 
     Args:
-        model: How the message names the model, such as "--model.from-scratch is DIR".
-        parts: Parts of the model, of which each rank holds one.
-        budget: By default this host's, for one rank. Ranks that build one model together need the same, so that all
-            refuse it or none.
+        model: Setting and value for the message, such as "--model.from-scratch is DIR".
+        parts: Number of ZeRO-3 partitions, one per rank.
+        budget: Defaults to this host's, for one rank. Ranks that build a model together must share one budget, so that
+            either all or none refuse it.
 
     Raises:
-        DataError: Its parameters and buffers take more.
+        DataError: Its parameters and buffers exceed the budget.
     """
-    most = budget or MemoryBudget(available_memory())
+    limit = budget or MemoryBudget(available_memory())
 
     def check(built: _Built) -> None:
-        _require_memory(model, FP32_BYTES * built.numbers // parts + built.buffer_bytes, most)
+        _require_memory(model, FP32_BYTES * built.numbers // parts + built.buffer_bytes, limit)
 
     with _counting(check):
         yield
@@ -117,7 +117,7 @@ def _require_memory(model: str, num_bytes: int, budget: MemoryBudget) -> None:
     if total > budget.free:
         ranks = f" ({num_bytes:,} on each of its {budget.ranks} ranks)" if budget.ranks > 1 else ""
         raise DataError(
-            f"{model}; its config.json makes a model that takes more than {total:,} bytes of memory{ranks}, but "
+            f"{model}; its config.json describes a model that takes more than {total:,} bytes of memory{ranks}, but "
             f"{budget.free:,} are free on this host. Correct its sizes, or use a host with more memory"
             f"{' or ZeRO stage 3' if budget.ranks > 1 else ''}."
         )

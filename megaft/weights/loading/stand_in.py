@@ -1,4 +1,4 @@
-"""Small random models of a family, to try what cannot be tried on a model itself."""
+"""Small random models of a family (stand-ins), for tests that cannot run on the model itself."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ STAND_IN_ERRORS = (
     ValueError,
     ZeroDivisionError,
 )
-"""Exceptions of a family's modules for a configuration or for inputs that they were not written for."""
+"""Exceptions of a family's modules for unsupported configurations or inputs."""
 
-WORDS = 64
-"""Vocabulary of a stand-in."""
+VOCAB_SIZE = 64
+"""Vocabulary size of a stand-in."""
 
 MOST_PARAMETERS = 50_000_000
-"""Largest stand-in with a model's own number of layers and experts: 0.2 GB, made in a second."""
+"""Largest stand-in with the model's own number of layers and experts: 0.2 GB, built in a second."""
 
 MOST_OF_FEW_LAYERS = 2_000_000_000
-"""Largest stand-in with one layer of every kind, whose width is the model's: 8 GB, for a width of 20,480."""
+"""Largest stand-in with the model's width and one layer of each kind: 8 GB, for a width of 20,480."""
 
 SHORT_BLOCKS = dict.fromkeys(
     (
@@ -50,31 +50,31 @@ SHORT_BLOCKS = dict.fromkeys(
     ),
     16,
 )
-"""Blocks of tokens that a stand-in makes short, so that a short text goes beyond them."""
+"""Windows and blocks that a stand-in shortens, so that a short text exceeds them."""
 
 FEW_EXPERTS = {"num_experts": 16, "num_local_experts": 16, "n_routed_experts": 16, "moe_num_experts": 16}
 NARROW = {"intermediate_size": 256, "moe_intermediate_size": 64, "ffn_hidden_size": 256, "n_inner": 256}
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Return whether ZeRO-3 has partitioned the model's weights."""
+    """Return True if ZeRO-3 has partitioned the model's weights."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def keeping_random_states() -> AbstractContextManager[None]:
-    """Restore the random states of the host and of this rank's GPU afterwards.
+    """Restore the random states of the CPU and of this rank's GPU on exit.
 
-    By default fork_rng keeps those of every GPU that is visible, and warns where there are several.
+    By default fork_rng saves those of every visible GPU, and warns if there are several.
     """
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def stand_in(model: CausalLM) -> CausalLM | None:
-    """Return a small random model of a model's configuration, or None where none can be made that runs.
+    """Return a small random model of a model's family, or None if none runs.
 
-    It has the width and every switch of the model, a short vocabulary, short windows, and the first layers up to one of
-    every kind; all layers of a small model whose configuration cannot be cut so. Its weights are loud: an influence
-    between tokens shows in its logits.
+    It has the model's width and switches, a small vocabulary, short windows, and the first layers up to one of each
+    kind, or all layers of a small model whose layers cannot be reduced. Its weights are noisy, so that any influence
+    between tokens shows in the logits.
     """
     make, attention = type(model)._from_config, model.config._attn_implementation
     ids = torch.arange(5).unsqueeze(0)
@@ -94,7 +94,7 @@ def stand_in(model: CausalLM) -> CausalLM | None:
 
 @torch.no_grad()
 def add_noise(model: CausalLM) -> CausalLM:
-    """Add noise to every parameter, of a size that keeps a layer's outputs as large as its inputs."""
+    """Add noise to every parameter, scaled to preserve the size of activations from layer to layer."""
     for parameter in model.parameters():
         fan_in = parameter.numel() / parameter.shape[0] if parameter.ndim > 1 else 25
         parameter.add_(torch.randn_like(parameter) / math.sqrt(fan_in))
@@ -102,8 +102,8 @@ def add_noise(model: CausalLM) -> CausalLM:
 
 
 def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterator[tuple[Any, int]]:
-    """Yield configurations of smaller models, the smallest first, and how many parameters each may have."""
-    for make, most_parameters in ((_with_few_layers, MOST_OF_FEW_LAYERS), (lambda one: one, MOST_PARAMETERS)):
+    """Yield smaller configurations, smallest first, each with its maximum number of parameters."""
+    for make, most_parameters in ((_with_few_layers, MOST_OF_FEW_LAYERS), (lambda text: text, MOST_PARAMETERS)):
         small = deepcopy(config)
         try:
             text = small.get_text_config()
@@ -117,22 +117,22 @@ def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterato
 
 
 def _shorten(text: Any) -> None:
-    text.vocab_size = WORDS
-    if (getattr(text, "pad_token_id", None) or 0) >= WORDS:
+    text.vocab_size = VOCAB_SIZE
+    if (getattr(text, "pad_token_id", None) or 0) >= VOCAB_SIZE:
         text.pad_token_id = 0
-    _lower(text, SHORT_BLOCKS | {"vocab_size_per_layer_input": WORDS})
+    _lower(text, SHORT_BLOCKS | {"vocab_size_per_layer_input": VOCAB_SIZE})
 
 
 def _lower(text: Any, largest: dict[str, int]) -> None:
     for name, value in largest.items():
-        if isinstance(now := getattr(text, name, None), int) and now > value:
+        if isinstance(current := getattr(text, name, None), int) and current > value:
             setattr(text, name, value)
 
 
 def _with_few_layers(text: Any) -> None:
-    """Keep the first layers, up to one of every kind that the configuration's lists tell apart."""
+    """Keep the first layers, up to one of each kind that the configuration's per-layer lists distinguish."""
     depth = text.num_hidden_layers
-    names = sorted(set(dir(text)) - set(dir(PreTrainedConfig)))  # some that all families have warn when they are read
+    names = sorted(set(dir(text)) - set(dir(PreTrainedConfig)))  # some attributes of all families warn when read
     lists = {name: value for name in names if _is_list_of(depth, value := _read(text, name))}
     if depth < 2 or not lists:
         text.num_hidden_layers = min(depth, 1 + getattr(text, "first_k_dense_replace", 0))
@@ -150,7 +150,7 @@ def _read(text: Any, name: str) -> Any:
         return None
     try:
         return getattr(text, name)
-    except STAND_IN_ERRORS:  # a property that this configuration has no answer for
+    except STAND_IN_ERRORS:  # a property that fails for this configuration
         return None
 
 
@@ -163,18 +163,18 @@ def _hashable(values: Any) -> list[str]:
 
 
 def numbers_of(value: Any) -> Iterator[int]:
-    """Yield the integers in a setting: itself, or those of a list or mapping."""
+    """Yield the integers in a setting: the value itself, or those of a list or mapping."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        for one in value:
-            yield from numbers_of(one)
+        for item in value:
+            yield from numbers_of(item)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield value
 
 
 def num_parameters(config: Any, make_model: Callable[..., CausalLM] = AutoModelForCausalLM.from_config) -> int:
-    """Return the number of parameters of a model of a configuration, without making their values."""
+    """Return the number of parameters of a configuration's model, without allocating them."""
     with torch.device("meta"):
         model = make_model(config)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Keep loaded weights as stored and frozen parameters frozen, where a family of transformers does not."""
+"""Keep loaded weights unchanged and frozen parameters frozen in transformers families that alter them."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from megaft.weights.loading.replaced import replaced
 from megaft.weights.loading.stand_in import keeping_random_states
 
 ZEROES_PADDING = ("youtu",)
-"""Families whose embedding gets a zero row for the padding token whenever transformers loads it."""
+"""Families whose embedding's padding row transformers sets to zero at every load."""
 
 
 @contextmanager
 def keeping_stored_weights() -> Iterator[None]:
-    """Initialize only modules that hold something which was not loaded, such as a buffer that no file stores.
+    """Initialize only modules with a tensor that was not loaded, such as a non-persistent buffer.
 
-    transformers leaves it to each family to spare what was loaded. Youtu sets the padding row of its embedding to zero
-    all the same, and some families look at the shapes of weights, which ZeRO-3 has already partitioned.
+    transformers relies on each family to keep loaded weights. Youtu still zeroes its embedding's padding row, and some
+    families depend on the shapes of weights that ZeRO-3 has already partitioned.
     """
-    plain = PreTrainedModel._initialize_weights
+    original = PreTrainedModel._initialize_weights
 
     def initialize(self: Any, module: nn.Module, is_custom_code: bool = False) -> None:
         if not _is_loaded(module):
-            plain(self, module, is_custom_code)
+            original(self, module, is_custom_code)
 
     with replaced(PreTrainedModel, "_initialize_weights", initialize):
         yield
 
 
 def _is_loaded(module: nn.Module) -> bool:
-    """Return whether transformers has marked every tensor of a module and of its children as loaded."""
+    """Return True if transformers has marked every tensor of a module and its children as loaded."""
     return all(getattr(tensor, "_is_hf_initialized", False) for tensor in chain(module.parameters(), module.buffers()))
 
 
 def keep_padding_row(model: Any) -> None:
-    """Leave the padding token to generation_config.json, where transformers would zero its row by config.json.
+    """Remove pad_token_id from config.json, leaving it in generation_config.json, to keep its row.
 
-    A trained or stored row is lost otherwise when plain transformers loads the folder that the model is saved to; with
-    tied embeddings every token's probability changes.
+    Otherwise transformers zeroes the row when it loads the saved folder; with tied embeddings that changes every
+    token's probability.
     """
     if model.config.model_type in ZEROES_PADDING:
         model.config = deepcopy(model.config)
@@ -53,9 +53,9 @@ def keep_padding_row(model: Any) -> None:
 
 
 def freeze_as_constructed(model: Any) -> None:
-    """Freeze the parameters that the family's constructor freezes: sinusoidal positions, and biases of MoE routers.
+    """Freeze the parameters that the family's constructor freezes: sinusoidal positions and MoE router biases.
 
-    transformers makes every loaded parameter trainable, except under ZeRO-3, where this is not needed.
+    Needed except under ZeRO-3, because transformers makes every loaded parameter trainable.
     """
     with keeping_random_states(), torch.device("meta"):
         constructed = type(model)(deepcopy(model.config))

@@ -1,4 +1,4 @@
-"""Causal language models that are a part of a larger model, as of text and images."""
+"""Causal language models inside composite models, such as vision-language models."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from megaft.weights.loading.causal_lm import CausalLM
 
 
 def require_causal_class(config: Any) -> None:
-    """Raise ValueError where transformers makes no causal language model of a configuration, or one of several."""
+    """Raise ValueError unless transformers has exactly one causal language model for a configuration."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"it has no causal language model of model_type {config.model_type}; use a model of another family"
+            f"transformers has no causal language model of model_type {config.model_type}; use another model family"
         )
     try:
         config.get_text_config()
     except ValueError as error:
-        raise ValueError(f"model_type {config.model_type} has several text models; use a folder of one") from error
+        raise ValueError(
+            f"model_type {config.model_type} has several text models; give the folder of one of them"
+        ) from error
 
 
 def keep_composite_config(model: CausalLM, source: str | None, folder: Path) -> None:
-    """Write the source's whole config.json where transformers loads the model by that alone, and not by its text part.
+    """Save the source's composite config.json if transformers cannot load the model from the text configuration alone.
 
     Args:
-        model: The model that was saved, with the configuration of its text part (Emu3, Mllama).
-        source: The model.path it is from.
-        folder: Where it was saved.
+        model: The saved model, with the configuration of its text model (Emu3, Mllama).
+        source: Its --model.path.
+        folder: Folder it was saved to.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 

@@ -122,8 +122,8 @@ DAMAGES = {
     "missing": (lambda folder: (folder / FIRST).unlink(), f"{FIRST} is missing"),
     "ranks": (lambda folder: edit(folder / "megatron.json", 'parallel_size": 2', 'parallel_size": 3'), "2 files for 3"),
     "format": (lambda folder: edit(folder / "megatron.json", '"format": 1', '"format": 9'), "format 9"),
-    "elsewhere": (lambda folder: edit(folder / "megatron.json", FIRST, f"../{FIRST}"), "not a file beside it"),
-    "name": (lambda folder: edit(folder / "megatron.json", FIRST, "a" * 256), "not a file beside it"),
+    "elsewhere": (lambda folder: edit(folder / "megatron.json", FIRST, f"../{FIRST}"), "not a file in its folder"),
+    "name": (lambda folder: edit(folder / "megatron.json", FIRST, "a" * 256), "not a file in its folder"),
     "no manifest of ours": (lambda folder: (folder / "megatron.json").write_text("{}"), "damaged"),
     "another model's": (lambda folder: edit(folder / "config.json", '"n_embd": 32', '"n_embd": 64'), "do not fit"),
     "code": (lambda folder: edit(folder / "config.json", "{", '{"auto_map": {"AutoModel": "x.py"},'), "auto_map"),
@@ -161,7 +161,7 @@ def test_training_reads_no_hashes(tmp_path, two_ranks):
 
 REFUSED = {
     "it exists": ("start", {"tensor_parallel_size": 2}, "exists"),
-    "too many ranks": ("new", {"tensor_parallel_size": 3}, "do not divide by it, .*; use one of 1, 2, 4"),
+    "too many ranks": ("new", {"tensor_parallel_size": 3}, "are not divisible by it, .*; use one of 1, 2, 4"),
 }
 
 
@@ -298,7 +298,7 @@ def test_bfloat16_that_overflows(tmp_path):
         model.transformer.wpe.weight[3, 3] = 3.4e38
     model.save_pretrained(tmp_path / "start")
     with pytest.raises(
-        DataError, match=r"wpe.weight has values up to 3.4e\+38, which bfloat16 cannot hold; use float32"
+        DataError, match=r"wpe.weight has values up to 3.4e\+38, which bfloat16 cannot represent; use float32"
     ):
         to_hugging_face(tmp_path)
 
@@ -311,6 +311,6 @@ def test_what_was_written_is_read_before_it_is_published(tmp_path, monkeypatch):
     make_model("gpt2").save_pretrained(tmp_path / "gpt2")
     write_config = writing._write_config
     monkeypatch.setattr(writing, "_write_config", untie)
-    with pytest.raises(DataError, match=r"lm_head.weight is missing \(1 such\)"):
+    with pytest.raises(DataError, match=r"lm_head.weight is missing \(1 in all\)"):
         run(tmp_path / "gpt2", tmp_path / "new", "hugging-face")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2"]

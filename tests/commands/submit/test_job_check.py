@@ -79,7 +79,7 @@ def test_elsewhere_files_may_be_another_machines(folder, monkeypatch):
 
 def test_inputs_of_prepare_are_looked_for(folder):
     check_program("prepare_data", ["t.txt", "--tokenizer=gpt2", "--output=o"], {})
-    with pytest.raises(DataError, match=r"x.txt names no file"):
+    with pytest.raises(DataError, match=r"x.txt matches no file"):
         check_program("prepare_data", ["x.txt", "--tokenizer=gpt2", "--output=o"], {})
 
 

@@ -1,4 +1,4 @@
-"""Stored weights that are NaN or infinite: refused by file, tensor and count wherever a model is loaded."""
+"""NaN or infinite stored weights: refused with file, tensor and count wherever a model is loaded."""
 
 import math
 import re
@@ -45,7 +45,7 @@ def test_finite_tensors_of_any_shape_pass(tensor):
 
 
 def test_no_precision_is_advised_that_the_model_has():
-    """Of a model whose files are not read again: it comes from the hub, or is a GGUF file."""
+    """For a model whose files are not read again, from the hub or a GGUF file."""
     for dtype, advice in ((torch.float32, "the model is damaged"), (torch.bfloat16, "use float32")):
         weights = {"w": torch.tensor([1.0, math.nan], dtype=dtype)}
         with pytest.raises(DataError, match=f"^--model is some/name; .*w has 1 of 2 values .*; {advice}"):
@@ -93,7 +93,7 @@ def test_a_damaged_model_is_named_however_it_is_loaded(damaged, setting, load, c
         load(damaged)
     assert str(refused.value) == (
         f"{setting} is {damaged}; in model.safetensors {UP} has 2 of 1,536 values that are not finite, the first at "
-        "[2, 3] (2 tensors have such values); the model is damaged. Copy it anew, or go back to a checkpoint before it."
+        "[2, 3] (2 tensors have such values); the model is damaged. Copy it again, or use an earlier checkpoint."
     )
     assert "cache" not in capsys.readouterr().err
 
@@ -109,7 +109,7 @@ def _message_of(folder):
 
 
 def test_a_nan_in_tied_weights_is_not_taken_for_two_weights(tmp_path):
-    """A NaN does not equal itself, so that the two stored copies of the embedding seem to differ."""
+    """NaN does not equal itself, so the two stored copies of the embedding seem to differ."""
     make_model("gpt2").save_pretrained(tmp_path)
 
     def harm(tensors):
@@ -123,7 +123,7 @@ def test_a_nan_in_tied_weights_is_not_taken_for_two_weights(tmp_path):
 
 
 def test_buffers_that_files_hold_are_looked_at_too(tmp_path):
-    """A NaN in the bias of DeepSeek-V3's router leads to other experts, and every logit stays finite."""
+    """A NaN in the bias of DeepSeek-V3's router selects other experts, and all logits stay finite."""
     tiny_model(tiny_config("deepseek_v3", {"first_k_dense_replace": 1})).save_pretrained(tmp_path)
     change_tensors(tmp_path, lambda tensors: tensors[ROUTER_BIAS][1].fill_(math.nan))
     with pytest.raises(DataError, match=rf"in model\.safetensors {re.escape(ROUTER_BIAS)} has 1 of \d+ values"):

@@ -1,4 +1,4 @@
-"""GGUF files of which transformers would make another model: refused, and those it makes right are exact."""
+"""GGUF files that transformers would load wrongly are refused; those it loads correctly are exact."""
 
 import numpy
 import pytest
@@ -17,7 +17,7 @@ TOKENS = torch.arange(20)[None]
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Return a function that writes a file of the toy's Llama with more settings, texts and tensors."""
+    """Return a function that writes the toy Llama with extra settings, texts and tensors."""
     from gguf import GGUFWriter
 
     write_header = GGUFWriter.write_header_to_file
@@ -57,8 +57,8 @@ def test_a_file_is_the_model_that_was_written(make):
         pytest.param({"llama.block_count": 3}, r"block_count 3, but tensors of 2 layers", id="a layer too many"),
         pytest.param({"llama.block_count": 0}, r"block_count 0; use 1 to", id="no layers"),
         pytest.param({"llama.block_count": MOST_LAYERS + 1}, r"block_count 10001; use 1 to 10,000", id="any number"),
-        pytest.param({"tensors": {"blk.0.attn_q.bias": 32}}, r"48,320 weights, .* takes 48,288", id="a bias"),
-        pytest.param({"tensors": {"rope_freqs.weight": 4}}, r"leaves out rope_freqs\.weight", id="Llama 3's positions"),
+        pytest.param({"tensors": {"blk.0.attn_q.bias": 32}}, r"48,320 weights, .* loads 48,288", id="a bias"),
+        pytest.param({"tensors": {"rope_freqs.weight": 4}}, r"ignores rope_freqs\.weight", id="Llama 3's positions"),
         pytest.param({"texts": {"llama.rope.scaling.type": "yarn"}}, r"rope\.scaling\.type 'yarn'", id="YaRN"),
         pytest.param({"llama.logit_scale": 0.0625}, r"llama\.logit_scale 0\.0625", id="scaled logits"),
         pytest.param({"llama.embedding_length": 2**31}, r"do not fit its config\.json", id="width"),

@@ -1,4 +1,4 @@
-"""Settings of GGUF files against the models that transformers makes of them: what it would leave out is refused."""
+"""GGUF settings compared with transformers' models: ignored settings are refused."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ MODELS = {
 
 
 def check(name, changes=None, absent=()):
-    """Check a model against the settings of its file, some of them changed or absent, stored in fp32."""
+    """Check a model against its file's settings, stored in fp32, with some changed or removed."""
     model_type, settings, architecture, own = MODELS[name]
     own = {key: value for key, value in (own | (changes or {})).items() if key not in absent}
     stored = {key: torch.tensor(value).item() if isinstance(value, float) else value for key, value in own.items()}

@@ -1,4 +1,4 @@
-"""XLM, which counts padding tokens, reads them like other tokens here: against transformers with a mask of ones."""
+"""XLM, which counts padding tokens, reads them like other tokens: compared with a mask of ones in transformers."""
 
 import pytest
 import torch

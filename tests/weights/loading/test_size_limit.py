@@ -1,4 +1,4 @@
-"""Configurations that make a model far larger than its weights or the memory: refused before it is built."""
+"""Models far larger than their weight files or the memory are refused before they are built."""
 
 import json
 from functools import partial
@@ -92,7 +92,7 @@ def test_a_model_that_its_weights_cannot_fill_is_not_built(change, load, copy):
 @pytest.mark.parametrize("load", [load_language_model, open_weights])
 def test_a_small_difference_is_named_by_its_tensor(load, copy):
     edit_json(copy / "config.json", num_hidden_layers=3)
-    with pytest.raises(DataError, match=r"do not fit its config\.json: model\.layers\.2\.\S+ is missing \(9 such\)"):
+    with pytest.raises(DataError, match=r"do not fit its config\.json: model\.layers\.2\.\S+ is missing \(9 in all\)"):
         load(str(copy))
 
 
@@ -131,7 +131,7 @@ def test_a_new_model_must_fit_in_memory(parts, ranks, tmp_path):
 
 
 def test_ranks_of_a_host_share_its_memory(monkeypatch):
-    """Rank 1 of three, of which the first two are on one host; the third has most to itself."""
+    """Rank 1 of three ranks: the first two share a host; the third has the most memory to itself."""
     hosts = {"a": crc32(b"a"), "b": crc32(b"b")}
     agreed = iter([[hosts["a"], hosts["a"], hosts["b"]], [-40]])
     asked = []

@@ -1,4 +1,4 @@
-"""Weights as loaded are the weights of the file, whatever a family's own initialization does."""
+"""Loaded weights equal the file's, whatever the family's initialization does."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Text models of composite folders: loaded, tried and exported, though their own config leads to no causal class."""
+"""Text models of composite models: loaded, tested and exported, though their own config has no causal class."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from megaft.weights.reading import open_weights
 
 @pytest.fixture
 def folder(request, tmp_path):
-    """The folder of a text model and the configuration of all parts."""
+    """The folder of a text model and its composite configuration."""
     config = tiny_config(request.param)
     tiny_model(config).save_pretrained(tmp_path)
     config.save_pretrained(tmp_path)
