@@ -1,4 +1,4 @@
-"""Table of optimizers: one entry for each, read wherever training treats them differently.
+"""Table of optimizers: one entry for each, with all properties in which they differ.
 
 To add one, add an entry, and a field to `OptimConfig` for a setting that no other optimizer has.
 """
@@ -24,22 +24,22 @@ class Optimizer:
     arguments: Mapping[str, Setting]
     """Arguments of the class that are fields of OptimConfig; `learning_rate` and weight decay are passed to all."""
     constants: Mapping[str, bool] = field(default_factory=dict)
-    """Arguments of the class that are always the same."""
+    """Arguments of the class with fixed values."""
     fused_on: tuple[str, ...] = ()
-    """Kinds of device on which the argument `fused` is true; empty if the class has no such argument."""
+    """Device types on which `fused=True` is passed; empty if the class has no such argument."""
     moments: Mapping[str, str | None]
-    """Optimizer states in a checkpoint, one fp32 number per parameter each at most, and the OptimConfig field that
-    must be above 0 for the state to exist; None if it always does."""
+    """Optimizer states in a checkpoint, at most one fp32 number per parameter, each with the OptimConfig field that
+    must be above 0 for the state to exist (None: it always exists)."""
     block: Block | None = None
-    """DeepSpeed JSON blocks that mean this optimizer; None if there are none."""
+    """Translation of DeepSpeed JSON blocks to this optimizer; None if there is none."""
     needs_whole_matrices: bool = False
-    """True if it looks at a matrix as a whole, so that neither ZeRO nor megatron-core's layout leaves it the same."""
+    """True if an update depends on the whole matrix, which ZeRO and megatron-core's layout change."""
     cpu_equivalent: str | None = None
-    """For an optimizer that updates on CUDA devices only: the name of the one with the same states on a CPU."""
+    """For a CUDA-only optimizer: name of the optimizer with the same states that runs on a CPU."""
     missing: Mapping[str, str] = field(default_factory=dict)
-    """Python modules it needs besides torch, and the message where one is absent."""
+    """Required Python modules besides torch, each with the message if it is not installed."""
     install: str = ""
-    """How to get those modules."""
+    """Installation instructions for these modules."""
 
     @property
     def settings(self) -> frozenset[str]:
@@ -110,7 +110,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
 }
 
-NAME_HELP = "adamw is torch's, fused; apex-adamw is NVIDIA apex's FusedAdam; adafactor needs ZeRO 0 in fp32."
+NAME_HELP = "Optimizer: adamw is torch's, fused; apex-adamw is NVIDIA apex's FusedAdam; adafactor needs ZeRO 0 in fp32."
 """Help of --optim.name."""
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""Table of learning-rate schedules: one entry for each, a pure function of the share of the run that is done.
+"""Table of learning-rate schedules: one entry for each, a function of the fraction of the decay that is done.
 
-To add one, add an entry. The warm-up and the peak are the same for all; see `megaft.run.optim.learning_rate`.
+To add one, add an entry. Warmup and peak are the same for all; see `megaft.run.optim.learning_rate`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ TOTAL_STEPS = "total_num_steps"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """A learning-rate schedule after the warm-up."""
+    """Learning-rate schedule after warmup."""
 
     remaining: Callable[[float], float]
-    """Share of the way from the last step's rate up to the peak, given the share of the decay that is over: from 1.0 at
-    0.0 to 0.0 at 1.0."""
+    """Learning rate between its final value (0.0) and its peak (1.0), given the fraction of the decay that is done."""
     decays: bool = True
-    """False if every rate is the peak, whatever the run's length and --optim.final-fraction."""
+    """False if the rate stays at the peak, so that run length and --optim.final-fraction have no effect."""
     block: Block | None = None
-    """DeepSpeed JSON blocks that mean this schedule; None if there are none."""
+    """Translation of DeepSpeed JSON blocks to this schedule; None if there is none."""
 
     @property
     def settings(self) -> frozenset[str]:
