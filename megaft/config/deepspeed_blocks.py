@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from megaft.base.checks import require
-from megaft.config.deepspeed_keys import Block, Dtype, fail, refuse_unknown_keys
+from megaft.config.deepspeed_keys import BlockTranslation, Dtype, fail, refuse_unknown_keys
 from megaft.config.optimizers import OPTIMIZERS, Optimizer
 from megaft.config.schedules import SCHEDULES, TOTAL_STEPS, Schedule
 from megaft.config.train import OptimConfig
@@ -86,7 +86,7 @@ def _read_block(kind: str, block: dict[str, Any]) -> dict[str, tuple[Any, str, b
     return settings
 
 
-def _types(kind: str) -> dict[str, tuple[str, Block]]:
+def _types(kind: str) -> dict[str, tuple[str, BlockTranslation]]:
     """Return the known types of a kind of block: the optimizer or schedule that each means, and its translation."""
     entries = _TABLES[kind][1].items()
     return {type_: (name, entry.block) for name, entry in entries if entry.block for type_ in entry.block.types}

@@ -38,7 +38,7 @@ from megaft.config.train import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Resolved:
+class ResolvedSettings:
     """DeepSpeed JSON resolved for a number of ranks."""
 
     as_read: dict[str, Any]
@@ -105,7 +105,7 @@ def resolve(
     optim: OptimConfig,
     has_cuda: bool,
     resumed_batch_size: int | None = None,
-) -> Resolved:
+) -> ResolvedSettings:
     """Check a DeepSpeed JSON and resolve it for a number of ranks.
 
     Args:
@@ -133,7 +133,7 @@ def resolve(
         _fall_to_dividing_micro_batch(config, resumed_batch_size, world_size, notes)
     batch = _batch_sizes(config, world_size, notes)
     _fill_in(config, batch, notes)
-    return Resolved(
+    return ResolvedSettings(
         as_read=raw,
         engine_config=config,
         global_batch_size=batch[0],

@@ -24,7 +24,7 @@ PASSED_ON = (  # top-level keys passed to DeepSpeed unchanged
 )
 
 
-class Block(NamedTuple):
+class BlockTranslation(NamedTuple):
     """Translation of optimizer or scheduler blocks; a parameter whose default is `...` is required."""
 
     types: tuple[str, ...]

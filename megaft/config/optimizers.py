@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from megaft.config.deepspeed_keys import Block
+from megaft.config.deepspeed_keys import BlockTranslation
 
 Setting = str | tuple[str, ...]
 """A field of OptimConfig, or several that the optimizer takes as one argument."""
@@ -30,7 +30,7 @@ class Optimizer:
     moments: Mapping[str, str | None]
     """Optimizer states in a checkpoint, at most one fp32 number per parameter, each with the OptimConfig field that
     must be above 0 for the state to exist (None: it always exists)."""
-    block: Block | None = None
+    block: BlockTranslation | None = None
     """Translation of DeepSpeed JSON blocks to this optimizer; None if there is none."""
     needs_whole_matrices: bool = False
     """True if an update depends on the whole matrix, which ZeRO and megatron-core's layout change."""
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         arguments=_ADAM,
         fused_on=("cuda", "cpu"),  # on a CPU three times as fast as the unfused one, and equal to 2.4e-7
         moments=_ADAM_MOMENTS,
-        block=Block(
+        block=BlockTranslation(
             types=("Adam", "AdamW", "FusedAdam"),
             takes={
                 "lr": ("learning_rate", 1e-3),
@@ -78,7 +78,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         class_name="torch.optim.SGD",
         arguments={"momentum": "momentum"},
         moments={"momentum_buffer": "momentum"},
-        block=Block(
+        block=BlockTranslation(
             types=("SGD",),
             takes={
                 "lr": ("learning_rate", 1e-3),
