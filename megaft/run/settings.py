@@ -74,11 +74,6 @@ def plan_engine(
 
 
 def resumed_batch_size(config: TrainConfig) -> int | None:
-<<<<<<< HEAD
-    """Return the global batch size of the run that the folder holds; None where there is none to continue."""
-    newest = None if config.run.fresh else manifest.newest_manifest(config.run.dir)
-=======
     """Return the global batch size of the run to resume; None for a new run."""
-    newest = None if config.run.fresh else manifest.peek(config.run.dir)
->>>>>>> 6142702 (Word errors, docstrings and names of base and run plainly)
+    newest = None if config.run.fresh else manifest.newest_manifest(config.run.dir)
     return newest["identity"].get("global_batch_size") if newest else None

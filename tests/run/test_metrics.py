@@ -138,15 +138,9 @@ def test_a_run_that_fails_does_not_wait_for_a_device_that_waits_for_lost_ranks(t
         def seconds_since(self, earlier):
             pytest.fail("it would wait for ever")
 
-<<<<<<< HEAD
-    monkeypatch.setattr(metrics_module, "Mark", StuckMark)
+    monkeypatch.setattr(metrics_module, "DeviceTimestamp", StuckMark)
     on_gpu = replace(METER, device=torch.device("cuda"))
     with suppress(LostPeerError), open_metrics(tmp_path, meter=on_gpu) as metrics:
-=======
-    monkeypatch.setattr(metrics_module, "DeviceTimestamp", StuckMark)
-    with suppress(LostPeerError), open_metrics(tmp_path) as metrics:
-        metrics._pending = PendingRows(torch.device("cuda"))
->>>>>>> 6142702 (Word errors, docstrings and names of base and run plainly)
         report(metrics, 1)
         raise LostPeerError("rank 1 lost its peers")
 
