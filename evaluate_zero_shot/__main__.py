@@ -67,7 +67,7 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     is_alone = topology.world_size == 1 and not config.partition and not is_cut  # then DeepSpeed is not imported
     device = device_of(topology) if is_alone else parallel.join(topology)
     if is_cut:
-        parallel.cut_matrices(size)
+        parallel.start_tensor_parallelism(size)
     # Missing data and mistyped model names end the command before any model is loaded.
     data = main_first(find_all_data, config, os.environ)
     tokenizers = [together(load_tokenizer, model_source(source)) for source in config.model]

@@ -1,4 +1,4 @@
-"""The `megaft` command. Only the module of the command that was asked for is imported."""
+"""Command-line interface `megaft COMMAND`, which imports only the module of the given command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megaft.base.exit_code import exit_code_of
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand: its one-line summary and the module that runs it."""
+    """Subcommand: one-line summary and the module that runs it."""
 
     summary: str
     module: str
@@ -25,24 +25,26 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command("tokenize text files to disk, once", "commands.prepare", "config.prepare:PrepareConfig"),
+    "prepare": Command("tokenize text into a dataset on disk", "commands.prepare", "config.prepare:PrepareConfig"),
     "train": Command("finetune a model with DeepSpeed", "train", None),
     "generate": Command(
         "continue a text with a model", "commands.generate.command", "commands.generate.config:GenerateConfig"
     ),
     "convert": Command("change a model's format", "commands.convert.command", "commands.convert.config:ConvertConfig"),
-    "validate": Command("check a run before it takes a GPU", "commands.validate", "commands.validate:ValidateConfig"),
+    "validate": Command(
+        "check a run's settings without a GPU", "commands.validate", "commands.validate:ValidateConfig"
+    ),
     "estimate": Command(
         "estimate a run's memory, speed and duration",
         "commands.estimate.command",
         "commands.estimate.config:EstimateConfig",
     ),
     "doctor": Command("check this machine, or test its ranks", "commands.doctor.command", None),
-    "submit": Command("fill in a batch script and hand it to SLURM", "commands.submit.command", None),
+    "submit": Command("write a batch script and submit it to SLURM", "commands.submit.command", None),
 }
 
 EVALUATION = "`python -m evaluate_zero_shot` scores models"
-"""The evaluation, which is a program of its own, listed among the commands for users who look for it there."""
+"""Pointer to the evaluation program, for users who look for it among the commands."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Answer for megaft itself, or run the command named first."""
+    """Run the command named first, or print megaft's help or version."""
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
@@ -64,13 +66,13 @@ def dispatch(arguments: list[str]) -> int:
         print(f"megaft {megaft.__version__}")
         return 0
     if name not in COMMANDS:
-        raise ConfigError(unknown(name))
+        raise ConfigError(unknown_command_message(name))
     return run(name, rest)
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Parse a command's flags, then import its module, perhaps a heavy one, and run it."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, which read it when they are imported
+    """Parse a command's flags, then import its module (slow for some commands) and run it."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries read it at import and would draw progress bars
     command = COMMANDS[name]
     if command.config is None:
         return import_module(f"megaft.{command.module}").main(arguments)
@@ -92,8 +94,8 @@ def usage() -> str:
     )
 
 
-def unknown(name: str) -> str:
-    """Return what to say about a command that does not exist."""
+def unknown_command_message(name: str) -> str:
+    """Return the error message for an unknown command."""
     if name.startswith(("eval", "score")):
         return f"megaft has no command {name!r}; {EVALUATION}."
     close = difflib.get_close_matches(name, COMMANDS, n=1)

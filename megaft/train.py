@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, train, export; return the exit code."""
+    """Parse the command line, train and export; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & {*arguments}:
         parse_train(arguments)  # before the heavy imports, so that it is instant
-    stop.listen()  # and signals are not lost while they last
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, of which every rank would draw its own
+    stop.listen()  # signals are recorded during the imports
+    os.environ.setdefault("TQDM_DISABLE", "1")  # else every rank would draw libraries' progress bars
     from megaft.base.progress import say
     from megaft.base.topology import is_main_of
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(config: TrainConfig, topology: Topology) -> int:
-    """Lock the run's folder while training, so that a second job is refused, and record the reason for the end."""
+    """Train with the run's folder locked against a second job, and record the reason for the end."""
     from megaft.base.lock import locked
     from megaft.base.parallel import naming_lost_peers
     from megaft.run.events import recording_errors
@@ -53,7 +53,7 @@ def run(config: TrainConfig, topology: Topology) -> int:
 
 
 def train(config: TrainConfig, topology: Topology) -> int:
-    """Plan, build, resume from the newest checkpoint, run to the end, then export."""
+    """Plan and build the run, resume from the newest checkpoint, train, then export."""
     import torch
 
     from megaft.base import parallel, torch_flags
@@ -66,7 +66,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
     from megaft.run.metrics import Metrics
     from megaft.run.optim import learning_rate, set_learning_rate
     from megaft.run.plan import plan_run
-    from megaft.run.recovery import is_wanted, recovered, validated
+    from megaft.run.recovery import accepts_step, recover, validate_or_stop
     from megaft.run.start import resume
     from megaft.run.validation import held_out_rows
 
@@ -75,7 +75,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
     state = resume(run)
     engine, device, validation = run.engine, run.device, run.validation
     guard, saver, events, samples, max_steps = run.guard, run.saver, run.events, plan.samples, plan.max_steps
-    stops = stop.Stops(config.run.dir, config.run.max_minutes, topology.is_main)
+    stops = stop.StopRequests(config.run.dir, config.run.max_minutes, topology.is_main)
     tokens_seen = torch.tensor(state.tokens_seen, device=device)
     request = None
 
@@ -90,10 +90,10 @@ def train(config: TrainConfig, topology: Topology) -> int:
     ) as metrics:
         if validation and state.step == 0:
             with metrics.pause():
-                metrics.validation(0, validated(run, 0).as_dict())
+                metrics.validation(0, validate_or_stop(run, 0).as_dict())
         if state.step == 0 and config.guard.goes_back:
             with metrics.pause():
-                saver.save(engine, state)  # something to go back to
+                saver.save(engine, state)  # for a rewind before the first checkpoint
 
         engine.train()
         while not is_over(config, state, max_steps) and not (request and request.exit_code):
@@ -102,20 +102,20 @@ def train(config: TrainConfig, topology: Topology) -> int:
             batches = micro_batches(samples, state.position, state.left_out, run.cut, run.row_length)
             counts = [sum(batch.num_scored for batch in batches), sum(batch.num_tokens for batch in batches)]
             counts = torch.tensor(counts).to(device, non_blocking=True)
-            # Every sample holds a scored token, so that there is always something to divide by.
+            # Never 0: every sample contains a scored token.
             num_scored, num_tokens = parallel.sum_over_data_ranks(counts)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
             loss_scale = engine_state.loss_scale_state(engine).get("cur_scale")
-            wanted = partial(is_wanted, guard, state.step + 1, nats, num_scored)
+            wanted = partial(accepts_step, guard, state.step + 1, nats, num_scored)
             for batch in batches:
-                # Dropout is a function of the seed and of which samples these are: the same after a resume and, at
-                # one micro-batch size, on any number of ranks.
+                # Dropout depends on the seed and the sample positions only: the same after a resume and, at one
+                # micro-batch size, on any number of ranks.
                 torch.manual_seed(dropout_seed(config.run.seed, batch.first_position))
                 batch_nats = engine(*batch.to(device))
                 nats += batch_nats.detach()
                 # DeepSpeed averages gradients over ranks; undo that, and divide by the tokens of the global batch.
                 engine.backward(batch_nats * (parallel.data_parallel_size() / num_scored), scale_wrt_gas=False)
-                # Weights move on the last micro batch only.
+                # The optimizer steps on the last micro-batch only.
                 grad_norm = engine_state.step(engine, wanted if guard.decides_before_the_step else None)
             tokens_seen = tokens_seen + num_scored
             state = replace(
@@ -141,10 +141,10 @@ def train(config: TrainConfig, topology: Topology) -> int:
             validates = validation is not None and (is_last or is_due(state.step, config.run.validate_every))
             saves = request or is_last or is_due(state.step, config.checkpoint.every)
             if validates or saves or guard.decides_before_the_step:
-                rows += metrics.drain()  # nothing is validated or saved before all that led to it was judged, in order
+                rows += metrics.drain()  # judge all steps, in order, before validating or saving
             reached = state.step
-            for trouble in guard.judge(rows):
-                state = recovered(run, trouble, state)
+            for bad_step in guard.judge(rows):
+                state = recover(run, bad_step, state)
             if state.step < reached:
                 tokens_seen = torch.tensor(state.tokens_seen, device=device)
                 metrics.rewind(state.step)
@@ -154,7 +154,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
 
             if validation and validates:
                 with metrics.pause():
-                    score = validated(run, state.step)
+                    score = validate_or_stop(run, state.step)
                     metrics.validation(state.step, score.as_dict())
                     state = state.after_validation(score.nats_per_token)
             if saves or state.best_step == state.step or is_over(config, state, max_steps):
@@ -174,17 +174,17 @@ def train(config: TrainConfig, topology: Topology) -> int:
 
 
 def is_over(config: TrainConfig, state: RunState, max_steps: int) -> bool:
-    """Return True if the last step is done, or patience has run out."""
+    """Return True if the last step is done, or early stopping applies."""
     return state.step >= max_steps or 0 < config.run.patience <= state.validations_since_best
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return True if something done every `every` steps is due after step `step`; 0 is never."""
+    """Return True if an action every `every` steps is due after step `step`; never if `every` is 0."""
     return every > 0 and step % every == 0
 
 
 def dropout_seed(seed: int, position: int) -> int:
-    """Return the seed of the dropout masks of the micro batch whose first sample is at `position`."""
+    """Return the seed of the dropout masks of the micro-batch whose first sample is at `position`."""
     return (seed * 0x9E3779B97F4A7C15 + position) % 2**63
 
 

@@ -1,4 +1,4 @@
-"""Agreement of all ranks on a text or an error, so that none waits for another that has left."""
+"""Synchronize errors and short texts over all ranks, so that no rank waits for one that has failed."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from megaft.base.errors import UserError, kind_of
 T = TypeVar("T")
 
 AGREED_BYTES = 1000
-"""Most UTF-8 bytes of a text that `agreed` exchanges."""
+"""Maximum UTF-8 bytes of a text that `agreed` exchanges."""
 
 
 def agreed(text: str) -> str:
-    """Return, on every rank, the text of the last rank that has one; it is cut to AGREED_BYTES."""
-    speaker = parallel.max_over_ranks([parallel.rank() if text else -1])[0]
-    if speaker < 0:
+    """Return, on every rank, the non-empty text of the highest rank, truncated to AGREED_BYTES."""
+    sender = parallel.max_over_ranks([parallel.rank() if text else -1])[0]
+    if sender < 0:
         return ""
-    mine = text.encode(errors="backslashreplace") if speaker == parallel.rank() else b""
-    letters = parallel.max_over_ranks([*mine[:AGREED_BYTES].ljust(AGREED_BYTES, b"\0")])
-    return bytes(letters).rstrip(b"\0").decode(errors="replace")
+    own_bytes = text.encode(errors="backslashreplace") if sender == parallel.rank() else b""
+    received = parallel.max_over_ranks([*own_bytes[:AGREED_BYTES].ljust(AGREED_BYTES, b"\0")])
+    return bytes(received).rstrip(b"\0").decode(errors="replace")
 
 
 def raise_together(error: UserError | None) -> None:
-    """Raise on every rank where any has an error: its own where a rank has one, elsewhere that of the last such rank.
+    """Raise on every rank if any rank has an error: its own, or else that of the highest failing rank.
 
-    Every rank has the message: a launcher may end the rank that found it before it has spoken.
+    Every rank reports the error, since a launcher may end the failing rank before it prints its message.
 
     Raises:
-        UserError: With the exit code of the error, so that whichever rank leaves first gives the launcher that one.
+        UserError: With the exit code of the error, so that the launcher sees this code whichever rank exits first.
     """
-    said = agreed(f"{error.exit_code} rank {parallel.rank()}: {error}" if error else "")
+    message = agreed(f"{error.exit_code} rank {parallel.rank()}: {error}" if error else "")
     if error:
         raise error
-    if said:
-        code, _, message = said.partition(" ")
-        raise kind_of(int(code))(message)
+    if message:
+        code, _, text = message.partition(" ")
+        raise kind_of(int(code))(text)
 
 
 def raise_from_anywhere(error: UserError) -> NoReturn:
-    """Raise an error on every rank, also on those in another collective; without a heartbeat, `raise_together`."""
+    """Raise an error on every rank, even those in another collective; without a heartbeat, as `raise_together`."""
     if not parallel.tell_others(error):
         raise_together(error)
     raise error
 
 
 def together(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function on every rank; where one raises a UserError, all do, so that none waits for another.
+    """Call a function on every rank; if any rank raises a UserError, all ranks do.
 
-    The function itself may not communicate: a rank that raised would not take part.
+    The function must not call collectives, which would hang after a rank has raised.
     """
     result, error = None, None
     try:

@@ -12,18 +12,18 @@ from megaft.base.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Range of a numeric setting; never a value that is not finite."""
+    """Range of finite values of a numeric setting."""
 
     text: str
     holds: Callable[[float], bool]
 
     def such_as(self, example: str) -> Range:
-        """Return the range with one of its numbers, for messages."""
+        """Return the range with an example value for messages."""
         return Range(f"{self.text}, for example {example}", self.holds)
 
 
 def at_least(least: int) -> Range:
-    """Whole numbers from `least` on."""
+    """Return the range of integers of at least `least`."""
     return Range(f"{least} or more", lambda value: value >= least)
 
 
@@ -35,12 +35,12 @@ SEED = Range("0 or more and less than 2^63", lambda value: 0 <= value < 2**63)
 
 
 def require_ranges(settings: Any, section: str = "", **ranges: Range) -> None:
-    """Raise ConfigError for the first field outside its range; None, a default, is in every one.
+    """Raise ConfigError for the first field outside its range; None (a default) is always allowed.
 
     Args:
-        settings: What has the fields.
-        section: Where the command line has them: `optim.` of `--optim.beta1`.
-        ranges: By field.
+        settings: Object with the fields.
+        section: Prefix of the flags, such as `optim.` in `--optim.beta1`.
+        ranges: Allowed range by field name.
     """
     for name, numbers in ranges.items():
         value = getattr(settings, name)

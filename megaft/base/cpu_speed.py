@@ -1,4 +1,4 @@
-"""Speed of half precision on a CPU: without AVX-512 BF16 or AMX it is many times slower than fp32."""
+"""Measure half-precision speed on a CPU, which without AVX-512 BF16 or AMX is far slower than fp32."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 WIDTH = 256
 REPETITIONS = 3
 SLOW = 2.0
-"""Times fp32's seconds from which on a dtype is called slow; with instructions for it bf16 takes half of them."""
+"""Time relative to fp32 from which a dtype is reported as slow; with hardware support bf16 takes half the time."""
 
 
 def seconds_of_products(dtypes: tuple[torch.dtype, ...]) -> dict[torch.dtype, float]:
-    """Return the seconds that one product of square matrices takes in each dtype: the least of a few."""
+    """Return the seconds of a square matrix product in each dtype, the minimum of a few runs."""
     return {dtype: min(_seconds(dtype) for _ in range(1 + REPETITIONS)) for dtype in dtypes}
 
 
@@ -33,7 +33,7 @@ def slowdown(seconds: dict[torch.dtype, float], dtype: torch.dtype) -> float | N
 def notes_on_precision(
     seconds: dict[torch.dtype, float], dtype: torch.dtype, zero_stage: int, offload_optimizer: bool
 ) -> list[str]:
-    """Return a sentence where a run in `dtype` is slow on this CPU, with the recipe that computes the same in fp32."""
+    """Return a warning if `dtype` is slow on this CPU, with the equivalent fp32 recipe."""
     ratio = slowdown(seconds, dtype)
     if ratio is None:
         return []

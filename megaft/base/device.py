@@ -24,17 +24,17 @@ def device_of(topology: Topology) -> torch.device:
     index = 0 if count == 1 else topology.local_rank  # launchers may show each rank its own GPU alone
     if index >= count:
         raise ConfigError(
-            f"rank {topology.rank} has local rank {index}, but sees {counted(count, 'GPU')}; start one rank a GPU, or "
-            "let the launcher show each rank its own alone, as srun --gpus-per-task=1 does."
+            f"rank {topology.rank} has local rank {index}, but sees {counted(count, 'GPU')}; start one rank per GPU, "
+            "or let the launcher make one GPU visible to each rank, as srun --gpus-per-task=1 does."
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def require_own_gpu(device: torch.device, world_size: int, store: Store) -> None:
-    """Raise ConfigError, on every rank, where two of those that meet at `store` have the same GPU.
+    """Raise ConfigError on every rank if two ranks of `store` use the same GPU.
 
-    NCCL cannot work so. If one rank alone raised, the others would report a lost peer and be requeued.
+    NCCL does not support that. If only one rank raised, the others would report a lost peer and be requeued.
     """
     gpu = str(torch.cuda.get_device_properties(device).uuid)
     if store.add(f"megaft/gpu/{gpu}", 1) > 1:
@@ -43,7 +43,7 @@ def require_own_gpu(device: torch.device, world_size: int, store: Store) -> None
         store.set("megaft/gpus_compared", str(int(store.check(["megaft/gpu_of_two"]))))
     if store.get("megaft/gpus_compared") == b"1":
         gpu = store.get("megaft/gpu_of_two").decode()
-        raise ConfigError(f"two ranks have the GPU {gpu}; start one rank a GPU.")
+        raise ConfigError(f"two ranks use the GPU {gpu}; start one rank per GPU.")
 
 
 def require_supported(dtype: str) -> None:
@@ -58,5 +58,5 @@ def require_supported(dtype: str) -> None:
     if dtype not in supported:
         raise ConfigError(
             f"the DeepSpeed JSON asks for {dtype}, but {accelerator.device_name()} here supports "
-            f"{', '.join(supported)} only; take one of the JSONs of ds_configs/ for that."
+            f"only {', '.join(supported)}. Use a JSON of ds_configs/ with one of these."
         )

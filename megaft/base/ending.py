@@ -1,4 +1,4 @@
-"""Exit code and reason of a rank that ends, as ranks send them to each other."""
+"""Exit code and reason of a failed rank, as messages between ranks."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from megaft.base.errors import LostPeerError, UserError, kind_of
 from megaft.base.exit_code import REQUEUE
 
 CRASH = 1
-"""Python's exit code of an exception that nobody caught."""
+"""Python's exit code for an uncaught exception."""
 LONGEST_REASON = 4000
 
 
 class Ending(NamedTuple):
-    """A rank's exit code and reason; REQUEUE is the code of one that was lost, or whose disk or network failed."""
+    """A rank's exit code and reason; REQUEUE means that the rank was lost, or that its disk or network failed."""
 
     rank: int
     exit_code: int
     reason: str
 
     def to_line(self) -> bytes:
-        """Return it as one line of JSON."""
+        """Return the ending as one line of JSON."""
         return json.dumps([self.rank, self.exit_code, self.reason[:LONGEST_REASON]]).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Ending:
-        """Read what `to_line` wrote."""
+        """Parse a line written by `to_line`."""
         return cls(*json.loads(line))
 
     @property
     def is_loss(self) -> bool:
-        """True where the run may continue from its checkpoint: a rank was killed, out of reach, or lost its disk."""
+        """True if the run can resume from its checkpoint: a rank was killed, became unreachable or lost its disk."""
         return self.exit_code == REQUEUE
 
     def message_on(self, rank: int) -> str:
@@ -39,8 +39,8 @@ class Ending(NamedTuple):
         if not self.is_loss:
             return f"rank {self.rank}: {self.reason}"
         return (
-            f"rank {rank} lost its peers (rank {self.rank}: {self.reason}); its own message says why, if it had time "
-            "for one. The same command continues from the last checkpoint."
+            f"rank {rank} lost its peers (rank {self.rank}: {self.reason}); see that rank's error, if it "
+            "printed one. The same command resumes from the last checkpoint."
         )
 
     def error_on(self, rank: int) -> UserError:
@@ -49,10 +49,10 @@ class Ending(NamedTuple):
 
 
 def ending_of(rank: int, error: BaseException) -> Ending | None:
-    """Return how an error ends a rank; None where others find that out by themselves, or the user ended it.
+    """Return the ending to send to other ranks; None if they detect the failure themselves or the user ended it.
 
-    A disk or network that fails (OSError) may serve again, so the code is REQUEUE. A lost peer, and a GPU that fails
-    (torch.AcceleratorError, which a lost peer causes too), are found by the others.
+    A disk or network failure (OSError) may be transient, so its code is REQUEUE. The other ranks detect a lost peer
+    themselves, and a failed GPU (torch.AcceleratorError, which a lost peer causes too).
     """
     if isinstance(error, UserError):
         return None if isinstance(error, LostPeerError) else Ending(rank, error.exit_code, str(error))

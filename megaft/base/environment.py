@@ -28,7 +28,7 @@ def write_config(run_dir: Path, settings: dict[str, Any]) -> None:
     """Write RUN/config.json: the resolved settings and the environment, without secrets.
 
     Raises:
-        ConfigError: The disk refuses.
+        ConfigError: The file cannot be written.
     """
     write_json_atomic(run_dir / "config.json", {"settings": masked(settings), "environment": environment()})
 
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
         "megaft": megaft.__version__,
         "git": git_state(Path(__file__).parents[2]),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := installed_version(name)) is not None},
+        "packages": {name: installed for name in PACKAGES if (installed := installed_version(name)) is not None},
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """Return a package's version; None where it is not installed."""
+    """Return a package's version; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -58,9 +58,9 @@ def installed_version(package: str) -> str | None:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return the commit of the checkout whose root is `folder`, and whether tracked files differ from it.
+    """Return commit and dirty flag of the git checkout at `folder`; None if `folder` is not its root.
 
-    None where it is not such a root: an installed package may lie inside a repository of somebody else's.
+    An installed package may lie inside an unrelated repository.
     """
     top_and_commit = _git(folder, "rev-parse", "--show-toplevel", "HEAD")
     if top_and_commit is None or Path(top_and_commit.split("\n")[0]) != folder.resolve():
@@ -78,7 +78,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def job() -> dict[str, str | int]:
-    """Return host, process id and SLURM job, for messages about a folder in use."""
+    """Return host, process ID and SLURM job, for messages about a locked folder."""
     environment = {"job": "SLURM_JOB_ID", "restarts": "SLURM_RESTART_COUNT"}
     named = {key: os.environ[name] for key, name in environment.items() if name in os.environ}
     return {"host": socket.gethostname(), "pid": os.getpid(), **named}

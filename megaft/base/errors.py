@@ -1,63 +1,63 @@
-"""Errors that a user can mend, and the exit code of each kind."""
+"""Exceptions for errors that a user can fix, each with its exit code."""
 
 
 class UserError(Exception):
-    """Names the setting or file, its value, the rule, and a value that works. Shown as one line, without a traceback.
+    """Base class of user errors. The one-line message names the setting or file, its value, the rule and a fix.
 
-    No ValueError: tyro would take it for one of its own, and break it into a box.
+    Not a ValueError, which tyro would catch and print as its own.
     """
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """A setting out of range, or settings that contradict each other."""
+    """Invalid setting, or conflicting settings."""
 
 
 class DataError(UserError):
-    """A text, a prepared dataset, a tokenizer or a model folder that cannot be used."""
+    """Unusable text, prepared dataset, tokenizer or model folder."""
 
     exit_code = 3
 
 
 class ChatTemplateError(DataError):
-    """A chat that the tokenizer's chat template refuses, in the template's words."""
+    """Chat rejected by the tokenizer's chat template, with the template's message."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is damaged, incomplete, or belongs to another run."""
+    """Checkpoint that is damaged, incomplete, or from another run."""
 
     exit_code = 4
 
 
 class NumericsError(UserError):
-    """A loss, a gradient or nats of a text that are not finite, or that the guard was told to stop at."""
+    """Non-finite loss, gradient or nats, or a bad step at which the guard stops."""
 
     exit_code = 5
 
 
 class NoProgressError(UserError):
-    """A job that is requeued again and again gets no further."""
+    """Job that was requeued repeatedly without progress."""
 
     exit_code = 93
 
 
 class LostPeerError(UserError):
-    """Another rank ended or hangs. The same command continues from the last checkpoint, so requeue it."""
+    """Another rank ended or hangs. The same command resumes from the last checkpoint, so requeue it."""
 
     exit_code = 75
 
 
 class FailedPeerError(UserError):
-    """Another rank ended with an exception that is no UserError, whose traceback it printed."""
+    """Another rank ended with an unexpected exception and printed its traceback."""
 
     exit_code = 1
 
 
 def kind_of(exit_code: int) -> type[UserError]:
-    """Return the class of errors that end the program with this code."""
+    """Return the error class with this exit code."""
     return next(kind for kind in UserError.__subclasses__() if kind.exit_code == exit_code)
 
 
-REPORT = "this is a defect of megaft: open an issue in its repository, with the run's config.json"
-"""End of messages about what only a defect explains."""
+REPORT = "this is a bug in megaft: open an issue in its repository, with the run's config.json"
+"""End of messages about errors that only a bug in megaft explains."""

@@ -1,4 +1,4 @@
-"""End a program with one message for a user's error, and the exit code of its kind."""
+"""Run a program and convert user errors to a message on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megaft.base.errors import UserError
 from megaft.base.unicode_text import escape_unencodable
 
 REQUEUE, DO_NOT_REQUEUE = 75, 93
-"""Exit codes that batch scripts look for: saved, to be requeued; and not to be requeued."""
+"""Exit codes for batch scripts: saved, requeue the job; and do not requeue it."""
 
 SECONDS_FOR_MAIN = 20.0
 
@@ -20,14 +20,14 @@ SECONDS_FOR_MAIN = 20.0
 def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = True) -> int:
     """Run `function`; return its exit code, or the code of the UserError it raised, whose message goes to stderr.
 
-    Ctrl-C gives 130, and a reader of our output that went away (`| head`) 141, as shells count them. Anything else
-    is a bug and keeps its traceback.
+    Ctrl-C gives 130, and a closed output pipe (`| head`) 141, as in shells. Any other exception is a bug
+    and keeps its traceback.
 
     Raises:
         SystemExit: From a parser of flags.
 
     Args:
-        is_main: Whether this rank prints the message at once; another one waits for the main rank to have done so.
+        is_main: True if this rank prints the message at once; other ranks give the main rank time to print it first.
     """
     escape_unencodable(sys.stdout)
     try:
@@ -37,8 +37,8 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
             sys.stdout.flush()
     except UserError as error:
         if not is_main:
-            # Most mistakes are found by every rank, and the first to leave makes the launcher end the others: the main
-            # rank speaks and leaves first. Who is still here after that found something of its own.
+            # Most errors occur on every rank, and the launcher ends the others when the first exits: the main rank
+            # prints and exits first. A rank that is still alive after that has an error of its own.
             time.sleep(SECONDS_FOR_MAIN)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -20,7 +20,7 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
     """Return the value of a JSON text, as json.loads with its hooks.
 
     Raises:
-        JSONDecodeError: It is no JSON, or nested too deeply or with a number too long for Python.
+        JSONDecodeError: Invalid JSON, nesting too deep, or an integer too long for Python.
         UnicodeDecodeError: It is not UTF-8.
     """
     try:
@@ -28,22 +28,22 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
     except RecursionError as error:
-        raise json.JSONDecodeError("it nests lists or objects too deeply; leave them out", "", 0) from error
+        raise json.JSONDecodeError("it nests lists or objects too deeply", "", 0) from error
     except ValueError as error:
         raise json.JSONDecodeError("it has an integer of thousands of digits; write that as a string", "", 0) from error
 
 
 def read_json(path: Path) -> Any:
-    """Return the value of a JSON file that somebody else may have made.
+    """Return the value of a JSON file from an untrusted source.
 
     Raises:
-        DataError: It is damaged.
-        OSError: The disk refuses.
+        DataError: The file is not JSON.
+        OSError: The file cannot be read.
     """
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is damaged: it is not JSON ({error}); copy it anew.") from error
+        raise DataError(f"{path} is damaged: it is not JSON ({error}); copy it again.") from error
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -53,7 +53,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
     A path becomes its text.
 
     Raises:
-        TypeError: A value is none of JSON's types, such as a tensor.
+        TypeError: A value has no JSON type, such as a tensor.
     """
     return json.dumps(mapped(value, _finite), indent=indent, default=os.fspath, allow_nan=False)
 
@@ -89,7 +89,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
     Half of a surrogate pair, as in the name of a file that is not UTF-8, is written as its escape.
 
     Raises:
-        ConfigError: The disk refuses.
+        ConfigError: The file cannot be written.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     with naming_disk_errors(path):
@@ -105,17 +105,17 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 LONGEST_NAME = 255
-"""Bytes of a file's name."""
+"""Maximum bytes of a file name."""
 
 
 def is_file_name(name: str) -> bool:
-    """Return whether a text that a stranger's file gives can be the name of a file beside it."""
+    """Return True if an untrusted text is a plain file name, without a folder."""
     is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
     return is_plain and is_unicode(name) and len(name.encode()) <= LONGEST_NAME
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines, without lines that a crash cut short."""
+    """Yield the objects of a JSON Lines file, without lines truncated by a crash."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:

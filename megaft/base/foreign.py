@@ -1,4 +1,4 @@
-"""Refuse model and tokenizer files that ask for code, kernels or files elsewhere, or have numbers that no model has."""
+"""Security checks of model and tokenizer files: no custom code, kernels, external files or absurd numbers."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ MOST_LAYERS = 10_000
 def require_inert(setting: str, source: str | Path) -> None:
     """Refuse a model or tokenizer whose files name code, kernels or files elsewhere, before transformers reads them.
 
-    transformers has had holes here (CVE-2026-4372, CVE-2026-5241), and asks or warns where many ranks need an error.
-    Numbers that no model has are refused too: layers that take hours to build, NaN.
+    transformers has had vulnerabilities here (CVE-2026-4372, CVE-2026-5241), and prompts or warns where ranks need an
+    error. Absurd numbers are refused too: NaN, or so many layers that they take hours to build.
 
     Args:
-        setting: What the user named it by, for the message.
+        setting: The user's flag, for the message.
         source: A folder, a hub name, or the path of a config.json.
 
     Raises:
-        DataError: A file asks for such a thing, which the message names.
+        DataError: A file contains such an entry, which the message names.
     """
     for path in _files(source):
         if fault := _fault(path):
@@ -65,9 +65,9 @@ def _fault(path: Path) -> str | None:
         if key == "transformers_weights" and value:
             return f"has {key} {json.dumps(value)}, which takes other weights than the folder's; remove the entry."
         if not (path.name.startswith("tokenizer") or key.endswith("max_length")) and _is_no_setting(value):
-            return f"has {key} {json.dumps(value)[:80]}, which is no number that a model can have; copy it anew."
+            return f"has {key} {json.dumps(value)[:80]}, which is not a valid number for a model; copy it again."
         if _LAYERS_KEY.fullmatch(key) and _is_above(value, MOST_LAYERS):
-            return f"has {key} {json.dumps(value)[:80]}; models have {MOST_LAYERS:,} layers at most. Copy it anew."
+            return f"has {key} {json.dumps(value)[:80]}; models have {MOST_LAYERS:,} layers at most. Copy it again."
     if path.name.endswith(".index.json"):
         return _outside(content)
     return None
@@ -86,7 +86,7 @@ def _is_above(value: Any, most: int) -> bool:
 
 
 def _is_no_setting(value: Any) -> bool:
-    """Return whether a value is NaN or an integer beyond 64 bits; tokenizers have such for a length without limit."""
+    """Return whether a value is NaN or an integer beyond 64 bits; tokenizers use these for unlimited length."""
     return value != value or (isinstance(value, int) and not -(2**63) <= value < 2**63)
 
 
@@ -99,5 +99,5 @@ def _outside(index: Any) -> str | None:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     for name in weight_map.values() if isinstance(weight_map, dict) else ():
         if Path(str(name)).name != name:
-            return f"names {json.dumps(name)}, which is not a file beside it; copy the model anew."
+            return f"names {json.dumps(name)}, which is not a file beside it; copy the model again."
     return None

@@ -40,7 +40,7 @@ class GgufHeader:
         return sum(self.tensors.values())
 
     def setting(self, name: str) -> Any:
-        """Return a setting of the architecture; None where the file has none."""
+        """Return a setting of the architecture; None if absent."""
         return self.settings.get(f"{self.architecture}.{name}")
 
 
@@ -48,37 +48,39 @@ def read_header(path: Path) -> GgufHeader:
     """Return the header of a GGUF file, every tensor of which lies inside the file.
 
     Raises:
-        DataError: It is cut short or damaged, or its number of layers is not that of its tensors.
+        DataError: The file is truncated or damaged, or its number of layers does not match its tensors.
     """
     try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             header = _parse(_Reader(data))
     except _ERRORS as error:
-        raise DataError(f"{path} is no GGUF file, cut short or damaged ({error}); copy it anew.") from error
+        raise DataError(
+            f"{path} is not a GGUF file, or it is truncated or damaged ({error}); copy it again."
+        ) from error
     _require_layers(path, header)
     return header
 
 
 class _Reader:
-    """Reads values one after the other."""
+    """Sequential reader of GGUF values."""
 
     def __init__(self, data: mmap) -> None:
-        self.data, self.place = data, 0
+        self.data, self.position = data, 0
 
     def number(self, kind: str) -> Any:
-        (value,) = struct.unpack_from(f"<{kind}", self.data, self.place)
-        self.place += struct.calcsize(f"<{kind}")
+        (value,) = struct.unpack_from(f"<{kind}", self.data, self.position)
+        self.position += struct.calcsize(f"<{kind}")
         return value
 
     def skip(self, num_bytes: int) -> None:
-        if num_bytes > len(self.data) - self.place:
+        if num_bytes > len(self.data) - self.position:
             raise ValueError("it ends too early")
-        self.place += num_bytes
+        self.position += num_bytes
 
     def string(self) -> str:
         length = self.number("Q")
         self.skip(length)
-        return self.data[self.place - length : self.place].decode()
+        return self.data[self.position - length : self.position].decode()
 
     def value(self) -> Any:
         """Return a value with its type before it; None for an array."""
@@ -112,16 +114,16 @@ def _parse(reader: _Reader) -> GgufHeader:
 
 
 def _unique(pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    unique: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in unique:
             raise ValueError(f"it has {name[:80]} twice")
-        found[name] = value
-    return found
+        unique[name] = value
+    return unique
 
 
 def _span(reader: _Reader) -> tuple[int, int, int]:
-    """Return the elements of a tensor, its bytes, and where in the data it begins."""
+    """Return a tensor's number of elements, number of bytes, and offset in the data."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     num_dimensions = reader.number("I")
@@ -138,19 +140,19 @@ def _span(reader: _Reader) -> tuple[int, int, int]:
 def _require_inside(reader: _Reader, alignment: Any, spans: dict[str, tuple[int, int, int]]) -> None:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment}")
-    begin = -(-reader.place // alignment) * alignment
+    begin = -(-reader.position // alignment) * alignment
     for name, (_, num_bytes, offset) in spans.items():
         if offset % alignment or begin + offset + num_bytes > len(reader.data):
             raise ValueError(f"{name[:80]} lies outside it")
 
 
 def _require_layers(path: Path, header: GgufHeader) -> None:
-    """Refuse another number of layers than the tensors': transformers leaves out layers beyond it without a word."""
+    """Refuse a number of layers that differs from the tensors': transformers silently drops layers beyond it."""
     layers = header.setting("block_count")
-    stored = {int(found[1]) for name in header.tensors if (found := re.match(r"blk\.(\d{1,9})\.", name))}
+    stored = {int(match[1]) for name in header.tensors if (match := re.match(r"blk\.(\d{1,9})\.", name))}
     if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
         raise DataError(f"{path} has {header.architecture}.block_count {layers}; use 1 to {MOST_LAYERS:,} layers.")
     if stored != set(range(layers)):
         raise DataError(
-            f"{path} has {header.architecture}.block_count {layers}, but tensors of {len(stored)} layers; copy it anew."
+            f"{path} has {header.architecture}.block_count {layers}, but tensors of {len(stored)} layers; copy again."
         )

@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A kind of GPU, as `--hardware` names it."""
+    """GPU model, as `--hardware` names it."""
 
     name: str
     """Name in the driver; a key of PEAK_FLOPS matches it."""
@@ -60,8 +60,8 @@ RESERVED_BYTES = 2048 * MIB
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """A published model FLOPs utilization."""
+class PublishedUtilization:
+    """Published model FLOPs utilization (MFU)."""
 
     gpu: str
     lowest: float
@@ -70,11 +70,11 @@ class Share:
 
 
 PUBLISHED = (
-    Share("H100", 0.487, 0.505, "llm.c: GPT-2 1558M, 8 GPUs, ZeRO-1, nothing recomputed"),
-    Share("H100", 0.41, 0.49, "Megatron-LM: 1.7B, 7.1B and 16B on 48, 96 and 192 GPUs"),
-    Share("H100", 0.42, 0.46, "MPT-1b and MPT-7b in bf16, 8 GPUs"),
-    Share("H100", 0.33, 0.39, "torchtitan: Llama3-8B by FSDP, 8 GPUs, without and with torch.compile"),
-    Share("V100", 0.24, 0.31, "Shoeybi et al. 2019: 15.1 PFLOP/s on 512 GPUs; 39 TFLOP/s on one"),
+    PublishedUtilization("H100", 0.487, 0.505, "llm.c: GPT-2 1558M, 8 GPUs, ZeRO-1, nothing recomputed"),
+    PublishedUtilization("H100", 0.41, 0.49, "Megatron-LM: 1.7B, 7.1B and 16B on 48, 96 and 192 GPUs"),
+    PublishedUtilization("H100", 0.42, 0.46, "MPT-1b and MPT-7b in bf16, 8 GPUs"),
+    PublishedUtilization("H100", 0.33, 0.39, "torchtitan: Llama3-8B by FSDP, 8 GPUs, without and with torch.compile"),
+    PublishedUtilization("V100", 0.24, 0.31, "Shoeybi et al. 2019: 15.1 PFLOP/s on 512 GPUs; 39 TFLOP/s on one"),
 )
 """Published utilizations by GPU; the H100's stand in for GPUs that are not listed."""
 
@@ -86,6 +86,6 @@ def data_sheet_flops(name: str) -> float | None:
     return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)
 
 
-def published_shares(name: str) -> list[Share]:
+def published_utilizations(name: str) -> list[PublishedUtilization]:
     """Return the published utilizations of the GPU called `name`."""
-    return [one for one in PUBLISHED if one.gpu in name] or [one for one in PUBLISHED if one.gpu == "H100"]
+    return [entry for entry in PUBLISHED if entry.gpu in name] or [entry for entry in PUBLISHED if entry.gpu == "H100"]

@@ -1,4 +1,4 @@
-"""Memory that this host's processes can still take, also inside a batch job's or container's limit."""
+"""Available host memory, within the limits of a batch job or container."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes that processes here can still take: Linux's estimate, or what is left of a control group's.
+    """Return the available bytes: Linux's estimate, or less under a control group's limit.
 
     Args:
-        root: Where proc and sys are found.
+        root: Parent folder of proc and sys.
     """
     information = (root / "proc/meminfo").read_text()
     available = 1024 * int(information.partition("MemAvailable:")[2].split()[0])

@@ -16,14 +16,14 @@ from megaft.base.errors import ConfigError
 from megaft.base.files import naming_disk_errors
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Errors of file systems that have no locks."""
+"""Errors of file systems without locks."""
 
 
 @contextmanager
 def locked(folder: Path, is_main: bool = True, file: Path | None = None) -> Iterator[None]:
     """Hold a folder's lock during the block, against every process on any machine that sees the folder.
 
-    It is the kernel's lock, which ends with the process however that dies. A file system without locks is reported on
+    The kernel releases the lock however the process ends. A file system without locks is reported on
     standard error, and the block runs unlocked.
 
     Args:
@@ -32,7 +32,7 @@ def locked(folder: Path, is_main: bool = True, file: Path | None = None) -> Iter
         file: The lock file, by default `lock` in the folder.
 
     Raises:
-        ConfigError: Another process holds the lock, and the message names it; or the disk refuses.
+        ConfigError: Another process holds the lock, and the message names it; or the file cannot be written.
     """
     if not is_main:
         yield

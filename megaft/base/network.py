@@ -1,9 +1,8 @@
-"""Network interface between hosts: choose the one that leads to the other hosts, and try it before training.
+"""Network interface between hosts: choose the one that reaches the other hosts, and test it before training.
 
-gloo, which carries what ranks on CPUs and the hosts of GPUs say to each other, takes the address that the host's own
-name has. On Debian that is 127.0.1.1, elsewhere it can be another network's: the ranks would then wait for each other
-without a word. So the interface that leads to another host is taken. NCCL looks at the interfaces itself and may use
-several; its choice is left alone.
+gloo carries the collectives of CPU tensors. By default it uses the address of the host's own name, which on Debian is
+127.0.1.1 and elsewhere may belong to another network, and the ranks would then hang silently. So megaft selects the
+interface that reaches another host. NCCL selects interfaces itself and may use several; its choice is unchanged.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ TRIAL_SECONDS = 10.0
 """Timeout in seconds of a trial connection."""
 
 
-class Place(NamedTuple):
-    """A rank's host, and the address by which that host reaches MASTER_ADDR."""
+class RankHost(NamedTuple):
+    """Host of a rank, and the address from which it reaches MASTER_ADDR."""
 
     host_id: str
     host_name: str
@@ -34,44 +33,44 @@ class Place(NamedTuple):
 
 
 def connect_hosts(rank: int, world_size: int, master_addr: str, store: Any) -> None:
-    """Choose gloo's interface where the ranks are on several hosts, and connect each host to the next one.
+    """Choose gloo's interface if the ranks are on several hosts, and test the connection from each host to the next.
 
-    All ranks call this, with the store at which they met.
+    All ranks call this with the store of their rendezvous.
 
     Raises:
-        ConfigError: On all ranks, if one host does not reach the next one's interface.
+        ConfigError: On all ranks, if a host cannot connect to the next host.
     """
-    mine = Place(host_id(), socket.gethostname(), source_address(master_addr))
-    main, other = _main_and_other(rank, world_size, store, mine)
+    own_host = RankHost(host_id(), socket.gethostname(), source_address(master_addr))
+    main, other = _main_and_other(rank, world_size, store, own_host)
     if other is None:
         return
     if GLOO not in os.environ:
-        source = source_address(other.address if mine.host_id == main.host_id else master_addr)
+        source = source_address(other.address if own_host.host_id == main.host_id else master_addr)
         if (name := interface_of(source)) and not ipaddress.ip_address(source).is_loopback:
             os.environ[GLOO] = name
-    if trouble := _trouble(rank, world_size, store, mine):
+    if trouble := _trouble(rank, world_size, store, own_host):
         raise ConfigError(trouble)
 
 
-def _main_and_other(rank: int, world_size: int, store: Any, mine: Place) -> tuple[Place, Place | None]:
-    """Return the main rank's place and the first one on another host."""
-    _say(store, f"place/{rank}", mine)
+def _main_and_other(rank: int, world_size: int, store: Any, own_host: RankHost) -> tuple[RankHost, RankHost | None]:
+    """Return the main rank's host and the first other host."""
+    _say(store, f"place/{rank}", own_host)
     if rank == 0:
-        places = [Place(*_hear(store, f"place/{number}")) for number in range(world_size)]
-        others = [place for place in places if place.host_id != mine.host_id]
-        _say(store, "places", [mine, *others[:1]])
-    main, *others = (Place(*place) for place in _hear(store, "places"))
+        places = [RankHost(*_hear(store, f"place/{number}")) for number in range(world_size)]
+        others = [place for place in places if place.host_id != own_host.host_id]
+        _say(store, "places", [own_host, *others[:1]])
+    main, *others = (RankHost(*place) for place in _hear(store, "places"))
     return main, others[0] if others else None
 
 
-def _trouble(rank: int, world_size: int, store: Any, mine: Place) -> str:
-    """Let every rank whose neighbour is on another host connect to it; return the first failure of all, or nothing."""
+def _trouble(rank: int, world_size: int, store: Any, own_host: RankHost) -> str:
+    """Connect every rank to its neighbor on another host; return the first error of any rank, or an empty text."""
     name = os.environ.get(GLOO, "")
-    address = address_of(name.partition(",")[0]) if name else mine.address
+    address = address_of(name.partition(",")[0]) if name else own_host.address
     # The kernel accepts what comes while this is open.
     with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
-        _say(store, f"listens/{rank}", [mine, name, address, listener.getsockname()[1]])
-        _say(store, f"tried/{rank}", _try(rank, (rank + 1) % world_size, store, mine))
+        _say(store, f"listens/{rank}", [own_host, name, address, listener.getsockname()[1]])
+        _say(store, f"tried/{rank}", _try(rank, (rank + 1) % world_size, store, own_host))
         if rank == 0:
             tried = [_hear(store, f"tried/{number}") for number in range(world_size)]
             _say(store, "trouble", next(filter(None, tried), ""))
@@ -83,10 +82,10 @@ def _trouble(rank: int, world_size: int, store: Any, mine: Place) -> str:
     return trouble
 
 
-def _try(rank: int, neighbour: int, store: Any, mine: Place) -> str:
+def _try(rank: int, neighbour: int, store: Any, own_host: RankHost) -> str:
     place, name, address, port = _hear(store, f"listens/{neighbour}")
-    place = Place(*place)
-    if place.host_id == mine.host_id:
+    place = RankHost(*place)
+    if place.host_id == own_host.host_id:
         return ""
     try:
         if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
@@ -94,16 +93,16 @@ def _try(rank: int, neighbour: int, store: Any, mine: Place) -> str:
         socket.create_connection((address, port), timeout=TRIAL_SECONDS).close()
     except OSError as error:
         return (
-            f"rank {rank} on {mine.host_name} does not reach rank {neighbour} on {place.host_name} at {address}:{port} "
-            f"({GLOO} is {name!r} there): {error.strerror or error}. On every host set {GLOO} to an interface that "
-            f"leads to the others, or leave it unset to take the one that leads to MASTER_ADDR; a firewall must let "
-            "the hosts connect to each other at every port."
+            f"rank {rank} on {own_host.host_name} cannot reach rank {neighbour} on {place.host_name} at "
+            f"{address}:{port} ({GLOO} is {name!r} there): {error.strerror or error}. On every host set "
+            f"{GLOO} to an interface that reaches the other hosts, or unset it to use the one that reaches "
+            "MASTER_ADDR. The firewall must allow connections between the hosts on every port."
         )
     return ""
 
 
 def require_interfaces(environment: Mapping[str, str], backend: str) -> None:
-    """Raise ConfigError where gloo's or NCCL's variable names no interface that has an address."""
+    """Raise ConfigError if gloo's or NCCL's variable names an interface that does not exist or has no address."""
     names = [name for name in environment.get(GLOO, "").split(",") if name]
     _require(GLOO, names, str.__eq__)
     pattern = environment.get(NCCL, "")
@@ -150,11 +149,11 @@ def address_of(interface: str) -> str:
 
 def _ip_addresses(addresses: list[Any]) -> list[str]:
     families = (socket.AF_INET, socket.AF_INET6)
-    return [one.address for family in families for one in addresses if one.family == family]
+    return [entry.address for family in families for entry in addresses if entry.family == family]
 
 
 def host_id() -> str:
-    """Return an id that ranks which reach each other over loopback share: boot id and network namespace."""
+    """Return an ID shared by ranks that can connect over loopback: boot ID and network namespace."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return f"{file.read().strip()}-{os.stat('/proc/self/ns/net').st_ino}"
 

@@ -1,7 +1,7 @@
-"""Ranks and groups. The only file that asks for a rank.
+"""Ranks, process groups and collectives. No other file queries ranks.
 
-One program runs under every launcher: `topology.discover` tells where this process stands, `join` starts the process
-group with it, and `cut_matrices` makes groups that share a model.
+One program runs under every launcher: `topology.discover` reads this process's rank, `join` starts the process
+group, and `start_tensor_parallelism` creates the tensor-parallel groups.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _heartbeat: Heartbeat | None = None
 
 
 def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
-    """Start the process group through DeepSpeed, whose collectives wait no longer; return this rank's device."""
+    """Start the process group through DeepSpeed, with this timeout for collectives; return this rank's device."""
     import deepspeed
 
-    uncut()
+    end_tensor_parallelism()
     global _timeout
     _timeout = timeout
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -62,7 +62,7 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = device_of(topology)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # NCCL ends a process that waited too long without a word; the hosts' group, which speaks, is to be the first.
+    # NCCL aborts a process on timeout without a message, so the gloo group, which raises an error, times out first.
     longer = timeout + timedelta(minutes=1) if backend == "nccl" else timeout
     # DeepSpeed's own groups, in which ZeRO's collectives run, take torch's default, and it lets nobody choose.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = longer
@@ -73,7 +73,7 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
 
 
 def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
-    """Start torch's process group, which DeepSpeed then takes; ConfigError where not all ranks come together."""
+    """Start torch's process group, which DeepSpeed then uses; ConfigError if a rank does not join."""
     variable = "MEGAFT_RENDEZVOUS_SECONDS"  # how long ranks that start late are waited for
     seconds = integer(os.environ, variable) if variable in os.environ else int(TIMEOUT.total_seconds())
     where = f"{topology.master_addr}:{topology.master_port} (MASTER_ADDR and MASTER_PORT)"
@@ -93,8 +93,8 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
         joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
         missing = f"{int(joined[2]) - int(joined[1])} of {joined[2]} ranks are" if joined else "rank 0 is"
         raise ConfigError(
-            f"rank {topology.rank} waited {seconds} seconds at {where}, and {missing} missing. Look why in their own "
-            f"messages, or whether that address is reached from every node; {variable} sets how long to wait."
+            f"rank {topology.rank} waited {seconds} seconds at {where}, and {missing} missing. Check their error "
+            f"messages, and that every node can reach this address; {variable} sets how long to wait."
         ) from error
     if _watches_peers and world_size > 1:
         global _heartbeat
@@ -111,16 +111,16 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
     )
 
 
-def pretend(world_size: int) -> Topology:
-    """Make this process rank 0 of this many without starting the others; collectives return this rank's own values."""
+def join_fake_group(world_size: int) -> Topology:
+    """Start a fake process group, with this process as rank 0; collectives return this rank's own values."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     return Topology("fake", 0, 0, world_size, "127.0.0.1", free_port())
 
 
-def uncut() -> None:
-    """Undo `cut_matrices`: every rank has whole matrices again."""
+def end_tensor_parallelism() -> None:
+    """End tensor parallelism; see `start_tensor_parallelism`."""
     global _groups
     if _groups is not None:
         import deepspeed
@@ -142,7 +142,7 @@ _groups: Groups | None = None
 """None without tensor parallelism."""
 
 
-def cut_matrices(tensor_parallel_size: int) -> None:
+def start_tensor_parallelism(tensor_parallel_size: int) -> None:
     """Shard one model over each group of neighbouring ranks, as megatron-core does.
 
     Call it once on every rank after `join`, before a model of megatron-core is built.
@@ -183,13 +183,13 @@ def leave() -> None:
 
 
 def _leave_group() -> None:
-    uncut()
+    end_tensor_parallelism()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def exit_code_on_ranks(program: Callable[[Topology], int]) -> int:
-    """Run a program as the rank that the launcher made of this process; return its exit code, with no group left."""
+    """Run a program as this process's rank, leave the process group, and return the exit code."""
     return exit_code.exit_code_of(lambda: _run_and_leave(program, discover(os.environ)), is_main=is_main_of(os.environ))
 
 
@@ -224,7 +224,7 @@ def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> in
 
 @contextmanager
 def naming_lost_peers(rank: int) -> Iterator[None]:
-    """Turn a collective's complaint that another rank ended or hangs into that rank's error, or a LostPeerError."""
+    """Turn a collective's error about a lost rank into that rank's own error, or a LostPeerError."""
     try:
         yield
     except RuntimeError as error:
@@ -236,13 +236,13 @@ def naming_lost_peers(rank: int) -> Iterator[None]:
             raise news.error_on(rank) from error
         what = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise LostPeerError(
-            f"rank {rank} lost its peers ({what}): another rank ended, or hangs; its own message says why. "
-            "The same command continues from the last checkpoint."
+            f"rank {rank} lost its peers ({what}): another rank ended or hangs; see its error. "
+            "The same command resumes from the last checkpoint."
         ) from error
 
 
 def tell_others(error: UserError) -> bool:
-    """Tell ranks in whatever call that this one ends with an error; return False where there is no heartbeat."""
+    """Report this rank's error to all ranks over the heartbeat; return False if there is none."""
     if _heartbeat is None:
         return False
     if ending := ending_of(rank(), error):

@@ -57,11 +57,11 @@ def is_main_of(environment: Mapping[str, str]) -> bool:
 
 
 def integer(environment: Mapping[str, str], name: str) -> int:
-    """Return a variable of the environment that must be a number; ConfigError where it is none."""
+    """Return an environment variable as a non-negative integer, or raise ConfigError."""
     value = environment.get(name, "")
     if not value.isdigit():
         raise ConfigError(
-            f"the launcher's variable {name} is {value!r}; it must be a number of 0 or more. "
+            f"the launcher's variable {name} is {value!r}; it must be an integer of 0 or more. "
             "Start the ranks with deepspeed, torchrun, srun or mpirun."
         )
     return int(value)
@@ -95,36 +95,36 @@ def _agree_over_mpi() -> tuple[str, int]:
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise ConfigError("started by mpirun, but mpi4py is not there; install megaft[mpi].") from error
+        raise ConfigError("started by mpirun, but mpi4py is not installed; install megaft[mpi].") from error
     return MPI.COMM_WORLD.bcast((socket.gethostname(), free_port()), root=0)
 
 
 LOWEST_PORT = 10_000
-GIVEN_AWAY = Path("/proc/sys/net/ipv4/ip_local_port_range")
-"""Linux's first and last port of those that it gives to programs that ask for any."""
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Linux's range of ephemeral ports."""
 
 
 def free_port() -> int:
-    """Return a port that nothing on this machine listens to.
+    """Return a free port outside the ephemeral range.
 
-    It is none of those that the kernel gives away, so that it is still free when a rank listens to it seconds later.
+    The kernel does not assign it to another program before a rank listens to it, seconds later.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: No port is free.
     """
-    end = int(GIVEN_AWAY.read_text().split()[0]) if GIVEN_AWAY.exists() else 2**15
+    end = int(EPHEMERAL_PORTS.read_text().split()[0]) if EPHEMERAL_PORTS.exists() else 2**15
     drawn = [LOWEST_PORT + secrets.randbelow(end - LOWEST_PORT) for _ in range(100) if end > LOWEST_PORT]
     for port in (*drawn, 0):  # 0 is any
         with suppress(OSError), socket.socket() as listener:
             listener.bind(("", port))
             return listener.getsockname()[1]
-    raise ConfigError("no port is free on this machine; set MASTER_PORT to one that will be.")
+    raise ConfigError("no port is free on this machine; set MASTER_PORT.")
 
 
 def own_flags(arguments: list[str] | None = None) -> list[str]:
     """Return the command line, or these flags, without the --local_rank=N that the deepspeed launcher adds.
 
-    What the ranks are is in the environment.
+    Ranks are read from the environment instead.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     return [argument for argument in arguments if not argument.startswith("--local_rank=")]

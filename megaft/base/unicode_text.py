@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 
 def is_unicode(value: Any) -> bool:
-    """Return whether all texts in a JSON value, names of fields too, can be written as UTF-8."""
+    """Return True if all texts and keys in a JSON value can be encoded as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
@@ -17,6 +17,6 @@ def is_unicode(value: Any) -> bool:
 
 
 def escape_unencodable(stream: TextIO) -> None:
-    """Let a stream write as escapes (\\udcff) what it cannot encode and would raise for, such as names of files."""
+    """Make a stream write characters that it cannot encode as escapes (\\udcff) instead of raising."""
     if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
         stream.reconfigure(errors="backslashreplace")

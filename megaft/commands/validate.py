@@ -23,7 +23,7 @@ from megaft.config.train import TrainConfig, bytes_per_parameter
 
 if TYPE_CHECKING:
     from megaft.checkpoint.run_state import RunState
-    from megaft.config.deepspeed_json import Resolved
+    from megaft.config.deepspeed_json import ResolvedSettings
     from megaft.run.build import Run
 
 
@@ -76,7 +76,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
             stand_in, notes = _stand_in(config, setup, folder)
             for note in notes:
                 print(note)
-            topology = parallel.pretend(config.world_size)
+            topology = parallel.join_fake_group(config.world_size)
             run = build(plan_run(stand_in, topology, has_cuda=False), topology)
             state = resume(run)
             answer = _answer(config, setup, run, state)
@@ -101,7 +101,7 @@ def _stand_in_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
             raise type(error)(str(error).replace(temporary, str(run_dir))) from error
 
 
-def _stand_in(config: ValidateConfig, setup: Resolved, folder: Path) -> tuple[ValidateConfig, list[str]]:
+def _stand_in(config: ValidateConfig, setup: ResolvedSettings, folder: Path) -> tuple[ValidateConfig, list[str]]:
     """Return settings that a CPU can build in place of those that need a GPU, and say which these are."""
     from megaft.base.files import write_json_atomic
 
@@ -123,7 +123,7 @@ def _stand_in(config: ValidateConfig, setup: Resolved, folder: Path) -> tuple[Va
     return replace(config, **changed, run=replace(config.run, dir=folder)), notes
 
 
-def _answer(config: ValidateConfig, setup: Resolved, run: Run, state: RunState) -> dict[str, Any]:
+def _answer(config: ValidateConfig, setup: ResolvedSettings, run: Run, state: RunState) -> dict[str, Any]:
     from megaft.config.parallelism import num_data_ranks
     from megaft.models import parameters as parameters_module
 

@@ -1,6 +1,6 @@
 """Suggest the setting that an unknown flag abbreviates, such as --optim.learning-rate for --optim.lr.
 
-tyro suggests settings for misspelt flags, but finds none for initials.
+tyro suggests settings for misspelled flags, but not for initials.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ def suggesting(config: type, arguments: Sequence[str], *, is_shown: bool) -> Ite
 
 
 def _suggestions(config: type, arguments: Sequence[str]) -> list[str]:
-    names = list(_names(config))
+    names = list(_flag_names(config))
     flags = [argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")]
-    meant = {flag: [name for name in names if _abbreviates(flag, name)] for flag in flags if flag not in names}
-    return [f"--{flag}: did you mean --{' or --'.join(found)}?" for flag, found in meant.items() if found]
+    matches = {flag: [name for name in names if _abbreviates(flag, name)] for flag in flags if flag not in names}
+    return [f"--{flag}: did you mean --{' or --'.join(settings)}?" for flag, settings in matches.items() if settings]
 
 
-def _names(config: type, prefix: str = "") -> Iterator[str]:
+def _flag_names(config: type, prefix: str = "") -> Iterator[str]:
     """Yield every flag's name, such as optim.learning-rate."""
     hints = get_type_hints(config)
     for field in fields(config):
         name = prefix + field.name.replace("_", "-")
         if is_dataclass(hints[field.name]):
-            yield from _names(hints[field.name], f"{name}.")
+            yield from _flag_names(hints[field.name], f"{name}.")
         else:
             yield name
 
 
 def _abbreviates(flag: str, name: str) -> bool:
-    """Return True for the initials of a name of several words, with or without the section in front."""
+    """Return True if a flag is the initials of a setting of several words, with or without its section."""
     section, _, words = name.rpartition(".")
     initials = "".join(word[0] for word in words.split("-"))
     return len(initials) > 1 and flag in (initials, f"{section}.{initials}")

@@ -1,4 +1,4 @@
-"""The optimizer and scheduler blocks of a DeepSpeed JSON, read as megaft's own settings.
+"""Translate the optimizer and scheduler blocks of a DeepSpeed JSON into megaft's own settings.
 
 megaft hands the engine its own optimizer and sets the learning rate itself, so a block is translated or refused; a
 parameter that the block leaves out has DeepSpeed's default, unless the command line gives it. The warm-up is megaft's
@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from megaft.base.checks import require
-from megaft.config.deepspeed_keys import Block, Dtype, fail, refuse_unknown_keys
+from megaft.config.deepspeed_keys import BlockTranslation, Dtype, fail, refuse_unknown_keys
 from megaft.config.optimizers import OPTIMIZERS, Optimizer
 from megaft.config.schedules import SCHEDULES, TOTAL_STEPS, Schedule
 from megaft.config.train import OptimConfig
@@ -27,24 +27,24 @@ WHOLE_NUMBERS = ("warmup_steps", TOTAL_STEPS)
 
 
 def translate_blocks(config: dict[str, Any], optim: OptimConfig, notes: list[str]) -> tuple[OptimConfig, int | None]:
-    """Take the optimizer and scheduler blocks out of `config` and into settings.
+    """Move the optimizer and scheduler blocks from `config` into the optimizer settings.
 
     Returns:
-        The settings, and the number of steps that a scheduler block says the run has.
+        The settings, and the total number of steps in the scheduler block (None if not given).
 
     Raises:
-        ConfigError: A type or parameter that megaft does not offer, or one value said twice and differently.
+        ConfigError: A type or parameter that megaft does not support, or two different values of one setting.
     """
     defaults, said, implied = OptimConfig(), {}, {}
     for kind in (kind for kind in _TABLES if kind in config):
         for field, (value, path, is_given) in _read_block(kind, config.pop(kind)).items():
-            _keep_one(field, value, path, said) if is_given else implied.setdefault(field, value)
+            _require_consistent(field, value, path, said) if is_given else implied.setdefault(field, value)
     total_num_steps = said.pop(TOTAL_STEPS, (None,))[0]
     for field, (value, path) in said.items():
         set_value = getattr(optim, field)
         flag = f"--optim.{field.replace('_', '-')}"
         if set_value not in (getattr(defaults, field), value):
-            fail(path, value, f"but {flag} is {set_value}. Say it once, or the same twice.")
+            fail(path, value, f"but {flag} is {set_value}. Set it once, or to the same value in both.")
     values = {field: value for field, (value, _) in said.items()}
     values |= {f: v for f, v in implied.items() if f not in values and getattr(optim, f) == getattr(defaults, f)}
     if values:
@@ -53,19 +53,19 @@ def translate_blocks(config: dict[str, Any], optim: OptimConfig, notes: list[str
     return replace(optim, **values), total_num_steps
 
 
-def _keep_one(field: str, value: Any, path: str, said: dict[str, tuple[Any, str]]) -> None:
+def _require_consistent(field: str, value: Any, path: str, said: dict[str, tuple[Any, str]]) -> None:
     other, other_path = said.setdefault(field, (value, path))
     if other != value:
-        fail(path, value, f"but {other_path} is {json.dumps(other)}. Say it once, or the same twice.")
+        fail(path, value, f"but {other_path} is {json.dumps(other)}. Set it once, or to the same value in both.")
 
 
 def _read_block(kind: str, block: dict[str, Any]) -> dict[str, tuple[Any, str, bool]]:
-    """OptimConfig's field -> (value, path in the JSON, whether the JSON gives it or DeepSpeed's default stands)."""
+    """Return (value, path in the JSON, True if the JSON sets it) by OptimConfig field; else DeepSpeed's default."""
     known = _types(kind)
     name = block.get("type")
     types = {known_name.lower(): entry for known_name, entry in known.items()}
     if not isinstance(name, str) or name.lower() not in types:
-        fail(f"{kind}.type", name, f"use one of {', '.join(known)}, or leave the block out and use optim.*.")
+        fail(f"{kind}.type", name, f"use one of {', '.join(known)}, or remove the block and use --optim.*.")
     chosen, meaning = types[name.lower()]
     params = _spread_betas(block.get("params", {}), f"{kind}.params")
     refuse_unknown_keys(params, (*meaning.takes, *meaning.only), f"{kind}.params.")
@@ -73,48 +73,48 @@ def _read_block(kind: str, block: dict[str, Any]) -> dict[str, tuple[Any, str, b
         value = params.get(key, default)
         if value != allowed:
             source = "" if key in params else ", DeepSpeed's default,"
-            fail(f"{kind}.params.{key}", value, f"that{source} is not offered: give {json.dumps(allowed)}.")
+            fail(f"{kind}.params.{key}", value, f"that{source} is not supported. Use {json.dumps(allowed)}.")
     decided = {_TABLES[kind][0]: chosen, **meaning.sets}
-    found = {field: (value, f"{kind}.type", True) for field, value in decided.items()}
+    settings = {field: (value, f"{kind}.type", True) for field, value in decided.items()}
     for key, (field, default) in meaning.takes.items():
         path, value = f"{kind}.params.{key}", params.get(key, default)
-        require(value is not ..., f"DeepSpeed JSON: {path} is not given, and {name} needs it.")
+        require(value is not ..., f"DeepSpeed JSON: {path} is missing. {name} requires it.")
         if key in params and not (type(value) is int or (type(value) is float and field not in WHOLE_NUMBERS)):
-            fail(path, value, f"it is a {'whole ' if field in WHOLE_NUMBERS else ''}number, without quotes.")
+            fail(path, value, f"use {'an integer' if field in WHOLE_NUMBERS else 'a number'} without quotes.")
         if value is not None:
-            found[field] = (value, path, key in params)
-    return found
+            settings[field] = (value, path, key in params)
+    return settings
 
 
-def _types(kind: str) -> dict[str, tuple[str, Block]]:
+def _types(kind: str) -> dict[str, tuple[str, BlockTranslation]]:
     """Return the known types of a kind of block: the optimizer or schedule that each means, and its translation."""
     entries = _TABLES[kind][1].items()
     return {type_: (name, entry.block) for name, entry in entries if entry.block for type_ in entry.block.types}
 
 
 def _spread_betas(params: Any, path: str) -> dict[str, Any]:
-    """The params with `betas` as beta1 and beta2."""
+    """Return the params with `betas` replaced by beta1 and beta2."""
     if not isinstance(params, dict):
-        fail(path, params, "it is an object, such as {}.")
+        fail(path, params, "use an object, such as {}.")
     betas = params.get("betas", [None, None])
     if not isinstance(betas, list) or len(betas) != 2:
-        fail(f"{path}.betas", betas, "it is a list of two numbers, such as [0.9, 0.999].")
+        fail(f"{path}.betas", betas, "use a list of two numbers, such as [0.9, 0.999].")
     rest = {key: value for key, value in params.items() if key != "betas"}
     return rest | ({"beta1": betas[0], "beta2": betas[1]} if "betas" in params else {})
 
 
 def check_optimizer(optim: OptimConfig, stage: int, dtype: Dtype, on_cuda: bool) -> None:
-    """Refuse an optimizer that would not be itself, and settings without effect."""
+    """Refuse an optimizer that ZeRO or the device would change, and settings without effect."""
     optimizer = OPTIMIZERS[optim.name]
     require(
         not optimizer.needs_whole_matrices or (stage == 0 and dtype == "float32"),
-        f"--optim.name is {optim.name} with zero_optimization.stage {stage} in {dtype}. It looks at whole matrices and "
-        "ZeRO flattens them, so it is another optimizer there. Use ds_configs/zero0_fp32.json, or adamw.",
+        f"--optim.name is {optim.name} with zero_optimization.stage {stage} in {dtype}. It needs whole matrices, "
+        "which ZeRO flattens. Use ds_configs/zero0_fp32.json, or --optim.name adamw.",
     )
     require(
         optimizer.cpu_equivalent is None or on_cuda,
-        f"--optim.name is {optim.name}, which updates on a CUDA device only: use {optimizer.cpu_equivalent} without "
-        "CUDA or with offload.",
+        f"--optim.name is {optim.name}, which runs on CUDA devices only. Use {optimizer.cpu_equivalent} without "
+        "CUDA or with optimizer offload.",
     )
     defaults = OptimConfig()
     for name, table in ((optim.name, OPTIMIZERS), (optim.schedule, SCHEDULES)):
@@ -122,7 +122,7 @@ def check_optimizer(optim: OptimConfig, stage: int, dtype: Dtype, on_cuda: bool)
             value = getattr(optim, field)
             require(
                 value == getattr(defaults, field),
-                f"--optim.{field.replace('_', '-')} is {value}, which has no effect on {name}: leave it out.",
+                f"--optim.{field.replace('_', '-')} is {value}, which has no effect on {name}. Remove it.",
             )
 
 

@@ -1,7 +1,7 @@
 """Read, check, translate and complete the DeepSpeed JSON.
 
-DeepSpeed accepts unknown top-level keys silently and divides batch sizes without looking at the remainder, so whatever
-a user can get wrong is found here, before a GPU is taken. Imports neither torch nor deepspeed.
+DeepSpeed accepts unknown top-level keys silently and divides batch sizes without looking at the remainder, so user
+errors are caught here, before a GPU is allocated. Imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from megaft.config.train import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Resolved:
-    """A DeepSpeed JSON resolved for a number of ranks."""
+class ResolvedSettings:
+    """DeepSpeed JSON resolved for a number of ranks."""
 
     as_read: dict[str, Any]
-    """The JSON as `read_deepspeed_json` gives it."""
+    """The JSON as returned by `read_deepspeed_json`."""
     engine_config: dict[str, Any]
     """Configuration for deepspeed.initialize: all three batch sizes, no "auto", no optimizer and no scheduler."""
     micro_batch_size: int
@@ -52,7 +52,7 @@ class Resolved:
     zero_stage: int
     offload_optimizer: bool
     gradient_clipping: float
-    """The largest norm of a step's gradient; 0 clips nothing."""
+    """Maximum gradient norm; 0 disables clipping."""
     optim: OptimConfig
     """Optimizer settings, with those of the JSON's optimizer and scheduler blocks."""
     total_num_steps: int | None
@@ -62,7 +62,7 @@ class Resolved:
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """The object in the file.
+    """Return the JSON object in a DeepSpeed configuration file.
 
     Raises:
         ConfigError: No such file, not UTF-8, broken JSON (line and column), a key given twice, NaN, or not an object.
@@ -78,7 +78,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8.") from error
     except json.JSONDecodeError as error:
         message = (
-            f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; JSON has no comments and no last comma."
+            f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; JSON has no comments or trailing commas."
         )
         raise ConfigError(message) from error
     except ConfigError as error:
@@ -90,7 +90,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
-    require(not twice, f"{', '.join(twice)}: given twice in one object, and only the last would count; keep one.")
+    require(not twice, f"{', '.join(twice)}: given twice in one object, where only the last would count. Keep one.")
     return dict(pairs)
 
 
@@ -105,19 +105,19 @@ def resolve(
     optim: OptimConfig,
     has_cuda: bool,
     resumed_batch_size: int | None = None,
-) -> Resolved:
+) -> ResolvedSettings:
     """Check a DeepSpeed JSON and resolve it for a number of ranks.
 
     Args:
-        raw: As `read_deepspeed_json` gives it; it is not changed.
+        raw: The JSON as returned by `read_deepspeed_json`; it is not modified.
         world_size: Data-parallel ranks.
-        optim: The command line's settings. A block of the JSON that says otherwise wins over a default only.
-        has_cuda: Whether the ranks have CUDA devices.
-        resumed_batch_size: Global batch of a run that continues, perhaps on another number of ranks: the micro-batch
-            falls to the largest that divides.
+        optim: Optimizer settings of the command line. The JSON's blocks may override defaults only.
+        has_cuda: True if the ranks have CUDA devices.
+        resumed_batch_size: Global batch size of a resumed run, perhaps on another number of ranks: the micro-batch
+            size is lowered to the largest that divides it.
 
     Raises:
-        ConfigError: Anything DeepSpeed would refuse, ignore, or run as something else than it says.
+        ConfigError: A key or value that DeepSpeed would reject, ignore or interpret differently.
     """
     config, notes = copy.deepcopy(raw), []
     _drop_switched_off(config)
@@ -133,7 +133,7 @@ def resolve(
         _fall_to_dividing_micro_batch(config, resumed_batch_size, world_size, notes)
     batch = _batch_sizes(config, world_size, notes)
     _fill_in(config, batch, notes)
-    return Resolved(
+    return ResolvedSettings(
         as_read=raw,
         engine_config=config,
         global_batch_size=batch[0],
@@ -150,7 +150,7 @@ def resolve(
 
 
 def _get(config: dict[str, Any], path: str) -> Any:
-    """The value at a path such as "zero_optimization.stage"; None where there is none."""
+    """Return the value at a path such as "zero_optimization.stage"; None if absent."""
     for key in path.split("."):
         config = config.get(key) if isinstance(config, dict) else None  # type: ignore[assignment]
     return config
@@ -165,7 +165,7 @@ def _set_off(value: Any) -> bool:
 
 
 def _drop_switched_off(config: dict[str, Any]) -> None:
-    """A refused block that says it is off asks for nothing, but DeepSpeed stops at some of them."""
+    """Delete unsupported blocks that are disabled; DeepSpeed rejects some of them even then."""
     for key in [key for key in REFUSED if _set_off(config.get(key))]:
         del config[key]
 
@@ -177,23 +177,23 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
     for path, known in BLOCK_KEYS.items():
         block = _get(config, path)
         if block is not None and not isinstance(block, dict):
-            fail(path, block, f"it is an object with some of {', '.join(known)}.")
+            fail(path, block, f"use an object with keys among {', '.join(known)}.")
         refuse_unknown_keys(block or {}, known, f"{path}.")
 
 
 def _refuse_wrong_types(config: dict[str, Any]) -> None:
     for path, value in leaves(config, "."):
         if value == "auto" and path not in BATCH_KEYS:
-            fail(path, value, 'only batch sizes can be "auto". Give a value, or leave the key out for the default.')
+            fail(path, value, 'only batch sizes can be "auto". Set a value, or remove the key for the default.')
         if value is None:
-            fail(path, value, "leave the key out for the default.")
+            fail(path, value, "remove the key for the default.")
         block, _, key = path.rpartition(".")
         if (
             isinstance(value, str)
             and block.startswith(("zero_optimization", "bf16", "fp16"))
             and key not in HOLDS_STRINGS
         ):
-            fail(path, value, "it is a number, true or false: write it without quotes.")
+            fail(path, value, "use a number, true or false, without quotes.")
 
 
 def _refuse_other_values(config: dict[str, Any]) -> None:
@@ -224,8 +224,8 @@ def _dtype(config: dict[str, Any]) -> Dtype:
 def _check_precision(stage: int, dtype: Dtype) -> None:
     require(
         stage > 0 or dtype == "float32",
-        f"DeepSpeed JSON: {dtype} with zero_optimization.stage 0: DeepSpeed's half-precision optimizer there takes a "
-        "first Adam step of about 0.7 of its size. Use stage 1, which is the same thing on one GPU.",
+        f"DeepSpeed JSON: {dtype} with zero_optimization.stage 0: DeepSpeed's half-precision optimizer there scales "
+        "the first Adam step by about 0.7. Use stage 1, which is equivalent on one GPU.",
     )
 
 
@@ -234,7 +234,7 @@ def _offloads_optimizer(config: dict[str, Any], stage: int) -> bool:
         path = f"zero_optimization.{name}.device"
         device = _get(config, path) or "none"
         if device not in ("none", "cpu"):
-            why = ": megaft's checkpoint reads GPU and host memory only" if device == "nvme" else ""
+            why = "; megaft's checkpoints cannot read state on NVMe" if device == "nvme" else ""
             fail(path, device, f'use "cpu", or "none"{why}.')
         if device == "cpu" and stage < lowest:
             fail(path, device, f"it needs zero_optimization.stage {lowest} or more, and that is {stage}.")
@@ -244,22 +244,22 @@ def _offloads_optimizer(config: dict[str, Any], stage: int) -> bool:
 def _gradient_clipping(config: dict[str, Any]) -> float:
     value = config["gradient_clipping"]
     if not _is_number(value) or value < 0:
-        fail("gradient_clipping", value, "use a number above 0, for example 1.0, or 0 to clip nothing.")
+        fail("gradient_clipping", value, "use a number above 0, for example 1.0, or 0 to disable clipping.")
     return float(value)
 
 
 def _batch_sizes(config: dict[str, Any], world_size: int, notes: list[str]) -> tuple[int, int, int]:
-    """Global batch, micro-batch and accumulation steps; never by a division with a remainder."""
+    """Return global batch size, micro-batch size and accumulation steps, which must divide without a remainder."""
     train, micro, accumulation = (_positive(config, key) for key in BATCH_KEYS)
     if micro is None and train is None:
         raise ConfigError(
-            f"DeepSpeed JSON: no batch size. Give {GLOBAL_BATCH}, for example 64, and {MICRO_BATCH}, for example 4."
+            f"DeepSpeed JSON: no batch size. Set {GLOBAL_BATCH}, for example 64, and {MICRO_BATCH}, for example 4."
         )
     if train is None:
         train = (micro or 1) * (accumulation or 1) * world_size
         notes.append(
-            f"train_batch_size is {train} on {counted(world_size, 'rank')}; give it to train alike on any number of "
-            "ranks."
+            f"train_batch_size is {train} on {counted(world_size, 'rank')}; set it to train the same on any "
+            "number of ranks."
         )
     if micro is None:
         micro = train // ((accumulation or 1) * world_size)
@@ -279,7 +279,7 @@ def _fall_to_dividing_micro_batch(
     config |= zip(BATCH_KEYS, (train, size, "auto"), strict=True)
     if size != asked:
         notes.append(
-            f"{MICRO_BATCH} falls from {asked} to {size}, to cut {train} evenly over {counted(world_size, 'rank')}."
+            f"{MICRO_BATCH} falls from {asked} to {size}, which divides {train} over {counted(world_size, 'rank')}."
         )
 
 
@@ -288,7 +288,7 @@ def _positive(config: dict[str, Any], key: str) -> int | None:
     if value == "auto":
         return None
     if type(value) is not int or value < 1:
-        fail(key, value, "use a whole number of 1 or more, without quotes.")
+        fail(key, value, "use an integer of 1 or more, without quotes.")
     return value
 
 
@@ -303,26 +303,25 @@ def _fail_batch(config: dict[str, Any], train: int, micro: int, accumulation: in
 
 
 def _legal_batches(train: int, micro: int, accumulation: int, world_size: int) -> list[tuple[int, int]]:
-    """Three (global batch, accumulation steps) near what was asked for."""
-    unit, found = micro * world_size, []
+    """Return up to three valid pairs (global batch size, accumulation steps) near the requested ones."""
+    unit, choices = micro * world_size, []
     if train % world_size == 0:
-        found.append((train, train // world_size // largest_micro_batch_size(train, micro, world_size)))
+        choices.append((train, train // world_size // largest_micro_batch_size(train, micro, world_size)))
     up = -(-train // unit)
-    found += [(count * unit, count) for count in (accumulation, up, train // unit, up + 1, up + 2) if count > 0]
-    return list(dict.fromkeys(found))[:3]
+    choices += [(count * unit, count) for count in (accumulation, up, train // unit, up + 1, up + 2) if count > 0]
+    return list(dict.fromkeys(choices))[:3]
 
 
 def largest_micro_batch_size(global_batch_size: int, at_most: int, world_size: int) -> int:
-    """The largest micro-batch that cuts the global batch evenly over the ranks, as when a run resumes on more of them.
+    """Return the largest micro-batch size that splits the global batch evenly over the ranks.
 
     Raises:
-        ConfigError: The ranks do not divide the global batch.
+        ConfigError: The global batch size is not a multiple of the ranks.
     """
     per_rank, rest = divmod(global_batch_size, world_size)
     require(
         rest == 0,
-        f"train_batch_size {global_batch_size} does not divide over {counted(world_size, 'rank')}; "
-        "use a number that does.",
+        f"train_batch_size {global_batch_size} is not a multiple of {counted(world_size, 'rank')}. Use one that is.",
     )
     return next(size for size in range(min(at_most, per_rank), 0, -1) if per_rank % size == 0)
 
@@ -338,6 +337,8 @@ def _fill_in(config: dict[str, Any], batch: tuple[int, int, int], notes: list[st
         for name in blocks:
             block = block.setdefault(name, {})
         block[key] = value
-    if "gradient_clipping" in missing:  # the only one that a user may want otherwise; RUN/config.json has them all
+    if "gradient_clipping" in missing:  # the only default worth a note; RUN/config.json has all
         clipping = missing["gradient_clipping"]
-        notes.append(f"gradients are clipped to a norm of {clipping:g}: the DeepSpeed JSON has no gradient_clipping.")
+        notes.append(
+            f"gradients are clipped to a norm of {clipping:g}, since the DeepSpeed JSON does not set gradient_clipping."
+        )

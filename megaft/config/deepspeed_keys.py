@@ -1,6 +1,6 @@
-"""Tables of DeepSpeed JSON keys: passed on, refused with the reason, or allowed with one value only.
+"""Tables of DeepSpeed JSON keys: passed on, rejected with a reason, or restricted to one value.
 
-Read off DeepSpeed 0.19.8; tests/config/test_deepspeed_json.py holds them against its own parser.
+They follow DeepSpeed 0.19.8; tests/config/test_deepspeed_json.py compares them with its parser.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ GLOBAL_BATCH, MICRO_BATCH = "train_batch_size", "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
 BATCH_KEYS = (GLOBAL_BATCH, MICRO_BATCH, ACCUMULATION)
 
-PASSED_ON = (  # top-level keys that DeepSpeed may read as they stand
+PASSED_ON = (  # top-level keys passed to DeepSpeed unchanged
     *("bf16", "fp16", "data_types", "zero_optimization", "gradient_clipping"),
     *("prescale_gradients", "gradient_predivide_factor", "comms_logger", "flops_profiler", "timers", "log_level"),
     *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc"),
 )
 
 
-class Block(NamedTuple):
+class BlockTranslation(NamedTuple):
     """Translation of optimizer or scheduler blocks; a parameter whose default is `...` is required."""
 
     types: tuple[str, ...]
-    """Block types that are translated so."""
+    """DeepSpeed's `type` names for this block."""
     takes: Mapping[str, tuple[str, Any]]
-    """Parameter: the OptimConfig field it is, and DeepSpeed's default (None: the field keeps its value)."""
+    """By parameter: the OptimConfig field, and DeepSpeed's default (None: the field keeps its value)."""
     only: Mapping[str, tuple[Any, Any]]
-    """Parameter: the only value megaft offers, and DeepSpeed's default."""
+    """By parameter: the only supported value, and DeepSpeed's default."""
     sets: Mapping[str, Any] = {}
     """OptimConfig fields that the type alone decides."""
 
 
-BLOCK_KEYS = {  # what may stand inside a block
+BLOCK_KEYS = {  # known keys of each block
     "bf16": (
         *("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads"),
         "bf16_optimizer_states",
@@ -73,25 +73,25 @@ BLOCK_KEYS = {  # what may stand inside a block
 }
 HOLDS_STRINGS = ("device", "nvme_path", "leaf_module")  # keys of those blocks whose values are not numbers or booleans
 
-SAMPLES = "megaft owns the order and the length of samples (data.*), so this would have no effect or undo it"
+SAMPLES = "megaft controls the order and length of samples (--data.*), so this would have no effect or conflict"
 METRICS = "megaft writes the metrics itself: use --metrics.wandb, --metrics.tensorboard or RUN/metrics.jsonl"
 CHECKPOINT = "megaft writes its own checkpoints and never calls DeepSpeed's, so this has no effect"
 REMOVED = "DeepSpeed 0.19 no longer has it"
 TENSOR = (
-    "it leaves embeddings and the output layer whole, and checkpoints would hold halves of matrices for wholes: use "
+    "it does not shard embeddings and the output layer, and checkpoints would store shards as whole matrices: use "
     "--model.backend megatron with --parallel.tensor-parallel-size (docs/parallelism.md)"
 )
 SEQUENCE = (
-    "at ZeRO 0 to 2 its gradient is as many times too large as a sequence has parts, and documents in one sample "
-    "attend to each other (docs/parallelism.md): use --model.activation-checkpointing and a smaller micro-batch"
+    "at ZeRO 0 to 2 its gradient is too large by the sequence-parallel size, and packed documents attend to "
+    "each other (docs/parallelism.md): use --model.activation-checkpointing and a smaller micro-batch"
 )
-PARALLEL = "megaft has no pipeline and no expert parallelism (docs/parallelism.md)"
-ROUNDS = "it rounds what ranks exchange, so the number of GPUs would change what is learned"
+PARALLEL = "megaft supports neither pipeline nor expert parallelism (docs/parallelism.md)"
+ROUNDS = "it rounds communicated values, so the result would depend on the number of GPUs"
 MASTERS = "megaft keeps fp32 weights, gradients and moments, so that a checkpoint is exact at every ZeRO stage"
-UNREAD = "megaft's checkpoint does not read the state it keeps elsewhere"
+UNREAD = "megaft's checkpoints do not include the state that it keeps elsewhere"
 USE_OFFLOAD = "it is deprecated: write offload_optimizer or offload_param with a device"
 
-REFUSED = {  # top-level keys that DeepSpeed knows and megaft does not run
+REFUSED = {  # DeepSpeed's top-level keys that megaft does not support
     "amp": "apex's amp is gone from apex and from DeepSpeed: use bf16 or fp16",
     "bfloat16": "it is the old name of bf16: rename it",
     "torch_autocast": "precision is bf16 or fp16 with fp32 masters: use one of these blocks",
@@ -117,8 +117,8 @@ REFUSED = {  # top-level keys that DeepSpeed knows and megaft does not run
     "sequence_parallel_size": SEQUENCE,
     "data_parallel_size": SEQUENCE,
     "seq_parallel_communication_data_type": SEQUENCE,
-    "disable_allgather": "DeepSpeed reads it and does nothing with it",
-    "vocabulary_size": "the model says its own",
+    "disable_allgather": "DeepSpeed ignores it",
+    "vocabulary_size": "it comes from the model",
     "activation_checkpointing": "the models do not use DeepSpeed's: use --model.activation-checkpointing",
     "compile": "it acts only on engine.compile(), which megaft does not call",
     "tensorboard": METRICS,
@@ -130,12 +130,12 @@ REFUSED = {  # top-level keys that DeepSpeed knows and megaft does not run
     "aio": "it configures NVMe offload, whose state megaft's checkpoint cannot read",
 }
 
-ONLY = {  # key: the only value megaft runs with (None: leave it out), and why
+ONLY = {  # key: the only supported value (None: remove the key), and the reason
     "managed_gradient_accumulation": (True, "the training loop leaves accumulation to the engine"),
     "gradient_allreduce_op": ("mean", "the training loop undoes the mean to weight every token of a step alike"),
     "zero_allow_untested_optimizer": (True, "megaft hands the engine its own optimizer"),
     "zero_force_ds_cpu_optimizer": (False, "megaft hands the engine its own optimizer, also with offload"),
-    "data_types.grad_accum_dtype": ("fp32", "a sum of gradients in half precision depends on how the batch was cut"),
+    "data_types.grad_accum_dtype": ("fp32", "a half-precision sum of gradients depends on how the batch is split"),
     "communication_data_type": ("fp32", ROUNDS),
     "optimizer.legacy_fusion": (False, "it is for LAMB"),
     "bf16.bf16_master_weights_and_grads": (False, MASTERS),
@@ -154,12 +154,12 @@ ONLY = {  # key: the only value megaft runs with (None: leave it out), and why
     "zero_optimization.offload_optimizer.super_offload": (False, UNREAD),
 }
 
-FILLED_IN = {  # unless the JSON gives them
+FILLED_IN = {  # defaults for keys that the JSON does not set
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "data_types.grad_accum_dtype": "fp32",
     "communication_data_type": "fp32",  # else DeepSpeed rounds sums over ranks, at stage 1 on one rank too
-    "gradient_clipping": 1.0,  # DeepSpeed's default, said
+    "gradient_clipping": 1.0,  # DeepSpeed's default, made explicit
     "timers.throughput.enabled": False,  # it waits for the GPU at every step; megaft times steps itself
 }
 
@@ -168,14 +168,14 @@ KNOWN_KEYS = (*BATCH_KEYS, *PASSED_ON, *REFUSED, "optimizer", "scheduler", *TOP_
 
 
 def fail(path: str, value: Any, rule: str) -> NoReturn:
-    """Raise ConfigError for the value at a path of the JSON, with the rule it breaks."""
+    """Raise ConfigError for the value at a path of the JSON; `rule` says what is allowed."""
     raise ConfigError(f"DeepSpeed JSON: {path} is {json.dumps(value)}; {rule}")
 
 
 def refuse_unknown_keys(keys: Iterable[str], known: tuple[str, ...], prefix: str) -> None:
-    """Raise ConfigError for a key that is not known, with the nearest one that is."""
+    """Raise ConfigError for an unknown key, and suggest the nearest known key."""
     for key in keys:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}."
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys are {', '.join(known)}."
             raise ConfigError(f"DeepSpeed JSON: {prefix}{key} is not a key of DeepSpeed; {hint}")

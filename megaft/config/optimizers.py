@@ -1,4 +1,4 @@
-"""Table of optimizers: one entry for each, read wherever training treats them differently.
+"""Table of optimizers: one entry for each, with all properties in which they differ.
 
 To add one, add an entry, and a field to `OptimConfig` for a setting that no other optimizer has.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from megaft.config.deepspeed_keys import Block
+from megaft.config.deepspeed_keys import BlockTranslation
 
 Setting = str | tuple[str, ...]
 """A field of OptimConfig, or several that the optimizer takes as one argument."""
@@ -24,22 +24,22 @@ class Optimizer:
     arguments: Mapping[str, Setting]
     """Arguments of the class that are fields of OptimConfig; `learning_rate` and weight decay are passed to all."""
     constants: Mapping[str, bool] = field(default_factory=dict)
-    """Arguments of the class that are always the same."""
+    """Arguments of the class with fixed values."""
     fused_on: tuple[str, ...] = ()
-    """Kinds of device on which the argument `fused` is true; empty if the class has no such argument."""
+    """Device types on which `fused=True` is passed; empty if the class has no such argument."""
     moments: Mapping[str, str | None]
-    """Optimizer states in a checkpoint, one fp32 number per parameter each at most, and the OptimConfig field that
-    must be above 0 for the state to exist; None if it always does."""
-    block: Block | None = None
-    """DeepSpeed JSON blocks that mean this optimizer; None if there are none."""
+    """Optimizer states in a checkpoint, at most one fp32 number per parameter, each with the OptimConfig field that
+    must be above 0 for the state to exist (None: it always exists)."""
+    block: BlockTranslation | None = None
+    """Translation of DeepSpeed JSON blocks to this optimizer; None if there is none."""
     needs_whole_matrices: bool = False
-    """True if it looks at a matrix as a whole, so that neither ZeRO nor megatron-core's layout leaves it the same."""
+    """True if an update depends on the whole matrix, which ZeRO and megatron-core's layout change."""
     cpu_equivalent: str | None = None
-    """For an optimizer that updates on CUDA devices only: the name of the one with the same states on a CPU."""
+    """For a CUDA-only optimizer: name of the optimizer with the same states that runs on a CPU."""
     missing: Mapping[str, str] = field(default_factory=dict)
-    """Python modules it needs besides torch, and the message where one is absent."""
+    """Required Python modules besides torch, each with the message if it is not installed."""
     install: str = ""
-    """How to get those modules."""
+    """Installation instructions for these modules."""
 
     @property
     def settings(self) -> frozenset[str]:
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         arguments=_ADAM,
         fused_on=("cuda", "cpu"),  # on a CPU three times as fast as the unfused one, and equal to 2.4e-7
         moments=_ADAM_MOMENTS,
-        block=Block(
+        block=BlockTranslation(
             types=("Adam", "AdamW", "FusedAdam"),
             takes={
                 "lr": ("learning_rate", 1e-3),
@@ -78,7 +78,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         class_name="torch.optim.SGD",
         arguments={"momentum": "momentum"},
         moments={"momentum_buffer": "momentum"},
-        block=Block(
+        block=BlockTranslation(
             types=("SGD",),
             takes={
                 "lr": ("learning_rate", 1e-3),
@@ -110,7 +110,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
 }
 
-NAME_HELP = "adamw is torch's, fused; apex-adamw is NVIDIA apex's FusedAdam; adafactor needs ZeRO 0 in fp32."
+NAME_HELP = "Optimizer: adamw is torch's, fused; apex-adamw is NVIDIA apex's FusedAdam; adafactor needs ZeRO 0 in fp32."
 """Help of --optim.name."""
 
 if TYPE_CHECKING:

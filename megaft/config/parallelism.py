@@ -1,4 +1,4 @@
-"""Rules of tensor parallelism: megatron-core's modules, and whole groups of ranks."""
+"""Checks of the tensor-parallel size against the model implementation and the number of ranks."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ def require_shardable(
 
     Args:
         backend: Model implementation.
-        size: Ranks that share each matrix.
-        setting: The user's name for that number.
-        backend_setting: The user's name for the model implementation.
+        size: Tensor-parallel size.
+        setting: Flag that sets the size, for the message.
+        backend_setting: Flag that sets the model implementation, for the message.
     """
     require(
         backend == "megatron" or size == 1,
-        f"{setting} is {size}, but transformers' matrices are whole; give {backend_setting} megatron.",
+        f"{setting} is {size}, but transformers' models are not sharded. Set {backend_setting} megatron.",
     )
 
 
 def num_data_ranks(world_size: int, tensor_parallel_size: int, setting: str = "--parallel.tensor-parallel-size") -> int:
-    """Return the number of data-parallel groups that ranks form, each of which shares the matrices of one model.
+    """Return the data-parallel size: world size over tensor-parallel size.
 
     Raises:
-        ConfigError: The last group would not be whole.
+        ConfigError: The tensor-parallel size does not divide the world size.
     """
     groups, rest = divmod(world_size, tensor_parallel_size)
     more = (groups + 1) * tensor_parallel_size
     require(
         rest == 0,
-        f"{setting} is {tensor_parallel_size}, but this runs on {counted(world_size, 'rank')}; start a multiple of it, "
-        f"such as {more}.",
+        f"{setting} is {tensor_parallel_size}, which does not divide {counted(world_size, 'rank')}. Start a multiple "
+        f"of it, for example {more}.",
     )
     return groups

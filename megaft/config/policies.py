@@ -1,6 +1,6 @@
 """Table of guard policies: one entry for each action on a bad step.
 
-To add one, add an entry: `run/guard.py`, `run/recovery.py` and the training loop go by its fields, not by its name.
+To add one, add an entry: `run/guard.py`, `run/recovery.py` and the training loop read its fields, not its name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Policy:
     """Action on a bad step."""
 
     is_watched: bool = True
-    """False if such steps are not looked for at all."""
+    """False if bad steps are not detected."""
     moves_weights: bool = False
     """True if the bad step updates the weights like any other."""
     then: Literal["go on", "end", "go back"]
@@ -23,7 +23,7 @@ class Policy:
 
     @property
     def skips(self) -> bool:
-        """True if the step is judged before it updates the weights, which then stay as they were."""
+        """True if the step's update is discarded, so that the guard must decide before it."""
         return self.then == "go on" and not self.moves_weights
 
 
@@ -34,7 +34,7 @@ POLICIES: dict[str, Policy] = {
     "rewind": Policy(then="go back"),
 }
 STOP = "stop"
-"""Policy where no other can help: an overflow at the smallest loss scale, or too many skipped steps."""
+"""Policy that overrides the others for an overflow at the smallest loss scale, or too many skipped steps."""
 
 if TYPE_CHECKING:
     SpikePolicy = NonFinitePolicy = str

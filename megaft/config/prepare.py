@@ -12,7 +12,7 @@ import tyro
 from megaft.base.checks import at_least, require, require_ranges
 
 DEFAULT_KEY = "text"
-"""The key of a JSON record that holds its text where no other is named."""
+"""Default key of the text in a JSON record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,62 +20,62 @@ class PrepareConfig:
     """Tokenize text once, into OUTPUT.bin and OUTPUT.idx (Megatron's format) and a receipt, OUTPUT.json."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Text files and JSON records, each also compressed (gzip, zstd, xz, bzip2); folders; quoted globs."""
+    """Text or JSON Lines files (plain, gzip, zstd, xz or bzip2), folders, or quoted globs."""
     output: Path
-    """Prefix of the files to write."""
+    """Prefix of the output files."""
     tokenizer: str
     """Hub name, folder, GGUF file or sentencepiece .model."""
     format: ReadAs = "auto"
-    """`auto` looks into each file for JSON records; `text` takes braces for text; `jsonl` wants a record a line."""
+    """Input format: plain text, one JSON record per line, or detected from each file's content."""
     unit: Literal["file", "line", "document"] = "file"
-    """Unit of a document in a text file: the whole file, a line, or lines up to a blank one."""
+    """Document boundaries in a text file: the whole file, each line, or blank lines."""
     json_key: str | None = None
-    """JSON records: the key that holds the text, `text` by default."""
+    """JSON records: key of the text, `text` by default."""
     prompt_key: str | None = None
-    """JSON records: the key of a prompt, which is not scored; needs --completion-key."""
+    """JSON records: key of the prompt, which is not scored. Requires --completion-key."""
     completion_key: str | None = None
-    """JSON records: the key of the completion, which is scored."""
+    """JSON records: key of the completion, which is scored."""
     messages_key: str | None = None
-    """JSON records: the key of a chat, rendered by the tokenizer's template; only what the assistant says is scored."""
+    """JSON records: key of a chat, rendered by the tokenizer's chat template. Only assistant messages are scored."""
     detokenizer: str = "identity"
-    """Undoes a corpus's word tokenization first: wikitext, ptb, 1bw or another of `python -m detokenizers --list`."""
+    """Undo word tokenization first: wikitext, ptb, 1bw or another from `python -m detokenizers --list`."""
     control_codes: tuple[str, ...] = ()
-    """One an input: the token, not scored, put with a space before its documents (Keskar et al. 2019, section 3)."""
+    """Control code for each input: put before its documents and not scored (Keskar et al. 2019, section 3)."""
     min_tokens: int = 1
-    """Documents with fewer tokens of their own text are left out (and counted)."""
+    """Drop documents with fewer tokens of text; the receipt counts them."""
     append_eod: bool = False
     """End every document with the tokenizer's end-of-sequence token."""
     workers: int | None = None
-    """Threads that tokenize; by default one a core."""
+    """Tokenizer threads; by default one per core."""
     json: bool = False
-    """Print the receipt as one line of JSON, the last on stdout."""
+    """Print the receipt as the last line of stdout, in JSON."""
 
     def __post_init__(self) -> None:
         names = detokenizers.names()
-        require(len(self.inputs) > 0, "inputs is empty; name a text or .jsonl file, a folder or a glob.")
+        require(len(self.inputs) > 0, "inputs is empty. Give a text or .jsonl file, a folder or a glob.")
         require(self.detokenizer in names, f"--detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
         require_ranges(self, min_tokens=at_least(1), workers=at_least(1))
         require(
             len(self.control_codes) in (0, len(self.inputs)),
             f"--control-codes are {len(self.control_codes)} ({' '.join(self.control_codes)}) for {len(self.inputs)} "
-            f"inputs ({' '.join(self.inputs)}); give each input one.",
+            f"inputs ({' '.join(self.inputs)}); give one for each input.",
         )
         require(
             (self.prompt_key is None) == (self.completion_key is None),
-            f"--prompt-key is {self.prompt_key} and --completion-key is {self.completion_key}; give both or neither.",
+            f"--prompt-key is {self.prompt_key} and --completion-key is {self.completion_key}; set both or neither.",
         )
         other_key = self.prompt_key or self.messages_key
         require(
             self.json_key is None or other_key is None,
-            f"--json-key is {self.json_key}, which means nothing beside the key {other_key}; drop one.",
+            f"--json-key is {self.json_key}, which conflicts with the key {other_key}. Remove one of them.",
         )
         require(
             self.format != "text" or (self.json_key or other_key) is None,
-            f"--format is text, in which the key {self.json_key or other_key} means nothing; drop one.",
+            f"--format is text, but the key {self.json_key or other_key} applies to JSON records. Remove one of them.",
         )
         require(
             self.messages_key is None or (self.prompt_key is None and self.detokenizer == "identity"),
-            f"--messages-key is {self.messages_key}; it goes with neither --prompt-key nor --detokenizer. Drop one.",
+            f"--messages-key is {self.messages_key}; it excludes --prompt-key and --detokenizer. Remove one.",
         )
 
     @property
@@ -85,4 +85,4 @@ class PrepareConfig:
 
 
 ReadAs = Literal["auto", "text", "jsonl"]
-"""By its content, as a plain text whatever it looks like, or as one JSON record a line."""
+"""Input format: detected from the content, plain text, or one JSON record per line."""

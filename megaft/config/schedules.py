@@ -1,6 +1,6 @@
-"""Table of learning-rate schedules: one entry for each, a pure function of the share of the run that is done.
+"""Table of learning-rate schedules: one entry for each, a function of the fraction of the decay that is done.
 
-To add one, add an entry. The warm-up and the peak are the same for all; see `megaft.run.optim.learning_rate`.
+To add one, add an entry. Warmup and peak are the same for all; see `megaft.run.optim.learning_rate`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from megaft.config.deepspeed_keys import Block
+from megaft.config.deepspeed_keys import BlockTranslation
 
 TOTAL_STEPS = "total_num_steps"
 """Not a field of OptimConfig: the run's length, which is --run.max-steps."""
@@ -18,15 +18,14 @@ TOTAL_STEPS = "total_num_steps"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """A learning-rate schedule after the warm-up."""
+    """Learning-rate schedule after warmup."""
 
     remaining: Callable[[float], float]
-    """Share of the way from the last step's rate up to the peak, given the share of the decay that is over: from 1.0 at
-    0.0 to 0.0 at 1.0."""
+    """Learning rate between its final value (0.0) and its peak (1.0), given the fraction of the decay that is done."""
     decays: bool = True
-    """False if every rate is the peak, whatever the run's length and --optim.final-fraction."""
-    block: Block | None = None
-    """DeepSpeed JSON blocks that mean this schedule; None if there are none."""
+    """False if the rate stays at the peak, so that run length and --optim.final-fraction have no effect."""
+    block: BlockTranslation | None = None
+    """Translation of DeepSpeed JSON blocks to this schedule; None if there is none."""
 
     @property
     def settings(self) -> frozenset[str]:
@@ -41,7 +40,7 @@ SCHEDULES: dict[str, Schedule] = {
     "constant": Schedule(
         remaining=lambda progress: 1.0,
         decays=False,
-        block=Block(
+        block=BlockTranslation(
             types=("WarmupLR",),
             takes={**_WARMUP, "warmup_max_lr": ("learning_rate", None)},
             only={**_LINEAR, "warmup_min_lr": (0, 0)},
@@ -49,7 +48,7 @@ SCHEDULES: dict[str, Schedule] = {
     ),
     "linear": Schedule(
         remaining=lambda progress: 1.0 - progress,
-        block=Block(
+        block=BlockTranslation(
             types=("WarmupDecayLR",),
             sets={"final_fraction": 0.0},
             takes={**_WARMUP, "warmup_max_lr": ("learning_rate", ...), TOTAL_STEPS: (TOTAL_STEPS, ...)},
@@ -58,7 +57,7 @@ SCHEDULES: dict[str, Schedule] = {
     ),
     "cosine": Schedule(  # half a cosine: Loshchilov and Hutter 2017, equation 5
         remaining=lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
-        block=Block(
+        block=BlockTranslation(
             types=("WarmupCosineLR",),
             takes={**_WARMUP, "cos_min_ratio": ("final_fraction", 1e-4), TOTAL_STEPS: (TOTAL_STEPS, ...)},
             only={**_LINEAR, "warmup_min_ratio": (0, 0)},

@@ -21,7 +21,7 @@ from megaft.config.parallelism import Backend, require_shardable
 from megaft.config.policies import POLICIES, NonFinitePolicy, SpikePolicy
 from megaft.config.schedules import SCHEDULES, ScheduleName
 
-# What a resumed run can be allowed to change; the other parts of its identity have no override.
+# Identity fields that --checkpoint.allow-changed may name; the others have no override.
 CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
 
 
@@ -30,27 +30,27 @@ class ModelConfig:
     """The language model to train."""
 
     path: str | None = None
-    """Pretrained model: a hub name, a folder, or a GGUF file."""
+    """Pretrained model: a hub name, a folder or a GGUF file."""
     from_scratch: str | None = None
-    """Instead of --model.path: a config.json (or its folder) to initialise a new model from."""
+    """Initialize a new model from this config.json (or its folder), instead of loading --model.path."""
     backend: Backend = "hugging-face"
     """Model implementation: transformers, or megatron-core, which supports tensor parallelism."""
     dropout: float | None = None
-    """Every dropout probability of the model. By default as its own configuration says."""
+    """Dropout probability, for every dropout layer. By default the values in the model's configuration."""
     activation_checkpointing: bool = False
-    """Keep only each block's input and compute the block again in the backward pass: a third more work, less memory."""
+    """Recompute each block's activations in the backward pass: less memory, a third more compute."""
     cross_entropy: Literal["chunked", "liger"] = "chunked"
-    """Cross-entropy without full logits: torch in chunks, or Liger's CUDA kernel (the [fast] extra)."""
+    """Cross-entropy that never stores all logits: chunked in torch, or Liger's CUDA kernel (the [fast] extra)."""
 
     def __post_init__(self) -> None:
         require(
             (self.path is None) != (self.from_scratch is None),
-            f"--model.path is {self.path} and --model.from-scratch is {self.from_scratch}; give exactly one of them.",
+            f"--model.path is {self.path} and --model.from-scratch is {self.from_scratch}; set exactly one of them.",
         )
         require_ranges(self, "model.", dropout=BELOW_1.such_as("0.1"))
         require(
             self.backend == "hugging-face" or self.cross_entropy == "chunked",
-            f"--model.cross-entropy is {self.cross_entropy}, but --model.backend megatron has its own; drop it.",
+            f"--model.cross-entropy is {self.cross_entropy}, but --model.backend megatron has its own. Remove it.",
         )
 
 
@@ -59,7 +59,7 @@ class ParallelConfig:
     """Tensor parallelism; ZeRO is set in the DeepSpeed JSON."""
 
     tensor_parallel_size: int = 1
-    """Neighbouring ranks that share each matrix and compute on the same samples; the others multiply the batch."""
+    """Neighboring ranks that shard each weight matrix and process the same samples. Must divide the world size."""
 
     def __post_init__(self) -> None:
         require_ranges(self, "parallel.", tensor_parallel_size=at_least(1).such_as("8"))
@@ -67,22 +67,22 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021) through PEFT: only they train, and the export has them merged."""
+    """LoRA (Hu et al. 2021) through PEFT. Only the adapters train; the exported model has them merged."""
 
     rank: int = 0
-    """Rank of the update of each adapted matrix; 0 trains the whole model."""
+    """Rank of each adapter; 0 disables LoRA and trains all weights."""
     alpha: int = 16
-    """The update is scaled by alpha / rank."""
+    """Scaling numerator: the adapter's output is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Dropout probability on the adapter's input."""
+    """Dropout probability on each adapter's input."""
     target_modules: tuple[str, ...] = ()
-    """Names of the adapted layers, such as q_proj v_proj. By default PEFT's choice for the architecture."""
+    """Modules to adapt, such as q_proj v_proj. By default PEFT's choice for the architecture."""
 
     def __post_init__(self) -> None:
         require_ranges(self, "lora.", rank=at_least(0).such_as("8"), alpha=at_least(1).such_as("16"), dropout=BELOW_1)
         require(
             self.rank > 0 or (self.alpha, self.dropout, self.target_modules) == (16, 0, ()),
-            "--lora.rank is 0, so the other lora settings have no effect; give --lora.rank, for example 8.",
+            "--lora.rank is 0, so the other --lora settings have no effect. Set --lora.rank, for example to 8.",
         )
 
 
@@ -91,52 +91,52 @@ class DataConfig:
     """Training and validation data."""
 
     train: tuple[str, ...]
-    """A prepared prefix or a text file; or several as WEIGHT,PREFIX pairs, such as 0.7,books 0.3,wiki."""
+    """Prefix of a prepared dataset, or a text file. For a mixture, WEIGHT,PREFIX pairs such as 0.7,books 0.3,wiki."""
     valid: str | None = None
-    """A prepared prefix or a text file to validate on."""
+    """Validation data: prefix of a prepared dataset, or a text file."""
     tokenizer: str | None = None
-    """Hub name, folder, GGUF file or sentencepiece .model. By default the model's own."""
+    """Tokenizer: hub name, folder, GGUF file or sentencepiece .model. By default the model's own."""
     context_length: int = 1024
-    """Input tokens per sample."""
+    """Sequence length: input tokens per sample."""
     sample: Literal["stream", "document"] = "stream"
-    """Cut samples from the corpus as one stream of tokens, or give every document samples of its own."""
+    """Pack documents into one stream of tokens, or start a new sample at every document."""
     attend_within_documents: bool = False
-    """Keep attention and positions inside documents in a stream; a document's first token is then not scored."""
+    """In packed samples, confine attention and positions to documents; a document's first token is not scored."""
     detokenizer: str = "identity"
-    """For text files: the detokenizer that undoes the corpus's tokenization, such as wikitext_megatron."""
+    """Detokenizer for text files that are word-tokenized, such as wikitext_megatron for WikiText."""
 
     def __post_init__(self) -> None:
-        require(len(self.train) > 0, "--data.train is empty; give a text file or a prepared prefix.")
+        require(len(self.train) > 0, "--data.train is empty. Give a text file or the prefix of a prepared dataset.")
         require_ranges(self, "data.", context_length=at_least(2).such_as("1024"))
         require(
             not (self.attend_within_documents and self.sample == "document"),
-            "--data.attend-within-documents has no effect with --data.sample document, whose samples never leave one.",
+            "--data.attend-within-documents has no effect with --data.sample document. Remove one of them.",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """The optimizer and its schedule. Biases and norms are never decayed."""
+    """Optimizer and learning-rate schedule. Weight decay skips biases and norms."""
 
     name: Annotated[OptimizerName, tyro.conf.arg(help=NAME_HELP)] = "adamw"
     learning_rate: float = 1e-4
     """Peak learning rate."""
     beta1: float = 0.9
-    """Decay of AdamW's first moment."""
+    """AdamW's beta1: decay rate of the first moment."""
     beta2: float = 0.999
-    """Decay of AdamW's second moment."""
+    """AdamW's beta2: decay rate of the second moment."""
     epsilon: float = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """AdamW's epsilon, added to the square root of the second moment."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of matrices and embeddings."""
+    """Weight decay of matrices and embeddings; decoupled, except with sgd."""
     momentum: float = 0.0
-    """SGD's momentum."""
+    """Momentum of sgd."""
     schedule: ScheduleName = "cosine"
-    """Learning-rate decay after the warm-up, a function of the step alone."""
+    """Learning-rate decay after warmup."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps of linear learning-rate warmup from 0."""
     final_fraction: float = 0.1
-    """The learning rate at the last step as a fraction of the peak (linear and cosine)."""
+    """Final learning rate as a fraction of the peak (linear and cosine)."""
 
     def __post_init__(self) -> None:
         for field_name, table in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -158,35 +158,35 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Length, folder, seed and validation of a run."""
+    """Run directory, length, seed and validation."""
 
     dir: Path
-    """The run's folder: metrics, checkpoints, export. The same command continues from its newest checkpoint."""
+    """Run directory for metrics, checkpoints and the export. The same command resumes from its newest checkpoint."""
     max_steps: int | None = None
-    """Optimizer steps. Give this or --run.epochs."""
+    """Optimizer steps. Set this or --run.epochs."""
     epochs: float | None = None
-    """Passes over the training data."""
+    """Epochs over the training data. Set this or --run.max-steps."""
     seed: int = 0
-    """Fixes the order of samples, new weights and dropout."""
+    """Random seed for sample order, weight initialization and dropout."""
     validate_every: int = 0
     """Steps between validations; 0 validates at step 0 and at the end only."""
     patience: int = 0
-    """Stop after this many validations without improvement; 0 never does."""
+    """Early stopping: stop after this many validations without improvement; 0 disables it."""
     export: Literal["best", "last", "none"] = "best"
-    """Checkpoint to export to RUN/export: the best by validation, or the last."""
+    """Checkpoint to export to RUN/export: the best by validation, the last, or none."""
     max_minutes: float | None = None
     """After this many minutes, finish the current step, save, and exit with code 75 (requeue)."""
     timeout_minutes: float = 10.0
     """Exit with code 75 when another rank has been silent this long. Must exceed the longest validation or save."""
     deterministic: bool = False
-    """On CUDA: the same bits every time on GPUs of one model, at some cost in speed. CPUs always give them."""
+    """Bitwise reproducible results on GPUs of one model, at some cost in speed. CPU runs always are."""
     fresh: bool = False
-    """Start over: checkpoints and metrics of an earlier run in the folder are removed."""
+    """Start over: delete the checkpoints and metrics of an earlier run in --run.dir."""
 
     def __post_init__(self) -> None:
         require(
             (self.max_steps is None) != (self.epochs is None),
-            f"--run.max-steps is {self.max_steps} and --run.epochs is {self.epochs}; give exactly one of the two.",
+            f"--run.max-steps is {self.max_steps} and --run.epochs is {self.epochs}; set exactly one of them.",
         )
         require(is_unicode(str(self.dir)), f"--run.dir is {self.dir!s}, which is not UTF-8; name another folder.")
         require_ranges(
@@ -204,18 +204,18 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Frequency and retention of checkpoints. The best by validation is always kept."""
+    """Checkpoint frequency and retention. The best checkpoint by validation is always kept."""
 
     every: int = 0
-    """Steps between checkpoints; 0 saves at the end only (and where validation improves)."""
+    """Steps between checkpoints; 0 saves only at the end and when validation improves."""
     keep_last: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Keep also those whose step is a multiple of this; 0 keeps no more."""
+    """Also keep checkpoints whose step is a multiple of this; 0 keeps no others."""
     in_background: Annotated[bool, tyro.conf.arg(name="async")] = False
-    """Copy the state to host memory and write it while training goes on."""
+    """Asynchronous saving: copy the state to host memory and write it while training continues."""
     allow_changed: tuple[str, ...] = ()
-    """Settings in which a resumed run may differ from its checkpoint, named as in the refusal, such as data."""
+    """Settings that may differ from the checkpoint when resuming, named as in the error message, such as data."""
 
     def __post_init__(self) -> None:
         ranges = {"every": at_least(0), "keep_last": at_least(1).such_as("2"), "keep_every": at_least(0)}
@@ -223,7 +223,7 @@ class CheckpointConfig:
         require(
             set(self.allow_changed) <= CHANGEABLE,
             f"--checkpoint.allow-changed is {' '.join(self.allow_changed)}; "
-            f"use some of {' '.join(sorted(CHANGEABLE))}.",
+            f"allowed are {' '.join(sorted(CHANGEABLE))}.",
         )
 
 
@@ -235,24 +235,24 @@ FEWEST_VALUES = 32
 class GuardConfig:
     """Handling of bad steps: non-finite values, loss spikes, repeated overflows. RUN/events.jsonl records each.
 
-    stop ends the run with exit code 5; skip leaves the weights as they were before the step; rewind goes back to the
-    last checkpoint and leaves the step's samples out.
+    stop ends the run with exit code 5; skip discards the step's update; rewind returns to the last checkpoint and then
+    skips the step's samples.
     """
 
     non_finite: NonFinitePolicy = "stop"
-    """Action on a loss or gradient norm that is not finite."""
+    """Action on a NaN or infinite loss or gradient norm."""
     spike: SpikePolicy = "ignore"
     """Action on a loss or gradient norm far above the recent ones."""
     spike_deviations: float = 8.0
-    """Spike threshold: robust standard deviations (1.4826 times the median distance) above the median of the window."""
+    """Spike threshold: robust standard deviations (1.4826 times the MAD) above the median of the window."""
     spike_window: int = 128
-    """Recent steps that a step is compared with; a quarter of them, and at least 32, must be recorded first."""
+    """Steps in the window for spike detection, which starts after a quarter of them, at least 32."""
     max_overflows: int = 20
-    """fp16 overflows in a row after which the run stops."""
+    """Stop after this many consecutive fp16 overflows."""
     max_skips: int = 10
-    """Steps skipped in a row after which the run stops."""
+    """Stop after this many consecutive skipped steps."""
     max_rewinds: int = 10
-    """Rewinds after which the run stops."""
+    """Stop at the next rewind after this many."""
 
     def __post_init__(self) -> None:
         require_ranges(
@@ -267,20 +267,21 @@ class GuardConfig:
 
     @property
     def goes_back(self) -> bool:
-        """True if a bad step may lead back to a checkpoint, of which there must then be one from the beginning."""
+        """True if a bad step may rewind the run, which needs a checkpoint before the first step."""
         return any(POLICIES[name].then == "go back" for name in (self.non_finite, self.spike))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Sliding-window validation: a prefix token, then every token of every document scored once."""
+    """Sliding-window validation, which scores every token of every document once."""
 
     context_length: int | None = None
-    """Input tokens per forward pass. By default data.context-length."""
+    """Input tokens per window. By default --data.context-length."""
     stride: int | None = None
-    """Tokens scored per window after the first. Smaller is slower and lowers perplexity. Default: half the context."""
+    """Tokens scored per window after the first. A smaller stride is slower and lowers perplexity. By default half the
+    context."""
     batch_size: int = 8
-    """Windows per forward pass and rank."""
+    """Windows per rank in a forward pass."""
 
     def __post_init__(self) -> None:
         require_ranges(self, "eval.", context_length=at_least(1), stride=at_least(1), batch_size=at_least(1))
@@ -288,22 +289,22 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricsConfig:
-    """Experiment trackers, besides RUN/metrics.jsonl, which is always written."""
+    """Experiment trackers, in addition to RUN/metrics.jsonl, which is always written."""
 
     wandb: bool = False
-    """Log to Weights & Biases (set WANDB_MODE=offline where there is no network)."""
+    """Log to Weights & Biases (without a network, set WANDB_MODE=offline)."""
     wandb_project: str = "megaft"
-    """The Weights & Biases project."""
+    """Weights & Biases project name."""
     tensorboard: bool = False
     """Write TensorBoard event files to RUN/tensorboard."""
     peak_flops: float | None = None
-    """The device's dense peak in FLOP/s, for MFU. By default known for common GPUs, measured elsewhere."""
+    """Dense peak FLOP/s of one device, for MFU. By default from the data sheet of common GPUs, else measured."""
 
     def __post_init__(self) -> None:
         require_ranges(self, "metrics.", peak_flops=ABOVE_0.such_as("989e12"))
         require(
             self.wandb or self.wandb_project == "megaft",
-            f"--metrics.wandb-project is {self.wandb_project}, but --metrics.wandb is off; switch it on.",
+            f"--metrics.wandb-project is {self.wandb_project}, but --metrics.wandb is off. Add --metrics.wandb.",
         )
 
 
@@ -311,11 +312,11 @@ class MetricsConfig:
 class TrainConfig:
     """Finetune a causal language model with DeepSpeed.
 
-    The same command continues an interrupted run from its newest checkpoint.
+    The same command resumes an interrupted run from its newest checkpoint.
     """
 
     deepspeed_config: Path
-    """The DeepSpeed JSON: batch sizes, precision, ZeRO and clipping. ds_configs/ holds one a recipe."""
+    """DeepSpeed JSON with batch sizes, precision, ZeRO and gradient clipping. See ds_configs/ for recipes."""
     model: ModelConfig
     data: DataConfig
     run: RunConfig
@@ -331,30 +332,30 @@ class TrainConfig:
         has_validation = self.data.valid is not None
         require(
             has_validation or self.run.validate_every == 0,
-            f"--run.validate-every is {self.run.validate_every} but --data.valid is not given; give both or neither.",
+            f"--run.validate-every is {self.run.validate_every} but --data.valid is not set. Set both or neither.",
         )
         require(
             has_validation or self.eval == EvalConfig(),
-            "eval settings have no effect without a text to validate on; give --data.valid, or drop them.",
+            "--eval settings have no effect without --data.valid. Set --data.valid or remove them.",
         )
         require(
             has_validation or self.run.patience == 0,
-            f"--run.patience is {self.run.patience} but --data.valid is not given; patience counts validations.",
+            f"--run.patience is {self.run.patience}, but --data.valid is not set. Set both or neither.",
         )
         require(
             self.model.path is not None or self.data.tokenizer is not None,
-            "--model.from-scratch brings no tokenizer; give --data.tokenizer.",
+            "--model.from-scratch provides no tokenizer. Set --data.tokenizer.",
         )
         require(
             self.model.path is not None or self.lora.rank == 0,
-            f"--lora.rank is {self.lora.rank}, but a model from scratch has nothing to adapt; give --model.path.",
+            f"--lora.rank is {self.lora.rank}, but LoRA adapts pretrained weights. Set --model.path.",
         )
         size = self.parallel.tensor_parallel_size
         require_shardable(self.model.backend, size, "--parallel.tensor-parallel-size", "--model.backend")
         require(
             self.model.backend == "hugging-face" or self.lora.rank == 0,
-            f"--lora.rank is {self.lora.rank}, but adapters need transformers' modules; "
-            "give --model.backend hugging-face.",
+            f"--lora.rank is {self.lora.rank}, but LoRA supports transformers' models only. "
+            "Set --model.backend hugging-face.",
         )
         stride = self.eval.stride or 1
         require(
@@ -371,7 +372,7 @@ class TrainConfig:
 
     @property
     def longest_input(self) -> int:
-        """Tokens of the longest forward pass."""
+        """Most input tokens in a forward pass, of training or validation."""
         return max(self.data.context_length, self.eval_context_length)
 
     @property
@@ -381,7 +382,7 @@ class TrainConfig:
 
     @property
     def eval_stride(self) -> int:
-        """Tokens scored per later window of validation."""
+        """Tokens scored per validation window after the first."""
         return self.eval.stride or max(1, self.eval_context_length // 2)
 
 
@@ -393,7 +394,7 @@ def parse_train(arguments: list[str] | None = None, is_main: bool = True) -> Tra
 
 
 def bytes_per_parameter(optim: OptimConfig) -> int:
-    """Return the largest bytes of a trained parameter in a checkpoint: the weight and each moment in fp32."""
+    """Return the most bytes that a checkpoint holds per trained parameter: fp32 weight and moments."""
     conditions = OPTIMIZERS[optim.name].moments.values()
     num_moments = sum(field is None or getattr(optim, field) > 0 for field in conditions)
     return 4 * (1 + num_moments)

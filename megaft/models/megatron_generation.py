@@ -37,7 +37,7 @@ class CachedPart:
 
 
 def load_cached_part(source: str, dtype: torch.dtype, device: torch.device) -> CachedPart:
-    """Load this rank's part of a model, after `parallel.cut_matrices`.
+    """Load this rank's part of a model, after `parallel.start_tensor_parallelism`.
 
     Raises:
         ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.

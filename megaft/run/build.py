@@ -1,4 +1,4 @@
-"""Build a planned run: ranks joined, model, engine, validation, and what the training loop needs besides."""
+"""Build a planned run: process group, model, engine, validation and training state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megaft.base.topology import Topology
 from megaft.checkpoint import engine_state
 from megaft.checkpoint.run_state import Identity, RunState
 from megaft.checkpoint.saver import Saver
-from megaft.config.deepspeed_json import Resolved
+from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.schedules import SCHEDULES
 from megaft.config.train import TrainConfig
 from megaft.data.batches import BatchSplit
@@ -37,7 +37,7 @@ from megaft.run.validation import Validation
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A plan and what was built by it."""
+    """Planned run with everything built for it."""
 
     plan: Plan
     engine: Any
@@ -67,7 +67,7 @@ class Run:
         }
 
     def end(self, state: RunState, exit_code: int, reason: str) -> int:
-        """Leave the reason in the run's folder and return the exit code."""
+        """Record the reason for the end in the run's folder and return the exit code."""
         if parallel.is_main():
             record_end(self.config.run.dir, state.step, exit_code, reason)
             if exit_code:
@@ -76,15 +76,15 @@ class Run:
 
 
 def build(plan: Plan, topology: Topology) -> Run:
-    """Join the other ranks and build model, engine and validation; the weights are those that a new run starts from.
+    """Join the other ranks and build model, engine and validation, with the initial weights of a new run.
 
     Raises:
-        UserError: On every rank what any of them finds.
+        UserError: On every rank, if any rank raises one.
     """
     config, setup, is_main = plan.config, plan.setup, topology.is_main
     device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
     require_same(settings_of(config, _contents(plan)))
-    # From here on the others would wait for a rank that raises alone: what one finds, all raise.
+    # From here on ranks use collectives: an error on one rank is raised on all.
     together(require_supported, setup.dtype)
     say(f"{'loading' if config.model.path else 'making'} the model: {_model_name(config)}", is_main)
     model, architecture = build_model(config, setup.engine_config)
@@ -123,7 +123,7 @@ def build(plan: Plan, topology: Topology) -> Run:
 
 
 def _contents(plan: Plan) -> dict[str, Any]:
-    """Return what the files that the settings name hold."""
+    """Return content hashes of the files that the settings name."""
     valid = plan.sources.valid
     return {
         "the content of --deepspeed_config": plan.setup.as_read,
@@ -134,13 +134,13 @@ def _contents(plan: Plan) -> dict[str, Any]:
 
 
 def _validation(plan: Plan, language_model: Any, longest_alike: int | None) -> Validation | None:
-    """Return the validation text, where there is one, once the model reads tokens and inputs of this run."""
+    """Return the validation, if any, after checking that the model fits the tokenizer and input length."""
     require_fits(language_model, plan.tokenizer, plan.config.longest_input)
     valid = plan.sources.valid
     return Validation(valid, plan.config, plan.tokenizer, longest_alike) if valid else None
 
 
-def _engine(model: torch.nn.Module, setup: Resolved, device: torch.device) -> Any:
+def _engine(model: torch.nn.Module, setup: ResolvedSettings, device: torch.device) -> Any:
     groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
     device_type = "cpu" if setup.offload_optimizer else device.type
     optimizer = together(lambda: build_optimizer(groups, setup.optim, device_type=device_type))

@@ -20,14 +20,14 @@ from megaft.base.nested import mapped
 from megaft.base.redaction import without_folders
 
 STARTS_WITHOUT_PROGRESS = 3
-"""Starts of a requeued job at the same step after which it is not requeued."""
+"""Number of starts at the same step after which a job is not requeued."""
 CLAIM = "ended.json.claim"
 """File that a rank creates to write ended.json in place of the main rank."""
 _recording = Lock()
 
 
 class Events:
-    """Appends to the audit trail, on the main rank only. Nothing is ever taken out of it, unlike metrics."""
+    """Append-only audit trail, written by the main rank."""
 
     def __init__(self, run_dir: Path, is_main: bool) -> None:
         self._path = run_dir / "events.jsonl" if is_main else None
@@ -53,7 +53,7 @@ class Events:
             os.fsync(file.fileno())
 
     def require_checkpoints(self, folder: Path) -> None:
-        """Raise, on the main rank, where checkpoints were saved and their folder is gone: a mount, or a mistake."""
+        """Raise CheckpointError on the main rank if the checkpoint folder is gone, as without its mount."""
         if self._path is None or folder.exists() or not self._path.exists():
             return
         last = None
@@ -61,12 +61,12 @@ class Events:
             last = {"checkpoint": row["step"], "fresh": None}.get(row["event"], last)
         if last is not None:
             raise CheckpointError(
-                f"{folder} is not there, but {self._path.name} says that checkpoints were saved, the last after step "
-                f"{last}; put the folder back, or start over with --run.fresh."
+                f"{folder} does not exist, but {self._path.name} records checkpoints, the last after step "
+                f"{last}. Restore the folder, or start over with --run.fresh."
             )
 
     def require_progress(self, step: int) -> None:
-        """Raise, on the main rank, where SLURM restarts this job for the third time at the same step."""
+        """Raise NoProgressError on the main rank if SLURM restarts this job for the third time at the same step."""
         if self._path is None or "SLURM_RESTART_COUNT" not in os.environ or not self._path.exists():
             return
         starts = [row["step"] for row in json_lines(self._path) if row["event"] == "start"]
@@ -85,8 +85,8 @@ def _public(value: Any) -> Any:
 def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
     """Write the reason into RUN/ended.json when the block raises: launchers' codes are unreliable.
 
-    While the block runs there is none, so that a process that is killed leaves no earlier one's. Where that was the
-    main rank, another one writes it. A GPU that fails leaves none either: the run may go on elsewhere.
+    The file of an earlier run is removed first. If the main rank is killed, another rank writes the file. A failed GPU
+    leaves none, since the run may resume elsewhere.
     """
     if is_main:
         for name in ("ended.json", CLAIM):
@@ -98,7 +98,7 @@ def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
         if is_main:
             record_first(run_dir, REQUEUE, str(error))
         raise
-    except Exception as error:  # whatever it is, it goes on
+    except Exception as error:  # re-raised
         ending = ending_of(0, error)
         if is_main and ending:
             record_over_loss(run_dir, ending.exit_code, ending.reason)
@@ -106,27 +106,27 @@ def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
 
 
 def record_end(run_dir: Path, step: int | None, exit_code: int, reason: str) -> None:
-    """Write RUN/ended.json and the last event, where there is such a run."""
+    """Write RUN/ended.json and the last event, if the run's folder exists."""
     if run_dir.is_dir():
         Events(run_dir, is_main=True).record("end", step, exit_code=exit_code, reason=reason)
         write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": reason})
 
 
 def record_over_loss(run_dir: Path, exit_code: int, reason: str) -> None:
-    """Write an error of the main rank, which says more than that a peer was lost; another rank's error stays."""
+    """Record an error of the main rank, over a lost peer but not over another rank's error."""
     with _recording:
         if recorded_code(run_dir) in (None, REQUEUE):
             record_end(run_dir, None, exit_code, reason)
 
 
 def recorded_code(run_dir: Path) -> int | None:
-    """Return the exit code in RUN/ended.json, if there is one."""
+    """Return the exit code in RUN/ended.json; None if the file does not exist."""
     path = run_dir / "ended.json"
     return parse_json(path.read_bytes())["exit_code"] if path.exists() else None
 
 
 def record_first(run_dir: Path, exit_code: int, reason: str) -> None:
-    """Write why another rank ended the run, unless a reason is there: any rank may call this, one writes."""
+    """Record the reason of another rank for ending the run, unless one is recorded; safe to call on any rank."""
     claim = run_dir / CLAIM
     with _recording:  # else the main thread would leave while the heartbeat's still writes
         try:

@@ -1,7 +1,7 @@
 """Detect bad steps: non-finite values, spikes of loss or gradient norm, and repeated overflows.
 
-A decision is a function of the steps before it alone, and what it compares with is in the checkpoint, so every rank,
-and a resumed run, decides the same.
+A decision depends only on earlier steps, whose statistics are in the checkpoint, so every rank and a resumed run
+decide the same.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from megaft.config.policies import POLICIES, STOP
 from megaft.config.train import FEWEST_VALUES, GuardConfig
 
 MAD_TO_DEVIATION = 1.4826
-"""A normal distribution's standard deviation over its median absolute deviation (Rousseeuw & Croux 1993, eq. 1.3)."""
+"""Ratio of a normal distribution's standard deviation to its median absolute deviation (Rousseeuw & Croux 1993,
+eq. 1.3)."""
 
 SMALLEST_DEVIATION = 0.01
-"""Least deviation as a share of the median, so that a small change of a steady value is no spike."""
+"""Minimum deviation as a fraction of the median, so that a small change of a steady value is not a spike."""
 
 
 def fewest_values(window: int) -> int:
-    """Return the fewest steps in the window with which a step can be called a spike.
+    """Return the number of steps the window must hold before spikes are detected.
 
     A quarter of it, and 32 at least. A deviation estimated from few values is often far too small: a normally
     distributed value lies 8 robust deviations above the median of 2 others once in 22 cases, of 8 once in 550, of 16
@@ -34,8 +35,8 @@ def fewest_values(window: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """A bad step and the decision about it."""
+class BadStep:
+    """Bad step and the decision about it."""
 
     event: str
     step: int
@@ -48,20 +49,20 @@ class Trouble:
 
 
 class Guard:
-    """Judges every step by its loss and gradient norm, once, in order."""
+    """Detection of bad steps by loss and gradient norm, each step once and in order."""
 
     def __init__(self, config: GuardConfig, state: dict[str, Any], *, smallest_loss_scale: float | None) -> None:
-        """Go on from the `state` of a checkpoint; an empty one is a new run's.
+        """Restore the `state` of a checkpoint; empty for a new run.
 
         Args:
-            smallest_loss_scale: What fp16's may fall to, when gradients overflow; None in other precisions.
+            smallest_loss_scale: Minimum of fp16's dynamic loss scale; None in other precisions.
         """
         self._config = config
         self._smallest_loss_scale = smallest_loss_scale
         self.restore(state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to the `state` of a checkpoint."""
+        """Restore the `state` of a checkpoint."""
         size = self._config.spike_window
         self._losses = deque(map(float, state.get("losses", ())), size)
         self._grad_norms = deque(map(float, state.get("grad_norms", ())), size)
@@ -70,7 +71,7 @@ class Guard:
         self.skips: int = state.get("skips", 0)
         self.rewinds: int = state.get("rewinds", 0)
         self._judged: set[int] = set()
-        self._troubles: list[Trouble] = []
+        self._bad_steps: list[BadStep] = []
 
     def state(self) -> dict[str, Any]:
         """Return the state that later decisions depend on, as JSON values."""
@@ -88,27 +89,27 @@ class Guard:
         """True if a step may be skipped, so that its loss and norm are needed before the weights move."""
         return any(POLICIES[name].skips for name in (self._config.non_finite, self._config.spike))
 
-    def judge(self, rows: Iterable[dict[str, Any]]) -> list[Trouble]:
-        """Take in steps; return what was wrong since the last call, up to the first that ends or rewinds the run.
+    def judge(self, rows: Iterable[dict[str, Any]]) -> list[BadStep]:
+        """Judge steps; return the bad ones since the last call, up to the first that ends or rewinds the run.
 
         Args:
             rows: step, loss, grad_norm, the run's skipped_steps after it, and with fp16 loss_scale, of each step.
         """
         for row in rows:
-            if row["step"] in self._judged:  # before its weights moved
+            if row["step"] in self._judged:  # by `accepts`
                 self._judged.remove(row["step"])
                 self._skipped_steps = row["skipped_steps"]
-            elif all(POLICIES[trouble.decision].then == "go on" for trouble in self._troubles):
+            elif all(POLICIES[bad_step.decision].then == "go on" for bad_step in self._bad_steps):
                 self._judge(row)
-        troubles, self._troubles = self._troubles, []
-        return troubles
+        bad_steps, self._bad_steps = self._bad_steps, []
+        return bad_steps
 
-    def wants(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Take in a step whose weights have not moved yet, which did not overflow; return whether they may."""
+    def accepts(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Judge a step before its update, which did not overflow; return True if it may update the weights."""
         self._judged.add(step)
-        before = len(self._troubles)
+        before = len(self._bad_steps)
         self._judge({"step": step, "loss": loss, "grad_norm": grad_norm, "skipped_steps": self._skipped_steps})
-        return all(POLICIES[trouble.decision].moves_weights for trouble in self._troubles[before:])
+        return all(POLICIES[bad_step.decision].moves_weights for bad_step in self._bad_steps[before:])
 
     def _judge(self, row: dict[str, Any]) -> None:
         loss, grad_norm = row["loss"], math.nan if row["grad_norm"] is None else row["grad_norm"]
@@ -120,7 +121,7 @@ class Guard:
         if event is not None:
             self.skips += POLICIES[decision].skips
             decision = STOP if self.skips > self._config.max_skips else decision
-            self._troubles.append(Trouble(event, row["step"], decision, loss, grad_norm))
+            self._bad_steps.append(BadStep(event, row["step"], decision, loss, grad_norm))
         elif not overflowed:
             self.skips = 0
             self._losses.append(loss)
@@ -151,7 +152,7 @@ class Guard:
 
 
 def robust_deviation(values: Iterable[float]) -> float:
-    """Return a standard deviation that outliers do not move: 1.4826 times the median distance from the median."""
+    """Return a robust standard deviation: 1.4826 times the median absolute deviation (MAD)."""
     values = list(values)
     middle = median(values)
     spread = MAD_TO_DEVIATION * median(abs(value - middle) for value in values)

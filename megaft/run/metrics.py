@@ -14,25 +14,25 @@ from torch import Tensor
 from megaft.base.files import json_lines, naming_disk_errors, replacing, to_json
 from megaft.config.train import MetricsConfig
 from megaft.run.terminal import Terminal
-from megaft.run.throughput import Mark, Meter
+from megaft.run.throughput import DeviceTimestamp, Meter
 from megaft.run.trackers import check_trackers, open_trackers
 
 Row = dict[str, Any]
 
 
 class MetricsFile:
-    """An append-only file of JSON lines, in the order of the steps, each step once.
+    """JSON Lines file of metrics: one row per step, in order.
 
     A row's `step` counts optimizer steps done, from 1. Values that are not finite are the strings "nan", "inf", "-inf".
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Open for a run that has done `first_step` steps; one that has done none starts an empty file.
+        """Open the file after `first_step` steps; after 0 steps it starts empty.
 
-        What an earlier attempt wrote of later steps is dropped, and so is a line that a crash cut short.
+        Rows of later steps from an earlier attempt are dropped, and so is a line truncated by a crash.
 
         Raises:
-            ConfigError: The disk refuses.
+            ConfigError: The file cannot be written.
         """
         self._path = path
         self._open(first_step)
@@ -50,7 +50,7 @@ class MetricsFile:
         self._open(step)
 
     def log(self, row: Row) -> None:
-        """Append a row; it outlives the process from here on."""
+        """Append a row and flush it."""
         with naming_disk_errors(self._path):
             self._file.write(to_json(row) + "\n")
             self._file.flush()
@@ -61,8 +61,8 @@ class MetricsFile:
             self._file.close()
 
 
-class Pending:
-    """Rows whose values are still being computed on the device.
+class PendingRows:
+    """Metrics rows whose values are still being computed on the device.
 
     Reading a CUDA tensor waits for all that is queued, the step just launched included, and the GPU then idles until
     the next launch. So `push` queues a copy to pinned memory behind the step and gives out the row of the step before,
@@ -71,31 +71,31 @@ class Pending:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._waiting: list[tuple[Row, Mark]] = []
+        self._waiting: list[tuple[Row, DeviceTimestamp]] = []
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Count the next row's seconds from here."""
+        """Start timing the next row."""
         assert not self._waiting, "drain before restarting the clock"
-        self._last = Mark(self._device)
+        self._last = DeviceTimestamp(self._device)
 
     def push(self, row: Row) -> list[Row]:
-        """Take a row, in which 0-dim tensors may stand for numbers; return the rows that are complete.
+        """Add a row of numbers or 0-dim tensors; return the rows that are complete.
 
         A complete row holds plain numbers, and `seconds` since the row before it or `start_clock`.
         """
         copies = {name: _copy_to_host(value) if isinstance(value, Tensor) else value for name, value in row.items()}
-        self._waiting.append((copies, Mark(self._device)))
+        self._waiting.append((copies, DeviceTimestamp(self._device)))
         return self._take(len(self._waiting) - (self._device.type == "cuda"))
 
     def drain(self) -> list[Row]:
-        """Wait for the device and return the rows that were left."""
+        """Wait for the device and return the remaining rows."""
         return self._take(len(self._waiting))
 
     def _take(self, count: int) -> list[Row]:
         return [self._complete(*self._waiting.pop(0)) for _ in range(count)]
 
-    def _complete(self, row: Row, mark: Mark) -> Row:
+    def _complete(self, row: Row, mark: DeviceTimestamp) -> Row:
         seconds = mark.seconds_since(self._last)
         self._last = mark
         numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in row.items()}
@@ -107,7 +107,7 @@ def _copy_to_host(value: Tensor) -> Tensor:
 
 
 class Metrics:
-    """Metrics of the training loop. Every rank makes one, with the same arguments but `is_main`."""
+    """Metrics of the training loop. Every rank creates one, with the same arguments except `is_main`."""
 
     def __init__(
         self,
@@ -123,15 +123,15 @@ class Metrics:
         """Open the file, the terminal and the trackers, for a run that has done `first_step` steps.
 
         Args:
-            run_dir: Made where it does not exist.
+            run_dir: Created if it does not exist.
             settings: The resolved config, shown by the trackers.
 
         Raises:
-            ConfigError: A tracker's package is missing (on every rank alike), or the disk refuses.
+            ConfigError: A tracker's package is missing (on every rank alike), or the file cannot be written.
         """
         check_trackers(config)
         self._meter = meter
-        self._pending = Pending(meter.device)
+        self._pending = PendingRows(meter.device)
         self._sinks, self._file = [], None
         if is_main:
             with naming_disk_errors(run_dir):
@@ -161,11 +161,11 @@ class Metrics:
         Args:
             step: Optimizer steps done, this one included.
             loss: Nats per scored token of the global batch.
-            grad_norm: Before clipping; None where the engine does not tell.
+            grad_norm: Gradient norm before clipping; None if unknown.
             tokens_seen: Scored tokens trained on so far, over data ranks.
             tokens: Input tokens of this step's global batch, scored or not but without padding: what throughput counts.
             skipped_steps: Steps dropped so far because their gradient was not finite.
-            loss_scale: Of this step, where fp16 has one.
+            loss_scale: Loss scale of this step; None without fp16.
 
         Returns:
             The rows that are complete now, on every rank: on CUDA that of the step before.
@@ -182,27 +182,27 @@ class Metrics:
             sink.log({"step": step, "validation": values})
 
     def drain(self) -> list[Row]:
-        """Wait for the device and report the steps that were left; return them."""
+        """Wait for the device and report the remaining steps; return their rows."""
         return self._log(self._pending.drain())
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Keep what happens in the block (validating, saving) out of the throughput; steps before it are reported."""
+        """Exclude the block (validation, saving) from the throughput; steps before it are reported."""
         self.drain()
         yield
         self._pending.start_clock()
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after `step`; trackers show them until they come again."""
+        """Drop the rows after `step`; trackers keep them until these steps are logged again."""
         self.drain()
         self._pending.start_clock()
         if self._file:
             self._file.rewind(step)
 
     def close(self, failed: bool = False) -> None:
-        """Report what was left and close everything; trackers are told whether the run failed.
+        """Report the remaining steps and close all outputs; trackers are told whether the run failed.
 
-        After a failure nothing more is reported: the device may wait for ranks that are gone.
+        After a failure nothing more is reported, since the device may wait for lost ranks.
         """
         try:
             if not failed:

@@ -1,4 +1,4 @@
-"""Build the model that a run trains, as a module of nats."""
+"""Build the model to train, wrapped in a module that returns the loss in nats."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megaft.models import hugging_face, trials
 
 
 def build_model(config: TrainConfig, engine_config: dict[str, Any]) -> tuple[Any, str]:
-    """Return the module of nats that a run starts from, and the description of its architecture in checkpoints.
+    """Return the initial model, wrapped to return nats, and its architecture as recorded in checkpoints.
 
     Args:
         config: The run's settings.
-        engine_config: Configuration for deepspeed.initialize, whose precision and ZeRO stage the model is built for.
+        engine_config: Configuration for deepspeed.initialize, for its precision and ZeRO stage.
     """
     if config.model.backend == "megatron":
-        parallel.cut_matrices(config.parallel.tensor_parallel_size)
+        parallel.start_tensor_parallelism(config.parallel.tensor_parallel_size)
         from megaft.models import megatron
 
         language_model = megatron.build(config.model, config.run.seed, engine_config)
@@ -29,10 +29,10 @@ def build_model(config: TrainConfig, engine_config: dict[str, Any]) -> tuple[Any
 
 
 def nats_model(language_model: Any, cross_entropy: str, attend_within_documents: bool) -> hugging_face.NatsModel:
-    """Return the module of nats of a language model that training can trust.
+    """Return a language model wrapped to return nats, after checking its attention.
 
     Raises:
-        DataError: It attends to later tokens, or does not keep documents apart where it has to.
+        DataError: The model attends to later tokens, or across documents despite attend_within_documents.
     """
     with trials.on_trial(language_model) as small:
         trials.require_language_model(language_model, small)

@@ -16,12 +16,12 @@ from megaft.config.train import OptimConfig
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, device_type: str) -> torch.optim.Optimizer:
-    """Return the optimizer called `config.name`.
+    """Return the optimizer named `config.name`.
 
     Args:
-        groups: As `parameter_groups` gives them, each with its own weight decay.
+        groups: From `parameter_groups`, each with its own weight decay.
         config: The optimizer's settings.
-        device_type: Where it updates: "cpu" also on a CUDA machine when ZeRO offloads the optimizer.
+        device_type: Device type of the update: "cpu" also on a CUDA machine when ZeRO offloads the optimizer.
 
     Raises:
         ConfigError: A module that the optimizer needs is not installed.
@@ -30,11 +30,11 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, device
     for module, absence in optimizer.missing.items():
         fix = f"{optimizer.install}, or use --optim.name {OptimConfig().name}."
         require(importlib.util.find_spec(module) is not None, f"--optim.name is {config.name}, but {absence}. {fix}")
-    given = {name: _values(config, fields) for name, fields in optimizer.arguments.items()}
+    arguments = {name: _values(config, fields) for name, fields in optimizer.arguments.items()}
     fused = {"fused": device_type in optimizer.fused_on} if optimizer.fused_on else {}
     module, _, name = optimizer.class_name.rpartition(".")
     build = getattr(importlib.import_module(module), name)
-    return build(groups, lr=config.learning_rate, **given, **fused, **optimizer.constants)
+    return build(groups, lr=config.learning_rate, **arguments, **fused, **optimizer.constants)
 
 
 def _values(config: OptimConfig, fields: str | tuple[str, ...]) -> Any:
@@ -44,11 +44,11 @@ def _values(config: OptimConfig, fields: str | tuple[str, ...]) -> Any:
 
 
 def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
-    """The learning rate of a step, counted from 0.
+    """Return the learning rate of a step, counted from 0.
 
     Warm-up: peak * (step + 1) / warmup_steps, so that the first step moves the weights and step warmup_steps - 1 has
     the peak. Then from the peak at step warmup_steps to final_fraction * peak at step max_steps - 1, along the
-    schedule's curve. Where both are the same step it has the peak.
+    schedule's curve. If both are the same step, it has the peak.
 
     Raises:
         ConfigError: The warm-up is longer than the run.
@@ -68,6 +68,6 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every parameter group the learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value

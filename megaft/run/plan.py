@@ -1,4 +1,4 @@
-"""Plan a run: everything about it that needs no other rank and no GPU, the cheapest checks first."""
+"""Plan a run: all checks and preparation that need neither other ranks nor a GPU, cheapest first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megaft.base.plural import counted
 from megaft.base.progress import say
 from megaft.base.redaction import without_secrets
 from megaft.base.topology import Topology
-from megaft.config.deepspeed_json import Resolved
+from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.train import ModelConfig, TrainConfig
 from megaft.data.sequence import Samples
 from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
@@ -23,10 +23,10 @@ from megaft.weights.megatron_folder import is_megatron_folder
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A run that can be built: its settings resolved, its data prepared and its length known."""
+    """Planned run: resolved settings, prepared data and number of steps."""
 
     config: TrainConfig
-    setup: Resolved
+    setup: ResolvedSettings
     sources: Sources
     tokenizer: AnyTokenizer
     samples: Samples
@@ -34,15 +34,15 @@ class Plan:
 
 
 def plan_run(config: TrainConfig, topology: Topology, *, has_cuda: bool) -> Plan:
-    """Check the settings, prepare the data and load the tokenizer of a run; no rank is asked, and no GPU taken.
+    """Check a run's settings, prepare its data and load its tokenizer, without other ranks or a GPU.
 
     Args:
         config: The run's settings.
-        topology: Number of ranks, and which is this one: the main rank prepares the data for all.
-        has_cuda: Whether the ranks have CUDA devices.
+        topology: Rank and world size; the main rank prepares the data for all.
+        has_cuda: True if the ranks have CUDA devices.
 
     Raises:
-        UserError: Anything that keeps the run from being built, apart from the model itself.
+        UserError: The run cannot be built; the model itself is checked later.
     """
     check_trackers(config.metrics)
     setup = plan_settings(config, topology.world_size, has_cuda=has_cuda)
@@ -66,8 +66,8 @@ def require_inputs(config: TrainConfig) -> None:
     """Refuse a model or data that do not exist, and a model that its backend cannot read.
 
     Raises:
-        DataError: One of them is missing.
-        ConfigError: They are named wrongly.
+        DataError: A file or folder is missing.
+        ConfigError: A setting names it wrongly.
     """
     if config.model.path is not None:
         require_exists(config.model.path)
@@ -78,12 +78,12 @@ def require_inputs(config: TrainConfig) -> None:
 def _require_readable(model: ModelConfig, path: str) -> None:
     require(
         model.backend == "megatron" or not is_megatron_folder(Path(path)),
-        f"--model.path is {path}, which has megatron's format; give --model.backend megatron, or "
-        "write it anew with megaft convert --format hugging-face.",
+        f"--model.path is {path}, which is in megatron's format. Set --model.backend megatron, or "
+        "convert it with megaft convert --format hugging-face.",
     )
 
 
-def _max_steps(config: TrainConfig, setup: Resolved, samples: Samples) -> int:
+def _max_steps(config: TrainConfig, setup: ResolvedSettings, samples: Samples) -> int:
     max_steps = config.run.max_steps or samples.num_steps(config.run.epochs or 1, setup.global_batch_size)
     require(
         setup.total_num_steps in (None, max_steps),

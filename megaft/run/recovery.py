@@ -14,69 +14,69 @@ from megaft.checkpoint.run_state import RunState
 from megaft.config.policies import POLICIES
 from megaft.data.left_out import leave_out, whole_ranges
 from megaft.run.build import Run
-from megaft.run.guard import Guard, Trouble
+from megaft.run.guard import BadStep, Guard
 from megaft.scoring.score import Score
 from megaft.weights import manifest
 
 
-def is_wanted(guard: Guard, step: int, nats: Tensor, num_scored: Tensor, grad_norm: float) -> bool:
-    """Return True if the guard lets the weights move by a step whose gradient is complete.
+def accepts_step(guard: Guard, step: int, nats: Tensor, num_scored: Tensor, grad_norm: float) -> bool:
+    """Return True if the guard accepts a step whose gradient is complete.
 
     Args:
-        guard: The run's.
+        guard: The run's guard.
         step: Number of the step.
-        nats: This rank's, summed over the micro-batches so far.
+        nats: This rank's sum over the micro-batches so far.
         num_scored: Scored tokens of the global batch.
-        grad_norm: Of the global batch, before clipping.
+        grad_norm: Gradient norm of the global batch, before clipping.
     """
     loss = float(parallel.sum_over_data_ranks(nats.clone()) / num_scored)
-    return guard.wants(step, loss, grad_norm)
+    return guard.accepts(step, loss, grad_norm)
 
 
-def recovered(run: Run, trouble: Trouble, state: RunState) -> RunState:
-    """Record a step gone wrong and return the state to go on from: the same, or the last checkpoint's.
+def recover(run: Run, bad_step: BadStep, state: RunState) -> RunState:
+    """Record a bad step and return the state to continue from: unchanged, or the last checkpoint's.
 
     Raises:
-        NumericsError: The run is to stop there, or has gone back too often.
+        NumericsError: The policy is to stop, or the run has rewound too often.
     """
     size = run.cut.global_batch_size
-    begin = state.position - (state.step - trouble.step + 1) * size
+    begin = state.position - (state.step - bad_step.step + 1) * size
     samples = whole_ranges(begin, begin + size, state.left_out)
     run.events.record(
-        trouble.event,
-        trouble.step,
-        decision=trouble.decision,
-        loss=trouble.loss,
-        grad_norm=trouble.grad_norm,
+        bad_step.event,
+        bad_step.step,
+        decision=bad_step.decision,
+        loss=bad_step.loss,
+        grad_norm=bad_step.grad_norm,
         samples=samples,
     )
-    then = POLICIES[trouble.decision].then
+    then = POLICIES[bad_step.decision].then
     if then == "go on":
         return state
-    run.saver.publish()  # what was saved before it holds
+    run.saver.publish()  # keep the checkpoint saved before it
     if then == "end" or run.guard.rewinds >= run.config.guard.max_rewinds:
-        raise NumericsError(_stopped(run, trouble, samples))
-    return _gone_back(run, leave_out(state.left_out, samples))
+        raise NumericsError(_stop_message(run, bad_step, samples))
+    return _rewind(run, leave_out(state.left_out, samples))
 
 
-def validated(run: Run, step: int) -> Score:
-    """Return the validation after `step`; one that is not finite ends the run, whatever guard.non-finite says.
+def validate_or_stop(run: Run, step: int) -> Score:
+    """Return the validation score after `step`; a non-finite score ends the run whatever guard.non-finite is.
 
-    The losses of the steps before it were finite, so there is no step to do without.
+    The losses of all steps before were finite, so there is no bad step to skip.
 
     Raises:
-        NumericsError: Nats of a validation token are not finite. Nothing is saved of these weights.
+        NumericsError: Nats of a validation token are not finite. These weights are not saved.
     """
     assert run.validation is not None
     try:
         return run.validation(run.engine, run.device)
     except NumericsError as error:
         run.events.record("non-finite validation", step, decision="stop", reason=str(error))
-        run.saver.publish()  # what was saved before it holds
+        run.saver.publish()  # keep the checkpoint saved before it
         raise NumericsError(f"validation after step {step} ({_last_before(run, step)}): {error}") from error
 
 
-def _gone_back(run: Run, left_out: tuple[tuple[int, int], ...]) -> RunState:
+def _rewind(run: Run, left_out: tuple[tuple[int, int], ...]) -> RunState:
     config = run.config
     folder = resume.find(config.run.dir).folder
     assert folder, "one was written before the first step"
@@ -87,14 +87,14 @@ def _gone_back(run: Run, left_out: tuple[tuple[int, int], ...]) -> RunState:
     return state
 
 
-def _stopped(run: Run, trouble: Trouble, samples: tuple[tuple[int, int], ...]) -> str:
-    advice = "look at those samples, or let --guard.non-finite or --guard.spike be skip or rewind."
+def _stop_message(run: Run, bad_step: BadStep, samples: tuple[tuple[int, int], ...]) -> str:
+    advice = "inspect those samples, or set --guard.non-finite or --guard.spike to skip or rewind."
     if run.guard.rewinds or run.guard.skips:
         rewinds, skips = counted(run.guard.rewinds, "time"), counted(run.guard.skips, "step")
-        advice = f"the run went back {rewinds} and skipped {skips} in a row before."
+        advice = f"the run rewound {rewinds} and skipped {skips} in a row before."
     return (
-        f"{trouble}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; "
-        f"{_last_before(run, trouble.step)}. "
+        f"{bad_step}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; "
+        f"{_last_before(run, bad_step.step)}. "
         f"Lower --optim.learning-rate; {advice}"
     )
 

@@ -21,11 +21,11 @@ COMPARED_BY_CONTENT = ("--data.train", "--data.valid", "--data.tokenizer", "--mo
 
 
 def settings_of(config: TrainConfig, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must be the same on all ranks, by the name that a message gives it.
+    """Return the settings that must be equal on all ranks, by their name in messages.
 
     Args:
         config: The rank's settings.
-        contents: What the named files hold, such as a hash of the samples, in the place of their paths.
+        contents: Contents of the named files, such as a hash of the samples, in place of their paths.
     """
     settings = {
         f"--{section}.{name}".replace("_", "-"): value
@@ -37,7 +37,7 @@ def settings_of(config: TrainConfig, contents: Mapping[str, Any]) -> dict[str, A
 
 
 def require_same(settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError on every rank where a rank's settings are not the main rank's.
+    """Raise ConfigError on every rank if a rank's settings differ from the main rank's.
 
     Args:
         settings: Values by name; the names are the same on all ranks.
@@ -49,15 +49,15 @@ def require_same(settings: Mapping[str, Any]) -> None:
 
 
 def settings_error(names: list[str], settings: Mapping[str, Any]) -> ConfigError:
-    """Return the error of a rank whose settings are not the main rank's, with secrets redacted."""
+    """Return the error of a rank whose settings differ from the main rank's, with secrets redacted."""
     more = f" (so are {', '.join(names[1:])})" if names[1:] else ""
     value = without_secrets(str(settings[names[0]]))
     return ConfigError(
-        f"{names[0]} is {value:.200} here, and another on rank 0{more}; start all ranks with the same "
+        f"{names[0]} is {value:.200} here but different on rank 0{more}; start all ranks with the same "
         "command and the same files."
     )
 
 
 def _hash(value: Any) -> int:
-    """Return 56 bits of a hash of the value, which a signed integer of 64 bits holds."""
+    """Return a 56-bit hash of the value, which fits a signed 64-bit integer."""
     return int.from_bytes(sha256(json.dumps(value, default=str, sort_keys=True).encode()).digest()[:7])

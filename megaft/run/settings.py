@@ -1,24 +1,24 @@
-"""Resolve a run's settings for its ranks, without torch: train, validate, submit and estimate all call this."""
+"""Resolve a run's settings for its ranks, without torch, for train, validate, submit and estimate."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megaft.base.checks import require
-from megaft.config.deepspeed_json import Resolved, read_deepspeed_json, resolve
+from megaft.config.deepspeed_json import ResolvedSettings, read_deepspeed_json, resolve
 from megaft.config.optimizers import OPTIMIZERS
 from megaft.config.parallelism import num_data_ranks
 from megaft.config.train import OptimConfig, TrainConfig
 from megaft.weights import manifest
 
 
-def plan_settings(config: TrainConfig, world_size: int, *, has_cuda: bool) -> Resolved:
-    """Read the run's DeepSpeed JSON and resolve it for its ranks, or for another number of them where it continues.
+def plan_settings(config: TrainConfig, world_size: int, *, has_cuda: bool) -> ResolvedSettings:
+    """Read the run's DeepSpeed JSON and resolve it for its ranks, also when a run resumes on another number.
 
     Args:
         config: The run's settings.
         world_size: Ranks of the run.
-        has_cuda: Whether they have CUDA devices.
+        has_cuda: True if the ranks have CUDA devices.
 
     Raises:
         ConfigError: Anything that cannot be trained with these settings on these ranks.
@@ -43,20 +43,20 @@ def plan_engine(
     optim: OptimConfig,
     has_cuda: bool,
     resumed_batch_size: int | None = None,
-) -> Resolved:
-    """Resolve a DeepSpeed JSON for the data-parallel ranks of so many ranks.
+) -> ResolvedSettings:
+    """Resolve a DeepSpeed JSON for the data-parallel ranks of a world size.
 
     Args:
-        deepspeed_json: As `read_deepspeed_json` gives it.
-        world_size: All ranks.
-        tensor_parallel_size: Ranks that share each matrix.
-        is_megatron: Whether the model is megatron-core's.
+        deepspeed_json: The JSON as returned by `read_deepspeed_json`.
+        world_size: Number of ranks.
+        tensor_parallel_size: Ranks that shard each matrix.
+        is_megatron: True for a model of megatron-core.
         optim: The command line's settings of the optimizer.
-        has_cuda: Whether the ranks have CUDA devices.
-        resumed_batch_size: Global batch of the run that continues, if one does.
+        has_cuda: True if the ranks have CUDA devices.
+        resumed_batch_size: Global batch size of the run to resume; None for a new run.
 
     Raises:
-        ConfigError: Anything that cannot be trained so.
+        ConfigError: The settings cannot be trained.
     """
     setup = resolve(
         deepspeed_json,
@@ -67,13 +67,13 @@ def plan_engine(
     )
     require(
         not (is_megatron and OPTIMIZERS[setup.optim.name].needs_whole_matrices),
-        f"--optim.name is {setup.optim.name}, which looks at whole matrices, and those of --model.backend megatron are "
-        "put together otherwise; give --optim.name adamw or --model.backend hugging-face.",
+        f"--optim.name is {setup.optim.name}, which needs whole matrices, but --model.backend megatron fuses them. "
+        "Set --optim.name adamw or --model.backend hugging-face.",
     )
     return setup
 
 
 def resumed_batch_size(config: TrainConfig) -> int | None:
-    """Return the global batch size of the run that the folder holds; None where there is none to continue."""
+    """Return the global batch size of the run to resume; None for a new run."""
     newest = None if config.run.fresh else manifest.newest_manifest(config.run.dir)
     return newest["identity"].get("global_batch_size") if newest else None

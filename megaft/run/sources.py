@@ -25,11 +25,10 @@ from megaft.data.sequence import Samples
 from megaft.data.tokenizer import AnyTokenizer
 
 LAYOUT = 3
-"""Counted up whenever the same text gives other tokens or another receipt than before, so that no rank takes an older
-version's data while the main rank prepares them again."""
+"""Version of prepared data, incremented when the same text gives different tokens or another receipt."""
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_OF_DOUBT = 60
-"""Most seconds between the starts of ranks: an older failure that is still there later is of this run."""
+"""Maximum seconds between the starts of ranks; an older failure file that still exists then is of this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +49,9 @@ class Sources:
 def prepare_sources(
     config: DataConfig, tokenizer_source: str, tokenizer: AnyTokenizer, run_dir: Path, topology: Topology
 ) -> Sources:
-    """Return prepared datasets for everything named; text files are tokenized by the main rank while the others wait.
+    """Return the prepared datasets of a run; the main rank tokenizes text files while the others wait.
 
-    This comes before the process group exists, whose collectives would time out over a long preparation.
+    This runs before the process group exists, since its collectives would time out during a long preparation.
     """
     train, folder = named_sources(config), run_dir / "data"
 
@@ -77,9 +76,7 @@ def named_sources(config: DataConfig) -> list[tuple[float, str]]:
     """
     named = [parse_source(name) for name in config.train]
     if len(named) > 1 and any(weight is None for weight, _ in named):
-        raise ConfigError(
-            f"--data.train is {' '.join(config.train)}; several need a weight each, such as 0.7,books 0.3,wiki."
-        )
+        raise ConfigError(f"--data.train is {' '.join(config.train)}; give each a weight, such as 0.7,books 0.3,wiki.")
     valid = [("--data.valid", config.valid)] if config.valid else []
     for setting, name in (*(("--data.train", name) for _, name in named), *valid):
         if not is_prepared(name) and not Path(name).is_file():
@@ -157,7 +154,7 @@ def open_samples(sources: Sources, config: DataConfig, seed: int) -> Samples:
 
 
 def notes_on_lengths(sources: Sources, samples: Samples) -> list[str]:
-    """Return the number of documents longer than the context, and the longest's length; a sentence a dataset."""
+    """Return a sentence for each dataset on documents longer than the context."""
     if samples.is_packed:
         return []
     notes, context = [], samples.context_length
@@ -172,7 +169,7 @@ def notes_on_lengths(sources: Sources, samples: Samples) -> list[str]:
 
 
 def notes_on_unscored(sources: Sources, samples: Samples) -> list[str]:
-    """Return the number of samples left out for want of a scored token; a sentence a dataset that has some."""
+    """Return a sentence for each dataset with samples that have no scored token and are left out."""
     notes = []
     for dataset, corpus in zip(sources.train, samples.corpora, strict=True):
         if corpus.num_left_out:
@@ -184,7 +181,7 @@ def notes_on_unscored(sources: Sources, samples: Samples) -> list[str]:
 
 
 def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
-    """Return a sentence for each dataset whose chats another template rendered than the run's tokenizer has."""
+    """Return a warning for each dataset whose chat template differs from the tokenizer's."""
     notes = []
     for dataset in sources.all:
         made_with = dataset.receipt.get("chat_template_sha256")
@@ -199,7 +196,7 @@ def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
 
 
 def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:
-    """Raise DataError for a dataset with other tokens than the run's tokenizer gives."""
+    """Raise DataError for a dataset that was prepared with another tokenizer."""
     for dataset in sources.all:
         receipt = dataset.receipt
         made_with = receipt["tokenizer"]
@@ -219,13 +216,13 @@ def _require_same_opening(prefix: str, receipt: dict[str, Any], tokenizer: AnyTo
             f"{prefix} has no opening_ids in its receipt: an older megaft tokenized its prompts, completions and chat "
             "turns each by itself; run megaft prepare again."
         )
-    found = receipt.get("opening_ids", [])
+    receipt_ids = receipt.get("opening_ids", [])
     wanted = list(opening_ids_of(tokenizer, is_chat=receipt["messages_key"] is not None))
-    if found != wanted:
+    if receipt_ids != wanted:
         raise DataError(
-            f"documents of {prefix} begin with {_named(found, tokenizer)} (opening_ids of its receipt), but the run's "
-            f"tokenizer puts {_named(wanted, tokenizer)} before every text; prepare it again with the run's tokenizer, "
-            "or name the one it was made with by --data.tokenizer."
+            f"documents of {prefix} begin with {_named(receipt_ids, tokenizer)} (opening_ids of its receipt), but "
+            f"the run's tokenizer puts {_named(wanted, tokenizer)} before every text. Prepare it again with that "
+            "tokenizer, or set --data.tokenizer to the one it was prepared with."
         )
 
 

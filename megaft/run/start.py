@@ -1,4 +1,4 @@
-"""Start a built run: its folder, the notes on its settings, and the newest checkpoint, from which it continues."""
+"""Start a run: write its settings, print notes, and resume from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from megaft.weights import manifest
 
 
 def resume(run: Run) -> RunState:
-    """Write the run's settings and load its newest checkpoint; return the state to go on from, a new run's if none.
+    """Write the run's settings and load its newest checkpoint; return the state to resume from.
 
     Raises:
-        UserError: On every rank what any of them finds.
+        UserError: On every rank, if any rank raises one.
     """
     together(_start_folder, run)
     if parallel.is_main():
@@ -51,7 +51,7 @@ def _start_folder(run: Run) -> None:
 
 
 def _notes(plan: Plan, device: torch.device) -> Iterator[str]:
-    """Yield a sentence for each setting and dataset that does something else than a user may expect."""
+    """Yield a sentence for each setting or dataset whose effect may surprise a user."""
     yield from plan.setup.notes
     yield from notes_on_lengths(plan.sources, plan.samples)
     yield from notes_on_unscored(plan.sources, plan.samples)

@@ -1,7 +1,7 @@
 """Requests to stop or save a run between steps: signals, the clock, and files in its folder.
 
-Imported before the heavy libraries, and imports none of them: importing torch takes seconds, in which a signal would
-kill the process.
+This module is imported before the heavy libraries and imports none of them: importing torch takes seconds, during
+which a signal would kill the process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _is_training = False
 
 
 def listen() -> None:
-    """Record signals from here on instead of ending by them; repeated ones count once.
+    """Install signal handlers that record stop signals instead of ending the process.
 
-    Those that the parent has switched off stay so, as `nohup` does. A second Ctrl-C ends the process at once.
+    Signals ignored by the parent, as under `nohup`, stay ignored. A second Ctrl-C ends the process at once.
     """
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -33,7 +33,7 @@ def listen() -> None:
 
 
 def _note(number: int, _: object) -> None:
-    # SIGTERM is also how launchers end the peers of a rank that failed. Before the first step nothing is to be saved.
+    # Launchers also send SIGTERM to the peers of a failed rank. Before the first step there is nothing to save.
     if number != signal.SIGUSR1 and not _is_training:
         os._exit(SIGNALS[signal.Signals(number)])
     if number == signal.SIGINT in _received:
@@ -46,22 +46,22 @@ class Request:
     """Request to all ranks after a step."""
 
     exit_code: int | None
-    """Exit code to end with after saving; None goes on."""
+    """Exit code after saving; None continues training."""
     reason: str
 
 
-class Stops:
+class StopRequests:
     """Stop requests as seen by this rank."""
 
     def __init__(self, run_dir: Path, max_minutes: float | None, is_main: bool) -> None:
         global _is_training
         _is_training = True
         self._max_seconds = float("inf") if max_minutes is None else 60 * max_minutes
-        # One rank looks for the files, so that no two ranks see different ones.
+        # Only the main rank looks for the files, so that all ranks agree.
         self._files = (run_dir / "STOP", run_dir / "SAVE") if is_main else ()
 
     def seen(self) -> list[int]:
-        """Return [signal, whether time is up, whether STOP is there, whether SAVE is], for the largest over ranks."""
+        """Return [signal, is time up, STOP exists, SAVE exists] as integers, for a maximum over ranks."""
         is_late = time.monotonic() - STARTED >= self._max_seconds
         files = [int(path.exists()) for path in self._files] or [0, 0]
         return [next(iter(_received), 0), int(is_late), *files]
@@ -69,7 +69,7 @@ class Stops:
     def request(self, number: int, is_late: int, to_stop: int, to_save: int) -> Request | None:
         """Return the ranks' combined request; request files are removed.
 
-        Whoever put STOP there wants no requeue, so it goes before a signal.
+        The file STOP forbids a requeue, so it takes precedence over a signal.
         """
         for path, is_asking in zip(self._files, (to_stop, to_save), strict=False):
             if is_asking:  # one that came since asks at the next step

@@ -1,4 +1,4 @@
-"""A run as its user watches it: a progress bar in a terminal, a line now and then in a log."""
+"""Progress display of a run: a bar in a terminal, or periodic lines in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megaft.base.progress import Bar
 
 
 class Terminal:
-    """Shows rows of metrics on standard error."""
+    """Display of metrics rows on standard error."""
 
     def __init__(self, first_step: int, max_steps: int) -> None:
         self._first_step, self._max_steps = first_step, max_steps
@@ -26,7 +26,7 @@ class Terminal:
             self._bar.show(f"{head}  {_summary(row)}  ETA {left}", is_due=is_due)
 
     def close(self, failed: bool = False) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar."""
         self._bar.close()
 
 

@@ -18,13 +18,13 @@ from megaft.weights.shape import flops_per_token
 
 MEASURING_SECONDS = 0.3
 SMALLEST_TRUSTED = 512
-"""Rows of the smallest product to measure by; a smaller one may end within another program's turn on the core."""
+"""Smallest matrix size for the measurement; smaller products are too short to time reliably."""
 PRODUCTS = 3
-"""Products of a size, of which the fastest counts: other programs on the cores make one look slower, never faster."""
+"""Products per size, of which the fastest counts: other programs only make a product slower."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None = None) -> tuple[float, str]:
-    """Return the device's peak in FLOP/s for matrices of `dtype`, and where the figure is from.
+    """Return the device's peak in FLOP/s for matrices of `dtype`, and its source.
 
     That is `setting` (metrics.peak-flops), the data sheet of a known GPU in half precision, or else a measurement.
     """
@@ -58,13 +58,13 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _seconds_of_product(matrix: torch.Tensor) -> float:
-    before = Mark(matrix.device)
+    before = DeviceTimestamp(matrix.device)
     torch.matmul(matrix, matrix)
-    return Mark(matrix.device).seconds_since(before)
+    return DeviceTimestamp(matrix.device).seconds_since(before)
 
 
-class Mark:
-    """A point in the device's work: on CUDA where the queue stands now, elsewhere the time now."""
+class DeviceTimestamp:
+    """Timestamp of the device: a CUDA event on the current stream, or the time on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._time = time.perf_counter()
@@ -73,8 +73,8 @@ class Mark:
             self._event = torch.cuda.Event(enable_timing=True)
             self._event.record(torch.cuda.current_stream(device))
 
-    def seconds_since(self, earlier: Mark) -> float:
-        """Wait until the device has come to this mark; return the device's seconds since the earlier one."""
+    def seconds_since(self, earlier: DeviceTimestamp) -> float:
+        """Wait until the device reaches this timestamp; return the seconds since the earlier one."""
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
         self._event.synchronize()
@@ -82,7 +82,7 @@ class Mark:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory this rank has held: allocated by torch on CUDA, resident in the process elsewhere."""
+    """Return the peak memory of this rank: allocated by torch on CUDA, resident in the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -91,12 +91,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Meter:
-    """Turns tokens and seconds of one step into rates."""
+    """Converter of a step's tokens and seconds into throughput and MFU."""
 
     device: torch.device
     num_devices: int
     flops_per_token: float | None
-    """None if the architecture's layers are unknown, and MFU with them."""
+    """None if the architecture is unknown, so that MFU is unknown too."""
     peak_flops: float
     """Peak FLOP/s of one device."""
     peak_source: str

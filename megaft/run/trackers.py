@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard behind one interface. A tracker that fails is switched off; training goes on."""
+"""Weights & Biases and TensorBoard behind one interface. A tracker that fails is disabled, and training continues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megaft.config.train import MetricsConfig
 
 
 class WandbTracker:
-    """A Weights & Biases run that goes on under the same id when the training run does."""
+    """Weights & Biases run, which a resumed training run continues under the same ID."""
 
     def __init__(self, project: str, run_dir: Path, settings: dict[str, Any], first_step: int) -> None:
         import wandb
@@ -28,10 +28,10 @@ class WandbTracker:
             name=run_dir.resolve().name,
             dir=run_dir,
             config=masked(settings),
-            # Nothing but numbers and settings leaves: not what is printed, no code, no command, host or user.
+            # Only metrics and settings are sent: no console output, code, command, host or user.
             settings=wandb.Settings(console="off", save_code=False, x_disable_meta=True),
         )
-        # Its own step only grows; after going back to a checkpoint ours does not.
+        # W&B's own step can only grow, but a rewind lowers ours.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
@@ -44,7 +44,7 @@ class WandbTracker:
 
 
 def _run_id(path: Path, first_step: int) -> str:
-    """A run that starts at 0 is a new one; any other goes on under the id in the file."""
+    """Return the run's ID: a new one at step 0, otherwise the one in the file."""
     if first_step == 0 or not path.exists():
         path.write_text(secrets.token_hex(4), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
@@ -56,7 +56,7 @@ class TensorBoardTracker:
     def __init__(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Hides what an earlier attempt wrote after the checkpoint.
+        # Hide events that an earlier attempt wrote after the checkpoint.
         purge_step = first_step + 1 if first_step > 0 else 0
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
 
@@ -71,7 +71,7 @@ class TensorBoardTracker:
 
 
 class Trackers:
-    """The trackers that still work."""
+    """Enabled trackers."""
 
     def __init__(self) -> None:
         self._trackers: dict[str, Any] = {}
@@ -81,7 +81,7 @@ class Trackers:
         self._try(name, lambda: self._trackers.__setitem__(name, make(*arguments)))
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send the numbers of a row to every tracker; nested ones are called outer/inner."""
+        """Send the numbers of a row to every tracker; nested names are joined as outer/inner."""
         numbers = flat_numbers(row)
         step = numbers.pop("step")
         for name, tracker in list(self._trackers.items()):
@@ -95,7 +95,7 @@ class Trackers:
     def _try(self, name: str, call: Callable[..., Any], *arguments: Any) -> None:
         try:
             call(*arguments)
-        # Whatever a tracker does wrong (network, login, quota, a bug of its own), weeks of training do not end for it.
+        # No tracker failure (network, login, quota, a bug) may end the training.
         except Exception as error:
             self._trackers.pop(name, None)
             reason = f"{type(error).__name__}: {error}"
@@ -108,7 +108,7 @@ def flat_numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def check_trackers(config: MetricsConfig) -> None:
-    """Raise ConfigError when the package of a tracker that was asked for is not installed."""
+    """Raise ConfigError if the package of a requested tracker is not installed."""
     for package, is_wanted in (("wandb", config.wandb), ("tensorboard", config.tensorboard)):
         # A folder of that name (wandb makes one) is found too, but as a package without an origin.
         if is_wanted and ((spec := find_spec(package)) is None or spec.origin is None):
@@ -119,7 +119,7 @@ def check_trackers(config: MetricsConfig) -> None:
 
 
 def open_trackers(config: MetricsConfig, run_dir: Path, settings: dict[str, Any], first_step: int) -> Trackers:
-    """Return the trackers asked for, for a run that has done `first_step` steps. A failure is a warning."""
+    """Return the requested trackers after `first_step` steps. A failure is a warning."""
     trackers = Trackers()
     if config.wandb:
         trackers.open("wandb", WandbTracker, config.wandb_project, run_dir, settings, first_step)

@@ -1,4 +1,4 @@
-"""Validation in the training loop: the evaluator of `scoring`, on the engine that trains."""
+"""Validation during training: sliding-window scoring with the training engine."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class Validation:
         }
         self.source = prefix
         self.name = f"{receipt['bin_sha256']}, windows of {config.eval_context_length}, stride {config.eval_stride}"
-        """Name of data and windows; scores of equal names are comparable."""
+        """Identity of data and windows; scores with the same name are comparable."""
 
     def __call__(self, engine, device: torch.device) -> Score:
-        """Score the text with the engine's weights of now; every rank calls this and gets the same score.
+        """Return the score of the text under the engine's current weights; every rank calls this and gets the same.
 
         Raises:
-            NumericsError: Nats of a token that counts are not finite.
+            NumericsError: Nats of a scored token are not finite.
         """
         engine.eval()
         try:
@@ -81,14 +81,14 @@ class Validation:
 
 
 def scored_from(position: int, windows: Iterable[Window]) -> Iterator[Window]:
-    """Yield a document's windows without the targets before a position, and without those that have no other."""
+    """Yield a document's windows, scored from a position on; windows that end before it are dropped."""
     for window in windows:
         if window.end > position:
             yield window._replace(scored_from=max(window.scored_from, position))
 
 
 def _scored_tokens(prefix: str, tokens: TokenFile) -> Bool[np.ndarray, " tokens"]:
-    """Return the mask of tokens that training scores; nothing in a document's own context predicts its first."""
+    """Return the mask of tokens that training scores, without each document's first token, which has no context."""
     is_scored = TokenFile(f"{prefix}.scored").read(0, tokens.num_tokens) != 0
     is_scored[tokens.document_offsets[:-1]] = False
     if not is_scored.any():
@@ -97,7 +97,7 @@ def _scored_tokens(prefix: str, tokens: TokenFile) -> Bool[np.ndarray, " tokens"
 
 
 NUM_TOKENS = 512
-"""Held-out tokens that both models are compared on, at most."""
+"""Maximum held-out tokens on which the exported and trained models are compared."""
 
 
 def held_out_rows(validation: Validation | None, samples: Samples, longest: int) -> list[list[int]]:

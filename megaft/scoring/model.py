@@ -220,7 +220,7 @@ def load_scoring_model(
         source: Hub name, folder or GGUF file.
         dtype: What the model computes in; cross-entropy is in float32 always.
         device: Where it computes.
-        backend: Whose modules. Before megatron-core's are made, `parallel.cut_matrices` says over how many ranks.
+        backend: Model implementation; with "megatron", call `parallel.start_tensor_parallelism` first.
         is_partitioned: Give each rank of the process group (or of those with one part of cut matrices) a part of every
             weight, through DeepSpeed's ZeRO-3. Of transformers' models only rank 0 reads the weights, into a mapping of
             the file. A GGUF file is unpacked whole in the host memory of every rank first.

@@ -124,8 +124,8 @@ def test_a_blocked_rank_ends_with_the_code_to_requeue_when_a_peer_dies(ranks, tm
             1,
             {
                 "exit_code": 75,
-                "reason": "rank 0 lost its peers (rank 1: OSError: [Errno 5] Input/output error); its own message says "
-                "why, if it had time for one. The same command continues from the last checkpoint.",
+                "reason": "rank 0 lost its peers (rank 1: OSError: [Errno 5] Input/output error); see that rank's "
+                "error, if it printed one. The same command resumes from the last checkpoint.",
             },
             id="a broken disk of another rank",
         ),

@@ -111,7 +111,7 @@ def test_who_speaks_is_known_before_the_ranks_meet(environment, is_main):
 
 def test_a_free_port_is_none_that_the_kernel_gives_away(monkeypatch):
     """Else another program may have it before a rank listens to it."""
-    first, taken = int(topology.GIVEN_AWAY.read_text().split()[0]), topology.free_port()
+    first, taken = int(topology.EPHEMERAL_PORTS.read_text().split()[0]), topology.free_port()
     with socket.create_server(("127.0.0.1", taken)):
         free = topology.free_port()
         assert taken < first
@@ -122,6 +122,6 @@ def test_a_free_port_is_none_that_the_kernel_gives_away(monkeypatch):
 
 
 def test_any_port_is_taken_where_the_kernel_gives_all_away(monkeypatch, tmp_path):
-    monkeypatch.setattr(topology, "GIVEN_AWAY", tmp_path / "range")
+    monkeypatch.setattr(topology, "EPHEMERAL_PORTS", tmp_path / "range")
     (tmp_path / "range").write_text("1024\t65535\n")
     assert topology.free_port() > 1023

@@ -143,7 +143,7 @@ def test_a_trained_model_whose_nats_are_not_finite_is_no_defect_of_the_export(tm
     nats = torch.tensor([2.0, float("nan"), 4.0], dtype=torch.float64)
     with pytest.raises(NumericsError, match=r"nats of 1 of 3 held-out tokens are not finite") as refused:
         require_same_nats(nats, nats, tmp_path)
-    assert "defect of megaft" not in str(refused.value)
+    assert "bug in megaft" not in str(refused.value)
 
 
 # Held-out tokens

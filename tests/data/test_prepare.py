@@ -304,8 +304,10 @@ BAD_SETTINGS = [
     pytest.param({"detokenizer": "ptb3"}, "detokenizer is 'ptb3'; use one of identity, wikitext", id="detokenizer"),
     pytest.param({"min_tokens": 0}, "min-tokens is 0; use 1 or more", id="min tokens"),
     pytest.param({"workers": 0}, "workers is 0; use 1 or more", id="workers"),
-    pytest.param({"prompt_key": "q"}, "give both or neither", id="prompt alone"),
-    pytest.param({"messages_key": "m", "detokenizer": "ptb_megatron"}, "Drop one", id="chat and detokenizer"),
+    pytest.param({"prompt_key": "q"}, "--prompt-key is q", id="prompt alone"),
+    pytest.param(
+        {"messages_key": "m", "detokenizer": "ptb_megatron"}, "--messages-key is m", id="chat and detokenizer"
+    ),
 ]
 
 

@@ -97,7 +97,7 @@ def of_a_part(models, batch):
     from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
-    parallel.cut_matrices(2)
+    parallel.start_tensor_parallelism(2)
     begin, end = ((0, 51), (51, 101))[parallel.rank()]
     words = Vocabulary(begin, end, is_cut=True).choices(equal_logits()[:, begin:end]).tolist()
     found = quantities(models, "megatron", batch)

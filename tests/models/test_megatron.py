@@ -41,7 +41,7 @@ def join(size=None):
 
     topology = parallel.discover(os.environ)
     parallel.join(topology)
-    parallel.cut_matrices(size or topology.world_size)
+    parallel.start_tensor_parallelism(size or topology.world_size)
     return topology
 
 
@@ -260,8 +260,8 @@ REFUSED = {
 def pretended(request):
     from megaft.base import parallel
 
-    parallel.pretend(request.param)
-    parallel.cut_matrices(request.param)
+    parallel.join_fake_group(request.param)
+    parallel.start_tensor_parallelism(request.param)
     yield
     parallel.leave()
 

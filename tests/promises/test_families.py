@@ -14,7 +14,7 @@ def try_families():
     from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
-    parallel.cut_matrices(1)
+    parallel.start_tensor_parallelism(1)
     rows = {name: try_family(name, ON_ONE_RANK) for name in QUICK}
     parallel.leave()
     return rows

@@ -269,9 +269,9 @@ def test_a_run_goes_back_to_before_a_change_that_was_allowed(interrupted):
     ],
 )
 def test_what_is_asked_for_is_done_and_only_that_is_taken_away(tmp_path, seen, arriving, exit_code, left):
-    from megaft.run.stop import Stops
+    from megaft.run.stop import StopRequests
 
-    stops = Stops(tmp_path, None, is_main=True)
+    stops = StopRequests(tmp_path, None, is_main=True)
     for name in arriving:
         (tmp_path / name).touch()
     request = stops.request(*seen)

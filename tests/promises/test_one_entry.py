@@ -25,7 +25,7 @@ from megaft.config.train import GuardConfig, OptimConfig, bytes_per_parameter
 from megaft.models.parameters import parameter_groups
 from megaft.run.guard import Guard
 from megaft.run.optim import build_optimizer, learning_rate
-from megaft.run.recovery import recovered
+from megaft.run.recovery import recover
 from megaft.weights.families import FAMILIES, shape_of
 
 
@@ -94,9 +94,9 @@ def test_a_guard_policy(monkeypatch):
     guard = Guard(config, {}, smallest_loss_scale=None)
     rows = [{"step": step, "loss": 3 + step % 2 / 9, "grad_norm": 1.0, "skipped_steps": 0} for step in range(1, 40)]
     rows[35]["loss"] = rows[37]["loss"] = 99.0
-    troubles = guard.judge(rows)
-    assert [(trouble.step, trouble.decision) for trouble in troubles] == [(36, "note"), (38, "note")]
-    assert guard.wants(40, 99.0, 1.0)
+    bad_steps = guard.judge(rows)
+    assert [(bad_step.step, bad_step.decision) for bad_step in bad_steps] == [(36, "note"), (38, "note")]
+    assert guard.accepts(40, 99.0, 1.0)
     assert not guard.decides_before_the_step
     assert not config.goes_back
     events = []
@@ -105,7 +105,7 @@ def test_a_guard_policy(monkeypatch):
         events=SimpleNamespace(record=lambda event, step, **fields: events.append((event, step, fields["samples"]))),
     )
     state = RunState(step=40, position=320)
-    assert recovered(run, troubles[0], state) is state
+    assert recover(run, bad_steps[0], state) is state
     assert events == [("loss spike", 36, ((280, 288),))]
 
 
@@ -149,7 +149,7 @@ def difference_of_logits(folder):
 
     FAMILIES["seed_oss"] = FAMILIES["qwen2"]
     parallel.join(parallel.discover(os.environ))
-    parallel.cut_matrices(1)
+    parallel.start_tensor_parallelism(1)
     tokens = [*range(1, 20)]
     reference = logits_of(AutoModelForCausalLM.from_pretrained(folder), torch.tensor([tokens]))[0, -1]
     with torch.no_grad():

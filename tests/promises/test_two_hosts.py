@@ -143,7 +143,7 @@ WRONG = {
     "unknown": ({"GLOO_SOCKET_IFNAME": "ib7"}, r"GLOO_SOCKET_IFNAME names 'ib7', and node\d has no such .* eth0"),
     "leads nowhere": (
         {"GLOO_SOCKET_IFNAME": "eth1"},
-        r"rank 0 on node1 does not reach rank 1 on node2 at 10\.78\.2\.1:.*GLOO_SOCKET_IFNAME is 'eth1' there",
+        r"rank 0 on node1 cannot reach rank 1 on node2 at 10\.78\.2\.1:.*GLOO_SOCKET_IFNAME is 'eth1' there",
     ),
     "loopback": ({"GLOO_SOCKET_IFNAME": "lo"}, r"node2 at 127\.0\.0\.1:.*GLOO_SOCKET_IFNAME is 'lo' there.*loopback"),
 }

@@ -96,7 +96,7 @@ def test_checkpoints_whose_folder_is_gone_are_missed(tmp_path, events, is_there,
         trail.record(event, step)
     if is_there:
         (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="put the folder back") if is_refused else nullcontext():
+    with pytest.raises(CheckpointError, match=r"--run\.fresh") if is_refused else nullcontext():
         trail.require_checkpoints(tmp_path / "checkpoints")
 
 

@@ -109,12 +109,12 @@ def test_a_step_judged_before_its_weights_move_is_not_judged_again():
     """Rows come a step late on a GPU."""
     watcher = guard(spike="skip")
     for calm in CALM:
-        assert watcher.wants(calm["step"], calm["loss"], calm["grad_norm"])
+        assert watcher.accepts(calm["step"], calm["loss"], calm["grad_norm"])
     assert watcher.judge(CALM[:-1]) == []
-    assert not watcher.wants(NEXT, 30.0, 1.0)
+    assert not watcher.accepts(NEXT, 30.0, 1.0)
     assert events(watcher, [CALM[-1]]) == [("loss spike", NEXT, "skip")]
     assert watcher.judge([row(NEXT, loss=30.0, skipped_steps=1)]) == []
-    assert watcher.wants(NEXT + 1, 3.0, 1.0)
+    assert watcher.accepts(NEXT + 1, 3.0, 1.0)
     assert watcher.judge([row(NEXT + 1, skipped_steps=1)]) == []
 
 

@@ -14,7 +14,7 @@ from megaft.base.errors import ConfigError, LostPeerError
 from megaft.base.files import to_json, write_json_atomic
 from megaft.config.train import MetricsConfig
 from megaft.run import metrics as metrics_module
-from megaft.run.metrics import Metrics, MetricsFile, Pending
+from megaft.run.metrics import Metrics, MetricsFile, PendingRows
 from megaft.run.terminal import Terminal
 from megaft.run.throughput import Meter
 from megaft.run.trackers import Trackers, check_trackers, flat_numbers, open_trackers
@@ -99,7 +99,7 @@ def test_resuming_drops_what_came_after_the_checkpoint(first_step, torn, kept, t
 
 
 def test_on_cpu_a_row_is_ready_at_once():
-    pending = Pending(CPU)
+    pending = PendingRows(CPU)
     time.sleep(0.02)
     (row,) = pending.push({"step": 1, "loss": torch.tensor(2.5), "grad_norm": None})
     assert row["seconds"] >= 0.02
@@ -117,8 +117,8 @@ def test_on_a_gpu_a_row_is_one_step_late(monkeypatch):
         def seconds_since(self, earlier):
             return self.time - earlier.time
 
-    monkeypatch.setattr(metrics_module, "Mark", CountingMark)
-    pending = Pending(torch.device("cuda"))
+    monkeypatch.setattr(metrics_module, "DeviceTimestamp", CountingMark)
+    pending = PendingRows(torch.device("cuda"))
     loss = torch.tensor(1.0)
     assert pending.push({"step": 1, "loss": loss}) == []
     loss.fill_(2.0)  # an accumulator used again
@@ -138,7 +138,7 @@ def test_a_run_that_fails_does_not_wait_for_a_device_that_waits_for_lost_ranks(t
         def seconds_since(self, earlier):
             pytest.fail("it would wait for ever")
 
-    monkeypatch.setattr(metrics_module, "Mark", StuckMark)
+    monkeypatch.setattr(metrics_module, "DeviceTimestamp", StuckMark)
     on_gpu = replace(METER, device=torch.device("cuda"))
     with suppress(LostPeerError), open_metrics(tmp_path, meter=on_gpu) as metrics:
         report(metrics, 1)
@@ -149,7 +149,7 @@ def test_a_run_that_fails_does_not_wait_for_a_device_that_waits_for_lost_ranks(t
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_pushing_does_not_wait_for_the_gpu():
     device = torch.device("cuda")
-    pending = Pending(device)
+    pending = PendingRows(device)
     torch.cuda._sleep(10**6)
     pending.push({"loss": torch.ones((), device=device)})
     torch.cuda._sleep(2 * 10**9)  # about a second

@@ -87,7 +87,7 @@ def test_parse_source(named, expected):
 
 @pytest.mark.parametrize("named", ["0,books", "-1,books", "nan,books", "inf,books", "0.7,", "0.7"])
 def test_a_bad_pair_is_refused(named):
-    with pytest.raises(ConfigError, match=rf"--data.train has '{named}'; a pair is WEIGHT,PREFIX"):
+    with pytest.raises(ConfigError, match=rf"--data.train has '{named}'"):
         parse_source(named)
 
 
@@ -105,7 +105,7 @@ def test_a_folder_of_texts_is_told_of_megaft_prepare(tmp_path, text, setting, fi
 
 
 def test_several_need_a_weight_each(tmp_path, toy_model, text):
-    with pytest.raises(ConfigError, match=r"several need a weight each, such as 0.7,books 0.3,wiki"):
+    with pytest.raises(ConfigError, match=r"--data.train is .* such as 0.7,books 0.3,wiki"):
         prepare(tmp_path, toy_model, f"0.5,{text}", text)
 
 

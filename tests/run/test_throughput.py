@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from megaft.config.train import MetricsConfig
 from megaft.run.throughput import (
-    Mark,
+    DeviceTimestamp,
     Meter,
     data_sheet_flops,
     flops_per_token,
@@ -135,10 +135,10 @@ def test_marks_measure_the_device_not_the_launch():
     matrix = torch.ones(8192, 8192, device=device, dtype=torch.bfloat16)
     torch.matmul(matrix, matrix)
     torch.cuda.synchronize()
-    before, begin = Mark(device), time.perf_counter()
+    before, begin = DeviceTimestamp(device), time.perf_counter()
     for _ in range(20):
         torch.matmul(matrix, matrix)
-    after, launching = Mark(device), time.perf_counter() - begin
+    after, launching = DeviceTimestamp(device), time.perf_counter() - begin
     seconds = after.seconds_since(before)
     assert seconds > 2 * launching
     assert 2 * 8192**3 * 20 / seconds < 1.1 * peak_flops(device, torch.bfloat16)[0]

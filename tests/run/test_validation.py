@@ -12,7 +12,7 @@ from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
 from megaft.data.prepare import prepare
 from megaft.data.tokenizer import load_tokenizer
-from megaft.run.recovery import validated
+from megaft.run.recovery import validate_or_stop
 from megaft.run.validation import Validation, scored_from
 from megaft.scoring.windows import windows
 
@@ -109,7 +109,7 @@ def test_a_validation_that_is_not_finite_ends_the_run_and_is_never_the_best(vali
     )
     last = "the last checkpoint before it is step 4"
     with pytest.raises(NumericsError, match=rf"after step 8 \({last}\): --data\.valid .* 2 of 11 scored.*not finite"):
-        validated(run, 8)
+        validate_or_stop(run, 8)
     assert done == [("non-finite validation", 8, "stop"), "published"]
     run.engine = Engine()
-    assert validated(run, 8).nats == 11
+    assert validate_or_stop(run, 8).nats == 11

@@ -72,9 +72,9 @@ def measure(recipe: Recipe, steps: int = 2) -> Held:
     loss.CHUNK_BYTES["cpu"] = loss.CHUNK_BYTES["cuda"]
     accumulation = recipe.setup().gradient_accumulation_steps
     try:
-        parallel.join(parallel.pretend(recipe.world_size))
+        parallel.join(parallel.join_fake_group(recipe.world_size))
         if recipe.is_megatron:
-            parallel.cut_matrices(recipe.tensor_parallel_size)
+            parallel.start_tensor_parallelism(recipe.tensor_parallel_size)
         counter = Counter()
         with counter:
             engine = build(recipe)

@@ -37,8 +37,8 @@ class Peak:
 def measure(case: Passing) -> Peak:
     """Run a model of fake tensors forward and backward; return the memory that torch's tracker recorded."""
     if case.tensor_parallel_size:
-        parallel.pretend(case.tensor_parallel_size)
-        parallel.cut_matrices(case.tensor_parallel_size)
+        parallel.join_fake_group(case.tensor_parallel_size)
+        parallel.start_tensor_parallelism(case.tensor_parallel_size)
     try:
         with FakeTensorMode(), _kernels_of_cuda():
             model = _model(case)

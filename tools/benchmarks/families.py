@@ -96,7 +96,7 @@ def _try_here(types: list[str], file: Path) -> None:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(parallel.free_port())}
     parallel.join(parallel.discover(os.environ))
-    parallel.cut_matrices(1)
+    parallel.start_tensor_parallelism(1)
     with file.open("a") as rows:
         for name in types:
             print(json.dumps([name, try_family(name)]), file=rows, flush=True)

@@ -49,7 +49,7 @@ def _on_rank(folder: str, shared: str) -> None:
     from megaft.models import megatron
 
     parallel.join(parallel.discover(os.environ))
-    parallel.cut_matrices(RANKS)
+    parallel.start_tensor_parallelism(RANKS)
     model = megatron.build(ModelConfig(path=folder, backend="megatron", dropout=0.0), seed=0, engine_config=None)
     tokens = torch.load(f"{shared}/tokens.pt", weights_only=True)
     with torch.no_grad():

@@ -51,7 +51,7 @@ def fake(folder: Path, tensor_parallel_size: int = 1) -> dict[str, Any]:
     """Build training's engine as rank 0 of a fake process group."""
     import deepspeed
 
-    topology = parallel.pretend(WORLD_SIZE)
+    topology = parallel.join_fake_group(WORLD_SIZE)
     device = parallel.join(topology)
     recipe = RECIPES / f"megatron_8.3b_{'zero3' if tensor_parallel_size == 1 else f'tp{tensor_parallel_size}'}.json"
     ranks = num_data_ranks(WORLD_SIZE, tensor_parallel_size)
@@ -62,7 +62,7 @@ def fake(folder: Path, tensor_parallel_size: int = 1) -> dict[str, Any]:
     else:
         from megaft.models import megatron
 
-        parallel.cut_matrices(tensor_parallel_size)
+        parallel.start_tensor_parallelism(tensor_parallel_size)
         model = megatron.MegatronNats(megatron.build(config, 0, setup.engine_config))
     optimizer = build_optimizer(parameter_groups(model.named_parameters(), 0.0), setup.optim, device_type=device.type)
     engine: Any = deepspeed.initialize(

@@ -12,7 +12,7 @@ from train_case import SEED, Case
 
 from megaft.base import parallel
 from megaft.data.indexed import TokenFile
-from megaft.run.metrics import MetricsFile, Pending
+from megaft.run.metrics import MetricsFile, PendingRows
 from megaft.run.throughput import peak_memory_bytes
 from megaft.weights.loading.pretrained import create_language_model
 
@@ -55,7 +55,7 @@ class Recorder:
         self._file = MetricsFile(run_dir / "metrics.jsonl", 0) if parallel.is_main() else None
         self._device = device
         self._loss = torch.zeros((), device=device)
-        self._pending = Pending(device)
+        self._pending = PendingRows(device)
 
     def add(self, loss: Tensor) -> None:
         """Add a micro-batch's share of the step's loss on this rank."""

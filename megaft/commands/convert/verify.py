@@ -169,7 +169,7 @@ def model_of(side: Side, dtype: torch.dtype) -> nn.Module:
 def _megatron(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Return this rank's part, from its own file alone."""
     parallel.join(parallel.discover(os.environ))
-    parallel.cut_matrices(parallel.world_size())
+    parallel.start_tensor_parallelism(parallel.world_size())
     from megaft.models.megatron import MegatronModel, MegatronNats
 
     config = load_config(str(folder))

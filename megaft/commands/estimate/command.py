@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from megaft.base.hardware import GPUS, RESERVED_BYTES, Gpu, data_sheet_flops, published_shares
+from megaft.base.hardware import GPUS, RESERVED_BYTES, Gpu, data_sheet_flops, published_utilizations
 from megaft.commands.estimate.changes import changes
 from megaft.commands.estimate.config import EstimateConfig
 from megaft.commands.estimate.presets import configuration, source_of
@@ -21,7 +21,7 @@ from megaft.weights.shape import flops_per_token, num_elements
 GIB = 2**30
 SECONDS_PER_DAY = 86_400
 RECOMPUTED = 3 / 4
-"""Share of a step's work that counts as model FLOPs with activation checkpointing."""
+"""PublishedUtilization of a step's work that counts as model FLOPs with activation checkpointing."""
 
 
 def main(config: EstimateConfig) -> int:
@@ -104,7 +104,7 @@ def speed(recipe: Recipe, dtype: str, gpu: Gpu, tokens: float | None) -> dict[st
     found |= {"flops_per_token": work, "peak_flops": peak}
     if dtype == "float32" or peak is None or (dtype == "bfloat16" and not gpu.has_bf16):
         return found
-    shares = published_shares(gpu.name)
+    shares = published_utilizations(gpu.name)
     done = RECOMPUTED if recipe.is_recomputed else 1.0
     mfu = [min(one.lowest for one in shares) * done, max(one.highest for one in shares) * done]
     rates = [recipe.world_size * peak * share / work for share in mfu]

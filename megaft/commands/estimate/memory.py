@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from megaft.base.hardware import CHUNK_BYTES
-from megaft.config.deepspeed_json import Resolved
+from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.train import bytes_per_parameter
 from megaft.weights.shape import Shape, Weights, num_elements
 
@@ -158,7 +158,7 @@ def _bytes_around_layers(work: Work) -> int:
 
 
 def states(
-    weights: Weights, setup: Resolved, num_ranks: int, matrices: tuple[int, ...] = (), rank: int | None = None
+    weights: Weights, setup: ResolvedSettings, num_ranks: int, matrices: tuple[int, ...] = (), rank: int | None = None
 ) -> States:
     """Return the bytes that training keeps of these weights on one rank.
 
@@ -178,7 +178,7 @@ def states(
     return _stages_1_2(weights, setup, num_ranks, cut_through(matrices, num_ranks, rank))
 
 
-def word_bytes(setup: Resolved) -> int:
+def word_bytes(setup: ResolvedSettings) -> int:
     """Return the bytes of a weight in the forward pass."""
     return FLOAT if setup.dtype == "float32" else 2
 
@@ -207,15 +207,15 @@ def cut_through(sizes: tuple[int, ...], num_ranks: int, rank: int | None = None)
     return max(0, *(starts[end] - starts[begin] - part for begin, end in zip(first, last, strict=True)))
 
 
-def _moments(setup: Resolved) -> int:
+def _moments(setup: ResolvedSettings) -> int:
     return bytes_per_parameter(setup.optim) - FLOAT
 
 
-def _zero(setup: Resolved, key: str, default: Any) -> Any:
+def _zero(setup: ResolvedSettings, key: str, default: Any) -> Any:
     return setup.engine_config.get("zero_optimization", {}).get(key, default)
 
 
-def _sent_bytes(setup: Resolved) -> int:
+def _sent_bytes(setup: ResolvedSettings) -> int:
     """Bytes of an element of a gradient as ranks exchange it."""
     said = setup.engine_config.get("communication_data_type")
     return word_bytes(setup) if said is None else FLOAT if said == "fp32" else 2
@@ -225,7 +225,7 @@ def _largest(weights: Weights) -> int:
     return max(map(prod, weights))
 
 
-def _unsharded(weights: Weights, setup: Resolved) -> States:
+def _unsharded(weights: Weights, setup: ResolvedSettings) -> States:
     total = num_elements(weights) * FLOAT
     return States(
         weights=total,
@@ -238,7 +238,7 @@ def _unsharded(weights: Weights, setup: Resolved) -> States:
     )
 
 
-def _bf16_engine(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+def _bf16_engine(weights: Weights, setup: ResolvedSettings, num_ranks: int) -> States:
     """DeepSpeed's BF16_Optimizer: every rank keeps all fp32 gradients, and those in bf16 until the step."""
     flat = flat_size(weights, num_ranks)
     is_immediate = setup.engine_config["bf16"].get("immediate_grad_update", False)
@@ -255,7 +255,7 @@ def _bf16_engine(weights: Weights, setup: Resolved, num_ranks: int) -> States:
     )
 
 
-def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int, cut: int) -> States:
+def _stages_1_2(weights: Weights, setup: ResolvedSettings, num_ranks: int, cut: int) -> States:
     flat, total, word = flat_size(weights, num_ranks), num_elements(weights), word_bytes(setup)
     mine, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
     bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
@@ -284,7 +284,7 @@ def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int, cut: int) -> 
     )
 
 
-def _stage_3(weights: Weights, setup: Resolved, num_ranks: int) -> States:
+def _stage_3(weights: Weights, setup: ResolvedSettings, num_ranks: int) -> States:
     setting = {key: int(_zero(setup, key, default)) for key, default in STAGE_3.items()}
     word, offloads = word_bytes(setup), setup.offload_optimizer
     mine = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())

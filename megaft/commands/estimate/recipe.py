@@ -7,7 +7,7 @@ from typing import Any
 
 from megaft.base.checks import require
 from megaft.commands.estimate.memory import Activations, States, Work, activations, moments, states, word_bytes
-from megaft.config.deepspeed_json import Resolved
+from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.parallelism import num_data_ranks, require_shardable
 from megaft.config.train import OptimConfig
 from megaft.run.settings import plan_engine
@@ -44,7 +44,7 @@ class Recipe:
         """Groups of ranks that train on different samples."""
         return num_data_ranks(self.world_size, self.tensor_parallel_size, "--tensor-parallel-size")
 
-    def setup(self) -> Resolved:
+    def setup(self) -> ResolvedSettings:
         """Return the DeepSpeed JSON resolved for these ranks.
 
         Raises:
@@ -59,7 +59,7 @@ class Recipe:
             has_cuda=True,
         )
 
-    def work(self, setup: Resolved) -> Work:
+    def work(self, setup: ResolvedSettings) -> Work:
         """A micro-batch on one rank."""
         return Work(
             shape=self.shape,
@@ -84,7 +84,7 @@ class Recipe:
 class Footprint:
     """The memory of one rank, in bytes."""
 
-    setup: Resolved
+    setup: ResolvedSettings
     states: States
     activations: Activations
     moments: dict[str, dict[str, int]]

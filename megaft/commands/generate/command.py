@@ -132,7 +132,7 @@ def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: A
         f"start as many as it says, such as with torchrun --nproc-per-node {size} -m megaft generate.",
     )
     device = parallel.join(topology)
-    parallel.cut_matrices(size)
+    parallel.start_tensor_parallelism(size)
     from megaft.models.megatron_generation import load_cached_part
 
     return load_cached_part(source, dtype, device)

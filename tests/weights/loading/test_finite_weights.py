@@ -60,7 +60,7 @@ def from_megatron(folder):
 
     parallel.join(parallel.discover({}))
     try:
-        parallel.cut_matrices(1)
+        parallel.start_tensor_parallelism(1)
         megatron.build(ModelConfig(path=folder, backend="megatron"), seed=0)
     finally:
         parallel.leave()
