@@ -91,11 +91,11 @@ class Samples:
         """True if attention and positions are to stay inside the documents of a packed sample."""
         return self.corpora[0].attend_within_documents
 
-    def row_length(self, longest_alike: int | None) -> int | None:
+    def row_length(self, rope_length_limit: int | None) -> int | None:
         """Return the length of every row of a batch; None where rows are padded to the longest of their micro-batch.
 
         Args:
-            longest_alike: The model's longest input whose states do not depend on its length (None: of any length).
+            rope_length_limit: The model's longest input whose states do not depend on its length (None: of any length).
                 Where the context is longer, every row is padded to the context, so that a loss is the same at every
                 micro-batch size.
 
@@ -103,12 +103,12 @@ class Samples:
             ConfigError: Documents are kept apart in a context longer than that: the lengths felt are the documents'.
         """
         context = self.context_length
-        is_length_felt = longest_alike is not None and context > longest_alike
+        is_length_felt = rope_length_limit is not None and context > rope_length_limit
         require(
             not (is_length_felt and self.attend_within_documents),
             f"--data.attend-within-documents is set and --data.context-length is {context}, but the model has other "
-            f"rotary positions for inputs longer than {longest_alike} tokens, chosen by the longest document of a "
-            f"micro-batch; use --data.context-length {longest_alike} or less, or --data.sample document.",
+            f"rotary positions for inputs longer than {rope_length_limit} tokens, chosen by the longest document of a "
+            f"micro-batch; use --data.context-length {rope_length_limit} or less, or --data.sample document.",
         )
         return context if is_length_felt or self.is_packed else None
 

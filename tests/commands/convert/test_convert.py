@@ -206,7 +206,7 @@ def test_smollm2_s_gguf_file_over_three_ranks(tmp_path, smollm2_cut):
 
 
 def write_checkpoint(model, folder):
-    """What a run on one rank saves, of the weights alone."""
+    """Write the weights of a checkpoint as a run on one rank does."""
     pieces = [(f"{WEIGHT}/language_model.{name}@0", p.detach().flatten()) for name, p in model.named_parameters()]
     folder.mkdir(parents=True)
     num_bytes, digest = write_shard(folder / "rank-00000.safetensors", pieces)

@@ -1,4 +1,4 @@
-"""`megaft submit` checks a job's program before the job waits."""
+"""`megaft submit` checks a job's program before the job is queued."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`megaft submit`, and what the batch scripts do with exit codes and signals, without SLURM."""
+"""`megaft submit`, and the batch scripts' handling of exit codes and signals, without SLURM."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from megaft.commands.submit import batch_script, walltime
 SLURM = Path(__file__).parents[3] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 ENOUGH = 300
-"""Seconds that end a hang, however busy the machine is."""
+"""Timeout in seconds, generous for a busy machine."""
 FLAGS = ["--deepspeed_config=x.json", "--model.path=gpt2", "--data.train=t.txt", "--run.dir=r", "--run.max-steps=3"]
 NASTY = ["a b", "$(touch canary)", "`id`", "it's", '"', "#", "*", "ünï", "", "-x", "\\"]
 NO_SECRETS = (
