@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class ValidateConfig(TrainConfig):
     """Check a training run without a GPU and print its plan. Takes the flags of training.
 
-    Nothing is written to the run's folder. The exit code is the one that training would start with.
+    Nothing is written to the run's folder. The exit code is 0, or the one with which training would fail at start-up.
     """
 
     world_size: int = 1

@@ -49,8 +49,7 @@ class GenerateConfig:
     """One or more texts to continue, each independently, from the same seed. The tokenizer's beginning-of-sequence
     token, if it adds one, is put before a text that does not already start with it."""
     chat: tuple[str, ...] = ()
-    """Instead of --prompt: one or more user messages to answer, each a separate chat, rendered by the tokenizer's chat
-    template."""
+    """Instead of --prompt: one or more user messages to answer, each a separate chat, in the chat template."""
     messages: tuple[str, ...] = ()
     """Instead of --prompt: one or more chats to answer, each a JSON list of objects with a role and a content."""
     max_new_tokens: int = 100

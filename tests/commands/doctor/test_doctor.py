@@ -135,8 +135,8 @@ def test_a_missing_kernel_is_a_warning_only_where_it_could_run(monkeypatch):
     [
         pytest.param(None, "none", "not found", id="none"),
         pytest.param("echo 'main*: 2 nodes idle'", "pass", "main*: 2 nodes idle; in job 7", id="a cluster"),
-        pytest.param("echo no controller >&2; exit 1", "warn", "no cluster answers: no controller", id="clients only"),
-        pytest.param("exec /bin/sleep 9", "warn", "it has not ended after 0.5 s", id="a controller that hangs"),
+        pytest.param("echo no controller >&2; exit 1", "warn", "no cluster responds: no controller", id="clients only"),
+        pytest.param("exec /bin/sleep 9", "warn", "no result after 0.5 s", id="a controller that hangs"),
     ],
 )
 def test_slurm(script, status, said, tmp_path, monkeypatch):
@@ -282,7 +282,7 @@ def proven(run_ranks, tmp_path_factory):
     [
         pytest.param("data", 5, "ZeRO 2, micro-batch 1 x 4", "off by", id="a rank trains on other samples"),
         pytest.param("reduce", 5, "all-reduce", "on rank 1", id="a rank gets another sum"),
-        pytest.param("own folder", 2, "shared folder", "not one for all ranks", id="a folder of each rank's own"),
+        pytest.param("own folder", 2, "shared folder", "not shared by all ranks", id="a folder of each rank's own"),
     ],
 )
 def test_a_fault_on_one_of_two_ranks_is_found(fault, code, failing, said, proven):

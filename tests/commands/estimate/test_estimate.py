@@ -305,7 +305,7 @@ LLAMA = {"model_type": "llama"}
         ({**LLAMA, "num_attention_heads": 0}, "num_attention_heads is 0; it is a whole number"),
         ({**LLAMA, "hidden_size": 100}, "hidden_size is 100 and num_attention_heads 32;"),
         ({**LLAMA, "num_key_value_heads": 5}, "num_attention_heads is 32 and num_key_value_heads 5;"),
-        ([], "is not a JSON object but a list"),
+        ([], "is a JSON list, not an object"),
     ],
 )
 def test_sizes_that_make_no_model(config, message, tmp_path, capsys):

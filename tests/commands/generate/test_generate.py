@@ -122,7 +122,7 @@ def test_greedy_text_equals_transformers(trained_gpt2, capsys):
 
 
 def test_a_prompt_without_tokens_is_refused(trained_gpt2):
-    with pytest.raises(DataError, match="prompt '' has no tokens"):
+    with pytest.raises(DataError, match="--prompt is '', which has no tokens"):
         main(GenerateConfig(model=str(trained_gpt2), prompt=("a", "")))
 
 
@@ -235,7 +235,7 @@ def test_a_token_that_the_model_does_not_embed_is_refused(folders, tmp_path):
 def test_a_prompt_beyond_the_positions_is_read_from_behind(folders, capsys):
     config = GenerateConfig(model=str(folders / "without a BOS"), prompt=("To be " * 80,), max_new_tokens=1)
     assert main(config) == 0
-    assert re.search(r"warning: the prompt has \d+ tokens, .* the last 64\.", capsys.readouterr().err)
+    assert re.search(r"warning: the prompt has \d+ tokens; .* the last 64\.", capsys.readouterr().err)
 
 
 def test_rows_without_a_token_have_no_text(folders, tmp_path, capsys):
