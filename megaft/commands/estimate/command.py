@@ -146,11 +146,11 @@ def _speed_lines(answer: dict[str, Any]) -> list[str]:
         return [f"{work}; no speed is published for {answer['dtype']} on the {answer['hardware']}."]
     low, high = answer["tokens_per_second"]
     when = "" if answer["fits"] else "if it fitted, "
-    found = [f"{work}; {when}{low:,.0f} to {high:,.0f} tokens/s together at {_range(answer['mfu'])} of the peak,"]
-    found += [f"as others measured on their {_kinds(answer)}:", *(f"  {one}" for one in answer["mfu_sources"])]
+    text = [f"{work}; {when}{low:,.0f} to {high:,.0f} tokens/s together at {_range(answer['mfu'])} of the peak,"]
+    text += [f"as others measured on their {_kinds(answer)}:", *(f"  {source}" for source in answer["mfu_sources"])]
     if answer["days"]:
-        found.append(f"{when}{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
-    return found
+        text.append(f"{when}{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
+    return text
 
 
 def _kinds(answer: dict[str, Any]) -> str:

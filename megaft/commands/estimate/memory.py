@@ -256,58 +256,59 @@ def _bf16_engine(weights: Weights, setup: Resolved, num_ranks: int) -> States:
     )
 
 
-def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int, cut: int) -> States:
+def _stages_1_2(weights: Weights, setup: Resolved, num_ranks: int, boundary: int) -> States:
     flat, total, word = flat_size(weights, num_ranks), num_elements(weights), word_bytes(setup)
-    mine, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
+    local, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
     bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
     bucket *= 2 if _zero(setup, "overlap_comm", False) else 1
     offloads, is_rounded = setup.offload_optimizer, word < FLOAT
-    kept = FLOAT * mine
-    here = kept * (is_rounded or not offloads)
-    reduced = here + FLOAT * cut * (not is_rounded)  # in fp32, parameters at the partition's ends are kept in full
-    whole = FLOAT * total if is_stage_1 else reduced
-    optimizer = (FLOAT + _moments(setup)) * mine
-    norm = 8 * min(_largest(weights), mine)  # computed in float64
+    local_gradients = FLOAT * local
+    device_gradients = local_gradients if is_rounded or not offloads else 0
+    # In fp32, gradients of the parameters at the partition's ends are kept in full.
+    reduced = device_gradients if is_rounded else device_gradients + FLOAT * boundary
+    gradients = FLOAT * total if is_stage_1 else reduced
+    optimizer = (FLOAT + _moments(setup)) * local
+    norm = 8 * min(_largest(weights), local)  # computed in float64
     copied = FLOAT * min(bucket // word, total) if word < _sent_bytes(setup) and not is_stage_1 else 0
     largest = word * _largest(weights)
     return States(
         weights=word * flat,
-        master_weights=0 if offloads else FLOAT * mine,
-        optimizer=0 if offloads else _moments(setup) * mine,
-        gradients=whole,
-        gradients_before=whole if accumulates else 0,
+        master_weights=0 if offloads else FLOAT * local,
+        optimizer=0 if offloads else _moments(setup) * local,
+        gradients=gradients,
+        gradients_before=gradients if accumulates else 0,
         gradients_reduced=reduced,
-        buckets=bucket + copied + largest * (offloads or (is_stage_1 and is_rounded)),
-        buckets_before=bucket * (is_stage_1 and accumulates) + largest * offloads,
-        reducing=max(0, kept - bucket) if is_stage_1 else 0,
-        stepping=max(norm, here * (not is_rounded)),
-        host=(optimizer + kept + word * mine + largest) if offloads else 0,
+        buckets=bucket + copied + (largest if offloads or (is_stage_1 and is_rounded) else 0),
+        buckets_before=(bucket if is_stage_1 and accumulates else 0) + (largest if offloads else 0),
+        reducing=max(0, local_gradients - bucket) if is_stage_1 else 0,
+        stepping=max(norm, 0 if is_rounded else device_gradients),
+        host=(optimizer + local_gradients + word * local + largest) if offloads else 0,
     )
 
 
 def _stage_3(weights: Weights, setup: Resolved, num_ranks: int) -> States:
     setting = {key: int(_zero(setup, key, default)) for key, default in STAGE_3.items()}
     word, offloads = word_bytes(setup), setup.offload_optimizer
-    mine = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())
+    local = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())
     threshold = setting["stage3_param_persistence_threshold"]
     persistent = num_elements(Counter({shape: number for shape, number in weights.items() if prod(shape) <= threshold}))
     ahead = setting["stage3_max_reuse_distance"] // 2 + setting["stage3_prefetch_bucket_size"] + _largest(weights)
     bucket, sent = int(_zero(setup, "reduce_bucket_size", BUCKET)), _sent_bytes(setup)
     copied = min(bucket, num_elements(weights))  # to send, and this rank's partition in fp32
     is_away = _zero(setup, "offload_param", {}).get("device") == "cpu"
-    sharded, masters, moments, gradients = word * mine, FLOAT * mine, _moments(setup) * mine, FLOAT * mine
+    sharded, masters, moments, gradients = word * local, FLOAT * local, _moments(setup) * local, FLOAT * local
     return States(
-        weights=word * persistent + sharded * (not is_away),
-        master_weights=masters * (not offloads),
-        optimizer=moments * (not offloads),
-        gradients=gradients * (not offloads),
-        gradients_before=gradients * (not offloads),
-        gradients_reduced=gradients * (not offloads),
+        weights=word * persistent + (0 if is_away else sharded),
+        master_weights=0 if offloads else masters,
+        optimizer=0 if offloads else moments,
+        gradients=0 if offloads else gradients,
+        gradients_before=0 if offloads else gradients,
+        gradients_reduced=0 if offloads else gradients,
         buckets=bucket * sent + copied * sent + copied * FLOAT // num_ranks,
         buckets_before=bucket * sent,
         gathered=word * min(num_elements(weights) - persistent, ahead),
         stepping=0 if offloads else min(gradients, FLOAT * setting["sub_group_size"]),
-        host=sharded * is_away + (masters + moments + 2 * gradients) * offloads,
+        host=(sharded if is_away else 0) + (masters + moments + 2 * gradients if offloads else 0),
     )
 
 
