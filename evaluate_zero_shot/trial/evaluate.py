@@ -102,8 +102,8 @@ def _score(subject: Subject, trial: Trial, keeper: FinishedBatches) -> Score:
             num_words=prepared.num_words,
             num_bytes=prepared.num_bytes,
             name=name,
-            keeper=keeper,
-            longest_alike=length_limit(subject.scorer.config),
+            store=keeper,
+            rope_length_limit=length_limit(subject.scorer.config),
             progress=progress,
         )
 

@@ -45,7 +45,7 @@ def _right_options(score: Score, prepared: Prepared) -> Score:
     begins = np.cumsum([0, *prepared.num_options[:-1]])
     is_answer = np.zeros(len(score.token_nats), bool)
     for row in begins + prepared.answers:
-        is_answer[prepared.rows[row].places] = True
+        is_answer[prepared.rows[row].target_positions] = True
     right = score.of(is_answer)
     return Score(right.nats, right.num_scored_tokens, None, None, score.token_nats, score.is_first_choice)
 
@@ -55,7 +55,7 @@ def _mean_nats(score: Score, rows: Sequence[Row], protocol: Protocol) -> float:
     if protocol.weighting == "tokens":
         return score.nats_per_token
     assert score.token_nats is not None
-    means = [score.token_nats[row.places].mean() for row in rows]
+    means = [score.token_nats[row.target_positions].mean() for row in rows]
     # Shifting labels drops one that is a window's first token; a window without such a label loses none by shifting.
     weights = [row.num_targets - (row.window.scored_from > row.window.begin + 1) for row in rows]
     return float(np.dot(means, weights) / sum(weights)) if sum(weights) else score.nats_per_token
@@ -77,8 +77,8 @@ def correctness(score: Score, prepared: Prepared) -> np.ndarray:
     assert score.token_nats is not None
     assert score.is_first_choice is not None
     if not prepared.num_options:
-        return np.array([score.is_first_choice[row.places].all() for row in prepared.rows])
-    nats = np.array([score.token_nats[row.places].sum() for row in prepared.rows])
+        return np.array([score.is_first_choice[row.target_positions].all() for row in prepared.rows])
+    nats = np.array([score.token_nats[row.target_positions].sum() for row in prepared.rows])
     by_question = np.split(nats, np.cumsum(prepared.num_options[:-1]))
     return np.array([options.argmin() for options in by_question]) == prepared.answers
 
@@ -115,7 +115,7 @@ def units(
         offsets, unit = np.linspace(0, offsets[-1], min(num_blocks, int(offsets[-1])) + 1).astype(int), "block"
     is_scored = np.zeros(int(offsets[-1]))
     for row in prepared.rows:
-        is_scored[row.places] = 1
+        is_scored[row.target_positions] = 1
     return _sums(score.token_nats, offsets), _sums(is_scored, offsets), unit
 
 
@@ -139,7 +139,7 @@ def positions(score: Score, rows: Sequence[Row], num_inputs: int) -> list[tuple[
     assert score.token_nats is not None
     width = math.ceil(num_inputs / NUM_BINS)
     columns = np.concatenate([np.arange(row.window.columns.start, row.window.columns.stop) for row in rows])
-    nats = np.concatenate([score.token_nats[row.places] for row in rows])
+    nats = np.concatenate([score.token_nats[row.target_positions] for row in rows])
     tokens = np.bincount(columns // width)
     sums = np.bincount(columns // width, nats)
     return [(i * width, int(n), x) for i, (n, x) in enumerate(zip(tokens, sums.tolist(), strict=True)) if n]

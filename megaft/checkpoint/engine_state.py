@@ -1,8 +1,8 @@
-"""Weights and optimizer states of a DeepSpeed engine at any ZeRO stage, as named pieces of flat fp32 tensors.
+"""Weights and optimizer states of a DeepSpeed engine at any ZeRO stage, as named slices of flat fp32 tensors.
 
-Every stage keeps the same numbers in another place: stage 0 in the parameters, stages 1 and 2 in one flat partition a
-parameter group, stage 3 in one a sub-group. A Place says where a piece of a parameter lies on this rank, so that
-saving and loading are the same few lines for all of them, and no rank ever gathers a whole model.
+Each stage stores the same numbers differently: stage 0 in the parameters, stages 1 and 2 in one flat partition per
+parameter group, stage 3 in one per sub-group. A PartitionSlice locates a parameter's slice on this rank, so the same
+code saves and loads every stage, and no rank ever gathers the whole model.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from torch import Tensor
 
 from megaft.base import parallel
 from megaft.models.backend import backend_of_model
-from megaft.models.parameters import is_cut, parameter_groups
+from megaft.models.parameters import is_sharded, parameter_groups
 from megaft.weights.checkpoint_reader import WEIGHT, shard_name
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Position of a piece of one parameter in the optimizer's flat tensors."""
+class PartitionSlice:
+    """Location of one parameter's slice in the optimizer's flat partitions."""
 
     name: str
     offset: int
-    """First element of the piece in the flattened parameter."""
+    """First element of the slice in the flattened parameter."""
     owner: Tensor
-    """The tensor the optimizer steps; its state holds the moments."""
+    """The tensor that the optimizer steps; its state holds the moments."""
     start: int
     numel: int
 
     def within(self, tensor: Tensor) -> Float32[Tensor, " numel"]:
-        """Return the piece of `tensor`, the owner or one of its moments, as a view."""
+        """Return the slice of `tensor`, the owner or one of its moments, as a view."""
         return tensor.detach().view(-1)[self.start : self.start + self.numel]
 
 
-def places(engine) -> Iterator[Place]:
-    """Yield every trained piece this rank holds, in the order of the model's parameters."""
-    locate = {0: _place_whole, 1: _place_in_group, 2: _place_in_group, 3: _place_in_sub_group}[stage(engine)]
+def partition_slices(engine) -> Iterator[PartitionSlice]:
+    """Yield the slice of every trained parameter on this rank, in the order of the model's parameters."""
+    locate = {0: _full_slice, 1: _slice_in_group, 2: _slice_in_group, 3: _slice_in_sub_group}[stage(engine)]
     for name, parameter in _trained(engine):
-        stored = shard_name(name, parallel.tensor_parallel_rank()) if is_cut(parameter) else name
-        place = locate(engine, stored, parameter)
-        if place is not None and place.numel > 0:
-            yield place
+        stored_name = shard_name(name, parallel.tensor_parallel_rank()) if is_sharded(parameter) else name
+        local = locate(engine, stored_name, parameter)
+        if local is not None and local.numel > 0:
+            yield local
 
 
 def stage(engine) -> int:
@@ -54,67 +54,66 @@ def stage(engine) -> int:
     return engine.zero_optimization_stage()
 
 
-def _place_whole(engine, name: str, parameter: Any) -> Place:
-    return Place(name, 0, parameter, 0, parameter.numel())
+def _full_slice(engine, name: str, parameter: Any) -> PartitionSlice:
+    return PartitionSlice(name, 0, parameter, 0, parameter.numel())
 
 
-def _place_in_group(engine, name: str, parameter: Any) -> Place | None:
+def _slice_in_group(engine, name: str, parameter: Any) -> PartitionSlice | None:
     mapping = parameter._hp_mapping
-    if mapping is None:  # this rank's partition has nothing of it
+    if mapping is None:  # this rank's partition does not overlap the parameter
         return None
     owner = inner_optimizer(engine).param_groups[mapping.param_group_index]["params"][0]
     address = mapping.hp_fragment_address
-    return Place(name, mapping.lp_fragment_address.start, owner, address.start, address.numel)
+    return PartitionSlice(name, mapping.lp_fragment_address.start, owner, address.start, address.numel)
 
 
-def _place_in_sub_group(engine, name: str, parameter: Any) -> Place:
+def _slice_in_sub_group(engine, name: str, parameter: Any) -> PartitionSlice:
     zero = engine.optimizer
     sub_group, start, numel = zero.grad_position[zero.get_param_id(parameter)]
     offset = parallel.data_parallel_rank() * numel
-    # The last rank's partition is padded.
-    return Place(
-        name, offset, zero.fp32_partitioned_groups_flat[sub_group], start, min(numel, parameter.ds_numel - offset)
-    )
+    owner = zero.fp32_partitioned_groups_flat[sub_group]
+    return PartitionSlice(name, offset, owner, start, min(numel, parameter.ds_numel - offset))  # without padding
 
 
 def inner_optimizer(engine) -> torch.optim.Optimizer:
-    """Return the optimizer that steps, inside whatever DeepSpeed wrapped around it."""
+    """Return the optimizer inside DeepSpeed's wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def cut(engine) -> dict[str, Any]:
-    """Return the backend and tensor-parallel size of the parameters."""
+def sharding(engine) -> dict[str, Any]:
+    """Return the model implementation and tensor-parallel size, as the manifest records them."""
     backend = backend_of_model(getattr(engine.module, "language_model", None))
     return {"backend": backend, "tensor_parallel_size": parallel.tensor_parallel_size()}
 
 
 def shapes(engine) -> dict[str, list[int]]:
-    """Return the shape of every trained parameter, or of a tensor-parallel rank's part of it."""
+    """Return the shape of every trained parameter, or of a tensor-parallel rank's shard of it."""
     return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in _trained(engine)}
 
 
 def collect(engine) -> Iterator[tuple[str, str, int, Tensor]]:
-    """Yield (name, kind, offset, values) of what this rank has to write: every piece exactly once over all ranks."""
+    """Yield (name, kind, offset, values) for this rank to write; over all ranks every slice occurs exactly once."""
     _ensure_moments(engine)
-    parts = {shard_name(name, parallel.tensor_parallel_rank()) for name, one in _trained(engine) if is_cut(one)}
-    for number, place in enumerate(places(engine)):
-        is_ours = stage(engine) > 0 or number % parallel.data_parallel_size() == parallel.data_parallel_rank()
-        if is_ours and (place.name in parts or parallel.tensor_parallel_rank() == 0):
-            for kind, values in _tensors(engine, place):
-                yield place.name, kind, place.offset, values
+    tensor_rank = parallel.tensor_parallel_rank()
+    sharded = {shard_name(name, tensor_rank) for name, parameter in _trained(engine) if is_sharded(parameter)}
+    for number, local in enumerate(partition_slices(engine)):
+        is_writer = stage(engine) > 0 or number % parallel.data_parallel_size() == parallel.data_parallel_rank()
+        if is_writer and (local.name in sharded or tensor_rank == 0):
+            for kind, values in _tensors(engine, local):
+                yield local.name, kind, local.offset, values
 
 
 def _trained(engine) -> Iterator[tuple[str, Any]]:
-    return ((name, one) for name, one in engine.module.named_parameters() if one.requires_grad)
+    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
 
 
-def _tensors(engine, place: Place) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weight and each moment of a place as flat views."""
-    yield WEIGHT, place.within(place.owner)
-    for kind, moment in inner_optimizer(engine).state[place.owner].items():
+def _tensors(engine, local: PartitionSlice) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weight and each moment of a slice as flat views."""
+    yield WEIGHT, local.within(local.owner)
+    for kind, moment in inner_optimizer(engine).state[local.owner].items():
         if torch.is_tensor(moment) and kind != "step":
-            # Optimizers of whole matrices, at stage 0 only, have moments of other shapes than the parameter's.
-            yield kind, place.within(moment) if moment.numel() == place.owner.numel() else moment.view(-1)
+            # Factored optimizers (stage 0 only) have moments whose shapes differ from the parameter's.
+            yield kind, local.within(moment) if moment.numel() == local.owner.numel() else moment.view(-1)
 
 
 def restore(engine, read: Callable[[str, str, int, int], Tensor], optimizer_steps: int) -> None:
@@ -122,20 +121,20 @@ def restore(engine, read: Callable[[str, str, int, int], Tensor], optimizer_step
 
     Args:
         engine: An engine of any stage and world size, fresh or between two steps.
-        read: `read(name, kind, offset, numel)` returns that piece as fp32.
-        optimizer_steps: Steps the moments have seen (Adam's bias correction).
+        read: `read(name, kind, offset, numel)` returns that slice in fp32.
+        optimizer_steps: Steps that the moments include (for Adam's bias correction).
     """
     _ensure_moments(engine)
-    for place in places(engine):
-        for kind, values in _tensors(engine, place):
-            values.copy_(read(place.name, kind, place.offset, values.numel()))
+    for local in partition_slices(engine):
+        for kind, values in _tensors(engine, local):
+            values.copy_(read(local.name, kind, local.offset, values.numel()))
     _set_optimizer_steps(inner_optimizer(engine), optimizer_steps)
 
 
 def check_settings(engine, weight_decay: float) -> None:
-    """Assert that every group steps as it was built to, every parameter in its own, and that no states share a step.
+    """Assert that parameter groups kept their settings and parameters, and that no two states share a step counter.
 
-    DeepSpeed's own universal checkpoints merge groups at stage 3 (seen in 0.19.8).
+    DeepSpeed's universal checkpoints merge groups at stage 3 (seen in 0.19.8).
     """
     optimizer = inner_optimizer(engine)
     shared = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "weight_decay")}
@@ -149,32 +148,34 @@ def check_settings(engine, weight_decay: float) -> None:
 
 
 def _group_indices(engine, parameters: list[Any]) -> set[int]:
-    """Return the optimizer groups of those parameters that this rank has a part of."""
+    """Return the indices of the optimizer groups that hold these parameters on this rank."""
     zero = engine.optimizer
     if stage(engine) == 3:
-        return {zero.sub_group_to_group_id[zero.grad_position[zero.get_param_id(one)][0]] for one in parameters}
+        sub_groups = {zero.grad_position[zero.get_param_id(parameter)][0] for parameter in parameters}
+        return {zero.sub_group_to_group_id[sub_group] for sub_group in sub_groups}
     if stage(engine) > 0:
-        return {one._hp_mapping.param_group_index for one in parameters if one._hp_mapping is not None}
-    ids = {id(one) for one in parameters}
+        mappings = [parameter._hp_mapping for parameter in parameters]
+        return {mapping.param_group_index for mapping in mappings if mapping is not None}
+    ids = {id(parameter) for parameter in parameters}
     groups = inner_optimizer(engine).param_groups
     return {index for index, group in enumerate(groups) if not ids.isdisjoint(map(id, group["params"]))}
 
 
 def _ensure_moments(engine) -> None:
-    """Make an optimizer create its moments, by a step of zero gradients at learning rate zero."""
+    """Make the optimizer create its moments, with a step of zero gradients at learning rate zero."""
     optimizer = inner_optimizer(engine)
-    owners = list({id(place.owner): place.owner for place in places(engine)}.values())
+    owners = list({id(local.owner): local.owner for local in partition_slices(engine)}.values())
     if all(optimizer.state.get(owner) for owner in owners):
         return
     before = [(group["params"], group["lr"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["params"], group["lr"] = [], 0.0
     optimizer.param_groups[0]["params"] = owners
-    kept = [owner.grad for owner in owners]
+    saved_grads = [owner.grad for owner in owners]
     for owner in owners:
         owner.grad = torch.zeros_like(owner)
     optimizer.step()
-    for owner, grad in zip(owners, kept, strict=True):
+    for owner, grad in zip(owners, saved_grads, strict=True):
         owner.grad = grad
     for group, (parameters, rate) in zip(optimizer.param_groups, before, strict=True):
         group["params"], group["lr"] = parameters, rate
@@ -184,54 +185,54 @@ def _ensure_moments(engine) -> None:
 def _set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
     for state in optimizer.state.values():
         if "step" in state:
-            state["step"] = torch.full_like(state["step"], float(steps))  # a tensor each: none is shared
+            state["step"] = torch.full_like(state["step"], float(steps))  # a new tensor, so none is shared
     for group in optimizer.param_groups:
-        if "step" in group:  # apex counts in the group
+        if "step" in group:  # apex counts steps in the group
             group["step"] = steps
 
 
 def set_steps(engine, steps: int, skipped_steps: int) -> None:
-    """Set the engine's own counts of steps tried and of those skipped."""
+    """Set the engine's counts of attempted and of skipped steps."""
     engine.global_steps, engine.skipped_steps = steps, skipped_steps
 
 
 def refresh(engine) -> None:
-    """Copy the fp32 weights into those the forward pass uses, on all ranks together."""
+    """Copy the fp32 weights into the weights of the forward pass, on all ranks together."""
     zero = engine.optimizer
     if stage(engine) in (1, 2):
         zero.update_lp_params()
     elif stage(engine) == 3:
-        zero._partition_all_parameters()  # what was gathered, and stays so between steps, has the old weights
-        for compute, master, parts in zip(
+        zero._partition_all_parameters()  # parameters that stay gathered between steps have the old weights
+        for compute, master, partitions in zip(
             zero.fp16_partitioned_groups_flat,
             zero.fp32_partitioned_groups_flat,
             zero.fp16_partitioned_groups,
             strict=True,
         ):
             compute.data.copy_(master.data)
-            for part, values in zip(parts, zero.unflatten(compute, parts), strict=True):
-                part.data = values.data
+            for partition, values in zip(partitions, zero.unflatten(compute, partitions), strict=True):
+                partition.data = values.data
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def step(engine, is_wanted: Callable[[float], bool] | None = None) -> float | Tensor | None:
-    """Take the engine's step; return the norm of the whole batch's gradient before clipping.
+    """Take the engine's step; return the norm of the global batch's gradient before clipping.
 
-    On any but the last micro batch of a step the engine only counts, and there is none. At stage 0 DeepSpeed tells no
-    norm, but the gradients are whole and still there before its step.
+    Returns None before the last micro-batch of a step, as the engine then only counts. At stage 0 DeepSpeed does not
+    report the norm, so it is computed from the full gradients before the step.
 
     Args:
         engine: The engine, after its backward pass.
-        is_wanted: Asked with the norm before weights move; where it says no they stay, and the step counts as skipped.
+        is_wanted: Called with the norm before the update; if it returns False, weights stay and the step is skipped.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
-    whole = _norm(engine) if stage(engine) == 0 else None
+    full_norm = _norm(engine) if stage(engine) == 0 else None
 
     def norm() -> Any:
-        return _agreed(engine.optimizer._global_grad_norm if whole is None else whole)
+        return _agreed(engine.optimizer._global_grad_norm if full_norm is None else full_norm)
 
     if is_wanted is None:
         engine.step()
@@ -241,25 +242,26 @@ def step(engine, is_wanted: Callable[[float], bool] | None = None) -> float | Te
 
 
 def _norm(engine) -> Tensor:
-    """Return the norm of the gradient at stage 0, each part of a cut parameter counted once."""
-    counts_all = parallel.tensor_parallel_rank() == 0
-    gradients = [one.grad for _, one in _trained(engine) if one.grad is not None and (counts_all or is_cut(one))]
+    """Return the norm of the gradient at stage 0; replicated parameters count on one tensor-parallel rank only."""
+    counts_replicated = parallel.tensor_parallel_rank() == 0
+    counted = [parameter for _, parameter in _trained(engine) if counts_replicated or is_sharded(parameter)]
+    gradients = [parameter.grad for parameter in counted if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm if parallel.tensor_parallel_size() == 1 else parallel.sum_over_tensor_ranks(norm.square()).sqrt()
 
 
 def _agreed(norm: float | Tensor | None) -> float | Tensor | None:
-    """Return the main rank's norm: models may add their parts up in other orders, and all ranks must decide alike."""
+    """Return the main rank's norm, so that all ranks decide alike: tensor-parallel groups may sum in other orders."""
     if norm is None or parallel.tensor_parallel_size() == 1:
         return norm
     return parallel.from_main(torch.as_tensor(norm))
 
 
 def _step_if(engine, is_wanted: Callable[[], bool]) -> None:
-    """Take the engine's step with an optimizer that asks first; under ZeRO it steps once a group of parameters."""
+    """Take the engine's step, updating weights only if wanted; under ZeRO the optimizer steps once per group."""
     optimizer = inner_optimizer(engine)
-    really_step = optimizer.step
-    vars(optimizer)["step"] = lambda *args, **kwargs: really_step(*args, **kwargs) if is_wanted() else None
+    original_step = optimizer.step
+    vars(optimizer)["step"] = lambda *args, **kwargs: original_step(*args, **kwargs) if is_wanted() else None
     skipped_before = engine.skipped_steps
     try:
         engine.step()
@@ -281,18 +283,18 @@ def loss_scale_state(engine) -> dict[str, float | int]:
 
 
 def set_loss_scale_state(engine, state: dict[str, float | int]) -> None:
-    """Put back what `loss_scale_state` returned."""
+    """Restore the state that `loss_scale_state` returned."""
     for field, value in state.items():
         setattr(engine.optimizer.loss_scaler, field, value)
 
 
 def keep_loss_scale_at_floor(engine) -> None:
-    """Let an overflow at the smallest loss scale be one more skipped step: the guard ends the run, with a message."""
+    """Make an overflow at the smallest loss scale a skipped step, so that the guard ends the run with a message."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None:
         scaler.raise_error_at_min_scale = False
 
 
 def smallest_loss_scale(engine) -> float | None:
-    """Return the least fp16 loss scale, 0 if the scale is constant; None in other precisions."""
+    """Return the smallest fp16 loss scale, 0 if the scale is constant; None in other precisions."""
     return getattr(engine.optimizer.loss_scaler, "min_scale", 0) if engine.fp16_enabled() else None

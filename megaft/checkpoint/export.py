@@ -1,4 +1,4 @@
-"""RUN/export: the trained model as a folder that transformers loads, with a card that says what was measured."""
+"""Export of the trained model to RUN/export: a folder that transformers loads, with a model card."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from megaft.weights import canonical, manifest
 
 
 def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype: str, rows: Rows) -> Path:
-    """Write the best checkpoint, or the last if there was no validation or it is asked for; return its folder.
+    """Export the best checkpoint, or the last if requested or if there was no validation; return the folder.
 
-    The weights are the ones the engine computed with: fp32 ones rounded to the run's dtype, adapters merged. Before it
-    gets its name, plain transformers must find the trained model in it.
-    It reads the checkpoint on one rank and needs no process group.
+    The weights are those that the engine computed with: fp32 rounded to the run's dtype, adapters merged. The export is
+    published only if plain transformers loads the trained model from it. Otherwise an earlier export stays.
+    Runs on one rank, without a process group.
 
     Args:
         config: The run's settings.
-        state: Where the run is.
-        tokenizer: What is exported beside the model.
-        dtype: That of the run.
+        state: Progress of the run.
+        tokenizer: Tokenizer to export with the model.
+        dtype: Dtype of the run.
         rows: Held-out tokens, on which the loaded export is compared with the trained model.
 
     Raises:
-        CheckpointError: The checkpoint does not hold.
-        ConfigError: The disk refuses.
-        DataError: The export would tokenize, or end texts, otherwise than the run's model.
-        NumericsError: The export is not the trained model. An export that was there stays, whatever is wrong.
+        CheckpointError: The checkpoint is damaged.
+        ConfigError: The folder cannot be written.
+        DataError: The export would tokenize, begin or end texts differently than the run's model.
+        NumericsError: The export's nats differ from the trained model's.
     """
     step = state.step if config.run.export == "last" or state.best_step is None else state.best_step
     checkpoint_folder = manifest.folder_of(config.run.dir, step)
@@ -50,14 +50,13 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
         shutil.rmtree(leftover, ignore_errors=True)
     with naming_disk_errors(final), _removed_on_error(temporary):
         temporary.mkdir()
-        form = MegatronExport if config.model.backend == "megatron" else HuggingFaceExport
-        written = form(
-            config, partial(canonical.transformers_view, checkpoint_folder), getattr(torch, dtype), tokenizer
-        )
-        written.write(temporary)
+        exporter_class = MegatronExport if config.model.backend == "megatron" else HuggingFaceExport
+        open_checkpoint = partial(canonical.transformers_view, checkpoint_folder)
+        exporter = exporter_class(config, open_checkpoint, getattr(torch, dtype), tokenizer)
+        exporter.write(temporary)
         tokenizer.save(temporary)
         require_same_ids(tokenizer, temporary)
-        verified = written.verify(temporary, rows)
+        verified = exporter.verify(temporary, rows)
         card = model_card(config, step, verified)
         (temporary / "README.md").write_text(card, "utf-8", "backslashreplace")
         for path in (temporary, *temporary.rglob("*")):

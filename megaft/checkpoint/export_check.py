@@ -1,7 +1,7 @@
-"""Check of an export before it is published: transformers alone must load from it the model that was trained.
+"""Verification of an export before it is published: plain transformers must load the trained model from it.
 
-The reference is the checkpoint in the module that trains, its adapters not merged. It shares no code with what writes
-an export but the reading of checkpoints.
+The reference is the checkpoint loaded into the training module, with adapters unmerged. It shares only the reading of
+checkpoints with the code that writes exports.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from megaft.weights.loading.padding_tokens import read_padding_tokens
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
 """Tolerance of one token's nats, and relative tolerance of the mean. Both models have the same weights and compute in
-fp32, so they differ by the order of sums alone. A wrong weight, merge or layout differs a thousand times as much."""
+fp32, so they differ only by the order of sums. A wrong weight, merge or layout differs a thousand times as much."""
 
 SMALLEST_MEAN = 0.1
-"""Floor of the mean in the relative tolerance: fp32 logits are not exact to 1e-5 of less."""
+"""Floor of the mean in the relative tolerance: fp32 logits are not exact to 1e-5 of a smaller mean."""
 
 ROWS_FROM_DISK = 8
-"""Rows that models larger than the host's memory are compared on, at most: each reads all weights of both."""
+"""Limit of rows for models larger than host memory: each row reads all weights of both models."""
 
 Rows = Sequence[Sequence[int]]
-"""Tokens, each row an input whose last token is only predicted."""
+"""Rows of tokens; the last token of a row is predicted but not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ class Verified:
 
     def __str__(self) -> str:
         return (
-            "Before it was published, plain transformers loaded it and found the trained model's nats on "
+            "Before it was published, plain transformers loaded it and reproduced the trained model's nats on "
             f"{self.num_tokens} held-out tokens: {self.exported:.6f} per token, the trained model {self.trained:.6f}."
         )
 
 
 def check_nats(trained: Callable[[], nn.Module], folder: Path, rows: Rows) -> Verified:
-    """Compare the nats of a trained module with those of the loaded export; only one of them is in memory at a time.
+    """Compare the nats of the trained module with those of the loaded export, holding one of them in memory at a time.
 
     Args:
         trained: Returns the trained module, its weights rounded to the export's dtype.
@@ -60,60 +60,60 @@ def check_nats(trained: Callable[[], nn.Module], folder: Path, rows: Rows) -> Ve
         rows: Held-out tokens.
 
     Raises:
-        NumericsError: They differ by more than the order of sums explains, or are not finite.
+        NumericsError: The nats differ by more than rounding, or are not finite.
     """
     expected = _nats(trained(), rows)
     gc.collect()
     from transformers import AutoModelForCausalLM
 
     loaded = read_padding_tokens(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    found = _nats(_PlainNats(loaded), rows)
-    return _verified(expected, found, folder)
+    exported = _nats(_ReferenceNats(loaded), rows)
+    return _compared(expected, exported, folder)
 
 
 def check_nats_from_disk(architecture: Any, fetch: Fetch, folder: Path, rows: Rows) -> Verified:
-    """Compare as `check_nats` for a model larger than host memory, reading its weights anew for each row.
+    """Compare like `check_nats` for a model larger than host memory, rereading its weights for each row.
 
     Args:
         architecture: transformers' configuration of the model.
         fetch: Returns a weight of the checkpoint by its name, rounded to the export's dtype, in fp32.
         folder: The export.
-        rows: Held-out tokens, of which no more than ROWS_FROM_DISK rows are compared.
+        rows: Held-out tokens, of which at most ROWS_FROM_DISK rows are compared.
 
     Raises:
-        NumericsError: As from `check_nats`.
+        NumericsError: As in `check_nats`.
     """
-    expected = _nats(_PlainNats(offloaded_model(architecture, fetch)), rows[:ROWS_FROM_DISK])
+    expected = _nats(_ReferenceNats(offloaded_model(architecture, fetch)), rows[:ROWS_FROM_DISK])
     with from_disk(folder) as model:
-        found = _nats(_PlainNats(read_padding_tokens(model)), rows[:ROWS_FROM_DISK])
-    return _verified(expected, found, folder)
+        exported = _nats(_ReferenceNats(read_padding_tokens(model)), rows[:ROWS_FROM_DISK])
+    return _compared(expected, exported, folder)
 
 
-def _verified(trained: Tensor, exported: Tensor, folder: Path) -> Verified:
+def _compared(trained: Tensor, exported: Tensor, folder: Path) -> Verified:
     require_same_nats(trained, exported, folder)
     return Verified(len(trained), float(trained.mean()), float(exported.mean()))
 
 
 def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
-    """Raise NumericsError where two models' nats of the same tokens are not equal but for rounding, or not finite."""
+    """Raise NumericsError if two models' nats of the same tokens differ by more than rounding, or are not finite."""
     if num_bad := int((~trained.isfinite()).sum()):
         raise NumericsError(
             f"{folder} was not published: the trained model's nats of {num_bad:,} of {len(trained):,} held-out tokens "
-            "are not finite. Its weights are damaged, or overflow: export an earlier checkpoint, and lower "
-            "--optim.learning-rate."
+            "are not finite. Its weights are damaged, or it overflows; export an earlier checkpoint, and train with a "
+            "lower --optim.learning-rate."
         )
     mean, other = float(trained.mean()), float(exported.mean())
     largest = float((trained - exported).abs().max())
     if not (largest <= MAX_NATS * max(1, mean) and abs(mean - other) <= MAX_RELATIVE * max(SMALLEST_MEAN, mean)):
         raise NumericsError(
-            f"{folder} was not published: plain transformers loads another model from it, with {other:.6f} nats per "
-            f"token on {len(trained)} held-out tokens, and the trained model has {mean:.6f}. The checkpoint is whole; "
+            f"{folder} was not published: the model that plain transformers loads from it has {other:.6f} nats per "
+            f"token on {len(trained)} held-out tokens, but the trained model has {mean:.6f}. The checkpoint is intact; "
             f"{REPORT}."
         )
 
 
-class _PlainNats(nn.Module):
-    """A transformers model with torch's cross-entropy."""
+class _ReferenceNats(nn.Module):
+    """A transformers model with torch's cross-entropy, as the reference."""
 
     def __init__(self, language_model: Any) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _PlainNats(nn.Module):
 
 @torch.no_grad()
 def _nats(model: nn.Module, rows: Rows) -> Tensor:
-    """Return the nats of every token of the rows but their first."""
+    """Return the nats of every token of the rows except the first of each row."""
     model.eval()
     nats = []
     for row in map(torch.tensor, rows):
@@ -135,7 +135,7 @@ def _nats(model: nn.Module, rows: Rows) -> Tensor:
 
 
 def load_weights(model: nn.Module, saved: TransformersView) -> None:
-    """Put a checkpoint's fp32 weights into a language model of the run's architecture."""
+    """Load a checkpoint's fp32 weights into a language model of the run's architecture."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

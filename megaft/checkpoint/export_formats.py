@@ -1,4 +1,4 @@
-"""Export formats: write a checkpoint of either backend as a transformers folder, and check the folder against it."""
+"""Export formats: write a checkpoint of either backend as a transformers folder, and verify the folder against it."""
 
 from __future__ import annotations
 
@@ -40,26 +40,28 @@ from megaft.weights.provenance import published_name
 from megaft.weights.reading import file_of, open_weights
 from megaft.weights.writing import rounded
 
-Saved = Callable[[Any], TransformersView]
+OpenCheckpoint = Callable[[Any], TransformersView]
 """Opens a checkpoint for a transformers configuration."""
 
 
 class HuggingFaceExport:
-    """Export of a run of transformers' modules, block by block where the host has no room for a model without adapters.
+    """Export of a run with transformers' modules, block by block if the model does not fit in host memory.
 
-    A model is whole in memory with adapters, from a GGUF file, as a part of a larger model, or where its state has
-    buffers or frozen parameters.
+    A model must fit in host memory if it has adapters, comes from a GGUF file, is part of a composite model, or has
+    buffers or frozen parameters in its state.
     """
 
-    def __init__(self, config: TrainConfig, saved: Saved, dtype: torch.dtype, tokenizer: AnyTokenizer) -> None:
-        self.config, self.saved, self.dtype, self.tokenizer = config, saved, dtype, tokenizer
+    def __init__(
+        self, config: TrainConfig, open_checkpoint: OpenCheckpoint, dtype: torch.dtype, tokenizer: AnyTokenizer
+    ) -> None:
+        self.config, self.open_checkpoint, self.dtype, self.tokenizer = config, open_checkpoint, dtype, tokenizer
 
     def write(self, folder: Path) -> None:
-        """Write weights, configuration and settings of generation, and adapters also alone.
+        """Write weights, configuration and generation settings; also the adapters separately.
 
         Raises:
-            CheckpointError: The checkpoint does not hold.
-            OSError: The disk refuses.
+            CheckpointError: The checkpoint is damaged.
+            OSError: The folder cannot be written.
         """
         try:
             if self._is_offloaded:
@@ -68,16 +70,16 @@ class HuggingFaceExport:
                 save_offloaded(model, folder)
             else:
                 self._write_whole(folder)
-        except SafetensorError as error:  # as which safetensors passes on what the disk refuses
+        except SafetensorError as error:  # safetensors wraps errors of the disk in it
             raise OSError(str(error)) from error
         _copy_generation(self.config, folder)
 
     def verify(self, folder: Path, rows: Rows) -> str:
-        """Load the export with transformers alone; return what the check found, for the card.
+        """Load the export with plain transformers; return the result of the comparison, for the model card.
 
         Raises:
-            DataError: It begins, ends or pads texts otherwise than the source.
-            NumericsError: It is not the trained model.
+            DataError: The export begins, ends or pads texts differently than the source.
+            NumericsError: Its nats differ from the trained model's.
         """
         if not self._is_offloaded:
             return str(check_nats(lambda: self._rounded_model(folder), folder, rows))
@@ -102,7 +104,7 @@ class HuggingFaceExport:
     def _is_offloaded(self) -> bool:
         if self.config.lora.rank or not (_has_files(self.config) or self.config.model.from_scratch):
             return False
-        if self._architecture.get_text_config() is not self._architecture:  # transformers may train a part of it
+        if self._architecture.get_text_config() is not self._architecture:  # only the text model may be trained
             return False
         num_parameters = num_offloadable(self._architecture)
         return num_parameters is not None and not has_room_for(num_parameters)
@@ -113,69 +115,71 @@ class HuggingFaceExport:
 
     @cached_property
     def _canonical(self) -> TransformersView:
-        return self.saved(self._architecture)
+        return self.open_checkpoint(self._architecture)
 
     def _rounded_weight(self, name: str) -> torch.Tensor:
         return rounded(name, self._canonical.read(name, WEIGHT), self.dtype)
 
     def _rounded_model(self, folder: Path) -> nn.Module:
-        """Return the trained module that the export is compared with, once generation begins and ends as in it."""
+        """Return the trained module for the comparison, after checking the export's generation settings."""
         model = self._trained()
         _check_generation(self.config, self.tokenizer, model.config, folder)
         adapters.round_weights(model, self.dtype)
         return hugging_face.NatsModel(model)
 
     def _trained(self) -> Any:
-        """Return the module that trains, with the checkpoint's weights in fp32 and its adapters not merged.
+        """Return the training module with the checkpoint's weights in fp32 and unmerged adapters.
 
         Raises:
-            ConfigError: The host has no memory for it.
+            ConfigError: The model does not fit in host memory.
         """
-        gc.collect()  # of a model before
+        gc.collect()  # frees an earlier model
         self._require_room()
         model = hugging_face.build_whole(self.config.model, self.config.lora, self.config.run.seed)
-        load_weights(model, self.saved(model.config))
+        load_weights(model, self.open_checkpoint(model.config))
         return model
 
     def _require_room(self) -> None:
-        """Refuse to build a model that the host has no memory for: the system would kill the process."""
+        """Refuse to build a model that does not fit in host memory; the system would kill the process."""
         source = self.config.model.path or ""
         is_gguf = source.endswith(".gguf")
         num_parameters = read_header(Path(source)).num_elements if is_gguf else count_parameters(self._architecture)
         num_bytes, room = FP32_BYTES * num_parameters, available_memory()
         if room < num_bytes:
             raise ConfigError(
-                f"--run.export is {self.config.run.export}; the exported model must be whole in host memory, as with "
-                f"adapters, from a GGUF file, or with frozen parameters or buffers: {num_bytes:,} bytes in fp32, and "
-                f"{room:,} are free. The checkpoint is whole: give the same command where there is more memory."
+                f"--run.export is {self.config.run.export}; this model must fit in host memory to be exported (it has "
+                f"adapters, frozen parameters or buffers, or comes from a GGUF file): it needs {num_bytes:,} bytes in "
+                f"fp32, but {room:,} are free. The checkpoint is intact; run the same command with more memory."
             )
 
 
 class MegatronExport:
-    """Export of a run of megatron-core's modules, parameter by parameter: no rank may have room for the model."""
+    """Export of a run with megatron-core's modules, parameter by parameter, as the model may exceed host memory."""
 
-    def __init__(self, config: TrainConfig, saved: Saved, dtype: torch.dtype, tokenizer: AnyTokenizer) -> None:
+    def __init__(
+        self, config: TrainConfig, open_checkpoint: OpenCheckpoint, dtype: torch.dtype, tokenizer: AnyTokenizer
+    ) -> None:
         self.config, self.dtype, self.tokenizer = config, dtype, tokenizer
         architecture = _architecture_of(config, tokenizer)
-        canonical = saved(architecture)
+        canonical = open_checkpoint(architecture)
         shapes = shapes_of(architecture)
         self.weights = Weights(architecture, torch.float32, shapes, lambda name: canonical.read(name, WEIGHT))
 
     def write(self, folder: Path) -> None:
-        """Write weights, configuration and settings of generation.
+        """Write weights, configuration and generation settings.
 
         Raises:
-            CheckpointError: The checkpoint does not hold.
+            CheckpointError: The checkpoint is damaged.
         """
         writing.write_hugging_face(self.weights, folder, self.dtype)
         _copy_generation(self.config, folder)
 
     def verify(self, folder: Path, rows: Rows) -> str:
-        """Load the export with transformers alone, layer by layer where the host has no room for the model.
+        """Load the export with plain transformers, layer by layer if it does not fit in host memory.
 
         Raises:
-            DataError: It begins, ends or pads texts otherwise than the source.
-            NumericsError: It is not the trained model.
+            DataError: The export begins, ends or pads texts differently than the source.
+            NumericsError: Its nats differ from the trained model's.
         """
         _check_generation(self.config, self.tokenizer, self.weights.config, folder)
         if has_room_for(self.weights.num_parameters):
@@ -194,11 +198,11 @@ class MegatronExport:
 
 
 MEMORY_FACTOR = 1.2
-"""Free host memory over the size of a model, that nats are computed with it: for activations, and files in memory."""
+"""Host memory needed to compute nats, relative to the size of the model: it includes activations and cached files."""
 
 
 def has_room_for(num_parameters: int) -> bool:
-    """Return whether this host has memory for so many parameters in fp32."""
+    """Return True if this host has memory to compute nats with this many parameters in fp32."""
     return available_memory() > MEMORY_FACTOR * FP32_BYTES * num_parameters
 
 
@@ -219,7 +223,7 @@ def _has_files(config: TrainConfig) -> bool:
 
 
 def _copy_generation(config: TrainConfig, folder: Path) -> None:
-    """Keep the source's own settings of generation, all of them."""
+    """Copy the source's generation_config.json."""
     if _has_files(config) and (path := file_of(str(config.model.path), GENERATION)):
         shutil.copyfile(path, folder / GENERATION)
 

@@ -1,6 +1,6 @@
-"""Model card of an export: where the model came from, and what was measured before and after.
+"""Model card of an export: sources of the model and data, and validation before and after training.
 
-A card may be published, so it names models and texts by hub name, or by file name and SHA-256, and never by local path.
+A card may be published, so it names models and texts by hub name or by file name and SHA-256, never by local path.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def model_card(config: TrainConfig, step: int, verified: str) -> str:
     Args:
         config: The run's settings.
         step: Steps of the exported checkpoint.
-        verified: Sentence on the check of the export.
+        verified: Sentence about the verification of the export.
     """
     rows = json_lines(config.run.dir / "metrics.jsonl")
     validations = {row["step"]: row["validation"] for row in rows if "validation" in row}
@@ -37,7 +37,7 @@ def model_card(config: TrainConfig, step: int, verified: str) -> str:
         "",
         f"{_base(config)}, finetuned for {counted(step, 'step')} with megaft on "
         f"{' '.join(map(_weighted_name, config.data.train))}; seed {config.run.seed}.",
-        "`config.json` of the run's folder has every setting, and `metrics.jsonl` every step.",
+        "In the run's folder, `config.json` has every setting and `metrics.jsonl` every step.",
         "",
         *_markdown(["source", "name", "SHA-256"], _sources(config)),
     ]
@@ -48,14 +48,14 @@ def model_card(config: TrainConfig, step: int, verified: str) -> str:
 
 
 def _base(config: TrainConfig) -> str:
-    """Return the name of the model that the run began with."""
+    """Return the name of the model that the run started from."""
     if config.model.path is not None:
         return _file_name(config.model.path)
     return f"{_file_name(str(config.model.from_scratch))} (from scratch)"
 
 
 def _file_name(source: str) -> str:
-    """Return the last part of a local path; a hub name as it is."""
+    """Return the last component of a local path, or a hub name unchanged."""
     return Path(source).absolute().name if Path(source).exists() else without_folders(source)
 
 
@@ -65,7 +65,7 @@ def _weighted_name(source: str) -> str:
 
 
 def _sources(config: TrainConfig) -> Iterator[list[str]]:
-    """Yield kind, name and SHA-256 of all that the run read."""
+    """Yield the kind, name and SHA-256 of each of the run's inputs."""
     source = str(config.model.path or config.model.from_scratch)
     yield ["model" if config.model.path else "architecture", _file_name(source), _sha256_of_source(source)]
     for _, name in map(parse_source, config.data.train):
@@ -99,7 +99,7 @@ def _markdown(names: list[str], rows: Iterator[list[str]]) -> list[str]:
 
 
 def _shown(value: float | int | str) -> str:
-    """A float in six digits; a count in all of its own, and what is not finite as JSON has it."""
+    """Return a float with six digits, or an integer or string in full."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

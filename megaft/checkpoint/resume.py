@@ -1,6 +1,6 @@
 """Resume a run from its newest valid checkpoint, at any ZeRO stage, world size and tensor-parallel size.
 
-`manifest` has the format; `saver` writes checkpoints.
+weights.manifest describes the format; saver.py writes checkpoints.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from megaft.weights.manifest import published, read_manifest, verify
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The checkpoint to continue from, and the damaged ones that were skipped."""
+class ResumePoint:
+    """The checkpoint to resume from, and the damaged ones that were skipped."""
 
     folder: Path | None
     """None for a new run."""
     skipped: tuple[tuple[str, str], ...]
-    """Name and reason of every damaged checkpoint, and of a pointer that names a missing one."""
+    """Name and defect of every damaged checkpoint, and of a wrong `latest` pointer."""
 
 
-def find(run_dir: Path) -> Found:
-    """Return the newest checkpoint that holds, the same one on every rank; print why newer ones do not.
+def find(run_dir: Path) -> ResumePoint:
+    """Return the newest valid checkpoint, the same on every rank, and print the defects of newer ones.
 
     Every rank hashes its share of the files.
 
     Raises:
-        CheckpointError: There are checkpoints, or a pointer to one, and none holds.
+        CheckpointError: There are checkpoints, or a `latest` pointer, but no checkpoint is valid.
     """
     folder, skipped = run_dir / "checkpoints", []
     candidates = published(folder) if parallel.is_main() else []
@@ -52,16 +52,17 @@ def find(run_dir: Path) -> Found:
         if not reason:
             break
         skipped.append((name, reason))
-    skipped += [entry for entry in [("latest", agreed(_stray_pointer(folder, name)))] if entry[1]]
+    if defect := agreed(_defect_of_latest(folder, name)):
+        skipped.append(("latest", defect))
     if parallel.is_main():
-        for what, reason in skipped:
-            print(f"skipped {what}: {reason}", flush=True)
+        for skipped_name, reason in skipped:
+            print(f"skipped {skipped_name}: {reason}", flush=True)
     if skipped and not name:
         newest = ": ".join(skipped[0])
         raise CheckpointError(
-            f"no checkpoint in {folder} holds; {newest} Put one back, or start over with --run.fresh."
+            f"no checkpoint in {folder} is valid; {newest} Restore one, or start over with --run.fresh."
         )
-    return Found(folder / name if name else None, tuple(skipped))
+    return ResumePoint(folder / name if name else None, tuple(skipped))
 
 
 def _damage(folder: Path) -> str:
@@ -73,24 +74,25 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def _stray_pointer(folder: Path, found: str) -> str:
-    """Return the defect of `latest`, on the main rank."""
+def _defect_of_latest(folder: Path, used: str) -> str:
+    """Return the defect of the `latest` pointer on the main rank; "" if it names the checkpoint in use."""
     if not parallel.is_main() or not folder.is_dir():
         return ""
     try:
         named = (folder / "latest").read_text(errors="replace").strip()[:80]
     except OSError:
         named = None
-    if named == (found or None):
+    if named == (used or None):
         return ""
-    there = ", ".join(path.name for path in published(folder)) or "no checkpoints"
-    return f"it {'is missing' if named is None else f'names {named!r}'}; {found or 'none'} is taken of {there}."
+    available = ", ".join(path.name for path in published(folder)) or "no checkpoints"
+    defect = "it is missing" if named is None else f"it names {named!r}"
+    return f"{defect}; using {used or 'none'} (found: {available})."
 
 
 def load(engine: Any, folder: Path, identity: Identity, allow_changed: Collection[str] = ()) -> RunState:
-    """Put a verified checkpoint into an engine, fresh or in the middle of a run, and return the run's state.
+    """Load a verified checkpoint into an engine, fresh or in the middle of a run, and return the run's state.
 
-    Each rank reads its own pieces and no others.
+    Each rank reads only its own slices.
 
     Raises:
         CheckpointError: It belongs to another run (the message names every difference), or it cannot be read.
@@ -112,25 +114,25 @@ def _load(engine, folder: Path, identity: Identity, allow_changed: Collection[st
 
 
 def _reader(engine: Any, folder: Path, manifest: dict[str, Any]) -> Callable[[str, str, int, int], Tensor]:
-    """Return a reader of this rank's pieces, unconverted if the same backend and tensor-parallel size wrote them."""
-    pieces, cut = CheckpointReader(folder, manifest), engine_state.cut(engine)
-    if all(manifest[name] == value for name, value in cut.items()):
-        return pieces.read
+    """Return a reader of this rank's slices; it converts them if the backend or tensor-parallel size has changed."""
+    reader, sharding = CheckpointReader(folder, manifest), engine_state.sharding(engine)
+    if all(manifest[name] == value for name, value in sharding.items()):
+        return reader.read
     model = engine.module.language_model
-    layout = layout_of(model.config) if cut["backend"] == "megatron" else None
-    return ReshardedReader(TransformersView(pieces, manifest, model.config), layout).read
+    layout = layout_of(model.config) if sharding["backend"] == "megatron" else None
+    return ReshardedReader(TransformersView(reader, manifest, model.config), layout).read
 
 
 def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> None:
-    """Compare the identity in a manifest with this run's; print the differences that are allowed.
+    """Compare the identity in a manifest with this run's; print the allowed differences.
 
     Raises:
-        CheckpointError: There are others; the message names every one.
+        CheckpointError: Other settings differ; the message names each.
     """
     now = json.loads(to_json(now))
-    called = [identity.get("names") or {} for identity in (saved, now)]
+    readable = [identity.get("names") or {} for identity in (saved, now)]
     changed = {
-        name: _difference(name, saved.get(name), value) + _names(*(names.get(name) for names in called))
+        name: _difference(name, saved.get(name), value) + _names(*(names.get(name) for names in readable))
         for name, value in now.items()
         if name != "names" and saved.get(name) != value
     }
@@ -140,10 +142,10 @@ def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], a
         allow = f"--checkpoint.allow-changed {' '.join([*allowed, *changeable])}, " if changeable else ""
         raise CheckpointError(
             f"{folder} belongs to another run ({'; '.join(changed[name] for name in refused)}). "
-            f"Use the settings it was made with, {allow}another --run.dir, or --run.fresh to start over."
+            f"Use the settings it was saved with, {allow}another --run.dir, or --run.fresh to start over."
         )
     if changed and parallel.is_main():
-        print(f"continues {folder} although {'; '.join(changed.values())}", flush=True)
+        print(f"resuming {folder} with changed settings: {'; '.join(changed.values())}", flush=True)
 
 
 def _difference(name: str, then: Any, now: Any) -> str:
@@ -161,7 +163,7 @@ def remove_all(run_dir: Path) -> None:
     """Remove every checkpoint of a run that starts over."""
     folder, hidden = run_dir / "checkpoints", run_dir / "checkpoints.old"
     with naming_disk_errors(folder):
-        if hidden.exists():  # of one that was killed here
+        if hidden.exists():  # left by a run that was killed here
             shutil.rmtree(hidden)
         if folder.exists():
             folder.rename(hidden)

@@ -1,4 +1,4 @@
-"""Training state besides weights and optimizer states: progress, and the settings a resumed run must not change."""
+"""Training progress, and the identity of a run: the settings that a resumed run must not change."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ class RunState:
     """Progress of a run, saved with its weights and optimizer states."""
 
     step: int = 0
-    """Optimizer steps tried."""
+    """Optimizer steps attempted."""
     skipped_steps: int = 0
     """Steps dropped for fp16 overflow."""
     tokens_seen: int = 0
     """Scored tokens trained on, over all ranks."""
     position: int = 0
-    """Samples taken from the run's sequence, without those left out."""
+    """Samples taken from the run's sequence, not counting those left out."""
     left_out: tuple[tuple[int, int], ...] = ()
-    """Samples the guard left out, as rising ranges [begin, end) of the whole sequence."""
+    """Samples that the guard left out, as ascending ranges [begin, end) of the full sequence."""
     best_step: int | None = None
     best_nats_per_token: float | None = None
     validations_since_best: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
-    """State of the guard: the recent steps that the next is compared with."""
+    """State of the guard: recent steps, with which the next is compared."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
@@ -34,16 +34,16 @@ class RunState:
         return cls(**values, left_out=left_out)
 
     def after_validation(self, nats_per_token: float) -> RunState:
-        """Return the state with this step's validation taken in."""
+        """Return the state updated with this step's validation."""
         best = math.inf if self.best_nats_per_token is None else self.best_nats_per_token
-        if nats_per_token < best:  # never where it is not a number
+        if nats_per_token < best:  # False for NaN
             return replace(self, best_step=self.step, best_nats_per_token=nats_per_token, validations_since_best=0)
         return replace(self, validations_since_best=self.validations_since_best + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Settings that must equal the checkpoint's for it to continue the same run."""
+    """Settings that must equal the checkpoint's when a run resumes."""
 
     global_batch_size: int
     seed: int
@@ -56,7 +56,7 @@ class Identity:
     dropout: float | None
     optim: dict[str, Any]
     schedule_steps: int | None
-    """The run's steps, where the learning rate depends on them."""
+    """Length of the run in steps if the learning rate depends on it, else None."""
     validation: str | None
     names: dict[str, str] = field(default_factory=dict)
-    """Readable names of the fields that are hashes; for messages, never compared."""
+    """Readable names for fields that are hashes; used in messages, never compared."""

@@ -1,7 +1,7 @@
-"""Publish checkpoints: written to a temporary folder, hashed, synced, and renamed into place.
+"""Atomic checkpoint saving: write to a temporary folder, hash, sync, and rename into place.
 
-No moment is without a valid checkpoint once there was one: the old ones go after the new one is in place, and what a
-killed save leaves behind has a name that is never read.
+Once there is a valid checkpoint there always is one: old checkpoints are removed only after the new one is in place,
+and the leftovers of a killed save have a name that is never read.
 """
 
 from __future__ import annotations
@@ -38,29 +38,28 @@ from megaft.weights.tensor_file import write_shard
 SPARE_BYTES = 1 << 20
 """Free space left for the manifest, headers and other files of the run."""
 PARTS, PART_BYTES = 4, 1 << 28
-"""Files that a rank writes at once, each hashed by its own thread, and the least length of one."""
+"""Number of files that a rank writes in parallel, each hashed by its own thread, and the smallest size of a file."""
 PINNED_FACTOR = 2
 """torch rounds page-locked memory up to a power of two."""
 
 _naming_disk_errors = partial(
     naming_disk_errors,
     kind=CheckpointError,
-    fix="Free space there or name another --run.dir; the last checkpoint stays, and the same command continues "
-    "from it.",
+    fix="Free space there or use another --run.dir; the last checkpoint stays, and the same command resumes from it.",
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PendingCheckpoint:
     """A checkpoint that is being written."""
 
     final: Path
     temporary: Path
     best_step: int | None
     manifest: dict[str, Any]
-    """Manifest of the checkpoint without its files."""
+    """Manifest of the checkpoint without its `files` entry."""
     writers: list[Future[tuple[int, bytes]]]
-    """Futures of the bytes and SHA-256 of each of this rank's files."""
+    """Futures of the size in bytes and SHA-256 of each of this rank's files."""
 
 
 class Saver:
@@ -70,30 +69,30 @@ class Saver:
         self._run_dir, self._identity, self._config = run_dir, identity, config
         self._folder = run_dir / "checkpoints"
         self._threads = ThreadPoolExecutor(PARTS, thread_name_prefix="checkpoint")
-        self._pending: Pending | None = None
+        self._pending: PendingCheckpoint | None = None
         self._host_copy = torch.empty(0)
         self.blocking_seconds = 0.0
         """Seconds for which the last save blocked training."""
         self.written_bytes = 0
-        """Bytes of the last save's tensors over all ranks."""
+        """Bytes of the last save's tensors, summed over all ranks."""
 
     @property
     def is_pending(self) -> bool:
-        """True if a checkpoint was begun and is not published yet."""
+        """True if a checkpoint has been started and not yet published."""
         return self._pending is not None
 
     @property
     def is_written(self) -> bool:
-        """True if no checkpoint is pending, or this rank's part of it is on disk or failed."""
+        """True if no checkpoint is pending, or this rank's files are all written or failed."""
         return self._pending is None or all(writer.done() for writer in self._pending.writers)
 
     def save(self, engine: Any, state: RunState) -> None:
-        """Write a checkpoint and publish it; or, in the background, copy it to the host and begin to write it.
+        """Write and publish a checkpoint; in background mode, copy it to host memory and start writing it.
 
-        Where the host has no memory for the copy, training waits for the file, and only publishing is put off.
+        If the host has no memory for the copy, training waits for the files, and only publishing is deferred.
 
         Raises:
-            CheckpointError: The disk refuses, or has no room. The checkpoints before it stay.
+            CheckpointError: The disk is full or cannot be written. Earlier checkpoints stay.
         """
         self.publish()
         began = time.perf_counter()
@@ -108,10 +107,10 @@ class Saver:
         is_copied = self._config.in_background and self._fits(sizes)
         pieces = self._copied(pieces) if is_copied else pieces
         writers = [
-            self._threads.submit(_write, temporary / _file_name(parallel.rank(), number), part)
-            for number, part in enumerate(_parts(pieces))
+            self._threads.submit(_write, temporary / _file_name(parallel.rank(), number), file_pieces)
+            for number, file_pieces in enumerate(_split_into_files(pieces))
         ]
-        self._pending = Pending(final, temporary, state.best_step, self._manifest(engine, state), writers)
+        self._pending = PendingCheckpoint(final, temporary, state.best_step, self._manifest(engine, state), writers)
         if self._config.in_background and not is_copied:
             wait(writers)
         self.blocking_seconds = time.perf_counter() - began
@@ -119,10 +118,10 @@ class Saver:
             self.publish()
 
     def _fits(self, sizes: list[list[int]]) -> bool:
-        """Return True if this rank's copy was made before, or the copies of all ranks on this host have room."""
-        mine, host = sizes[parallel.rank()]
-        here = sum(num_bytes for num_bytes, where in sizes if where == host)
-        return self._host_copy.nbytes >= mine or PINNED_FACTOR * here < available_memory()
+        """Return True if this rank has its buffer already, or this host has memory for the copies of all its ranks."""
+        rank_bytes, host = sizes[parallel.rank()]
+        host_bytes = sum(num_bytes for num_bytes, other_host in sizes if other_host == host)
+        return self._host_copy.nbytes >= rank_bytes or PINNED_FACTOR * host_bytes < available_memory()
 
     def _begin(self, temporary: Path) -> None:
         if not parallel.is_main():
@@ -133,17 +132,17 @@ class Saver:
                 _remove(leftover)
             needed, free = self.written_bytes + SPARE_BYTES, shutil.disk_usage(self._folder).free
             if free < needed:
-                raise OSError(errno.ENOSPC, f"{free:,} bytes are free, and it needs {needed:,}")
+                raise OSError(errno.ENOSPC, f"a checkpoint needs {needed:,} bytes, but {free:,} are free")
             temporary.mkdir()
             marker = {"step": step_of(temporary), **job()}
             (self._folder / "SAVING").write_text("".join(f"{key} {value}\n" for key, value in marker.items()))
 
     def _copied(self, pieces: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-        """Copy to host memory, which is kept for the next save; page-locked where a device copies to it."""
+        """Copy to a host buffer, which the next save reuses; it is page-locked if the source is a device."""
         lengths = [values.numel() for _, values in pieces]
         is_on_host, numel = all(values.is_cpu for _, values in pieces), sum(lengths)
         if self._host_copy.numel() < numel:
-            self._host_copy = torch.empty(0)  # before the larger one takes its place
+            self._host_copy = torch.empty(0)  # frees the smaller buffer first
             self._host_copy = torch.empty(numel, pin_memory=not is_on_host)
         copies = self._host_copy[:numel].split(lengths)
         for copy, (_, values) in zip(copies, pieces, strict=True):
@@ -161,15 +160,15 @@ class Saver:
             "loss_scale": engine_state.loss_scale_state(engine),
             "world_size": parallel.world_size(),
             "zero_stage": engine_state.stage(engine),
-            **engine_state.cut(engine),
+            **engine_state.sharding(engine),
             "shapes": engine_state.shapes(engine),
         }
 
     def publish(self) -> None:
-        """If one is pending, wait for every rank's part, make it a checkpoint, and remove older ones.
+        """Publish the pending checkpoint, if any: wait for every rank's files, rename it into place, remove old ones.
 
         Raises:
-            CheckpointError: A rank could not write. The checkpoints before it stay.
+            CheckpointError: A rank could not write. Earlier checkpoints stay.
         """
         if self._pending is None:
             return
@@ -189,7 +188,7 @@ class Saver:
             raise
         self.blocking_seconds += time.perf_counter() - began
 
-    def _finish(self, pending: Pending, written: list[list[int]]) -> None:
+    def _finish(self, pending: PendingCheckpoint, written: list[list[int]]) -> None:
         if not parallel.is_main():
             return
         temporary, final = pending.temporary, pending.final
@@ -199,7 +198,7 @@ class Saver:
                 require_size(temporary / name, file["bytes"])
             _write_text(temporary / MANIFEST, manifest_text(pending.manifest | {"files": files}))
             fsync(temporary)
-            if final.exists():  # the same step, saved again after a resume: until the new one is there it counts
+            if final.exists():  # the same step saved again after a resume: stays valid until the new one is in place
                 final.rename(final.with_name(f"{final.name}.replaced-{time.time_ns()}"))
             temporary.rename(final)
             fsync(self._folder)
@@ -210,13 +209,14 @@ class Saver:
             (self._folder / "SAVING").unlink(missing_ok=True)
 
     def _remove_old(self, newest: int, best_step: int | None) -> None:
-        """Remove what is not to be kept, which is also what the run left behind when it went back before it."""
+        """Remove checkpoints beyond the retention rule, and those of later steps from before a rewind."""
         folders = {step_of(folder): folder for folder in published(self._folder)}
         steps = [step for step in folders if step <= newest]
         every = self._config.keep_every
-        kept = {best_step, *steps[-self._config.keep_last :], *(step for step in steps if every and step % every == 0)}
+        retained = {best_step, *steps[-self._config.keep_last :]}
+        retained |= {step for step in steps if every and step % every == 0}
         for folder in published(self._folder):
-            if folder != folders[step_of(folder)] or step_of(folder) not in kept:
+            if folder != folders[step_of(folder)] or step_of(folder) not in retained:
                 hidden = folder.with_name(folder.name + ".old")
                 folder.rename(hidden)
                 _remove(hidden)
@@ -227,29 +227,29 @@ def _file_name(rank: int, part: int) -> str:
 
 
 def _files(written: list[list[int]]) -> dict[str, dict[str, Any]]:
-    """Return the manifest's entry of files, from every rank's bytes and SHA-256s."""
+    """Return the manifest's `files` entry from the sizes and SHA-256 hashes of every rank's files."""
     length = len(written[0]) // PARTS
-    parts = {
+    files = {
         _file_name(rank, part): numbers[part * length : (part + 1) * length]
         for rank, numbers in enumerate(written)
         for part in range(PARTS)
     }
     return {
         name: {"bytes": num_bytes, "sha256": bytes(sha256).hex()}
-        for name, (num_bytes, *sha256) in parts.items()
+        for name, (num_bytes, *sha256) in files.items()
         if num_bytes
     }
 
 
-def _parts(pieces: list[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
-    """Cut this rank's pieces into up to PARTS files of about the same length, none shorter than PART_BYTES."""
+def _split_into_files(pieces: list[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
+    """Split this rank's tensors into up to PARTS files of similar size, aiming at PART_BYTES or more each."""
     num_bytes = 4 * sum(values.numel() for _, values in pieces)
-    parts = [[] for _ in range(min(PARTS, max(1, num_bytes // PART_BYTES)))]
+    files = [[] for _ in range(min(PARTS, max(1, num_bytes // PART_BYTES)))]
     begin = 0
     for name, values in pieces:
-        parts[begin * len(parts) // max(1, num_bytes)].append((name, values))
+        files[begin * len(files) // max(1, num_bytes)].append((name, values))
         begin += 4 * values.numel()
-    return parts
+    return files
 
 
 def _write(path: Path, pieces: list[tuple[str, Tensor]]) -> tuple[int, bytes]:

@@ -1,4 +1,4 @@
-"""`megaft prepare`: tokenize text files to disk, once."""
+"""`megaft prepare`: tokenize text files once, to disk."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`megaft validate`: run every check of training's start without a GPU, as for a given number of ranks.
+"""`megaft validate`: dry run of a training start on a CPU, for any number of ranks.
 
-It takes training's own way: the data is prepared, the model loaded, the DeepSpeed engine built as rank 0 of N on a CPU,
-and the newest checkpoint loaded into it. The other ranks do not exist: torch's fake process group answers for them.
+It runs training's own code: it prepares the data, loads the model, builds the DeepSpeed engine as rank 0 of N on a CPU,
+and loads the newest checkpoint. torch's fake process group stands in for the other ranks.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidateConfig(TrainConfig):
-    """Check a training run before it takes a GPU, and print its plan. Takes the flags of training.
+    """Check a training run without a GPU and print its plan. Takes the flags of training.
 
-    Nothing is written into the run's folder. The exit code is the one training would end with.
+    Nothing is written to the run's folder. The exit code is 0, or the one with which training would fail at start-up.
     """
 
     world_size: int = 1
-    """Ranks of the run."""
+    """Number of ranks of the run."""
     json: bool = False
     """Print one line of JSON instead of a table."""
 
@@ -45,10 +45,10 @@ class ValidateConfig(TrainConfig):
 
 
 def main(config: ValidateConfig) -> int:
-    """Check, print what the run would be, and return 0.
+    """Check the run, print its plan, and return 0.
 
     Raises:
-        UserError: What training would refuse.
+        UserError: Training would refuse the settings.
     """
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", TQDM_DISABLE="1")  # before torch is imported
     with redirect_stdout(sys.stderr):
@@ -61,7 +61,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     """Return the plan of the run, as JSON values.
 
     Raises:
-        UserError: What training would refuse.
+        UserError: Training would refuse the settings.
     """
     from megaft.base import parallel
     from megaft.run.build import build
@@ -79,18 +79,18 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
             topology = parallel.join_fake_group(config.world_size)
             run = build(plan_run(stand_in, topology, has_cuda=False), topology)
             state = resume(run)
-            answer = _answer(config, setup, run, state)
+            checked_plan = _answer(config, setup, run, state)
     finally:
         parallel.leave()
-    answer["resumes_from"] = str(manifest.folder_of(config.run.dir, state.step)) if resumed else None
-    answer["notes"] = [*setup.notes, *notes]
-    require_room(config, answer["checkpoint_bytes"])
-    return answer
+    checked_plan["resumes_from"] = str(manifest.folder_of(config.run.dir, state.step)) if resumed else None
+    checked_plan["notes"] = [*setup.notes, *notes]
+    require_room(config, checked_plan["checkpoint_bytes"])
+    return checked_plan
 
 
 @contextmanager
 def _stand_in_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
-    """A temporary run folder, in which the real one's checkpoints can be read; messages name the real one."""
+    """Yield a temporary run folder with a link to the real one's checkpoints; errors name the real folder."""
     with tempfile.TemporaryDirectory(prefix="megaft-validate-") as temporary:
         folder = Path(temporary)
         if not is_fresh and (run_dir / "checkpoints").is_dir():
@@ -102,22 +102,24 @@ def _stand_in_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
 
 
 def _stand_in(config: ValidateConfig, setup: ResolvedSettings, folder: Path) -> tuple[ValidateConfig, list[str]]:
-    """Return settings that a CPU can build in place of those that need a GPU, and say which these are."""
+    """Return settings that a CPU can build instead of those that need a GPU, and notes on the replacements."""
     from megaft.base.files import write_json_atomic
 
     notes, json, checkpoints = [], {**setup.as_read}, config.checkpoint
     optim, model = config.optim, config.model
     if setup.dtype == "float16":
         del json["fp16"]
-        notes.append("float16 was built in float32, as a CPU can.")
+        notes.append("float16 was replaced by float32 for this check.")
     if (other := OPTIMIZERS[setup.optim.name].cpu_equivalent) is not None:
         json.pop("optimizer", None)
         optim = replace(setup.optim, name=other)
         checkpoints = replace(checkpoints, allow_changed=(*checkpoints.allow_changed, "optim"))
-        notes.append(f"{setup.optim.name} was built as {other}; `megaft doctor` on a GPU node says whether it works.")
+        notes.append(
+            f"{setup.optim.name} was replaced by {other} for this check; run `megaft doctor` on a GPU node to test it."
+        )
     if model.cross_entropy == "liger":
         model = replace(model, cross_entropy="chunked")
-        notes.append("liger was built as chunked; `megaft doctor` on a GPU node says whether it is there.")
+        notes.append("liger was replaced by chunked for this check; run `megaft doctor` on a GPU node to test it.")
     write_json_atomic(folder / "deepspeed.json", json)
     changed = {"deepspeed_config": folder / "deepspeed.json", "optim": optim, "model": model, "checkpoint": checkpoints}
     return replace(config, **changed, run=replace(config.run, dir=folder)), notes
@@ -149,22 +151,30 @@ def _answer(config: ValidateConfig, setup: ResolvedSettings, run: Run, state: Ru
 
 
 def require_room(config: ValidateConfig, checkpoint_bytes: int) -> None:
-    """Raise CheckpointError where there is no room for the checkpoints kept, the best one, and one in the making."""
+    """Check that the disk has room for the retained checkpoints, the best one, and one being written.
+
+    Raises:
+        ConfigError: The run's folder cannot be written.
+        CheckpointError: There is not enough free space.
+    """
     run_dir = config.run.dir
-    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    require(os.access(there, os.W_OK), f"--run.dir is {run_dir}, and {there} cannot be written; name another folder.")
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    require(
+        os.access(existing, os.W_OK), f"--run.dir is {run_dir}, but {existing} cannot be written; use another folder."
+    )
     count = config.checkpoint.keep_last + 2
-    kept = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
-    needed, free = count * checkpoint_bytes - kept, shutil.disk_usage(there).free
+    used = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+    needed, free = count * checkpoint_bytes - used, shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(
-            f"{there} has {free:,} bytes free, but {count} checkpoints of {checkpoint_bytes:,} (--checkpoint.keep-last "
-            f"and two more) need {needed:,}; free space there, keep fewer, or name another --run.dir."
+            f"--run.dir is {run_dir}, which needs {needed:,} bytes more for {count} checkpoints of "
+            f"{checkpoint_bytes:,} bytes (--checkpoint.keep-last and two more), but {free:,} are free; free space "
+            "there, keep fewer checkpoints, or use another --run.dir."
         )
 
 
 def show(plan: dict[str, Any], as_json: bool) -> None:
-    """Print what the run would be."""
+    """Print the plan of the run."""
     from megaft.base.files import to_json
 
     if as_json:
@@ -175,16 +185,16 @@ def show(plan: dict[str, Any], as_json: bool) -> None:
 
 
 def _lines(plan: dict[str, Any]) -> dict[str, str]:
-    cut = "{global_batch_size} = micro-batch {micro_batch_size} x accumulation {gradient_accumulation_steps}"
+    batch = "{global_batch_size} = micro-batch {micro_batch_size} x accumulation {gradient_accumulation_steps}"
     size = plan["tensor_parallel_size"]
-    done = f", of which {plan['done_steps']:,} are done" if plan["resumes_from"] else ""
+    done = f", {plan['done_steps']:,} of them done" if plan["resumes_from"] else ""
     return {
-        "global batch": f"{cut} x data-parallel ranks {{data_parallel_size}}".format(**plan),
-        "ranks": str(plan["world_size"]) + (f", each {size} of which share a model" if size > 1 else ""),
+        "global batch": f"{batch} x data-parallel ranks {{data_parallel_size}}".format(**plan),
+        "ranks": str(plan["world_size"]) + (f", in tensor-parallel groups of {size}" if size > 1 else ""),
         "engine": "ZeRO {zero_stage}, {dtype}, {optimizer}".format(**plan),
         "steps": f"{plan['max_steps']:,}{done}",
         "tokens": f"{plan['tokens']:,} at most",
         "parameters": "{parameters:,}, of which {trained_parameters:,} are trained".format(**plan),
-        "a checkpoint": "{checkpoint_bytes:,} bytes".format(**plan),
-        "continues from": str(plan["resumes_from"] or "nothing: a new run"),
+        "checkpoint": "{checkpoint_bytes:,} bytes".format(**plan),
+        "resumes from": str(plan["resumes_from"] or "nothing: a new run"),
     }

@@ -91,11 +91,11 @@ class Samples:
         """True if attention and positions stay inside the documents of a packed sample."""
         return self.corpora[0].attend_within_documents
 
-    def row_length(self, longest_alike: int | None) -> int | None:
+    def row_length(self, rope_length_limit: int | None) -> int | None:
         """Return the fixed row length of a batch; None to pad rows to the longest of their micro-batch.
 
         Args:
-            longest_alike: Longest input for which the model's states do not depend on the input length; None for no
+            rope_length_limit: Longest input for which the model's states do not depend on the input length; None for no
                 limit. With a longer context every row is padded to the context, so that the loss does not depend on the
                 micro-batch size.
 
@@ -104,12 +104,12 @@ class Samples:
                 would matter.
         """
         context = self.context_length
-        depends_on_length = longest_alike is not None and context > longest_alike
+        depends_on_length = rope_length_limit is not None and context > rope_length_limit
         require(
             not (depends_on_length and self.attend_within_documents),
             f"--data.attend-within-documents is set and --data.context-length is {context}, but the model's "
-            f"rotary positions change for inputs longer than {longest_alike} tokens, depending on the longest document "
-            f"of a micro-batch; use --data.context-length {longest_alike} or less, or --data.sample document.",
+            f"rotary positions change for inputs longer than {rope_length_limit} tokens, depending on the longest "
+            f"document of a micro-batch; use --data.context-length {rope_length_limit} or less, or --data.sample document.",
         )
         return context if depends_on_length or self.is_packed else None
 

@@ -1,4 +1,4 @@
-"""Refusal of nats and logits that are not finite: one NaN among a million tokens leaves no figure of a text."""
+"""Refusal of non-finite nats and logits: one NaN among a million tokens invalidates every figure of a text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megaft.base.errors import NumericsError
 from megaft.base.plural import counted
 
 ADVICE = (
-    "Its weights may be damaged, or it overflows in this precision: check where they come from, or use float32; "
-    "no figure was made of them."
+    "The weights may be damaged, or the model overflows in this precision; verify the weights, or use float32. "
+    "No figures were computed."
 )
 
 
@@ -29,13 +29,13 @@ def require_finite_nats(
 
     Args:
         token_nats: Nats of each token of a text; 0.0 where a token is not scored.
-        document_offsets: Where the text's documents begin, and its length.
+        document_offsets: Begin of each document, then the length of the text.
         name: The text and the model, for the message.
         num_scored_tokens: Tokens that were scored.
-        is_counted: The tokens that the figures are made of; by default all of them.
+        is_counted: Mask of the tokens that the figures include; by default all.
 
     Raises:
-        NumericsError: With the number of such tokens, and the first one's document and place in it.
+        NumericsError: Some nats are not finite; the message counts them and locates the first.
     """
     is_bad = ~np.isfinite(token_nats)
     if is_counted is not None:
@@ -44,30 +44,30 @@ def require_finite_nats(
         return
     first = int(is_bad.argmax())
     document = int(np.searchsorted(document_offsets, first, side="right")) - 1
-    place = f"token {first - int(document_offsets[document]):,} of document {document:,} (both counted from 0)"
+    location = f"token {first - int(document_offsets[document]):,} of document {document:,} (both counted from 0)"
     raise NumericsError(
-        f"{name}: {int(is_bad.sum()):,} of {num_scored_tokens:,} scored tokens have nats that are not finite, first "
-        f"{place}: {token_nats[first]}. {ADVICE}"
+        f"{name}: {int(is_bad.sum()):,} of {num_scored_tokens:,} scored tokens have non-finite nats; the first is "
+        f"{location}: {token_nats[first]}. {ADVICE}"
     )
 
 
 def require_finite_logits(logits: Float[Tensor, " vocab"], num_read: int) -> None:
-    """Refuse logits with NaN or infinity; -inf marks a token that the model rules out.
+    """Refuse logits that contain NaN or +inf, or only -inf; a single -inf marks a token that the model rules out.
 
     Args:
         logits: In the dtype that the model computes in.
         num_read: Tokens that the model has read.
 
     Raises:
-        NumericsError: With the first such token, and how many there are.
+        NumericsError: Some logits are not finite; the message names the first and counts them.
     """
-    wrong = logits.isnan() | logits.isposinf()
-    if not wrong.any() and not logits.isneginf().all():
+    is_bad = logits.isnan() | logits.isposinf()
+    if not is_bad.any() and not logits.isneginf().all():
         return
-    token = int(wrong.int().argmax())
+    token = int(is_bad.int().argmax())
     fix = "check the model's weights" if logits.dtype == torch.float32 else "use --dtype float32"
     raise NumericsError(
-        f"the model's logits after {counted(num_read, 'token')} are not finite: that of token {token} is "
-        f"{float(logits[token])} ({int(wrong.sum()):,} of {len(logits):,} such); the model is damaged, or it overflows "
-        f"in {dtype_name(logits.dtype)}: {fix}."
+        f"the model's logits after {counted(num_read, 'token')} are not finite: token {token} has "
+        f"{float(logits[token])} ({int(is_bad.sum()):,} of {len(logits):,} logits are NaN or +inf); the model is "
+        f"damaged, or it overflows in {dtype_name(logits.dtype)}: {fix}."
     )

@@ -1,4 +1,4 @@
-"""Generation with transformers' causal language models, with the cache of their family."""
+"""Generation with transformers' causal language models, using the family's key-value or state cache."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from megaft.models.rope import rescaling_lengths
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
-"""Keywords and outputs of families' caches: attention, state space models, RWKV."""
+"""Names of the cache argument and output of a forward pass: attention, state space models, RWKV."""
 
 TRIAL_TOKENS = 8
 TRIAL_PROMPT = 5
 TOLERANCE = {torch.float32: 1e-3}
-"""Largest difference between logits with and without the cache, as a part of the largest logit: rounding alone is
-below 1e-5 in float32. Half precision rounds each logit to about 1e-2."""
+"""Largest difference between logits with and without the cache, relative to the largest logit. Rounding is below 1e-5
+in float32; half precision rounds each logit to about 1e-2."""
 HALF_TOLERANCE = 5e-2
 
 FORWARD_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""Exceptions of a forward pass that needs other inputs, or does not take the cache that it returned."""
+"""Exceptions from a forward pass that needs other inputs, or does not accept the cache that it returned."""
 
 
 class CachedModel:
-    """A transformers causal language model as a sampling.Reader. Without a cache it reads the whole text every time."""
+    """A transformers causal language model as a sampling.Reader; without a cache it rereads the text at each token."""
 
     def __init__(self, model: CausalLM, cache_name: str | None = None) -> None:
-        """Take a model and the keyword of the cache to use, as `exact_cache` returns it."""
+        """Wrap a model; `cache_name` is the forward pass's cache argument, from `exact_cache`."""
         self.max_positions = context_limit(model)
         self.vocab_size = vocab_size(model)
         self._model = model.eval()
@@ -44,20 +44,20 @@ class CachedModel:
         self.cache_name = cache_name
 
     def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
-        """Read tokens behind `num_read` others; return the logits after the last."""
+        """Read tokens that follow the first `num_read`; return the logits after the last."""
         self._ids[num_read:] = token_ids
         if self.cache_name is None or self._rescales(num_read, len(self._ids)):
             num_read = 0
         return self._logits(self._ids[num_read:], is_start=num_read == 0)
 
     def _rescales(self, num_read: int, total: int) -> bool:
-        """Return whether rotary frequencies of `total` tokens differ from those that cached keys were rotated by."""
+        """Return True if the rotary frequencies for `total` tokens differ from those of the cached keys."""
         return any(total > length and (is_growing or num_read <= length) for length, is_growing in self._rescaling)
 
     @torch.no_grad()
     def _logits(self, token_ids: Sequence[int], *, is_start: bool) -> Float[Tensor, " vocab"]:
         inputs: dict[str, Any] = {"input_ids": torch.tensor([token_ids], device=self._model.device)}
-        if _takes(self._model, "use_cache"):
+        if _accepts(self._model, "use_cache"):
             inputs["use_cache"] = self.cache_name is not None
         if self.cache_name is not None:
             inputs[self.cache_name] = None if is_start else self._cache
@@ -67,16 +67,16 @@ class CachedModel:
 
 
 def exact_cache(model: CausalLM, tried: CausalLM | None = None) -> str | None:
-    """Return the keyword of the family's cache, if tokens read one by one have the logits of one pass over all of them.
+    """Return the name of the model's cache argument if incremental decoding gives the same logits as one full pass.
 
-    It is tried on the model itself, and on longer texts on a small stand-in.
+    This is tested on the model itself, and on longer texts on a small stand-in.
 
     Args:
-        model: A whole model.
-        tried: What `trials.on_trial` yields for it.
+        model: An unpartitioned model.
+        tried: Trial model, from `trials.on_trial`.
 
     Raises:
-        DataError: The model does not read tokens alone.
+        DataError: The model needs inputs other than tokens.
         NumericsError: Its logits are not finite.
     """
     ids, plain = _trial_ids(model), CachedModel(model)
@@ -84,7 +84,10 @@ def exact_cache(model: CausalLM, tried: CausalLM | None = None) -> str | None:
         expected = [plain.read(ids[:end], 0) for end in (TRIAL_PROMPT, TRIAL_TOKENS)]
     except FORWARD_ERRORS as error:
         reason = f"{type(error).__name__} {error}".splitlines()[0]
-        raise DataError(f"model's {type(model).__name__} cannot read a plain text ({reason}).") from error
+        raise DataError(
+            f"--model is a {type(model).__name__}, which does not run on tokens alone ({reason}). "
+            "Use a causal language model of text."
+        ) from error
     for logits, num_read in zip(expected, (TRIAL_PROMPT, TRIAL_TOKENS), strict=True):
         require_finite_logits(logits, num_read)
     name = _cache_name(model)
@@ -93,16 +96,16 @@ def exact_cache(model: CausalLM, tried: CausalLM | None = None) -> str | None:
     reader = CachedModel(model, name)
     try:
         logits = [reader.read(ids[:TRIAL_PROMPT], 0)]
-        logits += [reader.read([ids[place]], place) for place in range(TRIAL_PROMPT, TRIAL_TOKENS)]
-        is_exact = _agree(logits[0], expected[0]) and _agree(logits[-1], expected[1])
-        keeps = is_exact and trials.keeps_cache(model, lambda small: CachedModel(small, name), tried)
-        return name if keeps else None
+        logits += [reader.read([ids[position]], position) for position in range(TRIAL_PROMPT, TRIAL_TOKENS)]
+        is_exact = _is_close(logits[0], expected[0]) and _is_close(logits[-1], expected[1])
+        is_exact = is_exact and trials.has_exact_cache(model, lambda small: CachedModel(small, name), tried)
+        return name if is_exact else None
     except FORWARD_ERRORS:
         return None
 
 
 def _trial_ids(model: CausalLM) -> list[int]:
-    """Return a text with the padding token in it, which some families do not count as a position."""
+    """Return tokens that include the padding token, which some families do not count as a position."""
     size, padding = vocab_size(model), getattr(model.config, "pad_token_id", None)
     ids = [number % size for number in range(1, 1 + TRIAL_TOKENS)]
     if isinstance(padding, int) and 0 <= padding < size:
@@ -110,19 +113,19 @@ def _trial_ids(model: CausalLM) -> list[int]:
     return ids
 
 
-def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    tolerance = TOLERANCE.get(theirs.dtype, HALF_TOLERANCE)
-    largest = float(theirs[theirs.isfinite()].abs().max())  # a token that the model rules out has -inf
-    return torch.allclose(ours.float(), theirs.float(), rtol=0, atol=tolerance * largest)
+def _is_close(actual: Tensor, expected: Tensor) -> bool:
+    tolerance = TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
+    largest = float(expected[expected.isfinite()].abs().max())  # a token that the model rules out has -inf
+    return torch.allclose(actual.float(), expected.float(), rtol=0, atol=tolerance * largest)
 
 
-def _takes(model: CausalLM, name: str) -> bool:
-    """Return whether the forward pass takes a keyword, or hands any on to the layers below its head."""
+def _accepts(model: CausalLM, name: str) -> bool:
+    """Return True if the forward pass accepts a keyword argument, by name or through **kwargs."""
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def _cache_name(model: CausalLM) -> str | None:
-    """Return the keyword of the family's cache that its forward pass takes, if it is one that is known here."""
+    """Return the name of the forward pass's cache argument if it is in CACHE_NAMES."""
     parameters = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_NAMES if name in parameters and _takes(model, "use_cache")), None)
+    return next((name for name in CACHE_NAMES if name in parameters and _accepts(model, "use_cache")), None)

@@ -33,7 +33,7 @@ class NatsModel(nn.Module):
     """A language model that returns the nats of its labels instead of logits."""
 
     def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked", tried: CausalLM | None = None):
-        """Take a model; `tried` is what `trials.on_trial` yields for it, where that is at hand."""
+        """Wrap a model; `tried` is its trial model from `trials.on_trial`, if there already is one."""
         super().__init__()
         self.language_model = language_model
         self.head = (
@@ -49,13 +49,13 @@ class NatsModel(nn.Module):
         document_ids: Int64[Tensor, "batch time"] | None = None,
         per_token: bool = False,
     ) -> Float32[Tensor, ...]:
-        """Return nats of `labels`, which are shifted by one already.
+        """Return the nats of `labels`, which are already shifted by one.
 
         Args:
             input_ids: Tokens.
-            labels: The token after each; IGNORE_INDEX where it is not scored.
-            document_ids: Equal numbers mark tokens of one document; attention and positions then stay inside it.
-            per_token: Return each label's nats instead of their sum. Has no gradient.
+            labels: The next token of each; IGNORE_INDEX where it is not scored.
+            document_ids: Document number of each token; attention and positions then stay within documents.
+            per_token: Return each label's nats instead of their sum, without gradients.
         """
         inside = {} if document_ids is None else {"position_ids": positions_within(document_ids)}
         if self.head is None:
@@ -67,10 +67,10 @@ class NatsModel(nn.Module):
 
 
 def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor, "batch time"]:
-    """Return positions that begin anew with every document.
+    """Return position ids that restart at 0 in every document.
 
-    Given these and no mask, transformers keeps attention inside each run of consecutive positions
-    (masking_utils.find_packed_sequence_indices), for every kind of attention it has.
+    Given these and no mask, transformers confines attention to each run of consecutive positions
+    (masking_utils.find_packed_sequence_indices), in every attention implementation.
     """
     steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
@@ -79,32 +79,32 @@ def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor,
 
 
 def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[str, Any] | None = None) -> CausalLM:
-    """Return the model a run starts from: loaded or new, with its adapters, in fp32. Every rank calls this.
+    """Return the model that a run starts from: loaded or new, with adapters, in fp32. Every rank calls this.
 
     Args:
-        config: Where it comes from.
-        lora: Its adapters.
-        seed: Of new weights.
-        engine_config: What deepspeed.initialize will get. At ZeRO stage 3 every rank calls this and gets the model in
-            parts, in the engine's precision. One with adapters or from a GGUF file is taken apart by DeepSpeed later.
+        config: Source of the model.
+        lora: Settings of the adapters.
+        seed: Seed of new weights.
+        engine_config: Configuration for deepspeed.initialize. At ZeRO stage 3 the model is built partitioned, in the
+            engine's precision; one with adapters or from a GGUF file is partitioned later, by deepspeed.initialize.
     """
     is_gguf = config.path is not None and config.path.endswith(".gguf")
     if lora.rank or is_gguf or not is_stage_3(engine_config):
         return together(build_whole, config, lora, seed, agreed_memory_budget())
     if config.path is not None:
-        with in_parts(engine_config, is_new=False):
+        with zero_init_context(engine_config, is_new=False):
             model = load_language_model(config.path, dropout=config.dropout)
     else:
         assert config.from_scratch is not None
         new_config = together(read_new_config, config.from_scratch, config.dropout)
-        parts, budget = parallel.world_size(), agreed_memory_budget()
-        with in_parts(engine_config, is_new=True):
-            model = create_from(new_config, config.from_scratch, seed, parts, budget)
-    return together(_recomputing, model, config)
+        num_partitions, budget = parallel.world_size(), agreed_memory_budget()
+        with zero_init_context(engine_config, is_new=True):
+            model = create_from(new_config, config.from_scratch, seed, num_partitions, budget)
+    return together(_with_activation_checkpointing, model, config)
 
 
 def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, budget: MemoryBudget | None = None) -> CausalLM:
-    """Return the model a run starts from, whole on this rank, which may be alone in calling this."""
+    """Return the unpartitioned model that a run starts from. A single rank may call this."""
     if config.path is not None:
         model = load_language_model(config.path, dropout=config.dropout)
     else:
@@ -112,11 +112,11 @@ def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, budget: Memory
         model = create_language_model(config.from_scratch, seed, config.dropout, budget)
     if lora.rank:
         add_adapters(model, lora, seed)
-    return _recomputing(model, config)
+    return _with_activation_checkpointing(model, config)
 
 
-def _recomputing(model: CausalLM, config: ModelConfig) -> CausalLM:
-    """Return the model, with activation checkpointing where it is asked for."""
+def _with_activation_checkpointing(model: CausalLM, config: ModelConfig) -> CausalLM:
+    """Return the model, with activation checkpointing if the settings enable it."""
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(
@@ -131,23 +131,28 @@ def is_stage_3(engine_config: dict[str, Any] | None) -> bool:
     return engine_config is not None and engine_config.get("zero_optimization", {}).get("stage") == 3
 
 
-def in_parts(
+def zero_init_context(
     engine_config: dict[str, Any] | None, *, is_new: bool, setting: str = MODEL_SETTING
 ) -> AbstractContextManager[None]:
-    """Return a context in which models are built as what deepspeed.initialize gets asks for: at stage 3 in parts."""
+    """Return a context in which models are built partitioned at ZeRO stage 3, and as usual at other stages."""
     if engine_config is None or not is_stage_3(engine_config):
         return nullcontext()
     from megaft.models import partitioned
 
-    return partitioned.making(engine_config) if is_new else partitioned.loading(engine_config, setting)
+    return partitioned.creating(engine_config) if is_new else partitioned.loading(engine_config, setting)
 
 
 def require_fits(model: CausalLM, tokenizer, longest_input: int) -> None:
-    """Raise when the model has no embedding for a token, or no position for an input."""
+    """Refuse a tokenizer with more tokens than the model embeds, and inputs longer than its context.
+
+    Raises:
+        DataError: The tokenizer is too large.
+        ConfigError: The input is too long.
+    """
     if tokenizer.vocab_size > vocab_size(model):
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {vocab_size(model)}; "
-            "use the tokenizer the model was made with."
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model embeds {vocab_size(model)}; "
+            "use the tokenizer that the model was trained with."
         )
     limit = context_limit(model)
     if limit is not None and longest_input > limit:
@@ -159,12 +164,15 @@ def require_fits(model: CausalLM, tokenizer, longest_input: int) -> None:
 
 def architecture(model: CausalLM) -> str:
     """Return a hash of the trained parameters' names and shapes, which a checkpoint must match."""
-    parameters: Any = model.named_parameters()  # in parts, DeepSpeed keeps the shape of the whole in ds_shape
-    trained = {name: getattr(one, "ds_shape", one.shape) for name, one in parameters if one.requires_grad}
+    trained = {
+        name: getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: the full shape of a partitioned parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     return architecture_of(type(model).__name__, trained)
 
 
 def architecture_of(class_name: str, shapes: dict[str, torch.Size]) -> str:
-    """Return the architecture of a model of a class of transformers, by the shapes of its trained parameters."""
+    """Return the architecture hash of a transformers class with trained parameters of these shapes."""
     trained = sorted((name, tuple(shape)) for name, shape in shapes.items())
     return f"{class_name} {blake2b(repr(trained).encode(), digest_size=8).hexdigest()}"

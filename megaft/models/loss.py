@@ -1,9 +1,9 @@
-"""Nats of tokens from hidden states, without full logits.
+"""Cross-entropy in nats from hidden states, in chunks, without materializing the full logits.
 
 The last layer's logits are the largest tensor of a language model (GPT-2-XL at 1024 tokens: 0.2 GiB a sequence in
-fp32, and as much again for their gradient). They are computed a chunk of tokens at a time, and in training their
-gradient is taken in the same pass, so that neither ever exists whole and the head's weight, which ZeRO-3 partitions,
-is needed only once.
+fp32, and as much again for their gradient). They are computed one chunk of tokens at a time, and in training their
+gradient is computed in the same pass, so neither is ever materialized, and the head's weight, which ZeRO-3 partitions,
+is gathered only once.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from megaft.data.samples import IGNORE_INDEX
 
 
 def token_nats(logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, ...]) -> Float32[Tensor, ...]:
-    """Return the cross-entropy of each label: the reference for everything below.
+    """Return the cross-entropy of each label; the reference for the chunked and sharded versions below.
 
     Args:
         logits: Scores in any float dtype; position t predicts labels[..., t].
-        labels: Shifted by one already. IGNORE_INDEX marks a token that is not scored.
+        labels: Already shifted by one. IGNORE_INDEX marks a token that is not scored.
 
     Returns:
         Nats, in float32, since bf16 is too coarse to sum a document; 0.0 at IGNORE_INDEX.
@@ -39,56 +39,58 @@ def token_nats(logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, ...]) -
 
 
 def chunks(num_tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """Cut the tokens so that a chunk's fp32 logits stay within CHUNK_BYTES."""
+    """Split the tokens into chunks whose fp32 logits stay within CHUNK_BYTES."""
     tokens = max(1, CHUNK_BYTES[device.type] // (4 * vocab_size))
     return [slice(begin, begin + tokens) for begin in range(0, num_tokens, tokens)]
 
 
-class Vocabulary(NamedTuple):
-    """Vocabulary entries whose logits this rank computes."""
+class VocabularyShard(NamedTuple):
+    """Vocabulary entries [begin, end) whose logits this rank computes."""
 
     begin: int
     end: int
-    is_cut: bool
-    """Over tensor-parallel ranks. The layer's rows from `end - begin` on are then no words, only there to fill it."""
+    is_sharded: bool
+    """True if sharded over tensor-parallel ranks; the layer's rows from `end - begin` on are then padding."""
 
     def normalizer_and_target(
-        self, logits: Float32[Tensor, "tokens words"], labels: Int64[Tensor, " tokens"]
+        self, logits: Float32[Tensor, "tokens entries"], labels: Int64[Tensor, " tokens"]
     ) -> tuple[Float32[Tensor, "tokens 1"], Float32[Tensor, "tokens 1"]]:
-        """Return the log of the softmax's sum over all words, and the label's logit; the same on all those ranks."""
-        is_here, places = self.places(labels)
-        mine = torch.stack([logits.logsumexp(-1), (logits.gather(-1, places) * is_here).squeeze(-1)])
-        parts = parallel.gather_over_tensor_ranks(mine) if self.is_cut else mine.unsqueeze(0)
-        normalizers, targets = parts.unbind(1)
+        """Return the log-sum-exp over the whole vocabulary and the label's logit; the same on all ranks."""
+        is_local, columns = self.local_columns(labels)
+        local = torch.stack([logits.logsumexp(-1), (logits.gather(-1, columns) * is_local).squeeze(-1)])
+        shards = parallel.gather_over_tensor_ranks(local) if self.is_sharded else local.unsqueeze(0)
+        normalizers, targets = shards.unbind(1)
         return normalizers.logsumexp(0).unsqueeze(-1), targets.sum(0).unsqueeze(-1)
 
     def nats(
-        self, logits: Float[Tensor, "tokens words"], labels: Int64[Tensor, " tokens"]
+        self, logits: Float[Tensor, "tokens entries"], labels: Int64[Tensor, " tokens"]
     ) -> Float32[Tensor, " tokens"]:
-        """Return the cross-entropy of each label among all words; the same on all those ranks."""
+        """Return the cross-entropy of each label over the whole vocabulary; the same on all ranks."""
         normalizer, target = self.normalizer_and_target(logits.float(), labels)
         return (normalizer - target).squeeze(-1)
 
-    def choices(self, logits: Float[Tensor, "tokens words"]) -> Int64[Tensor, " tokens"]:
-        """Return the word of the largest logit, of equal ones the first; the same on all those ranks."""
-        places = logits.argmax(-1, keepdim=True)
-        largest, words = logits.gather(-1, places).squeeze(-1), places.squeeze(-1) + self.begin
-        if not self.is_cut:
-            return words
-        first = parallel.gather_over_tensor_ranks(largest).argmax(0, keepdim=True)
-        return parallel.gather_over_tensor_ranks(words).gather(0, first).squeeze(0)
+    def choices(self, logits: Float[Tensor, "tokens entries"]) -> Int64[Tensor, " tokens"]:
+        """Return the argmax over the whole vocabulary, the first among equals; the same on all ranks."""
+        columns = logits.argmax(-1, keepdim=True)
+        largest, token_ids = logits.gather(-1, columns).squeeze(-1), columns.squeeze(-1) + self.begin
+        if not self.is_sharded:
+            return token_ids
+        best_rank = parallel.gather_over_tensor_ranks(largest).argmax(0, keepdim=True)
+        return parallel.gather_over_tensor_ranks(token_ids).gather(0, best_rank).squeeze(0)
 
-    def places(self, labels: Int64[Tensor, " tokens"]) -> tuple[Bool[Tensor, "tokens 1"], Int64[Tensor, "tokens 1"]]:
-        """Return a mask of the labels among this rank's vocabulary entries, and their columns; column 0 for others."""
+    def local_columns(
+        self, labels: Int64[Tensor, " tokens"]
+    ) -> tuple[Bool[Tensor, "tokens 1"], Int64[Tensor, "tokens 1"]]:
+        """Return a mask of the labels in this shard, and their columns in its logits; 0 for labels elsewhere."""
         labels = labels.unsqueeze(-1)
-        is_here = (labels >= self.begin) & (labels < self.end) if self.is_cut else labels >= 0
-        return is_here, (labels - self.begin) * is_here
+        is_local = (labels >= self.begin) & (labels < self.end) if self.is_sharded else labels >= 0
+        return is_local, (labels - self.begin) * is_local
 
 
 class LinearNats(torch.autograd.Function):
-    """Summed nats of `labels` under softmax(hidden @ weight.T + bias); its gradients are ready after forward.
+    """Summed nats of `labels` under softmax(hidden @ weight.T + bias); gradients are computed in the forward pass.
 
-    Of a vocabulary cut over ranks each gives the rows it has; all get the same sum, and the same gradient of hidden.
+    With a vocabulary sharded over ranks, each rank passes its rows; all get the same sum and gradient of `hidden`.
     """
 
     @staticmethod
@@ -98,26 +100,26 @@ class LinearNats(torch.autograd.Function):
         weight: Float[Tensor, "vocab width"],
         bias: Float[Tensor, " vocab"] | None,
         labels: Int64[Tensor, " tokens"],
-        vocabulary: Vocabulary | None = None,
+        vocabulary: VocabularyShard | None = None,
     ) -> Float32[Tensor, ""]:
-        """Sum the nats; keep d nats / d input of each input that needs it."""
-        words = vocabulary or Vocabulary(0, len(weight), is_cut=False)
+        """Sum the nats; save d nats / d input for each input that needs a gradient."""
+        shard = vocabulary or VocabularyShard(0, len(weight), is_sharded=False)
         grads = _zero_gradients(ctx.needs_input_grad, hidden, weight, bias)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        parts = chunks(len(labels), len(weight), labels.device)  # of all rows: the same on all those ranks
-        weight = weight[: words.end - words.begin]
-        for part in parts:
-            logits = F.linear(hidden[part], weight, bias).float()
-            log_normalizer, target = words.normalizer_and_target(logits, labels[part])
-            scored = (labels[part] != IGNORE_INDEX).unsqueeze(-1)
+        token_chunks = chunks(len(labels), len(weight), labels.device)  # padding rows count: equal on all ranks
+        weight = weight[: shard.end - shard.begin]
+        for chunk in token_chunks:
+            logits = F.linear(hidden[chunk], weight, bias).float()
+            log_normalizer, target = shard.normalizer_and_target(logits, labels[chunk])
+            scored = (labels[chunk] != IGNORE_INDEX).unsqueeze(-1)
             total += ((log_normalizer - target) * scored).sum()
             if any(ctx.needs_input_grad):
                 # d nats / d logits is softmax minus one-hot.
-                slope = logits.sub_(log_normalizer).exp_()
-                is_here, places = words.places(labels[part])
-                slope.scatter_add_(-1, places, -is_here.to(slope.dtype)).mul_(scored)
-                _accumulate(grads, slope, hidden[part], weight, part)
-        if words.is_cut and grads[0] is not None:
+                grad_logits = logits.sub_(log_normalizer).exp_()
+                is_local, columns = shard.local_columns(labels[chunk])
+                grad_logits.scatter_add_(-1, columns, -is_local.to(grad_logits.dtype)).mul_(scored)
+                _accumulate(grads, grad_logits, hidden[chunk], weight, chunk)
+        if shard.is_sharded and grads[0] is not None:
             parallel.sum_over_tensor_ranks(grads[0])
         ctx.save_for_backward(*grads)
         ctx.dtype = hidden.dtype
@@ -125,7 +127,7 @@ class LinearNats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: Float32[Tensor, ""]):
-        """Scale the kept gradients."""
+        """Scale the saved gradients."""
         return (
             *(None if grad is None else (grad * grad_outputs[0]).to(ctx.dtype) for grad in ctx.saved_tensors),
             None,
@@ -134,7 +136,7 @@ class LinearNats(torch.autograd.Function):
 
 
 def _zero_gradients(needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
-    """Gradients of weight and bias are sums over chunks, so they are kept in fp32."""
+    """Return zero gradients; those of weight and bias are in fp32, because they are summed over chunks."""
     return [
         torch.zeros_like(hidden) if needed[0] else None,
         torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
@@ -142,24 +144,24 @@ def _zero_gradients(needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias
     ]
 
 
-def _accumulate(grads: list[Tensor | None], slope: Tensor, hidden: Tensor, weight: Tensor, part: slice) -> None:
+def _accumulate(grads: list[Tensor | None], grad_logits: Tensor, hidden: Tensor, weight: Tensor, chunk: slice) -> None:
     grad_hidden, grad_weight, grad_bias = grads
     if grad_bias is not None:
-        grad_bias += slope.sum(0)
-    slope = slope.to(hidden.dtype)
+        grad_bias += grad_logits.sum(0)
+    grad_logits = grad_logits.to(hidden.dtype)
     if grad_hidden is not None:
-        torch.mm(slope, weight, out=grad_hidden[part])
+        torch.mm(grad_logits, weight, out=grad_hidden[chunk])
     if grad_weight is not None:
-        grad_weight[: slope.shape[1]] += slope.T @ hidden
+        grad_weight[: grad_logits.shape[1]] += grad_logits.T @ hidden
 
 
 class Head(nn.Module):
     """The output layer of a language model, from hidden states to nats.
 
-    It owns the very parameters of the model's own output layer, so that DeepSpeed's ZeRO-3 hooks gather them here.
+    It shares the parameters of the model's output layer, so DeepSpeed's ZeRO-3 hooks gather them here.
     """
 
-    def __init__(self, output_layer: Any, cross_entropy: str = "chunked", vocabulary: Vocabulary | None = None):
+    def __init__(self, output_layer: Any, cross_entropy: str = "chunked", vocabulary: VocabularyShard | None = None):
         super().__init__()
         self.weight = output_layer.weight
         self.bias = getattr(output_layer, "bias", None)
@@ -169,7 +171,7 @@ class Head(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "batch time width"], labels: Int64[Tensor, "batch time"], per_token: bool = False
     ) -> Float32[Tensor, ...]:
-        """Return the summed nats, or with `per_token` (no gradients) those of each label, 0.0 where not scored."""
+        """Return the summed nats; with `per_token`, each label's nats (0.0 if not scored), without gradients."""
         if per_token:
             return self._per_token(hidden, labels)
         flat = hidden.flatten(0, 1)
@@ -182,10 +184,10 @@ class Head(nn.Module):
         nats = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         scored = labels != IGNORE_INDEX
         flat, targets = hidden[scored], labels[scored]  # the head runs on scored positions only
-        parts = [
-            self._nats(flat[part], targets[part]) for part in chunks(len(targets), len(self.weight), labels.device)
+        chunk_nats = [
+            self._nats(flat[chunk], targets[chunk]) for chunk in chunks(len(targets), len(self.weight), labels.device)
         ]
-        nats[scored] = torch.cat([nats.new_zeros(0), *parts])
+        nats[scored] = torch.cat([nats.new_zeros(0), *chunk_nats])
         return nats
 
     def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ def _liger():
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
     except ImportError as error:
         raise ConfigError(
-            "--model.cross-entropy is liger, but liger-kernel is not there; install megaft[fast]."
+            "--model.cross-entropy is liger, but liger-kernel is not installed; install megaft[fast]."
         ) from error
     if not torch.cuda.is_available():
         raise ConfigError("--model.cross-entropy is liger, which needs a CUDA device; use chunked here.")

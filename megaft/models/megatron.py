@@ -1,8 +1,9 @@
-"""megatron-core's GPT of a transformers model, sharded over tensor-parallel ranks, as a module that returns nats.
+"""megatron-core's GPT for a transformers configuration, sharded over tensor-parallel ranks, returning nats.
 
-It runs on CUDA and on CPUs. Three things are our own, since megatron-core's need CUDA or Transformer Engine: attention
-itself (torch's fused one), the random numbers of its dropout, and recomputing a layer. By them weights that all ranks
-have stay equal, attention's dropout masks differ between ranks, and recomputing changes no bit of the loss.
+It runs on CUDA and on CPUs. Three parts are implemented here, because megatron-core's need CUDA or Transformer Engine:
+attention (torch's fused kernel), its dropout's random numbers, and activation checkpointing. They keep replicated
+weights equal on all ranks, make attention dropout differ between ranks, and leave the loss bit-identical when a layer
+is recomputed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from megaft.base.foreign import require_inert
 from megaft.config.parallelism import Backend
 from megaft.config.train import ModelConfig
 from megaft.models.hugging_face import architecture_of, positions_within
-from megaft.models.loss import Head, Vocabulary
+from megaft.models.loss import Head, VocabularyShard
 from megaft.weights.families import family_of, model_shape
 from megaft.weights.layout import layout_of
 from megaft.weights.loading.finite_weights import require_finite
@@ -42,13 +43,13 @@ from megaft.weights.shape import MAX_RANKS
 
 
 class Attention(nn.Module):
-    """torch's scaled-dot-product attention, as megatron-core calls its core attention."""
+    """torch's scaled-dot-product attention, with the interface of megatron-core's core attention."""
 
     def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
         super().__init__()
         self.dropout = config.attention_dropout
         self.past: tuple[Tensor, Tensor] | None = None
-        """Keys and values of the tokens read so far, where a text is generated."""
+        """Key-value cache of the tokens read so far, during generation."""
 
     def forward(
         self,
@@ -58,13 +59,14 @@ class Attention(nn.Module):
         attention_mask: Bool[Tensor, "batch 1 time time"] | None,
         **_: Any,
     ) -> Float[Tensor, "time batch width"]:
-        """Attend to every token before, or where there is a mask to those it allows."""
+        """Return causal attention, or attention under the mask if there is one."""
         queries, keys, values = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if self.past is not None:
             keys, values = (torch.cat(pair, 2) for pair in zip(self.past, (keys, values), strict=True))
             self.past = keys, values
-        if attention_mask is not None:  # fused kernels take a mask or groups, not both
-            keys, values = (one.repeat_interleave(queries.shape[1] // keys.shape[1], 1) for one in (keys, values))
+        if attention_mask is not None:  # fused kernels take a mask or grouped queries, not both
+            repeats = queries.shape[1] // keys.shape[1]
+            keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
         attend = partial(
             F.scaled_dot_product_attention,
             queries,
@@ -78,9 +80,9 @@ class Attention(nn.Module):
         return attended.permute(2, 0, 1, 3).flatten(2)
 
     def _dropped(self, attend: Callable[..., Tensor], device: torch.device) -> Tensor:
-        """Attend with dropout. Every rank draws one number, so the default generators stay together."""
+        """Attend with dropout. Every rank draws one number, so the default generators stay in step."""
         seed = int(torch.randint(2**48, ())) * MAX_RANKS + parallel.tensor_parallel_rank()
-        # The device's generator alone: torch.manual_seed and fork_rng see to all, which takes the host 0.5 ms a layer.
+        # This device's generator only: torch.manual_seed and fork_rng handle all devices, at 0.5 ms of host per layer.
         generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
         state = generator.get_state()
         generator.manual_seed(seed)
@@ -96,14 +98,14 @@ class MegatronModel(nn.Module):
     backend: Backend = "megatron"
 
     def __init__(self, config: Any, *, recompute: bool = False) -> None:
-        """Make the modules, whose weights have no values yet.
+        """Create the modules with uninitialized weights.
 
         Args:
             config: transformers' configuration.
-            recompute: Keep each layer's input only, and compute the layer again in the backward pass.
+            recompute: Keep only each layer's input, and recompute the layer in the backward pass.
 
         Raises:
-            ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
+            ConfigError: megatron-core does not support the model, or cannot shard it over this many ranks.
         """
         super().__init__()
         self.config = config
@@ -120,24 +122,24 @@ class MegatronModel(nn.Module):
         )
         self.inverse_frequencies = None if shape.has_position_embedding else rotary_frequencies(config)
         self.untrained_id: int | None = None if family_of(config).trains_padding else config.pad_token_id
-        """transformers' embedding has no gradient at its padding token, which may be a text's end."""
+        """Padding token, for which transformers' embedding has no gradient; it may be the end-of-text token."""
         for name, parameter in self.gpt.named_parameters():
             rule = self.layout.rules[name]
-            # What DeepSpeed goes by when it takes a norm.
+            # DeepSpeed reads this attribute when it computes a norm.
             vars(parameter)["tensor_model_parallel"] = rule.axis is not None
-            vars(parameter)["num_filler"] = (padded_vocab_size(rule.rows) - rule.rows) * config.hidden_size
+            vars(parameter)["num_padding"] = (padded_vocab_size(rule.rows) - rule.rows) * config.hidden_size
 
     def output_layer(self) -> nn.Module:
-        """Return the module whose weight gives logits."""
+        """Return the output layer, or the embedding if they are tied."""
         tied = self.gpt.embedding.word_embeddings
         return tied if self.config.tie_word_embeddings else self.gpt.output_layer
 
-    def vocabulary(self) -> Vocabulary:
-        """Return the vocabulary entries of this rank's rows."""
+    def vocabulary(self) -> VocabularyShard:
+        """Return this rank's vocabulary entries."""
         num_rows = padded_vocab_size(self.config.vocab_size) // parallel.tensor_parallel_size()
         begin = num_rows * parallel.tensor_parallel_rank()
         end = max(begin, min(begin + num_rows, self.config.vocab_size))
-        return Vocabulary(begin, end, is_cut=True)
+        return VocabularyShard(begin, end, is_sharded=True)
 
     def forward(
         self,
@@ -149,14 +151,14 @@ class MegatronModel(nn.Module):
 
         Args:
             input_ids: Tokens.
-            document_ids: Equal numbers mark tokens of one document; attention and positions then stay inside it.
-            past: How many tokens before these have been read.
+            document_ids: Document number of each token; attention and positions then stay within documents.
+            past: Number of tokens already in the key-value cache.
         """
         time = input_ids.shape[1]
         if document_ids is None:
             positions, mask = torch.arange(past, past + time, device=input_ids.device).expand_as(input_ids), None
         else:
-            positions, mask = positions_within(document_ids), mask_of(document_ids)
+            positions, mask = positions_within(document_ids), document_mask(document_ids)
         states = self.gpt.embedding(input_ids, positions)
         if self.untrained_id is not None:
             is_untrained = input_ids.eq(self.untrained_id).T.unsqueeze(-1)
@@ -165,10 +167,10 @@ class MegatronModel(nn.Module):
         return states.transpose(0, 1)
 
     def _angles(self, past: int, time: int, device: torch.device) -> Float32[Tensor, "time 1 1 width"] | None:
-        """Return rotary angles (Su et al. 2021). Attention sees their differences only, so documents need no others."""
+        """Return rotary angles (Su et al. 2021). They need not restart per document: only differences matter."""
         if self.inverse_frequencies is None:
             return None
-        # Kept there from the first time on. No buffer: an engine in bf16 would round it.
+        # Stays on the device after the first call. Not a buffer: an engine in bf16 would round it.
         self.inverse_frequencies = self.inverse_frequencies.to(device)
         steps = torch.arange(past, past + time, device=device, dtype=torch.float32)
         angles = torch.outer(steps, self.inverse_frequencies)
@@ -176,7 +178,7 @@ class MegatronModel(nn.Module):
 
 
 class MegatronNats(nn.Module):
-    """A megatron-core model that returns the nats of its labels, the same on all its tensor-parallel ranks."""
+    """A megatron-core model that returns the nats of its labels, the same on all tensor-parallel ranks."""
 
     def __init__(self, language_model: MegatronModel) -> None:
         super().__init__()
@@ -190,33 +192,33 @@ class MegatronNats(nn.Module):
         document_ids: Int64[Tensor, "batch time"] | None = None,
         per_token: bool = False,
     ) -> Float32[Tensor, ...]:
-        """Return nats of `labels`, as hugging_face.NatsModel does."""
+        """Return the nats of `labels`, like hugging_face.NatsModel."""
         return self.head(self.language_model(input_ids, document_ids), labels, per_token)
 
 
-def mask_of(document_ids: Int64[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
-    """Return the attention mask: earlier tokens of the same document."""
+def document_mask(document_ids: Int64[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
+    """Return the causal attention mask that keeps attention within documents."""
     time = document_ids.shape[1]
     before = torch.ones(time, time, dtype=torch.bool, device=document_ids.device).tril()
     return (before & (document_ids[:, :, None] == document_ids[:, None, :])).unsqueeze(1)
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Return the rows of the embedding: as many on every tensor-parallel rank."""
+    """Return the embedding's rows, padded to a multiple of the tensor-parallel size."""
     return vocab_size + -vocab_size % parallel.tensor_parallel_size()
 
 
 def transformer_config(config: Any) -> TransformerConfig:
-    """Return megatron-core's configuration of a transformers one.
+    """Return megatron-core's configuration for a transformers configuration.
 
     Raises:
-        ConfigError: The model has what megatron-core's, as built here, has not.
+        ConfigError: The model has a feature that megatron-core, as built here, does not support.
     """
     family, shape = family_of(config), model_shape(config)
     family.require_modules(config)
     require(
         shape.activation in family.activations,
-        f"the model's activation is {shape.activation}; --model.backend megatron knows "
+        f"the model's activation is {shape.activation}; --model.backend megatron supports "
         f"{', '.join(family.activations)}; use --model.backend hugging-face.",
     )
     return TransformerConfig(
@@ -250,18 +252,18 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
-"""Activations of inner layers, by transformers' names."""
+"""Activation functions of MLP layers, by transformers' names."""
 
 
 def rotary_frequencies(config: Any) -> Float32[Tensor, " half_width"]:
-    """Return the rotary embedding's inverse frequencies, scaled as the model says, by transformers' formulas."""
+    """Return the rotary embedding's inverse frequencies, with the model's scaling, by transformers' formulas."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary = LlamaRotaryEmbedding(config)
     kinds = ("default", "linear", "llama3")
     require(
         rotary.rope_type in kinds and rotary.attention_scaling == 1,
-        f"the model's rope_type is {rotary.rope_type}; --model.backend megatron knows {', '.join(kinds)}; "
+        f"the model's rope_type is {rotary.rope_type}; --model.backend megatron supports {', '.join(kinds)}; "
         "use --model.backend hugging-face.",
     )
     inverse = rotary.inv_freq
@@ -279,39 +281,39 @@ def layer_spec(config: Any, *, recompute: bool) -> ModuleSpec:
 
 
 class RecomputedLayer(TransformerLayer):
-    """A layer that keeps its input only and computes all else again in the backward pass, dropout and all."""
+    """A layer with activation checkpointing: the backward pass recomputes it, with the same dropout, from its input."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
         if not self.training:
             return super().forward(hidden_states, *args, **kwargs)
-        # A positional tensor tells the checkpoint which device's random numbers to keep.
+        # A positional tensor tells the checkpoint which device's random state to save.
         return checkpoint(super().forward, hidden_states, *args, use_reentrant=False, **kwargs)
 
 
 def build(settings: ModelConfig, seed: int, engine_config: dict[str, Any] | None = None) -> MegatronModel:
-    """Return this rank's part of the model a run starts from, loaded or new.
+    """Return this rank's shard of the model that a run starts from, loaded or new.
 
     Args:
-        settings: Where it comes from.
-        seed: Of new weights.
-        engine_config: What deepspeed.initialize will get. At ZeRO stage 3 the part is built in parts of its own.
+        settings: Source of the model.
+        seed: Seed of new weights.
+        engine_config: Configuration for deepspeed.initialize. At ZeRO stage 3 the shard is built partitioned.
 
     Raises:
-        ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
-        DataError: On every rank, where any cannot read it.
+        ConfigError: megatron-core does not support the model, or cannot shard it over this many ranks.
+        DataError: A rank cannot read the model; raised on every rank.
     """
-    weights = together(weights_of, settings, seed)
+    weights = together(initial_weights, settings, seed)
     set_dropout(weights.config, settings.dropout)
-    with in_parts(engine_config):
+    with zero_init_context(engine_config):
         model = MegatronModel(weights.config, recompute=settings.activation_checkpointing)
     where = f"--model.path is {settings.path}; "
     together(fill, model, lambda name: require_finite(name, weights.read(name), where))
     return model
 
 
-def weights_of(settings: ModelConfig, seed: int) -> Weights:
-    """Return the weights a run starts from, whole and by transformers' names: a model's, or new ones of this seed."""
+def initial_weights(settings: ModelConfig, seed: int) -> Weights:
+    """Return the unsharded weights that a run starts from, by transformers' names: stored, or new from the seed."""
     if settings.path is not None:
         return open_weights(settings.path)
     assert settings.from_scratch is not None
@@ -320,15 +322,15 @@ def weights_of(settings: ModelConfig, seed: int) -> Weights:
 
 
 def architecture(model: MegatronModel) -> str:
-    """Return the architecture hash of the same model in transformers: checkpoints of both continue each other."""
+    """Return the architecture hash of the same model in transformers, so either backend resumes the other's runs."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
     return architecture_of(model_class.__name__, shapes_of(model.config))
 
 
-def in_parts(engine_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
-    """Return a context in which modules are built as the engine asks for: at ZeRO stage 3 in parts."""
+def zero_init_context(engine_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
+    """Return a context in which modules are built partitioned at ZeRO stage 3, and as usual at other stages."""
     if engine_config is None or engine_config.get("zero_optimization", {}).get("stage") != 3:
         return nullcontext()
     import deepspeed
@@ -341,23 +343,23 @@ def in_parts(engine_config: dict[str, Any] | None) -> AbstractContextManager[Any
 
 @torch.no_grad()
 def fill(model: MegatronModel, read: Callable[[str], Tensor]) -> None:
-    """Give every parameter its value, one after the other.
+    """Set every parameter, one at a time.
 
     Args:
-        model: On this rank; under ZeRO-3 its parameters are partitioned, and each rank fills its partition.
-        read: Returns a parameter of transformers by its name there.
+        model: This rank's shard; under ZeRO-3 its parameters are partitioned, and each rank fills its partition.
+        read: Returns a parameter by transformers' name.
     """
     layout, size, rank = model.layout, parallel.tensor_parallel_size(), parallel.tensor_parallel_rank()
     for name, parameter in model.gpt.named_parameters():
         values = layout.local(name, [read(source) for source in layout.rules[name].sources], size, rank)
-        _put(parameter, values)
+        _copy_into(parameter, values)
 
 
-def _put(parameter: Any, values: Tensor) -> None:
+def _copy_into(parameter: Any, values: Tensor) -> None:
     if not hasattr(parameter, "ds_tensor"):
         parameter.copy_(values)
         return
     partition = parameter.ds_tensor
     begin = parallel.data_parallel_rank() * partition.ds_numel
-    mine = values.flatten()[begin : begin + partition.ds_numel]
-    partition.view(-1)[: len(mine)].copy_(mine)
+    local = values.flatten()[begin : begin + partition.ds_numel]
+    partition.view(-1)[: len(local)].copy_(local)

@@ -15,8 +15,8 @@ from megaft.models.megatron import Attention, MegatronModel, build
 from megaft.weights.loading.causal_lm import context_limit
 
 
-class CachedPart:
-    """This rank's part of a model as a sampling.Reader. Each rank keeps the keys and values of its own heads."""
+class CachedShard:
+    """This rank's shard of a model as a sampling.Reader; each rank caches the keys and values of its own heads."""
 
     def __init__(self, model: MegatronModel) -> None:
         self.max_positions = context_limit(model)
@@ -25,23 +25,23 @@ class CachedPart:
         self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
 
     def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
-        """Read tokens behind `num_read` others; return the logits after the last, the same on all ranks."""
+        """Read tokens that follow the first `num_read`; return the logits after the last, the same on all ranks."""
         weight = self._model.output_layer().weight
         assert isinstance(weight, Tensor)
         if num_read == 0:
             for attention in self._attentions:
                 attention.past = weight.new_empty(0), weight.new_empty(0)
         states = self._model(torch.tensor([token_ids], device=weight.device), past=num_read)
-        parts = parallel.gather_over_tensor_ranks(F.linear(states[0, -1], weight))
-        return parts.flatten()[: self.vocab_size]  # what fills it up stands behind the last word
+        shards = parallel.gather_over_tensor_ranks(F.linear(states[0, -1], weight))
+        return shards.flatten()[: self.vocab_size]  # padding rows follow the last vocabulary entry
 
 
-def load_cached_part(source: str, dtype: torch.dtype, device: torch.device) -> CachedPart:
-    """Load this rank's part of a model, after `parallel.start_tensor_parallelism`.
+def load_cached_shard(source: str, dtype: torch.dtype, device: torch.device) -> CachedShard:
+    """Load this rank's shard of a model, after `parallel.start_tensor_parallelism`.
 
     Raises:
-        ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
-        DataError: It is not there, or cannot be read.
+        ConfigError: megatron-core does not support the model, or cannot shard it over this many ranks.
+        DataError: The model is missing or cannot be read.
     """
     model = build(ModelConfig(path=source, backend="megatron"), seed=0)
-    return CachedPart(model.to(dtype=dtype, device=device))
+    return CachedShard(model.to(dtype=dtype, device=device))

@@ -1,4 +1,4 @@
-"""Parameters of a model: their number, their groups for weight decay, and whether they are sharded."""
+"""Parameters of a model: parameter count, weight-decay groups and tensor-parallel sharding."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megaft.base import parallel
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings, which are decayed, then biases and norms, which are not.
+    """Return parameter groups: matrices and embeddings with weight decay, then biases and norms without.
 
     Args:
-        named_parameters: As `module.named_parameters()` gives them. Frozen ones are left out. Under ZeRO-3 a parameter
-            has lost its shape; DeepSpeed keeps it in `ds_shape`.
-        weight_decay: Of the first group.
+        named_parameters: From `module.named_parameters()`; frozen ones are left out. Under ZeRO-3 the shape of a
+            parameter is in DeepSpeed's `ds_shape`.
+        weight_decay: Weight decay of the first group.
 
     Returns:
-        torch's parameter groups, empty ones left out.
+        torch's parameter groups without empty ones.
     """
     groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
     for _, parameter in named_parameters:
@@ -29,18 +29,19 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weigh
     return [group for group in groups if group["params"]]
 
 
-def is_cut(parameter: Any) -> bool:
+def is_sharded(parameter: Any) -> bool:
     """Return True if the parameter is sharded over tensor-parallel ranks (otherwise it is replicated)."""
     return parallel.tensor_parallel_size() > 1 and getattr(parameter, "tensor_model_parallel", False)
 
 
 def count(parameters: Iterable[Any]) -> int:
-    """Return the number of weights in these parameters of the whole model, however they are cut or partitioned.
+    """Return the number of weights in these parameters of the whole model, however they are sharded or partitioned.
 
-    Rows that only fill a vocabulary up to a multiple of the ranks do not count.
+    Rows that pad the vocabulary to a multiple of the tensor-parallel size do not count.
     """
     num_weights = 0
-    for one in parameters:
-        num_parts = parallel.tensor_parallel_size() if is_cut(one) else 1
-        num_weights += getattr(one, "ds_numel", one.numel()) * num_parts - getattr(one, "num_filler", 0)
+    for parameter in parameters:
+        num_shards = parallel.tensor_parallel_size() if is_sharded(parameter) else 1
+        numel = getattr(parameter, "ds_numel", parameter.numel())
+        num_weights += numel * num_shards - getattr(parameter, "num_padding", 0)
     return num_weights

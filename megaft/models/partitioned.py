@@ -1,6 +1,6 @@
-"""Build and load models partitioned by ZeRO-3 from the start.
+"""Create and load models that are partitioned by ZeRO-3 from the start.
 
-A rank never has more than its part of the model and the weights of about a layer, which are gathered to be filled.
+A rank never holds more than its partition and the gathered weights of about one layer.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from megaft.weights.loading.weight_files import require_complete, untied_weights
 
 @contextmanager
 def loading(engine_config: dict[str, Any], setting: str) -> Iterator[None]:
-    """Let `from_pretrained` fill parts: rank 0 maps the files and sends the weights of one module at a time.
+    """Make `from_pretrained` load into partitions: rank 0 maps the files and broadcasts one module at a time.
 
     Args:
-        engine_config: What deepspeed.initialize gets. Its precision is that of the parts.
-        setting: Names the model in messages.
+        engine_config: Configuration for deepspeed.initialize; it sets the precision of the partitions.
+        setting: Name of the model's setting, for messages.
 
     Raises:
-        UserError: On every rank what the body raises on any: the first alone sees what does not fit.
+        UserError: The body raised it on some rank; it is raised on every rank.
     """
-    lives = HfDeepSpeedConfig(engine_config)  # transformers asks whether there is one
+    live_config = HfDeepSpeedConfig(engine_config)  # transformers keeps a weak reference to it
     agreement = _Agreement()
     error = None
     try:
@@ -54,45 +54,45 @@ def loading(engine_config: dict[str, Any], setting: str) -> Iterator[None]:
     except UserError as caught:
         error = caught
     finally:
-        del lives
+        del live_config
     agreement.end(error)
 
 
 class _Agreement:
-    """Agreement of the ranks before a model is built in parts, and after it was filled.
+    """Exchange of errors between ranks before a partitioned model is created, and after it is loaded.
 
-    What one rank cannot read is found before it would take part in building, for which the others would wait.
+    A rank that cannot read its files reports it first, so the others do not wait for it in a collective.
     """
 
     def __init__(self) -> None:
         self._has_begun = False
-        self._known: UserError | None = None
+        self._shared_error: UserError | None = None
 
     def then_init(self, config_dict_or_path: dict[str, Any]) -> _Init:
-        """Return the context in which transformers builds the model: it has found configuration and files."""
+        """Exchange errors, then return the context in which transformers creates the model."""
         if not self._has_begun:
             self._has_begun = True
             try:
                 raise_together(None)
             except UserError as error:
-                self._known = error
+                self._shared_error = error
                 raise
         return _Init(config_dict_or_path)
 
     def end(self, error: UserError | None) -> None:
-        """Raise the error of any rank on all, unless all have raised it already."""
-        if error is not None and error is self._known:
+        """Raise any rank's error on all ranks, unless all have already raised it."""
+        if error is not None and error is self._shared_error:
             raise error
-        if error is not None and self._has_begun:  # others may wait for this rank's part of a weight
+        if error is not None and self._has_begun:  # others may be waiting for this rank's partition of a weight
             raise_from_anywhere(error)
         raise_together(error)
 
 
 def _fill(setting: str, model: Any, state_dict: dict[str, Any], load_config: Any) -> tuple[list[str], set[str]]:
-    """Fill the model as transformers does, after the checks that it leaves out under ZeRO-3.
+    """Load the weights as transformers does, after the checks that it skips under ZeRO-3.
 
     Raises:
-        DataError: On every rank, where the weights are not finite, or not those of config.json.
+        DataError: The weights are not finite or do not match config.json; raised on every rank.
     """
     source = model.config.name_or_path
     name = f"{setting} is {source}"
@@ -101,17 +101,17 @@ def _fill(setting: str, model: Any, state_dict: dict[str, Any], load_config: Any
         if _differ(*(_stored(model, state_dict, name) for name in (head, embedding))):
             raise untied_weights(name, head, embedding)
     with _requiring_finite(name, source) as require:
-        found = _load_state_dict_into_zero3_model(model, state_dict, load_config)
+        loaded = _load_state_dict_into_zero3_model(model, state_dict, load_config)
         require((key, buffer) for key, buffer in model.named_buffers() if key in state_dict)
-    return found
+    return loaded
 
 
 @contextmanager
 def _requiring_finite(name: str, source: str) -> Iterator[Callable[[Iterable[tuple[str, Tensor]]], None]]:
-    """Refuse parameters that are not finite, and what the yielded function is given, on every rank at the end.
+    """Refuse non-finite parameters, and non-finite tensors given to the yielded function, on every rank at the end.
 
-    Rank 0 checks those of a module while it has them whole. To read every file before would keep the other ranks
-    waiting beyond their time-out with a large model, and so would an error that rank 0 raised in between.
+    Rank 0 checks a module's parameters while they are gathered. If it read every file beforehand, or raised an error in
+    between, the other ranks of a large model would wait beyond their timeout.
     """
     plain = nn.Module._load_from_state_dict
     errors: list[UserError] = []
@@ -133,7 +133,7 @@ def _requiring_finite(name: str, source: str) -> Iterator[Callable[[Iterable[tup
 
 
 def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return the loading report that transformers gives without ZeRO-3, for tensors that have shapes and no values."""
+    """Return the loading report that transformers gives without ZeRO-3, computed from shapes alone."""
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state_dict.items()}
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
     with _without_zero(), _quietly():
@@ -142,9 +142,9 @@ def _report(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _renaming_as_without_zero() -> Iterator[None]:
-    """Leave a stored name as it is where the model has it and the family's renaming leads nowhere.
+    """Keep a stored name if the model has that parameter and not the renamed one.
 
-    transformers does so except under ZeRO-3, where the final norm of DeepSeek-V4 gets lost.
+    transformers does so except under ZeRO-3, where it loses the final norm of DeepSeek-V4.
     """
     plain = core_model_loading.rename_source_key
 
@@ -167,7 +167,7 @@ def _renaming_as_without_zero() -> Iterator[None]:
 
 @contextmanager
 def _without_zero() -> Iterator[None]:
-    """Hide the engine's configuration from transformers in the block."""
+    """Hide the engine's configuration from transformers within the block."""
     known = integrations.deepspeed._hf_deepspeed_config_weak_ref
     integrations.deepspeed.unset_hf_deepspeed_config()
     try:
@@ -178,7 +178,7 @@ def _without_zero() -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence hints that transformers has logged once already."""
+    """Silence messages that transformers has already logged."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -188,14 +188,14 @@ def _quietly() -> Iterator[None]:
 
 
 def _stored(model: Any, state_dict: dict[str, Any], name: str) -> Tensor | None:
-    """Return the tensor of a parameter, whose stored name may lack the prefix of the base model."""
+    """Return the stored tensor of a parameter; its stored name may lack the base model's prefix."""
     return state_dict.get(name, state_dict.get(name.removeprefix(f"{model.base_model_prefix}.")))
 
 
 def _differ(first: Tensor | None, second: Tensor | None) -> bool:
-    """Return whether both tensors are stored and their values, which only rank 0 has, differ; every rank calls this.
+    """Return True if both tensors are stored and differ. Every rank calls this; only rank 0 has the values.
 
-    Values that are not finite are refused later: a NaN does not equal itself.
+    Non-finite values are ignored here, because NaN differs from itself; they are refused later.
     """
     if first is None or second is None:
         return False
@@ -205,14 +205,14 @@ def _differ(first: Tensor | None, second: Tensor | None) -> bool:
 
 
 @contextmanager
-def making(engine_config: dict[str, Any]) -> Iterator[None]:
-    """Let `from_config` make partitions of the same weights that it makes without ZeRO-3.
+def creating(engine_config: dict[str, Any]) -> Iterator[None]:
+    """Make `from_config` create partitions of the same weights as without ZeRO-3.
 
-    transformers' own way leaves out what a layer's constructor draws, and draws on the device and in the precision of
-    the run: the same seed would give other weights than at other stages.
+    By itself transformers skips what a layer's constructor draws, and draws on the device and in the precision of the
+    run, so a seed would give different weights than at other stages.
 
     Args:
-        engine_config: What deepspeed.initialize gets. Its precision is that of the parts.
+        engine_config: Configuration for deepspeed.initialize; it sets the precision of the partitions.
     """
     with _gathering(_whole_on_host), _Init(engine_config), _returning_memory():
         yield
@@ -220,7 +220,7 @@ def making(engine_config: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _gathering(weights_of: Callable[[nn.Module], AbstractContextManager[None]]) -> Iterator[None]:
-    """Gather the weights that `weights_of` names whenever transformers initializes a module."""
+    """Gather a module's weights, with the context `weights_of` returns, when transformers initializes the module."""
     plain = PreTrainedModel._initialize_weights
 
     def gathered(self: Any, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -232,19 +232,19 @@ def _gathering(weights_of: Callable[[nn.Module], AbstractContextManager[None]]) 
         yield
 
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's names of what mallopt sets
-# Bytes. malloc comes to the second by itself, and then keeps larger ones.
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt
+# Thresholds in bytes. By itself malloc grows the threshold up to the second value, and keeps freed blocks below it.
 WHILE_BUILDING, AFTERWARDS = 2**20, 32 * 2**20
 
 
 @contextmanager
 def _returning_memory() -> Iterator[None]:
-    """Return freed memory to the system at once in the block.
+    """Return freed memory to the system at once within the block.
 
-    Parts that stay lie among whole weights that do not, and holes between them are lost: the 2.5 B shape held 14 GB
-    on two CPU ranks where its parts are 5.
+    Otherwise the heap fragments, as partitions that stay lie between full weights that are freed: the 2.5 B shape held
+    14 GB on two CPU ranks for partitions of 5 GB.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # glibc's alone
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # only glibc has it
     mallopt(MMAP_THRESHOLD, WHILE_BUILDING)
     try:
         yield
@@ -254,9 +254,9 @@ def _returning_memory() -> Iterator[None]:
 
 
 class _Init(deepspeed.zero.Init):
-    """ZeRO-3's construction, but tensors are made as ever, in fp32 on the host; weights are rounded when they are cut.
+    """zero.Init, but with tensors created in fp32 on the host; weights are rounded when they are partitioned.
 
-    DeepSpeed's own makes all of them in the precision of the run, buffers too, which must stay in fp32 there.
+    DeepSpeed's own creates all tensors in the precision of the run, even buffers, which must stay in fp32.
     """
 
     def __init__(self, config_dict_or_path: dict[str, Any]):
@@ -268,23 +268,26 @@ class _Init(deepspeed.zero.Init):
 
     def _post_init_method(self, module: nn.Module) -> None:
         super()._post_init_method(module)
-        for buffer in module.buffers(recurse=False):  # the engine moves none of a model in parts
+        for buffer in module.buffers(recurse=False):  # the engine does not move buffers of a partitioned model
             buffer.data = buffer.data.to(self.local_device)
 
 
 def _own_weights(module: nn.Module) -> AbstractContextManager[None]:
-    """Gather a module's own parameters to be read: they are loaded, and a buffer beside them may take their shape."""
-    return deepspeed.zero.GatheredParameters([one for one in module.parameters(recurse=False) if hasattr(one, "ds_id")])
+    """Gather a module's own loaded parameters for reading: initialization may give a buffer their shape."""
+    parameters = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 @contextmanager
 def _whole_on_host(module: nn.Module) -> Iterator[None]:
-    """Gather what a module may initialise, its own parameters and its children's, to be overwritten in fp32."""
-    parameters = [one for part in (module, *module.children()) for one in part.parameters(recurse=False)]
-    parts = [(one, one.device, one.dtype) for one in dict.fromkeys(parameters) if hasattr(one, "ds_id")]
-    with deepspeed.zero.GatheredParameters([one for one, *_ in parts], modifier_rank=0):
-        for parameter, *_ in parts:
+    """Gather the parameters that a module may initialize, its own and its children's, for overwriting in fp32."""
+    owners = (module, *module.children())
+    parameters = dict.fromkeys(parameter for owner in owners for parameter in owner.parameters(recurse=False))
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    formats = [(parameter.device, parameter.dtype) for parameter in partitioned]
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+        for parameter in partitioned:
             parameter.data = parameter.data.to("cpu", torch.float32)
         yield
-        for parameter, device, dtype in parts:
+        for parameter, (device, dtype) in zip(partitioned, formats, strict=True):
             parameter.data = parameter.data.to(device, dtype)

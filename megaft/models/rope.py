@@ -7,7 +7,7 @@ from typing import Any
 
 
 def length_limit(config: Any) -> int | None:
-    """Return the longest input whose rotary frequencies do not depend on its length; None if no input's do.
+    """Return the longest input whose rotary frequencies do not depend on its length; None if there is no such limit.
 
     Args:
         config: A transformers configuration.
@@ -16,10 +16,10 @@ def length_limit(config: Any) -> int | None:
 
 
 def rescaling_lengths(config: Any) -> list[tuple[int, bool]]:
-    """Return the lengths beyond which rotary frequencies change, and whether they go on changing with every token.
+    """Return pairs of a length beyond which rotary frequencies change, and True if they change with every length.
 
-    LongRoPE takes one set of frequencies for inputs up to the original context and another for longer ones, dynamic
-    NTK scaling a set for each longer length; transformers chooses by the last position of the whole batch.
+    LongRoPE has one set of frequencies for inputs up to the original context and another for longer inputs; dynamic NTK
+    scaling has a set for each longer length. transformers chooses by the last position of the whole batch.
 
     Args:
         config: A transformers configuration.
@@ -36,9 +36,9 @@ def rescaling_lengths(config: Any) -> list[tuple[int, bool]]:
 
 
 def _rope_parameters(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield a setting's rotary parameters, of the model or of each kind of layer."""
+    """Yield the rotary parameters in a setting: the model's, or those of each layer type."""
     if isinstance(value, dict):
         if "rope_type" in value:
             yield value
-        for one in value.values():
-            yield from _rope_parameters(one)
+        for nested in value.values():
+            yield from _rope_parameters(nested)

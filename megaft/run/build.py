@@ -88,9 +88,9 @@ def build(plan: Plan, topology: Topology) -> Run:
     together(require_supported, setup.dtype)
     say(f"{'loading' if config.model.path else 'making'} the model: {_model_name(config)}", is_main)
     model, architecture = build_model(config, setup.engine_config)
-    longest_alike = length_limit(model.language_model.config)
-    validation = together(_validation, plan, model.language_model, longest_alike)
-    row_length = together(plan.samples.row_length, longest_alike)
+    rope_length_limit = length_limit(model.language_model.config)
+    validation = together(_validation, plan, model.language_model, rope_length_limit)
+    row_length = together(plan.samples.row_length, rope_length_limit)
     identity = _identity(plan, architecture, validation)
     say(f"building the engine: ZeRO {setup.zero_stage}, {setup.dtype}, {setup.optim.name}", is_main)
     engine = _engine(model, setup, device)
@@ -133,11 +133,11 @@ def _contents(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _validation(plan: Plan, language_model: Any, longest_alike: int | None) -> Validation | None:
+def _validation(plan: Plan, language_model: Any, rope_length_limit: int | None) -> Validation | None:
     """Return the validation, if any, after checking that the model fits the tokenizer and input length."""
     require_fits(language_model, plan.tokenizer, plan.config.longest_input)
     valid = plan.sources.valid
-    return Validation(valid, plan.config, plan.tokenizer, longest_alike) if valid else None
+    return Validation(valid, plan.config, plan.tokenizer, rope_length_limit) if valid else None
 
 
 def _engine(model: torch.nn.Module, setup: ResolvedSettings, device: torch.device) -> Any:

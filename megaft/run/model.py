@@ -37,5 +37,5 @@ def nats_model(language_model: Any, cross_entropy: str, attend_within_documents:
     with trials.on_trial(language_model) as small:
         trials.require_language_model(language_model, small)
         if attend_within_documents:
-            trials.require_keeps_documents_apart(language_model, small)
+            trials.require_document_isolation(language_model, small)
         return hugging_face.NatsModel(language_model, cross_entropy, small)

@@ -28,7 +28,7 @@ class Validation:
     """
 
     def __init__(
-        self, dataset: Dataset, config: TrainConfig, tokenizer: AnyTokenizer, longest_alike: int | None = None
+        self, dataset: Dataset, config: TrainConfig, tokenizer: AnyTokenizer, rope_length_limit: int | None = None
     ):
         prefix, receipt = dataset.prefix, dataset.receipt
         self.tokens = TokenFile(prefix, receipt["tokenizer"]["vocab_size"])
@@ -48,7 +48,7 @@ class Validation:
         if not self.rows:
             raise DataError(f"{prefix} has no token to validate on; give --data.valid a longer text.")
         self.options = {
-            "longest_alike": longest_alike,
+            "rope_length_limit": rope_length_limit,
             "tokens_per_batch": config.eval.batch_size * config.eval_context_length,
             "num_words": None if has_mask else receipt["words"],
             "num_bytes": None if has_mask or not receipt["tokenizer"]["round_trip"] else receipt["bytes"],

@@ -1,11 +1,11 @@
-"""Hidden states at scored positions: at the others the last layer computes keys and values only.
+"""Last-layer pruning: compute hidden states at scored positions only; other positions contribute keys and values.
 
-A window of stride 32 scores 32 of its 1024 positions. Every layer but the last needs all of them, as keys and values
-of the next; the last layer's queries, its output projection, its MLP and the final norm serve the scored ones alone.
-What is left out is never read, so this is the same quantity, 1 / num_layers cheaper.
+A window of stride 32 scores 32 of its 1024 positions. Every layer but the last needs all positions, as keys and values
+of the next layer; the last layer's queries, output projection and MLP and the final norm are needed only at scored
+positions. The skipped values are never read, so the result is the same, up to 1 / num_layers cheaper.
 
 Without it, scoring windows of 1024 takes GPT-2 124M 1.07 times the CPU time at stride 32, 1.04 at 256, 1.02 at 512, and
-no more where all positions are scored; SmolLM2-135M, of 30 layers, 1.03 at stride 32, 1.02 at 256, 1.01 at 512. (One
+no more if all positions are scored; SmolLM2-135M, of 30 layers, 1.03 at stride 32, 1.02 at 256, 1.01 at 512. (One
 core of an AMD EPYC, float32, weights packed; medians of seven pairs, the middle five within 0.02. The nats were the
 same bits.)
 """
@@ -31,11 +31,11 @@ from transformers.pytorch_utils import Conv1D
 from megaft.scoring.packed import PackedLinear
 
 LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-"""Families like Llama but for biases and norms of queries and keys."""
+"""Families that equal Llama except for biases and norms of queries and keys."""
 
 
 class AnyTrunk(nn.Module):
-    """A model of any family below its output layer, run whole."""
+    """A model of any family without its output layer, computed at all positions."""
 
     def __init__(self, language_model: Any):
         super().__init__()
@@ -49,7 +49,7 @@ class AnyTrunk(nn.Module):
 
 
 class GPT2Trunk(nn.Module):
-    """GPT-2 below its output layer."""
+    """GPT-2 without its output layer."""
 
     def __init__(self, language_model: Any):
         super().__init__()
@@ -68,20 +68,23 @@ class GPT2Trunk(nn.Module):
 
 
 class GPT2LastLayer(nn.Module):
-    """The last block. It owns the fused projection, which it takes apart, so that ZeRO-3's hooks gather that here."""
+    """The last block. It shares the fused projection, which it splits, so ZeRO-3's hooks gather the weight here."""
 
     def __init__(self, layer: Any):
         super().__init__()
         self.layer = layer
         self.weight: Any = layer.attn.c_attn.weight
         self.bias: Any = layer.attn.c_attn.bias
-        width = layer.attn.embed_dim  # the weight itself may be in parts, on other ranks
-        self.parts = (slice(0, width), slice(width, None))
+        width = layer.attn.embed_dim  # the weight itself may be partitioned, without its shape
+        self.projections = (slice(0, width), slice(width, None))
+        """Columns of the queries, and of the keys and values."""
         self.packed: nn.ModuleList | None = None
 
     def pack(self) -> None:
-        """Use packed matrices from now on."""
-        self.packed = nn.ModuleList(PackedLinear(self.weight[:, part].T, self.bias[part]) for part in self.parts)
+        """Pack the weight matrices for inference on CPU."""
+        self.packed = nn.ModuleList(
+            PackedLinear(self.weight[:, columns].T, self.bias[columns]) for columns in self.projections
+        )
         self.weight = self.bias = None
 
     def forward(
@@ -91,23 +94,23 @@ class GPT2LastLayer(nn.Module):
         attention = self.layer.attn
         normed = self.layer.ln_1(hidden)
         columns = query_columns(is_scored)
-        queries = self._project(normed if columns is None else at(normed, columns), 0)
+        queries = self._project(normed if columns is None else gather_columns(normed, columns), 0)
         keys, values = self._project(normed, 1).chunk(2, dim=1)
         attended = attend(queries, keys, values, columns, attention.scaling)
-        hidden = hidden[is_scored] + attention.c_proj(of_scored(attended, columns, is_scored))
+        hidden = hidden[is_scored] + attention.c_proj(select_scored(attended, columns, is_scored))
         return hidden + self.layer.mlp(self.layer.ln_2(hidden))
 
     def _project(self, states: Tensor, index: int) -> Tensor:
         if self.packed is not None:
             projected = self.packed[index](states)
         else:
-            part = self.parts[index]
-            projected = torch.addmm(self.bias[part], states.flatten(0, 1), self.weight[:, part])
+            columns = self.projections[index]
+            projected = torch.addmm(self.bias[columns], states.flatten(0, 1), self.weight[:, columns])
         return projected.view(*states.shape[:2], -1, self.layer.attn.head_dim).transpose(1, 2)
 
 
 class LlamaTrunk(nn.Module):
-    """Llama, or one of LLAMA_LIKE, below its output layer."""
+    """Llama, or another of LLAMA_LIKE, without its output layer."""
 
     def __init__(self, language_model: Any):
         super().__init__()
@@ -139,29 +142,29 @@ class LlamaLastLayer(nn.Module):
         rotation: tuple[Float[Tensor, "1 time head_width"], Float[Tensor, "1 time head_width"]],
         is_scored: Bool[Tensor, "batch time"],
     ) -> Float[Tensor, "scored width"]:
-        """Return the layer's output at the scored positions; `rotation` is cosine and sine of each position."""
+        """Return the layer's output at the scored positions; `rotation` has the cosine and sine of each position."""
         attention = self.layer.self_attn
         normed = self.layer.input_layernorm(hidden)
         columns = query_columns(is_scored)
-        queries = self._heads(normed if columns is None else at(normed, columns), "q")
-        turn = rotation if columns is None else [angles[0][columns] for angles in rotation]
+        queries = self._heads(normed if columns is None else gather_columns(normed, columns), "q")
+        query_rotation = rotation if columns is None else [angles[0][columns] for angles in rotation]
         keys, values = rotated(self._heads(normed, "k"), *rotation), self._heads(normed, "v")
-        attended = attend(rotated(queries, *turn), keys, values, columns, attention.scaling)
-        hidden = hidden[is_scored] + attention.o_proj(of_scored(attended, columns, is_scored))
+        attended = attend(rotated(queries, *query_rotation), keys, values, columns, attention.scaling)
+        hidden = hidden[is_scored] + attention.o_proj(select_scored(attended, columns, is_scored))
         return hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
 
     def _heads(self, states: Tensor, kind: str) -> Tensor:
         attention = self.layer.self_attn
         heads = getattr(attention, f"{kind}_proj")(states).unflatten(-1, (-1, attention.head_dim))
-        norm = getattr(attention, f"{kind}_norm", None)  # Qwen3 has them
+        norm = getattr(attention, f"{kind}_norm", None)  # Qwen3 normalizes queries and keys
         return (heads if norm is None else norm(heads)).transpose(1, 2)
 
 
 def fast_trunk(language_model: Any) -> GPT2Trunk | LlamaTrunk | None:
-    """Return the trunk that saves the last layer's work, if the architecture is known to have such a layer."""
-    if language_model.config._attn_implementation != "sdpa":  # others take a mask for causality
+    """Return a trunk with last-layer pruning if the architecture is supported, else None."""
+    if language_model.config._attn_implementation != "sdpa":  # others need a mask for causality
         return None
-    # A mask is needed then. Leaving this to each batch would hang under ZeRO-3, whose ranks must call the same modules.
+    # A sliding window needs a mask. Choosing per batch would hang under ZeRO-3: all ranks must call the same modules.
     if getattr(language_model.config, "sliding_window", None) is not None:
         return None
     family = type(language_model)
@@ -171,10 +174,10 @@ def fast_trunk(language_model: Any) -> GPT2Trunk | LlamaTrunk | None:
 
 
 def query_columns(is_scored: Bool[Tensor, "batch time"]) -> Int64[Tensor, "batch queries"] | None:
-    """Return the columns of each row whose queries are needed, its scored ones first; None if that is most columns.
+    """Return the columns of each row whose queries are computed, scored ones first; None for all columns.
 
-    Rows with fewer scored columns than others are filled up with some that are not. Attention over all columns needs
-    no mask, which halves its work, so above half of them there is nothing to save.
+    Rows with fewer scored columns than others are padded with unscored ones. Causal attention over all columns needs no
+    mask, which halves its work, so pruning pays only if at most half the columns are scored.
     """
     queries = max(1, int(is_scored.sum(1).max()))
     if 2 * queries > is_scored.shape[1]:
@@ -182,7 +185,7 @@ def query_columns(is_scored: Bool[Tensor, "batch time"]) -> Int64[Tensor, "batch
     return is_scored.byte().argsort(dim=1, descending=True, stable=True)[:, :queries]
 
 
-def at(
+def gather_columns(
     states: Float[Tensor, "batch time width"], columns: Int64[Tensor, "batch queries"]
 ) -> Float[Tensor, "batch queries width"]:
     """Return each row's states at its columns."""
@@ -190,12 +193,12 @@ def at(
     return states[rows, columns]
 
 
-def of_scored(
+def select_scored(
     states: Float[Tensor, "batch queries width"],
     columns: Int64[Tensor, "batch queries"] | None,
     is_scored: Bool[Tensor, "batch time"],
 ) -> Float[Tensor, "scored width"]:
-    """Drop the queries that stand for no scored position."""
+    """Return the states of scored positions, dropping the padding queries."""
     return states[is_scored if columns is None else is_scored.gather(1, columns)]
 
 
@@ -206,13 +209,13 @@ def attend(
     columns: Int64[Tensor, "batch queries"] | None,
     scaling: float,
 ) -> Float[Tensor, "batch queries width"]:
-    """Return causal attention of queries that stand at `columns`; None means one query a column."""
+    """Return causal attention of queries at positions `columns`; None means one query per column."""
     if columns is None:
         attended = F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=scaling, enable_gqa=keys.shape[1] < queries.shape[1]
         )
         return attended.transpose(1, 2).flatten(2)
-    # The query heads that share a key head become more queries of it: nothing is copied, any kernel will do.
+    # Query heads that share a key head become extra queries of it: nothing is copied, and any kernel works.
     groups = queries.shape[1] // keys.shape[1]
     is_past = torch.arange(keys.shape[2], device=columns.device) <= columns[:, None, :, None]
     grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
@@ -227,5 +230,5 @@ def rotated(
     cosine: Float[Tensor, "#batch time head_width"],
     sine: Float[Tensor, "#batch time head_width"],
 ) -> Float[Tensor, "batch heads time head_width"]:
-    """Return heads with rotary positions (Su et al. 2021), in transformers' order of operations."""
+    """Return heads rotated by rotary embeddings (Su et al. 2021), in transformers' order of operations."""
     return heads * cosine.unsqueeze(1) + rotate_half(heads) * sine.unsqueeze(1)

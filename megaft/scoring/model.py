@@ -1,4 +1,4 @@
-"""A language model in evaluation: what each scored token costs, and whether it was the model's first choice."""
+"""Scoring model: nats of each scored token, and whether it was the model's greedy choice."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megaft.config.train import ModelConfig
 from megaft.data.samples import IGNORE_INDEX
 from megaft.models import trials
 from megaft.models.backend import Backend, backend_of_model
-from megaft.models.hugging_face import NatsModel, in_parts
-from megaft.models.loss import Vocabulary, chunks, token_nats
+from megaft.models.hugging_face import NatsModel, zero_init_context
+from megaft.models.loss import VocabularyShard, chunks, token_nats
 from megaft.models.parameters import count
 from megaft.scoring.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
 from megaft.scoring.packed import PackedLinear, can_pack, pack_linears
@@ -29,7 +29,7 @@ from megaft.weights.loading.pretrained import load_language_model
 
 
 class ScoringModel(nn.Module):
-    """A language model in evaluation: what each scored token costs, and whether it was the model's first choice."""
+    """A language model in evaluation that returns the nats of labels and whether each was the greedy choice."""
 
     def __init__(
         self,
@@ -39,14 +39,14 @@ class ScoringModel(nn.Module):
         banned: Sequence[int] = (),
         tried: CausalLM | None = None,
     ) -> None:
-        """Take a model; `tried` is what `trials.on_trial` yields for it, where that is at hand."""
+        """Wrap a model; `tried` is its trial model from `trials.on_trial`, if there already is one."""
         super().__init__()
         self.language_model = language_model.eval()
-        self.trunk, output_layer, vocabulary = _taken_apart(language_model, tried)
+        self.trunk, output_layer, vocabulary = _split_off_head(language_model, tried)
         self.head = ScoringHead(output_layer, with_choices, banned, vocabulary)
 
     def pack(self) -> None:
-        """Use packed matrices from now on, if the architecture is known."""
+        """Pack the weight matrices for inference on CPU, if the architecture is supported."""
         if isinstance(self.trunk, GPT2Trunk | LlamaTrunk):
             assert self.head.weight is not None
             self.head.packed = PackedLinear(self.head.weight, self.head.bias)
@@ -58,11 +58,11 @@ class ScoringModel(nn.Module):
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
     ) -> Float32[Tensor, "quantity batch time"]:
-        """Return the nats of each label; and with choices, whether it is the largest of the logits.
+        """Return the nats of each label and, with choices, 1.0 if its logit is the largest.
 
         Args:
-            input_ids: Tokens; rows are filled up on the right.
-            labels: The token after each. IGNORE_INDEX marks one that is not scored; every quantity is 0.0 there.
+            input_ids: Tokens, rows padded on the right.
+            labels: The next token of each. IGNORE_INDEX marks one that is not scored; every quantity is 0.0 there.
         """
         is_scored = labels != IGNORE_INDEX
         is_first = is_scored.cumsum(1)[is_scored] == 1
@@ -73,9 +73,9 @@ class ScoringModel(nn.Module):
 
 
 class ScoringHead(nn.Module):
-    """The output layer, a chunk of tokens at a time.
+    """The output layer, computed one chunk of tokens at a time.
 
-    It owns the very parameters of the model's own output layer, so that ZeRO-3's hooks gather them here.
+    It shares the parameters of the model's output layer, so ZeRO-3's hooks gather them here.
     """
 
     banned: Tensor
@@ -85,7 +85,7 @@ class ScoringHead(nn.Module):
         output_layer: nn.Module | None,
         with_choices: bool,
         banned: Sequence[int],
-        vocabulary: Vocabulary | None = None,
+        vocabulary: VocabularyShard | None = None,
     ):
         super().__init__()
         self.vocabulary = vocabulary
@@ -101,35 +101,35 @@ class ScoringHead(nn.Module):
         labels: Int64[Tensor, " scored"],
         is_first: Bool[Tensor, " scored"],
     ) -> Float32[Tensor, "quantity scored"]:
-        """Return the quantities of ScoringModel; banned tokens are no choice where `is_first`."""
+        """Return the quantities of ScoringModel; `banned` tokens cannot be the greedy choice where `is_first`."""
         num_logits = states.shape[1] if self.weight is None else len(self.weight)
         quantities = torch.zeros(1 + self.with_choices, len(labels), device=labels.device)
-        for part in chunks(len(labels), num_logits, labels.device):
-            logits = self._logits(states[part])
+        for chunk in chunks(len(labels), num_logits, labels.device):
+            logits = self._logits(states[chunk])
             nats = self.vocabulary.nats if self.vocabulary else token_nats
-            quantities[0, part] = nats(logits, labels[part])
+            quantities[0, chunk] = nats(logits, labels[chunk])
             if self.with_choices:
-                quantities[1, part] = (self._choices(logits, is_first[part]) == labels[part]).float()
+                quantities[1, chunk] = (self._choices(logits, is_first[chunk]) == labels[chunk]).float()
         return quantities
 
     def _logits(self, states: Tensor) -> Tensor:
         if self.packed is not None:
             return self.packed(states)
-        if self.vocabulary is not None:  # the rows behind its words are padding
+        if self.vocabulary is not None:  # rows after its entries are padding
             return F.linear(states, self.weight[: self.vocabulary.end - self.vocabulary.begin])
         return states if self.weight is None else F.linear(states, self.weight, self.bias)
 
     def _choices(self, logits: Tensor, is_first: Tensor) -> Tensor:
-        words = self.vocabulary or Vocabulary(0, logits.shape[-1], is_cut=False)
-        choices = words.choices(logits)
+        shard = self.vocabulary or VocabularyShard(0, logits.shape[-1], is_sharded=False)
+        choices = shard.choices(logits)
         if len(self.banned) and is_first.any():
-            banned = self.banned[(self.banned >= words.begin) & (self.banned < words.end)] - words.begin
-            choices[is_first] = words.choices(logits[is_first].index_fill(-1, banned, -torch.inf))
+            banned = self.banned[(self.banned >= shard.begin) & (self.banned < shard.end)] - shard.begin
+            choices[is_first] = shard.choices(logits[is_first].index_fill(-1, banned, -torch.inf))
         return choices
 
 
 class MegatronTrunk(nn.Module):
-    """A model of megatron-core below its output layer, run whole; on each of its tensor-parallel ranks."""
+    """A megatron-core model without its output layer, computed at all positions, on each tensor-parallel rank."""
 
     def __init__(self, language_model: Any):
         super().__init__()
@@ -143,28 +143,28 @@ class MegatronTrunk(nn.Module):
 
 
 class LogitsTrunk(nn.Module):
-    """A whole model, for families that scale or cap their logits."""
+    """A complete model, for families that scale or cap their logits."""
 
     def __init__(self, language_model: CausalLM):
         super().__init__()
         self.language_model = language_model
-        self.takes_columns = trials.takes_columns(language_model)
+        self.supports_logits_to_keep = trials.supports_logits_to_keep(language_model)
 
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "scored vocab"]:
-        """Return the logits of the scored positions, row by row, and compute no column that no row scores."""
-        if not self.takes_columns:
+        """Return the logits of the scored positions, row by row, computing only columns that some row scores."""
+        if not self.supports_logits_to_keep:
             return self.language_model(input_ids=input_ids, use_cache=False).logits[is_scored]
         columns = is_scored.any(0).nonzero().squeeze(1)
         logits = self.language_model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits
         return logits[is_scored[:, columns]]
 
 
-def _taken_apart(
+def _split_off_head(
     language_model: CausalLM, tried: CausalLM | None
-) -> tuple[nn.Module, nn.Module | None, Vocabulary | None]:
-    """Return the trunk for scored positions, the output layer (None if the trunk returns logits) and its vocabulary."""
+) -> tuple[nn.Module, nn.Module | None, VocabularyShard | None]:
+    """Return the trunk, the output layer (None if the trunk returns logits) and the output layer's vocabulary shard."""
     if backend_of_model(language_model) == "megatron":
         return MegatronTrunk(language_model), language_model.output_layer(), language_model.vocabulary()
     output_layer = language_model.get_output_embeddings()
@@ -177,7 +177,7 @@ def _taken_apart(
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A loaded ScoringModel with the limits that batching needs; called as the model is."""
+    """A loaded ScoringModel with the limits that batching needs; called like the model."""
 
     model: Callable[[Tensor, Tensor], Tensor]
     head: ScoringHead
@@ -190,16 +190,16 @@ class Scorer:
     def __call__(
         self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
     ) -> Float32[Tensor, "quantity batch time"]:
-        """Return the quantities of ScoringModel. Of a partitioned model every rank calls this, with equal shapes."""
-        with torch.no_grad():  # around the engine too, which otherwise waits for a backward pass
+        """Return the quantities of ScoringModel. If it is partitioned, every rank calls this with equal shapes."""
+        with torch.no_grad():  # around the engine too, which otherwise expects a backward pass
             return self.model(input_ids, labels)
 
     def ask(self, *, with_choices: bool, banned: Sequence[int] = ()) -> Scorer:
-        """Return this scorer, which from now on tells choices or not, as ScoringModel does.
+        """Set which quantities later calls return, and return this scorer.
 
         Args:
-            with_choices: Return a second quantity, 1.0 where the label is the largest of the logits.
-            banned: Token ids that are no choice at the first scored position of a row.
+            with_choices: Return a second quantity, 1.0 if the label's logit is the largest.
+            banned: Token ids that cannot be the greedy choice at the first scored position of a row.
         """
         self.head.with_choices = with_choices
         self.head.banned = torch.tensor(banned, dtype=torch.int64, device=self.head.banned.device)
@@ -214,21 +214,19 @@ def load_scoring_model(
     backend: Backend = "hugging-face",
     is_partitioned: bool = False,
 ) -> Scorer:
-    """Load a model to score with; it tells no choices until asked.
+    """Load a model for scoring; it returns nats only, until `ask` enables choices.
 
     Args:
         source: Hub name, folder or GGUF file.
-        dtype: What the model computes in; cross-entropy is in float32 always.
-        device: Where it computes.
-        backend: Model implementation; with "megatron", call `parallel.start_tensor_parallelism` first.
-        is_partitioned: Give each rank of the process group (or of those with one part of cut matrices) a part of every
-            weight, through DeepSpeed's ZeRO-3. Of transformers' models only rank 0 reads the weights, into a mapping of
-            the file. A GGUF file is unpacked whole in the host memory of every rank first.
+        dtype: Dtype of the model's computation; cross-entropy is always in float32.
+        device: Device of the computation.
+        backend: Model implementation. For megatron-core, call `parallel.start_tensor_parallelism` first.
+        is_partitioned: Partition every weight over the data-parallel ranks with DeepSpeed's ZeRO-3. Only rank 0 maps
+            the weight files of a transformers model; a GGUF file is first unpacked in the host memory of every rank.
 
     Raises:
-        ConfigError: megatron-core has no such model, or it cannot be cut over so many ranks.
-        DataError: On every rank, where any finds that it is not there, that transformers cannot read it, or that it is
-            no causal language model.
+        ConfigError: megatron-core does not support the model, or cannot shard it over this many ranks.
+        DataError: The model is missing, cannot be read or is not a causal language model; raised on every rank.
     """
     if backend == "megatron":
         language_model = _load_megatron(source, dtype, is_partitioned)
@@ -239,7 +237,7 @@ def load_scoring_model(
             if is_partitioned
             else together(load_language_model, source, dtype, None, "--model")
         )
-        model = together(_tried_model, language_model)
+        model = together(_tested_model, language_model)
     num_parameters = count(language_model.parameters())
     if can_pack(dtype, device) and not is_partitioned:
         model.pack()
@@ -253,8 +251,8 @@ def load_scoring_model(
     )
 
 
-def _tried_model(language_model: CausalLM) -> ScoringModel:
-    """Return the scoring model of a causal language model, once trials have found it to be one."""
+def _tested_model(language_model: CausalLM) -> ScoringModel:
+    """Return the scoring model of a language model after trials of its causality and batch invariance."""
     with trials.on_trial(language_model) as tried:
         trials.require_language_model(language_model, tried)
     fuse_activations(language_model)
@@ -271,11 +269,11 @@ def _load_megatron(source: str, dtype: torch.dtype, is_partitioned: bool) -> Cau
 
 def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
     if not source.endswith(".gguf"):
-        with in_parts(_deepspeed_config(dtype), is_new=False, setting="--model"):
+        with zero_init_context(_deepspeed_config(dtype), is_new=False, setting="--model"):
             return load_language_model(source, dtype, setting="--model")
     import deepspeed
 
-    # Filled outside ZeRO's hooks.
+    # Loaded outside ZeRO's hooks, then partitioned.
     language_model = together(load_language_model, source, dtype, None, "--model")
     deepspeed.zero.Init(module=language_model, config_dict_or_path=_deepspeed_config(dtype))
     return language_model
@@ -290,12 +288,12 @@ def _engine(model: ScoringModel, dtype: torch.dtype) -> Callable[[Tensor, Tensor
 
 
 LIVE_PARAMETERS = 300_000_000
-"""Parameters that a rank may gather beside its own partition: two layers of 8.3 B. DeepSpeed's default is 10^9."""
+"""Parameters that a rank may gather beyond its own partition: two layers of 8.3 B. DeepSpeed's default is 10^9."""
 
 
 def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one, and scoring has no use for it
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires it, but scoring does not use it
         "zero_optimization": {
             "stage": 3,
             "stage3_max_live_parameters": LIVE_PARAMETERS,
@@ -306,7 +304,7 @@ def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def fuse_activations(language_model: CausalLM) -> None:
-    """Compute GPT-2's GELU in one pass over memory, where transformers' own formula takes eight; the same function."""
+    """Replace GPT-2's GELU by torch's fused one: the same function in one pass over memory instead of eight."""
     for module in language_model.modules():
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:
@@ -314,17 +312,17 @@ def fuse_activations(language_model: CausalLM) -> None:
 
 
 ACTIVATION_BYTES = 8 * 2**30
-"""Memory of a CUDA device for the activations of a layer."""
+"""Memory budget of a CUDA device for the activations of a layer."""
 
 CPU_TOKENS = 2048
-"""Tokens whose activations stay in memory that malloc keeps, measured with GPT-2 124M and SmolLM2 135M."""
+"""Batch size in tokens below which malloc reuses memory for activations, measured with GPT-2 124M and SmolLM2-135M."""
 
 KNOWN_HEADS = {*FAMILIES, "qwen3"}
-"""Model types whose logits never exist but for a chunk of tokens."""
+"""Model types whose logits are computed in chunks, never all at once."""
 
 
 def tokens_per_batch(model_config: Any, context_length: int, device_type: str, dtype: torch.dtype) -> int:
-    """Return the most tokens of a forward pass, at least one row."""
+    """Return the largest number of tokens in a forward pass, at least one row."""
     if device_type == "cpu":
         return max(context_length, CPU_TOKENS)
     config = model_config.get_text_config()

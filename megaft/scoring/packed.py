@@ -1,7 +1,7 @@
 """Linear layers for inference on CPUs, with weights packed in oneDNN's layout.
 
-torch multiplies float32 matrices on CPUs with MKL, which on AMD's has no AVX-512 kernels; oneDNN's on matrices packed
-once are up to twice as fast there, in the same precision. What TorchInductor does with frozen weights.
+torch multiplies float32 matrices on CPUs with MKL, which does not use AVX-512 on AMD. oneDNN's kernels for packed
+matrices are up to twice as fast there, in the same precision. TorchInductor does the same with frozen weights.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 ROWS = 2048
-"""Rows that the layout is optimized for; constant, so that every rank computes the same bits."""
+"""Batch rows that the layout is optimized for; constant, so that every rank computes the same bits."""
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if torch has oneDNN's packed matrix product for this device and dtype."""
-    is_there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return is_there and device.type == "cpu" and dtype is torch.float32
+    is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return is_available and device.type == "cpu" and dtype is torch.float32
 
 
 class PackedLinear(nn.Module):
@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace every linear layer, GPT-2's transposed ones too, by a packed one."""
+    """Replace every linear layer, including GPT-2's transposed Conv1D layers, by a packed one."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:

@@ -1,7 +1,8 @@
-"""Score a text by sliding windows: nats of every token. Training validates with it too.
+"""Sliding-window scoring of a text: nats of every token, and perplexities. Training validates with it too.
 
-Windows never cross documents. Batches are formed over the whole text and dealt to the data ranks in turn; the nats of
-each token go to its own place in one array, and the sum runs over that array: the same score on any number of ranks.
+Windows never cross documents. Batches are formed over the whole text and distributed round-robin over the data-parallel
+ranks. The nats of each token are stored at its position in one array, and the sum runs over that array, so the score is
+the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from megaft.scoring.windows import Window
 TokenScorer = Callable[[Tensor, Tensor], Tensor]
 """The model, in evaluation mode: (input_ids, labels), both Int64 "batch time", to Float32 "quantity batch time".
 
-Labels are shifted already, and cost 0.0 where they are IGNORE_INDEX. The first quantity is the nats of each label; the
-second, where there is one, is 1.0 where the label was the model's first choice.
+Labels are already shifted; every quantity is 0.0 where they are IGNORE_INDEX. The first quantity is the nats of each
+label; the optional second is 1.0 if the label was the model's greedy choice.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Negative log-likelihood of a text, and the figures made of it.
+    """Negative log-likelihood of a text, and the figures derived from it.
 
-    Nats are finite. A perplexity is inf where finite nats are too many for a float, as in a text of 10,000 tokens
-    without white space, which is a single word.
+    Nats are finite. A perplexity is inf if it overflows a float, as the word perplexity of 10,000 tokens without white
+    space, which are a single word.
     """
 
     nats: float
@@ -47,12 +48,12 @@ class Score:
     num_bytes: int | None = None
     """UTF-8 bytes of the original text."""
     token_nats: Float64[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
-    """Nats of each token of the text, in its order; 0.0 where a token is not scored."""
+    """Nats of each token of the text, in order; 0.0 if a token is not scored."""
     is_first_choice: Bool[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
     """True at scored tokens that had the largest logit."""
 
     def of(self, is_scored: Bool[np.ndarray, " tokens"]) -> Score:
-        """Return the score of some of the text's tokens, of which no words or bytes are known."""
+        """Return the score of some of the text's tokens, without word and byte counts."""
         assert self.token_nats is not None
         return Score(math.fsum(self.token_nats[is_scored]), int(is_scored.sum()))
 
@@ -68,27 +69,27 @@ class Score:
 
     @property
     def word_perplexity(self) -> float | None:
-        """exp(nats / words), where the words are known."""
+        """exp(nats / words); None if the number of words is unknown."""
         return exp(self.nats / self.num_words) if self.num_words else None
 
     @property
     def byte_perplexity(self) -> float | None:
-        """exp(nats / bytes), where the bytes are known."""
+        """exp(nats / bytes); None if the number of bytes is unknown."""
         return exp(self.nats / self.num_bytes) if self.num_bytes else None
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Nats / (ln 2 * bytes), where the bytes are known."""
+        """Nats / (ln 2 * bytes); None if the number of bytes is unknown."""
         return self.nats / (math.log(2) * self.num_bytes) if self.num_bytes else None
 
     def as_dict(self) -> dict[str, float]:
-        """Return the row for metrics: every quantity that is known."""
+        """Return every known quantity by name, for the metrics file."""
         names = ("nats", "num_scored_tokens", "nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 def exp(nats: float) -> float:
-    """Return e to the `nats`, inf where that is too large for a float."""
+    """Return exp(nats); inf if that overflows a float."""
     try:
         return math.exp(nats)
     except OverflowError:
@@ -97,23 +98,23 @@ def exp(nats: float) -> float:
 
 @runtime_checkable
 class Documents(Protocol):
-    """A text in tokens: document d is read(document_offsets[d], document_offsets[d + 1])."""
+    """A tokenized text: document d is read(document_offsets[d], document_offsets[d + 1])."""
 
     document_offsets: np.ndarray
 
     def read(self, begin: int, end: int) -> np.ndarray:
-        """Tokens begin to end - 1 of the text."""
+        """Return tokens [begin, end) of the text."""
         ...
 
 
 class Row(NamedTuple):
-    """A window of a document whose position p is token first + p of the text; a prefix counts as position 0."""
+    """A window of a document; its position p is token first + p of the text. A prefix counts as position 0."""
 
     first: int
     window: Window
 
     @property
-    def places(self) -> slice:
+    def target_positions(self) -> slice:
         """Positions of the targets in the text."""
         return slice(self.first + self.window.scored_from, self.first + self.window.end)
 
@@ -130,50 +131,50 @@ class Row(NamedTuple):
 
 def rows_of(
     documents: Documents,
-    cut: Callable[[int], Iterable[Window]],
+    split: Callable[[int], Iterable[Window]],
     *,
     prefix_id: int | None = None,
     eod_id: int | None = None,
 ) -> list[Row]:
-    """Cut every document into windows.
+    """Split every document into windows.
 
     Args:
         documents: The text.
-        cut: From a number of tokens to windows, as `windows` is.
-        prefix_id: Stands before each document, so that its first token is scored too. None leaves that one unscored.
-        eod_id: Left out where it is a document's last token: the preparation put it there, not the author.
+        split: Returns the windows of a number of tokens, such as `windows`.
+        prefix_id: Token put before each document so that its first token is scored; None leaves that token unscored.
+        eod_id: End-of-document token that data preparation appended; not scored at the end of a document.
     """
     rows = []
     for begin, end in pairwise(map(int, documents.document_offsets)):
         if end > begin and eod_id is not None and documents.read(end - 1, end)[0] == eod_id:
             end -= 1
         first = begin if prefix_id is None else begin - 1
-        rows += [Row(first, window) for window in cut(end - first)]
+        rows += [Row(first, window) for window in split(end - first)]
     return rows
 
 
-def batches_of(rows: Sequence[Row], tokens_per_batch: int, longest_alike: int | None = None) -> list[list[Row]]:
-    """Group rows of about one shape, the longest first, so that little of a batch is padding.
+def batches_of(rows: Sequence[Row], tokens_per_batch: int, rope_length_limit: int | None = None) -> list[list[Row]]:
+    """Group rows of similar shape into batches, the longest first, so that there is little padding.
 
-    A pure function of the rows: what is computed together does not depend on the ranks, and so neither do its bits.
+    Batches depend only on the rows, not on the number of ranks, so the computed bits do not either.
 
     Args:
         rows: In any order.
-        tokens_per_batch: Most input tokens of a batch, padding included; a longer row makes a batch of its own.
-        longest_alike: No batch has both rows up to this length and longer ones (rope.length_limit).
+        tokens_per_batch: Largest number of input tokens in a batch, including padding; a longer row is its own batch.
+        rope_length_limit: Rows up to this length never share a batch with longer rows (see rope.length_limit).
     """
 
     def magnitude(row: Row) -> tuple[int, bool]:
-        # The last layer and the head run on as many columns as the widest row has.
-        return row.num_targets.bit_length(), longest_alike is not None and row.num_inputs > longest_alike
+        # The last layer and the head compute as many columns as the row with most targets.
+        return row.num_targets.bit_length(), rope_length_limit is not None and row.num_inputs > rope_length_limit
 
     def order(row: Row) -> tuple[int, bool, int]:
         columns, is_longer = magnitude(row)
         return -columns, not is_longer, -row.num_inputs
 
     batches = []
-    for _, alike in groupby(sorted(rows, key=order), magnitude):
-        group = list(alike)
+    for _, similar in groupby(sorted(rows, key=order), magnitude):
+        group = list(similar)
         while group:
             num_rows = max(1, tokens_per_batch // group[0].num_inputs)
             batches.append(group[:num_rows])
@@ -182,14 +183,14 @@ def batches_of(rows: Sequence[Row], tokens_per_batch: int, longest_alike: int | 
 
 
 @runtime_checkable
-class Keeper(Protocol):
-    """Store of finished batches' nats, with which an interrupted evaluation continues."""
+class BatchStore(Protocol):
+    """Store of finished batches, from which an interrupted evaluation resumes."""
 
     finished: dict[int, np.ndarray]
-    """By a batch's number, Float32 "quantity targets": what an earlier evaluation kept; the main rank's counts."""
+    """Float32 "quantity targets" of an earlier evaluation by batch number; only the main rank's are used."""
 
     def keep(self, number: int, values: np.ndarray) -> None:
-        """Keep a batch, in the order of its rows and their targets."""
+        """Store a batch's values, in the order of its rows and their targets."""
         ...
 
 
@@ -205,55 +206,57 @@ def score(
     num_bytes: int | None = None,
     is_counted: Bool[np.ndarray, " tokens"] | None = None,
     name: str = "the text",
-    keeper: Keeper | None = None,
-    longest_alike: int | None = None,
+    store: BatchStore | None = None,
+    rope_length_limit: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Score:
-    """Score a text on all data ranks together; each returns the same bits, whatever their number.
+    """Score a text on all data-parallel ranks together; each returns the same bits, whatever their number.
 
-    Every rank makes the same number of forward passes: under ZeRO-3 an uneven deal hangs. A rank without a batch
-    passes one token with nothing to score.
+    Every rank makes the same number of forward passes, because under ZeRO-3 an uneven number hangs. A rank without a
+    batch passes one token with nothing to score.
 
     Args:
         documents: The text; its tokens are read as they are needed.
         rows: Its windows, from `rows_of`.
-        model: What computes nats.
-        tokens_per_batch: Most input tokens of a forward pass.
-        device: Where the model computes.
-        prefix_id: The prefix that `rows` have.
+        model: Computes the nats.
+        tokens_per_batch: Largest number of input tokens in a forward pass.
+        device: Device of the model.
+        prefix_id: The prefix token of `rows`.
         num_words: Words of the original text.
         num_bytes: UTF-8 bytes of the original text.
-        is_counted: The tokens that the caller makes figures of; by default all of them.
+        is_counted: Mask of the tokens that the caller's figures include; by default all.
         name: The text and the model, for messages.
-        keeper: Has finished batches, and is given those finished here.
-        longest_alike: The longest input of the model whose states do not depend on how long it is.
-        progress: Called with the input tokens, without padding, that all ranks together have finished so far.
+        store: Provides earlier finished batches, and receives new ones.
+        rope_length_limit: Longest input whose rotary frequencies do not depend on its length (rope.length_limit).
+        progress: Called with the number of input tokens, without padding, that all ranks have finished so far.
 
     Raises:
         DataError: The text has no token to score.
-        NumericsError: Nats of a token that counts are not finite; on all ranks together.
+        NumericsError: Nats of a counted token are not finite; raised on all ranks.
     """
     if not rows:
         num_documents = len(documents.document_offsets) - 1
         raise DataError(
-            f"{counted(num_documents, 'document')} without a token to score; give a text of two words or more."
+            f"{counted(num_documents, 'document')} without a token to score; give a text of two or more words."
         )
-    batches = batches_of(rows, tokens_per_batch, longest_alike)
+    batches = batches_of(rows, tokens_per_batch, rope_length_limit)
     values = np.zeros((2, int(documents.document_offsets[-1])))
-    waiting = _fill_with_finished(values, batches, keeper)
-    done = sum(row.num_inputs for row in rows) - _num_inputs(batches, waiting)
+    pending = _restore_finished(values, batches, store)
+    done = sum(row.num_inputs for row in rows) - _num_inputs(batches, pending)
     progress(done)
-    for deal in _deals(waiting, parallel.data_parallel_size()):
-        ours = deal[parallel.data_parallel_rank() :][:1]
-        batch = batches[ours[0]] if ours else []
-        found = _values_of(documents, batch, model, device, prefix_id)
-        if ours and parallel.tensor_parallel_rank() == 0:  # the others that share its matrices have found the same
-            _put(values, batch, found)
-            if keeper is not None and np.isfinite(found).all():
-                keeper.keep(ours[0], found)
-        done += _num_inputs(batches, deal)
+    for numbers in _rounds(pending, parallel.data_parallel_size()):
+        own = numbers[parallel.data_parallel_rank() :][:1]
+        batch = batches[own[0]] if own else []
+        batch_values = _values_of(documents, batch, model, device, prefix_id)
+        if (
+            own and parallel.tensor_parallel_rank() == 0
+        ):  # other ranks of the tensor-parallel group have the same values
+            _scatter(values, batch, batch_values)
+            if store is not None and np.isfinite(batch_values).all():
+                store.keep(own[0], batch_values)
+        done += _num_inputs(batches, numbers)
         progress(done)
-    # Each place is filled on one rank and 0.0 on the others, so this sum rounds nothing.
+    # Each position is set on one rank and 0.0 on the others, so this sum is exact.
     nats, choices = parallel.sum_over_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
     num_scored_tokens = sum(row.num_targets for row in rows)
     require_finite_nats(
@@ -262,7 +265,8 @@ def score(
     return Score(math.fsum(nats), num_scored_tokens, num_words, num_bytes, nats, choices > 0)
 
 
-def _deals(numbers: list[int], size: int) -> Iterator[list[int]]:
+def _rounds(numbers: list[int], size: int) -> Iterator[list[int]]:
+    """Yield the batch numbers of each round, one batch per data-parallel rank."""
     for begin in range(0, len(numbers), size):
         yield numbers[begin : begin + size]
 
@@ -271,23 +275,23 @@ def _num_inputs(batches: list[list[Row]], numbers: Iterable[int]) -> int:
     return sum(row.num_inputs for number in numbers for row in batches[number])
 
 
-def _fill_with_finished(values: np.ndarray, batches: list[list[Row]], keeper: Keeper | None) -> list[int]:
-    """Put the main rank's finished batches in their places, and return the numbers of the others on every rank."""
+def _restore_finished(values: np.ndarray, batches: list[list[Row]], store: BatchStore | None) -> list[int]:
+    """Scatter the main rank's finished batches into `values`; return the unfinished numbers, on every rank."""
     is_finished = torch.zeros(len(batches), dtype=torch.int64)
-    if keeper is not None and parallel.is_main():
-        for number, found in keeper.finished.items():
-            if not np.isfinite(found).all():  # of a version that kept these too: computed again
+    if store is not None and parallel.is_main():
+        for number, batch_values in store.finished.items():
+            if not np.isfinite(batch_values).all():  # stored by an older version: computed again
                 continue
-            _put(values, batches[number], found)
+            _scatter(values, batches[number], batch_values)
             is_finished[number] = 1
     is_finished = parallel.from_main(is_finished)
     return [number for number in range(len(batches)) if not is_finished[number]]
 
 
-def _put(values: np.ndarray, batch: list[Row], found: np.ndarray) -> None:
+def _scatter(values: np.ndarray, batch: list[Row], batch_values: np.ndarray) -> None:
     begin = 0
     for row in batch:
-        values[: len(found), row.places] = found[:, begin : begin + row.num_targets]
+        values[: len(batch_values), row.target_positions] = batch_values[:, begin : begin + row.num_targets]
         begin += row.num_targets
 
 
@@ -295,7 +299,7 @@ def _put(values: np.ndarray, batch: list[Row], found: np.ndarray) -> None:
 def _values_of(
     documents: Documents, batch: list[Row], model: TokenScorer, device: torch.device, prefix_id: int | None
 ) -> Float32[np.ndarray, "quantity targets"]:
-    """Run the model on a batch and return what its targets cost, row by row."""
+    """Run the model on a batch and return the quantities of its targets, row by row."""
     inputs, labels = (tensor.to(device) for tensor in _tensors(documents, batch, prefix_id))
     return model(inputs, labels)[:, labels != IGNORE_INDEX].cpu().numpy()
 

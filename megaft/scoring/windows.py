@@ -1,4 +1,4 @@
-"""Sliding windows over a list of tokens: which tokens each forward pass reads, and which it scores."""
+"""Sliding windows over a token list: the tokens that each forward pass reads, and those that it scores."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def windows(
     first: Literal["full", "stride"] = "full",
     last: Literal["short", "extended"] = "extended",
 ) -> Iterator[Window]:
-    """Yield windows of at most `context_length` inputs that score every token but the first exactly once.
+    """Yield windows of at most `context_length` inputs that score every token except the first exactly once.
 
     The defaults are the windows of lm-evaluation-harness's `get_rolling_token_windows`, whose `context_len` is
-    context_length - stride + 1. With last="short" they are those of Megatron-LM's `tasks/zeroshot_gpt`, and a stride of
-    context_length + 1 makes chunks, whose first tokens are not scored.
+    context_length - stride + 1. With last="short" they are those of Megatron-LM's `tasks/zeroshot_gpt`; a stride of
+    context_length + 1 then gives disjoint chunks, whose first tokens are not scored.
 
     Args:
         num_tokens: Length of the token list.
-        context_length: Most input tokens of a window.
+        context_length: Largest number of input tokens in a window.
         stride: Tokens scored per window after the first.
-        first: The first window scores all its targets, or as many as a later one.
-        last: The last window keeps the context that its stride leaves it, or begins earlier to have a full one.
+        first: "full": the first window scores all its targets; "stride": only as many as later windows.
+        last: "short": the last window begins where its stride puts it; "extended": earlier, with a full context.
 
     Raises:
-        ConfigError: A larger stride would leave tokens unscored.
+        ConfigError: The stride is less than 1, or would leave tokens unscored.
     """
     largest = context_length + (last == "short")
     require(1 <= stride <= largest, f"stride is {stride}; use 1 to {largest} with this context length.")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from megaft.base.errors import CheckpointError
 from megaft.checkpoint import resume
-from megaft.checkpoint.resume import Found, find
+from megaft.checkpoint.resume import ResumePoint, find
 from megaft.checkpoint.run_state import RunState
 from megaft.weights import manifest as manifest_module
 from megaft.weights.checkpoint_reader import CheckpointReader
@@ -24,7 +24,7 @@ SHAPES = {"a.weight": [3, 4], "b": [5]}
 
 
 def write_checkpoint(run_dir, step=1, shards=None):
-    """A checkpoint of two parameters in two files; shards maps a file's name to its tensors."""
+    """Write a checkpoint of two parameters in two files; `shards` maps file names to tensors."""
     folder = folder_of(run_dir, step)
     folder.mkdir(parents=True)
     shards = shards or {
@@ -176,7 +176,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path, name):
     write_manifest(folder, manifest)
     with pytest.raises(CheckpointError, match=r"outside the checkpoint"):
         verify(folder)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* holds; .*outside the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid; .*outside the checkpoint"):
         resume.find(tmp_path)
 
 
@@ -247,18 +247,18 @@ def test_five_elements_that_are_not_each_of_the_five_are_no_parameter(tmp_path, 
 
 
 def test_a_new_run_has_no_checkpoint(tmp_path):
-    assert find(tmp_path) == Found(None, ())
+    assert find(tmp_path) == ResumePoint(None, ())
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000003.tmp").mkdir()  # a save that was cut off
     (tmp_path / "checkpoints" / "step-00000001.old").mkdir()
-    assert find(tmp_path) == Found(None, ())
+    assert find(tmp_path) == ResumePoint(None, ())
     assert (saved_steps(tmp_path), newest_manifest(tmp_path)) == ([], None)
 
 
 def test_the_newest_that_holds_is_found(tmp_path, capsys):
     for step in (2, 9, 10):
         write_checkpoint(tmp_path, step)
-    assert find(tmp_path) == Found(folder_of(tmp_path, 10), ())
+    assert find(tmp_path) == ResumePoint(folder_of(tmp_path, 10), ())
     assert capsys.readouterr().out == ""
     flip_a_bit(folder_of(tmp_path, 10) / "rank-00001.safetensors")
     (folder_of(tmp_path, 9) / "manifest.json").unlink()
@@ -268,7 +268,7 @@ def test_the_newest_that_holds_is_found(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [f"skipped {name}: {reason}" for name, reason in found.skipped]
     reasons = dict(found.skipped)
     assert "rank-00001.safetensors is damaged" in reasons["step-00000010"]
-    assert "it names 'step-00000010'; step-00000002 is taken of step-00000002, step-0" in reasons["latest"]
+    assert "it names 'step-00000010'; using step-00000002 (found: step-00000002, step-0" in reasons["latest"]
 
 
 @pytest.mark.parametrize(
@@ -290,17 +290,17 @@ def test_the_pointer_is_only_a_hint(tmp_path, pointer, says):
     found = find(tmp_path)
     assert found.folder == folder_of(tmp_path, 2)
     assert found.skipped[0][1].startswith(says)
-    assert found.skipped[0][1].endswith("; step-00000002 is taken of step-00000001, step-00000002.")
+    assert found.skipped[0][1].endswith("; using step-00000002 (found: step-00000001, step-00000002).")
 
 
 def test_when_none_holds_nothing_is_trained_from_scratch(tmp_path):
     for step in (1, 2):
         remove(write_checkpoint(tmp_path, step) / "rank-00000.safetensors")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* holds; .*--run.fresh"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid; .*--run.fresh"):
         find(tmp_path)
     for step in (1, 2):
         shutil.rmtree(folder_of(tmp_path, step))
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* holds; .*--run.fresh"):  # latest names one
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid; .*--run.fresh"):  # latest names one
         find(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Three toy models trained in one launch on one rank; what they wrote is compared with plain torch and transformers."""
+"""Exports of three toy models trained on one rank, compared with plain torch and transformers."""
 
 import json
 import math
@@ -203,7 +203,7 @@ def test_a_card_shows_counts_in_full_and_what_is_not_finite(config, tmp_path):
 
 @of("full", "ends")
 def test_the_exported_model_scores_what_was_measured(config, tmp_path):
-    """Windows of 32 tokens, each 16 further, by transformers alone: every token of the text scored once."""
+    """Score every token once with plain transformers, in windows of 32 tokens and stride 16."""
     folder = export_again(copy_of(config, tmp_path))
     model, tokenizer = exported(folder)
     text = Path(str(config.data.valid)).read_text()

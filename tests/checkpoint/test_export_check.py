@@ -1,4 +1,4 @@
-"""The check of an export before it is published, on models made by hand."""
+"""Verification of an export before it is published, on small models."""
 
 import json
 import weakref
@@ -62,7 +62,7 @@ def test_merged_adapters_pass(name, targets, dtype, tmp_path):
 
 
 def merged_where_it_is_shared(model):
-    """Merge as if nothing were tied: both ends get the adapter of one."""
+    """Merge without untying: embedding and output layer both get one adapter."""
     for name, layer in list(adapters.adapted_layers(model)):
         layer.merge()
         adapters.replace_module(model, name, layer.get_base_layer())

@@ -1,4 +1,4 @@
-"""The check of an export that is larger than the host's memory: the same nats, with a block of the model at a time."""
+"""Verification of an export larger than host memory: the same nats, one block of the model at a time."""
 
 import accelerate.hooks
 import pytest
@@ -33,7 +33,7 @@ def test_nats_equal_those_of_the_whole_model(tmp_path, name):
 @pytest.mark.parametrize("size", ["5MB", "20KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_changed_weight_does_not_pass(tmp_path, dtype, size):
-    """Both sides read the 16-bit values; the export's from shards, too."""
+    """Both models read the 16-bit values, the export also from shards."""
     model = make_model("llama").to(dtype)
     model.save_pretrained(tmp_path / "export", max_shard_size=size)
     weights = fetch_from(model.float())

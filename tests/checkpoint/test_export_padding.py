@@ -1,4 +1,4 @@
-"""Exports of families that treat padding tokens in their own way: transformers loads the trained model from them."""
+"""Exports of families with special treatment of padding tokens: transformers loads the trained model."""
 
 from types import SimpleNamespace
 from typing import Any

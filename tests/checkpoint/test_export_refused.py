@@ -1,4 +1,4 @@
-"""Exports that are checked before they are published, and refused; what was there before stays."""
+"""Exports that verification refuses to publish; an earlier export stays."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def config(export_runs, request, tmp_path):
 @of("full")
 @pytest.mark.parametrize("has_room", [True, False])
 def test_an_export_of_the_megatron_backend_is_checked_too(config, has_room, monkeypatch):
-    """Checkpoints of both backends are read alike; without room for the model, a block of it at a time computes."""
+    """Both backends, with and without host memory for the whole model."""
     monkeypatch.setattr(export_formats, "available_memory", lambda: 1 << 40 if has_room else 0)
     monkeypatch.setattr(export_formats, "check_nats_from_disk" if has_room else "check_nats", None)
     folder = export_again(replace(config, model=replace(config.model, backend="megatron")))
@@ -59,7 +59,7 @@ def contents(folder):
 
 @of("full")
 def test_an_export_of_another_tokenizer_is_not_published(config, monkeypatch):
-    """Other merges, and every token and size the same."""
+    """The tokenizer has other merges, but equal tokens and vocabulary size."""
 
     def save_another(self, folder):
         save(self, folder)
@@ -90,7 +90,7 @@ def test_an_export_of_another_model_is_not_published(config, backend, monkeypatc
     write = form.write
     monkeypatch.setattr(form, "write", write_another)
     monkeypatch.setattr(export_formats, "available_memory", lambda: 0 if "without" in backend else 1 << 40)
-    with pytest.raises(NumericsError, match=r"full/export\S* was not published: .* The checkpoint is whole") as error:
+    with pytest.raises(NumericsError, match=r"full/export\S* was not published: .* The checkpoint is intact") as error:
         export_again(replace(config, model=replace(config.model, backend=backend.split()[0])))
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -1,4 +1,4 @@
-"""`megaft validate`: what a run would be, told by building it as one rank of N that do not exist."""
+"""`megaft validate`: the plan of a run, checked by building it as one of N fake ranks."""
 
 import json
 import shutil
@@ -103,7 +103,7 @@ def test_too_small_a_disk_is_named_before_training(config, monkeypatch, tmp_path
     settings = config("--checkpoint.keep-last=3")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=4_999))
-    with pytest.raises(CheckpointError, match=r"5 checkpoints of 1,000 .*need 5,000"):
+    with pytest.raises(CheckpointError, match=r"needs 5,000 bytes more for 5 checkpoints of 1,000 "):
         require_room(settings, 1_000)
     kept = tmp_path / "run" / "checkpoints" / "step-00000001"
     kept.mkdir(parents=True)
@@ -125,7 +125,7 @@ def files_of(folder: Path):
 
 @pytest.mark.slow
 def test_a_run_that_would_continue(config, planned, run_ranks, tmp_path, toy_model, toy_texts):
-    """Its newest checkpoint is loaded, cut for other ranks; one that is damaged is refused as training would."""
+    """The newest checkpoint is loaded, resharded for other ranks; a damaged one is refused as in training."""
     run_dir, (train, valid) = tmp_path / "run", toy_texts
     settings = config()
     arguments = [
@@ -167,4 +167,4 @@ def test_what_is_printed(config, planned, capsys):
     out = capsys.readouterr().out
     assert "16 = micro-batch 2 x accumulation 2 x data-parallel ranks 4\nranks          4\n" in out
     assert "45,952, of which 45,952 are trained" in out
-    assert "a checkpoint   551,424 bytes\ncontinues from nothing: a new run\n" in out
+    assert "checkpoint     551,424 bytes\nresumes from   nothing: a new run\n" in out

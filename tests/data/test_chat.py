@@ -72,7 +72,7 @@ def test_a_plain_prompt_keeps_the_beginning_of_its_tokenizer(folders, capsys):
     assert capsys.readouterr().err == ""
     assert tokenizer.bos_id not in chat_prompt(tokenizer, TURNS[:1]).ids
     text_prompt(tokenizer, "Hi</s>")
-    assert "prompt spells </s>, as a rendered chat does, and <s> is put before it" in capsys.readouterr().err
+    assert "prompt contains </s>, like a rendered chat, and <s> is put before it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_nats_that_are_not_finite_end_with_5_and_leave_no_figure(
     assert main([*flags, "--context-length=64", "--stride=32", f"--output={tmp_path}"]) == 5
     out, err = capsys.readouterr()
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert re.search(rf"model, {task}, {protocols}, .* scored tokens .*not finite, first .*{place}", line)
+    assert re.search(rf"model, {task}, {protocols}, .* scored tokens .*non-finite.*{place}", line)
     assert "perplexity" not in out + err
     assert not list(tmp_path.glob("re*"))  # neither results.json nor a report
 

@@ -17,7 +17,7 @@ from megaft.commands.convert.config import ConvertConfig
 from megaft.commands.generate.command import main as generate
 from megaft.commands.generate.config import GenerateConfig, SamplingConfig
 from megaft.models.backend import backend_of
-from megaft.models.loss import Vocabulary
+from megaft.models.loss import VocabularyShard
 
 DRAWS = {"greedy": SamplingConfig(temperature=0, repetition_penalty=1.3), "drawn": SamplingConfig(top_k=40)}
 CUT = {"one rank": (1, 1), "two parts": (2, 2), "two data ranks": (2, 1)}
@@ -99,7 +99,7 @@ def of_a_part(models, batch):
     parallel.join(parallel.discover(os.environ))
     parallel.start_tensor_parallelism(2)
     begin, end = ((0, 51), (51, 101))[parallel.rank()]
-    words = Vocabulary(begin, end, is_cut=True).choices(equal_logits()[:, begin:end]).tolist()
+    words = VocabularyShard(begin, end, is_sharded=True).choices(equal_logits()[:, begin:end]).tolist()
     found = quantities(models, "megatron", batch)
     parallel.leave()
     return found, words

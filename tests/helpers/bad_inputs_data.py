@@ -116,7 +116,7 @@ def _(workshop):
 
 
 @refuse(
-    "18 tokenizer larger than the embedding", 3, r"the tokenizer has 512 tokens but the model embeds 500; use the tok"
+    "18 tokenizer larger than the embedding", 3, r"the tokenizer has 512 tokens, but the model embeds 500; use the tok"
 )
 def _(workshop):
     return workshop.train(

@@ -87,7 +87,7 @@ def test_peft_loads_saved_adapters(name, targets, tokens, tmp_path):
 
 
 def test_an_adapter_on_the_head_counts(tokens):
-    """At first it is zero, so that only its kind tells it from a plain layer."""
+    """A new adapter is zero, so the layer is recognized by its type, not by its output."""
     model = make_model("llama")
     adapters.add_adapters(model, LoraConfig(rank=2, target_modules=("lm_head",)), seed=0)
     nats_model = NatsModel(model)
@@ -120,7 +120,7 @@ def test_layers_that_share_a_weight_are_refused():
     first, second = (layer.mlp for layer in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
     with pytest.raises(
-        ConfigError, match=r"^--lora.target-modules is .*adapts model\.layers\.0\.mlp\.up_proj, .* is shared by"
+        ConfigError, match=r"^--lora.target-modules is .*weight of model\.layers\.0\.mlp\.up_proj is shared by"
     ):
         adapters.add_adapters(model, LoraConfig(rank=2, target_modules=("up_proj",)), seed=0)
     adapters.add_adapters(make_model("llama"), LoraConfig(rank=2, target_modules=("up_proj",)), seed=0)

@@ -63,7 +63,7 @@ def test_nats_of_each_token(name, tokens):
 
 
 def test_a_softcap_is_seen_while_logits_are_small(tokens):
-    """A new model's logits lie where 30 * tanh(x / 30) is almost x; after training they do not."""
+    """Logits of an untrained model are so small that the cap 30 * tanh(x / 30) hardly changes them."""
     model = make_model("gemma2 with capped logits")
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(0.02)
@@ -87,7 +87,7 @@ def test_the_trial_of_the_head_leaves_no_trace(was_training, tokens):
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"bloom"}))
 def test_documents_packed_together_are_as_each_alone(name):
     language_model = make_model(name)
-    trials.require_keeps_documents_apart(language_model)
+    trials.require_document_isolation(language_model)
     model = NatsModel(language_model)
     lengths = [5, 1, 9, 4]
     tokens = torch.randint(0, VOCAB, (2, sum(lengths)), generator=torch.Generator().manual_seed(2))
@@ -107,13 +107,13 @@ def test_documents_packed_together_are_as_each_alone(name):
 
 
 def test_a_model_that_attends_across_documents_is_refused():
-    """BLOOM has no positions that could begin anew."""
+    """BLOOM has no position ids to restart."""
     bloom = make_model("bloom")
     with pytest.raises(
         ConfigError,
         match=r"data.attend-within-documents is set, but BloomForCausalLM",
     ):
-        trials.require_keeps_documents_apart(bloom)
+        trials.require_document_isolation(bloom)
 
 
 def test_positions_begin_anew_with_every_document():
@@ -160,7 +160,7 @@ def test_the_dropout_flag_sets_every_dropout(name, tmp_path, tokens):
 
 @pytest.mark.parametrize("model_type", ["bert", "bart", "opt", "roberta", "gpt_bigcode", "xglm", "electra"])
 def test_the_dropout_flag_reaches_every_family(model_type, tmp_path, tokens):
-    """Their settings end in _dropout_prob or layerdrop."""
+    """Some families name their settings _dropout_prob or layerdrop."""
     tiny_config(model_type).save_pretrained(tmp_path)
 
     def two_forwards(dropout):
@@ -296,7 +296,7 @@ class Words:
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused():
-    with pytest.raises(DataError, match=f"the tokenizer has {VOCAB + 1} tokens but the model embeds {VOCAB};"):
+    with pytest.raises(DataError, match=f"the tokenizer has {VOCAB + 1} tokens, but the model embeds {VOCAB};"):
         hugging_face.require_fits(make_model(), Words, 8)
     hugging_face.require_fits(make_model(vocab_size=VOCAB + 1), Words, 8)
     hugging_face.require_fits(make_model(vocab_size=VOCAB + 3), Words, 8)

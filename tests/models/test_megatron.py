@@ -1,4 +1,4 @@
-"""megatron-core's models against transformers', cut over ranks."""
+"""megatron-core's models, sharded over ranks, against transformers'."""
 
 import os
 from pathlib import Path
@@ -46,7 +46,7 @@ def join(size=None):
 
 
 def megatron_of(source, **options):
-    """Return the model of a folder, or of a transformers model in memory, on this rank."""
+    """Return this rank's shard of a model folder or of a transformers model in memory."""
     from megaft.models.megatron import MegatronModel, fill
     from megaft.weights.reading import open_weights
 
@@ -62,7 +62,7 @@ def megatron_of(source, **options):
 
 
 def logits_of(model, input_ids):
-    """Return the logits of all words, from the parts of the vocabulary that the ranks have."""
+    """Return the logits of the whole vocabulary, gathered from the ranks' shards."""
     from megaft.base import parallel
 
     parts = parallel.gather_over_tensor_ranks(model(input_ids) @ model.output_layer().weight.T)
@@ -70,7 +70,7 @@ def logits_of(model, input_ids):
 
 
 def compared(reference, megatron, vocab_size, documents=None):
-    """Return how far logits, mean nats and nats of tokens are from transformers', and gradients relatively."""
+    """Return the differences from transformers in logits, mean nats, tokens' nats and (relative) gradients."""
     from megaft.base import parallel
     from megaft.models.hugging_face import NatsModel
     from megaft.models.megatron import MegatronNats
@@ -148,7 +148,7 @@ def test_a_trained_gpt2(run_ranks, trained_gpt2, size):
 @pytest.mark.long
 @pytest.mark.parametrize("size", [1, 3])
 def test_smollm2(run_ranks, smollm2_cut, size):
-    """Nine heads in three groups: no two ranks can share them, three can."""
+    """Nine heads in three groups cannot be sharded over two ranks, only over three."""
     for found in run_ranks(size, trained_model_on_this_rank, smollm2_cut):
         assert found["logits"] < 1e-4
         assert found["nats"] < 1e-6
@@ -187,7 +187,7 @@ def dropout_on_this_rank():
 
 
 def test_dropout_and_recomputation_on_two_ranks(run_ranks):
-    """Weights that all ranks have stay equal, attention masks differ, recomputing changes no bit of the loss."""
+    """Replicated weights stay equal, attention dropout differs, recomputation leaves the loss bit-identical."""
     first, second = run_ranks(2, dropout_on_this_rank)
     assert first == second
     assert first["kept"] == first["recomputed"]
@@ -211,7 +211,7 @@ def loss_in_chunks_on_this_rank(num_words):
     mine = local(Rule(("words",), 0, rows=num_words), [weight], size, rank)
     begin = rank * len(mine)
     loss.CHUNK_BYTES = {"cpu": 600}  # five tokens of the last rank's 30 words, or four of 31
-    words = loss.Vocabulary(begin, min(begin + len(mine), num_words), is_cut=True)
+    words = loss.VocabularyShard(begin, min(begin + len(mine), num_words), is_sharded=True)
     found = loss.LinearNats.apply(hidden.requires_grad_(), mine, None, labels, words)
     found.backward()
     expected = loss.token_nats(hidden @ weight.T, labels).sum()

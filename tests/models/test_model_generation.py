@@ -1,4 +1,4 @@
-"""transformers models that continue texts: with their family's cache where it is exact, and without it elsewhere."""
+"""Generation with transformers models: with the family's cache if it is exact, otherwise without."""
 
 import inspect
 
@@ -34,7 +34,7 @@ FAMILIES = {  # name: model type, settings, the cache that is used
 
 
 def make(model_type, settings):
-    """Return a random model whose tokens depend much on those before."""
+    """Return a random model whose next token depends strongly on earlier tokens."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def continuation(reader, prompt, num_tokens):
 
 @torch.no_grad()
 def brute_force(model, prompt, num_tokens, limit=10**9):
-    """Read the whole window anew for every token."""
+    """Reread the whole window for every token."""
     takes = inspect.signature(model.forward).parameters
     options = {"use_cache": False} if "use_cache" in takes else {}
     ids, begin = list(prompt), max(0, len(prompt) - limit)
@@ -179,5 +179,5 @@ def test_a_family_that_does_not_count_padding_as_a_position_is_read_anew():
 
 
 def test_a_family_that_needs_more_than_a_text_is_refused():
-    with pytest.raises(DataError, match=r"XmodForCausalLM cannot read a plain text .*language"):
+    with pytest.raises(DataError, match=r"--model is a XmodForCausalLM.*language"):
         exact_cache(make("xmod", LLAMA | {"is_decoder": True, "languages": ["en_XX"], "adapter_reduction_factor": 2}))

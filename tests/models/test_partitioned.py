@@ -1,4 +1,4 @@
-"""ZeRO-3 from the first weight on: models built in parts are the models that are built whole."""
+"""Models built partitioned by ZeRO-3 equal models built unpartitioned."""
 
 import math
 import os
@@ -36,7 +36,7 @@ CASES = [
 
 
 def engine_config(dtype="float32", stage=3):
-    """Return the configuration that deepspeed.initialize gets."""
+    """Return the configuration for deepspeed.initialize."""
     return {
         "train_batch_size": WORLD_SIZE,
         "train_micro_batch_size_per_gpu": 1,
@@ -72,7 +72,7 @@ def on_ranks(function, *arguments):
 
 @pytest.fixture(scope="module")
 def compared(folders, run_ranks):
-    """Return the differences between each case built whole and partitioned, on each rank."""
+    """Return the differences between each case built unpartitioned and partitioned, on each rank."""
     return run_ranks(WORLD_SIZE, on_ranks, compare_all, folders)
 
 
@@ -118,7 +118,7 @@ def different(ones, others):
 def properties(model):
     def keeps_documents_apart():
         try:
-            trials.require_keeps_documents_apart(model)
+            trials.require_document_isolation(model)
         except ConfigError:
             return False
         return True
@@ -253,7 +253,7 @@ def test_equal_weights_under_both_names_stay_tied(answered):
 
 
 def test_other_stages_and_adapters_are_built_whole(folders):
-    """Without a process group: nothing is asked of other ranks."""
+    """Without a process group there is no collective."""
     config = ModelConfig(path=str(folders["gpt2"]))
     for lora, stage in ((LoraConfig(), 2), (LoraConfig(rank=2), 3)):
         model = hugging_face.build(config, lora, 0, engine_config(stage=stage))

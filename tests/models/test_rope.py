@@ -1,4 +1,4 @@
-"""LongRoPE: the frequencies of a batch are those of its longest row, so rows of both kinds never share a batch."""
+"""LongRoPE: the longest row sets a batch's frequencies, so short and long rows never share a batch."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def long_rope():
 
 
 class Texts(Corpus):
-    """A corpus of random texts of the LENGTHS."""
+    """A corpus of random texts with these LENGTHS."""
 
     sha256 = "texts"
 
@@ -79,7 +79,7 @@ def test_the_longest_input_whose_length_is_not_felt(parameters, expected):
 
 
 @pytest.mark.parametrize(
-    ("is_packed", "context", "longest_alike", "expected"),
+    ("is_packed", "context", "rope_length_limit", "expected"),
     [
         pytest.param(False, 100, None, None, id="plain, documents"),
         pytest.param(True, 100, None, 100, id="plain, stream"),
@@ -87,8 +87,8 @@ def test_the_longest_input_whose_length_is_not_felt(parameters, expected):
         pytest.param(False, 40, 40, None, id="switch beyond the context"),
     ],
 )
-def test_rows_are_padded_to_the_context_where_lengths_are_felt(is_packed, context, longest_alike, expected):
-    assert samples_of(context, is_packed).row_length(longest_alike) == expected
+def test_rows_are_padded_to_the_context_where_lengths_are_felt(is_packed, context, rope_length_limit, expected):
+    assert samples_of(context, is_packed).row_length(rope_length_limit) == expected
 
 
 def test_packed_documents_on_both_sides_of_the_switch_are_refused():
@@ -99,7 +99,7 @@ def test_packed_documents_on_both_sides_of_the_switch_are_refused():
 
 
 def losses(model, micro_batch_size, row_length):
-    """Return the loss of one global batch, cut into micro-batches."""
+    """Return the loss of one global batch, split into micro-batches."""
     cut = BatchSplit(micro_batch_size, 8 // micro_batch_size, rank=0, num_ranks=1)
     batches = micro_batches(samples_of(), 0, (), cut, row_length)
     with torch.no_grad():
@@ -116,14 +116,14 @@ def test_the_loss_does_not_depend_on_the_micro_batch_size(long_rope):
 
 
 def test_rounding_up_gives_no_row_beyond_the_context():
-    """A model of 100 positions has none for rows of 128."""
+    """A model of 100 positions cannot read rows of 128."""
     rows = [Texts()[index] for index in range(2)]
     assert collate(rows, 0, None, False, longest=CONTEXT).input_ids.shape == (2, CONTEXT)
     assert collate(rows[:1], 0, None, False, longest=CONTEXT).input_ids.shape == (1, 64)
 
 
 class Tokens:
-    """Texts of the LENGTHS, end to end."""
+    """Texts with these LENGTHS, concatenated."""
 
     document_offsets = np.cumsum([0, *LENGTHS])
 
@@ -133,7 +133,7 @@ class Tokens:
 
 @pytest.mark.parametrize("tokens_per_batch", [100, 250, 10_000])
 def test_each_row_is_scored_as_alone(long_rope, tokens_per_batch):
-    """Windows of one number of targets and of lengths on both sides of the switch, which is no power of two."""
+    """Windows with equal numbers of targets and lengths on both sides of the switch, which is not a power of two."""
     corpus = Tokens()
     rows = rows_of(corpus, lambda num_tokens: windows(num_tokens, CONTEXT, 8))
     expected = np.zeros(sum(LENGTHS))
@@ -143,13 +143,13 @@ def test_each_row_is_scored_as_alone(long_rope, tokens_per_batch):
         labels = tokens[:, 1:].clone()
         labels[:, : window.scored_from - window.begin - 1] = IGNORE_INDEX
         nats = token_nats(logits_of(long_rope, tokens[:, :-1]), labels)
-        expected[row.places] = nats[labels != IGNORE_INDEX].numpy()
+        expected[row.target_positions] = nats[labels != IGNORE_INDEX].numpy()
     found = score(
         corpus,
         rows,
         ScoringModel(long_rope),
         tokens_per_batch=tokens_per_batch,
         device=torch.device("cpu"),
-        longest_alike=length_limit(long_rope.config),
+        rope_length_limit=length_limit(long_rope.config),
     )
     np.testing.assert_allclose(found.token_nats, expected, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Models that must not be trusted are refused before they train or score, and others are not."""
+"""Trials refuse non-causal and batch-dependent models before training or scoring, and no others."""
 
 import json
 
@@ -31,19 +31,19 @@ CAUSAL = [
     pytest.param("bloom", {}, id="bloom"),
 ]
 LOOKS_AHEAD = [
-    pytest.param("bert", {"is_decoder": False}, "is_decoder true", id="bert as an encoder"),
-    pytest.param("electra", {"is_decoder": False}, "is_decoder true", id="electra"),
-    pytest.param("roberta", {"is_decoder": False}, "is_decoder true", id="roberta"),
-    pytest.param("big_bird", {"is_decoder": False}, "is_decoder true", id="big bird"),
+    pytest.param("bert", {"is_decoder": False}, "is_decoder to true", id="bert as an encoder"),
+    pytest.param("electra", {"is_decoder": False}, "is_decoder to true", id="electra"),
+    pytest.param("roberta", {"is_decoder": False}, "is_decoder to true", id="roberta"),
+    pytest.param("big_bird", {"is_decoder": False}, "is_decoder to true", id="big bird"),
     pytest.param(
         "gemma3_text", GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention", id="gemma3"
     ),
-    pytest.param("xlm", {"causal": False}, "Give its config.json causal true", id="xlm"),
+    pytest.param("xlm", {"causal": False}, "causal to true", id="xlm"),
 ]
 
 
 def new_model(model_type, changes):
-    """A model with the small weights that training begins with."""
+    """A model with the small weights of a new initialization."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(tiny_config(model_type, changes))
 
@@ -52,7 +52,7 @@ def test_partitioned_models_are_tried_on_the_host(monkeypatch):
     model = new_model("llama", {}).to("meta")  # as under ZeRO-3 on a GPU: no values, and on another device
     monkeypatch.setattr(trials, "is_partitioned", lambda _: True)
     trials.require_language_model(model)
-    trials.require_keeps_documents_apart(model)
+    trials.require_document_isolation(model)
     assert trials.head_is_linear(model)
 
 
@@ -80,7 +80,7 @@ def test_models_that_look_ahead_are_refused(model_type, changes, way_out):
 
 
 def test_weights_of_zero_hide_nothing():
-    """Projections that begin as zeros, as some recipes have them, let nothing through until they are trained."""
+    """Zero-initialized projections, as in some recipes, hide any influence until they are trained."""
     model = new_model("bert", {"is_decoder": False})
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
@@ -89,7 +89,7 @@ def test_weights_of_zero_hide_nothing():
 
 
 def test_a_window_wider_than_the_trial_is_made_short():
-    """The 512 tokens of its window would hide what lies beyond them."""
+    """Its window of 512 tokens would hide the influence of tokens beyond it."""
     small = stand_in(new_model("gemma3_text", GEMMA3 | {"sliding_window": 512}))
     assert small.config.sliding_window == 16
     assert trials.trial_length(small) > 2 * 8
@@ -97,7 +97,7 @@ def test_a_window_wider_than_the_trial_is_made_short():
 
 @pytest.mark.parametrize(("num_layers", "is_made"), [(2, True), (40, False)])
 def test_a_stand_in_of_all_layers_is_small(monkeypatch, num_layers, is_made):
-    """A layer has some 5 million parameters, of feed-forward networks cut to a width of 256."""
+    """A layer of the stand-in has about 5 million parameters, with feed-forward width reduced to 256."""
 
     def fail(text):
         raise ValueError("this configuration cannot be cut.")
@@ -141,16 +141,16 @@ class Mixing(nn.Module):
 
 def test_rows_that_depend_on_each_other_are_seen(monkeypatch):
     model = make_model("gpt2").eval()
-    assert trials.keeps_rows_apart(model)
+    assert trials.is_batch_invariant(model)
     assert trials.is_causal(Mixing(model))
-    assert not trials.keeps_rows_apart(Mixing(model))
+    assert not trials.is_batch_invariant(Mixing(model))
     monkeypatch.setattr(trials, "stand_in", lambda model: None)  # try the model itself
     with pytest.raises(DataError, match=r"depend on the micro-batch size"):
         trials.require_language_model(Mixing(model))
 
 
 class Ruling(Mixing):
-    """Such a GPT-2 that rules out a token, by the lowest number or by -inf."""
+    """The same GPT-2, ruling out a token with the lowest number or -inf."""
 
     def __init__(self, model, lowest):
         super().__init__(model)
@@ -166,7 +166,7 @@ class Ruling(Mixing):
 def test_a_token_that_the_model_rules_out_hides_nothing(lowest):
     model = Ruling(make_model("gpt2").eval(), lowest)
     assert trials.is_causal(model)
-    assert not trials.keeps_rows_apart(model)
+    assert not trials.is_batch_invariant(model)
 
 
 # Half precision
@@ -174,14 +174,14 @@ def test_a_token_that_the_model_rules_out_hides_nothing(lowest):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_no_influence(monkeypatch, dtype):
-    """Without a stand-in the model itself is tried, whose own precision rounds by as much as an influence would."""
+    """Without a stand-in the model itself is tested, in float32: its own precision rounds as much as an influence."""
     monkeypatch.setattr(trials, "stand_in", lambda model: None)
     model = tiny_model(tiny_config("llama", {})).to(dtype)
     assert not trials.is_causal(model)  # by its own rounding
     model.lm_head.float()  # as transformers keeps some layers
     before = {name: values.clone() for name, values in model.state_dict().items()}
     trials.require_language_model(model)
-    trials.require_keeps_documents_apart(model)
+    trials.require_document_isolation(model)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)  # values and dtypes
     with pytest.raises(DataError, match="attends to later tokens"):
         trials.require_language_model(tiny_model(tiny_config("xlm", {"causal": False})).to(dtype))
@@ -192,7 +192,7 @@ def test_rounding_is_no_influence(monkeypatch, dtype):
 
 @pytest.fixture
 def made(monkeypatch):
-    """The models that a stand-in was made of."""
+    """Models for which a stand-in was created."""
     made = []
     monkeypatch.setattr(trials, "stand_in", lambda model: made.append(model) or stand_in(model))
     return made
@@ -213,7 +213,7 @@ def test_generation_makes_one_stand_in(made, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma2 with capped logits"])
 def test_scoring_makes_one_stand_in(made, name, tmp_path):
-    """With a fast trunk, with a linear head that is found by trial, and with neither."""
+    """With a pruned last layer, with a linear head found by a trial, and with neither."""
     make_model(name).save_pretrained(tmp_path)
     scorer = load_scoring_model(str(tmp_path), dtype=torch.bfloat16, device=torch.device("cpu"))
     assert (scorer.head.weight is None) == ("capped" in name)
@@ -239,12 +239,12 @@ def test_generation_refuses_a_model_before_it_is_moved_to_the_gpu(tmp_path, monk
 @pytest.mark.parametrize("model_type", ["deepseek_v4", "bloom", "mamba", "opt", "recurrent_gemma"])
 def test_documents_that_influence_each_other_are_refused(model_type):
     with pytest.raises(ConfigError, match=r"^--data\.attend-within-documents is set, but .* attends across documents"):
-        trials.require_keeps_documents_apart(new_model(model_type, {}))
+        trials.require_document_isolation(new_model(model_type, {}))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "llama4_text", "gemma3_text", "mistral", "mixtral", "phi3"])
 def test_documents_that_do_not_are_taken(model_type):
-    trials.require_keeps_documents_apart(new_model(model_type, {}))
+    trials.require_document_isolation(new_model(model_type, {}))
 
 
 # A trial leaves no trace
@@ -256,7 +256,7 @@ def test_a_trial_leaves_no_trace(was_training):
     state = torch.get_rng_state()
     before = {name: values.clone() for name, values in model.state_dict().items()}
     trials.require_language_model(model)
-    trials.require_keeps_documents_apart(model)
+    trials.require_document_isolation(model)
     assert model.training is was_training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())

@@ -227,13 +227,13 @@ def test_23_figures_by_bytes_of_a_lossy_tokenizer_are_left_out(workshop):
     [
         pytest.param(
             lambda folder: (folder / "latest").unlink(),
-            [r"skipped latest: it is missing; step-00000004 is taken", r"continues from .*step-00000004"],
+            [r"skipped latest: it is missing; using step-00000004", r"continues from .*step-00000004"],
             id="35 missing latest",
         ),
         pytest.param(
             lambda folder: (folder / "latest").write_text("step-00000099\n"),
             [
-                r"latest: it names 'step-00000099'; step-00000004 is taken of step-00000002, step-00000004",
+                r"latest: it names 'step-00000099'; using step-00000004 \(found: step-00000002, step-00000004",
                 r"continues from .*step-00000004",
             ],
             id="36 latest naming nothing",

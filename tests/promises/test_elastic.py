@@ -147,7 +147,7 @@ def continued(folder, hop):
     load(engine, folder_of(folder / hop.source, CUT_AT), IDENTITY)
     resume.CheckpointReader = CheckpointReader
     save(engine, folder / hop.target, CUT_AT)
-    own = sum(place.numel for place in engine_state.places(engine))
+    own = sum(place.numel for place in engine_state.partition_slices(engine))
     return {"losses": train(engine, CUT_AT, STEPS), "read": num_read, "own": own}
 
 

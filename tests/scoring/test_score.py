@@ -47,7 +47,7 @@ class Rank:
 
 
 class Model:
-    """Counts its forward passes, and remembers their shapes."""
+    """Model that counts its forward passes and records their shapes."""
 
     def __init__(self, model):
         self.model, self.shapes = model.eval(), []
@@ -242,7 +242,7 @@ def test_a_dummy_batch_scores_nothing(monkeypatch):
 
 
 class Memory:
-    """Keeps batches in memory, and stops the evaluation after so many."""
+    """BatchStore in memory that stops the evaluation after a number of batches."""
 
     def __init__(self, stop_after=None):
         self.finished, self.stop_after = {}, stop_after
@@ -258,9 +258,9 @@ def test_an_interrupted_evaluation_continues_with_the_same_bits(gpt2):
     undisturbed = run(gpt2, text, **settings)
     memory, model, done = Memory(stop_after=5), Model(gpt2), []
     with pytest.raises(KeyboardInterrupt):
-        run(model, text, keeper=memory, **settings)
+        run(model, text, store=memory, **settings)
     memory.stop_after = None
-    continued = run(model, text, keeper=memory, progress=done.append, **settings)
+    continued = run(model, text, store=memory, progress=done.append, **settings)
     assert continued.nats.hex() == undisturbed.nats.hex()
     assert len(model.shapes) == len(memory.finished)  # no batch twice
     rows = rows_of(text, lambda n: windows(n, 16, 4))
@@ -271,7 +271,7 @@ BAD_TOKEN = 50
 
 
 def model_with(value):
-    """One nat a label, but this value where the label is BAD_TOKEN."""
+    """Return one nat per label, but this value for BAD_TOKEN."""
 
     def model(input_ids, labels):
         nats = torch.where(labels == BAD_TOKEN, value, 1.0) * (labels != IGNORE_INDEX)
@@ -295,7 +295,7 @@ def test_nats_that_are_not_finite_are_refused(documents, said, value):
 
 
 def test_a_token_that_does_not_count_may_be_infinite():
-    """As of a prompt, one that the model never says."""
+    """Like a token of a prompt that the model never generates."""
     text = Text([2, BAD_TOKEN, 3, 4])
     is_counted = np.array([False, False, True, True])
     whole = run(model_with(math.inf), text, prefix_id=PREFIX, is_counted=is_counted)
@@ -311,10 +311,10 @@ def test_batches_that_are_not_finite_are_not_kept():
     )
     memory = Memory()
     with pytest.raises(NumericsError):
-        run(model_with(math.nan), text, keeper=memory, **settings)
+        run(model_with(math.nan), text, store=memory, **settings)
     assert [values[0].tolist() for values in memory.finished.values()] == [[1.0] * 16]
     memory.finished[1] = np.full((2, 16), np.nan, np.float32)  # as an earlier version kept it
-    assert run(model_with(1.0), text, keeper=memory, **settings).nats == 32.0
+    assert run(model_with(1.0), text, store=memory, **settings).nats == 32.0
 
 
 def refusal_on_rank(value):
@@ -333,7 +333,7 @@ def refusal_on_rank(value):
 
 @pytest.mark.slow
 def test_all_ranks_refuse_together(run_ranks):
-    """One of them alone computed the token."""
+    """Only one rank computed the token."""
     said = run_ranks(3, refusal_on_rank, math.nan)
     assert said == [said[0]] * 3
     assert "1 of 40 scored tokens" in said[0]

@@ -205,7 +205,7 @@ def test_there_are_no_gradients_and_no_dropout():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_eager_attention_takes_the_general_path(name):
-    """Without torch's fused attention a layer that gets no mask attends to the future."""
+    """Without torch's fused attention, a layer without a mask attends to later tokens."""
     model = make_model(name)
     model.set_attn_implementation("eager")
     inputs, labels = make_batch(SCORED["ragged"])
@@ -218,7 +218,7 @@ def test_eager_attention_takes_the_general_path(name):
 
 @pytest.mark.parametrize(("name", "trunk"), [("gpt2", AnyTrunk), ("llama", LlamaTrunk)])
 def test_adapters_count(name, trunk):
-    """GPT-2's adapter sits on the fused projection, which the fast path would take apart without it."""
+    """GPT-2's adapter is on the fused projection, whose weight the fast path would split without it."""
     model = make_model(name)
     add_adapters(model, LoraConfig(rank=2), seed=0)
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_bf16_nats_are_those_of_bf16_logits(name):
 # Loading
 
 NUM_PARAMETERS = (2001 + 1024) * 64 + 3 * (12 * 64**2 + 13 * 64) + 2 * 64
-"""Embeddings of tokens and positions; matrices, biases and norms of three layers; the last norm."""
+"""Embeddings of tokens and positions; matrices, biases and norms of three layers; the final norm."""
 TEXT = " = Robert Boulter = \n Robert Boulter is an English film , television and theatre actor . He had a guest @-@ "
 
 
@@ -293,7 +293,7 @@ def test_a_model_that_is_not_there():
 
 
 def save_model(folder, name):
-    """A Llama or phi whose matrices are too large for ZeRO-3 to keep whole on every rank."""
+    """A Llama or Phi whose matrices are too large for ZeRO-3 to replicate."""
     model = make_model(name, vocab_size=5000, hidden_size=256, intermediate_size=1024, head_dim=64)
     model.save_pretrained(folder)
     return str(folder)
@@ -304,7 +304,7 @@ DEALS = [["all", "the last of each row", "none"], ["none", "all", "ragged"], ["r
 
 
 def score_partitioned(models):
-    """Return of each model the bytes held, the numbers gathered, those in all, and this rank's quantities."""
+    """Return for each model the bytes held, elements gathered, elements in total and this rank's quantities."""
     from megaft.base import parallel
 
     device = parallel.join(parallel.discover(os.environ))

@@ -25,7 +25,7 @@ from estimates_scaling import write_scaling
 from invariance import write_between_marks
 
 from megaft.base.files import write_json_atomic
-from megaft.commands.estimate.memory import States, Work, activations, moments
+from megaft.commands.estimate.memory import MicroBatch, States, activations, moments
 from megaft.commands.estimate.presets import PRESETS
 from megaft.weights.families import shape_of
 from megaft.weights.shape import num_elements
@@ -65,8 +65,8 @@ def passes() -> Iterator[Row]:
 
 
 def estimate_of_pass(case: Passing) -> tuple[int, int]:
-    """Return the bytes of weights, and the peak of a pass that leaves gradients where autograd puts them."""
-    work = Work(
+    """Return the bytes of weights, and the peak of a pass that leaves its gradients where autograd puts them."""
+    work = MicroBatch(
         shape=shape_of(PRESETS[case.model], case.dropout),
         micro_batch_size=case.micro_batch_size,
         context_length=case.context_length,

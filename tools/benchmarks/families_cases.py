@@ -138,7 +138,7 @@ def packs(folder: str, saved: Any) -> None:
     """Compare the nats of packed documents with those of each document alone."""
     model = hugging_face.build(ModelConfig(path=folder, dropout=0.0), LoraConfig(), 0).eval()
     trials.require_language_model(model)
-    trials.require_keeps_documents_apart(model)
+    trials.require_document_isolation(model)
     nats_model = NatsModel(model).eval()
     lengths = (25, 14, 1, 30)
     tokens = tokens_of(model, 1, sum(lengths) + 1)

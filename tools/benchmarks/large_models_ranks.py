@@ -68,7 +68,7 @@ def fake(folder: Path, tensor_parallel_size: int = 1) -> dict[str, Any]:
     engine: Any = deepspeed.initialize(
         model=model, optimizer=optimizer, config=setup.engine_config, mpu=parallel.mpu()
     )[0]
-    masters = {id(place.owner): place.owner.nbytes for place in engine_state.places(engine)}
+    masters = {id(place.owner): place.owner.nbytes for place in engine_state.partition_slices(engine)}
     parameters: Any = model.parameters()
     counted = {
         "world_size": WORLD_SIZE,

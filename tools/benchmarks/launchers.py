@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from megaft.base.parallel import free_port
-from megaft.commands.convert.verify import PATIENT
+from megaft.commands.convert.verify import RENDEZVOUS
 
 
 def deepspeed(num_ranks: int) -> list[str]:
@@ -17,4 +17,4 @@ def deepspeed(num_ranks: int) -> list[str]:
 def torchrun(num_ranks: int) -> list[str]:
     """Return the `torchrun` command for `num_ranks` ranks on this machine, up to the script's name."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    return [*launcher, "--rdzv-conf", PATIENT]
+    return [*launcher, "--rdzv-conf", RENDEZVOUS]

@@ -1,6 +1,6 @@
-"""`megaft convert`: a model's weights in another format, cut for another number of ranks, or in another dtype.
+"""`megaft convert`: convert a model's weights to another format, tensor-parallel size or dtype.
 
-It reads and writes tensor by tensor. Imports no torch until there is something to do.
+It reads and writes one tensor at a time, and imports torch only after the flags are parsed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from megaft.base.redaction import without_folders, without_secrets
 from megaft.commands.convert.config import ConvertConfig
 
 MIN_TEXT = 100
-"""Least length in characters of the text of --verify."""
+"""Smallest length in characters of the text for --verify."""
 
 
 def main(config: ConvertConfig) -> int:
-    """Write the folder, say how long it took, and compare it with its source if asked to.
+    """Write the converted folder, print a summary, and with --verify compare it with the source.
 
     Raises:
         ConfigError: The folder exists, or the disk has no room for it.
         DataError: The source cannot be read.
         NumericsError: The two models differ on the text.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars over the files of a model
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries
     import torch
 
     from megaft.base.dtypes import dtype_name
@@ -51,7 +51,7 @@ def main(config: ConvertConfig) -> int:
         else:
             writing.write_hugging_face(weights, folder, dtype)
         writing.copy_companions(config_source(source, config.model_config), folder)
-        open_weights(str(folder))  # reads what was written as any other model: names, shapes and ties
+        open_weights(str(folder))  # checks names, shapes and ties of the result, as of any other model
     seconds = time.perf_counter() - begin
     name = dtype_name(dtype)
     print(f"wrote {config.to}: {weights.num_parameters:,} parameters in {name}, {num_bytes:,} bytes in {seconds:.1f} s")
@@ -61,26 +61,30 @@ def main(config: ConvertConfig) -> int:
 
 
 def verify(config: ConvertConfig, source: str, dtype: str) -> None:
-    """Compare the folder with what it was made from, and print the difference.
+    """Compare the nats of the converted model with those of its source, and print the difference.
 
     Raises:
         DataError: The text cannot be read, or a model cannot be run.
-        NumericsError: They differ.
+        NumericsError: The models differ.
     """
     from megaft.commands.convert import verify as verify_conversion
-    from megaft.commands.convert.verify import Side
+    from megaft.commands.convert.verify import ComparedModel
 
     text = verify_conversion.TEXT if config.text is None else read_text(config.text)
-    sides = Side(source, config.model_config), Side(str(config.to))
+    sides = ComparedModel(source, config.model_config), ComparedModel(str(config.to))
     difference = verify_conversion.verify(*sides, dtype, text)
     print(
-        f"verified on {difference.num_tokens} tokens: {difference.mean:.6f} nats a token; a token's differ by "
-        f"{difference.largest:.2e} at most, the mean by {difference.relative:.2e} of it"
+        f"verified on {difference.num_tokens} tokens: {difference.mean:.6f} nats per token; largest difference of a "
+        f"token {difference.largest:.2e} nats, relative difference of the mean {difference.relative:.2e}"
     )
 
 
 def read_text(path: Path) -> str:
-    """Return a text file's contents; DataError where it cannot be read or has nothing to predict."""
+    """Return the contents of a text file.
+
+    Raises:
+        DataError: The file cannot be read, or is too short.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -91,24 +95,26 @@ def read_text(path: Path) -> str:
 
 
 def require_new(folder: Path) -> None:
-    """Raise ConfigError where there is something already."""
-    require(not os.path.lexists(folder), f"--to is {folder}, which exists; name a folder that does not, or remove it.")
+    """Raise ConfigError if the folder exists."""
+    require(not os.path.lexists(folder), f"--to is {folder}, which already exists; give a new folder, or remove it.")
 
 
 @contextmanager
 def publishing(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """Give a temporary folder that becomes `folder`, on disk, when the block ends, and is removed when it raises.
+    """Yield a temporary folder that is synced and renamed to `folder` at the end of the block, or removed on error.
 
     Raises:
-        ConfigError: There is no room for so many bytes, the disk refuses, or there is such a folder by then.
+        ConfigError: The disk has no room or cannot be written, or `folder` exists by the end.
     """
     temporary = folder.with_name(f".{folder.name}.converting")
     with naming_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         free = shutil.disk_usage(folder.parent).free
         if free < num_bytes:
-            raise ConfigError(f"--to is {folder}, which needs {num_bytes:,} bytes of {free:,} free; free space there.")
+            raise ConfigError(
+                f"--to is {folder}, which needs {num_bytes:,} bytes, but {free:,} are free; free space there."
+            )
         temporary.mkdir()
         try:
             yield temporary

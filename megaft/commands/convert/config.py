@@ -14,33 +14,33 @@ from megaft.base.unicode_text import is_unicode
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """Write a model's weights in another format, tensor by tensor. docs/convert.md describes the formats."""
+    """Convert a model's weights to another format, tensor-parallel size or dtype. See docs/convert.md."""
 
     source: Annotated[str, tyro.conf.arg(name="from")]
-    """A model folder, hub name or GGUF file, a converted folder, a run or its checkpoint, or classic Megatron-LM's."""
+    """Model to convert: a folder, hub name, GGUF file, training run, or checkpoint of megaft or classic Megatron-LM."""
     to: Path
     """Folder to create; it must not exist."""
     format: Literal["hugging-face", "megatron"]
-    """hugging-face is a folder that transformers loads; megatron has one file a tensor-parallel rank."""
+    """hugging-face: a folder that transformers loads; megatron: one file per tensor-parallel rank."""
     tensor_parallel_size: int = 1
-    """Tensor-parallel size of the megatron format."""
+    """Number of tensor-parallel shards, in the megatron format."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype that the weights are rounded to. By default they stay as they are."""
+    """Dtype of the converted weights. By default the dtype of the source."""
     model_config: str | None = None
-    """For a checkpoint that does not say what model it is of: the folder or config.json of transformers' model."""
+    """transformers model folder or config.json, for a checkpoint that does not describe its model."""
     verify: bool = False
-    """Run both models on a text, on as many CPU processes as each has ranks, and compare what every token costs."""
+    """Run both models on a text on CPU, with one process per tensor-parallel rank, and compare each token's nats."""
     text: Path | None = None
-    """Text file of --verify. By default a short built-in text."""
+    """Text file for --verify. By default a short built-in text."""
 
     def __post_init__(self) -> None:
         require_ranges(self, tensor_parallel_size=at_least(1).such_as("8"))
-        require(is_unicode(str(self.to)), f"--to is {self.to!s}, which is not UTF-8; name another folder.")
+        require(is_unicode(str(self.to)), f"--to is {self.to!s}, which is not UTF-8; use another folder name.")
         require(
             self.format == "megatron" or self.tensor_parallel_size == 1,
-            f"--tensor-parallel-size is {self.tensor_parallel_size}, but --format hugging-face has no ranks; drop it.",
+            f"--tensor-parallel-size is {self.tensor_parallel_size}, but --format hugging-face has no shards; drop it.",
         )
         require(
             self.verify or self.text is None,
-            f"--text is {self.text}, which has no effect without --verify; add that, or drop it.",
+            f"--text is {self.text}, which has no effect without --verify; add --verify, or drop --text.",
         )

@@ -1,7 +1,7 @@
-"""`megaft convert --verify`: compare two models' nats per token on CPU, one process a tensor-parallel shard.
+"""`megaft convert --verify`: compare two models' nats on CPU, with one process per tensor-parallel shard.
 
-`python -m megaft.commands.convert.verify`, under torchrun, is one of those processes. They compute in float32, on
-weights rounded to the dtype of the conversion, so that two models differ by the order of sums alone.
+`python -m megaft.commands.convert.verify`, under torchrun, is one of those processes. They compute in float32 with
+weights rounded to the dtype of the conversion, so the two models differ only by the order of sums.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from megaft.weights.tensor_file import TensorFile
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
 """Tolerance of one token's nats, and relative tolerance of the mean; a wrong weight differs a thousandfold."""
 MAX_CONTEXT = 512
-"""Input tokens per forward pass at most."""
+"""Largest number of input tokens per forward pass."""
 
-PATIENT = "read_timeout=600,heartbeat_timeout=600,keep_alive_max_attempt=120"
+RENDEZVOUS = "read_timeout=600,heartbeat_timeout=600,keep_alive_max_attempt=120"
 """Rendezvous settings for torchrun, whose default heartbeat timeout of 15 s ends launches on a busy machine."""
 
 TEXT = """The harbour master kept two notebooks. In the first she wrote what the rules asked for: the name of a ship,
@@ -62,19 +62,19 @@ stood like a second town turned upside down, and said: "Somebody has to write do
 
 
 class Difference(NamedTuple):
-    """Difference of two models' nats on a text."""
+    """Difference between two models' nats on a text."""
 
     num_tokens: int
     mean: float
-    """Nats per token of the first."""
+    """Nats per token of the first model."""
     largest: float
     """Largest difference of one token's nats."""
     relative: float
     """Difference of the means, relative to the first."""
 
 
-class Side(NamedTuple):
-    """One of the two models that are compared."""
+class ComparedModel(NamedTuple):
+    """One of the two models to compare."""
 
     source: str
     model_config: str | None = None
@@ -82,37 +82,38 @@ class Side(NamedTuple):
 
     @property
     def num_ranks(self) -> int:
-        """Number of processes that run it."""
+        """Number of processes that run the model."""
         folder = Path(self.source)
         return read_manifest(folder)["tensor_parallel_size"] if is_megatron_folder(folder) else 1
 
 
-def verify(before: Side, after: Side, dtype: str, text: str) -> Difference:
-    """Run both models on a text, one after the other, and return how they differ.
+def verify(before: ComparedModel, after: ComparedModel, dtype: str, text: str) -> Difference:
+    """Run both models on a text, one after the other, and return the difference.
 
     Raises:
-        DataError: One could not be run; it has said why.
-        NumericsError: Nats of one are not finite, or they differ by more than the order of sums explains.
+        DataError: A model could not be run; its processes have printed the reason.
+        NumericsError: Some nats are not finite, or they differ by more than rounding.
     """
     rows = rows_of(text, after.source)
     with TemporaryDirectory(prefix="megaft-verify-") as folder:
         Path(folder, "rows.json").write_text(json.dumps(rows))
-        first, second = (_finite(_nats_of(side, dtype, Path(folder)), rows, side) for side in (before, after))
+        first, second = (_finite(_nats_of(model, dtype, Path(folder)), rows, model) for model in (before, after))
     mean = float(first.mean())
-    largest, apart = float((first - second).abs().max()), abs(float(second.mean()) - mean)
-    difference = Difference(len(first), mean, largest, apart / mean)
-    if not (largest <= MAX_NATS and apart <= MAX_RELATIVE * mean):
+    largest, mean_difference = float((first - second).abs().max()), abs(float(second.mean()) - mean)
+    difference = Difference(len(first), mean, largest, mean_difference / mean)
+    if not (largest <= MAX_NATS and mean_difference <= MAX_RELATIVE * mean):
         raise NumericsError(
-            f"{after.source} is not {before.source}: a token's nats differ by {largest:.3g} (up to {MAX_NATS:g} is "
-            f"rounding), their mean {mean:.6f} by {apart:.3g}. Do not use it, and report it; it was not removed."
+            f"{after.source} differs from {before.source}: a token's nats by {largest:.3g} (up to {MAX_NATS:g} is "
+            f"rounding), the mean {mean:.6f} by {mean_difference:.3g}. The folder was not removed; do not use it, and "
+            "report this."
         )
     return difference
 
 
 def rows_of(text: str, source: str) -> list[list[int]]:
-    """Return a text's tokens, cut to what the model reads at once; the last of a row is the first of the next.
+    """Return a text's tokens, split into rows of the model's context; the last of a row is the first of the next.
 
-    Where the folder has no tokenizer, its bytes are the tokens: models can be compared on any.
+    If the folder has no tokenizer, the text's bytes are the tokens: any tokens can compare two models.
     """
     config = load_config(source)
     try:
@@ -124,50 +125,50 @@ def rows_of(text: str, source: str) -> list[list[int]]:
     return [ids[begin : begin + length + 1] for begin in range(0, max(1, len(ids) - 1), length)]
 
 
-def _nats_of(side: Side, dtype: str, folder: Path) -> Tensor:
+def _nats_of(model: ComparedModel, dtype: str, folder: Path) -> Tensor:
     """Run a model on the rows in the folder; return every label's nats in float64."""
-    num_ranks, cores = side.num_ranks, os.cpu_count() or 1
-    launcher = ["torch.distributed.run", "--standalone", "--rdzv-conf", PATIENT, f"--nproc-per-node={num_ranks}"]
-    program = ["megaft.commands.convert.verify", str(folder), dtype, *(part for part in side if part)]
+    num_ranks, cores = model.num_ranks, os.cpu_count() or 1
+    launcher = ["torch.distributed.run", "--standalone", "--rdzv-conf", RENDEZVOUS, f"--nproc-per-node={num_ranks}"]
+    program = ["megaft.commands.convert.verify", str(folder), dtype, *(field for field in model if field)]
     environment = {
         **os.environ,
         **{"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"},
         "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
     }
     command = [sys.executable, "-m", *launcher, "-m", *program]
-    done = subprocess.run(command, env=environment, stdout=2)  # what they print is no result of ours
+    done = subprocess.run(command, env=environment, stdout=2)  # their output goes to stderr
     if done.returncode:
         raise DataError(
-            f"{side.source} could not be run on {counted(num_ranks, 'process', 'processes')}; their messages say why."
+            f"{model.source} could not be run on {counted(num_ranks, 'process', 'processes')}; see the error above."
         )
     return torch.tensor(json.loads((folder / "nats.json").read_text()), dtype=torch.float64)
 
 
-def _finite(nats: Tensor, rows: list[list[int]], side: Side) -> Tensor:
-    """Return the nats of a model.
+def _finite(nats: Tensor, rows: list[list[int]], model: ComparedModel) -> Tensor:
+    """Return the nats of a model if they are finite.
 
     Raises:
-        NumericsError: Some are not finite.
+        NumericsError: Some nats are not finite.
     """
     offsets = np.cumsum([0, *(len(row) - 1 for row in rows)])
     require_finite_nats(
-        nats.numpy(), offsets, name=f"{side.source} on the text of --verify", num_scored_tokens=len(nats)
+        nats.numpy(), offsets, name=f"{model.source} on the text of --verify", num_scored_tokens=len(nats)
     )
     return nats
 
 
-def model_of(side: Side, dtype: torch.dtype) -> nn.Module:
-    """Return a model, or this rank's part of it, whose weights are rounded to a dtype; it computes in float32."""
-    folder = Path(side.source)
+def load_model(compared: ComparedModel, dtype: torch.dtype) -> nn.Module:
+    """Return a model, or this rank's shard of it, with weights rounded to a dtype; it computes in float32."""
+    folder = Path(compared.source)
     if is_megatron_folder(folder):
         return _megatron(folder, dtype)
     if is_classic(folder) or is_checkpoint(folder):
-        return NatsModel(_filled(open_weights(side.source, model_config=side.model_config), dtype))
-    return NatsModel(load_language_model(side.source, dtype).float())
+        return NatsModel(_transformers_model(open_weights(compared.source, model_config=compared.model_config), dtype))
+    return NatsModel(load_language_model(compared.source, dtype).float())
 
 
 def _megatron(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Return this rank's part, from its own file alone."""
+    """Return this rank's shard, read from its own file only."""
     parallel.join(parallel.discover(os.environ))
     parallel.start_tensor_parallelism(parallel.world_size())
     from megaft.models.megatron import MegatronModel, MegatronNats
@@ -182,8 +183,8 @@ def _megatron(folder: Path, dtype: torch.dtype) -> nn.Module:
     return MegatronNats(model)
 
 
-def _filled(weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """Return transformers' model of weights that it cannot load itself."""
+def _transformers_model(weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """Return a transformers model with weights from a format that transformers cannot load."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(weights.config, dtype=torch.float32, trust_remote_code=False)
@@ -194,10 +195,10 @@ def _filled(weights: Weights, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
-def run(topology: parallel.Topology, folder: Path, dtype: str, side: Side) -> int:
-    """Write the nats of every label of the rows in the folder; all ranks compute, the main one writes."""
+def run(topology: parallel.Topology, folder: Path, dtype: str, compared: ComparedModel) -> int:
+    """Write the nats of every label of the rows in the folder; all ranks compute, the main rank writes."""
     rows = json.loads((folder / "rows.json").read_text())
-    model = model_of(side, getattr(torch, dtype)).eval()
+    model = load_model(compared, getattr(torch, dtype)).eval()
     nats: list[float] = []
     for row in map(torch.tensor, rows):
         nats += model(row[None, :-1], row[None, 1:], per_token=True)[0].tolist()
@@ -207,9 +208,9 @@ def run(topology: parallel.Topology, folder: Path, dtype: str, side: Side) -> in
 
 
 def main(arguments: list[str]) -> int:
-    """Run as a process of torchrun: FOLDER DTYPE SOURCE [MODEL_CONFIG]."""
-    folder, dtype, *side = arguments
-    program = partial(run, folder=Path(folder), dtype=dtype, side=Side(*side))
+    """Entry point under torchrun; arguments: FOLDER DTYPE SOURCE [MODEL_CONFIG]."""
+    folder, dtype, *compared = arguments
+    program = partial(run, folder=Path(folder), dtype=dtype, compared=ComparedModel(*compared))
     return parallel.exit_code_on_ranks(program)
 
 

@@ -1,4 +1,4 @@
-"""`megaft doctor`: check this machine's installation, or with --distributed the results of its ranks.
+"""`megaft doctor`: check this machine's installation, or with --distributed the ranks of a launcher.
 
 megaft doctor
 deepspeed --module megaft doctor --distributed
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Look, print, and return the exit code."""
+    """Run the checks, print the results, and return the exit code."""
     flags = own_flags(arguments)
     if "--distributed" in flags and not {"-h", "--help"} & {*flags}:
         from megaft.base import parallel
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(flags: list[str], is_main: bool = True) -> DoctorConfig:
-    """Read the flags; exit with 2 on a bad one, whose rule the main rank says."""
+    """Parse the flags; on a bad one exit with code 2, and print the rule on the main rank only."""
     return tyro.cli(DoctorConfig, args=flags, prog="megaft doctor", console_outputs=is_main)
 
 

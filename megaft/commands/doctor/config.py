@@ -8,15 +8,15 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig:
-    """Check this machine's installation: exit code 0, or 2 where something must be mended first.
+    """Check this machine's installation. Exit code 0, or 2 if something must be fixed first.
 
-    With --distributed, started by deepspeed, torchrun, srun or mpirun, try communication, ZeRO stages 0 to 3 and an
-    elastic resume on all ranks with a toy model: exit code 0, or 5 where numbers are wrong.
+    With --distributed, under deepspeed, torchrun, srun or mpirun: test communication, ZeRO stages 0 to 3 and an elastic
+    resume on all ranks with a toy model. Exit code 0, 2 for a wrong installation, or 5 for wrong numbers.
     """
 
     distributed: bool = False
     """Test the ranks that a launcher started, instead of this machine."""
     folder: Path = Path()
-    """With --distributed: a folder that all ranks share. What is written in it is removed at the end."""
+    """With --distributed: a folder that all ranks share. Temporary files in it are removed at the end."""
     json: bool = False
     """Print one line of JSON instead of a table."""

@@ -1,4 +1,4 @@
-"""Check this machine's hardware, libraries and limits. Nothing here joins other ranks or takes a GPU's memory."""
+"""Checks of this machine's hardware, libraries and environment. None joins other ranks or allocates GPU memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from megaft.commands.doctor.table import Check, exit_code, show
 
 GIB = 2**30
 SECONDS = 120
-"""Timeout in seconds of another program or an import."""
+"""Timeout in seconds of a subprocess."""
 
 
 def run(as_json: bool) -> int:
     """Run all checks, print the table, and return the exit code."""
-    found = [
+    checks = [
         *versions(),
         requirements(),
         *accelerators(),
@@ -41,31 +41,31 @@ def run(as_json: bool) -> int:
         *disks(),
         *variables(),
     ]
-    show("megaft doctor: this machine", found, as_json, environment=environment())
-    return exit_code(found)
+    show("megaft doctor: this machine", checks, as_json, environment=environment())
+    return exit_code(checks)
 
 
 def versions() -> Iterator[Check]:
-    """Compare each package that has a safety floor with it."""
+    """Compare installed packages with their minimum safe versions."""
     for floor in FLOORS:
         installed, fix = installed_version(floor.package), f"Run `pip install '{floor.package}>={floor.version}'`"
         if installed is None:
             yield Check(floor.package, "fail", "not installed", fix)
         elif floor.is_above(installed):
-            found = f"{installed}, below the safe {floor.version}"
-            yield Check(floor.package, "fail", found, f"{floor.why}. {fix}")
+            found = f"{installed}, below the minimum safe version {floor.version}"
+            yield Check(floor.package, "fail", found, f"{floor.reason}. {fix}")
         else:
-            yield Check(floor.package, "pass", f"{installed} (safe from {floor.version} on)")
+            yield Check(floor.package, "pass", f"{installed} (safe since {floor.version})")
 
 
 def requirements() -> Check:
-    """Compare what is installed with what megaft's own package asks for."""
-    required = [Requirement(line) for line in requires("megaft") or ()]
-    required = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
-    wrong = [line for one in required if (line := _difference(one))]
+    """Compare installed packages with megaft's requirements."""
+    declared = [Requirement(line) for line in requires("megaft") or ()]
+    required = [item for item in declared if item.marker is None or item.marker.evaluate({"extra": ""})]
+    wrong = [line for item in required if (line := _difference(item))]
     if wrong:
-        return Check("requirements", "fail", "; ".join(wrong), "Install megaft again with pip")
-    return Check("requirements", "pass", f"{len(required)} packages as megaft asks for")
+        return Check("requirements", "fail", "; ".join(wrong), "Reinstall megaft with pip")
+    return Check("requirements", "pass", f"{len(required)} packages satisfy megaft's requirements")
 
 
 def _difference(requirement: Requirement) -> str | None:
@@ -78,10 +78,10 @@ def _difference(requirement: Requirement) -> str | None:
 
 
 def accelerators() -> Iterator[Check]:
-    """Name every GPU, its memory, and whether it computes in bf16."""
+    """Report every GPU, its memory and its bf16 support."""
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        reason = f"torch is built for CUDA {built} but finds no device: look at nvidia-smi" if built else ""
+        reason = f"torch is built for CUDA {built} but finds no device: check nvidia-smi" if built else ""
         yield Check("accelerator", "warn", f"none: ranks compute on {os.cpu_count()} CPU cores", reason)
         yield cpu_precision(cpu_speed.seconds_of_products((torch.float32, torch.bfloat16, torch.float16)))
     for number in range(torch.cuda.device_count()):
@@ -89,20 +89,20 @@ def accelerators() -> Iterator[Check]:
         with torch.cuda.device(number):
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         found = f"{device.name}, {device.total_memory / GIB:.0f} GiB, {'bf16' if has_bf16 else 'no bf16'}"
-        fix = "" if has_bf16 else "Use a JSON of ds_configs/ with fp16 or fp32"
+        fix = "" if has_bf16 else "Use an fp16 or fp32 configuration of ds_configs/"
         yield Check(f"cuda:{number}", "pass" if has_bf16 else "warn", found, fix)
 
 
 def cpu_precision(seconds: dict[torch.dtype, float]) -> Check:
-    """Compare half precision with fp32, by the seconds that products of matrices take on the CPU."""
+    """Compare half precision with fp32, by the seconds of matrix products on the CPU."""
     slow = {dtype: cpu_speed.slowdown(seconds, dtype) for dtype in (torch.bfloat16, torch.float16)}
-    said = [
+    speeds = [
         f"{cpu_speed.name(dtype)} {'is fast' if ratio is None else f'is {ratio:.0f} times slower than fp32'}"
         for dtype, ratio in slow.items()
     ]
     if slow[torch.bfloat16] is None:
-        return Check("CPU precision", "pass", ", ".join(said))
-    return Check("CPU precision", "warn", ", ".join(said), "Use a JSON of ds_configs/ with fp32")
+        return Check("CPU precision", "pass", ", ".join(speeds))
+    return Check("CPU precision", "warn", ", ".join(speeds), "Use an fp32 configuration of ds_configs/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,25 +111,25 @@ class Kernel:
 
     module: str
     imports: str
-    """Module whose import proves that it works."""
+    """Modules whose import proves that it works."""
     gives: str
     part: str = ""
-    """A module that another project of the same name lacks."""
+    """A submodule that tells it from another project of the same name."""
 
     def check(self) -> Check:
-        """Check that it is installed, is the right project, and imports in a process of its own."""
+        """Check that it is installed, is the right project, and imports in a separate process."""
         spec = importlib.util.find_spec(self.module)
         if spec is None:
             missing = "warn" if torch.cuda.is_available() and self.gives.startswith("--") else "none"
-            return Check(self.module, missing, f"not installed; would give {self.gives}")
+            return Check(self.module, missing, f"not installed; would provide {self.gives}")
         folders = spec.submodule_search_locations or ()
         if self.part and not any((Path(folder) / self.part).exists() for folder in folders):
             fix = f"Uninstall it, and build {self.gives.split(': ')[-1]}"
             return Check(self.module, "warn", f"another project called {self.module}, not NVIDIA's", fix)
         error = _import_error(self.imports)
         if error:
-            return Check(self.module, "warn", f"installed, but does not work: {error}", f"Would give {self.gives}")
-        return Check(self.module, "pass", f"works; gives {self.gives}")
+            return Check(self.module, "warn", f"installed, but does not work: {error}", f"Would provide {self.gives}")
+        return Check(self.module, "pass", f"works; provides {self.gives}")
 
 
 KERNELS = (
@@ -144,50 +144,50 @@ KERNELS = (
         "liger_kernel.transformers.fused_linear_cross_entropy",
         "--model.cross-entropy liger, a fused loss: megaft[fast]",
     ),
-    Kernel("transformer_engine", "transformer_engine.pytorch", "megatron-core fused layers; megaft's models need none"),
-    Kernel("flash_attn", "flash_attn", "nothing more: torch's attention, which megaft uses, has the same kernel"),
+    Kernel("transformer_engine", "transformer_engine.pytorch", "fused layers, which megaft does not use"),
+    Kernel("flash_attn", "flash_attn", "attention that megaft does not need: torch has the same kernel"),
 )
 
 
 def _import_error(modules: str) -> str | None:
     works, lines = _run(sys.executable, "-c", f"import {modules}")
-    return None if works else lines[-1]  # the exception's
+    return None if works else lines[-1]  # the exception
 
 
 def slurm() -> Check:
-    """Find SLURM's partitions, and the job this runs in."""
-    said = _said("sinfo", "--noheader", "--format=%P: %D nodes %T")
-    if said is None:
+    """Report SLURM's partitions and the current job."""
+    result = _first_line("sinfo", "--noheader", "--format=%P: %D nodes %T")
+    if result is None:
         return Check("SLURM", "none", "not found")
-    works, text = said
+    works, text = result
     if not works:
-        return Check("SLURM", "warn", f"installed, but no cluster answers: {text}", "Submit from a login node")
+        return Check("SLURM", "warn", f"installed, but no cluster responds: {text}", "Submit from a login node")
     job = os.environ.get("SLURM_JOB_ID")
     return Check("SLURM", "pass", f"{text}; {f'in job {job}' if job else 'not in a job'}")
 
 
 def mpi() -> Check:
-    """Find mpirun, and mpi4py, through which its ranks meet."""
-    said = _said("mpirun", "--version")
-    if said is None:
+    """Report mpirun, and mpi4py, which its ranks need."""
+    result = _first_line("mpirun", "--version")
+    if result is None:
         return Check("MPI", "none", "not found")
     error = _import_error("mpi4py.MPI") if importlib.util.find_spec("mpi4py") else "not installed"
     if error:
-        return Check("MPI", "warn", f"{said[1]}; mpi4py: {error}", "For mpirun, install megaft[mpi]")
-    return Check("MPI", "pass", f"{said[1]}, mpi4py {installed_version('mpi4py')}")
+        return Check("MPI", "warn", f"{result[1]}; mpi4py: {error}", "For mpirun, install megaft[mpi]")
+    return Check("MPI", "pass", f"{result[1]}, mpi4py {installed_version('mpi4py')}")
 
 
 def compiler() -> Check:
-    """Find the C++ compiler that torch's and DeepSpeed's extensions are built with."""
+    """Report the C++ compiler that builds torch's and DeepSpeed's extensions."""
     name = os.environ.get("CXX", "c++")
-    works, text = _said(name, "--version") or (False, f"no {name}")
+    works, text = _first_line(name, "--version") or (False, f"no {name}")
     if not works:
         return Check("C++ compiler", "warn", text, "torch.compile and DeepSpeed's own kernels need one: g++")
     return Check("C++ compiler", "pass", text)
 
 
-def _said(*command: str) -> tuple[bool, str] | None:
-    """Return whether a program works and the first line it says, or its last complaint; None where it is not there."""
+def _first_line(*command: str) -> tuple[bool, str] | None:
+    """Return True and a program's first line of output, or False and its last line of error; None if not installed."""
     if shutil.which(command[0]) is None:
         return None
     works, lines = _run(*command)
@@ -195,28 +195,28 @@ def _said(*command: str) -> tuple[bool, str] | None:
 
 
 def _run(*command: str) -> tuple[bool, list[str]]:
-    """Return whether a program works, and the lines it says, or its complaint."""
+    """Return True and a program's lines of output, or False and its lines of error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return False, [f"it has not ended after {SECONDS} s"]
+        return False, [f"no result after {SECONDS} s"]
     works = done.returncode == 0
     return works, (done.stdout if works else done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
 
 
 def disks() -> Iterator[Check]:
-    """Check free space of the disks that files are written to."""
+    """Check the free space of the disks that files are written to."""
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    places = {"this folder": Path.cwd(), "temporary": Path(tempfile.gettempdir()), "models": cache}
-    places["shared memory"] = Path("/dev/shm")
-    for name, path in places.items():
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        free, wanted = shutil.disk_usage(there).free, 1 if name == "shared memory" else 10
+    folders = {"this folder": Path.cwd(), "temporary": Path(tempfile.gettempdir()), "models": cache}
+    folders["shared memory"] = Path("/dev/shm")
+    for name, path in folders.items():
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        free, wanted = shutil.disk_usage(existing).free, 1 if name == "shared memory" else 10
         found = f"{free / GIB:.1f} GiB free in {path}"
-        if not os.access(there, os.W_OK):
+        if not os.access(existing, os.W_OK):
             yield Check(f"disk: {name}", "warn", f"{path} cannot be written", "Work in another folder")
         elif free < wanted * GIB:
-            yield Check(f"disk: {name}", "warn", found, f"Have {wanted} GiB or more")
+            yield Check(f"disk: {name}", "warn", found, f"Free space to have {wanted} GiB or more")
         else:
             yield Check(f"disk: {name}", "pass", found)
 
@@ -231,12 +231,12 @@ UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def variables() -> Iterator[Check]:
-    """Show the environment variables that change what torch, DeepSpeed and the launchers do; never a secret's value."""
+    """Report the environment variables that configure torch, DeepSpeed and the launchers, with secrets redacted."""
     for name, value in sorted(os.environ.items()):
         if not VARIABLES.match(name):
             continue
         shown = "***" if SECRET_NAME.search(name) else without_secrets(value)
         if name == UNSAFE and value in ("1", "y", "yes", "true"):
-            yield Check(name, "fail", shown, "With it torch.load runs code from a checkpoint; unset it")
+            yield Check(name, "fail", shown, "It lets torch.load run code from a checkpoint; unset it")
         else:
             yield Check(name, "none", shown)

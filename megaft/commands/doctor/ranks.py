@@ -1,6 +1,6 @@
-"""Test ranks together on a toy model: communication, ZeRO stages 0 to 3, and an elastic resume.
+"""Distributed test of ranks on a toy model: communication, ZeRO stages 0 to 3, and an elastic resume.
 
-Losses are compared with plain torch's, which trains the same toy on every rank alone, without DeepSpeed.
+Losses are compared with those of plain torch, which trains the same toy on each rank alone, without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from megaft.weights.checkpoint_reader import WEIGHT, CheckpointReader
 from megaft.weights.loading.causal_lm import CausalLM
 
 TOLERANCE = 1e-5
-"""Nats per token: fp32 sums in another order differ by some 1e-6."""
+"""Tolerance in nats per token: fp32 sums in another order differ by about 1e-6."""
 TIMEOUT = timedelta(seconds=60)
-"""Timeout of collectives: ranks do little between two of them here."""
+"""Timeout of collectives; ranks do little between them here."""
 SECONDS_FOR_FILES = 30
-"""Network file systems show a new file to the other hosts after a while."""
+"""Time for a network file system to show a new file on other hosts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks under test, as this one sees them."""
+    """The ranks under test, from this rank's point of view."""
 
     topology: Topology
     device: torch.device
@@ -53,19 +53,19 @@ class Ranks:
 
     def worst(self, name: str, difference: float, limit: float, unit: str) -> Check:
         """Compare the largest difference over all ranks with `limit`; a failure names its rank."""
-        mine = torch.tensor([difference], dtype=torch.float64, device=self.device)
-        gathered = [torch.empty_like(mine) for _ in range(self.topology.world_size)]
-        dist.all_gather(gathered, mine)
+        own = torch.tensor([difference], dtype=torch.float64, device=self.device)
+        gathered = [torch.empty_like(own) for _ in range(self.topology.world_size)]
+        dist.all_gather(gathered, own)
         values = torch.cat(gathered).nan_to_num(nan=torch.inf)
         largest, rank = values.max(0)
         if largest <= limit:
-            return Check(name, "pass", f"right to {largest:.0e} {unit}" if largest else "exact", is_numeric=True)
+            return Check(name, "pass", f"correct to {largest:.0e} {unit}" if largest else "exact", is_numeric=True)
         found = f"off by {largest:.2g} {unit} on rank {int(rank)}; up to {limit:g} is rounding"
-        return Check(name, "fail", found, "Look for a broken device, link or driver there", is_numeric=True)
+        return Check(name, "fail", found, "Check the device, link and driver there", is_numeric=True)
 
 
 def run(folder: Path, as_json: bool, topology: Topology) -> int:
-    """Join the ranks, try everything, print the table on the main rank, and return the exit code on all."""
+    """Join the ranks, run all tests, print the table on the main rank, and return the exit code on all."""
     began = time.perf_counter()
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning)
     device = parallel.join(topology, TIMEOUT)
@@ -81,7 +81,7 @@ def run(folder: Path, as_json: bool, topology: Topology) -> int:
     if topology.is_main:
         seconds = time.perf_counter() - began
         show(f"megaft doctor: {counted(topology.world_size, 'rank')}, {device.type}, {seconds:.0f} s", checks, as_json)
-    parallel.barrier()  # who leaves first with a bad code makes the launcher end the others
+    parallel.barrier()  # the first rank to exit with an error makes the launcher kill the others
     return exit_code(checks)
 
 
@@ -99,22 +99,24 @@ def same_versions(ranks: Ranks) -> Check:
     deadline = time.perf_counter() + SECONDS_FOR_FILES
     while len(files := list(ranks.folder.glob("rank-*.txt"))) < world_size and time.perf_counter() < deadline:
         time.sleep(0.2)
-    # Every rank learns what any one saw, so that all go the same way.
+    # Ranks exchange what they saw, so that all take the same branch.
     seen = [file.read_text().splitlines() for file in files]
     is_shared, hosts = len(files) == world_size, {lines[1] for lines in seen}
     others = {lines[0] for lines in seen} - {versions}
     has_failed = parallel.max_over_ranks([int(not is_shared), int(bool(others))])
     if has_failed[0]:
-        return Check("shared folder", "fail", f"{ranks.folder} is not one for all ranks", "Give --folder one that is")
+        return Check(
+            "shared folder", "fail", f"{ranks.folder} is not shared by all ranks", "Set --folder to a shared folder"
+        )
     if has_failed[1]:
         return Check(
-            "versions", "fail", f"ranks differ: {versions}; {'; '.join(others)}", "Install the same everywhere"
+            "versions", "fail", f"ranks differ: {versions}; {'; '.join(others)}", "Install the same versions everywhere"
         )
     return Check("ranks", "pass", f"{world_size} on {counted(len(hosts), 'host')}, {versions}; the folder is shared")
 
 
 def collectives(ranks: Ranks) -> list[Check]:
-    """Try each kind of communication that ZeRO uses, and time the largest and the smallest."""
+    """Test each collective that ZeRO uses, and measure bandwidth and latency."""
     world_size, rank, device = ranks.topology.world_size, ranks.topology.rank, ranks.device
     ramp = torch.arange(1 << 20, dtype=torch.float32, device=device) % 1021
 
@@ -144,7 +146,7 @@ def collectives(ranks: Ranks) -> list[Check]:
 
 
 def _bandwidth(ranks: Ranks) -> Check:
-    """Time all-reduces of many bytes; 2 (n - 1) / n of them leave each rank (as nccl-tests counts)."""
+    """Measure the bus bandwidth of large all-reduces: 2 (n - 1) / n of the bytes leave each rank (as in nccl-tests)."""
     if ranks.topology.world_size == 1:
         return Check("bandwidth", "none", "one rank sends nothing")
     num_bytes = (256 if ranks.device.type == "cuda" else 16) << 20
@@ -152,7 +154,7 @@ def _bandwidth(ranks: Ranks) -> Check:
     seconds = _seconds(lambda: dist.all_reduce(values), ranks.device, 5)
     world_size = ranks.topology.world_size
     speed = 2 * (world_size - 1) / world_size * num_bytes / seconds / 1e9
-    return Check("bandwidth", "pass", f"{speed:.2f} GB/s of {num_bytes >> 20} MiB all-reduce, {seconds * 1e3:.1f} ms")
+    return Check("bandwidth", "pass", f"{speed:.2f} GB/s in a {num_bytes >> 20} MiB all-reduce, {seconds * 1e3:.1f} ms")
 
 
 def _latency(ranks: Ranks) -> Check:
@@ -160,7 +162,7 @@ def _latency(ranks: Ranks) -> Check:
 
 
 def _seconds(function: Callable[[], object], device: torch.device, times: int) -> float:
-    """Return the seconds of one call, after one to warm up."""
+    """Return the mean seconds of a call, after one warm-up call."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -176,16 +178,16 @@ def _seconds(function: Callable[[], object], device: torch.device, times: int) -
 
 
 STEPS = 4
-CUTS = ((0, 4), (0, 1), (1, 2), (2, 4), (2, 1), (3, 2), (3, 1))
+BATCH_SPLITS = ((0, 4), (0, 1), (1, 2), (2, 4), (2, 1), (3, 2), (3, 1))
 """ZeRO stage and micro-batch."""
 
 
 def same_losses(ranks: Ranks) -> list[Check]:
-    """Train the toy cut in several ways, and compare every loss with plain torch's."""
+    """Train the toy at each ZeRO stage and batch split, and compare every loss with plain torch's."""
     global_batch_size = toy.SAMPLES_PER_RANK * ranks.topology.world_size
     alone = toy.train_alone(toy.language_model(), global_batch_size, ranks.device)
     expected = [next(alone) for _ in range(STEPS)]
-    return [_same_losses(ranks, stage, micro_batch_size, expected) for stage, micro_batch_size in CUTS]
+    return [_same_losses(ranks, stage, micro_batch_size, expected) for stage, micro_batch_size in BATCH_SPLITS]
 
 
 def _same_losses(ranks: Ranks, stage: int, micro_batch_size: int, expected: list[float]) -> Check:
@@ -195,20 +197,20 @@ def _same_losses(ranks: Ranks, stage: int, micro_batch_size: int, expected: list
     return ranks.worst(name, largest_difference(losses, expected), TOLERANCE, "nats per token")
 
 
-def largest_difference(found: list[float], expected: list[float]) -> float:
-    """Return the largest difference; NaN where one is."""
-    return float((torch.tensor(found) - torch.tensor(expected)).abs().max())
+def largest_difference(actual: list[float], expected: list[float]) -> float:
+    """Return the largest absolute difference; NaN if any value is NaN."""
+    return float((torch.tensor(actual) - torch.tensor(expected)).abs().max())
 
 
 SAVED_AT = 2
 RESUMED = ((3, 1), (1, 2), (0, 4))
-UNTOLD: dict[str, Any] = {field.name: None for field in fields(Identity)}
-IDENTITY = replace(Identity(**UNTOLD), optim=asdict(toy.OPTIM))
-"""Identity of the toy run, the only one here."""
+_EMPTY: dict[str, Any] = {field.name: None for field in fields(Identity)}
+IDENTITY = replace(Identity(**_EMPTY), optim=asdict(toy.OPTIM))
+"""Identity of the toy run, for its checkpoint."""
 
 
 def same_after_resume(ranks: Ranks) -> list[Check]:
-    """Save at stage 2, load at others, train on, and compare with plain torch's run, which was never cut."""
+    """Save at stage 2, resume at other stages, and compare with plain torch's uninterrupted run."""
     global_batch_size = toy.SAMPLES_PER_RANK * ranks.topology.world_size
     model = toy.language_model()
     alone = toy.train_alone(model, global_batch_size, ranks.device)
@@ -218,9 +220,9 @@ def same_after_resume(ranks: Ranks) -> list[Check]:
     toy.train(engine, cut, range(SAVED_AT), ranks.device)
     Saver(ranks.folder, IDENTITY, CheckpointConfig()).save(engine, RunState(step=SAVED_AT))
     saved = manifest.folder_of(ranks.folder, SAVED_AT)
-    checks = [ranks.worst("saved at ZeRO 2, read as one rank", _weight_difference(saved, model), TOLERANCE, "a weight")]
+    checks = [ranks.worst("saved at ZeRO 2, read on one rank", _weight_difference(saved, model), TOLERANCE, "a weight")]
     expected = [next(alone) for _ in range(SAVED_AT, STEPS)]
-    return checks + [_same_after_resume(ranks, saved, *cut, expected) for cut in RESUMED]
+    return checks + [_same_after_resume(ranks, saved, *split, expected) for split in RESUMED]
 
 
 def _same_after_resume(ranks: Ranks, saved: Path, stage: int, micro_batch_size: int, expected: list[float]) -> Check:

@@ -15,7 +15,7 @@ from megaft.base.files import to_json
 
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "none": "dim"}
 LOG_WIDTH = 120
-"""Columns where the output is no terminal, as in a batch job's log."""
+"""Width in characters if the output is not a terminal, as in a batch job's log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Check:
 
     name: str
     status: Literal["pass", "warn", "fail", "none"]
-    """Outcome; "none" means absent and not needed."""
+    """Outcome; "none" means absent but not required."""
     found: str
     fix: str = ""
     is_numeric: bool = False
@@ -32,7 +32,7 @@ class Check:
 
 
 def exit_code(checks: Sequence[Check]) -> int:
-    """Return 0, or 5 where a number is wrong, or 2 where something else failed."""
+    """Return 0, or 5 if a number is wrong, or 2 if another check failed."""
     failed = [check for check in checks if check.status == "fail"]
     if any(check.is_numeric for check in failed):
         return NumericsError.exit_code
@@ -40,14 +40,14 @@ def exit_code(checks: Sequence[Check]) -> int:
 
 
 def show(title: str, checks: Sequence[Check], as_json: bool, **more: Any) -> None:
-    """Print the table and the count of each status; or one line of JSON, which also holds `more`."""
+    """Print the table and the count of each status; or one line of JSON, which also includes `more`."""
     if as_json:
         print(to_json({"ok": exit_code(checks) == 0, "checks": [asdict(check) for check in checks], **more}))
         return
     table = Table("check", "status", "found", title=title, title_justify="left")
     for check in checks:
         text = f"{check.found}. {check.fix}" if check.fix else check.found
-        table.add_row(check.name, f"[{STYLES[check.status]}]{check.status}", Text(text))  # brackets in it are no markup
+        table.add_row(check.name, f"[{STYLES[check.status]}]{check.status}", Text(text))  # Text: no markup
     console = Console()
     if not console.is_terminal:
         console.width = LOG_WIDTH

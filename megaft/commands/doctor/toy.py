@@ -1,4 +1,4 @@
-"""A toy run, made in memory: trained in plain torch on one rank alone, or through DeepSpeed on all of them."""
+"""Toy training run in memory: in plain torch on each rank alone, or through DeepSpeed on all ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPTIM = OptimConfig(learning_rate=1e-3, weight_decay=0.1)
 
 
 def language_model() -> CausalLM:
-    """Return a random two-layer GPT-2, 32 wide, without dropout; always the same one."""
+    """Return a random two-layer GPT-2 of width 32 without dropout, always with the same weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def language_model() -> CausalLM:
 
 
 def sample(position: int) -> Sample:
-    """Return random tokens, of which the first few are scored: micro batches differ in their number of labels."""
+    """Return random tokens; only a random number of the first are scored, so micro-batches differ in labels."""
     random = np.random.default_rng(position)
     tokens = random.integers(VOCAB_SIZE, size=CONTEXT_LENGTH + 1)
     labels = tokens[1:].copy()
@@ -47,7 +47,7 @@ def sample(position: int) -> Sample:
 
 
 def train_alone(model: CausalLM, global_batch_size: int, device: torch.device) -> Iterator[float]:
-    """Take steps in plain torch, the global batch at once; yield each one's loss in nats per token."""
+    """Train in plain torch on the global batch at once; yield each step's loss in nats per token."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), OPTIM.weight_decay), OPTIM.learning_rate)
     step = 0
@@ -66,8 +66,9 @@ def train_alone(model: CausalLM, global_batch_size: int, device: torch.device) -
 
 
 def make_engine(topology: Topology, device: torch.device, stage: int, micro_batch_size: int) -> tuple[Any, BatchSplit]:
-    """Return a DeepSpeed engine of the toy, and how its global batch is cut."""
-    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})  # cut small ones too
+    """Return a DeepSpeed engine of the toy, and the split of its global batch."""
+    # Threshold 0 makes stage 3 partition small parameters too.
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     json = {
         "train_batch_size": SAMPLES_PER_RANK * topology.world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -83,15 +84,15 @@ def make_engine(topology: Topology, device: torch.device, stage: int, micro_batc
     return engine, BatchSplit(micro_batch_size, accumulation, topology.rank, topology.world_size)
 
 
-def train(engine: Any, cut: BatchSplit, steps: range, device: torch.device) -> list[float]:
-    """Take steps through DeepSpeed, as the training program does; return each one's loss in nats per token."""
+def train(engine: Any, split: BatchSplit, steps: range, device: torch.device) -> list[float]:
+    """Train through DeepSpeed, like the training program; return each step's loss in nats per token."""
     engine.train()
     losses = []
     for step in steps:
         batches = []
-        for offset in cut.first_positions(0):
-            first = step * cut.global_batch_size + offset
-            rows = [sample(first + row) for row in range(cut.micro_batch_size)]
+        for offset in split.first_positions(0):
+            first = step * split.global_batch_size + offset
+            rows = [sample(first + row) for row in range(split.micro_batch_size)]
             batches.append(collate(rows, first, CONTEXT_LENGTH, keep_documents=False))
         num_scored = parallel.sum_over_data_ranks(torch.tensor(sum(b.num_scored for b in batches), device=device))
         nats = torch.zeros((), device=device)

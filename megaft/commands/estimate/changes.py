@@ -1,4 +1,4 @@
-"""Search for the smallest changes of a recipe that make it fit into a GPU, the least invasive first."""
+"""Search for the least invasive changes of settings that make a run fit into GPU memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megaft.config.deepspeed_keys import ACCUMULATION, GLOBAL_BATCH, MICRO_BATCH
 
 MOST_SHOWN = 3
 MOST_TIMES = 64
-"""Largest multiple of the given ranks that is tried."""
+"""Largest multiple of the given number of ranks that is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,33 +32,33 @@ class Option:
     """One value of one kind of setting."""
 
     rank: int
-    """Order of the values: 0 is the given one; later ones change more."""
+    """Position among the values: 0 is the given value; higher ones change more."""
     text: str
     recipe: dict[str, Any]
     """Fields of the recipe that change."""
     deepspeed: dict[str, Any]
-    """Keys of the DeepSpeed JSON that change, a dot between levels."""
+    """Keys of the DeepSpeed JSON that change, with dots between levels."""
 
 
 def changes(given: Recipe, available_bytes: int) -> list[Change]:
-    """Return up to MOST_SHOWN ways to fit, none of which makes another's kinds of change and more besides.
+    """Return up to MOST_SHOWN changes that make a run fit; none needs all the kinds of change of another.
 
     Kinds, from the least invasive: a smaller micro-batch (more accumulation, the same step), activation checkpointing
     (more work), a higher ZeRO stage (more traffic), offloading (slow), tensor parallelism (another backend), more
-    ranks. One of a kind counts for more than all kinds before it.
+    ranks. A change of one kind outweighs all earlier kinds together.
     """
-    found: list[tuple[set[int], Change]] = []
+    fitting: list[tuple[set[int], Change]] = []
     for options in sorted(product(*_kinds(given)), key=_invasiveness):
         kinds = {kind for kind, option in enumerate(options) if option.rank}
-        if any(others <= kinds for others, _ in found):
+        if any(fewer_kinds <= kinds for fewer_kinds, _ in fitting):
             continue
         footprint = _footprint(given, options)
         if footprint is not None and footprint.peak_bytes <= available_bytes:
             settings = tuple(option.text for option in options if option.rank)
-            found.append((kinds, Change(settings, footprint.peak_bytes, footprint.states.host)))
-            if len(found) == MOST_SHOWN:
+            fitting.append((kinds, Change(settings, footprint.peak_bytes, footprint.states.host)))
+            if len(fitting) == MOST_SHOWN:
                 break
-    return [change for _, change in found]
+    return [change for _, change in fitting]
 
 
 def _invasiveness(options: tuple[Option, ...]) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ def _invasiveness(options: tuple[Option, ...]) -> tuple[int, ...]:
 
 
 def _footprint(given: Recipe, options: tuple[Option, ...]) -> Footprint | None:
-    """The memory with these options; None where they cannot be run together."""
+    """Return the memory with these options; None if they cannot be combined."""
     settings, fields = copy.deepcopy(given.deepspeed), {}
     for option in options:
         fields |= option.recipe
@@ -87,9 +87,11 @@ def _put(settings: dict[str, Any], path: str, value: Any) -> None:
 
 def _kinds(given: Recipe) -> Iterator[list[Option]]:
     setup = given.setup()
-    whole = {GLOBAL_BATCH: setup.global_batch_size, ACCUMULATION: "auto"}
+    same_batch = {GLOBAL_BATCH: setup.global_batch_size, ACCUMULATION: "auto"}
     sizes = [setup.micro_batch_size >> times for times in range(setup.micro_batch_size.bit_length())]
-    yield [Option(rank, f"{MICRO_BATCH} {size}", {}, {**whole, MICRO_BATCH: size}) for rank, size in enumerate(sizes)]
+    yield [
+        Option(rank, f"{MICRO_BATCH} {size}", {}, {**same_batch, MICRO_BATCH: size}) for rank, size in enumerate(sizes)
+    ]
     yield [
         Option(rank, "--model.activation-checkpointing", {"is_recomputed": True} if rank else {}, {})
         for rank in range(1 if given.is_recomputed else 2)
@@ -108,11 +110,11 @@ def _kinds(given: Recipe) -> Iterator[list[Option]]:
 
 
 def _offloads(is_offloaded: bool) -> Iterator[Option]:
-    away = {"zero_optimization.offload_optimizer.device": "cpu"}
+    optimizer_on_cpu = {"zero_optimization.offload_optimizer.device": "cpu"}
     yield Option(0, "", {}, {})
     if not is_offloaded:
-        yield Option(1, "zero_optimization.offload_optimizer.device cpu", {}, away)
-    both = away | {"zero_optimization.offload_param.device": "cpu"}
+        yield Option(1, "zero_optimization.offload_optimizer.device cpu", {}, optimizer_on_cpu)
+    both = optimizer_on_cpu | {"zero_optimization.offload_param.device": "cpu"}
     yield Option(2, "zero_optimization.offload_optimizer.device and offload_param.device cpu", {}, both)
 
 

@@ -1,6 +1,6 @@
 """`megaft estimate`: memory of each GPU, speed and duration of a run, computed without a GPU.
 
-Closed formulas, nothing is built: an answer takes a second for any size. docs/estimates.md shows how near they come.
+It uses closed formulas and builds nothing, so it takes a second for any size. docs/estimates.md shows its accuracy.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megaft.weights.shape import flops_per_token, num_elements
 GIB = 2**30
 SECONDS_PER_DAY = 86_400
 RECOMPUTED = 3 / 4
-"""PublishedUtilization of a step's work that counts as model FLOPs with activation checkpointing."""
+"""Share of a step's FLOPs that are model FLOPs with activation checkpointing."""
 
 
 def main(config: EstimateConfig) -> int:
-    """Estimate, print, and return 0.
+    """Print the estimate and return 0.
 
     Raises:
-        UserError: A setting, the JSON or the model's configuration that training would refuse.
+        UserError: Training would refuse a setting, the DeepSpeed JSON or the model's configuration.
     """
     from megaft.base.files import to_json
 
@@ -38,17 +38,17 @@ def main(config: EstimateConfig) -> int:
 
 
 def estimate(config: EstimateConfig) -> dict[str, Any]:
-    """Return the answer as JSON values.
+    """Return the estimate as JSON values.
 
     Raises:
-        UserError: As `main`.
+        UserError: As in `main`.
     """
     recipe = recipe_of(config)
     footprint = recipe.footprint()
     setup, gpu = footprint.setup, GPUS[config.hardware]
     available = gpu.memory_bytes - RESERVED_BYTES
     fits = footprint.peak_bytes <= available
-    ways = [] if fits else changes(recipe, available)
+    fitting_changes = [] if fits else changes(recipe, available)
     return {
         "fits": fits,
         "peak_bytes": footprint.peak_bytes,
@@ -60,7 +60,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         "states": asdict(footprint.states),
         "activations": asdict(footprint.activations),
         "offloaded_bytes": footprint.states.host,
-        "changes": [asdict(way) for way in ways],
+        "changes": [asdict(change) for change in fitting_changes],
         "parameters": recipe.shape.num_parameters,
         "parameters_of_a_rank": num_elements(recipe.work(setup).weights),
         "world_size": recipe.world_size,
@@ -79,7 +79,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
 
 
 def recipe_of(config: EstimateConfig) -> Recipe:
-    """Read the files that the command names."""
+    """Return the recipe of the settings, reading the model's configuration and the DeepSpeed JSON."""
     return Recipe(
         shape=shape_of(configuration(config.model), config.dropout, source_of(config.model)),
         deepspeed=read_deepspeed_json(config.deepspeed_config),
@@ -93,29 +93,28 @@ def recipe_of(config: EstimateConfig) -> Recipe:
 
 
 def speed(recipe: Recipe, dtype: str, gpu: Gpu, tokens: float | None) -> dict[str, Any]:
-    """Return the work of a token, and the rates that published shares of the GPU's peak would give.
+    """Return the FLOPs per token, and the throughput at published shares (MFU) of the GPU's peak.
 
-    In float32 the GPU's peak is another, and nobody publishes shares of it: the rates are null. So they are in bf16 on
-    a GPU that has none.
+    The rates are null in float32, for which no shares are published, and in bf16 on a GPU without bf16.
     """
     shape, peak = recipe.shape, data_sheet_flops(gpu.name)
     work = flops_per_token(shape.num_parameters, shape.num_layers, shape.width, recipe.context_length)
-    found: dict[str, Any] = dict.fromkeys(("mfu", "mfu_gpu", "mfu_sources", "tokens_per_second", "days"))
-    found |= {"flops_per_token": work, "peak_flops": peak}
+    result: dict[str, Any] = dict.fromkeys(("mfu", "mfu_gpu", "mfu_sources", "tokens_per_second", "days"))
+    result |= {"flops_per_token": work, "peak_flops": peak}
     if dtype == "float32" or peak is None or (dtype == "bfloat16" and not gpu.has_bf16):
-        return found
+        return result
     shares = published_utilizations(gpu.name)
-    done = RECOMPUTED if recipe.is_recomputed else 1.0
-    mfu = [min(one.lowest for one in shares) * done, max(one.highest for one in shares) * done]
+    useful = RECOMPUTED if recipe.is_recomputed else 1.0
+    mfu = [min(share.lowest for share in shares) * useful, max(share.highest for share in shares) * useful]
     rates = [recipe.world_size * peak * share / work for share in mfu]
     days = [tokens / rate / SECONDS_PER_DAY for rate in rates] if tokens else None
-    found["mfu_gpu"] = shares[0].gpu
-    sources = [f"{one.gpu}, {one.lowest:.1%} to {one.highest:.1%}: {one.source}" for one in shares]
-    return found | {"mfu": mfu, "mfu_sources": sources, "tokens_per_second": rates, "days": days}
+    result["mfu_gpu"] = shares[0].gpu
+    sources = [f"{share.gpu}, {share.lowest:.1%} to {share.highest:.1%}: {share.source}" for share in shares]
+    return result | {"mfu": mfu, "mfu_sources": sources, "tokens_per_second": rates, "days": days}
 
 
 def lines(answer: dict[str, Any]) -> list[str]:
-    """Return the answer as a table."""
+    """Return the lines of the estimate as text."""
     verdict = "fits" if answer["fits"] else "does NOT fit"
     head = (
         "{parameters:,} parameters ({parameters_of_a_rank:,} on a rank before ZeRO); ZeRO {zero_stage}, {dtype}; "
@@ -124,21 +123,21 @@ def lines(answer: dict[str, Any]) -> list[str]:
     )
     rows = [f"  {name:<16} {size / GIB:9.2f} GiB" for name, size in answer["components"].items() if size]
     peak, free = answer["peak_bytes"] / GIB, answer["available_bytes"] / GIB
-    found = [head, "", f"On each GPU at the peak ({answer['peak_moment']}):", *rows]
-    found += [f"  {'together':<16} {peak:9.2f} GiB, {verdict} in the {free:.2f} GiB of a {answer['hardware']}"]
+    text = [head, "", f"On each GPU at the peak ({answer['peak_moment']}):", *rows]
+    text += [f"  {'together':<16} {peak:9.2f} GiB, {verdict} in the {free:.2f} GiB of a {answer['hardware']}"]
     if answer["offloaded_bytes"]:
-        found += [f"  {'on the host':<16} {answer['offloaded_bytes'] / GIB:9.2f} GiB a rank"]
+        text += [f"  {'on the host':<16} {answer['offloaded_bytes'] / GIB:9.2f} GiB a rank"]
     if not answer["has_dtype"]:
-        found += [f"The {answer['hardware']} does NOT compute in bf16: use fp16, as ds_configs/zero1_fp16.json does."]
+        text += [f"The {answer['hardware']} does NOT compute in bf16: use fp16, as ds_configs/zero1_fp16.json does."]
     if not answer["fits"]:
-        found += ["", "It fits with:" if answer["changes"] else "No change of settings makes it fit."]
-        found += [f"  {', '.join(way['settings'])} ({_sizes(way)})" for way in answer["changes"]]
-    return [*found, "", *_speed_lines(answer), _disk_line(answer)]
+        text += ["", "It fits with:" if answer["changes"] else "No change of settings makes it fit."]
+        text += [f"  {', '.join(change['settings'])} ({_sizes(change)})" for change in answer["changes"]]
+    return [*text, "", *_speed_lines(answer), _disk_line(answer)]
 
 
-def _sizes(way: dict[str, Any]) -> str:
-    away = way["offloaded_bytes"]
-    return f"{way['peak_bytes'] / GIB:.2f} GiB" + (f", and {away / GIB:.2f} GiB a rank on the host" if away else "")
+def _sizes(change: dict[str, Any]) -> str:
+    host = change["offloaded_bytes"]
+    return f"{change['peak_bytes'] / GIB:.2f} GiB" + (f", and {host / GIB:.2f} GiB a rank on the host" if host else "")
 
 
 def _speed_lines(answer: dict[str, Any]) -> list[str]:
@@ -147,15 +146,15 @@ def _speed_lines(answer: dict[str, Any]) -> list[str]:
         return [f"{work}; no speed is published for {answer['dtype']} on the {answer['hardware']}."]
     low, high = answer["tokens_per_second"]
     when = "" if answer["fits"] else "if it fitted, "
-    found = [f"{work}; {when}{low:,.0f} to {high:,.0f} tokens/s together at {_range(answer['mfu'])} of the peak,"]
-    found += [f"as others measured on their {_kinds(answer)}:", *(f"  {one}" for one in answer["mfu_sources"])]
+    text = [f"{work}; {when}{low:,.0f} to {high:,.0f} tokens/s together at {_range(answer['mfu'])} of the peak,"]
+    text += [f"as others measured on their {_kinds(answer)}:", *(f"  {source}" for source in answer["mfu_sources"])]
     if answer["days"]:
-        found.append(f"{when}{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
-    return found
+        text.append(f"{when}{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
+    return text
 
 
 def _kinds(answer: dict[str, Any]) -> str:
-    """Return the GPU on which the shares of peak speed were measured, for the text."""
+    """Return the GPU on which the shares of peak throughput were measured, for the text."""
     kind, hardware = answer["mfu_gpu"], answer["hardware"]
     return kind if kind in hardware else f"{kind}; nobody's figures for the {hardware}"
 

@@ -13,31 +13,31 @@ from megaft.config.train import OptimConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EstimateConfig:
-    """Estimate a run: memory of each rank, changes that would make it fit, speed, days and disk.
+    """Estimate a run without a GPU: memory per rank, settings that would make it fit, speed, duration and disk space.
 
-    Exit code 0, also where it does not fit.
+    The exit code is 0 even if the run does not fit.
     """
 
     model: str
     """A folder with a config.json, or a name such as gpt2-xl, megatron-8.3b, llama-3.1-8b, smollm2-135m."""
     deepspeed_config: Path
-    """The DeepSpeed JSON, read as training reads it."""
+    """DeepSpeed JSON of the run."""
     world_size: int = 1
-    """Ranks, one a GPU."""
+    """Number of ranks, one per GPU."""
     tensor_parallel_size: int = 1
-    """Ranks that share each matrix (backend megatron)."""
+    """Ranks over which each matrix is sharded; needs --backend megatron."""
     context_length: int = 1024
     """Input tokens per sample."""
     hardware: str = "h100"
-    """The GPU: h100, h200, b200, a100, a100-40gb, l40s, a6000, rtx4090, v100, v100-32gb, t4."""
+    """GPU model: h100, h200, b200, a100, a100-40gb, l40s, a6000, rtx4090, v100, v100-32gb, t4."""
     backend: Backend = "hugging-face"
     """Model implementation, as --model.backend."""
     activation_checkpointing: bool = False
-    """Each layer keeps its input only, as --model.activation-checkpointing."""
+    """Keep only each layer's input and recompute the rest, as --model.activation-checkpointing."""
     dropout: float | None = None
-    """Every dropout probability of the model. By default as its own configuration says."""
+    """Dropout probability for the whole model. By default that of its configuration."""
     tokens: float | None = None
-    """Tokens to train on, for the days that takes; such as 1e9."""
+    """Number of training tokens, such as 1e9, to estimate the duration."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     json: bool = False
     """Print one line of JSON instead of a table."""

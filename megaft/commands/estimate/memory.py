@@ -1,7 +1,7 @@
-"""Memory of one rank of a run in bytes, by closed formulas; docs/estimates.md compares them with real tensors.
+"""Memory model of one rank in bytes, by closed formulas; docs/estimates.md compares them with measurements.
 
-Everything is counted as DeepSpeed 0.19 and torch really keep it: ZeRO's partitions are padded, its buckets are whole
-from the first gradient on, its half-precision engines keep fp32 gradients, and a layer keeps what its backward needs.
+It counts what DeepSpeed 0.19 and torch allocate: ZeRO's partitions are padded, its buckets have full size from the
+first gradient on, half-precision engines keep fp32 gradients, and a layer saves what its backward pass needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megaft.weights.shape import Shape, Weights, num_elements
 
 FLOAT = 4
 BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce bucket by default, and of the buffer that stage 0 reduces in."""
+"""Default elements of DeepSpeed's reduce bucket, and of stage 0's reduction buffer."""
 STAGE_3 = {  # DeepSpeed's defaults, in elements
     "stage3_param_persistence_threshold": 100_000,
     "stage3_max_reuse_distance": 1_000_000_000,
@@ -31,7 +31,7 @@ STAGE_3 = {  # DeepSpeed's defaults, in elements
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class MicroBatch:
     """One micro-batch on one rank."""
 
     shape: Shape
@@ -73,7 +73,7 @@ class States:
     buckets: int = 0
     """Buckets in which gradients are reduced."""
     buckets_before: int = 0
-    """The part of those that is allocated when the last backward pass begins."""
+    """Buckets that are already allocated when the last backward pass begins."""
     gathered: int = 0
     """Largest size of gathered parameters at stage 3."""
     reducing: int = 0
@@ -102,10 +102,11 @@ class Activations:
     """Largest temporaries of the embedding's backward pass."""
 
 
-def activations(work: Work) -> Activations:
+def activations(work: MicroBatch) -> Activations:
     """Return the activations of one micro-batch: those that torch's autograd saves, and the largest temporaries.
 
-    Attention is torch's fused kernel, which keeps its inputs, output and one number a query; dropout keeps a byte.
+    Attention is torch's fused kernel, which saves its inputs, output and one number per query and head; dropout saves a
+    byte per element.
     """
     shape, word, tokens = work.shape, work.word_bytes, work.num_tokens
     stream, inner = tokens * shape.width * word, tokens * shape.inner_width // work.tensor_parallel_size * word
@@ -114,8 +115,8 @@ def activations(work: Work) -> Activations:
     words = -(-shape.vocab_size // work.tensor_parallel_size)
     head, logits = words * shape.width, min(CHUNK_BYTES["cuda"], FLOAT * tokens * words)
     is_rounded = word < FLOAT
-    # Beside the fp32 gradient of the output layer's weight: a chunk's logits twice, or in both dtypes with the last
-    # chunk's, or with what they add to that gradient. In backward that gradient scaled, then rounded.
+    # Forward, beside the fp32 gradient of the output layer's weight, the largest of: a chunk's logits twice; its logits
+    # in both dtypes with the previous chunk's; its logits and their product. Backward: that gradient, rounded.
     next_logits = min(logits, FLOAT * tokens * words - logits)
     overlap = logits + next_logits * (2 + is_rounded) // 2
     forward = max(2 * logits, overlap, logits * (2 + is_rounded) // 2 + head * word)
@@ -131,8 +132,8 @@ def activations(work: Work) -> Activations:
     )
 
 
-def _bytes_of_layer(work: Work) -> int:
-    """Return the bytes a token that a layer saves: its input first, and inputs of matrices, norms and activations."""
+def _bytes_of_layer(work: MicroBatch) -> int:
+    """Return the bytes per token that a layer saves: inputs of the layer, its matrices, norms and activations."""
     shape, word, size = work.shape, work.word_bytes, work.tensor_parallel_size
     attention = shape.num_heads * shape.head_width // size
     groups = shape.num_groups * shape.head_width // size
@@ -143,14 +144,14 @@ def _bytes_of_layer(work: Work) -> int:
         is_unfused = shape.activation == "gelu_new" and not work.is_megatron  # transformers writes it out
         masks = 2 * shape.width if shape.dropout else 0
         return norms + fused + inner * word * (5 if is_unfused else 2) + masks
-    if work.is_megatron:  # fused norms; v keeps the matrix of q, k and v alive; gate and values, and both again
+    if work.is_megatron:  # fused norms; v keeps the joint q, k and v tensor alive; gate and values are saved twice
         return norms + fused + word * (attention + groups) + 5 * inner * word
-    # transformers' RMSNorm computes in fp32: its input so, the normalised input, and its output.
+    # transformers' RMSNorm computes in fp32: it saves its input and the normalized input in fp32, and its output.
     return norms + 2 * shape.width * FLOAT + fused + 4 * inner * word
 
 
-def _bytes_around_layers(work: Work) -> int:
-    """Return the bytes a token: embedding's dropout mask, the last norm, labels."""
+def _bytes_around_layers(work: MicroBatch) -> int:
+    """Return the bytes per token saved outside layers: the embedding's dropout mask, the final norm, labels."""
     shape, word = work.shape, work.word_bytes
     if shape.norm == "LayerNorm":
         return shape.width * (word + (1 if shape.dropout else 0)) + 24
@@ -160,14 +161,14 @@ def _bytes_around_layers(work: Work) -> int:
 def states(
     weights: Weights, setup: ResolvedSettings, num_ranks: int, matrices: tuple[int, ...] = (), rank: int | None = None
 ) -> States:
-    """Return the bytes that training keeps of these weights on one rank.
+    """Return the bytes of weights, gradients, optimizer states and buckets on one rank.
 
     Args:
-        weights: The parameters that a data-parallel rank has before ZeRO.
-        setup: As resolved for that number of ranks.
+        weights: The parameters of a data-parallel rank before ZeRO.
+        setup: DeepSpeed settings resolved for that number of ranks.
         num_ranks: Data-parallel ranks.
-        matrices: Elements of the matrices among the weights, in order.
-        rank: Which of the ranks; None for the one that holds most.
+        matrices: Elements of each matrix among the weights, in order.
+        rank: The data-parallel rank; None for the one with the most memory.
     """
     if setup.zero_stage == 0:
         return _unsharded(weights, setup)
@@ -175,7 +176,7 @@ def states(
         return _stage_3(weights, setup, num_ranks)
     if setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer:
         return _bf16_engine(weights, setup, num_ranks)
-    return _stages_1_2(weights, setup, num_ranks, cut_through(matrices, num_ranks, rank))
+    return _stages_1_2(weights, setup, num_ranks, boundary_elements(matrices, num_ranks, rank))
 
 
 def word_bytes(setup: ResolvedSettings) -> int:
@@ -191,20 +192,20 @@ def flat_size(weights: Weights, num_ranks: int) -> int:
 
 
 @cache
-def cut_through(sizes: tuple[int, ...], num_ranks: int, rank: int | None = None) -> int:
-    """Return the elements that a rank's part of a flat buffer lacks of the parameters which it begins and ends in.
+def boundary_elements(sizes: tuple[int, ...], num_ranks: int, rank: int | None = None) -> int:
+    """Return how many elements of its first and last parameter lie outside a rank's partition of the flat buffer.
 
     Args:
-        sizes: Of the parameters, in order.
-        num_ranks: Parts, all of one size.
-        rank: Which part; None for the one that lacks most.
+        sizes: Elements of each parameter, in order.
+        num_ranks: Number of partitions, which have equal size.
+        rank: The partition; None for the largest result of all.
     """
-    part, ends = -(-sum(sizes) // (2 * num_ranks)) * 2, list(accumulate(sizes))
+    partition, ends = -(-sum(sizes) // (2 * num_ranks)) * 2, list(accumulate(sizes))
     starts = [0, *ends]
     ranks = range(num_ranks) if rank is None else [rank]
-    first = [bisect_right(ends, part * one) for one in ranks]
-    last = [bisect_left(starts, part * (one + 1), hi=len(sizes)) for one in ranks]
-    return max(0, *(starts[end] - starts[begin] - part for begin, end in zip(first, last, strict=True)))
+    first = [bisect_right(ends, partition * index) for index in ranks]
+    last = [bisect_left(starts, partition * (index + 1), hi=len(sizes)) for index in ranks]
+    return max(0, *(starts[end] - starts[begin] - partition for begin, end in zip(first, last, strict=True)))
 
 
 def _moments(setup: ResolvedSettings) -> int:
@@ -216,9 +217,9 @@ def _zero(setup: ResolvedSettings, key: str, default: Any) -> Any:
 
 
 def _sent_bytes(setup: ResolvedSettings) -> int:
-    """Bytes of an element of a gradient as ranks exchange it."""
-    said = setup.engine_config.get("communication_data_type")
-    return word_bytes(setup) if said is None else FLOAT if said == "fp32" else 2
+    """Return the bytes per gradient element in communication."""
+    dtype = setup.engine_config.get("communication_data_type")
+    return word_bytes(setup) if dtype is None else FLOAT if dtype == "fp32" else 2
 
 
 def _largest(weights: Weights) -> int:
@@ -239,7 +240,7 @@ def _unsharded(weights: Weights, setup: ResolvedSettings) -> States:
 
 
 def _bf16_engine(weights: Weights, setup: ResolvedSettings, num_ranks: int) -> States:
-    """DeepSpeed's BF16_Optimizer: every rank keeps all fp32 gradients, and those in bf16 until the step."""
+    """Return the states of BF16_Optimizer: every rank keeps all gradients in fp32, and in bf16 until the step."""
     flat = flat_size(weights, num_ranks)
     is_immediate = setup.engine_config["bf16"].get("immediate_grad_update", False)
     rounded = 0 if is_immediate else 2 * num_elements(weights)
@@ -255,63 +256,64 @@ def _bf16_engine(weights: Weights, setup: ResolvedSettings, num_ranks: int) -> S
     )
 
 
-def _stages_1_2(weights: Weights, setup: ResolvedSettings, num_ranks: int, cut: int) -> States:
+def _stages_1_2(weights: Weights, setup: ResolvedSettings, num_ranks: int, boundary: int) -> States:
     flat, total, word = flat_size(weights, num_ranks), num_elements(weights), word_bytes(setup)
-    mine, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
+    local, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
     bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
     bucket *= 2 if _zero(setup, "overlap_comm", False) else 1
     offloads, is_rounded = setup.offload_optimizer, word < FLOAT
-    kept = FLOAT * mine
-    here = kept * (is_rounded or not offloads)
-    reduced = here + FLOAT * cut * (not is_rounded)  # in fp32 parameters at the part's ends are kept whole
-    whole = FLOAT * total if is_stage_1 else reduced
-    optimizer = (FLOAT + _moments(setup)) * mine
-    norm = 8 * min(_largest(weights), mine)  # taken in float64
+    local_gradients = FLOAT * local
+    device_gradients = local_gradients if is_rounded or not offloads else 0
+    # In fp32, gradients of the parameters at the partition's ends are kept in full.
+    reduced = device_gradients if is_rounded else device_gradients + FLOAT * boundary
+    gradients = FLOAT * total if is_stage_1 else reduced
+    optimizer = (FLOAT + _moments(setup)) * local
+    norm = 8 * min(_largest(weights), local)  # computed in float64
     copied = FLOAT * min(bucket // word, total) if word < _sent_bytes(setup) and not is_stage_1 else 0
     largest = word * _largest(weights)
     return States(
         weights=word * flat,
-        master_weights=0 if offloads else FLOAT * mine,
-        optimizer=0 if offloads else _moments(setup) * mine,
-        gradients=whole,
-        gradients_before=whole if accumulates else 0,
+        master_weights=0 if offloads else FLOAT * local,
+        optimizer=0 if offloads else _moments(setup) * local,
+        gradients=gradients,
+        gradients_before=gradients if accumulates else 0,
         gradients_reduced=reduced,
-        buckets=bucket + copied + largest * (offloads or (is_stage_1 and is_rounded)),
-        buckets_before=bucket * (is_stage_1 and accumulates) + largest * offloads,
-        reducing=max(0, kept - bucket) if is_stage_1 else 0,
-        stepping=max(norm, here * (not is_rounded)),
-        host=(optimizer + kept + word * mine + largest) if offloads else 0,
+        buckets=bucket + copied + (largest if offloads or (is_stage_1 and is_rounded) else 0),
+        buckets_before=(bucket if is_stage_1 and accumulates else 0) + (largest if offloads else 0),
+        reducing=max(0, local_gradients - bucket) if is_stage_1 else 0,
+        stepping=max(norm, 0 if is_rounded else device_gradients),
+        host=(optimizer + local_gradients + word * local + largest) if offloads else 0,
     )
 
 
 def _stage_3(weights: Weights, setup: ResolvedSettings, num_ranks: int) -> States:
     setting = {key: int(_zero(setup, key, default)) for key, default in STAGE_3.items()}
     word, offloads = word_bytes(setup), setup.offload_optimizer
-    mine = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())
+    local = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())
     threshold = setting["stage3_param_persistence_threshold"]
     persistent = num_elements(Counter({shape: number for shape, number in weights.items() if prod(shape) <= threshold}))
     ahead = setting["stage3_max_reuse_distance"] // 2 + setting["stage3_prefetch_bucket_size"] + _largest(weights)
     bucket, sent = int(_zero(setup, "reduce_bucket_size", BUCKET)), _sent_bytes(setup)
-    copied = min(bucket, num_elements(weights))  # for the other ranks, and this one's part in fp32
+    copied = min(bucket, num_elements(weights))  # to send, and this rank's partition in fp32
     is_away = _zero(setup, "offload_param", {}).get("device") == "cpu"
-    sharded, masters, moments, gradients = word * mine, FLOAT * mine, _moments(setup) * mine, FLOAT * mine
+    sharded, masters, moments, gradients = word * local, FLOAT * local, _moments(setup) * local, FLOAT * local
     return States(
-        weights=word * persistent + sharded * (not is_away),
-        master_weights=masters * (not offloads),
-        optimizer=moments * (not offloads),
-        gradients=gradients * (not offloads),
-        gradients_before=gradients * (not offloads),
-        gradients_reduced=gradients * (not offloads),
+        weights=word * persistent + (0 if is_away else sharded),
+        master_weights=0 if offloads else masters,
+        optimizer=0 if offloads else moments,
+        gradients=0 if offloads else gradients,
+        gradients_before=0 if offloads else gradients,
+        gradients_reduced=0 if offloads else gradients,
         buckets=bucket * sent + copied * sent + copied * FLOAT // num_ranks,
         buckets_before=bucket * sent,
         gathered=word * min(num_elements(weights) - persistent, ahead),
         stepping=0 if offloads else min(gradients, FLOAT * setting["sub_group_size"]),
-        host=sharded * is_away + (masters + moments + 2 * gradients) * offloads,
+        host=(sharded if is_away else 0) + (masters + moments + 2 * gradients if offloads else 0),
     )
 
 
 def moments(held: States, work: Activations) -> dict[str, dict[str, int]]:
-    """Return the components at the moments of a step that can be its peak; each adds up to what is held then."""
+    """Return the memory components at each moment of a step that can be the peak."""
     steady = {"weights": held.weights, "master_weights": held.master_weights, "optimizer": held.optimizer}
     around = {"gradients": held.gradients_before, "activations": work.saved, "gathered": held.gathered}
     return {

@@ -43,7 +43,7 @@ PRESETS = {
     "gpt2-medium": _gpt2(24, 1024, 16),
     "gpt2-large": _gpt2(36, 1280, 20),
     "gpt2-xl": _gpt2(48, 1600, 25),
-    # Shoeybi et al. 2019, table 2; 51,200 words: GPT-2's, padded for 8 ranks of 128 columns.
+    # Shoeybi et al. 2019, table 2; GPT-2's vocabulary padded to 51,200 entries: a multiple of 8 ranks x 128.
     "megatron-355m": _gpt2(24, 1024, 16, 51_200),
     "megatron-2.5b": _gpt2(54, 1920, 20, 51_200),
     "megatron-8.3b": _gpt2(72, 3072, 24, 51_200),
@@ -66,18 +66,18 @@ def configuration(model: str) -> dict[str, Any]:
         model: A name in PRESETS, a config.json, or a folder with one.
 
     Raises:
-        ConfigError: Neither.
-        DataError: The file is no JSON object, or has what no model may have.
+        ConfigError: It is none of these.
+        DataError: The file is not a JSON object, or has settings that would run code.
     """
     if model in PRESETS:
         return PRESETS[model]
     path = Path(source_of(model))
     require(path.is_file(), f"--model is {model}; give a folder with a config.json, or one of {', '.join(PRESETS)}.")
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise DataError(f"{path} is not a JSON object but a {type(found).__name__}; copy it from the model again.")
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} is a JSON {type(settings).__name__}, not an object; copy it from the model again.")
     require_inert("model", path)
-    return found
+    return settings
 
 
 def source_of(model: str) -> str:

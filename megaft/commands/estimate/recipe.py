@@ -1,4 +1,4 @@
-"""Sizes and settings of a training run, and the memory of one of its ranks."""
+"""Sizes and settings of a training run, and the memory of a rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaft.base.checks import require
-from megaft.commands.estimate.memory import Activations, States, Work, activations, moments, states, word_bytes
+from megaft.commands.estimate.memory import Activations, MicroBatch, States, activations, moments, states, word_bytes
 from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.parallelism import num_data_ranks, require_shardable
 from megaft.config.train import OptimConfig
@@ -16,7 +16,7 @@ from megaft.weights.shape import Shape
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Model, batch and parallelism of a run: everything that memory and speed depend on."""
+    """Model, batch and parallelism of a run, which determine its memory and speed."""
 
     shape: Shape
     deepspeed: dict[str, Any]
@@ -41,14 +41,14 @@ class Recipe:
 
     @property
     def num_data_ranks(self) -> int:
-        """Groups of ranks that train on different samples."""
+        """Data-parallel size: ranks, or tensor-parallel groups, that train on different samples."""
         return num_data_ranks(self.world_size, self.tensor_parallel_size, "--tensor-parallel-size")
 
     def setup(self) -> ResolvedSettings:
         """Return the DeepSpeed JSON resolved for these ranks.
 
         Raises:
-            ConfigError: Anything that training would refuse.
+            ConfigError: Training would refuse the settings.
         """
         return plan_engine(
             self.deepspeed,
@@ -59,9 +59,9 @@ class Recipe:
             has_cuda=True,
         )
 
-    def work(self, setup: ResolvedSettings) -> Work:
-        """A micro-batch on one rank."""
-        return Work(
+    def work(self, setup: ResolvedSettings) -> MicroBatch:
+        """Return the micro-batch of one rank."""
+        return MicroBatch(
             shape=self.shape,
             micro_batch_size=setup.micro_batch_size,
             context_length=self.context_length,
@@ -72,7 +72,7 @@ class Recipe:
         )
 
     def footprint(self, rank: int | None = None) -> Footprint:
-        """The memory of one data-parallel rank; by default, of the one that holds most."""
+        """Return the memory of a data-parallel rank; by default of the one with the most."""
         setup = self.setup()
         work = self.work(setup)
         matrices = self.shape.matrices_in_order(self.tensor_parallel_size, self.is_megatron)
@@ -82,17 +82,17 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """The memory of one rank, in bytes."""
+    """Memory of one rank, in bytes."""
 
     setup: ResolvedSettings
     states: States
     activations: Activations
     moments: dict[str, dict[str, int]]
-    """Bytes held, by kind, at each moment of a step that can be its peak."""
+    """Bytes by component at each moment of a step that can be the peak."""
 
     @property
     def peak_moment(self) -> str:
-        """Moment of the peak."""
+        """Name of the moment with the peak memory."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property

@@ -1,4 +1,4 @@
-"""`megaft generate`: continue texts and answer chats with a model. Imports no torch until there is something to do."""
+"""`megaft generate`: continue texts and answer chats with a model. torch is imported after the flags are parsed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def main(config: GenerateConfig) -> int:
-    """Print each prompt with its continuation, or a JSON object a line.
+    """Print each prompt with its continuation, or one JSON object per line.
 
     Raises:
-        ConfigError: There is no such way to run the model.
+        ConfigError: The model cannot run with these settings.
         DataError: The model cannot be loaded, or a prompt has no tokens.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars over the files of a model
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries
     from megaft.base import parallel
 
     source = model_source(config.model)
@@ -44,9 +44,9 @@ def generate(config: GenerateConfig, source: str, load: Callable[[str, Any], Any
     """Continue every prompt; the main rank prints.
 
     Args:
-        config: What to do.
-        source: Where the model's files are.
-        load: Returns the model as sampling.Reader; called with `source` and torch's dtype when the prompts are sound.
+        config: The settings.
+        source: Folder, file or hub name of the model.
+        load: Returns the model as sampling.Reader; called with `source` and torch's dtype once the prompts are valid.
     """
     import torch
 
@@ -78,31 +78,31 @@ def _prompts(config: GenerateConfig, tokenizer: AnyTokenizer) -> list[Prompt]:
 
 
 def _require_fits(model: Reader, prompt: Prompt) -> None:
-    """Raise DataError for a token that the model does not embed; warn of a prompt beyond its positions."""
+    """Raise DataError for a token that the model does not embed; warn of a prompt longer than its context."""
     from megaft.base import parallel
 
     ids = prompt.ids
     if max(ids) >= model.vocab_size:
         raise DataError(
             f"{prompt.name} has token {max(ids)}, but the model embeds {model.vocab_size} tokens; "
-            "use the tokenizer the model was made with."
+            "use the tokenizer that the model was trained with."
         )
     limit = model.max_positions
     if limit is not None and len(ids) > limit and parallel.is_main():
         print(
-            f"warning: the prompt has {counted(len(ids), 'token')}, of which the model reads the last {limit}.",
+            f"warning: the prompt has {counted(len(ids), 'token')}; the model reads only the last {limit}.",
             file=sys.stderr,
         )
 
 
 def print_text(text: str) -> None:
-    """Print in the output's encoding, with the characters that it lacks escaped."""
+    """Print in the output's encoding, escaping characters that it cannot represent."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def load_cached_model(source: str, dtype: Any) -> Any:
-    """Return a transformers model to generate with, where this machine computes fastest."""
+    """Return a transformers model for generation, on the GPU if there is one."""
     import torch
 
     from megaft.models.generation import CachedModel, exact_cache
@@ -133,15 +133,15 @@ def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: A
     )
     device = parallel.join(topology)
     parallel.start_tensor_parallelism(size)
-    from megaft.models.megatron_generation import load_cached_part
+    from megaft.models.megatron_generation import load_cached_shard
 
-    return load_cached_part(source, dtype, device)
+    return load_cached_shard(source, dtype, device)
 
 
 def continue_prompt(
     model: Reader, tokenizer: AnyTokenizer, prompt: Prompt, end_ids: frozenset[int], config: GenerateConfig
 ) -> dict[str, Any]:
-    """Return the continuation's text, tokens and speed. Its seconds include the reading of the prompt."""
+    """Return the continuation's text, tokens and speed; its seconds include reading the prompt."""
     from megaft.commands.generate.sampling import continue_tokens
 
     begin = time.perf_counter()
@@ -171,9 +171,9 @@ def continue_prompt(
 
 
 def _text_after(tokenizer: AnyTokenizer, prompt_ids: list[int], tokens: list[int]) -> str:
-    """Decode behind the prompt: sentencepiece drops the space before a text's first word.
+    """Decode tokens together with the prompt, because sentencepiece drops the space before a text's first word.
 
-    A model may have more rows than the tokenizer has tokens, to fill up its matrices; those have no text.
+    Ids beyond the tokenizer's vocabulary are padding rows of the model, and have no text.
     """
-    whole = [id_ for id_ in prompt_ids + tokens if id_ < tokenizer.vocab_size]
-    return tokenizer.decode(whole)[len(tokenizer.decode(prompt_ids)) :]
+    ids = [token_id for token_id in prompt_ids + tokens if token_id < tokenizer.vocab_size]
+    return tokenizer.decode(ids)[len(tokenizer.decode(prompt_ids)) :]

@@ -19,11 +19,11 @@ class SamplingConfig:
     temperature: float = 1.0
     """Divides the logits; 0 always takes the most likely token."""
     top_k: int = 0
-    """Draw from the k most likely tokens only; 0 draws from all."""
+    """Sample only from the k most likely tokens; 0 samples from all."""
     top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities sum to this; 1 draws from all."""
+    """Nucleus sampling: sample from the smallest set of tokens whose probabilities sum to this; 1 samples from all."""
     repetition_penalty: float = 1.0
-    """Makes tokens seen before less likely where above 1; 1 does nothing."""
+    """Values above 1 make tokens that have already occurred less likely; 1 has no effect."""
 
     def __post_init__(self) -> None:
         require_ranges(
@@ -41,33 +41,32 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
-    """Continue each text, or answer each chat, with a model."""
+    """Generate text: continue prompts, or answer chats."""
 
     model: str
-    """A run's folder, a model folder, a hub name or a GGUF file."""
+    """Run folder, model folder, hub name or GGUF file."""
     prompt: tuple[str, ...] = ()
-    """One text to continue, or several. Each is continued by itself, from the same seed. The special tokens that the
-    tokenizer puts before a text (the beginning-of-sequence token) are put before it, unless it spells them itself."""
+    """One or more texts to continue, each independently, from the same seed. The tokenizer's beginning-of-sequence
+    token, if it adds one, is put before a text that does not already start with it."""
     chat: tuple[str, ...] = ()
-    """In place of prompts: a user's message to answer, or several, each a chat of its own. The tokenizer's chat
-    template renders it, and alone decides how it begins."""
+    """Instead of --prompt: one or more user messages to answer, each a separate chat, in the chat template."""
     messages: tuple[str, ...] = ()
-    """In place of prompts: a chat to answer, or several, each a JSON list of objects with a role and a content."""
+    """Instead of --prompt: one or more chats to answer, each a JSON list of objects with a role and a content."""
     max_new_tokens: int = 100
-    """Tokens after the prompt, unless the model ends the text before. Beyond its context it forgets the oldest."""
+    """Largest number of new tokens per prompt. Beyond the model's context length the oldest tokens are dropped."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
     seed: int = 0
-    """Seed of every draw."""
+    """Random seed for sampling."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model's computation."""
     backend: Backend | None = None
-    """Model implementation. By default transformers, or megatron-core for a folder in megatron's format."""
+    """Model implementation. By default hugging-face, or megatron for a folder in megatron's format."""
     tensor_parallel_size: int = 1
-    """Ranks that share each matrix, with megatron-core's modules: all that `torchrun -m megaft generate` starts."""
+    """Ranks over which each matrix is sharded (megatron): the number that `torchrun -m megaft generate` starts."""
     ignore_eos: bool = False
-    """Go on at end tokens: those of generation_config.json (else config.json), and the tokenizer's."""
+    """Continue past end tokens: those of generation_config.json (else config.json), and the tokenizer's."""
     json: bool = False
-    """Print one JSON object a prompt instead of the text."""
+    """Print one JSON object per prompt instead of the text."""
 
     def __post_init__(self) -> None:
         given = {name: texts for name in ("prompt", "chat", "messages") if (texts := getattr(self, name))}

@@ -1,5 +1,4 @@
-"""Prompts of `megaft generate`: texts, which begin as the tokenizer begins them, and chats, which begin as their
-template does."""
+"""Prompts of `megaft generate`: texts, opened by the tokenizer's special tokens, and chats, opened by a template."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ class Prompt:
 
     @property
     def name(self) -> str:
-        """Return the prompt as messages name it."""
+        """Return the prompt's name for error messages."""
         (key, value), *_ = self.source.items()
         return f"{key} {str(value)[:40]!r}"
 
@@ -40,7 +39,7 @@ def parse_messages(value: str) -> Messages:
     """Return a chat from the JSON of --messages.
 
     Raises:
-        DataError: It is no list of messages, or the assistant has the last word already.
+        DataError: It is not a list of messages, or its last message is the assistant's.
     """
     try:
         messages = parse_json(value)
@@ -50,22 +49,22 @@ def parse_messages(value: str) -> Messages:
         raise DataError(f"--messages is {value[:40]!r}, which escapes half of a surrogate pair; write the character.")
     require_messages("the command line", "messages", messages)
     if messages[-1]["role"] == SCORED_ROLE:
-        raise DataError(f"messages ends with a turn of role {SCORED_ROLE!r}, which the model is to write; drop it.")
+        raise DataError(f"--messages ends with a turn of role {SCORED_ROLE!r}, which the model should write; drop it.")
     return messages
 
 
 def text_prompt(tokenizer: AnyTokenizer, text: str) -> Prompt:
-    """Return a text's ids as transformers has them, but no opening tokens that the text spells already.
+    """Return a text's ids as in transformers, without adding opening tokens that the text already starts with.
 
     Raises:
-        DataError: Nothing is left to read.
+        DataError: The prompt has no tokens.
     """
     opening, ids = list(tokenizer.opening_ids), tokenizer.encode(text)
     if opening and ids[: len(opening)] != opening:
         _warn_of_rendered_chat(tokenizer, text)
         ids = opening + ids
     if not ids:
-        raise DataError(f"prompt {text!r} has no tokens; give a text to continue.")
+        raise DataError(f"--prompt is {text!r}, which has no tokens; give a text to continue.")
     return Prompt({"prompt": text}, text, ids, len(opening))
 
 
@@ -75,15 +74,15 @@ def _warn_of_rendered_chat(tokenizer: AnyTokenizer, text: str) -> None:
     spelled = [token for token in tokenizer.special_tokens if token in text] if tokenizer.chat_template else []
     if spelled and parallel.is_main():
         print(
-            f"warning: the prompt spells {spelled[0]}, as a rendered chat does, and "
-            f"{tokenizer.decode(tokenizer.opening_ids)} is put before it; --chat and --messages begin a chat as its "
-            "template does.",
+            f"warning: the prompt contains {spelled[0]}, like a rendered chat, and "
+            f"{tokenizer.decode(tokenizer.opening_ids)} is put before it; use --chat or --messages to apply the chat "
+            "template instead.",
             file=sys.stderr,
         )
 
 
 def chat_prompt(tokenizer: AnyTokenizer, messages: Messages) -> Prompt:
-    """Return a chat's ids up to where the assistant answers: those that `megaft prepare` writes before the answer.
+    """Return a chat's ids up to the assistant's answer, the same as `megaft prepare` writes before an answer.
 
     Nothing is put before the rendered text, as in transformers' `apply_chat_template(add_generation_prompt=True)`.
 
@@ -95,7 +94,7 @@ def chat_prompt(tokenizer: AnyTokenizer, messages: Messages) -> Prompt:
     _warn_of_changes(messages, text)
     ids = tokenizer.encode(text)
     if not ids:
-        raise DataError("the chat template renders no text of the messages; give it a role that it knows.")
+        raise DataError(f"{where} render to no text by the chat template; use a role that it supports.")
     opening = list(tokenizer.opening_ids)
     num_opening = len(opening) if ids[: len(opening)] == opening else 0
     return Prompt({"messages": messages}, "", ids, num_opening)

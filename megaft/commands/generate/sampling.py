@@ -27,13 +27,13 @@ from megaft.models.finite import require_finite_logits
 def next_token(
     logits: Float[Tensor, " vocab"], previous_ids: Sequence[int], settings: SamplingConfig, generator: torch.Generator
 ) -> int:
-    """Return the token that follows `previous_ids`, the most likely one at temperature 0.
+    """Sample the token that follows `previous_ids`; at temperature 0 return the most likely one.
 
     Raises:
-        NumericsError: A logit is NaN or infinite; -inf is allowed, and marks a token that the model rules out.
+        NumericsError: A logit is NaN or +inf; -inf is allowed, and marks a token that the model rules out.
     """
     require_finite_logits(logits, len(previous_ids))
-    scores = logits.float().cpu()[None]  # a CPU generator draws the same numbers beside every device
+    scores = logits.float().cpu()[None]  # a CPU generator draws the same numbers whatever the device
     ids: Any = torch.tensor([previous_ids])  # transformers annotates torch.LongTensor
     scores = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)(ids, scores)
     if settings.temperature == 0:
@@ -43,7 +43,7 @@ def next_token(
 
 
 def divide(logits: Float32[Tensor, "1 vocab"], temperature: float) -> Float32[Tensor, "1 vocab"]:
-    """Divide the logits by a temperature above 0, which may be too small or too large for float32."""
+    """Divide the logits by a positive temperature, without overflow in float32."""
     divided = logits / temperature
     if not divided.isnan().any() and divided.isfinite().equal(logits.isfinite()):
         return divided
@@ -51,13 +51,13 @@ def divide(logits: Float32[Tensor, "1 vocab"], temperature: float) -> Float32[Te
 
 
 def filters(settings: SamplingConfig) -> LogitsProcessorList:
-    """Return the top-k and top-p filters that the settings turn on."""
-    found = LogitsProcessorList()
+    """Return the enabled top-k and top-p filters."""
+    enabled = LogitsProcessorList()
     if settings.top_k > 0:
-        found.append(TopKLogitsWarper(settings.top_k))
+        enabled.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
-        found.append(TopPLogitsWarper(settings.top_p))
-    return found
+        enabled.append(TopPLogitsWarper(settings.top_p))
+    return enabled
 
 
 @runtime_checkable
@@ -73,8 +73,8 @@ class Reader(Protocol):
         """Read more of a text, and return the logits after its last token.
 
         Args:
-            token_ids: What follows; a single token, but where a text begins.
-            num_read: Tokens of this text read before; 0 forgets them all.
+            token_ids: The next tokens: any number at the start of a text, later a single one.
+            num_read: Tokens of this text that have been read; 0 starts a new text.
         """
         ...
 
@@ -90,20 +90,20 @@ def continue_tokens(
     end_ids: Container[int] = (),
     num_opening: int = 0,
 ) -> Iterator[int]:
-    """Yield new tokens until one of `end_ids`, which is yielded too, or until there are `max_new_tokens`.
+    """Yield new tokens up to and including one of `end_ids`, or until there are `max_new_tokens`.
 
-    Each token is read once. When they fill the model's positions, the older half is dropped and the newer half
-    read again at positions from 0, so that a text can be longer than the model's context; of a longer prompt the last
-    tokens are read, as many as it has positions. The opening tokens stay in front.
+    Each token is read once. When the context is full, the older half of the tokens is dropped and the newer half is
+    read again at positions from 0, so a text can be longer than the model's context. If the prompt is longer than the
+    context, only its last tokens are read. The opening tokens always stay in front.
 
     Args:
-        model: The model. Of one cut over ranks every rank calls this, and gets the same tokens.
-        prompt_ids: One token or more.
-        max_new_tokens: Where to stop.
-        settings: How each token is chosen.
-        seed: Fixes the draws of this text, whatever else is generated.
+        model: The model. If it is sharded, every rank calls this and gets the same tokens.
+        prompt_ids: One or more tokens.
+        max_new_tokens: Largest number of new tokens.
+        settings: Sampling of each token.
+        seed: Random seed of this text, independent of other texts.
         end_ids: Tokens that end a text.
-        num_opening: Tokens at the start of the prompt that are no text, such as the beginning-of-sequence token.
+        num_opening: Special tokens at the start of the prompt, such as the beginning-of-sequence token.
     """
     generator = torch.Generator().manual_seed(seed)
     limit = model.max_positions or sys.maxsize

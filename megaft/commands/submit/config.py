@@ -17,37 +17,37 @@ MEMORY = re.compile(r"\d+[KMGT]?")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubmitConfig:
-    """Fill in a batch script and submit it: `megaft submit [flags] SCRIPT -- what its program takes`.
+    """Fill in a SLURM batch script and submit it: `megaft submit [flags] SCRIPT -- flags of its program`.
 
-    Flags that are not given keep what the script says.
+    Options that are not given keep the script's values.
     """
 
     script: tyro.conf.Positional[str]
-    """A recipe of slurm/, such as finetune_1node, or the path of a batch script."""
+    """Name of a recipe in slurm/, such as finetune_1node, or path of a batch script."""
     print: bool = False
     """Print the script instead of submitting it."""
     nodes: int | None = None
     """Number of nodes."""
     gpus_per_node: int | None = None
-    """GPUs, and ranks, on each node; 0 for nodes without."""
+    """GPUs on each node, with one rank per GPU; 0 for nodes without GPUs."""
     ntasks_per_node: int | None = None
-    """Ranks on each node, where they are not its GPUs."""
+    """Ranks on each node. By default the number of GPUs."""
     cpus_per_task: int | None = None
-    """Cores for each rank."""
+    """CPU cores for each rank."""
     time: str | None = None
-    """Time limit, after which the job goes back into the queue: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS."""
+    """Time limit, after which the job is requeued: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS."""
     mem: str | None = None
-    """Memory of each node, such as 64G; 0 for all it has."""
+    """Memory of each node, such as 64G; 0 for all of it."""
     partition: str | None = None
-    """Partition, one of `sinfo`'s."""
+    """SLURM partition, as listed by `sinfo`."""
     account: str | None = None
-    """Account that pays."""
+    """Account to charge."""
     qos: str | None = None
-    """Quality of service, one of those your account has."""
+    """Quality of service, one of your account's."""
     job_name: str | None = None
-    """Name in the queue."""
+    """Name of the job in the queue."""
     array: str | None = None
-    """Tasks of the array, such as 1-6%2 (two at a time). finetune_sweep has one for each line of its file."""
+    """Array tasks, such as 1-6%2 (two at a time). finetune_sweep has one task for each line of its file."""
 
     def __post_init__(self) -> None:
         one = at_least(1)
@@ -69,11 +69,11 @@ class SubmitConfig:
         )
 
     def directives(self) -> dict[str, str]:
-        """Return the #SBATCH options that were given, and their values."""
+        """Return the values of the given #SBATCH options by name."""
         names = [field.name for field in fields(self) if field.name not in ("script", "print")]
         given = {_flag(name): str(value) for name in names if (value := getattr(self, name)) is not None}
         if self.gpus_per_node:
-            given.setdefault("ntasks-per-node", str(self.gpus_per_node))  # one rank a GPU
+            given.setdefault("ntasks-per-node", str(self.gpus_per_node))  # one rank per GPU
         return given
 
 

@@ -1,4 +1,4 @@
-"""Check a batch job before it is queued: everything that its program would refuse at its start."""
+"""Checks of a batch job before it is queued: everything that its program would refuse at start-up."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _TASKS = r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?"
 ARRAY = re.compile(rf"{_TASKS}(?:,{_TASKS})*(?:%[1-9]\d*)?")
 
 
-def check_program(recipe: str, flags: list[str], asked: dict[str, str]) -> None:
-    """Check the flags of a recipe's program; another script's program is not known.
+def check_program(recipe: str, flags: list[str], requested: dict[str, str]) -> None:
+    """Check the flags of a recipe's program; programs of other scripts are unknown and not checked.
 
-    Files are looked for where `sbatch` is. Elsewhere the script is to be carried to its cluster, and only a DeepSpeed
-    JSON that is here as well is looked into.
+    Files are checked if `sbatch` is installed. Otherwise the script is meant for another machine, and only a DeepSpeed
+    JSON that exists here is checked.
 
     Args:
-        recipe: Its name.
-        flags: What its program takes.
-        asked: The job's #SBATCH options.
+        recipe: Name of the recipe.
+        flags: Flags of its program.
+        requested: The job's #SBATCH options.
 
     Raises:
-        UserError: The program would refuse the flags, not find a file, or not cut its batch over the job's ranks.
-        SystemExit: With 2, from the parser of the flags.
+        UserError: The program would refuse the flags, miss a file, or fail to split its batch over the job's ranks.
+        SystemExit: Exit code 2 from the flag parser.
     """
     if recipe in TRAINING:
-        _check_training(parse_train([*recipe_flags(recipe), *flags]), asked)
+        _check_training(parse_train([*recipe_flags(recipe), *flags]), requested)
     elif recipe == SWEEP:
-        _check_sweep(flags, asked)
+        _check_sweep(flags, requested)
     elif recipe == "prepare_data":
         config = tyro.cli(PrepareConfig, args=flags, prog="megaft prepare")
         if shutil.which("sbatch"):
@@ -53,38 +53,40 @@ def check_program(recipe: str, flags: list[str], asked: dict[str, str]) -> None:
 
 
 def recipe_flags(recipe: str) -> list[str]:
-    """Return a training recipe's own flags, which stand before the user's in its last line."""
+    """Return a training recipe's own flags, which precede the user's in its last line."""
     *_, last = read_text(find_script(recipe)).splitlines()
     return shlex.split(last.replace("$MEGAFT_HOME", str(ROOT)))[1:-1]
 
 
 def sweep_lines(path: str) -> list[str]:
-    """Return the lines of a file of flags, without blank ones at its end.
+    """Return the lines of a sweep file (flags, one run per line), without trailing blank lines.
 
     Raises:
-        ConfigError: It cannot be read, is not UTF-8, has Windows line ends, or is blank.
+        ConfigError: The file cannot be read, is not UTF-8, has Windows line endings, or is blank.
     """
     lines = read_text(Path(path)).rstrip().split("\n")
     require(lines != [""], f"{path} is blank; write a line of flags for each run of the sweep.")
     return lines
 
 
-def _check_sweep(flags: list[str], asked: dict[str, str]) -> None:
-    require(bool(flags), f"{SWEEP} takes a file of flags, one line a task, and then the flags of all: -- sweep.txt ...")
-    path, *of_all = flags
+def _check_sweep(flags: list[str], requested: dict[str, str]) -> None:
+    require(
+        bool(flags), f"{SWEEP} takes a file with one line of flags per task, then flags for all tasks: -- sweep.txt ..."
+    )
+    path, *common = flags
     lines = sweep_lines(path)
-    for task in tasks_of(asked["array"], len(lines)):
+    for task in tasks_of(requested["array"], len(lines)):
         where = f"line {task} of {path}"
         try:
             words = shlex.split(lines[task - 1])
-            require(bool(words), "it has no flags.")
-            _check_training(parse_train([*of_all, *words]), asked)
+            require(bool(words), "the line is blank; write the flags of a run.")
+            _check_training(parse_train([*common, *words]), requested)
         except ValueError as error:
             raise ConfigError(f"{where}: {error}; close the quote.") from error
         except UserError as error:
             raise type(error)(f"{where}: {error}") from error
         except SystemExit:
-            print(f"error: {where} has these flags.", file=sys.stderr)
+            print(f"error: the flags above are in {where}.", file=sys.stderr)
             raise
 
 
@@ -100,20 +102,20 @@ def tasks_of(array: str, count: int) -> Iterator[int]:
         yield from range(begin, end + 1, int(every or 1))
 
 
-def _check_training(config: TrainConfig, asked: dict[str, str]) -> None:
+def _check_training(config: TrainConfig, requested: dict[str, str]) -> None:
     is_cluster = shutil.which("sbatch") is not None
     if is_cluster or config.deepspeed_config.is_file():
-        _check_batch(config, asked)
+        _check_batch(config, requested)
     if is_cluster:
         from megaft.run.plan import require_inputs
 
         require_inputs(config)
 
 
-def _check_batch(config: TrainConfig, asked: dict[str, str]) -> None:
-    """Plan the settings for the job's ranks; without their number the DeepSpeed JSON is only read."""
-    nodes, per_node = asked.get("nodes", ""), asked.get("ntasks-per-node", "")
+def _check_batch(config: TrainConfig, requested: dict[str, str]) -> None:
+    """Check the batch sizes for the job's ranks; if their number is unknown, check only the DeepSpeed JSON."""
+    nodes, per_node = requested.get("nodes", ""), requested.get("ntasks-per-node", "")
     if not (nodes.isdecimal() and per_node.isdecimal()):
         read_deepspeed_json(config.deepspeed_config)
         return
-    plan_settings(config, int(nodes) * int(per_node), has_cuda=asked.get("gpus-per-node", "0") != "0")
+    plan_settings(config, int(nodes) * int(per_node), has_cuda=requested.get("gpus-per-node", "0") != "0")

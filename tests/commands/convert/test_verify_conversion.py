@@ -1,4 +1,4 @@
-"""`megaft convert --verify`: both models are run on one text, and must give the same nats."""
+"""`megaft convert --verify`: run both models on a text and compare their nats."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from tiny_models import make_model
 
 from megaft.base.errors import DataError, NumericsError
 from megaft.commands.convert import verify
-from megaft.commands.convert.verify import Side, rows_of
+from megaft.commands.convert.verify import ComparedModel, rows_of
 
 
 def test_rows_share_their_ends(tmp_path):
@@ -28,8 +28,8 @@ def test_rows_share_their_ends(tmp_path):
     ("apart", "refusal"),
     [
         (1e-7, None),
-        (2e-3, r" is not a: a token's nats differ by 0\.002"),
-        (math.nan, r" on the text of --verify: 20 of 20 .*not finite, first token 0 of document 0"),
+        (2e-3, r" differs from a: a token's nats by 0\.002"),
+        (math.nan, r" on the text of --verify: 20 of 20 .*non-finite.* token 0 of document 0"),
     ],
 )
 def test_models_that_differ_are_refused(tmp_path, monkeypatch, apart, refusal):
@@ -38,13 +38,13 @@ def test_models_that_differ_are_refused(tmp_path, monkeypatch, apart, refusal):
     monkeypatch.setattr(verify, "_nats_of", lambda *_: next(costs))
     if refusal:
         with pytest.raises(NumericsError, match=refusal):
-            verify.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30)
+            verify.verify(ComparedModel("a"), ComparedModel(str(tmp_path)), "float32", "text " * 30)
     else:
-        assert verify.verify(Side("a"), Side(str(tmp_path)), "float32", "text " * 30).largest < 1e-6
+        assert verify.verify(ComparedModel("a"), ComparedModel(str(tmp_path)), "float32", "text " * 30).largest < 1e-6
 
 
 def test_verify_waits_for_a_busy_machine(tmp_path, monkeypatch):
-    """By default torchrun gives up on itself after 15 s without a heartbeat of its own."""
+    """By default torchrun ends after 15 s without its own heartbeat."""
     make_model("gpt2").save_pretrained(tmp_path / "start")
     megatron(tmp_path / "start", tmp_path / "two", 2)
     commands = []
@@ -54,7 +54,7 @@ def test_verify_waits_for_a_busy_machine(tmp_path, monkeypatch):
         lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1),
     )
     with pytest.raises(DataError, match="could not be run on 2 processes"):
-        verify._nats_of(Side(str(tmp_path / "two")), "float32", tmp_path)
+        verify._nats_of(ComparedModel(str(tmp_path / "two")), "float32", tmp_path)
     settings = launcher_config(commands[0][3:]).rdzv_configs
     assert settings["heartbeat_timeout"] == settings["read_timeout"] == "600"
     assert int(settings["keep_alive_max_attempt"]) * 5 == 600
@@ -68,7 +68,7 @@ def launcher_config(flags):
 
 
 def damage_last_rank(folder):
-    """Reverse the rows of a matrix, and leave the manifest right."""
+    """Reverse the rows of a matrix, and update the manifest."""
     shard = folder / "tensor-parallel-01-of-02.safetensors"
     tensors = load_file(shard)
     name = "decoder.layers.1.self_attention.linear_qkv.weight"
@@ -99,8 +99,8 @@ def test_verify_runs_both_models(tmp_path, capsys, launched):
     make_model("llama", attention_bias=True, mlp_bias=True).save_pretrained(tmp_path / "start")
     megatron(tmp_path / "start", tmp_path / "two", 2, dtype="bfloat16", verify=True)
     assert "verified on" in capsys.readouterr().out
-    assert launched == [Side(str(tmp_path / "two"))]
+    assert launched == [ComparedModel(str(tmp_path / "two"))]
     damage_last_rank(tmp_path / "two")
     text = Path(__file__).read_text()[:300]
     with pytest.raises(NumericsError):
-        verify.verify(Side(str(tmp_path / "start")), Side(str(tmp_path / "two")), "bfloat16", text)
+        verify.verify(ComparedModel(str(tmp_path / "start")), ComparedModel(str(tmp_path / "two")), "bfloat16", text)

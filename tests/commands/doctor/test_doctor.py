@@ -1,4 +1,4 @@
-"""`megaft doctor`: each thing it looks at, and the proof of the ranks."""
+"""`megaft doctor`: checks of the machine, and the distributed test of ranks."""
 
 import json
 import os
@@ -94,7 +94,7 @@ APEX = machine.KERNELS[0]
 @pytest.mark.parametrize(
     ("files", "status", "said"),
     [
-        pytest.param({}, "none", "not installed; would give --optim.name apex-adamw", id="not there"),
+        pytest.param({}, "none", "not installed; would provide --optim.name apex-adamw", id="not there"),
         pytest.param({"apex/__init__.py": ""}, "warn", "another project called apex", id="PyPI's web toolkit"),
         pytest.param(
             {"apex/__init__.py": "", "apex/optimizers/__init__.py": "", "torch.py": ""},
@@ -135,8 +135,8 @@ def test_a_missing_kernel_is_a_warning_only_where_it_could_run(monkeypatch):
     [
         pytest.param(None, "none", "not found", id="none"),
         pytest.param("echo 'main*: 2 nodes idle'", "pass", "main*: 2 nodes idle; in job 7", id="a cluster"),
-        pytest.param("echo no controller >&2; exit 1", "warn", "no cluster answers: no controller", id="clients only"),
-        pytest.param("exec /bin/sleep 9", "warn", "it has not ended after 0.5 s", id="a controller that hangs"),
+        pytest.param("echo no controller >&2; exit 1", "warn", "no cluster responds: no controller", id="clients only"),
+        pytest.param("exec /bin/sleep 9", "warn", "no result after 0.5 s", id="a controller that hangs"),
     ],
 )
 def test_slurm(script, status, said, tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_json_is_one_line_with_the_environment(capsys, monkeypatch):
     assert CANARY not in out
 
 
-TWO_CUTS = ((0, 4), (2, 1))
+TWO_SPLITS = ((0, 4), (2, 1))
 
 
 def break_data(folder, rank, patch):
@@ -251,7 +251,7 @@ FAULTS = {"data": break_data, "reduce": break_reduce, "own folder": part_folders
 
 
 def prove_all(folder):
-    """Run the proof on a rank once a fault; return the exit codes, and what the table says."""
+    """Run the distributed test once per fault; return the exit codes and the printed tables."""
     topology = parallel.discover(os.environ)
     proven = {name: prove(fault, folder, topology) for name, fault in FAULTS.items()}
     parallel.leave()
@@ -262,7 +262,7 @@ def prove(fault, folder, topology):
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(doctor_ranks, "show", lambda title, checks, as_json: found.extend(checks))
-        patch.setattr(doctor_ranks, "CUTS", TWO_CUTS)
+        patch.setattr(doctor_ranks, "BATCH_SPLITS", TWO_SPLITS)
         patch.setattr(doctor_ranks, "RESUMED", ())
         patch.setattr(doctor_ranks, "TIMEOUT", timedelta(minutes=10))
         folder = fault(folder, topology.rank, patch)
@@ -282,7 +282,7 @@ def proven(run_ranks, tmp_path_factory):
     [
         pytest.param("data", 5, "ZeRO 2, micro-batch 1 x 4", "off by", id="a rank trains on other samples"),
         pytest.param("reduce", 5, "all-reduce", "on rank 1", id="a rank gets another sum"),
-        pytest.param("own folder", 2, "shared folder", "not one for all ranks", id="a folder of each rank's own"),
+        pytest.param("own folder", 2, "shared folder", "not shared by all ranks", id="a folder of each rank's own"),
     ],
 )
 def test_a_fault_on_one_of_two_ranks_is_found(fault, code, failing, said, proven):

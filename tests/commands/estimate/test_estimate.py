@@ -1,4 +1,4 @@
-"""`megaft estimate`: counts pinned by hand, states by a real engine, and what makes a run fit."""
+"""`megaft estimate`: counts checked by hand, states against a real engine, and changes that make a run fit."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from megaft.base.hardware import GPUS, PUBLISHED, data_sheet_flops
 from megaft.cli import main
 from megaft.commands.estimate.command import estimate, lines
 from megaft.commands.estimate.config import EstimateConfig
-from megaft.commands.estimate.memory import Work, activations, cut_through, flat_size
+from megaft.commands.estimate.memory import MicroBatch, activations, boundary_elements, flat_size
 from megaft.commands.estimate.presets import PRESETS, configuration
 from megaft.commands.estimate.recipe import Recipe
 from megaft.config.train import OptimConfig
@@ -84,8 +84,8 @@ def test_flat_buffers_are_padded_for_the_ranks():
     [((4, 4), 2, [0, 0]), ((3, 5), 2, [4, 1]), ((8,), 4, [6] * 4), ((6, 2), 4, [4, 4, 4, 0]), ((7,), 1, [0])],
 )
 def test_parameters_that_a_partition_cuts_through(sizes, num_ranks, expected):
-    assert [cut_through(sizes, num_ranks, rank) for rank in range(num_ranks)] == expected
-    assert cut_through(sizes, num_ranks) == max(expected)
+    assert [boundary_elements(sizes, num_ranks, rank) for rank in range(num_ranks)] == expected
+    assert boundary_elements(sizes, num_ranks) == max(expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2-135m", "llama-3.1-8b"])
@@ -131,11 +131,11 @@ def test_offloading_moves_masters_and_moments_to_the_host():
 def test_activations_by_hand():
     # GPT-2, bf16, 2,048 tokens; a layer of transformers: 2 norms' inputs and outputs, q, k, v, attention's output,
     # and of the inner layer (4 wide) five tensors, all of 768 x 2 bytes; 12 numbers of attention and 4 of norms.
-    work = Work(shape=shape_of(PRESETS["gpt2"], 0.0), micro_batch_size=2, context_length=1024)
+    work = MicroBatch(shape=shape_of(PRESETS["gpt2"], 0.0), micro_batch_size=2, context_length=1024)
     layer = 2048 * (768 * 2 * (4 + 3 + 1 + 4 * 5) + 4 * (12 + 4))
     around = 2048 * (768 * 2 + 24)
     assert activations(work).saved == 12 * layer + around
-    recomputed = Work(shape=work.shape, micro_batch_size=2, context_length=1024, is_recomputed=True)
+    recomputed = MicroBatch(shape=work.shape, micro_batch_size=2, context_length=1024, is_recomputed=True)
     assert activations(recomputed).saved == 12 * 2048 * 768 * 2 + around
 
 
@@ -144,7 +144,9 @@ def test_more_never_needs_less(name):
     shape = shape_of(PRESETS[name])
 
     def saved(**changed):
-        return activations(Work(**{"shape": shape, "micro_batch_size": 2, "context_length": 1024} | changed)).saved
+        return activations(
+            MicroBatch(**{"shape": shape, "micro_batch_size": 2, "context_length": 1024} | changed)
+        ).saved
 
     assert saved(is_recomputed=True) < saved() < saved(micro_batch_size=4) == 2 * saved()
     assert saved(word_bytes=4) > saved()
@@ -350,7 +352,7 @@ def test_every_gpu_has_a_peak():
 
 
 def engine_and_estimate(number):
-    """Return what an engine holds and what is estimated, in a process of its own: joining leaves a rank's variables."""
+    """Return measured and estimated bytes, in a separate process: joining sets environment variables."""
     import estimates_engine
     from estimates_cases import ENGINES
 
@@ -361,7 +363,7 @@ def engine_and_estimate(number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 3, 4, 5, 6, 8, 10, 12])
 def test_an_engine_holds_what_is_estimated(run_ranks, number):
-    """Every byte of a real DeepSpeed engine, as one of several ranks that do not exist."""
+    """Count every byte of a real DeepSpeed engine, as one of several fake ranks."""
     found, footprint = run_ranks(1, engine_and_estimate, number)[0]
     for kind in ("weights", "master_weights", "optimizer"):
         assert getattr(footprint.states, kind) == pytest.approx(getattr(found, kind), rel=0.01), kind

@@ -122,13 +122,13 @@ def test_greedy_text_equals_transformers(trained_gpt2, capsys):
 
 
 def test_a_prompt_without_tokens_is_refused(trained_gpt2):
-    with pytest.raises(DataError, match="prompt '' has no tokens"):
+    with pytest.raises(DataError, match="--prompt is '', which has no tokens"):
         main(GenerateConfig(model=str(trained_gpt2), prompt=("a", "")))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A llama with each kind of tokenizer; its files name the end token of the tokenizer."""
+    """A Llama with each kind of tokenizer, whose end token its files name."""
     root = tmp_path_factory.mktemp("models")
     make = {
         "byte-level with a BOS": partial(make_byte_level, bos="<s>"),
@@ -142,7 +142,7 @@ def folders(tmp_path_factory):
 
 
 def theirs(folder, prompt, settings=GREEDY, seed=0, **options):
-    """Return the ids that transformers reads and those it generates."""
+    """Return the ids that transformers reads, and those that it generates."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     inputs = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -235,7 +235,7 @@ def test_a_token_that_the_model_does_not_embed_is_refused(folders, tmp_path):
 def test_a_prompt_beyond_the_positions_is_read_from_behind(folders, capsys):
     config = GenerateConfig(model=str(folders / "without a BOS"), prompt=("To be " * 80,), max_new_tokens=1)
     assert main(config) == 0
-    assert re.search(r"warning: the prompt has \d+ tokens, .* the last 64\.", capsys.readouterr().err)
+    assert re.search(r"warning: the prompt has \d+ tokens; .* the last 64\.", capsys.readouterr().err)
 
 
 def test_rows_without_a_token_have_no_text(folders, tmp_path, capsys):
@@ -272,7 +272,7 @@ def test_a_model_that_attends_to_later_tokens_is_refused(tmp_path):
 
 
 def test_chats_are_answered_by_the_template(folders, tmp_path, capsys):
-    """The ids are those of transformers' template and the answer is what transformers generates behind them."""
+    """The ids equal transformers' rendered template, and the answer equals transformers' generation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shutil.copytree(folders / "byte-level with a BOS", tmp_path / "chat")

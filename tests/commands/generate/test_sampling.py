@@ -129,9 +129,9 @@ def test_tokens_come_one_at_a_time(gpt2):
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        pytest.param([0.0, math.nan, 1.0], "token 1 is nan", id="NaN"),
-        pytest.param([0.0, 1.0, math.inf], "token 2 is inf", id="overflow"),
-        pytest.param([-math.inf, -math.inf], "token 0 is -inf", id="nothing is left"),
+        pytest.param([0.0, math.nan, 1.0], "token 1 has nan", id="NaN"),
+        pytest.param([0.0, 1.0, math.inf], "token 2 has inf", id="overflow"),
+        pytest.param([-math.inf, -math.inf], "token 0 has -inf", id="nothing is left"),
     ],
 )
 @pytest.mark.parametrize("settings", [GREEDY, SamplingConfig()], ids=["greedy", "sampled"])

@@ -1,4 +1,4 @@
-"""`megaft submit` checks a job's program before the job waits."""
+"""`megaft submit` checks a job's program before the job is queued."""
 
 import json
 
@@ -135,7 +135,7 @@ def test_a_wrong_flag_of_a_sweep_is_named_by_its_line(folder, capsys):
     (folder / "sweep.txt").write_text("--run.seed 0\n--run.sead 1\n")
     with pytest.raises(SystemExit):
         check_program("finetune_sweep", ["sweep.txt", *flags()], JOB | {"array": "1-2"})
-    assert capsys.readouterr().err.endswith("error: line 2 of sweep.txt has these flags.\n")
+    assert capsys.readouterr().err.endswith("error: the flags above are in line 2 of sweep.txt.\n")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ START, SAVE, END = "start", "checkpoint", "end"
 
 
 def stand_ins(folder, commands):
-    """Make a folder of programs."""
+    """Create a folder of executable stand-ins."""
     folder.mkdir()
     for name, text in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -49,7 +49,7 @@ def finetune(tmp_path):
 
 
 def call(command, turn, restarts, **variables):
-    """Call a function of the script; return its code and what was asked of scontrol."""
+    """Call a function of the script; return its exit code and the calls of scontrol."""
     environment = {
         **{"PATH": f"{turn}:{os.environ['PATH']}", "TURN": str(turn), **variables},
         **{"SLURM_SUBMIT_DIR": str(turn.parent), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job"},
@@ -93,7 +93,7 @@ def test_what_goes_back_into_the_queue(finetune, before, code, during, ended, is
 
 
 LOST = (143, [END], 75)
-"""A turn that loses a rank before training starts: srun's code, its events, and the code in ended.json."""
+"""A job turn that loses a rank before training starts: srun's exit code, its events, the code in ended.json."""
 
 
 @pytest.mark.parametrize(("restarts", "is_requeued"), [(0, True), (1, True), (2, False), (9, False)])

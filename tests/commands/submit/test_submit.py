@@ -1,4 +1,4 @@
-"""`megaft submit`, and what the batch scripts do with exit codes and signals, without SLURM."""
+"""`megaft submit`, and the batch scripts' handling of exit codes and signals, without SLURM."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from megaft.commands.submit import batch_script, walltime
 SLURM = Path(__file__).parents[3] / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 ENOUGH = 300
-"""Seconds that end a hang, however busy the machine is."""
+"""Timeout in seconds, generous for a busy machine."""
 FLAGS = ["--deepspeed_config=x.json", "--model.path=gpt2", "--data.train=t.txt", "--run.dir=r", "--run.max-steps=3"]
 NASTY = ["a b", "$(touch canary)", "`id`", "it's", '"', "#", "*", "ünï", "", "-x", "\\"]
 NO_SECRETS = (
@@ -167,8 +167,8 @@ def test_a_wrong_training_flag_is_said_before_the_job_waits(programs, capsys):
     [
         pytest.param(b"#!/bin/bash\n#SBATCH --nodes=1\r\n", "s.sbatch:2 ends in CR LF", id="CRLF"),
         pytest.param(b"#!/bin/bash\n\xff\n", "a byte at 12 that is not UTF-8", id="binary"),
-        pytest.param(b"", "is no script", id="empty"),
-        pytest.param(b"#!/bin/bash\n\0\n", "is no script", id="NUL"),
+        pytest.param(b"", "is not a script", id="empty"),
+        pytest.param(b"#!/bin/bash\n\0\n", "is not a script", id="NUL"),
     ],
 )
 def test_a_script_that_cannot_run_is_refused(content, said, programs, tmp_path, capsys):
@@ -188,7 +188,7 @@ SINFO = "echo 'main* 2 1-00:00:00 gpu:a100:4(S:0-1)'; echo 'main* 3 1-00:00:00 g
         pytest.param(["--partition=cpu", "--gpus-per-node=0", "--nodes=9"], None, id="another partition"),
         pytest.param(["--partition=cpu"], "gpus-per-node is 4; partition cpu has 0.", id="the script's own number"),
         pytest.param(["--time=24:00:00"], None, id="as long as there is"),
-        pytest.param(["--time=1-0:00:01"], "partition main gives 1-00:00:00 at most.", id="too long"),
+        pytest.param(["--time=1-0:00:01"], "partition main allows 1-00:00:00.", id="too long"),
         pytest.param(["--partition=gpu"], "partition is gpu; use one of main, cpu.", id="unknown partition"),
     ],
 )
@@ -200,14 +200,14 @@ def test_resources_are_those_of_sinfo(options, said, programs, capsys):
 
 def test_a_time_that_only_the_signal_fills_is_refused(programs, capsys):
     said = submitted(capsys, "finetune_multinode", "--print", "--time=5", "--", *FLAGS, code=2)
-    assert "time is 5, but the script is signalled 300 s before that" in said
+    assert "time is 5, but the script is signalled 300 s before its end" in said
 
 
 def test_a_silent_sinfo_checks_nothing(programs, capsys):
     programs("sinfo", "exit 1")
     assert main(["submit", "evaluate_zero_shot", "--print", "--nodes=99"]) == 0
     streams = capsys.readouterr()
-    assert "sinfo does not answer" in streams.err
+    assert "sinfo failed" in streams.err
     assert streams.out.startswith("#!/bin/bash\n")
 
 
