@@ -109,7 +109,8 @@ class Samples:
             not (depends_on_length and self.attend_within_documents),
             f"--data.attend-within-documents is set and --data.context-length is {context}, but the model's "
             f"rotary positions change for inputs longer than {rope_length_limit} tokens, depending on the longest "
-            f"document of a micro-batch; use --data.context-length {rope_length_limit} or less, or --data.sample document.",
+            f"document of a micro-batch; use --data.context-length {rope_length_limit} or less, or "
+            "--data.sample document.",
         )
         return context if depends_on_length or self.is_packed else None
 

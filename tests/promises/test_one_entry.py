@@ -17,7 +17,7 @@ from megaft.base.errors import ConfigError
 from megaft.checkpoint import engine_state
 from megaft.checkpoint.run_state import RunState
 from megaft.config.deepspeed_json import resolve
-from megaft.config.deepspeed_keys import Block
+from megaft.config.deepspeed_keys import BlockTranslation
 from megaft.config.optimizers import OPTIMIZERS, Optimizer, OptimizerName
 from megaft.config.policies import POLICIES, NonFinitePolicy, Policy, SpikePolicy
 from megaft.config.schedules import SCHEDULES, Schedule, ScheduleName
@@ -64,7 +64,7 @@ def test_an_optimizer(monkeypatch):
         class_name="torch.optim.Adamax",
         arguments={"betas": ("beta1", "beta2"), "eps": "epsilon"},
         moments={"exp_avg": None, "exp_inf": None},
-        block=Block(types=("Adamax",), takes={"lr": ("learning_rate", 1e-3)}, only={}),
+        block=BlockTranslation(types=("Adamax",), takes={"lr": ("learning_rate", 1e-3)}, only={}),
     )
     monkeypatch.setitem(OPTIMIZERS, "adamax", adamax)
     optim = resolved(optimizer={"type": "Adamax", "params": {"lr": 0.5}})
@@ -80,7 +80,7 @@ def test_an_optimizer(monkeypatch):
 
 
 def test_a_schedule(monkeypatch):
-    block = Block(types=("WarmupSqrtLR",), takes={"warmup_num_steps": ("warmup_steps", 1)}, only={})
+    block = BlockTranslation(types=("WarmupSqrtLR",), takes={"warmup_num_steps": ("warmup_steps", 1)}, only={})
     monkeypatch.setitem(SCHEDULES, "sqrt", Schedule(remaining=lambda progress: 1 - math.sqrt(progress), block=block))
     optim = resolved({"learning_rate": 2.0, "final_fraction": 0.5}, scheduler={"type": "WarmupSqrtLR"})
     assert (optim.schedule, optim.warmup_steps) == ("sqrt", 1)
