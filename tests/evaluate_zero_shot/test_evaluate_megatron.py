@@ -199,7 +199,7 @@ def labels_with_choices(source, inputs, labels):
     [
         (("gpt2", "hugging-face", 2), "matrices are whole; give --backend megatron"),
         (("gpt2", None, 2), "matrices are whole; give --backend megatron"),
-        (("cut", "hugging-face", 1), "has megatron's format; drop --backend"),
+        (("cut", "hugging-face", 1), "is in megatron's format; drop --backend"),
     ],
 )
 def test_what_no_modules_can_run_is_refused(models, settings, message):
