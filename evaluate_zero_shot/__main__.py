@@ -63,10 +63,10 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     size = config.tensor_parallel_size
     require_whole_groups(topology.world_size, size)
     backends: list[Backend] = [backend_of(model_source(source), config.backend, size) for source in config.model]
-    is_cut = "megatron" in backends
-    is_alone = topology.world_size == 1 and not config.partition and not is_cut  # then DeepSpeed is not imported
+    uses_megatron = "megatron" in backends
+    is_alone = topology.world_size == 1 and not config.partition and not uses_megatron  # then DeepSpeed is not imported
     device = device_of(topology) if is_alone else parallel.join(topology)
-    if is_cut:
+    if uses_megatron:
         parallel.start_tensor_parallelism(size)
     # Missing data and mistyped model names end the command before any model is loaded.
     data = main_first(find_all_data, config, os.environ)
@@ -75,9 +75,11 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
         done = []
         for source, tokenizer, backend in zip(config.model, tokenizers, backends, strict=True):
             subject = load(source, tokenizer, config, backend, device)
-            cuts = geometries(config, subject)  # all at once: a bad window ends the command before hours are spent
-            for task, cut in product(config.tasks, cuts):
-                trial = trial_of(config, subject, TASKS[task], cut, data[task, cut.protocol.name])
+            all_geometries = geometries(
+                config, subject
+            )  # all at once: a bad window ends the command before hours are spent
+            for task, geometry in product(config.tasks, all_geometries):
+                trial = trial_of(config, subject, TASKS[task], geometry, data[task, geometry.protocol.name])
                 done.append(evaluate(subject, trial, config.output))
                 if parallel.is_main():
                     results.write(config.output, done)

@@ -20,8 +20,9 @@ from megaft.models.backend import Backend
 class EvaluateConfig:
     """Score language models zero-shot by named protocols, and write a report.
 
-    `--describe [NAME ...]`, alone on the line, explains protocols and tasks.
-    The same command continues an interrupted evaluation. Ranks come from `deepspeed --module`, `torchrun -m` or `srun`.
+    `--describe [NAME ...]`, without other flags, explains protocols and tasks.
+    Repeat the command to continue an interrupted evaluation.
+    Ranks come from `deepspeed --module`, `torchrun -m` or `srun`.
     """
 
     model: tuple[str, ...]
@@ -49,7 +50,7 @@ class EvaluateConfig:
     backend: Backend | None = None
     """Model implementation. By default transformers, or megatron-core for folders in megatron's format."""
     tensor_parallel_size: int = 1
-    """Neighbouring ranks that share each matrix and score the same windows; above 1 only with megatron-core."""
+    """Ranks that each matrix is sharded over; they score the same windows. Above 1 only with megatron-core."""
 
     def __post_init__(self) -> None:
         require(len(self.model) > 0, "--model is empty; give a hub name, a folder, a GGUF file or a run's folder.")

@@ -17,14 +17,14 @@ TITLES = {
 MISSING = "—"
 
 
-def number(value: Any) -> float | None:
+def parse_number(value: Any) -> float | None:
     """Return a number of results.json, in which a float that is not finite is a string or null."""
     return None if value is None else float(value)
 
 
-def written(value: Any, metric: str) -> str:
+def format_metric(value: Any, metric: str) -> str:
     """Return a metric's value as text with a suitable number of digits; accuracy as a percentage."""
-    parsed = number(value)
+    parsed = parse_number(value)
     if parsed is None or math.isnan(parsed):
         return MISSING
     if math.isinf(parsed):
@@ -37,6 +37,6 @@ def written(value: Any, metric: str) -> str:
     return f"{parsed:,.4f}" if metric in ("byte_perplexity", "bits_per_byte") else f"{parsed:,.2f}"
 
 
-def counted(value: Any) -> str:
+def format_count(value: Any) -> str:
     """Return a count with commas between thousands."""
     return MISSING if value is None else f"{value:,}"

@@ -1,6 +1,6 @@
 """Protocols as data: what each published system counts when it says "perplexity".
 
-A protocol defines how a text is cut into token windows and how nats are reduced to a number. Nothing is computed here:
+A protocol defines how a text is split into token windows and how nats are reduced to a number. It computes nothing:
 `trial` reads the fields, `describe` prints them, and `differences` compares two protocols field by field. To add a
 protocol, add a row to `_ALL`; it gives only the fields that differ from the defaults.
 """
@@ -309,7 +309,7 @@ class Difference:
         return _LABELS[self.field]
 
     def __str__(self) -> str:
-        return f"{self.label}: {self.ours}; there {self.theirs}"
+        return f"{self.label}: {self.ours}; published: {self.theirs}"
 
 
 def differences(ours: Protocol, theirs: Protocol) -> list[Difference]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evaluate_zero_shot.formats import MISSING, number, written
+from evaluate_zero_shot.formats import MISSING, format_metric, parse_number
 from evaluate_zero_shot.protocols import PROTOCOLS, Difference, Protocol, differences
 from evaluate_zero_shot.report.published import QUANTITIES, Figure
 from evaluate_zero_shot.tasks import TASKS
@@ -54,7 +54,7 @@ class Comparison:
     def measured_text(self) -> str:
         """Measured figure, with as many digits as the published one."""
         if self.measured is None or not math.isfinite(self.measured):
-            return written(self.measured, self.figure.metric)
+            return format_metric(self.measured, self.figure.metric)
         return self.figure.in_its_digits(self.measured)
 
     @property
@@ -71,7 +71,7 @@ def compare(result: Mapping[str, Any], ours: Protocol, figure: Figure) -> Compar
     if task.last_word is not None:
         ours = replace(ours, last_word=task.last_word)
     protocol_reasons = tuple(_protocol_reasons(result, ours, figure))
-    measured = number(result[QUANTITIES[figure.metric]])
+    measured = parse_number(result[QUANTITIES[figure.metric]])
     reasons = (*protocol_reasons, *_other_reasons(result, figure))
     return Comparison(result, figure, measured, reasons, not protocol_reasons)
 
@@ -88,7 +88,7 @@ def _protocol_reasons(result: Mapping[str, Any], ours: Protocol, figure: Figure)
         return
     theirs, kind = PROTOCOLS[figure.protocol], TASKS[figure.task].kind
     if ours.name != theirs.name:
-        yield f"Protocol: {ours.name}; there {theirs.name}"
+        yield f"Protocol: {ours.name}; published: {theirs.name}"
     for difference in differences(ours, theirs):
         if _is_relevant(difference, kind, figure):
             yield str(difference)
@@ -106,7 +106,7 @@ def _is_relevant(difference: Difference, kind: str, figure: Figure) -> bool:
 
 def _window_reasons(result: Mapping[str, Any], figure: Figure, theirs: Protocol) -> Iterator[str]:
     if figure.unpublished:
-        yield f"Not published there: {', '.join(figure.unpublished)}"
+        yield f"Not published: {', '.join(figure.unpublished)}"
     context_length = figure.context_length or theirs.context_length or 0
     shares = {"context": context_length, "half": context_length // 2}
     stride = figure.stride or shares.get(str(theirs.stride), theirs.stride)
@@ -115,16 +115,16 @@ def _window_reasons(result: Mapping[str, Any], figure: Figure, theirs: Protocol)
         ("Stride", result["stride"], stride),
     ):
         if ours != other and label not in figure.unpublished:
-            yield f"{label}: {ours}; there {other}"
+            yield f"{label}: {ours}; published: {other}"
 
 
 def _other_reasons(result: Mapping[str, Any], figure: Figure) -> Iterator[str]:
     if not figure.model.is_model(result["model_name"], result["num_parameters"]):
-        yield f"Model: {result['model_name']}; there {figure.model.title}"
+        yield f"Model: {result['model_name']}; published: {figure.model.title}"
     if published_task(result["task"]) != figure.task:
-        yield f"Task: {result['task']}; there {figure.task}"
+        yield f"Task: {result['task']}; published: {figure.task}"
     if result["data_name"] is None or result["data_name"] != figure.data_name:
         unknown = "an unknown file"
-        yield f"Data: {result['data_name'] or unknown}; there {figure.data_name or unknown}"
+        yield f"Data: {result['data_name'] or unknown}; published: {figure.data_name or unknown}"
     if result["limit_lines"] is not None:
-        yield f"Data: only the first {result['limit_lines']:,} lines; there the whole file"
+        yield f"Data: only the first {result['limit_lines']:,} lines; published: the whole file"

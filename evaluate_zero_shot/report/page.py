@@ -23,7 +23,7 @@ _FOLDED = "h5"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def page(markdown: str, content: Mapping[str, Any], jinja: Environment) -> str:
+def render_page(markdown: str, content: Mapping[str, Any], jinja: Environment) -> str:
     """Return the page.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from evaluate_zero_shot.formats import number
+from evaluate_zero_shot.formats import parse_number
 
 SIZE = 1000
 """Paths use SIZE by SIZE units, which the page stretches; text is not stretched."""
@@ -75,23 +75,23 @@ def draw(
     left, right = _range(scale(x) for points in finite for x, _ in points)
     low, high = y_marks[0], y_marks[-1]
 
-    def place(x: float, y: float) -> Point:
+    def scaled(x: float, y: float) -> Point:
         return (scale(x) - left) / (right - left), (high - y) / (high - low)
 
     shown = [x for x in x_marks or _round_numbers(left, right) if left <= scale(x) <= right]
     has_dots = max(map(len, finite)) <= MAX_DOTS
-    placed = {name: [place(*point) for point in points] for name, points in lines.items()}
+    scaled_lines = {name: [scaled(*point) for point in points] for name, points in lines.items()}
     return Plot(
         x_label,
         y_label,
-        [(round(place(x, low)[0] * 100, 2), f"{x:,.6g}") for x in shown],
+        [(round(scaled(x, low)[0] * 100, 2), f"{x:,.6g}") for x in shown],
         [(round((high - y) / (high - low) * 100, 2), f"{y:,.6g}") for y in y_marks],
-        [(name, _line(points), _dots(points) if has_dots else "") for name, points in placed.items()],
+        [(name, _line(points), _dots(points) if has_dots else "") for name, points in scaled_lines.items()],
     )
 
 
 def _mean(tokens: float, nats: object) -> float:
-    total = number(nats)
+    total = parse_number(nats)
     return total / tokens if total is not None and tokens else math.nan
 
 

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from evaluate_zero_shot import formats
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
 from evaluate_zero_shot.report import sections
-from evaluate_zero_shot.report.page import page
+from evaluate_zero_shot.report.page import render_page
 from evaluate_zero_shot.report.plots import SIZE
 from evaluate_zero_shot.report.published import load
 from evaluate_zero_shot.tasks import TASKS
@@ -61,7 +61,7 @@ def _rendered(path: Path) -> dict[str, str]:
         with_plots = template.render(content)
         return {
             "report.md": template.render(content | {"illustrations": {}}),
-            "report.html": page(with_plots, content, _jinja(is_html=True)),
+            "report.html": render_page(with_plots, content, _jinja(is_html=True)),
         }
     except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, UndefinedError, ValueError) as error:
         raise DataError(f"{path} is not a results.json of this version: {error!r}. Evaluate again.") from error
@@ -82,8 +82,8 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "summary": sections.summary(results),
         "tasks": sections.tasks(results, protocols, load()),
         "titles_of_tasks": list(dict.fromkeys(map(sections.task_title, results))),
-        "own_texts": list(dict.fromkeys(map(sections.task_title, filter(sections.is_own_text, results)))),
-        "illustrations": sections.grouped(sections.illustrations(results), lambda item: (item.heading, item.note)),
+        "own_texts": list(dict.fromkeys(map(sections.task_title, filter(sections.is_user_text, results)))),
+        "illustrations": sections.group_by(sections.illustrations(results), lambda item: (item.heading, item.note)),
         "protocols": [(protocol, statements(protocol)) for protocol in protocols.values()],
         "environment": _environment(results),
         "commands": list(dict.fromkeys(_command(result["command"]) for result in results if result["command"])),
@@ -118,7 +118,7 @@ def _without_common_folder(paths: Sequence[str]) -> dict[str, str]:
 
 def _with_several(results: list[dict[str, Any]], key: str, value: str) -> set[Any]:
     """Return the values of field `key` for which field `value` has several values."""
-    groups = sections.grouped(results, lambda result: result[key])
+    groups = sections.group_by(results, lambda result: result[key])
     return {name for name, group in groups.items() if len({result[value] for result in group}) > 1}
 
 
@@ -141,7 +141,7 @@ def _environment(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Return names and values; if values differ between results, all of them."""
     entries = [leaf for result in results for leaf in leaves(result["environment"] or {}, " ")]
     pairs = dict.fromkeys((name, formats.MISSING if value is None else str(value)) for name, value in entries)
-    values = sections.grouped(pairs, lambda pair: pair[0])
+    values = sections.group_by(pairs, lambda pair: pair[0])
     return [(name, "; ".join(value for _, value in group)) for name, group in values.items()]
 
 
@@ -167,8 +167,8 @@ def _jinja(*, is_html: bool) -> Environment:
     }
     environment.globals |= {"run_name": sections.run_name, "window": sections.window, "ranks": sections.ranks}
     environment.filters |= {
-        "written": formats.written,
-        "counted": formats.counted,
+        "format_metric": formats.format_metric,
+        "format_count": formats.format_count,
         "code_block": _code_block,
         "digest": _digest,
     }

@@ -15,14 +15,14 @@ SENTENCES = 21
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Twenty sentences, one with a word left out, and the words that may fill it.
+    """Twenty sentences of context, a sentence with a blank, and the candidates for the blank.
 
     Attributes:
-        context: The twenty sentences, a space between.
-        before: The last sentence up to the blank; may be empty.
-        after: The rest of it.
-        candidates: Words, as a rule ten.
-        answer: Index of the right one.
+        context: The twenty sentences, joined by spaces.
+        before: Text of the last sentence before the blank; may be empty.
+        after: Text of the last sentence after the blank.
+        candidates: Candidate words, usually ten.
+        answer: Index of the correct candidate.
     """
 
     context: str
@@ -36,7 +36,7 @@ def questions(text: str, path: Path) -> list[Question]:
     """Return the questions of a file: numbered lines 1 to 21, the last with answer and candidates, then a blank line.
 
     Raises:
-        DataError: A line out of order, or a last line without blank, answer or candidates; with the line's number.
+        DataError: A line is out of order, or a last line has no blank, answer or candidates; names the line.
     """
     return [_question(block, path) for block in _blocks(text)]
 
@@ -78,7 +78,9 @@ def _question(block: list[tuple[int, str]], path: Path) -> Question:
     query, *answers = sentences[-1].rstrip().split("\t")
     before, blank, after = query.partition(BLANK)
     if not blank or len(answers) < 2:
-        raise DataError(f"{where} must be a sentence with {BLANK}, a tab, the answer, two tabs, and words parted by |.")
+        raise DataError(
+            f"{where} must be a sentence with {BLANK}, a tab, the answer, two tabs, and candidates separated by |."
+        )
     candidates = tuple(filter(None, answers[-1].split("|")))
     if answers[0] not in candidates:
         raise DataError(f"{where}: the answer {answers[0]!r} is not among the candidates {answers[-1]!r}.")
@@ -86,8 +88,8 @@ def _question(block: list[tuple[int, str]], path: Path) -> Question:
 
 
 def _sentence(index: int, number: int, line: str, path: Path) -> str:
-    found, _, sentence = line.partition(" ")
-    if found != str(index) or index > SENTENCES:
+    numeral, _, sentence = line.partition(" ")
+    if numeral != str(index) or index > SENTENCES:
         raise DataError(
             f"{path}, line {number} begins {line[:20]!r}; a question's lines are numbered 1 to {SENTENCES}, and a "
             "blank line follows."

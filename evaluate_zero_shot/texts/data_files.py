@@ -27,7 +27,7 @@ class DataFile:
     """File to score.
 
     Attributes:
-        path: Where it is.
+        path: Path of the file.
         sha256: Hash of its content; of a .gz or .zst, after decompression.
         name: Name of the published file with this hash, such as "WikiText-103 test"; None for any other file.
     """
@@ -46,7 +46,7 @@ def find_data(
 ) -> DataFile:
     """Return the data file of a task: from `data`, else from $MEGAFT_DATA, the cache, or the hub.
 
-    With several ranks, call it on one first: files from the hub are written to the cache, ~/.cache/megaft/data.
+    With several ranks, call it on one rank first: files from the hub are written to the cache, ~/.cache/megaft/data.
 
     Args:
         task: The task.
@@ -98,7 +98,7 @@ def _hub_rows(
 ) -> list[str]:
     reason = ""
     if data is None and files.hub is not None:
-        variable = hub_files.offline(environment)
+        variable = hub_files.offline_variable(environment)
         try:
             if variable is None:
                 return list(load_rows(*files.hub))

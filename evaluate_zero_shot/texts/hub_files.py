@@ -13,11 +13,11 @@ from megaft.base.errors import DataError
 from megaft.base.files import naming_disk_errors, replacing
 
 LoadRows = Callable[[str, str], Iterable[str]]
-"""Dataset and configuration -> the text of its test rows; OSError where it cannot."""
+"""Dataset and configuration -> the text of its test rows; raises OSError if the hub is out of reach."""
 
 
-def offline(environment: Mapping[str, str]) -> str | None:
-    """Return the variable that keeps Hugging Face's libraries from the network, if one does."""
+def offline_variable(environment: Mapping[str, str]) -> str | None:
+    """Return the environment variable that puts Hugging Face's libraries in offline mode; None if none is set."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     return next((name for name in names if environment.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}), None)
 
@@ -40,18 +40,18 @@ def load_rows(dataset: str, configuration: str) -> Iterable[str]:
 
 
 def write_file(rows: Iterable[str], path: Path, task: Task) -> None:
-    """Write the file that the rows were made from, whole or not at all.
+    """Rebuild a task's data file from the rows of its dataset, and write it atomically.
 
     Raises:
-        DataError: It is not a published file of the task, by its SHA-256: the dataset has changed.
-        ConfigError: The disk refuses.
+        DataError: The SHA-256 is not that of a published file of the task: the dataset has changed.
+        ConfigError: The file cannot be written.
     """
-    content = rebuilt(rows, task)
+    content = rebuild(rows, task)
     sha256 = hashlib.sha256(content.encode()).hexdigest()
     known = KNOWN.get(sha256)
     if known is None or task.name not in known.tasks:
         raise DataError(
-            f"The rows on the hub make no published {path.name} (SHA-256 {sha256[:8]}); give the file, --data."
+            f"The hub's rows give a {path.name} of SHA-256 {sha256[:8]}, not a published file; name one with --data."
         )
     with naming_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def write_file(rows: Iterable[str], path: Path, task: Task) -> None:
         file.write(content)
 
 
-def rebuilt(rows: Iterable[str], task: Task) -> str:
+def rebuild(rows: Iterable[str], task: Task) -> str:
     r"""Return the text of the file. WikiText's rows are its lines, but "" where the file has " \n"."""
     if task.kind == "last-word":
         return "".join(json.dumps({"text": row}) + "\n" for row in rows)

@@ -26,12 +26,12 @@ STOP_WORDS = (
 """English function words.
 
 The GPT-2 paper raises its accuracy from 52.66 to 63.24 by "adding a stop-word filter", as an approximation to the rule
-that the answer ends a sentence. OpenAI's list is not published; this one is ours, so its figure is not theirs.
+that the answer ends a sentence. OpenAI did not publish its list; with this one, figures differ from the paper's.
 """
 
 
-class Item(NamedTuple):
-    """A context, perhaps empty, and the text to predict after it. An empty target: the context's own last token."""
+class Example(NamedTuple):
+    """Context, possibly empty, and target; an empty target stands for the context's last token."""
 
     context: str
     target: str
@@ -41,7 +41,7 @@ def rows(text: str, path: Path) -> list[str]:
     """Return the passages of a .jsonl file's text.
 
     Raises:
-        DataError: A line is no JSON object with the key "text", or holds fewer than two words; with its number.
+        DataError: A line is not a JSON object with the key "text", or has fewer than two words; names the line.
     """
     numbered = enumerate(text.split("\n"), 1)
     return [_passage(line, f"{path}, line {number}") for number, line in numbered if line.strip()]
@@ -51,51 +51,51 @@ def _passage(line: str, where: str) -> str:
     passage = Record(where, line).text("text")
     if len(passage.split()) < 2:
         raise DataError(
-            f"{where}: the text {passage!r} has no last word after others; a passage has two words or more."
+            f"{where}: the text {passage!r} has fewer than two words; give a passage with a context and a last word."
         )
     return passage
 
 
-def items(rows: Sequence[str], variant: LastWord) -> list[Item]:
+def examples(rows: Sequence[str], variant: LastWord) -> list[Example]:
     """Return the context and target of each passage.
 
     Args:
         rows: Passages, already detokenized as the protocol wants.
         variant: "strict" is Megatron-LM's: the last word by `split()`, with a space before it, after the stripped text
-            before it. "last-token" is its default: the tokenizer decides, so the target is empty. "lm-eval" cuts at the
-            last space, and moves white space at the context's end to the target. "stop-word" is as strict but keeps
-            white space at the beginning (OpenAI's preprocessing puts a newline there); whoever scores it bars
-            `stop_tokens` from the first place.
+            before it. "last-token" is its default: the tokenizer decides, so the target is empty. "lm-eval" splits at
+            the last space, and moves white space at the context's end to the target. "stop-word" is like "strict" but
+            keeps white space at the beginning (OpenAI's preprocessing puts a newline there); the first token may not
+            be one of `stop_tokens`.
     """
-    return [_ITEM[variant](row) for row in rows]
+    return [_SPLIT[variant](row) for row in rows]
 
 
-def _strict(row: str) -> Item:
+def _strict(row: str) -> Example:
     word = row.split()[-1]
-    return Item(row[: row.rfind(word)].strip(), f" {word}")
+    return Example(row[: row.rfind(word)].strip(), f" {word}")
 
 
-def _stop_word(row: str) -> Item:
+def _stop_word(row: str) -> Example:
     word = row.split()[-1]
-    return Item(row[: row.rfind(word)].rstrip(), f" {word}")
+    return Example(row[: row.rfind(word)].rstrip(), f" {word}")
 
 
-def _lm_eval(row: str) -> Item:
+def _lm_eval(row: str) -> Example:
     before, _, word = row.rpartition(" ")
     context = before.rstrip()
-    return Item(context, f"{before[len(context) :]} {word}")
+    return Example(context, f"{before[len(context) :]} {word}")
 
 
-_ITEM: dict[str, Callable[[str], Item]] = {
+_SPLIT: dict[str, Callable[[str], Example]] = {
     "strict": _strict,
-    "last-token": lambda row: Item(row, ""),
+    "last-token": lambda row: Example(row, ""),
     "lm-eval": _lm_eval,
     "stop-word": _stop_word,
 }
 
 
 def stop_tokens(encode: Callable[[str], Sequence[int]]) -> frozenset[int]:
-    """Return the tokens that are a space and a whole stop word; one of several tokens bars none.
+    """Return the ids of stop words that are one token with their space; longer stop words are not filtered.
 
     Args:
         encode: A space and a word -> its token ids inside a text.

@@ -37,11 +37,11 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
     Raises:
         NumericsError: Nats of a scored token are not finite.
     """
-    keeper = FinishedBatches(output / "windows" / _key(subject, trial), parallel.data_parallel_rank())
+    finished = FinishedBatches(output / "windows" / _key(subject, trial), parallel.data_parallel_rank())
     begin = time.perf_counter()
-    scored = _score(subject, trial, keeper)
+    scored = _score(subject, trial, finished)
     seconds = time.perf_counter() - begin
-    prepared, protocol, versions = trial.prepared, trial.cut.protocol, environment()
+    prepared, protocol, versions = trial.prepared, trial.geometry.protocol, environment()
     headline = protocol.headline if protocol.headline and not prepared.is_prompted else trial.task.headline
     values = figures.figures(scored, prepared, protocol)
     return Result(
@@ -58,9 +58,9 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         data_name=trial.data.name,
         data_sha256=trial.data.sha256,
         limit_lines=trial.limit_lines,
-        context_length=trial.cut.context_length,
-        stride=trial.cut.stride,
-        is_protocol_default=trial.cut.is_own or prepared.has_whole_prompts,
+        context_length=trial.geometry.context_length,
+        stride=trial.geometry.stride,
+        is_protocol_default=trial.geometry.is_default or prepared.has_untruncated_prompts,
         dtype=dtype_name(subject.dtype),
         tokens_per_batch=trial.tokens_per_batch,
         num_tokenized_tokens=len(prepared.tokens.tokens),
@@ -72,9 +72,9 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
         confidence_interval_95=figures.interval(
             headline, values[headline], scored, prepared, is_capped(values[headline], protocol)
         ),
-        positions=figures.positions(scored, prepared.rows, trial.cut.num_inputs),
+        positions=figures.positions(scored, prepared.rows, trial.geometry.num_inputs),
         seconds=seconds,
-        tokens_per_second=None if keeper.finished else scored.num_scored_tokens / seconds,
+        tokens_per_second=None if finished.finished else scored.num_scored_tokens / seconds,
         world_size=parallel.world_size(),
         backend=subject.backend,
         tensor_parallel_size=parallel.tensor_parallel_size(),
@@ -86,10 +86,11 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
     )
 
 
-def _score(subject: Subject, trial: Trial, keeper: FinishedBatches) -> Score:
+def _score(subject: Subject, trial: Trial, finished: FinishedBatches) -> Score:
     prepared = trial.prepared
     model = subject.scorer.ask(with_choices=prepared.is_prompted, banned=prepared.banned)
-    name = f"{Path(subject.source).name}, {trial.task.name}, {trial.cut.protocol.name}, stride {trial.cut.stride}"
+    geometry = trial.geometry
+    name = f"{Path(subject.source).name}, {trial.task.name}, {geometry.protocol.name}, stride {geometry.stride}"
     num_inputs = sum(row.num_inputs for row in prepared.rows)
     with counting(num_inputs, "tokens", f"{name}:", is_shown=parallel.is_main()) as progress:
         return score(
@@ -102,7 +103,7 @@ def _score(subject: Subject, trial: Trial, keeper: FinishedBatches) -> Score:
             num_words=prepared.num_words,
             num_bytes=prepared.num_bytes,
             name=name,
-            store=keeper,
+            store=finished,
             rope_length_limit=length_limit(subject.scorer.config),
             progress=progress,
         )

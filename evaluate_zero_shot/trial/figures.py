@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluate_zero_shot.protocols import Protocol, Words
 from evaluate_zero_shot.trial.interval import ratio_interval, share_interval
-from evaluate_zero_shot.trial.prepared import Prepared
+from evaluate_zero_shot.trial.prepared import PreparedTask
 from megaft.scoring.score import Row, Score, exp
 
 NUM_BINS = 32
@@ -20,7 +20,7 @@ FEWEST_DOCUMENTS = 10
 """Fewest documents for a confidence interval."""
 
 
-def figures(score: Score, prepared: Prepared, protocol: Protocol) -> dict[str, Any]:
+def figures(score: Score, prepared: PreparedTask, protocol: Protocol) -> dict[str, Any]:
     """Return the fields `nats` to `accuracy` of results.json."""
     if prepared.num_options:
         score = _right_options(score, prepared)
@@ -39,7 +39,7 @@ def figures(score: Score, prepared: Prepared, protocol: Protocol) -> dict[str, A
     }
 
 
-def _right_options(score: Score, prepared: Prepared) -> Score:
+def _right_options(score: Score, prepared: PreparedTask) -> Score:
     """Return the score of the right options alone."""
     assert score.token_nats is not None
     begins = np.cumsum([0, *prepared.num_options[:-1]])
@@ -61,7 +61,7 @@ def _mean_nats(score: Score, rows: Sequence[Row], protocol: Protocol) -> float:
     return float(np.dot(means, weights) / sum(weights)) if sum(weights) else score.nats_per_token
 
 
-def _nats_per_word(score: Score, prepared: Prepared, protocol: Protocol) -> float | None:
+def _nats_per_word(score: Score, prepared: PreparedTask, protocol: Protocol) -> float | None:
     if not prepared.num_words:
         return None
     if protocol.words == Words.ADJUSTED and not prepared.is_prompted:
@@ -70,7 +70,7 @@ def _nats_per_word(score: Score, prepared: Prepared, protocol: Protocol) -> floa
     return score.nats / prepared.num_words
 
 
-def correctness(score: Score, prepared: Prepared) -> np.ndarray:
+def correctness(score: Score, prepared: PreparedTask) -> np.ndarray:
     """Return a flag for each question or prompt: True if the model is right; empty for a text."""
     if not prepared.is_prompted:
         return np.zeros(0, bool)
@@ -84,7 +84,7 @@ def correctness(score: Score, prepared: Prepared) -> np.ndarray:
 
 
 def interval(
-    headline: str, value: float | None, score: Score, prepared: Prepared, is_capped: bool = False
+    headline: str, value: float | None, score: Score, prepared: PreparedTask, is_capped: bool = False
 ) -> dict[str, Any] | None:
     """Return the 95 % interval of the headline figure; None if it is undefined, or no unit of text varies.
 
@@ -107,7 +107,7 @@ def interval(
 
 
 def units(
-    score: Score, prepared: Prepared, num_blocks: int, fewest_documents: int = 2
+    score: Score, prepared: PreparedTask, num_blocks: int, fewest_documents: int = 2
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Return nats and scored tokens of each document (or of equal blocks if documents are few), and the unit."""
     offsets, unit = prepared.tokens.document_offsets, "document"
@@ -124,7 +124,7 @@ def _sums(values: np.ndarray | None, offsets: np.ndarray) -> np.ndarray:
     return np.diff(np.concatenate([[0.0], np.cumsum(values)])[offsets])
 
 
-def segments(score: Score, prepared: Prepared) -> dict[str, Any]:
+def segments(score: Score, prepared: PreparedTask) -> dict[str, Any]:
     """Return scored tokens and nats along the text, in at most NUM_SEGMENTS segments."""
     nats, tokens, unit = units(score, prepared, NUM_SEGMENTS)
     if len(nats) > NUM_SEGMENTS:

@@ -18,7 +18,7 @@ class Geometry:
     context_length: int
     """Tokens of a window, as the protocol counts them."""
     stride: int
-    is_own: bool
+    is_default: bool
     """True if both are the protocol's defaults."""
 
     @property
@@ -31,7 +31,9 @@ class Geometry:
         return windows(num_tokens, self.num_inputs, self.stride, first=self.protocol.first, last=self.protocol.last)
 
 
-def geometry(protocol: Protocol, context_limit: int | None, context_length: int | None, stride: int | None) -> Geometry:
+def resolve_geometry(
+    protocol: Protocol, context_limit: int | None, context_length: int | None, stride: int | None
+) -> Geometry:
     """Return the windows of a protocol for a model.
 
     Args:
@@ -49,9 +51,11 @@ def geometry(protocol: Protocol, context_limit: int | None, context_length: int 
         "--context-length is not given, and neither protocol nor model limits the context; give it, for example 1024.",
     )
     assert wanted is not None
-    own = protocol.context_length or context_limit
-    own_stride = _stride(protocol, wanted)
-    resolved = Geometry(protocol, wanted, stride or own_stride, wanted == own and stride in (None, own_stride))
+    default = protocol.context_length or context_limit
+    default_stride = _stride(protocol, wanted)
+    resolved = Geometry(
+        protocol, wanted, stride or default_stride, wanted == default and stride in (None, default_stride)
+    )
     largest = wanted - (protocol.window == "tokens" and protocol.last == "extended")
     require(
         1 <= resolved.stride <= largest,

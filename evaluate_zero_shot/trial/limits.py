@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from evaluate_zero_shot.formats import number
+from evaluate_zero_shot.formats import parse_number
 from evaluate_zero_shot.protocols import Protocol
 
 FIGURES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "accuracy")
@@ -23,7 +23,7 @@ def is_capped(value: float | None, protocol: Protocol) -> bool:
 
 def has_finite_nats(result: Mapping[str, Any]) -> bool:
     """Return True if the nats of an entry of results.json are finite; earlier versions recorded NaN too."""
-    nats = number(result.get("nats"))
+    nats = parse_number(result.get("nats"))
     return nats is None or math.isfinite(nats)
 
 
@@ -37,7 +37,7 @@ def remarks(result: Mapping[str, Any], protocol: Protocol) -> list[str]:
     if not has_finite_nats(result):
         return ["nats are not finite: no figure"]
     headline = result.get("headline")
-    value = number(result.get(headline)) if headline and headline.endswith("perplexity") else None
+    value = parse_number(result.get(headline)) if headline and headline.endswith("perplexity") else None
     return [
         *([f"capped at e^{protocol.exponent_limit:g} by the protocol"] if is_capped(value, protocol) else []),
         *([f"{LARGEST}: finite nats, too few words"] if value == math.inf else []),

@@ -9,8 +9,8 @@ from evaluate_zero_shot.config import EvaluateConfig
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS, Task
 from evaluate_zero_shot.texts.data_files import DataFile, find_data
-from evaluate_zero_shot.trial.geometry import Geometry, geometry
-from evaluate_zero_shot.trial.prepared import Prepared, prepare
+from evaluate_zero_shot.trial.geometry import Geometry, resolve_geometry
+from evaluate_zero_shot.trial.prepared import PreparedTask, prepare
 from evaluate_zero_shot.trial.subject import Subject
 from megaft.scoring.model import tokens_per_batch
 
@@ -23,10 +23,10 @@ class Trial:
     """Task, data and windows of one evaluation of a model."""
 
     task: Task
-    cut: Geometry
+    geometry: Geometry
     data: DataFile
     limit_lines: int | None
-    prepared: Prepared
+    prepared: PreparedTask
     tokens_per_batch: int
     """Most input tokens of a forward pass."""
 
@@ -51,24 +51,24 @@ def geometries(config: EvaluateConfig, subject: Subject) -> list[Geometry]:
         ConfigError: A protocol's windows do not fit the model.
     """
     return [
-        geometry(PROTOCOLS[protocol], subject.scorer.context_limit, config.context_length, stride)
+        resolve_geometry(PROTOCOLS[protocol], subject.scorer.context_limit, config.context_length, stride)
         for protocol in config.protocols
         for stride in config.strides
     ]
 
 
-def trial_of(config: EvaluateConfig, subject: Subject, task: Task, cut: Geometry, data: DataFile) -> Trial:
+def trial_of(config: EvaluateConfig, subject: Subject, task: Task, geometry: Geometry, data: DataFile) -> Trial:
     """Return a task in a model's tokens and windows.
 
     Raises:
         DataError: The data do not suit the task.
     """
-    automatic = tokens_per_batch(subject.scorer.config, cut.num_inputs, subject.device.type, subject.dtype)
+    automatic = tokens_per_batch(subject.scorer.config, geometry.num_inputs, subject.device.type, subject.dtype)
     return Trial(
         task=task,
-        cut=cut,
+        geometry=geometry,
         data=data,
         limit_lines=config.limit,
-        prepared=prepare(task, cut.protocol, data, config.limit, subject.tokenizer, cut),
+        prepared=prepare(task, geometry.protocol, data, config.limit, subject.tokenizer, geometry),
         tokens_per_batch=config.tokens_per_batch or automatic,
     )

@@ -36,7 +36,7 @@ class TokenText:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class PreparedTask:
     """Tokens and rows to score, and the counts of the original text."""
 
     detokenizer: str
@@ -59,14 +59,14 @@ class Prepared:
     """Index of the right option of each question."""
 
     @property
-    def has_whole_prompts(self) -> bool:
+    def has_untruncated_prompts(self) -> bool:
         """True if these are prompts, none of them truncated by the context length."""
         return self.is_prompted and not any(row.window.begin for row in self.rows)
 
 
 def prepare(
-    task: Task, protocol: Protocol, data: DataFile, limit_lines: int | None, tokenizer: AnyTokenizer, cut: Geometry
-) -> Prepared:
+    task: Task, protocol: Protocol, data: DataFile, limit_lines: int | None, tokenizer: AnyTokenizer, geometry: Geometry
+) -> PreparedTask:
     """Read, detokenize, tokenize and window the data of a task.
 
     Raises:
@@ -77,7 +77,7 @@ def prepare(
     text = read_text(data, task, limit_lines) if records is None else "\n".join(records)
     detokenizer = task.detokenizer(protocol)
     if task.kind == "text":
-        prepared = _text(text, records, task, protocol, detokenizer, tokenizer, cut)
+        prepared = _text(text, records, task, protocol, detokenizer, tokenizer, geometry)
         if not prepared.rows:
             raise DataError(
                 f"{data.path} is too short: protocol {protocol.name} scores none of its tokens; give a longer text."
@@ -86,8 +86,8 @@ def prepare(
     if task.kind == "last-word":
         variant = task.last_word or protocol.last_word
         assert variant is not None
-        return _last_words(lambada.rows(text, data.path), variant, protocol, detokenizer, tokenizer, cut)
-    return _cloze(cbt.questions(text, data.path), protocol, detokenizer, tokenizer, cut)
+        return _last_words(lambada.rows(text, data.path), variant, protocol, detokenizer, tokenizer, geometry)
+    return _cloze(cbt.questions(text, data.path), protocol, detokenizer, tokenizer, geometry)
 
 
 def _text(
@@ -97,8 +97,8 @@ def _text(
     protocol: Protocol,
     detokenizer: str,
     tokenizer: AnyTokenizer,
-    cut: Geometry,
-) -> Prepared:
+    geometry: Geometry,
+) -> PreparedTask:
     has_pages = task.unit == "page"
     if protocol.scope == "stream":
         documents = [pages.hf_rows(text) if protocol.text == "rows" and has_pages else text]
@@ -110,10 +110,10 @@ def _text(
     texts = [detokenize(document) for document in documents]
     tokens = TokenText([tokenizer.encode(text) for text in texts])
     prefix_id = _prefix(tokenizer, protocol) if protocol.has_prefix else None
-    return Prepared(
+    return PreparedTask(
         detokenizer=detokenizer,
         tokens=tokens,
-        rows=rows_of(tokens, cut.windows, prefix_id=prefix_id),
+        rows=rows_of(tokens, geometry.windows, prefix_id=prefix_id),
         prefix_id=prefix_id,
         num_original_tokens=counts.num_original_tokens(text),
         num_words=counts.word_divisor(protocol, text, documents),
@@ -143,35 +143,35 @@ def _last_words(
     protocol: Protocol,
     detokenizer: str,
     tokenizer: AnyTokenizer,
-    cut: Geometry,
-) -> Prepared:
+    geometry: Geometry,
+) -> PreparedTask:
     detokenize = detokenizers.get(detokenizer)
-    items = lambada.items([detokenize(row) for row in rows], variant)
-    pairs = [parted(tokenizer, *item) for item in items]
-    tokens, windows = _prompts(pairs, protocol, tokenizer, cut)
+    examples = lambada.examples([detokenize(row) for row in rows], variant)
+    pairs = [encode_pair(tokenizer, *example) for example in examples]
+    tokens, windows = _prompts(pairs, protocol, tokenizer, geometry)
     whole = TokenText([context + target for context, target in pairs])
-    is_lossless = _is_lossless(tokenizer, [item.context + item.target for item in items], whole)
+    is_lossless = _is_lossless(tokenizer, [example.context + example.target for example in examples], whole)
     is_filtered = variant == "stop-word"
-    stop_tokens = lambada.stop_tokens(lambda word: parted(tokenizer, "a", word)[1]) if is_filtered else ()
-    return Prepared(
+    stop_tokens = lambada.stop_tokens(lambda word: encode_pair(tokenizer, "a", word)[1]) if is_filtered else ()
+    return PreparedTask(
         detokenizer=detokenizer,
         tokens=tokens,
         rows=windows,
         num_original_tokens=sum(counts.num_original_tokens(row) for row in rows),
-        num_words=len(items),
+        num_words=len(examples),
         is_prompted=True,
-        num_bytes=(is_lossless and sum(counts.num_bytes(item.target) for item in items)) or None,
+        num_bytes=(is_lossless and sum(counts.num_bytes(example.target) for example in examples)) or None,
         banned=tuple(sorted(stop_tokens)),
     )
 
 
 def _cloze(
-    questions: Sequence[cbt.Question], protocol: Protocol, detokenizer: str, tokenizer: AnyTokenizer, cut: Geometry
-) -> Prepared:
+    questions: Sequence[cbt.Question], protocol: Protocol, detokenizer: str, tokenizer: AnyTokenizer, geometry: Geometry
+) -> PreparedTask:
     options = [cbt.options(question) for question in questions]
-    pairs = [parted(tokenizer, *option) for option in itertools.chain.from_iterable(options)]
-    tokens, rows = _prompts(pairs, protocol, tokenizer, cut)
-    return Prepared(
+    pairs = [encode_pair(tokenizer, *option) for option in itertools.chain.from_iterable(options)]
+    tokens, rows = _prompts(pairs, protocol, tokenizer, geometry)
+    return PreparedTask(
         detokenizer=detokenizer,
         tokens=tokens,
         rows=rows,
@@ -184,7 +184,7 @@ def _cloze(
     )
 
 
-def parted(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
+def encode_pair(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
     """Tokenize context and target as one text and split after the context's tokens, as lm-evaluation-harness does.
 
     Megatron-LM tokenizes each by itself. With GPT-2's tokenizer the result is the same; sentencepiece would begin the
@@ -201,7 +201,7 @@ def parted(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int
 
 
 def _prompts(
-    pairs: Sequence[tuple[list[int], list[int]]], protocol: Protocol, tokenizer: AnyTokenizer, cut: Geometry
+    pairs: Sequence[tuple[list[int], list[int]]], protocol: Protocol, tokenizer: AnyTokenizer, geometry: Geometry
 ) -> tuple[TokenText, list[Row]]:
     """Return one document and row for each pair: only the target is scored; a long context loses its beginning."""
     documents, rows, offset = [], [], 0
@@ -209,10 +209,10 @@ def _prompts(
         if protocol.has_prompt_prefix or not context:
             context = [_prefix(tokenizer, protocol), *context]
         end = len(context) + len(target)
-        begin = max(0, end - 1 - cut.num_inputs)
+        begin = max(0, end - 1 - geometry.num_inputs)
         if not target or begin >= len(context):
             raise DataError(
-                f"--context-length is {cut.context_length}, but a target has {len(target)} tokens; increase it."
+                f"--context-length is {geometry.context_length}, but a target has {len(target)} tokens; increase it."
             )
         documents.append([*context, *target])
         rows.append(Row(offset, Window(begin, len(context), end)))

@@ -48,7 +48,7 @@ def test_one_command_leaves_results_and_a_report(trial, alone, tmp_path, capsys)
     assert result["nats"].hex() == alone["nats"].hex()
     text = Path(trial[2].removeprefix("--data=")).read_text()
     assert (result["num_words"], result["num_bytes"]) == (len(text.split()), len(text.encode()))
-    assert result["num_scored_tokens"] == result["num_tokenized_tokens"]  # behind a prefix every token counts
+    assert result["num_scored_tokens"] == result["num_tokenized_tokens"]  # after a prefix token every token is scored
     assert (result["is_protocol_default"], result["data_name"], result["accuracy"]) == (False, None, None)
     assert result["confidence_interval_95"]["low"] < result["bits_per_byte"] < result["confidence_interval_95"]["high"]
     assert result["tokens_per_second"] > 0
@@ -266,7 +266,7 @@ def on_rank(*flags):
 
 @pytest.mark.slow
 def test_three_ranks_give_the_same_bits(run_ranks, trial, alone, tmp_path):
-    """Two are what the launchers start."""
+    """The launchers' test covers two ranks."""
     assert run_ranks(3, on_rank, *trial, f"--output={tmp_path}") == [0] * 3
     (result,) = results(tmp_path)
     assert result["nats"].hex() == alone["nats"].hex()
@@ -306,4 +306,4 @@ def test_every_launcher_gives_the_same_bits(trial, alone, tmp_path, launcher):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(tmp_path / "out")[0]["nats"].hex() == alone["nats"].hex()
-    assert done.stdout.count("bits_per_byte") == 1  # one rank speaks
+    assert done.stdout.count("bits_per_byte") == 1  # only the main rank prints

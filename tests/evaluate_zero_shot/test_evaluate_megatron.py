@@ -1,4 +1,4 @@
-"""`python -m evaluate_zero_shot` and `megaft generate` with matrices cut over ranks: what transformers' modules say."""
+"""`python -m evaluate_zero_shot` and `megaft generate` on tensor-parallel ranks, beside transformers' modules."""
 
 import contextlib
 import io
@@ -23,14 +23,14 @@ DRAWS = {"greedy": SamplingConfig(temperature=0, repetition_penalty=1.3), "drawn
 CUT = {"one rank": (1, 1), "two parts": (2, 2), "two data ranks": (2, 1)}
 """World size, tensor-parallel size."""
 NEW_TOKENS = {"gpt2": 20, "llama": 70, "cut": 70}
-"""To be generated: the text outgrows the Llama's positions."""
+"""New tokens to generate: the Llama's text exceeds its positions."""
 BANNED = list(range(100, 1200))
-"""Words that are no first choice, on either rank."""
+"""Banned vocabulary entries, on both ranks."""
 
 
 @pytest.fixture(scope="module")
 def models(trained_gpt2, tmp_path_factory):
-    """A trained GPT-2; a Llama with grouped queries, few positions and an odd vocabulary; that one in our format."""
+    """A GPT-2; a Llama with grouped queries, few positions and an odd vocabulary; the same in megatron's format."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gpt2, folder = trained_gpt2, tmp_path_factory.mktemp("models")
@@ -47,7 +47,7 @@ def models(trained_gpt2, tmp_path_factory):
 
 
 def elsewhere(ports):
-    """Let the ranks meet anew: each program leaves its group, and what they met at is not at once to be had again."""
+    """Use another MASTER_PORT: each program leaves its process group, and its port is not free at once."""
     os.environ["MASTER_PORT"] = str(next(ports))
 
 
@@ -82,7 +82,7 @@ def generated(name, model, ports=None, **settings):
 
 
 def quantities(models, backend, batch):
-    """Return a model's parameters, what every token costs it, and whether it is its choice."""
+    """Return each model's number of parameters, nats per token, and whether each token is its first choice."""
     from megaft.scoring.model import load_scoring_model
 
     found = {}
@@ -93,7 +93,7 @@ def quantities(models, backend, batch):
 
 
 def of_a_part(models, batch):
-    """Return `quantities`, and the choices of logits of which many are equal, by this rank of two."""
+    """Return `quantities` and the argmax of logits with many ties, on one of two tensor-parallel ranks."""
     from megaft.base import parallel
 
     parallel.join(parallel.discover(os.environ))
@@ -110,8 +110,8 @@ def equal_logits():
 
 
 def on_rank(ports, models, data, output, size):
-    """Score; of several ranks again, so that all is kept the second time, and with weights in parts; generate."""
-    read_once.tokenizers(pytest.MonkeyPatch())  # for as long as this process lives
+    """Score (on several ranks also resumed, and with partitioned weights), then generate."""
+    read_once.tokenizers(pytest.MonkeyPatch())  # until this process ends
     flags = ["--backend=megatron", f"--tensor-parallel-size={size}"]
     ports = iter(ports)
     found = [scored(output, models.values(), data, *flags, ports=ports)]
@@ -140,7 +140,7 @@ def reference(models, corpora, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "size"), [pytest.param(*cut, id=name) for name, cut in CUT.items()])
 def test_a_cut_changes_no_figure_and_no_text(models, corpora, reference, run_ranks, tmp_path, world_size, size):
-    """The law: nats as transformers' modules have them to 1e-6, choices and texts the same, on every rank."""
+    """Nats agree with transformers' modules to 1e-6; choices and texts are equal on every rank."""
     ports = [free_port() for _ in range(3 + len(models) * len(DRAWS))]
     ranks = run_ranks(world_size, on_rank, ports, models, corpora, tmp_path / "output", size)
     for found, _ in ranks:
@@ -157,7 +157,7 @@ def test_a_cut_changes_no_figure_and_no_text(models, corpora, reference, run_ran
         first, again, _ = ranks[0][0]
         for name, row in first.items():
             assert again[name]["nats"].hex() == row["nats"].hex()
-            assert again[name]["tokens_per_second"] is None  # kept, all of it
+            assert again[name]["tokens_per_second"] is None  # all batches were read from disk
     if world_size == size:
         assert ranks[0][1] == reference[1]
         assert all(text == "" for _, texts in ranks[1:] for text in texts.values())
@@ -175,7 +175,7 @@ def test_tokens_cost_the_same_and_choices_are_the_same(models, run_ranks):
         labels = labels_with_choices(source, inputs, labels)
     expected = quantities(whole, "hugging-face", (inputs, labels))
     for rank, words in run_ranks(2, of_a_part, whole, (inputs, labels)):
-        assert words == equal_logits().argmax(-1).tolist()  # of equal ones the first, on whatever rank
+        assert words == equal_logits().argmax(-1).tolist()  # ties go to the first entry, on either rank
         for name, (num_parameters, (nats, is_choice)) in rank.items():
             assert num_parameters == expected[name][0]
             torch.testing.assert_close(torch.tensor(nats), torch.tensor(expected[name][1][0]), rtol=1e-5, atol=1e-5)
@@ -184,7 +184,7 @@ def test_tokens_cost_the_same_and_choices_are_the_same(models, run_ranks):
 
 
 def labels_with_choices(source, inputs, labels):
-    """Return the labels, a third of them, others for each model, replaced by its first choices."""
+    """Return the labels with a third of the columns, another third for each model, replaced by its first choices."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source).eval()

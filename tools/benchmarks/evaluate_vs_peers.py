@@ -107,12 +107,12 @@ def planned(case: Case, folder: Path, config: Any) -> tuple[list[tuple[int, int]
     from evaluate_zero_shot.protocols import PROTOCOLS
     from evaluate_zero_shot.tasks import TASKS
     from evaluate_zero_shot.texts.data_files import DataFile
-    from evaluate_zero_shot.trial.geometry import geometry
+    from evaluate_zero_shot.trial.geometry import resolve_geometry
     from evaluate_zero_shot.trial.prepared import prepare
     from megaft.data.tokenizer import load_tokenizer
 
     protocol = PROTOCOLS[case.protocol]
-    cut = geometry(protocol, config.max_position_embeddings, case.context_length, case.stride)
+    cut = resolve_geometry(protocol, config.max_position_embeddings, case.context_length, case.stride)
     tokenizer = load_tokenizer(str(folder / case.model))
     data = DataFile(folder / case.data, "", None)
     rows = prepare(TASKS[case.task], protocol, data, None, tokenizer, cut).rows

@@ -1,7 +1,7 @@
 """Detokenizers by name: functions from str to str, each of which undoes the word tokenization of one corpus.
 
-`NAME` is invertible: `inverse(NAME)` restores the corpus exactly, for every string. `NAME_somebody` are the rules that
-somebody published figures with, quirks included; they lose information. `python -m detokenizers --list` lists them all.
+`NAME` is invertible: `inverse(NAME)` restores the corpus exactly, for every string. `NAME_publisher` follows the
+rules of that publisher, quirks included; these lose information. `python -m detokenizers --list` lists all of them.
 
 Detokenizers import nothing but `re`, so that any program can use them. To add one, add an entry to the table below: an
 `Unchanged`, or a module with SOURCE and `detokenize`, and with `retokenize` and LINES (invertible) or QUIRKS (lossy).

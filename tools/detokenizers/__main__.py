@@ -33,12 +33,14 @@ def _parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--invert", action="store_true", help="restore the corpus from its text")
     mode.add_argument(
-        "--list", action="store_true", help="list the detokenizers: corpus, source, and texts that they make the same"
+        "--list",
+        action="store_true",
+        help="list the detokenizers: corpus, source, and different texts that become equal",
     )
     mode.add_argument(
         "--check",
         metavar="FILE",
-        help="check that FILE round-trips, and list what published rules collapse; without NAME, for every corpus",
+        help="check that FILE round-trips, and list texts that published rules make equal (all corpora without NAME)",
     )
     return parser
 

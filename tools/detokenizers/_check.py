@@ -13,7 +13,7 @@ _TOUCHED = re.compile(r"[^\w ]|\b[N1]\b")  # no published rule changes words wit
 
 
 def report(name: str, path: str) -> bool:
-    """Print if the file round-trips, and what the published rules for its corpus lose in it.
+    """Print whether the file round-trips, and collisions of the published rules for its corpus.
 
     Args:
         name: Detokenizer; for an invertible one the published rules of the same corpus are reported too.
@@ -38,7 +38,7 @@ def report(name: str, path: str) -> bool:
 
 
 def round_trip(name: str, path: str) -> tuple[bool, int, int]:
-    """Return if the file's bytes are restored, the number of escape marks in its text, and the number of its words."""
+    """Return True if the file's bytes are restored, and the numbers of escape marks and words in its text."""
     num_marks = num_words = 0
     is_inside = False
 
@@ -91,12 +91,12 @@ def _report_published(name: str, path: str) -> bool:
     lines, again = text.split("\n"), retokenize(natural).split("\n")
     lost = next((number for number, pair in enumerate(zip_longest(lines, again), 1) if pair[0] != pair[1]), None)
     if lost is None:
-        print(f"{name}: lossy rules, but this file comes back", flush=True)
+        print(f"{name}: lossy rules, but this file is restored", flush=True)
         return True
     print(f"{name}: DOES NOT ROUND-TRIP; lossy rules, from line {lost} on: {_difference(lines, again, lost)}")
     shown = list(islice(collisions(detokenize, lines), _MOST_SHOWN + 1))
-    for words, where, others, elsewhere, result in shown[:_MOST_SHOWN]:
-        print(f"  line {where}: {words!r} and line {elsewhere}: {others!r} both become {result!r}")
+    for words, line, other_words, other_line, result in shown[:_MOST_SHOWN]:
+        print(f"  line {line}: {words!r} and line {other_line}: {other_words!r} both become {result!r}")
     print("  and more" if len(shown) > _MOST_SHOWN else f"  {len(shown)} collisions of up to three words", flush=True)
     return False
 

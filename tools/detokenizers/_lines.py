@@ -23,7 +23,7 @@ _LONGEST_TRIAL = 6  # tokens tried as one word, once the whole run failed; keeps
 _SPECIAL = re.compile(r"(?<![^ ])\w*+[^ \w][^ ]*+")  # a word of anything but letters and digits, which all stay
 
 
-class Lines:
+class LineDetokenizer:
     """Detokenizer and retokenizer of a corpus, line by line, in constant memory.
 
     Args:
@@ -65,7 +65,7 @@ class Lines:
             yield newline
 
     def retokenize(self, chunks: Iterable[str]) -> Iterator[str]:
-        """Yield the corpus; the exact inverse of `detokenize`. Any other text gives some corpus too."""
+        """Yield the corpus; the exact inverse of `detokenize`. Any other text gives a corpus too."""
         framed = None
         for line, newline, part in _lines(chunks, 2 * self.longest_line + 4):  # a mark a word at most, and one flag
             if framed is None:

@@ -1,4 +1,4 @@
-"""Corpora that are natural text already: detokenizing changes nothing."""
+"""Detokenizer of corpora that are natural text already; it changes nothing."""
 
 from collections.abc import Iterable, Iterator
 

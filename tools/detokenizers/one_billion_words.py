@@ -1,11 +1,11 @@
 """Invertible detokenizer of the One Billion Word Benchmark (Chelba et al. 2013): Moses tokens, a sentence a line."""
 
 from detokenizers import _moses
-from detokenizers._lines import Lines
+from detokenizers._lines import LineDetokenizer
 
 SOURCE = "One Billion Word Benchmark (lm1b), one sentence a line"
 
-LINES = Lines(_moses.mark_joints, str, _moses.split, framed=False)
+LINES = LineDetokenizer(_moses.mark_joints, str, _moses.split, framed=False)
 
 
 def detokenize(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 
-from detokenizers._lines import Lines
+from detokenizers._lines import LineDetokenizer
 
 SOURCE = "Penn Treebank as Mikolov prepared it: lower case, no punctuation, N for numbers"
 
@@ -26,7 +26,7 @@ def _split(word: str) -> str:
     return word.replace("/", "\\/")
 
 
-LINES = Lines(_mark_joints, _spell, _split, framed=True)
+LINES = LineDetokenizer(_mark_joints, _spell, _split, framed=True)
 
 
 def detokenize(text: str) -> str:

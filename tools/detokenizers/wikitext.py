@@ -3,7 +3,7 @@
 import re
 
 from detokenizers import _moses
-from detokenizers._lines import Lines
+from detokenizers._lines import LineDetokenizer
 
 SOURCE = "WikiText-2 and -103, with or without <unk>"
 
@@ -22,7 +22,7 @@ def _split(word: str) -> str:
     return _HYPHEN.sub(" @-@ ", _NUMBER.sub(r" @\1@ ", _moses.split(word)))
 
 
-LINES = Lines(_moses.mark_joints, _spell, _split, framed=True)
+LINES = LineDetokenizer(_moses.mark_joints, _spell, _split, framed=True)
 
 
 def detokenize(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Published figures: all are there, and only the same quantity may agree with one."""
+"""Published figures: completeness of the list, and agreement only of the same quantity."""
 
 import json
 
@@ -149,14 +149,14 @@ def harness(**changed):
         pytest.param(
             docs(perplexity="inf"), DOCS, "same protocol: the measured figure is not finite", None, id="infinite"
         ),
-        pytest.param(docs(stride=1024), DOCS, OTHER, "Stride: 1024; there 512", id="stride"),
-        pytest.param(docs(context_length=512), DOCS, OTHER, "Context length: 512; there 1024", id="context"),
-        pytest.param(docs(data_name=None), DOCS, ELSEWHERE, "Data: an unknown file; there ", id="unknown file"),
+        pytest.param(docs(stride=1024), DOCS, OTHER, "Stride: 1024; published: 512", id="stride"),
+        pytest.param(docs(context_length=512), DOCS, OTHER, "Context length: 512; published: 1024", id="context"),
+        pytest.param(docs(data_name=None), DOCS, ELSEWHERE, "Data: an unknown file; published: ", id="unknown file"),
         pytest.param(docs(data_name="WikiText raw validation"), DOCS, ELSEWHERE, "Data: WikiText raw val", id="split"),
         pytest.param(docs(limit_lines=1000), DOCS, ELSEWHERE, "Data: only the first 1,000 lines", id="limited"),
-        pytest.param(docs(num_parameters=7), DOCS, ELSEWHERE, "Model: gpt2-large; there GPT-2 762M", id="model"),
-        pytest.param(docs(task="wikitext103"), DOCS, ELSEWHERE, "Task: wikitext103; there wikitext2", id="task"),
-        pytest.param(docs(protocol="megatron"), DOCS, OTHER, "Protocol: megatron; there hf-docs", id="protocol"),
+        pytest.param(docs(num_parameters=7), DOCS, ELSEWHERE, "Model: gpt2-large; published: GPT-2 762M", id="model"),
+        pytest.param(docs(task="wikitext103"), DOCS, ELSEWHERE, "Task: wikitext103; published: wikitext2", id="task"),
+        pytest.param(docs(protocol="megatron"), DOCS, OTHER, "Protocol: megatron; published: hf-docs", id="protocol"),
         pytest.param(harness(), EVAL, SAME, None, id="a context that is the model's own"),
         pytest.param(harness(context_length=512, stride=512), EVAL, OTHER, "Context length: 512", id="shorter context"),
         pytest.param(lambada(), LAMBADA, SAME, None, id="accuracy is a share in both"),
@@ -178,7 +178,7 @@ def harness(**changed):
             result(protocol="gpt2-paper", word_perplexity=37.5),
             (PAPER, "gpt2", "wikitext103", "word_perplexity"),
             OTHER,
-            "Not published there: Prefix token",
+            "Not published: Prefix token",
             id="a protocol of which not all is known is never the same",
         ),
         pytest.param(

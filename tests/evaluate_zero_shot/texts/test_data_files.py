@@ -197,7 +197,7 @@ def test_the_hubs_rows_give_the_very_file_once(known, tmp_path, offline, task, t
 
 
 def test_rows_that_changed_are_refused_and_not_kept(tmp_path, offline):
-    with pytest.raises(DataError, match=r"The rows on the hub make no published wiki.test.tokens .* give the file"):
+    with pytest.raises(DataError, match=r"wiki.test.tokens of SHA-256 .*--data"):
         find_data(TASKS["wikitext2"], "tokens", None, {**offline, "HF_HUB_OFFLINE": ""}, lambda *_: ["", " a \n"])
     assert not (tmp_path / "cache").exists()
 

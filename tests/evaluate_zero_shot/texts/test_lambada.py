@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2TokenizerFast
 
-from evaluate_zero_shot.texts.lambada import STOP_WORDS, Item, items, rows, stop_tokens
-from evaluate_zero_shot.trial.prepared import parted
+from evaluate_zero_shot.texts.lambada import STOP_WORDS, Example, examples, rows, stop_tokens
+from evaluate_zero_shot.trial.prepared import encode_pair
 from megaft.base.errors import DataError
 from megaft.data.tokenizer import load_tokenizer
 
@@ -42,12 +42,12 @@ def test_the_published_file(published, shared):
     passages, gpt2 = published, GPT2TokenizerFast.from_pretrained(shared / "data/gpt2_bpe")
     tokens = [len(ids) for ids in gpt2(passages)["input_ids"]]
     assert (len(passages), sum(tokens), max(tokens)) == (5_153, 430_230, 224)
-    targets = gpt2([item.target for item in items(passages, "strict")])["input_ids"]
+    targets = gpt2([item.target for item in examples(passages, "strict")])["input_ids"]
     assert round(100 * sum(len(ids) > 1 for ids in targets) / len(targets), 1) == 22.1
 
 
 def num_differences(passages):
-    pairs = zip(items(passages, "strict"), items(passages, "lm-eval"), strict=True)
+    pairs = zip(examples(passages, "strict"), examples(passages, "lm-eval"), strict=True)
     return sum(strict != lm_eval for strict, lm_eval in pairs)
 
 
@@ -63,26 +63,28 @@ def test_strict_and_lm_eval_differ_in_seven_published_rows(published):
 @pytest.mark.parametrize(
     ("variant", "row", "expected"),
     [
-        pytest.param("strict", "He said  hello", Item("He said", " hello"), id="strict"),
+        pytest.param("strict", "He said  hello", Example("He said", " hello"), id="strict"),
         pytest.param(
-            "strict", "\nto be or to  ", Item("to be or", " to"), id="strict strips, and takes the last place"
+            "strict", "\nto be or to  ", Example("to be or", " to"), id="strict strips, and takes the last place"
         ),
-        pytest.param("strict", "a\nb", Item("a", " b"), id="strict: any white space parts words"),
-        pytest.param("last-token", " to be ", Item(" to be ", ""), id="last token: as it is"),
-        pytest.param("lm-eval", "He said hello", Item("He said", " hello"), id="lm-eval"),
-        pytest.param("lm-eval", "He\nsaid hello\nyou", Item("He\nsaid", " hello\nyou"), id="lm-eval: spaces only"),
-        pytest.param("lm-eval", "He said  hello", Item("He said", "  hello"), id="lm-eval: spaces go to the target"),
-        pytest.param("lm-eval", "a\nb", Item("", " a\nb"), id="lm-eval: no context without a space"),
-        pytest.param("stop-word", "\nto be  or to", Item("\nto be  or", " to"), id="stop-word keeps OpenAI's newline"),
+        pytest.param("strict", "a\nb", Example("a", " b"), id="strict: any white space parts words"),
+        pytest.param("last-token", " to be ", Example(" to be ", ""), id="last token: as it is"),
+        pytest.param("lm-eval", "He said hello", Example("He said", " hello"), id="lm-eval"),
+        pytest.param("lm-eval", "He\nsaid hello\nyou", Example("He\nsaid", " hello\nyou"), id="lm-eval: spaces only"),
+        pytest.param("lm-eval", "He said  hello", Example("He said", "  hello"), id="lm-eval: spaces go to the target"),
+        pytest.param("lm-eval", "a\nb", Example("", " a\nb"), id="lm-eval: no context without a space"),
+        pytest.param(
+            "stop-word", "\nto be  or to", Example("\nto be  or", " to"), id="stop-word keeps OpenAI's newline"
+        ),
     ],
 )
 def test_items(variant, row, expected):
-    assert items([row], variant) == [expected]
+    assert examples([row], variant) == [expected]
 
 
 @given(PASSAGES)
 def test_laws_of_the_variants(row):
-    strict, last_token, lm_eval, stop_word = (items([row], variant)[0] for variant in VARIANTS)
+    strict, last_token, lm_eval, stop_word = (examples([row], variant)[0] for variant in VARIANTS)
     assert last_token.context == row
     assert f"{strict.context}{strict.target}".split() == row.split()
     assert f"{stop_word.context}{stop_word.target}".split() == row.split()
@@ -104,10 +106,8 @@ def test_rows_are_what_was_written(texts):
         pytest.param('["a b"]', r"x.jsonl, line 2 is a JSON list; every line must be an object", id="no object"),
         pytest.param('{"txt": "a b"}', r"x.jsonl, line 2 has no key 'text'; its keys are 'txt'", id="other key"),
         pytest.param('{"text": 3}', r"x.jsonl, line 2: 'text' is a int; it must be a string", id="no string"),
-        pytest.param(
-            '{"text": "one "}', r"x.jsonl, line 2: the text 'one ' has no last word after others", id="a word"
-        ),
-        pytest.param('{"text": " "}', r"x.jsonl, line 2: .* a passage has two words or more", id="blank"),
+        pytest.param('{"text": "one "}', r"x.jsonl, line 2: the text 'one ' has fewer than two words", id="a word"),
+        pytest.param('{"text": " "}', r"x.jsonl, line 2: .* has fewer than two words", id="blank"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(line, message):
@@ -142,14 +142,14 @@ def test_a_target_has_the_tokens_it_has_inside_its_text(tmp_path):
         remove_extra_whitespaces=False,
     )
     tokenizer = load_tokenizer(tmp_path / "spaced.model")
-    context, target = parted(tokenizer, "the cat sat on", " the")
+    context, target = encode_pair(tokenizer, "the cat sat on", " the")
     assert tokenizer.encode("the cat sat on the") == [*context, *target]
     assert len(target) == 1 < len(tokenizer.encode(" the"))
-    assert parted(tokenizer, "the cat", "") == (tokenizer.encode("the cat")[:-1], tokenizer.encode("the cat")[-1:])
+    assert encode_pair(tokenizer, "the cat", "") == (tokenizer.encode("the cat")[:-1], tokenizer.encode("the cat")[-1:])
 
 
 @pytest.mark.parametrize("variant", ["strict", "stop-word", "lm-eval"])
 def test_of_gpt2s_tokens_megatron_makes_the_same_by_tokenizing_apart(passages, gpt2_bpe, variant):
     tokenizer = load_tokenizer(gpt2_bpe)
-    for context, target in items(passages[:1000], variant):
-        assert parted(tokenizer, context, target) == (tokenizer.encode(context), tokenizer.encode(target))
+    for context, target in examples(passages[:1000], variant):
+        assert encode_pair(tokenizer, context, target) == (tokenizer.encode(context), tokenizer.encode(target))

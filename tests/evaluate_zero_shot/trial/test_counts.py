@@ -1,4 +1,4 @@
-"""Counts of published corpora that must come out: of the files as they are, and in GPT-2's tokens."""
+"""Known word and GPT-2 token counts of published corpora."""
 
 import re
 

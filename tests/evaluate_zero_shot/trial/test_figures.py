@@ -7,7 +7,7 @@ from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.trial import counts, figures
 from evaluate_zero_shot.trial.interval import ratio_interval, share_interval
 from evaluate_zero_shot.trial.limits import is_capped
-from evaluate_zero_shot.trial.prepared import Prepared, TokenText
+from evaluate_zero_shot.trial.prepared import PreparedTask, TokenText
 from megaft.scoring.score import Score, rows_of
 from megaft.scoring.windows import windows
 
@@ -16,7 +16,7 @@ def prepared(documents, context_length=8, stride=8, prefix_id=0, **fields):
     tokens = TokenText(documents)
     cut = rows_of(tokens, lambda n: windows(n, context_length, stride, last="short"), prefix_id=prefix_id)
     counted = {"num_original_tokens": 4, "num_words": 3, "num_bytes": 40, **fields}
-    return Prepared(detokenizer="identity", tokens=tokens, rows=cut, prefix_id=prefix_id, **counted)
+    return PreparedTask(detokenizer="identity", tokens=tokens, rows=cut, prefix_id=prefix_id, **counted)
 
 
 def found(nats, choices=None, num_scored=None):
@@ -57,7 +57,9 @@ def test_chunks_stretch_the_mean_to_tokens_that_are_not_scored():
     tokens = TokenText([[1] * 6])
     rows = rows_of(tokens, lambda n: windows(n, 2, 3, last="short"))
     assert [row.num_targets for row in rows] == [2, 2]
-    item = Prepared(detokenizer="identity", tokens=tokens, rows=rows, num_original_tokens=4, num_words=3, num_bytes=40)
+    item = PreparedTask(
+        detokenizer="identity", tokens=tokens, rows=rows, num_original_tokens=4, num_words=3, num_bytes=40
+    )
     ours = figures.figures(found([0, 1, 1, 0, 1, 1], num_scored=4), item, PROTOCOLS["lm-finetuning"])
     assert ours["word_perplexity"] == pytest.approx(math.exp(5 / 3))
 
@@ -66,7 +68,9 @@ def test_windows_are_weighted_by_their_labels_minus_one():
     # Context 4, stride 2 over 7 tokens: (1 2 3), (4 5), (6); means 1, 2, 4; weights 3, 1, 0.
     tokens = TokenText([[1] * 7])
     rows = rows_of(tokens, lambda n: windows(n, 3, 2, last="short"))
-    item = Prepared(detokenizer="identity", tokens=tokens, rows=rows, num_original_tokens=4, num_words=3, num_bytes=40)
+    item = PreparedTask(
+        detokenizer="identity", tokens=tokens, rows=rows, num_original_tokens=4, num_words=3, num_bytes=40
+    )
     ours = figures.figures(found([0, 1, 1, 1, 2, 2, 4], num_scored=6), item, PROTOCOLS["hf-docs"])
     assert ours["perplexity"] == pytest.approx(math.exp((3 * 1 + 1 * 2) / 4))
 

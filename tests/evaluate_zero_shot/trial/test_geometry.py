@@ -1,7 +1,7 @@
 import pytest
 
 from evaluate_zero_shot.protocols import PROTOCOLS, describe, differences
-from evaluate_zero_shot.trial.geometry import geometry
+from evaluate_zero_shot.trial.geometry import resolve_geometry
 from megaft.base.errors import ConfigError
 
 
@@ -23,8 +23,8 @@ from megaft.base.errors import ConfigError
     ],
 )
 def test_geometry(protocol, context_limit, asked, expected):
-    found = geometry(PROTOCOLS[protocol], context_limit, *asked)
-    assert (found.num_inputs, found.stride, found.is_own) == expected
+    found = resolve_geometry(PROTOCOLS[protocol], context_limit, *asked)
+    assert (found.num_inputs, found.stride, found.is_default) == expected
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_geometry(protocol, context_limit, asked, expected):
 )
 def test_windows_that_do_not_fit_are_refused(protocol, context_limit, asked, message):
     with pytest.raises(ConfigError, match=message):
-        geometry(PROTOCOLS[protocol], context_limit, *asked)
+        resolve_geometry(PROTOCOLS[protocol], context_limit, *asked)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

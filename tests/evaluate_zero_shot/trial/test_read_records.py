@@ -6,7 +6,7 @@ from tiny_tokenizers import make_byte_level
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS
 from evaluate_zero_shot.texts.data_files import DataFile, read_records
-from evaluate_zero_shot.trial.geometry import geometry
+from evaluate_zero_shot.trial.geometry import resolve_geometry
 from evaluate_zero_shot.trial.prepared import prepare
 from megaft.base.errors import DataError
 from megaft.data.tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ def test_what_is_no_text(tmp_path, task, name, content, message):
 def test_each_record_is_a_document_with_its_words_and_bytes(tmp_path, protocol):
     tokenizer = load_tokenizer(make_byte_level(tmp_path / "tokenizer"))
     path = write(tmp_path / "a.jsonl", LINES)
-    cut = geometry(PROTOCOLS[protocol], None, 64, 32)
+    cut = resolve_geometry(PROTOCOLS[protocol], None, 64, 32)
     found = prepare(TASKS["text"], PROTOCOLS[protocol], DataFile(path, "", None), None, tokenizer, cut)
     is_stream = PROTOCOLS[protocol].scope == "stream"
     texts = ["To be\nor not"] if is_stream else ["To be", "or not"]
