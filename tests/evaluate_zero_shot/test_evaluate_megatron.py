@@ -197,8 +197,8 @@ def labels_with_choices(source, inputs, labels):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("gpt2", "hugging-face", 2), "matrices are whole; give --backend megatron"),
-        (("gpt2", None, 2), "matrices are whole; give --backend megatron"),
+        (("gpt2", "hugging-face", 2), "tensor-parallel-size is 2, .* --backend megatron"),
+        (("gpt2", None, 2), "tensor-parallel-size is 2, .* --backend megatron"),
         (("cut", "hugging-face", 1), "is in megatron's format; drop --backend"),
     ],
 )
@@ -213,7 +213,7 @@ def test_as_many_ranks_as_share_a_matrix_are_needed(models, corpora, tmp_path, c
     from evaluate_zero_shot.__main__ import main
 
     assert main([f"--model={models['gpt2']}", "--task=wikitext2", *flags]) == 2
-    assert "this runs on 1 rank; start a multiple of it" in capsys.readouterr().err
+    assert "--tensor-parallel-size is 2, which does not divide 1 rank" in capsys.readouterr().err
     config = GenerateConfig(model=str(models["gpt2"]), prompt=("a",), backend="megatron", tensor_parallel_size=2)
     assert generate(config) == 2
     assert "this runs on 1 rank; start as many" in capsys.readouterr().err

@@ -263,7 +263,7 @@ def test_a_folder_of_a_model(command, tmp_path):
     [
         (["--model=gpt3"], "or one of gpt2"),
         (["--model=gpt2", "--hardware=h1000"], "hardware is h1000"),
-        (["--model=gpt2", "--tensor-parallel-size=2", "--world-size=2"], "give --backend megatron"),
+        (["--model=gpt2", "--tensor-parallel-size=2", "--world-size=2"], "--backend megatron"),
         (["--model=gpt2", "--backend=megatron", "--tensor-parallel-size=2"], "a multiple"),
         (
             ["--model=gpt2", "--backend=megatron", "--tensor-parallel-size=5", "--world-size=5"],
@@ -305,7 +305,7 @@ LLAMA = {"model_type": "llama"}
         ({**LLAMA, "num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number"),
         ({**LLAMA, "hidden_size": 100}, "hidden_size is 100 and num_attention_heads is 32;"),
         ({**LLAMA, "num_key_value_heads": 5}, "num_attention_heads is 32 and num_key_value_heads is 5;"),
-        ([], "is not a JSON object but a list"),
+        ([], "is a JSON list, not an object"),
     ],
 )
 def test_sizes_that_make_no_model(config, message, tmp_path, capsys):
