@@ -151,10 +151,10 @@ def test_a_run_that_would_continue(config, planned, run_ranks, tmp_path, toy_mod
 
     shard = Path(plan["resumes_from"]) / "rank-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=f"{run_dir}/checkpoints holds")):
+    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=f"{run_dir}/checkpoints is valid")):
         planned(config("--optim.schedule=constant"))
     (shard.parent / "manifest.json").write_text("{}")  # nor does training start over where no manifest can be read
-    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=f"{run_dir}/checkpoints holds")):
+    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=f"{run_dir}/checkpoints is valid")):
         planned(config("--optim.schedule=constant"))
 
 

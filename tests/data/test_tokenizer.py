@@ -137,9 +137,7 @@ BAD = [
     pytest.param(
         lambda t, llama: write(t / "a" / "tokenizer.json", b"{}").parent, "no tokenizer could be", id="empty json"
     ),
-    pytest.param(
-        lambda t, llama: write(t / "a.gguf", b"GGUF"), "a.gguf is no GGUF file, cut short", id="truncated GGUF"
-    ),
+    pytest.param(lambda t, llama: write(t / "a.gguf", b"GGUF"), "a.gguf is not a GGUF file", id="truncated GGUF"),
     pytest.param(lambda t, llama: write(t / "a.txt"), "is not a tokenizer", id="another file"),
     pytest.param(
         lambda t, llama: "nobody/has-this-one", "nobody/has-this-one is no folder here nor in", id="no network"

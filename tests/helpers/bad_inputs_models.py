@@ -87,7 +87,7 @@ def _(workshop):
     return workshop.deepspeed(train_batch_size=10, train_micro_batch_size_per_gpu=4)
 
 
-@refuse("28 no batch keys", 2, r"no batch size\. Give train_batch_size, for example 64, and train_micro")
+@refuse("28 no batch keys", 2, r"no batch size\. .*train_batch_size, for example 64, and train_micro")
 def _(workshop):
     return workshop.deepspeed(train_batch_size=None, train_micro_batch_size_per_gpu=None)
 
@@ -117,13 +117,13 @@ def _(workshop):
     return workshop.deepspeed(fp16={"enabled": True}, bf16={"enabled": True})
 
 
-@refuse("33 a JSON key given twice", 2, r"twice\.json: train_batch_size: given twice in one object, .*; keep one")
+@refuse("33 a JSON key given twice", 2, r"twice\.json: train_batch_size: given twice in one object, ")
 def _(workshop):
     twice = workshop.write("twice.json", json.dumps(TRAIN_JSON)[:-1] + ', "train_batch_size": 8}')
     return [*workshop.train(), f"--deepspeed-config={twice}"]
 
 
-@refuse("33 a JSON that is none", 2, r"bad\.json, line 2, column 1: .*; JSON has no comments and no last comma")
+@refuse("33 a JSON that is none", 2, r"bad\.json, line 2, column 1: .*; JSON has no comments")
 def _(workshop):
     bad = workshop.write("bad.json", '{"steps_per_print": 1,\n}')
     return [*workshop.train(), f"--deepspeed-config={bad}"]
@@ -140,7 +140,7 @@ def without_bf16():
 @refuse(
     "34 bf16 on hardware without it",
     2,
-    r"asks for bfloat16, but cpu here supports float32 only; take",
+    r"asks for bfloat16, but cpu here supports .*float32",
     before=without_bf16,
 )
 def _(workshop):

@@ -147,7 +147,7 @@ def _(workshop):
     return ["submit", "prepare_data", "--print", "--time=2h"]
 
 
-@refuse("54 CRLF batch script", 2, r"job\.sbatch:2 ends in CR LF, which bash cannot run; mend it: sed -i")
+@refuse("54 CRLF batch script", 2, r"job\.sbatch:2 .*CR.?LF.*: sed -i")
 def _(workshop):
     return ["submit", "--print", str(workshop.write("job.sbatch", "#!/bin/bash\n#SBATCH --nodes=1\r\n"))]
 
