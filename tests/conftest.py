@@ -119,6 +119,16 @@ def _training_text(corpora: Path) -> str:
     )
 
 
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Restore the environment variables after each test, so that no rank of one is inherited by programs of another."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="module")
 def memory_folder() -> Iterator[Path]:
     """A folder in memory, or on disk if that is full: fsync is free for tests that save often."""

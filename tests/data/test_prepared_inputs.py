@@ -86,8 +86,8 @@ def test_a_folder_without_what_other_programs_left_in_it(run, tmp_path, capsys):
 
 KEYS = [
     pytest.param({"json_key": "body"}, DataError, "has no JSON records, so the key 'body' has no effect", id="text"),
-    pytest.param({"json_key": "a", "messages_key": "m"}, ConfigError, "json-key is a, which means nothing", id="two"),
-    pytest.param({"json_key": "a", "format": "text"}, ConfigError, "format is text, in which the key a", id="format"),
+    pytest.param({"json_key": "a", "messages_key": "m"}, ConfigError, "json-key is a, .* the key m", id="two"),
+    pytest.param({"json_key": "a", "format": "text"}, ConfigError, "format is text, .* the key a", id="format"),
 ]
 
 

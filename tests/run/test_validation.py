@@ -108,7 +108,7 @@ def test_a_validation_that_is_not_finite_ends_the_run_and_is_never_the_best(vali
         saver=SimpleNamespace(publish=lambda: done.append("published")),
     )
     last = "the last checkpoint before it is step 4"
-    with pytest.raises(NumericsError, match=rf"after step 8 \({last}\): --data\.valid .* 2 of 11 scored.*not finite"):
+    with pytest.raises(NumericsError, match=rf"after step 8 \({last}\): --data\.valid .* 2 of 11 scored.*finite"):
         validate_or_stop(run, 8)
     assert done == [("non-finite validation", 8, "stop"), "published"]
     run.engine = Engine()

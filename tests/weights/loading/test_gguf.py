@@ -104,10 +104,10 @@ def put(place, value):
         pytest.param(lambda data: b"", "cannot mmap an empty file", id="empty"),
         pytest.param(put(0, b"GGML"), "does not begin with GGUF", id="magic"),
         pytest.param(put(4, b"\x01"), "version is 1; 2 and 3 are read", id="version"),
-        pytest.param(put(8, b"\xff" * 8), "cut short or damaged", id="tensors without number"),
-        pytest.param(put(16, b"\xff" * 8), "cut short or damaged", id="settings without number"),
+        pytest.param(put(8, b"\xff" * 8), "truncated or damaged", id="tensors without number"),
+        pytest.param(put(16, b"\xff" * 8), "truncated or damaged", id="settings without number"),
         pytest.param(lambda data: data[:-4], "output.weight lies outside it", id="the last number cut off"),
-        pytest.param(lambda data: data[:3000], "cut short or damaged", id="cut in the vocabulary"),
+        pytest.param(lambda data: data[:3000], "truncated or damaged", id="cut in the vocabulary"),
         pytest.param(lambda data: data.replace(b"blk.1.attn_norm", b"blk.0.attn_norm"), "twice", id="a tensor twice"),
     ],
 )
