@@ -24,7 +24,7 @@ class Words(StrEnum):
     WHITESPACE = "whitespace"
     ORIGINAL = "original tokens"
     ADJUSTED = "original tokens, less one"
-    """Megatron-LM's adjusted perplexity, which also stretches the mean over scored tokens to all tokens."""
+    """Megatron-LM's adjusted perplexity, which multiplies the mean over scored tokens by the number of all but one."""
     PER_DOCUMENT = "whitespace, per document"
     SPACES = "spaces"
 

@@ -56,7 +56,8 @@ def _mean_nats(score: Score, rows: Sequence[Row], protocol: Protocol) -> float:
         return score.nats_per_token
     assert score.token_nats is not None
     means = [score.token_nats[row.target_positions].mean() for row in rows]
-    # Shifting labels drops one that is a window's first token; a window without such a label loses none by shifting.
+    # The original subtracts one label per window for the shift, though the shift drops one only where the window's
+    # first token is a label; there the weight is the number of targets, elsewhere one less.
     weights = [row.num_targets - (row.window.scored_from > row.window.begin + 1) for row in rows]
     return float(np.dot(means, weights) / sum(weights)) if sum(weights) else score.nats_per_token
 

@@ -134,7 +134,7 @@ def restore(engine, read: Callable[[str, str, int, int], Tensor], optimizer_step
 def check_settings(engine, weight_decay: float) -> None:
     """Assert that parameter groups kept their settings and parameters, and that no two states share a step counter.
 
-    DeepSpeed's universal checkpoints merge groups at stage 3 (seen in 0.19.8).
+    It guards against what DeepSpeed's universal checkpoints do at stage 3 (seen in 0.19.8): they merge the groups.
     """
     optimizer = inner_optimizer(engine)
     shared = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "weight_decay")}
@@ -219,8 +219,8 @@ def refresh(engine) -> None:
 def step(engine, is_wanted: Callable[[float], bool] | None = None) -> float | Tensor | None:
     """Take the engine's step; return the norm of the global batch's gradient before clipping.
 
-    Returns None before the last micro-batch of a step, as the engine then only counts. At stage 0 DeepSpeed does not
-    report the norm, so it is computed from the full gradients before the step.
+    Returns None before the last micro-batch of a step, because the engine then only counts it. At stage 0 DeepSpeed
+    does not report the norm, so it is computed from the full gradients before the step.
 
     Args:
         engine: The engine, after its backward pass.

@@ -47,8 +47,8 @@ OpenCheckpoint = Callable[[Any], TransformersView]
 class HuggingFaceExport:
     """Export of a run with transformers' modules, block by block if the model does not fit in host memory.
 
-    A model must fit in host memory if it has adapters, comes from a GGUF file, is part of a composite model, or has
-    buffers or frozen parameters in its state.
+    A model that has adapters, comes from a GGUF file, is part of a composite model, or has buffers or frozen parameters
+    in its state cannot be exported block by block, and must fit.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ class RunState:
     step: int = 0
     """Optimizer steps attempted."""
     skipped_steps: int = 0
-    """Steps dropped for fp16 overflow."""
+    """Steps whose update was discarded: fp16 overflow, non-finite gradient, or the guard's `skip`."""
     tokens_seen: int = 0
     """Scored tokens trained on, over all ranks."""
     position: int = 0

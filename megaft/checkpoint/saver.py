@@ -1,7 +1,7 @@
 """Atomic checkpoint saving: write to a temporary folder, hash, sync, and rename into place.
 
-Once there is a valid checkpoint there always is one: old checkpoints are removed only after the new one is in place,
-and the leftovers of a killed save have a name that is never read.
+After the first checkpoint, a valid one exists at every moment: old checkpoints are removed only after the new one is in
+place, and the leftovers of a killed save have a name that is never read.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def merge_adapters(model: CausalLM) -> CausalLM:
 
 @torch.no_grad()
 def round_weights(model: CausalLM, dtype: torch.dtype) -> None:
-    """Round every weight to a dtype but store it in fp32; of an adapted layer, round the effective weight.
+    """Round every weight to a dtype but store it in fp32; for an adapted layer, round its effective weight (W + BA).
 
     The effective weight is computed from the layer's outputs rather than by merging.
     """
@@ -71,7 +71,11 @@ PROBED_ROWS = 1024
 
 
 def _plain_layer(layer: Any) -> nn.Module:
-    """Return a layer without adapters that computes the same function as the adapted layer."""
+    """Return a layer without adapters that computes the same function as the adapted layer.
+
+    Its weight is the layer's output for the identity matrix (an embedding's for every token), so that merging code need
+    not be trusted.
+    """
     base = layer.get_base_layer()
     if isinstance(base, nn.Embedding):
         largest = torch.tensor(divmod(int(base.weight.abs().argmax()), base.embedding_dim))

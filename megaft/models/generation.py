@@ -23,15 +23,19 @@ TRIAL_TOKENS = 8
 TRIAL_PROMPT = 5
 TOLERANCE = {torch.float32: 1e-3}
 """Largest difference between logits with and without the cache, relative to the largest logit. Rounding is below 1e-5
-in float32; half precision rounds each logit to about 1e-2."""
+in float32."""
 HALF_TOLERANCE = 5e-2
+"""The same in half precision, which rounds each logit to about 1e-2."""
 
 FORWARD_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """Exceptions from a forward pass that needs other inputs, or does not accept the cache that it returned."""
 
 
 class CachedModel:
-    """A transformers causal language model as a sampling.Reader; without a cache it rereads the text at each token."""
+    """A transformers causal language model for incremental decoding with its cache: a sampling.Reader.
+
+    Without a cache each token takes a forward pass over the whole text.
+    """
 
     def __init__(self, model: CausalLM, cache_name: str | None = None) -> None:
         """Wrap a model; `cache_name` is the forward pass's cache argument, from `exact_cache`."""

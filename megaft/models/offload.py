@@ -1,4 +1,4 @@
-"""Models larger than host memory: weights are read when a module computes, and freed afterwards (by accelerate)."""
+"""Models larger than host memory: accelerate loads weights just before a module's forward pass and frees them after."""
 
 from __future__ import annotations
 

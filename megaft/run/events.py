@@ -22,7 +22,7 @@ from megaft.base.redaction import without_folders
 STARTS_WITHOUT_PROGRESS = 3
 """Number of starts at the same step after which a job is not requeued."""
 CLAIM = "ended.json.claim"
-"""File that a rank creates to write ended.json in place of the main rank."""
+"""Lock file: the rank that creates it may write ended.json in place of the main rank."""
 _recording = Lock()
 
 
@@ -35,7 +35,7 @@ class Events:
     def record(self, event: str, step: int | None, **details: Any) -> None:
         """Write an event after `step` steps (None: not known); it is on disk when this returns.
 
-        Run folders are handed on, so that no text keeps an absolute path of this machine, only the file's name.
+        Run folders get shared, so absolute paths in the details are cut to file names.
         """
         if self._path is None:
             return
@@ -85,8 +85,8 @@ def _public(value: Any) -> Any:
 def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
     """Write the reason into RUN/ended.json when the block raises: launchers' codes are unreliable.
 
-    The file of an earlier run is removed first. If the main rank is killed, another rank writes the file. A failed GPU
-    leaves none, since the run may resume elsewhere.
+    The file of an earlier run is removed first. If the main rank is killed, another rank writes the file. After a
+    GPU failure the main rank does not write it, since the run may resume elsewhere.
     """
     if is_main:
         for name in ("ended.json", CLAIM):
@@ -113,7 +113,7 @@ def record_end(run_dir: Path, step: int | None, exit_code: int, reason: str) -> 
 
 
 def record_over_loss(run_dir: Path, exit_code: int, reason: str) -> None:
-    """Record an error of the main rank, over a lost peer but not over another rank's error."""
+    """Record an error of the main rank; it replaces a recorded lost peer, but not another rank's error."""
     with _recording:
         if recorded_code(run_dir) in (None, REQUEUE):
             record_end(run_dir, None, exit_code, reason)
@@ -126,7 +126,7 @@ def recorded_code(run_dir: Path) -> int | None:
 
 
 def record_first(run_dir: Path, exit_code: int, reason: str) -> None:
-    """Record the reason of another rank for ending the run, unless one is recorded; safe to call on any rank."""
+    """Write ended.json in place of the main rank, unless an end is recorded already; safe to call on any rank."""
     claim = run_dir / CLAIM
     with _recording:  # else the main thread would leave while the heartbeat's still writes
         try:

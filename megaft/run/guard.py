@@ -27,9 +27,9 @@ SMALLEST_DEVIATION = 0.01
 def fewest_values(window: int) -> int:
     """Return the number of steps the window must hold before spikes are detected.
 
-    A quarter of it, and 32 at least. A deviation estimated from few values is often far too small: a normally
-    distributed value lies 8 robust deviations above the median of 2 others once in 22 cases, of 8 once in 550, of 16
-    once in 12,000, of 32 once in 560,000. OLMo-core's SkipStepOptimizer waits for half of its window of 128.
+    A quarter of it, and 32 at least. A deviation estimated from few values is often far too small. How often a
+    normally distributed value lies 8 robust deviations above the median of others: of 2, 1 in 22; of 8, 1 in 550; of
+    16, 1 in 12,000; of 32, 1 in 560,000. OLMo-core's SkipStepOptimizer waits for half of its window of 128.
     """
     return max(FEWEST_VALUES, window // 4)
 

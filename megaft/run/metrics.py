@@ -56,7 +56,7 @@ class MetricsFile:
             self._file.flush()
 
     def close(self, failed: bool = False) -> None:
-        """Close the file."""
+        """Close the file; `failed` is part of the sinks' interface and has no effect."""
         with naming_disk_errors(self._path):
             self._file.close()
 
@@ -65,8 +65,8 @@ class PendingRows:
     """Metrics rows whose values are still being computed on the device.
 
     Reading a CUDA tensor waits for all that is queued, the step just launched included, and the GPU then idles until
-    the next launch. So `push` queues a copy to pinned memory behind the step and gives out the row of the step before,
-    whose copy has long been made. On CPU a row is ready at once.
+    the next launch. So `push` queues a copy to pinned memory behind the step and returns the previous step's row,
+    whose copy has finished by then. On CPU a row is ready at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -164,7 +164,8 @@ class Metrics:
             grad_norm: Gradient norm before clipping; None if unknown.
             tokens_seen: Scored tokens trained on so far, over data ranks.
             tokens: Input tokens of this step's global batch, scored or not but without padding: what throughput counts.
-            skipped_steps: Steps dropped so far because their gradient was not finite.
+            skipped_steps: Steps so far whose update was discarded: fp16 overflow, non-finite gradient, or the guard's
+                `skip`.
             loss_scale: Loss scale of this step; None without fp16.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Optimizers by name, their parameter groups, and the learning rate as a function of the step alone."""
+"""Optimizer construction, and the learning rate as a function of the step alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of the ranks' settings and data, of which the run records the main rank's."""
+"""Check that all ranks have the same settings and data; only the main rank's are recorded."""
 
 from __future__ import annotations
 

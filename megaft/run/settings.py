@@ -13,7 +13,7 @@ from megaft.weights import manifest
 
 
 def plan_settings(config: TrainConfig, world_size: int, *, has_cuda: bool) -> ResolvedSettings:
-    """Read the run's DeepSpeed JSON and resolve it for its ranks, also when a run resumes on another number.
+    """Read the run's DeepSpeed JSON and resolve it for its ranks, whose number may change when it resumes.
 
     Args:
         config: The run's settings.

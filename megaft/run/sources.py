@@ -28,7 +28,8 @@ LAYOUT = 3
 """Version of prepared data, incremented when the same text gives different tokens or another receipt."""
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_OF_DOUBT = 60
-"""Maximum seconds between the starts of ranks; an older failure file that still exists then is of this run."""
+"""Maximum seconds between the starts of ranks. A failure file older than this rank that still exists after them was
+written by this run, not left by an earlier one."""
 
 
 @dataclass(frozen=True, slots=True)

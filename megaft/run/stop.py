@@ -61,7 +61,7 @@ class StopRequests:
         self._files = (run_dir / "STOP", run_dir / "SAVE") if is_main else ()
 
     def seen(self) -> list[int]:
-        """Return [signal, is time up, STOP exists, SAVE exists] as integers, for a maximum over ranks."""
+        """Return [signal, is time up, STOP exists, SAVE exists] as integers, which a maximum over ranks combines."""
         is_late = time.monotonic() - STARTED >= self._max_seconds
         files = [int(path.exists()) for path in self._files] or [0, 0]
         return [next(iter(_received), 0), int(is_late), *files]

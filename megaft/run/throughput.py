@@ -100,7 +100,7 @@ class Meter:
     peak_flops: float
     """Peak FLOP/s of one device."""
     peak_source: str
-    """Source of the peak."""
+    """Where `peak_flops` comes from: setting, data sheet or measurement."""
 
     @classmethod
     def of(
@@ -136,7 +136,8 @@ class Meter:
         """Return the rates of a step that put `tokens` through all devices, and the peak memory so far.
 
         `mfu` is model FLOPs utilization (PaLM, appendix B): the FLOP/s of the model over the peak of all devices. It
-        is None where it would be above 1: then the peak is wrong, such as one measured while others had the cores.
+        is None where it would be above 1: then the peak is wrong, such as one measured while other processes used the
+        cores.
         """
         per_device = tokens / seconds / self.num_devices
         share = None if self.flops_per_token is None else per_device * self.flops_per_token / self.peak_flops

@@ -22,9 +22,9 @@ class Validation:
     """A validation text and its windows, in which every token of every document is scored once.
 
     Documents begin as in training: with the special tokens that the tokenizer puts before every text, which are not
-    scored, or with a chat template's own. Only a text without either gets a prefix token, so that something predicts
-    its first token. Of prompts and completions, or of chats, only what training scores counts; of other texts all but
-    the end-of-document tokens that their preparation appended.
+    scored, or with a chat template's own. Only text with neither gets a prefix token, so that something predicts its
+    first token. For prompts with completions, and for chats, the score covers what training scores; for other texts,
+    everything but the end-of-document tokens that their preparation appended.
     """
 
     def __init__(
@@ -32,7 +32,8 @@ class Validation:
     ):
         prefix, receipt = dataset.prefix, dataset.receipt
         self.tokens = TokenFile(prefix, receipt["tokenizer"]["vocab_size"])
-        # Tokens of completions and answers may hold the prompt's characters or the template's: they are not its words.
+        # Scored tokens of completions and answers may include characters of the prompt or template, so counts of words
+        # and bytes would not match.
         has_mask = receipt["has_mask"]
         num_opening = len(receipt.get("opening_ids", ()))
         self.prefix_id = None if has_mask or num_opening else tokenizer.prefix_id

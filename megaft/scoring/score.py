@@ -108,7 +108,10 @@ class Documents(Protocol):
 
 
 class Row(NamedTuple):
-    """A window of a document; its position p is token first + p of the text. A prefix counts as position 0."""
+    """A window of a document; its position p is token first + p of the text.
+
+    With a prefix token, `first` is one before the document, so position 0 is the prefix.
+    """
 
     first: int
     window: Window

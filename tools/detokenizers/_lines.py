@@ -67,7 +67,7 @@ class LineDetokenizer:
     def retokenize(self, chunks: Iterable[str]) -> Iterator[str]:
         """Yield the corpus; the exact inverse of `detokenize`. Any other text gives a corpus too."""
         framed = None
-        for line, newline, part in _lines(chunks, 2 * self.longest_line + 4):  # a mark a word at most, and one flag
+        for line, newline, part in _lines(chunks, 2 * self.longest_line + 4):  # at most a mark per word, and a flag
             if framed is None:
                 framed = self._framed and not line.startswith(UNFRAMED)
                 line = line.removeprefix(UNFRAMED) if self._framed else line

@@ -21,5 +21,5 @@ def detokenize(text: str) -> str:
 
 
 def retokenize(text: str) -> str:
-    """Return x for detokenize(x), for every string x."""
+    """Return the exact inverse of detokenize: retokenize(detokenize(x)) == x for every string x."""
     return "".join(LINES.retokenize([text]))

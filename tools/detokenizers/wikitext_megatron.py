@@ -1,7 +1,7 @@
 """Published detokenizer of WikiText: the rules behind Megatron-LM's perplexities (tasks/zeroshot_gpt/detokenizer.py).
 
 They lose information: `a @-@ b` and `a-b` both become `a-b`. Their order matters, and quotes are paired across lines,
-so that one odd quote changes the rest of the file: pass the whole file, not its lines.
+so that one unpaired quote changes the rest of the file: pass the whole file, not its lines.
 """
 
 import re

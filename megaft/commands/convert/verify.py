@@ -34,7 +34,7 @@ from megaft.weights.reading import open_weights
 from megaft.weights.tensor_file import TensorFile
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
-"""Tolerance of one token's nats, and relative tolerance of the mean; a wrong weight differs a thousandfold."""
+"""Tolerance of one token's nats, and relative tolerance of the mean; one wrong weight exceeds them a thousandfold."""
 MAX_CONTEXT = 512
 """Largest number of input tokens per forward pass."""
 
@@ -78,7 +78,7 @@ class ComparedModel(NamedTuple):
 
     source: str
     model_config: str | None = None
-    """Configuration for a checkpoint that does not name its model."""
+    """As --model-config: the architecture, for a checkpoint that does not name its model."""
 
     @property
     def num_ranks(self) -> int:

@@ -19,7 +19,7 @@ class Floor:
     reason: str
 
     def is_above(self, version: str) -> bool:
-        """Return True if `version` is too old; a pre-release of the floor is."""
+        """Return True if `version` is older than the floor; pre-releases of the floor count as older."""
         return Version(version) < Version(self.version)
 
 

@@ -193,7 +193,7 @@ def flat_size(weights: Weights, num_ranks: int) -> int:
 
 @cache
 def boundary_elements(sizes: tuple[int, ...], num_ranks: int, rank: int | None = None) -> int:
-    """Return how many elements of its first and last parameter lie outside a rank's partition of the flat buffer.
+    """Return how many elements of a rank's first and last parameter lie outside its partition of the flat buffer.
 
     Args:
         sizes: Elements of each parameter, in order.

@@ -62,7 +62,7 @@ def filters(settings: SamplingConfig) -> LogitsProcessorList:
 
 @runtime_checkable
 class Reader(Protocol):
-    """A language model in evaluation that reads a text incrementally."""
+    """Interface for incremental decoding: a language model in evaluation mode, with its KV or state cache."""
 
     max_positions: int | None
     """Longest input; None if there is no limit."""
