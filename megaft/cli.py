@@ -21,7 +21,7 @@ class Command:
     module: str
     """Module of megaft whose `main` runs the command."""
     config: str | None
-    """module:Class of the dataclass that `main` takes, its fields the flags; None if `main` parses a list itself."""
+    """module:Class of the dataclass that `main` takes and whose fields are the flags; None if `main` parses a list."""
 
 
 COMMANDS = {
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Run the command named first, or print megaft's help or version."""
+    """Run the command that the first argument names, or print megaft's help or version."""
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(usage())

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Started as a script, its own folder is first on sys.path, where our modules would hide libraries' names.
+# When this file runs as a script, Python puts megaft/ first on sys.path, where our modules would shadow libraries.
 if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -59,7 +59,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
     from megaft.base import parallel, torch_flags
     from megaft.checkpoint import engine_state
 
-    torch_flags.set_before_cuda(config.run.deterministic, config.parallel.tensor_parallel_size)  # DeepSpeed starts it
+    torch_flags.set_before_cuda(config.run.deterministic, config.parallel.tensor_parallel_size)  # DeepSpeed starts CUDA
     from megaft.checkpoint.export import export
     from megaft.data.batches import micro_batches
     from megaft.run.build import build
@@ -135,6 +135,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 loss_scale=loss_scale,
             )
 
+            # Agree over ranks: requests to stop, and whether any rank is still writing a checkpoint.
             *asked, is_writing = parallel.max_over_ranks([*stops.seen(), int(not saver.is_written)])
             request = stops.request(*asked)
             is_last = state.step == max_steps
@@ -174,7 +175,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
 
 
 def is_over(config: TrainConfig, state: RunState, max_steps: int) -> bool:
-    """Return True if the last step is done, or early stopping applies."""
+    """Return True if the last step is done or early stopping has triggered."""
     return state.step >= max_steps or 0 < config.run.patience <= state.validations_since_best
 
 

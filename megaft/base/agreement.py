@@ -41,7 +41,7 @@ def raise_together(error: UserError | None) -> None:
 
 
 def raise_from_anywhere(error: UserError) -> NoReturn:
-    """Raise an error on every rank, even those in another collective; without a heartbeat, as `raise_together`."""
+    """Raise an error on every rank, through the heartbeat; if there is none, through `raise_together`."""
     if not parallel.tell_others(error):
         raise_together(error)
     raise error
@@ -62,6 +62,6 @@ def together(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def main_first(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function on the main rank, then on the others, which find its downloads and files; as `together`."""
+    """Call a function on the main rank, then on the others, which reuse its downloads; errors as in `together`."""
     first = together(lambda: function(*arguments) if parallel.is_main() else None)
     return together(lambda: cast(T, first) if parallel.is_main() else function(*arguments))

@@ -37,7 +37,7 @@ def notes_on_precision(
     ratio = slowdown(seconds, dtype)
     if ratio is None:
         return []
-    offload = "_offload" if offload_optimizer and zero_stage == 2 else ""  # of the recipes in fp32 only this one
+    offload = "_offload" if offload_optimizer and zero_stage == 2 else ""  # the only fp32 recipe that offloads
     return [
         f"warning: on this CPU {name(dtype)} is {ratio:.0f} times slower than fp32 (matrix products of {WIDTH}); "
         f"ds_configs/zero{zero_stage}_fp32{offload}.json is faster."

@@ -42,7 +42,7 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
             time.sleep(SECONDS_FOR_MAIN)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except SystemExit:  # the parser's, of the same flags on every rank: the main one says what is wrong with them
+    except SystemExit:  # bad flags: every rank has the same ones, so the main rank alone prints the error
         if not is_main:
             time.sleep(SECONDS_FOR_MAIN)
         raise

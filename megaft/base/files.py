@@ -1,4 +1,4 @@
-"""Atomic file writes: a reader sees the old file or the new one."""
+"""Files: JSON, names, hashes, and atomic writes, of which a reader sees the old file or the new one."""
 
 from __future__ import annotations
 

@@ -91,7 +91,11 @@ def _is_no_setting(value: Any) -> bool:
 
 
 def _names_a_kernel(key: str, value: Any) -> bool:
-    """The private keys are transformers' own, and false or null where it wrote them; the public one may say "sdpa"."""
+    """Return True if the value may name a kernel on the hub.
+
+    Under a private key (transformers' own) any value may, except booleans and empty ones; under the public key, which
+    may say "sdpa", one with a slash.
+    """
     return bool(value) and not isinstance(value, bool) and (key.startswith("_") or "/" in str(value))
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 MIB = 2**20
 
 CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 128 * MIB}
-"""Largest fp32 logits held at once, by kind of device. On CPUs what malloc keeps for the next chunk: from 32 MiB on it
-returns memory to the system, whose page faults then cost half as much as the product."""
+"""Largest fp32 logits held at once, by kind of device. On CPUs it stays below 32 MiB: from there
+on malloc returns the memory to the system after each chunk, and page faults cost half as much as the product."""
 
 # Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's data sheets; the first match holds.
 PEAK_FLOPS = {

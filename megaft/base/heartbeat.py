@@ -1,4 +1,4 @@
-"""Heartbeat between ranks: ends a process whose peer died or failed, although its main thread waits in a device call.
+"""Heartbeat between ranks: ends a process when a peer dies or fails, even while its main thread waits for a GPU.
 
 A rank that waits for the GPU behind a collective cannot be told by that collective that a peer is gone: NCCL's
 watchdog aborts the process in the end, with no reason written. So every rank keeps a TCP connection to the main rank.
@@ -43,7 +43,7 @@ _at_end: list[Callable[[int, str], None]] = []
 
 @contextmanager
 def at_end(record: Callable[[int, str], None]) -> Iterator[None]:
-    """Call `record` with exit code and reason before this process is ended inside the block because of a peer."""
+    """Within the block: call `record(exit_code, reason)` before a peer's end or failure ends this process."""
     _at_end.append(record)
     try:
         yield
@@ -58,7 +58,7 @@ class Heartbeat:
         """Connect the ranks, all of which call this; `store` is torch's, and tells the main rank's port."""
         self._rank, self._world_size = rank, world_size
         self._silent_seconds = min(SILENT_SECONDS, timeout_seconds)
-        # The main rank ends first where it lives: it writes the reason, and the launcher may end the rest.
+        # If the main rank is alive it ends first: it writes the reason, and the launcher may then end the other ranks.
         self._grace_seconds = min(GRACE_SECONDS, timeout_seconds) * (1.0 if rank == 0 else 1.5)
         self._is_over, self._has_news, self._has_told = threading.Event(), threading.Event(), threading.Event()
         self._news: Ending | None = None
@@ -83,7 +83,7 @@ class Heartbeat:
                 self._has_told.wait(self._grace_seconds)  # else this process may end before
 
     def news(self) -> Ending | None:
-        """Return how the first rank ended, where one did; wait for that as long as a main thread may take to end."""
+        """Wait up to the grace period for the report of how the first rank ended; return it, or None."""
         self._has_news.wait(self._grace_seconds)
         return self._news
 
@@ -143,7 +143,7 @@ class Heartbeat:
                     return
 
     def _is_told(self, main: LineSocket) -> bool:
-        """Hear the main rank; return True when it has no more to say, and this process need not end."""
+        """Read the main rank's messages; return True if no more will come. If a rank failed, end this process."""
         lines, how = main.read()
         if lines == [DONE]:
             return True

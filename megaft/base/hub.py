@@ -16,7 +16,7 @@ CHECK = "Check the spelling, or give a local path"
 
 
 def find_file(source: str | Path, name: str) -> Path | None:
-    """Return a file of a model's folder or hub repository; None where it has none, or nobody can be asked.
+    """Return the path of a file of a model's folder or hub repository; None if there is none or no hub can be asked.
 
     Args:
         source: A folder or a hub name.
@@ -24,7 +24,7 @@ def find_file(source: str | Path, name: str) -> Path | None:
 
     Raises:
         DataError: It is no folder, and no repository that the hub or its cache has.
-        OSError: There can be no such model: transformers says why.
+        OSError: `source` is not a valid model name; the message is transformers'.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
     from transformers.utils import cached_file
@@ -45,7 +45,7 @@ def find_file(source: str | Path, name: str) -> Path | None:
 
 
 def find_file_if_any(source: str | Path, name: str) -> Path | None:
-    """Return `find_file`'s, and None too where there can be no such model: loading it says so.
+    """Like `find_file`, but return None for an invalid model name, which loading reports.
 
     Raises:
         DataError: As `find_file`.

@@ -19,7 +19,7 @@ class LineSocket:
         return self.socket.fileno()
 
     def read(self) -> tuple[list[bytes], str]:
-        """Return the lines that are complete now; and why no more will come, or nothing where more may."""
+        """Return the complete lines received, and the reason the connection is closed (empty while it is open)."""
         try:
             data = self.socket.recv(4096)
         except OSError as error:

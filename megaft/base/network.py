@@ -106,7 +106,7 @@ def require_interfaces(environment: Mapping[str, str], backend: str) -> None:
     names = [name for name in environment.get(GLOO, "").split(",") if name]
     _require(GLOO, names, str.__eq__)
     pattern = environment.get(NCCL, "")
-    if backend == "nccl" and not pattern.startswith("^"):  # these would be left out
+    if backend == "nccl" and not pattern.startswith("^"):  # ^ excludes names, which need not exist
         names = [name.partition(":")[0] for name in pattern.removeprefix("=").split(",") if name]
         _require(NCCL, names, str.__eq__ if pattern.startswith("=") else str.startswith)
 

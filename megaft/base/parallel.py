@@ -64,7 +64,7 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     # NCCL aborts a process on timeout without a message, so the gloo group, which raises an error, times out first.
     longer = timeout + timedelta(minutes=1) if backend == "nccl" else timeout
-    # DeepSpeed's own groups, in which ZeRO's collectives run, take torch's default, and it lets nobody choose.
+    # DeepSpeed creates ZeRO's groups with torch's default timeout and has no option for it, so change the default.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = longer
     if not dist.is_initialized():
         _meet(topology, device, longer)
@@ -148,7 +148,7 @@ def start_tensor_parallelism(tensor_parallel_size: int) -> None:
     Call it once on every rank after `join`, before a model of megatron-core is built.
     """
     global _groups
-    # It speaks of its own deprecations, and of apex, which is optional.
+    # megatron-core warns about its own deprecations, and about apex, which is optional.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     from megatron.core import parallel_state
 
@@ -295,7 +295,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def sum_over_data_ranks(tensor: Tensor) -> Tensor:
     """Replace `tensor`, equal on the ranks of a tensor-parallel group, by its sum over data ranks, and return it.
 
-    It is the same to the last bit on all ranks, which decide by it what they do together.
+    It is bit-identical on all ranks, so that they take the same decisions from it.
     """
     if tensor_parallel_rank() > 0:
         tensor.zero_()
@@ -327,7 +327,7 @@ def barrier() -> None:
 
 
 def max_over_ranks(values: list[int]) -> list[int]:
-    """Return the largest value of each place over all ranks. It runs on the host and waits for no GPU."""
+    """Return the elementwise maximum over all ranks. It runs on the host and waits for no GPU."""
     if world_size() == 1:
         return values
     tensor = torch.tensor(values)
@@ -336,7 +336,7 @@ def max_over_ranks(values: list[int]) -> list[int]:
 
 
 def gather_numbers(numbers: list[int]) -> list[list[int]]:
-    """Return the numbers, none negative and as many on each, of every rank in order. It runs on the host."""
+    """Gather equally long lists of non-negative integers from all ranks, in rank order. It runs on the host."""
     before, after = rank(), world_size() - 1 - rank()
     zeros, count = [0] * len(numbers), len(numbers)
     flat = max_over_ranks([*before * zeros, *numbers, *after * zeros])
@@ -350,7 +350,7 @@ def _host_group(world: object) -> Any:
 
 
 def from_main(tensor: Tensor) -> Tensor:
-    """Return the main rank's numbers on every rank, where each rank's `tensor` is."""
+    """Broadcast the main rank's tensor: return it on every rank, on the device of that rank's `tensor`."""
     device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
     mine = (tensor if is_main() else torch.zeros_like(tensor)).to(device)
     return sum_over_ranks(mine).to(tensor.device)

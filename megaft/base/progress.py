@@ -27,7 +27,7 @@ class Bar:
         self._rich.start()
 
     def move(self, done: int) -> tuple[float | None, str]:
-        """Move on; return units a second over the last thousand moves (None at the first) and the time left."""
+        """Advance to `done`; return units a second over the last thousand calls (None at first) and the time left."""
         self._rich.update(self._task.id, completed=done)
         left = self._task.time_remaining
         return self._task.speed, "unknown" if left is None else str(timedelta(seconds=left))
@@ -41,11 +41,11 @@ class Bar:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Print a text that stays."""
+        """Print a line above the bar."""
         self._rich.console.print(text)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar."""
         self._rich.stop()
 
 

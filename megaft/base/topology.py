@@ -14,8 +14,8 @@ from pathlib import Path
 from megaft.base.errors import ConfigError
 
 # launcher, the variable that shows it, then its rank, local rank and world size.
-# OpenMPI and MPICH stand before SLURM because mpirun starts its daemons with srun inside a job. Of SLURM's variables
-# those of the step count: in an interactive shell of `salloc -n 4`, a step of one task, SLURM_NTASKS is 4.
+# OpenMPI and MPICH stand before SLURM because mpirun starts its daemons with srun inside a job. For SLURM use the
+# step's variables: in an interactive shell of `salloc -n 4`, a step of one task, SLURM_NTASKS is still 4.
 LAUNCHERS = (
     ("torch", "RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
     ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),

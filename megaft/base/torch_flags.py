@@ -10,7 +10,7 @@ import torch
 DETERMINISTIC_ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # else cuBLAS may sum in another order when streams share its workspace
     "NCCL_ALGO": "Ring",  # else NCCL chooses by what it measures of the network
-    "NCCL_NVLS_ENABLE": "0",  # switches that add up
+    "NCCL_NVLS_ENABLE": "0",  # else NVLink SHARP, in which the NVSwitches add up
 }
 NOT_EXACT = (
     "On CUDA the same run again gives the same losses to rounding only, since attention's backward pass adds in no "
@@ -21,7 +21,8 @@ NOT_EXACT = (
 def forbid_tf32() -> None:
     """Let fp32 matrix products and convolutions be fp32, whatever the environment says.
 
-    NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which torch takes for its first setting only.
+    NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which torch reads once, as the
+    initial value of allow_tf32; so it is set again here.
     """
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # 0 forbids it in cuBLAS and cuDNN, and is all that NVIDIA documents
     torch.set_float32_matmul_precision("highest")
@@ -40,7 +41,7 @@ def set_before_cuda(is_deterministic: bool, tensor_parallel_size: int) -> None:
 def use_deterministic_algorithms() -> None:
     """Let every operation give the same bits each time, or raise; call it before anything runs on a GPU.
 
-    torch then tells its compiler too. With warnings in place of errors it would keep the fast kernels of attention.
+    torch then tells its compiler too. `warn_only=True` would leave attention on its faster, nondeterministic kernels.
     """
     os.environ.update(DETERMINISTIC_ENVIRONMENT)
     torch.use_deterministic_algorithms(True, warn_only=False)

@@ -1,4 +1,4 @@
-"""Suggest the setting that an unknown flag abbreviates, such as --optim.learning-rate for --optim.lr.
+"""Suggest the full flag when an unknown one has its initials: --optim.learning-rate for --optim.lr.
 
 tyro suggests settings for misspelled flags, but not for initials.
 """

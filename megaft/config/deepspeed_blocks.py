@@ -2,7 +2,7 @@
 
 megaft hands the engine its own optimizer and sets the learning rate itself, so a block is translated or refused; a
 parameter that the block leaves out has DeepSpeed's default, unless the command line gives it. The warm-up is megaft's
-(`optim.learning_rate`), one step ahead of DeepSpeed's, whose first step has learning rate 0 and moves nothing.
+(`optim.learning_rate`), shifted by one step against DeepSpeed's, whose first step has learning rate 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TABLES: dict[str, tuple[str, Mapping[str, Optimizer | Schedule]]] = {
     "optimizer": ("name", OPTIMIZERS),
     "scheduler": ("schedule", SCHEDULES),
 }
-"""Kind of block: the OptimConfig field that it decides, and the table of that field's values."""
+"""By kind of block: the OptimConfig field that it sets, and the table of allowed values."""
 WHOLE_NUMBERS = ("warmup_steps", TOTAL_STEPS)
 
 

@@ -58,7 +58,7 @@ class ResolvedSettings:
     total_num_steps: int | None
     """Total steps of the scheduler block, which must equal the run's; the caller checks that."""
     notes: tuple[str, ...]
-    """Settings that were translated, or filled in and change the training; a sentence each, to be printed once."""
+    """Sentences to print once: settings translated from the JSON, and defaults that change the training."""
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:

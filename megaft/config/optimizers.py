@@ -43,7 +43,7 @@ class Optimizer:
 
     @property
     def settings(self) -> frozenset[str]:
-        """Fields of OptimConfig that this optimizer uses and others may not."""
+        """Fields of OptimConfig that this optimizer uses, and that some others do not."""
         fields = (names if isinstance(names, tuple) else (names,) for names in self.arguments.values())
         return frozenset(name for names in fields for name in names)
 

@@ -14,7 +14,7 @@ Backend = Literal["hugging-face", "megatron"]
 def require_shardable(
     backend: Backend, size: int, setting: str = "--tensor-parallel-size", backend_setting: str = "--backend"
 ) -> None:
-    """Raise ConfigError for a tensor-parallel size above 1 of transformers' modules.
+    """Raise ConfigError if the modules are transformers' and the tensor-parallel size is above 1.
 
     Args:
         backend: Model implementation.

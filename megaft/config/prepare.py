@@ -28,7 +28,7 @@ class PrepareConfig:
     format: ReadAs = "auto"
     """Input format: plain text, one JSON record per line, or detected from each file's content."""
     unit: Literal["file", "line", "document"] = "file"
-    """Document boundaries in a text file: the whole file, each line, or blank lines."""
+    """Document boundaries in a text file: the whole file, each line, or (document) blank lines."""
     json_key: str | None = None
     """JSON records: key of the text, `text` by default."""
     prompt_key: str | None = None
@@ -44,7 +44,7 @@ class PrepareConfig:
     min_tokens: int = 1
     """Drop documents with fewer tokens of text; the receipt counts them."""
     append_eod: bool = False
-    """End every document with the tokenizer's end-of-sequence token."""
+    """End every document with the tokenizer's EOS token (Megatron's --append-eod)."""
     workers: int | None = None
     """Tokenizer threads; by default one per core."""
     json: bool = False

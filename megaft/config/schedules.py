@@ -21,7 +21,7 @@ class Schedule:
     """Learning-rate schedule after warmup."""
 
     remaining: Callable[[float], float]
-    """Learning rate between its final value (0.0) and its peak (1.0), given the fraction of the decay that is done."""
+    """Decay factor from 1 (peak) to 0 (final value), as a function of the fraction of the decay that is done."""
     decays: bool = True
     """False if the rate stays at the peak, so that run length and --optim.final-fraction have no effect."""
     block: BlockTranslation | None = None
@@ -29,7 +29,7 @@ class Schedule:
 
     @property
     def settings(self) -> frozenset[str]:
-        """Fields of OptimConfig that this schedule uses and others may not."""
+        """Fields of OptimConfig that this schedule uses, and that some others do not."""
         return frozenset({"final_fraction"} if self.decays else ())
 
 

@@ -99,7 +99,7 @@ class DataConfig:
     context_length: int = 1024
     """Sequence length: input tokens per sample."""
     sample: Literal["stream", "document"] = "stream"
-    """Pack documents into one stream of tokens, or start a new sample at every document."""
+    """stream: join documents and cut every --data.context-length tokens; document: a new sample at every document."""
     attend_within_documents: bool = False
     """In packed samples, confine attention and positions to documents; a document's first token is not scored."""
     detokenizer: str = "identity"
@@ -177,7 +177,7 @@ class RunConfig:
     max_minutes: float | None = None
     """After this many minutes, finish the current step, save, and exit with code 75 (requeue)."""
     timeout_minutes: float = 10.0
-    """Exit with code 75 when another rank has been silent this long. Must exceed the longest validation or save."""
+    """Minutes to wait for another rank before exiting with code 75. Must exceed the longest validation or save."""
     deterministic: bool = False
     """Bitwise reproducible results on GPUs of one model, at some cost in speed. CPU runs always are."""
     fresh: bool = False
@@ -211,11 +211,11 @@ class CheckpointConfig:
     keep_last: int = 2
     """Number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Also keep checkpoints whose step is a multiple of this; 0 keeps no others."""
+    """Also keep checkpoints whose step is a multiple of this; 0 keeps only the newest and the best."""
     in_background: Annotated[bool, tyro.conf.arg(name="async")] = False
     """Asynchronous saving: copy the state to host memory and write it while training continues."""
     allow_changed: tuple[str, ...] = ()
-    """Settings that may differ from the checkpoint when resuming, named as in the error message, such as data."""
+    """Differences from the checkpoint to accept when resuming, such as data; the error names the one to list."""
 
     def __post_init__(self) -> None:
         ranges = {"every": at_least(0), "keep_last": at_least(1).such_as("2"), "keep_every": at_least(0)}
@@ -246,13 +246,13 @@ class GuardConfig:
     spike_deviations: float = 8.0
     """Spike threshold: robust standard deviations (1.4826 times the MAD) above the median of the window."""
     spike_window: int = 128
-    """Steps in the window for spike detection, which starts after a quarter of them, at least 32."""
+    """Recent steps that the median is taken over. Detection starts after a quarter of them, at least 32."""
     max_overflows: int = 20
     """Stop after this many consecutive fp16 overflows."""
     max_skips: int = 10
     """Stop after this many consecutive skipped steps."""
     max_rewinds: int = 10
-    """Stop at the next rewind after this many."""
+    """Maximum number of rewinds; the run stops instead of rewinding once more."""
 
     def __post_init__(self) -> None:
         require_ranges(
@@ -273,13 +273,12 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """Sliding-window validation, which scores every token of every document once."""
+    """Validation during training (not evaluate_zero_shot): sliding windows score every token of a document once."""
 
     context_length: int | None = None
     """Input tokens per window. By default --data.context-length."""
     stride: int | None = None
-    """Tokens scored per window after the first. A smaller stride is slower and lowers perplexity. By default half the
-    context."""
+    """Tokens by which the window advances; fewer are slower and lower perplexity. By default half the context."""
     batch_size: int = 8
     """Windows per rank in a forward pass."""
 
@@ -332,7 +331,8 @@ class TrainConfig:
         has_validation = self.data.valid is not None
         require(
             has_validation or self.run.validate_every == 0,
-            f"--run.validate-every is {self.run.validate_every} but --data.valid is not set. Set both or neither.",
+            f"--run.validate-every is {self.run.validate_every}; validation needs data. "
+            "Set --data.valid, or remove --run.validate-every.",
         )
         require(
             has_validation or self.eval == EvalConfig(),
@@ -340,7 +340,7 @@ class TrainConfig:
         )
         require(
             has_validation or self.run.patience == 0,
-            f"--run.patience is {self.run.patience}, but --data.valid is not set. Set both or neither.",
+            f"--run.patience is {self.run.patience}; validation needs data. Set --data.valid or remove --run.patience.",
         )
         require(
             self.model.path is not None or self.data.tokenizer is not None,

@@ -99,7 +99,7 @@ def collate(
         first_position: Position of the first sample in the run's sequence.
         row_length: None pads to the longest sample, rounded up to a multiple of PADDED_TO.
         keep_documents: Include the document ids, which keep attention within documents.
-        longest: Upper limit of the rounded row length, for models without later positions.
+        longest: Upper limit of the rounded row length, since the model may have no positions beyond it.
     """
     rounded = -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
     length = row_length or min(rounded, longest or rounded)

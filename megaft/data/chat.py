@@ -26,7 +26,7 @@ ASSISTANT_ROLES = frozenset(
     {"assistant", "gpt", "chatgpt", "gpt4", "model", "bot", "chatbot", "ai", "bing", "bard", "claude", "llama"}
     | {"response", "answer", "output", "completion"}
 )
-"""Other names of the assistant in chat datasets, compared in lower case without punctuation."""
+"""Names of the assistant in chat datasets, compared in lower case without punctuation."""
 
 TOOL_KEYS = ("tools", "functions")
 """Record keys for tool definitions in OpenAI's format; they are not passed to the template."""

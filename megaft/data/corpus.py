@@ -47,7 +47,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A document, or a part of one that can be tokenized on its own; the counts are its share of the document's."""
+    """A document, or a part of one that can be tokenized on its own; a document's chunks add up to its counts."""
 
     segments: tuple[Segment, ...]
     num_words: int
@@ -63,7 +63,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextLayout:
-    """Layout of a file of documents: its unit, format and keys."""
+    """How to find documents in a file: unit, record keys, detokenizer and chat template."""
 
     unit: Unit = "file"
     text_key: str = "text"

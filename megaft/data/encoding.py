@@ -80,7 +80,7 @@ def scored_tokens(chunk: Chunk, spans: list[Span]) -> Bool[np.ndarray, " tokens"
     Args:
         chunk: The text; its segments determine the scored characters.
         spans: Character span of each token. An empty span, such as that of a prefix space or of the first bytes of a
-            character, counts as the next character.
+            character, is scored like the next character.
     """
     lengths = [len(segment.text) for segment in chunk.segments]
     is_scored = np.repeat([segment.is_scored for segment in chunk.segments], lengths)

@@ -70,7 +70,7 @@ def load(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _prefix(reference: PreTrainedTokenizerFast, model: ModelProto) -> Prefix:
-    """Return the prefix that `legacy` selects for text after special tokens, otherwise sentencepiece's own."""
+    """Return where a space is prepended: as `legacy` says if the model always prepends one, else as the model says."""
     steps: dict[str, Any] = json.loads(reference.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     own = prefix_of(model)
     return steps.get("prepend_scheme", own) if own == "always" else own

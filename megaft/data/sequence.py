@@ -95,13 +95,13 @@ class Samples:
         """Return the fixed row length of a batch; None to pad rows to the longest of their micro-batch.
 
         Args:
-            rope_length_limit: Longest input for which the model's states do not depend on the input length; None for no
-                limit. With a longer context every row is padded to the context, so that the loss does not depend on the
+            rope_length_limit: Longest input before rotary positions change with the input's length; None if they never
+                do. With a longer context every row is padded to the context, so that the loss does not depend on the
                 micro-batch size.
 
         Raises:
-            ConfigError: Attention stays within documents and the context is longer than that: the length of a document
-                would matter.
+            ConfigError: Attention stays within documents and the context exceeds `rope_length_limit`, so the loss would
+                depend on the longest document.
         """
         context = self.context_length
         depends_on_length = rope_length_limit is not None and context > rope_length_limit

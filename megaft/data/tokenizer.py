@@ -67,8 +67,8 @@ class Tokenizer:
     def splits_at_spaces(self) -> bool:
         """True if encoding chunks of a text, split before any space or newline that follows a non-space, is exact.
 
-        In GPT-2's pre-tokenizer no alternative matches white space after another character, so every match ends before
-        such white space, and the lookahead in `\\s+(?!\\S)` starts at it. False for other pre-tokenizers, for
+        In GPT-2's pre-tokenizer no match has white space after a non-space, so every match ends before such white
+        space, and `\\s+(?!\\S)`, which looks ahead, starts at it. False for other pre-tokenizers, for
         normalizers, and for added tokens that contain or strip white space.
         """
         pre: dict[str, Any] = self._state["pre_tokenizer"] or {"type": None}
@@ -215,7 +215,7 @@ class SentencePieceTokenizer:
         """Return the text of the ids.
 
         Raises:
-            DataError: The model has no piece of an id, as where embeddings have rows beyond the vocabulary.
+            DataError: An id is outside the vocabulary, as a model with padded embeddings can generate.
         """
         for id_ in ids:
             if not 0 <= id_ < self.vocab_size:

@@ -19,7 +19,7 @@ class Rule:
     """Mapping of one megatron-core parameter from transformers' parameters.
 
     Megatron stores the queries, keys and values of an attention group together, so that ranks split between groups. In
-    a gated layer each rank's gate rows precede its value rows.
+    a gated layer each rank's gate rows precede its up rows.
     """
 
     sources: tuple[str, ...]

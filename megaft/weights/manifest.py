@@ -21,7 +21,7 @@ from megaft.base.files import is_file_name, parse_json, sha256_of, to_json
 FORMAT = 3
 MANIFEST = "manifest.json"
 
-# A checkpoint that is being replaced by one of the same step stays valid until it is replaced.
+# step-N.replaced-T is the old checkpoint of step N, valid until the new one of that step is in place.
 NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
 
 

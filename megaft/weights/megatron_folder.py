@@ -82,7 +82,7 @@ def _checked(folder: Path, name: str, entry: dict[str, Any], is_hashed: bool) ->
 
 
 def local_shapes(layout: Layout, shapes: dict[str, torch.Size], size: int, rank: int) -> dict[str, torch.Size]:
-    """Return the shapes of rank `rank` of `size`'s shards of all megatron-core parameters."""
+    """Return the shapes of one tensor-parallel rank's shards, by megatron-core name."""
 
     @cache
     def meta(source: str) -> Tensor:

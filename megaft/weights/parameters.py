@@ -94,7 +94,7 @@ def naming_config_errors(source: str, config: Any = None) -> Iterator[None]:
 
 
 def shapes_of(config: Any) -> dict[str, torch.Size]:
-    """Return the shapes of a transformers model's parameters, tied ones once, without allocating them.
+    """Return the parameter shapes of a transformers model without allocating it; tied parameters appear once.
 
     Raises:
         DataError: The configuration is invalid.

@@ -41,7 +41,7 @@ class Shape:
     """True if the other matrices of a layer have biases."""
     activation: str
     dropout: float
-    """Dropout of the residual stream. Fused kernels recompute attention's dropout mask in the backward pass."""
+    """Dropout of the residual stream. Attention's is left out: fused kernels recompute its mask."""
 
     def weights(self, tensor_parallel_size: int = 1, is_fused: bool = False) -> Weights:
         """Return the parameter shapes of one tensor-parallel rank.

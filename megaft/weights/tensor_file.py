@@ -1,4 +1,4 @@
-"""Read and write safetensors files one tensor at a time, without mmap, whose touched pages would stay resident.
+"""Read and write safetensors files one tensor at a time by plain reads: touched pages of an mmap would stay resident.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -24,7 +24,7 @@ from megaft.base.files import parse_json
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Supported dtypes by safetensors' names."""
 BYTES_AT_ONCE = 1 << 24
-"""Bytes written between hints to start writing to disk."""
+"""Bytes written between calls of posix_fadvise, which start writing to disk."""
 
 
 class Span(NamedTuple):

@@ -1,4 +1,4 @@
-"""Make families that mask padding tokens by default attend to them inside a text, as to other tokens."""
+"""Attend to padding tokens inside a text, in families that mask them when given no attention mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 COUNTS_PADDING = ("xlm",)
-"""Families that count a row's padding tokens anywhere and ignore as many positions at its end."""
+"""Families that count a row's padding tokens, wherever they stand, and mask as many positions at its end."""
 
 
 def read_padding_tokens(model: Any) -> Any:

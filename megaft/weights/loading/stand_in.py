@@ -1,4 +1,4 @@
-"""Small random models of a family (stand-ins), for tests that cannot run on the model itself."""
+"""Small random models of a family (stand-ins), for run-time checks that cannot run on the model itself."""
 
 from __future__ import annotations
 
