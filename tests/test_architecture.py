@@ -36,7 +36,7 @@ def level(module: str) -> tuple[int, int]:
 
 
 def is_allowed(module: str, imported: str) -> bool:
-    """Whether a module may import another: what is at its own height or below."""
+    """Return True if a module may import another: what is at its own height or below."""
     if module.startswith("evaluate_zero_shot") and imported.startswith("megaft."):
         return imported.split(".")[1] in EVALUATION_USES
     return level(imported) <= level(module)

@@ -63,7 +63,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextLayout:
-    """How to find documents in a file: unit, record keys, detokenizer and chat template."""
+    """Rules for finding the documents of a file: unit, record keys, detokenizer and chat template."""
 
     unit: Unit = "file"
     text_key: str = "text"

@@ -100,7 +100,7 @@ class Meter:
     peak_flops: float
     """Peak FLOP/s of one device."""
     peak_source: str
-    """Where `peak_flops` comes from: setting, data sheet or measurement."""
+    """Source of `peak_flops`: setting, data sheet or measurement."""
 
     @classmethod
     def of(
