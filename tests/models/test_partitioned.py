@@ -17,6 +17,8 @@ from megaft.models import hugging_face, trials
 from megaft.weights.loading.causal_lm import vocab_size
 from megaft.weights.loading.stand_in import is_partitioned
 
+pytestmark = pytest.mark.slow
+
 WORLD_SIZE = 2
 FAMILIES = sorted(MODELS)
 # They look at the shapes of loaded weights, write to them once more, have names that a renaming does not fit, or store

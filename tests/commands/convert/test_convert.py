@@ -88,6 +88,7 @@ def test_files_of_at_most_so_many_bytes_in_another_dtype(tmp_path, monkeypatch):
     require_same(tmp_path / "end", model, lambda tensor: tensor.bfloat16())
 
 
+@pytest.mark.slow
 def test_the_manifest(tmp_path, trained_gpt2):
     megatron(trained_gpt2, tmp_path / "two", 2)
     manifest = json.loads((tmp_path / "two/megatron.json").read_text())
