@@ -43,7 +43,7 @@ COMMANDS = {
     "submit": Command("write a batch script and submit it to SLURM", "commands.submit.command", None),
 }
 
-EVALUATION = "`python -m evaluate_zero_shot` scores models"
+EVALUATION_HINT = "`python -m evaluate_zero_shot` scores models"
 """Pointer to the evaluation program, for users who look for it among the commands."""
 
 
@@ -89,7 +89,7 @@ def usage() -> str:
     return "\n".join(
         [
             *("usage: megaft COMMAND [flags]", "", *lines, ""),
-            f"`megaft COMMAND --help` lists a command's flags; {EVALUATION}.",
+            f"`megaft COMMAND --help` lists a command's flags; {EVALUATION_HINT}.",
         ]
     )
 
@@ -97,7 +97,7 @@ def usage() -> str:
 def unknown_command_message(name: str) -> str:
     """Return the error message for an unknown command."""
     if name.startswith(("eval", "score")):
-        return f"megaft has no command {name!r}; {EVALUATION}."
+        return f"megaft has no command {name!r}; {EVALUATION_HINT}."
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean `megaft {close[0]}`?" if close else f"use one of {', '.join(COMMANDS)}."
     return f"megaft has no command {name!r}; {hint}"

@@ -59,4 +59,4 @@ def load(
 def _sha256(path: str) -> str:
     """Return the hash of a model's files on every rank; the main rank alone reads them."""
     digest = bytes.fromhex(sha256_of_model(path)) if parallel.is_main() else bytes(32)
-    return bytes(parallel.from_main(torch.tensor(list(digest))).tolist()).hex()
+    return bytes(parallel.broadcast_from_main(torch.tensor(list(digest))).tolist()).hex()

@@ -1,4 +1,4 @@
-"""Synchronize errors and short texts over all ranks, so that no rank waits for one that has failed."""
+"""Synchronize errors and short texts over all ranks, so that no rank waits for a failed one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def agreed(text: str) -> str:
 
 
 def raise_together(error: UserError | None) -> None:
-    """Raise on every rank if any rank has an error: its own, or else that of the highest failing rank.
+    """Raise on every rank if any rank has an error: the rank's own, or else that of the highest failing rank.
 
-    Every rank reports the error, since a launcher may end the failing rank before it prints its message.
+    Every rank reports the error, since a launcher may kill the failing rank before it prints its message.
 
     Raises:
         UserError: With the exit code of the error, so that the launcher sees this code whichever rank exits first.

@@ -39,7 +39,7 @@ def notes_on_precision(
         return []
     offload = "_offload" if offload_optimizer and zero_stage == 2 else ""  # the only fp32 recipe that offloads
     return [
-        f"warning: on this CPU {name(dtype)} is {ratio:.0f} times slower than fp32 (matrix products of {WIDTH}); "
+        f"warning: on this CPU {name(dtype)} is {ratio:.0f} times slower than fp32 (matrices of {WIDTH} x {WIDTH}); "
         f"ds_configs/zero{zero_stage}_fp32{offload}.json is faster."
     ]
 

@@ -21,7 +21,7 @@ def device_of(topology: Topology) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    index = 0 if count == 1 else topology.local_rank  # launchers may show each rank its own GPU alone
+    index = 0 if count == 1 else topology.local_rank  # some launchers make only its own GPU visible to a rank
     if index >= count:
         raise ConfigError(
             f"rank {topology.rank} has local rank {index}, but sees {counted(count, 'GPU')}; start one rank per GPU, "
@@ -54,7 +54,7 @@ def require_supported(dtype: str) -> None:
     assert accelerator is not None
     supported = [dtype_name(kind) for kind in accelerator.supported_dtypes()]
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        supported.remove("bfloat16")  # which DeepSpeed counts: V100 and T4 emulate it, many times slower
+        supported.remove("bfloat16")  # DeepSpeed lists it, but V100 and T4 emulate it, many times slower
     if dtype not in supported:
         raise ConfigError(
             f"the DeepSpeed JSON asks for {dtype}, but {accelerator.device_name()} here supports "

@@ -11,6 +11,7 @@ from megaft.base.exit_code import REQUEUE
 CRASH = 1
 """Python's exit code for an uncaught exception."""
 LONGEST_REASON = 4000
+"""Maximum characters of a reason that is sent."""
 
 
 class Ending(NamedTuple):
@@ -30,13 +31,13 @@ class Ending(NamedTuple):
         return cls(*json.loads(line))
 
     @property
-    def is_loss(self) -> bool:
+    def is_resumable(self) -> bool:
         """True if the run can resume from its checkpoint: a rank was killed, became unreachable or lost its disk."""
         return self.exit_code == REQUEUE
 
     def message_on(self, rank: int) -> str:
-        """Return the message that another rank ends with."""
-        if not self.is_loss:
+        """Return the message that another rank, `rank`, prints."""
+        if not self.is_resumable:
             return f"rank {self.rank}: {self.reason}"
         return (
             f"rank {rank} lost its peers (rank {self.rank}: {self.reason}); see that rank's error, if it "
@@ -44,26 +45,26 @@ class Ending(NamedTuple):
         )
 
     def error_on(self, rank: int) -> UserError:
-        """Return the error that another rank raises."""
+        """Return the error that another rank, `rank`, raises."""
         return kind_of(self.exit_code)(self.message_on(rank))
 
 
 def ending_of(rank: int, error: BaseException) -> Ending | None:
-    """Return the ending to send to other ranks; None if they detect the failure themselves or the user ended it.
+    """Return the ending to send to other ranks; None if they detect it themselves, or the user interrupted the run.
 
     A disk or network failure (OSError) may be transient, so its code is REQUEUE. The other ranks detect a lost peer
     themselves, and a failed GPU (torch.AcceleratorError, which a lost peer causes too).
     """
     if isinstance(error, UserError):
         return None if isinstance(error, LostPeerError) else Ending(rank, error.exit_code, str(error))
-    if not isinstance(error, Exception) or _is_of_the_device(error):
+    if not isinstance(error, Exception) or _is_device_error(error):
         return None
     lines: list[Any] = str(error).splitlines() or [""]
     exit_code = REQUEUE if isinstance(error, OSError) else CRASH
     return Ending(rank, exit_code, f"{type(error).__name__}: {lines[0]}")
 
 
-def _is_of_the_device(error: Exception) -> bool:
+def _is_device_error(error: Exception) -> bool:
     import torch
 
     return isinstance(error, torch.AcceleratorError)

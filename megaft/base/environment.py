@@ -15,8 +15,8 @@ import torch
 
 import megaft
 from megaft.base.files import write_json_atomic
-from megaft.base.redaction import masked
-from megaft.base.torch_flags import switches
+from megaft.base.redaction import redacted
+from megaft.base.torch_flags import current_flags
 
 PACKAGES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "megatron-core", "sentencepiece", "safetensors", "numpy"),
@@ -30,7 +30,7 @@ def write_config(run_dir: Path, settings: dict[str, Any]) -> None:
     Raises:
         ConfigError: The file cannot be written.
     """
-    write_json_atomic(run_dir / "config.json", {"settings": masked(settings), "environment": environment()})
+    write_json_atomic(run_dir / "config.json", {"settings": redacted(settings), "environment": environment()})
 
 
 def environment() -> dict[str, Any]:
@@ -44,8 +44,8 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "num_cores": os.cpu_count(),
-        **switches(),
-        "command": masked(sys.argv),
+        **current_flags(),
+        "command": redacted(sys.argv),
     }
 
 
@@ -60,7 +60,7 @@ def installed_version(package: str) -> str | None:
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Return commit and dirty flag of the git checkout at `folder`; None if `folder` is not its root.
 
-    An installed package may lie inside an unrelated repository.
+    An installed package may be inside an unrelated repository.
     """
     top_and_commit = _git(folder, "rev-parse", "--show-toplevel", "HEAD")
     if top_and_commit is None or Path(top_and_commit.split("\n")[0]) != folder.resolve():

@@ -43,13 +43,13 @@ class NoProgressError(UserError):
 
 
 class LostPeerError(UserError):
-    """Another rank ended or hangs. The same command resumes from the last checkpoint, so requeue it."""
+    """Another rank that ended or hangs. The same command resumes from the last checkpoint, so the job is requeued."""
 
     exit_code = 75
 
 
 class FailedPeerError(UserError):
-    """Another rank ended with an unexpected exception and printed its traceback."""
+    """Another rank that ended with an unexpected exception and printed its traceback."""
 
     exit_code = 1
 

@@ -15,16 +15,17 @@ REQUEUE, DO_NOT_REQUEUE = 75, 93
 """Exit codes for batch scripts: saved, requeue the job; and do not requeue it."""
 
 SECONDS_FOR_MAIN = 20.0
+"""Seconds that other ranks wait for the main rank to print the error and exit."""
 
 
 def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = True) -> int:
     """Run `function`; return its exit code, or the code of the UserError it raised, whose message goes to stderr.
 
-    Ctrl-C gives 130, and a closed output pipe (`| head`) 141, as in shells. Any other exception is a bug
-    and keeps its traceback.
+    Ctrl-C gives 130, and a closed output pipe (`| head`) 141, as in shells. Any other exception is a bug and keeps its
+    traceback.
 
     Raises:
-        SystemExit: From a parser of flags.
+        SystemExit: From the parser of flags.
 
     Args:
         is_main: True if this rank prints the message at once; other ranks give the main rank time to print it first.
@@ -37,8 +38,8 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
             sys.stdout.flush()
     except UserError as error:
         if not is_main:
-            # Most errors occur on every rank, and the launcher ends the others when the first exits: the main rank
-            # prints and exits first. A rank that is still alive after that has an error of its own.
+            # Most errors occur on every rank, and the launcher kills the others when the first exits: the main rank
+            # prints and exits first. A rank that is still alive after that has a different error.
             time.sleep(SECONDS_FOR_MAIN)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -49,5 +50,5 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's flush at exit raises
         return 141

@@ -1,4 +1,4 @@
-"""Files: JSON, names, hashes, and atomic writes, of which a reader sees the old file or the new one."""
+"""Files: JSON, file names, hashes and atomic writes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
 
     Raises:
         JSONDecodeError: Invalid JSON, nesting too deep, or an integer too long for Python.
-        UnicodeDecodeError: It is not UTF-8.
+        UnicodeDecodeError: The bytes are not UTF-8.
     """
     try:
         return json.loads(text, **hooks)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
     except RecursionError as error:
-        raise json.JSONDecodeError("it nests lists or objects too deeply", "", 0) from error
+        raise json.JSONDecodeError("lists or objects are nested too deeply", "", 0) from error
     except ValueError as error:
-        raise json.JSONDecodeError("it has an integer of thousands of digits; write that as a string", "", 0) from error
+        raise json.JSONDecodeError("an integer has thousands of digits; write it as a string", "", 0) from error
 
 
 def read_json(path: Path) -> Any:
@@ -64,7 +64,7 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def naming_disk_errors(
-    path: Path, kind: type[UserError] = ConfigError, fix: str = "Free space there or name another folder."
+    path: Path, kind: type[UserError] = ConfigError, fix: str = "Free space there or choose another folder."
 ) -> Iterator[None]:
     """Turn disk errors in the block (full, read-only, no permission) into a `kind` that names `path`."""
     try:
@@ -74,7 +74,7 @@ def naming_disk_errors(
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names such as that of a file just renamed, are on disk."""
+    """Wait until a file's bytes, or a folder's entries (such as a renamed file), are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,9 +84,9 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """Open a temporary file that takes the place of `path` when the block ends, and is removed when it raises.
+    """Write a file atomically: open a temporary file that replaces `path` when the block ends, unless it raises.
 
-    Half of a surrogate pair, as in the name of a file that is not UTF-8, is written as its escape.
+    A lone surrogate, as in file names that are not UTF-8, is written as its escape.
 
     Raises:
         ConfigError: The file cannot be written.
@@ -133,6 +133,6 @@ def sha256_of(path: Path) -> str:
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON (see `to_json`): a reader, or a crash, finds the old file or the new one."""
+    """Write `value` atomically as indented JSON (see `to_json`): readers see the old file or the new one."""
     with replacing(path) as file:
         file.write(to_json(value, indent=2) + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megaft.base.errors import DataError
-from megaft.base.foreign import MOST_LAYERS
+from megaft.base.untrusted import MOST_LAYERS
 
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -83,7 +83,7 @@ class _Reader:
         return self.data[self.position - length : self.position].decode()
 
     def value(self) -> Any:
-        """Return a value with its type before it; None for an array."""
+        """Read a type and the value that follows it; None for an array."""
         kind = self.number("I")
         if kind == _ARRAY:
             return self._skip_array()
@@ -103,14 +103,14 @@ def _parse(reader: _Reader) -> GgufHeader:
         raise ValueError("it does not begin with GGUF")
     reader.skip(4)
     if (version := reader.number("I")) not in (2, 3):
-        raise ValueError(f"its version is {version}; 2 and 3 are read")
+        raise ValueError(f"its version is {version}; supported are 2 and 3")
     num_tensors, num_settings = reader.number("Q"), reader.number("Q")
     settings = _unique((reader.string(), reader.value()) for _ in range(num_settings))
     if not isinstance(architecture := settings.get("general.architecture"), str):
         raise ValueError("it has no general.architecture")
     spans = _unique((reader.string(), _span(reader)) for _ in range(num_tensors))
     _require_inside(reader, settings.get("general.alignment", _ALIGNMENT), spans)
-    return GgufHeader(architecture, settings, {name: numbers for name, (numbers, *_) in spans.items()})
+    return GgufHeader(architecture, settings, {name: num_elements for name, (num_elements, *_) in spans.items()})
 
 
 def _unique(pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,11 +130,11 @@ def _span(reader: _Reader) -> tuple[int, int, int]:
     if num_dimensions > _MOST_DIMENSIONS:
         raise ValueError(f"a tensor has {num_dimensions} dimensions")
     shape = [reader.number("Q") for _ in range(num_dimensions)]
-    elements, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(reader.number("I"))]
-    numbers = math.prod(shape)
-    if not numbers or shape[0] % elements:
+    block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(reader.number("I"))]
+    num_elements = math.prod(shape)
+    if not num_elements or shape[0] % block_elements:
         raise ValueError(f"a tensor has the shape {shape[::-1]}")
-    return numbers, numbers // elements * num_bytes, reader.number("Q")
+    return num_elements, num_elements // block_elements * block_bytes, reader.number("Q")
 
 
 def _require_inside(reader: _Reader, alignment: Any, spans: dict[str, tuple[int, int, int]]) -> None:
@@ -147,12 +147,12 @@ def _require_inside(reader: _Reader, alignment: Any, spans: dict[str, tuple[int,
 
 
 def _require_layers(path: Path, header: GgufHeader) -> None:
-    """Refuse a number of layers that differs from the tensors': transformers silently drops layers beyond it."""
+    """Refuse a block_count that differs from the stored layers: transformers silently drops layers beyond it."""
     layers = header.setting("block_count")
     stored = {int(match[1]) for name in header.tensors if (match := re.match(r"blk\.(\d{1,9})\.", name))}
     if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
         raise DataError(f"{path} has {header.architecture}.block_count {layers}; use 1 to {MOST_LAYERS:,} layers.")
     if stored != set(range(layers)):
         raise DataError(
-            f"{path} has {header.architecture}.block_count {layers}, but tensors of {len(stored)} layers; copy again."
+            f"{path} has {header.architecture}.block_count {layers}, but has tensors of {len(stored)}; copy it again."
         )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 MIB = 2**20
 
 CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 128 * MIB}
-"""Largest fp32 logits held at once, by kind of device. On CPUs it stays below 32 MiB: from there
-on malloc returns the memory to the system after each chunk, and page faults cost half as much as the product."""
+"""Maximum bytes of fp32 logits held at once, by device type. On CPUs they stay below 32 MiB: from there on malloc
+returns the buffer to the system after each chunk; its page faults cost half as much time as the matrix product."""
 
 # Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's data sheets; the first match holds.
 PEAK_FLOPS = {
@@ -80,7 +80,7 @@ PUBLISHED = (
 
 
 def data_sheet_flops(name: str) -> float | None:
-    """Return the half-precision peak of the GPU called `name`; None where unknown, as for a slice of one (MIG)."""
+    """Return the half-precision peak of the GPU called `name`; None if unknown, as for a slice of a GPU (MIG)."""
     if "MIG" in name:
         return None
     return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)

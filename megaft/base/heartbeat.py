@@ -1,16 +1,16 @@
-"""Heartbeat between ranks: ends a process when a peer dies or fails, even while its main thread waits for a GPU.
+"""Failure detector between ranks: ends this process when a peer dies or fails, even while it waits for a GPU.
 
-A rank that waits for the GPU behind a collective cannot be told by that collective that a peer is gone: NCCL's
-watchdog aborts the process in the end, with no reason written. So every rank keeps a TCP connection to the main rank.
-The kernel closes it when a process dies, however it dies, and its keepalive probes notice a host or a network that is
-gone. The probes are answered by the peer's kernel: a rank that compiles, validates, holds Python's lock or hangs is
-alive here, and a hang is found by the timeout of the hosts' collectives.
+An NCCL collective that waits for a dead peer raises no error: NCCL's watchdog aborts the process after the timeout,
+without a reason. So every rank keeps a TCP connection to the main rank. The operating system closes the connection
+when a process dies, however it dies, and TCP keepalive detects a lost host or network. The peer's operating system
+answers the keepalive probes, so a rank that compiles, validates, holds the GIL or hangs counts as alive; a hang
+is detected by the timeout of gloo's collectives.
 
-A rank that fails says so here before it leaves, and the main rank tells the others: all end with its exit code and its
-reason. The first news counts.
+A rank that fails reports its exit code and reason before it exits. The main rank forwards the first report to the
+others, and all ranks exit with its code and reason.
 
-A daemon thread reads the connections. It runs while the main thread is inside a call that lets go of Python's lock, as
-torch's do; a C extension that keeps it delays this rank's own end.
+A daemon thread reads the connections. It needs the GIL, which torch releases in long calls; a C extension that holds
+the GIL delays this rank's exit.
 """
 
 from __future__ import annotations
@@ -31,80 +31,80 @@ from megaft.base.exit_code import REQUEUE
 from megaft.base.line_socket import LineSocket, probe
 
 SILENT_SECONDS = 60.0
-"""Seconds without an answer to probes after which a host is lost, unless the run's timeout is shorter."""
+"""Seconds without an answer to keepalive probes until a host counts as lost; less if the run's timeout is shorter."""
 GRACE_SECONDS = 10.0
-"""Seconds after a loss in which the main thread may still end by itself, by an error or by finishing."""
+"""Seconds that the main thread has to raise or finish by itself after a rank failed or was lost."""
 
 KEY = "megaft/heartbeat"
 DONE = b"done"
 
-_at_end: list[Callable[[int, str], None]] = []
+_recorders: list[Callable[[int, str], None]] = []
 
 
 @contextmanager
-def at_end(record: Callable[[int, str], None]) -> Iterator[None]:
-    """Within the block: call `record(exit_code, reason)` before a peer's end or failure ends this process."""
-    _at_end.append(record)
+def before_forced_exit(record: Callable[[int, str], None]) -> Iterator[None]:
+    """Within the block: call `record(exit_code, reason)` before a peer's failure ends this process."""
+    _recorders.append(record)
     try:
         yield
     finally:
-        _at_end.remove(record)
+        _recorders.remove(record)
 
 
 class Heartbeat:
-    """This rank's connection to the main rank, or the main rank's to all others, and the thread that reads them."""
+    """Connection of this rank to the main rank (on the main rank: to all others), with the thread that reads it."""
 
     def __init__(self, rank: int, world_size: int, host: str, store: Any, timeout_seconds: float) -> None:
-        """Connect the ranks, all of which call this; `store` is torch's, and tells the main rank's port."""
+        """Connect the ranks; every rank calls this. torch's `store` passes on the main rank's port."""
         self._rank, self._world_size = rank, world_size
         self._silent_seconds = min(SILENT_SECONDS, timeout_seconds)
-        # If the main rank is alive it ends first: it writes the reason, and the launcher may then end the other ranks.
+        # The main rank, if alive, exits first: it writes the reason, and the launcher may then kill the other ranks.
         self._grace_seconds = min(GRACE_SECONDS, timeout_seconds) * (1.0 if rank == 0 else 1.5)
-        self._is_over, self._has_news, self._has_told = threading.Event(), threading.Event(), threading.Event()
-        self._news: Ending | None = None
-        self._peers: dict[LineSocket, int | None] = {}  # None: has not said which rank it is
+        self._is_over, self._has_ending, self._is_sent = threading.Event(), threading.Event(), threading.Event()
+        self._first_ending: Ending | None = None
+        self._peers: dict[LineSocket, int | None] = {}  # None: it has not sent its rank yet
         self._wake, woken = socket.socketpair()
-        self._woken = LineSocket(woken)
+        self._wake_receiver = LineSocket(woken)
         watch = self._listen(store) if rank == 0 else self._connect(host, store)
         self._thread = threading.Thread(target=watch, name="heartbeat", daemon=True)
         self._thread.start()
 
     def end(self) -> None:
-        """Announce that this rank is done, so that the others do not take it for lost."""
+        """Announce that this rank is done, so that the others do not count it as lost."""
         self._is_over.set()
         self._wake_with(DONE + b"\n")
         self._thread.join(self._grace_seconds)
 
     def tell(self, ending: Ending) -> None:
-        """Tell the other ranks why this one ends, unless the run ends for another reason already."""
-        if self._note(ending) is ending:
+        """Report to the other ranks why this one fails, unless another failure was reported before."""
+        if self._keep_first(ending) is ending:
             self._wake_with(ending.to_line())
             if self._thread.is_alive():
-                self._has_told.wait(self._grace_seconds)  # else this process may end before
+                self._is_sent.wait(self._grace_seconds)  # else this process might exit before it is sent
 
-    def news(self) -> Ending | None:
-        """Wait up to the grace period for the report of how the first rank ended; return it, or None."""
-        self._has_news.wait(self._grace_seconds)
-        return self._news
+    def first_ending(self) -> Ending | None:
+        """Wait up to the grace period for the report of the first failed rank; return it, or None if none comes."""
+        self._has_ending.wait(self._grace_seconds)
+        return self._first_ending
 
     def stand_down(self) -> None:
-        """Leave the exit to the main thread, which has an error to report; the others notice when it has ended."""
+        """Leave the exit to the main thread, which has an error to report; the others detect when it has exited."""
         self._is_over.set()
 
     def wait_for_main(self, seconds: float) -> None:
-        """Wait until the main rank has ended, after which this one may: a launcher then ends the rest."""
+        """Wait until the main rank has exited; this rank may exit after it, since a launcher then kills the rest."""
         if self._rank != 0:
             self._thread.join(seconds)
 
-    def _note(self, ending: Ending) -> Ending:
-        """Keep the first news, and return it."""
-        if self._news is None:
-            self._news = ending
-            self._has_news.set()
-        return self._news
+    def _keep_first(self, ending: Ending) -> Ending:
+        """Keep the first ending, and return the one that is kept."""
+        if self._first_ending is None:
+            self._first_ending = ending
+            self._has_ending.set()
+        return self._first_ending
 
     def _wake_with(self, line: bytes) -> None:
-        with suppress(OSError):  # the thread has ended before
+        with suppress(OSError):  # the thread has ended already
             self._wake.send(line)
 
     def _listen(self, store: Any) -> Callable[[], None]:
@@ -121,7 +121,8 @@ class Heartbeat:
             connection = socket.create_connection((host, int(port)), timeout=self._silent_seconds)
         except OSError as error:
             print(
-                f"rank {self._rank} does not reach {host}:{port} ({error}): it notices lost ranks in collectives only.",
+                f"warning: rank {self._rank} cannot reach {host}:{port} ({error}), so it detects lost ranks only by "
+                "the timeout of collectives. Allow connections between the hosts on every port.",
                 file=sys.stderr,
             )
             return lambda: None
@@ -130,38 +131,38 @@ class Heartbeat:
         return lambda: self._watch_main(LineSocket(connection))
 
     def _watch_main(self, main: LineSocket) -> None:
-        """Wait until the main rank is done or gone, or says how a rank ended, or this rank is done."""
+        """Read the main rank's messages until it is done or lost, a rank has failed, or this rank is done."""
         with selectors.DefaultSelector() as selector:
             selector.register(main, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
+            selector.register(self._wake_receiver, selectors.EVENT_READ)
             while True:
                 ready = [key.fileobj for key, _ in selector.select()]
-                if self._woken in ready and self._pass_on([main]):
+                if self._wake_receiver in ready and self._forward([main]):
                     main.socket.close()
                     return
-                if main in ready and self._is_told(main):
+                if main in ready and self._read_main(main):
                     return
 
-    def _is_told(self, main: LineSocket) -> bool:
+    def _read_main(self, main: LineSocket) -> bool:
         """Read the main rank's messages; return True if no more will come. If a rank failed, end this process."""
-        lines, how = main.read()
+        lines, closed_because = main.read()
         if lines == [DONE]:
             return True
         if lines:
-            self._stop(Ending.from_line(lines[0]))
-        elif how:
-            self._stop(Ending(0, REQUEUE, how))
-        return bool(how)
+            self._end_with(Ending.from_line(lines[0]))
+        elif closed_because:
+            self._end_with(Ending(0, REQUEUE, closed_because))
+        return bool(closed_because)
 
     def _watch_all(self, server: socket.socket) -> None:
-        """Wait until a rank is gone, or this one is done."""
+        """Read the messages of all ranks until one fails or is lost, or this rank is done."""
         with server, selectors.DefaultSelector() as selector:
             selector.register(server, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
+            selector.register(self._wake_receiver, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select():
-                    if key.fileobj is self._woken:
-                        if self._pass_on(list(self._peers)):
+                    if key.fileobj is self._wake_receiver:
+                        if self._forward(list(self._peers)):
                             return
                     elif key.fileobj is server:
                         connection, _ = server.accept()
@@ -169,76 +170,76 @@ class Heartbeat:
                         peer = LineSocket(connection)
                         self._peers[peer] = None
                         selector.register(peer, selectors.EVENT_READ)
-                    elif not self._hear(key.fileobj):
+                    elif not self._read_peer(key.fileobj):
                         selector.unregister(key.fileobj)
-                        self._forget(key.fileobj)
+                        self._drop(key.fileobj)
 
-    def _pass_on(self, connections: list[LineSocket]) -> bool:
-        """Send what the main thread says to the other ranks; return True where it says that this rank is done."""
-        lines, _ = self._woken.read()
+    def _forward(self, connections: list[LineSocket]) -> bool:
+        """Send the main thread's messages to the other ranks; return True if this rank is done."""
+        lines, _ = self._wake_receiver.read()
         for line in lines:
             send_all(connections, line + b"\n")
-        self._has_told.set()
+        self._is_sent.set()
         return DONE in lines
 
-    def _hear(self, peer: Any) -> bool:
-        """Take a rank's hello, failure or goodbye; or find it gone. Return False when it has no more to say."""
-        lines, how = peer.read()
+    def _read_peer(self, peer: Any) -> bool:
+        """Read a rank's number, failure or goodbye, or detect that it is lost; return False if no more will come."""
+        lines, closed_because = peer.read()
         if self._peers[peer] is None and lines:
             self._peers[peer] = self._rank_of(lines.pop(0))
             if self._peers[peer] is None:
                 return False
         rank = self._peers[peer]
-        is_lost = bool(how) and rank is not None and DONE not in lines
+        is_lost = bool(closed_because) and rank is not None and DONE not in lines
         if failures := [Ending.from_line(line) for line in lines if rank is not None and line != DONE]:
-            self._tell_all_of(failures[0])
+            self._broadcast(failures[0])
         elif is_lost:
-            self._tell_all_of(Ending(rank or 0, REQUEUE, how))
-        return not how and DONE not in lines and (rank is not None or not lines)
+            self._broadcast(Ending(rank or 0, REQUEUE, closed_because))
+        return not closed_because and DONE not in lines and (rank is not None or not lines)
 
-    def _forget(self, peer: Any) -> None:
-        """Close a connection that is over, or a stranger's, such as a port scanner's."""
+    def _drop(self, peer: Any) -> None:
+        """Close a connection that is over, or that is not a rank's, such as a port scanner's."""
         del self._peers[peer]
         peer.socket.close()
 
     def _rank_of(self, hello: bytes) -> int | None:
-        """Return a peer's rank; None for a stranger, such as the same rank of another job that was given this port."""
+        """Return a peer's rank; None if it is no rank of this run, such as one of another job with this port."""
         secret, _, rank = hello.partition(b" ")
         is_peer = secret == self._secret and int(rank) not in self._peers.values()
         return int(rank) if is_peer else None
 
-    def _tell_all_of(self, ending: Ending) -> None:
-        if self._note(ending) is ending:
+    def _broadcast(self, ending: Ending) -> None:
+        if self._keep_first(ending) is ending:
             send_all(list(self._peers), ending.to_line())
-        self._stop(ending)
+        self._end_with(ending)
 
-    def _stop(self, ending: Ending) -> None:
-        """End this process as a peer has ended, unless it ends by itself."""
-        first = self._note(ending)
+    def _end_with(self, ending: Ending) -> None:
+        """Exit with a peer's exit code and reason after the grace period, unless the main thread exits before."""
+        first = self._keep_first(ending)
         reason = first.message_on(self._rank)
-        if self._rank == 0 and first.rank != 0:  # which wrote no reason, unless it had one of its own
+        if self._rank == 0 and first.rank != 0:  # other ranks write no reason, except their own
             with suppress(UserError):
-                _record(first.exit_code, reason)
+                _call_recorders(first.exit_code, reason)
         if not self._is_over.wait(self._grace_seconds):
-            _end(first.exit_code, reason)
+            _exit(first.exit_code, reason)
 
 
 def send_all(connections: list[LineSocket], line: bytes) -> None:
-    """Send a line to every peer that is there."""
+    """Send a line to every peer that is still connected."""
     for connection in connections:
         with suppress(OSError):
             connection.socket.sendall(line)
 
 
-def _record(exit_code: int, reason: str) -> None:
-    for record in list(_at_end):
+def _call_recorders(exit_code: int, reason: str) -> None:
+    for record in list(_recorders):
         record(exit_code, reason)
 
 
-def _end(exit_code: int, reason: str) -> NoReturn:
+def _exit(exit_code: int, reason: str) -> NoReturn:
     try:
         print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        _record(exit_code, reason)
+        _call_recorders(exit_code, reason)
     finally:
         os._exit(exit_code)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Return the available bytes: Linux's estimate, or less under a control group's limit.
+    """Return the available bytes: Linux's estimate, or less if a control group's limit leaves less.
 
     Args:
         root: Parent folder of proc and sys.
@@ -21,13 +21,13 @@ def _left_in_groups(root: Path) -> Iterator[int]:
     """Yield the bytes left under each limit of this process's control groups; pages of files count as free."""
     for folder in _groups(root):
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            most, used = _number(folder / limit), _number(folder / usage)
-            if most is not None and used is not None:
-                yield most - used + _file_pages(folder / "memory.stat")
+            maximum, used = _number(folder / limit), _number(folder / usage)
+            if maximum is not None and used is not None:
+                yield maximum - used + _file_pages(folder / "memory.stat")
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Yield the folders of this process's memory control groups, of versions 1 and 2, and of those around them."""
+    """Yield the folders of this process's memory control groups (versions 1 and 2) and of their parents."""
     path = root / "proc/self/cgroup"
     for line in path.read_text().splitlines() if path.is_file() else ():
         _, controllers, name = line.split(":", 2)
@@ -38,7 +38,7 @@ def _groups(root: Path) -> Iterator[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None where there is no such file, or it says "max"."""
+    """Return the number in a file; None if the file does not exist or contains "max"."""
     text = path.read_text().strip() if path.is_file() else ""
     return int(text) if text.isdigit() else None
 

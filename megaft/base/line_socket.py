@@ -1,21 +1,22 @@
-"""TCP connections that are read line by line, and that the kernel probes."""
+"""TCP connections that are read line by line, with keepalive probes."""
 
 from __future__ import annotations
 
 import socket
 
 LONGEST_LINE = 2**16
+"""Maximum bytes of a line; a peer that sends more is disconnected."""
 
 
 class LineSocket:
-    """A socket and the part of a line that has come so far."""
+    """A socket with a buffer for the incomplete last line."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self._rest = b""
 
     def fileno(self) -> int:
-        """Return the descriptor, which selectors ask for."""
+        """Return the file descriptor, so that a selector accepts this object."""
         return self.socket.fileno()
 
     def read(self) -> tuple[list[bytes], str]:
@@ -30,10 +31,14 @@ class LineSocket:
 
 
 def probe(connection: socket.socket, seconds: float) -> None:
-    """Let the kernel send probes, and give the connection up when nothing was answered for so long."""
+    """Enable TCP keepalive: the connection is closed when no probe was answered for `seconds`."""
     connection.settimeout(None)
-    every = max(1, int(seconds / 4))
-    options = {socket.TCP_KEEPIDLE: every, socket.TCP_KEEPINTVL: every, socket.TCP_USER_TIMEOUT: int(1000 * seconds)}
+    interval = max(1, int(seconds / 4))
+    options = {
+        socket.TCP_KEEPIDLE: interval,
+        socket.TCP_KEEPINTVL: interval,
+        socket.TCP_USER_TIMEOUT: int(1000 * seconds),
+    }
     for option, value in options.items():
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

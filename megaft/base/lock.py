@@ -15,24 +15,24 @@ from megaft.base.environment import job
 from megaft.base.errors import ConfigError
 from megaft.base.files import naming_disk_errors
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of file systems without locks."""
 
 
 @contextmanager
 def locked(folder: Path, is_main: bool = True, file: Path | None = None) -> Iterator[None]:
-    """Hold a folder's lock during the block, against every process on any machine that sees the folder.
+    """Hold a folder's lock during the block, exclusive among all processes on all machines that share the folder.
 
-    The kernel releases the lock however the process ends. A file system without locks is reported on
-    standard error, and the block runs unlocked.
+    The operating system releases the lock however the process ends. If the file system has no locks, a warning is
+    printed on standard error and the block runs unlocked.
 
     Args:
-        folder: The locked folder, named in messages; it is made if it does not exist.
+        folder: The locked folder, named in messages; it is created if it does not exist.
         is_main: True for the one rank that holds the lock on behalf of all.
         file: The lock file, by default `lock` in the folder.
 
     Raises:
-        ConfigError: Another process holds the lock, and the message names it; or the file cannot be written.
+        ConfigError: Another process holds the lock (the message names it), or the file cannot be written.
     """
     if not is_main:
         yield
@@ -51,14 +51,17 @@ def locked(folder: Path, is_main: bool = True, file: Path | None = None) -> Iter
 def _acquire(folder: Path, path: Path) -> FileLock:
     lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
-        lock.acquire(timeout=0.1, poll_interval=0.02)  # time for a holder that is just removing the file
+        lock.acquire(timeout=0.1, poll_interval=0.02)  # a holder may just be removing the file
     except Timeout as error:
-        holder = path.read_text(errors="replace") or "a process that just began"
-        raise ConfigError(f"{folder} is in use by {holder}; wait until it ends, or name another folder.") from error
+        holder = path.read_text(errors="replace") or "a process that has just started"
+        raise ConfigError(f"{folder} is in use by {holder}; wait until it ends, or choose another folder.") from error
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in LOCKS_UNSUPPORTED:
             raise
-        print(f"{path} cannot be locked ({error.strerror}): start no second job on {folder}.", file=sys.stderr)
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}); start no second job on {folder}.",
+            file=sys.stderr,
+        )
     holder = [f"{key} {value}" for key, value in job().items()] + [f"since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"]
     path.write_text(", ".join(holder))
     return lock

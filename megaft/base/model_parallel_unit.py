@@ -1,4 +1,4 @@
-"""The tensor-parallel and data-parallel groups under the names by which DeepSpeed asks its `mpu` for them."""
+"""Tensor-parallel and data-parallel groups through the methods of DeepSpeed's and Megatron-LM's `mpu`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelParallelUnit:
         return self.tensor_size
 
     def get_model_parallel_group(self) -> Any:
-        """Return the group of the ranks that share each matrix."""
+        """Return the process group of the ranks that shard each matrix."""
         return self.tensor_group
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
@@ -42,5 +42,5 @@ class ModelParallelUnit:
         return self.data_size
 
     def get_data_parallel_group(self) -> Any:
-        """Return the group of the ranks over which ZeRO shards."""
+        """Return the process group of the ranks over which ZeRO partitions."""
         return self.data_group

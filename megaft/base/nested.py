@@ -7,16 +7,16 @@ from typing import Any
 
 
 def leaves(value: Any, separator: str, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every leaf of nested objects with its path, such as "bf16.enabled" with the separator "."."""
+    """Yield path and value of every leaf of nested dicts, such as "bf16.enabled" with the separator "."."""
     if not isinstance(value, dict):
         yield path, value
         return
-    for key, below in value.items():
-        yield from leaves(below, separator, f"{path}{separator}{key}" if path else str(key))
+    for key, child in value.items():
+        yield from leaves(child, separator, f"{path}{separator}{key}" if path else str(key))
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return the value with each part that is neither an object nor a list changed; tuples become lists."""
+    """Return the value with `change` applied to every leaf of its dicts and lists; tuples become lists."""
     if isinstance(value, dict):
         return {key: mapped(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -48,44 +48,44 @@ def connect_hosts(rank: int, world_size: int, master_addr: str, store: Any) -> N
         source = source_address(other.address if own_host.host_id == main.host_id else master_addr)
         if (name := interface_of(source)) and not ipaddress.ip_address(source).is_loopback:
             os.environ[GLOO] = name
-    if trouble := _trouble(rank, world_size, store, own_host):
-        raise ConfigError(trouble)
+    if error := _connection_error(rank, world_size, store, own_host):
+        raise ConfigError(error)
 
 
 def _main_and_other(rank: int, world_size: int, store: Any, own_host: RankHost) -> tuple[RankHost, RankHost | None]:
     """Return the main rank's host and the first other host."""
     _say(store, f"place/{rank}", own_host)
     if rank == 0:
-        places = [RankHost(*_hear(store, f"place/{number}")) for number in range(world_size)]
-        others = [place for place in places if place.host_id != own_host.host_id]
+        hosts = [RankHost(*_hear(store, f"place/{number}")) for number in range(world_size)]
+        others = [host for host in hosts if host.host_id != own_host.host_id]
         _say(store, "places", [own_host, *others[:1]])
-    main, *others = (RankHost(*place) for place in _hear(store, "places"))
+    main, *others = (RankHost(*host) for host in _hear(store, "places"))
     return main, others[0] if others else None
 
 
-def _trouble(rank: int, world_size: int, store: Any, own_host: RankHost) -> str:
+def _connection_error(rank: int, world_size: int, store: Any, own_host: RankHost) -> str:
     """Connect every rank to its neighbor on another host; return the first error of any rank, or an empty text."""
     name = os.environ.get(GLOO, "")
     address = address_of(name.partition(",")[0]) if name else own_host.address
-    # The kernel accepts what comes while this is open.
+    # The operating system accepts connections while this socket is open.
     with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
         _say(store, f"listens/{rank}", [own_host, name, address, listener.getsockname()[1]])
-        _say(store, f"tried/{rank}", _try(rank, (rank + 1) % world_size, store, own_host))
+        _say(store, f"tried/{rank}", _try_connection(rank, (rank + 1) % world_size, store, own_host))
         if rank == 0:
-            tried = [_hear(store, f"tried/{number}") for number in range(world_size)]
-            _say(store, "trouble", next(filter(None, tried), ""))
-        trouble = _hear(store, "trouble")
+            errors = [_hear(store, f"tried/{number}") for number in range(world_size)]
+            _say(store, "trouble", next(filter(None, errors), ""))
+        first_error = _hear(store, "trouble")
     _say(store, f"heard/{rank}", True)
-    if rank == 0:  # the store is gone with it
+    if rank == 0:  # the store lives in this process: wait until all have read it
         for number in range(world_size):
             _hear(store, f"heard/{number}")
-    return trouble
+    return first_error
 
 
-def _try(rank: int, neighbour: int, store: Any, own_host: RankHost) -> str:
-    place, name, address, port = _hear(store, f"listens/{neighbour}")
-    place = RankHost(*place)
-    if place.host_id == own_host.host_id:
+def _try_connection(rank: int, neighbor: int, store: Any, own_host: RankHost) -> str:
+    host, name, address, port = _hear(store, f"listens/{neighbor}")
+    host = RankHost(*host)
+    if host.host_id == own_host.host_id:
         return ""
     try:
         if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
@@ -93,7 +93,7 @@ def _try(rank: int, neighbour: int, store: Any, own_host: RankHost) -> str:
         socket.create_connection((address, port), timeout=TRIAL_SECONDS).close()
     except OSError as error:
         return (
-            f"rank {rank} on {own_host.host_name} cannot reach rank {neighbour} on {place.host_name} at "
+            f"rank {rank} on {own_host.host_name} cannot reach rank {neighbor} on {host.host_name} at "
             f"{address}:{port} ({GLOO} is {name!r} there): {error.strerror or error}. On every host set "
             f"{GLOO} to an interface that reaches the other hosts, or unset it to use the one that reaches "
             "MASTER_ADDR. The firewall must allow connections between the hosts on every port."
@@ -106,7 +106,7 @@ def require_interfaces(environment: Mapping[str, str], backend: str) -> None:
     names = [name for name in environment.get(GLOO, "").split(",") if name]
     _require(GLOO, names, str.__eq__)
     pattern = environment.get(NCCL, "")
-    if backend == "nccl" and not pattern.startswith("^"):  # ^ excludes names, which need not exist
+    if backend == "nccl" and not pattern.startswith("^"):  # ^ excludes interfaces, so these names need not exist
         names = [name.partition(":")[0] for name in pattern.removeprefix("=").split(",") if name]
         _require(NCCL, names, str.__eq__ if pattern.startswith("=") else str.startswith)
 
@@ -116,8 +116,8 @@ def _require(variable: str, names: list[str], matches: Callable[[str, str], bool
     for name in names:
         if not any(matches(interface, name) for interface in interfaces):
             raise ConfigError(
-                f"{variable} names {name!r}, and {socket.gethostname()} has no such interface with an address; "
-                f"it has {', '.join(interfaces)}."
+                f"{variable} names {name!r}, but {socket.gethostname()} has no such interface with an address; "
+                f"set it to one of {', '.join(interfaces)}, or unset it."
             )
 
 
@@ -125,17 +125,17 @@ def source_address(destination: str) -> str:
     """Return the address of this host from which packets to `destination` go out; nothing is sent."""
     error = OSError(f"{destination} has no address")
     for family, kind, protocol, _, address in socket.getaddrinfo(destination, 9, type=socket.SOCK_DGRAM):
-        with socket.socket(family, kind, protocol) as asked:
+        with socket.socket(family, kind, protocol) as probe:
             try:
-                asked.connect(address)
-                return asked.getsockname()[0]
+                probe.connect(address)
+                return probe.getsockname()[0]
             except OSError as caught:
                 error = caught
     raise error
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the interface that has this address."""
+    """Return the name of the interface that has this address; None if no interface has it."""
     for name, addresses in psutil.net_if_addrs().items():
         if address in _ip_addresses(addresses):
             return name

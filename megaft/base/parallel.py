@@ -36,7 +36,7 @@ TIMEOUT = timedelta(minutes=10)
 """Default timeout of collectives."""
 _timeout = TIMEOUT
 _watches_peers = False
-"""True in a process that a launcher started as a rank, which may be ended when a peer is lost."""
+"""True in a process that a launcher started as a rank: it exits when a peer is lost."""
 _heartbeat: Heartbeat | None = None
 
 
@@ -48,7 +48,7 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
     global _timeout
     _timeout = timeout
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # What DeepSpeed calls at every step of stages 2 and 3.
+    # DeepSpeed calls these at every step of stages 2 and 3.
     deprecated = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", deprecated, FutureWarning)
     os.environ.update(
@@ -74,7 +74,7 @@ def join(topology: Topology, timeout: timedelta = TIMEOUT) -> torch.device:
 
 def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
     """Start torch's process group, which DeepSpeed then uses; ConfigError if a rank does not join."""
-    variable = "MEGAFT_RENDEZVOUS_SECONDS"  # how long ranks that start late are waited for
+    variable = "MEGAFT_RENDEZVOUS_SECONDS"  # how long to wait for ranks that start late
     seconds = integer(os.environ, variable) if variable in os.environ else int(TIMEOUT.total_seconds())
     where = f"{topology.master_addr}:{topology.master_port} (MASTER_ADDR and MASTER_PORT)"
     is_gpu = device.type == "cuda"
@@ -88,7 +88,7 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(
-                f"{where} is in use by another program; choose another port, {free_port()} is free."
+                f"{where} is in use by another program; set MASTER_PORT to another port, for example {free_port()}."
             ) from error
         joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
         missing = f"{int(joined[2]) - int(joined[1])} of {joined[2]} ranks are" if joined else "rank 0 is"
@@ -107,12 +107,12 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=device if is_gpu else None,  # NCCL then connects at once, where an error can be said
+        device_id=device if is_gpu else None,  # so that NCCL connects here, where its error can be reported
     )
 
 
 def join_fake_group(world_size: int) -> Topology:
-    """Start a fake process group, with this process as rank 0; collectives return this rank's own values."""
+    """Start a fake process group with this process as rank 0; collectives return its own values."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -127,7 +127,7 @@ def end_tensor_parallelism() -> None:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
-        deepspeed.utils.groups.mpu = None  # which it keeps for every engine to come
+        deepspeed.utils.groups.mpu = None  # else DeepSpeed keeps it for later engines
         _groups = None
 
 
@@ -200,14 +200,14 @@ def _run_and_leave(program: Callable[[Topology], int], topology: Topology) -> in
     try:
         with naming_lost_peers(topology.rank):
             code = program(topology)
-    except Exception as error:  # whatever it is, the others are told
+    except Exception as error:  # whatever it is, report it to the other ranks
         is_crash = not (topology.is_main or isinstance(error, UserError))
         if is_crash:
-            traceback.print_exc()  # now: the main rank ends first, and the launcher then ends this one
+            traceback.print_exc()  # now: the main rank exits first, and the launcher then kills this one
         ending = ending_of(topology.rank, error)
         if _heartbeat and ending:
             _heartbeat.tell(ending)
-        if ending:  # else leaving could wait for a lost one
+        if ending:  # without one, leaving the group could wait for a lost rank
             _leave_group()
         if _heartbeat:
             _heartbeat.stand_down()
@@ -228,15 +228,15 @@ def naming_lost_peers(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # The store that ranks meet at is gone with the main rank, and has an error of its own.
+        # DistError: the rendezvous store is gone, because the main rank is.
         if not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo/", "NCCL"))):
             raise
-        news = _heartbeat.news() if _heartbeat else None
-        if news and not news.is_loss:
-            raise news.error_on(rank) from error
-        what = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        ending = _heartbeat.first_ending() if _heartbeat else None
+        if ending and not ending.is_resumable:
+            raise ending.error_on(rank) from error
+        detail = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise LostPeerError(
-            f"rank {rank} lost its peers ({what}): another rank ended or hangs; see its error. "
+            f"rank {rank} lost its peers ({detail}): another rank ended or hangs; see its error. "
             "The same command resumes from the last checkpoint."
         ) from error
 
@@ -345,12 +345,12 @@ def gather_numbers(numbers: list[int]) -> list[list[int]]:
 
 @cache
 def _host_group(world: object) -> Any:
-    """Return the gloo group of all ranks beside NCCL's (None without NCCL), made once per process group."""
+    """Return the gloo group of all ranks in addition to NCCL's (None without NCCL), created once per process group."""
     return dist.new_group(backend="gloo", timeout=_timeout) if dist.get_backend() == "nccl" else None
 
 
-def from_main(tensor: Tensor) -> Tensor:
+def broadcast_from_main(tensor: Tensor) -> Tensor:
     """Broadcast the main rank's tensor: return it on every rank, on the device of that rank's `tensor`."""
     device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-    mine = (tensor if is_main() else torch.zeros_like(tensor)).to(device)
-    return sum_over_ranks(mine).to(tensor.device)
+    contribution = (tensor if is_main() else torch.zeros_like(tensor)).to(device)
+    return sum_over_ranks(contribution).to(tensor.device)

@@ -1,4 +1,4 @@
-"""Progress of a long job on standard error: a bar in a terminal, a line now and then in a log."""
+"""Progress of a long job on standard error: a bar in a terminal, periodic lines in a log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class Bar:
-    """A line of text that is renewed behind a bar in a terminal, and printed now and then in a log."""
+    """Progress bar with a text that is updated in a terminal, or printed periodically in a log."""
 
     def __init__(self, total: int, done: int = 0, *, seconds_between_lines: float) -> None:
         self._seconds_between_lines, self._last_line = seconds_between_lines, time.monotonic()
@@ -27,13 +27,13 @@ class Bar:
         self._rich.start()
 
     def move(self, done: int) -> tuple[float | None, str]:
-        """Advance to `done`; return units a second over the last thousand calls (None at first) and the time left."""
+        """Advance to `done`; return units per second over the last 1000 calls (None at first) and the time left."""
         self._rich.update(self._task.id, completed=done)
         left = self._task.time_remaining
         return self._task.speed, "unknown" if left is None else str(timedelta(seconds=left))
 
     def show(self, text: str, *, is_due: bool = False) -> None:
-        """Renew the text; in a log, print it if it is due or the last line is old enough."""
+        """Update the text; in a log, print it if it is due or the last line is `seconds_between_lines` old."""
         if self._is_bar:
             self._rich.update(self._task.id, description=text)
         elif is_due or time.monotonic() - self._last_line >= self._seconds_between_lines:
@@ -50,25 +50,25 @@ class Bar:
 
 
 def say(text: str, is_shown: bool = True) -> None:
-    """Print what is being done, on standard error.
+    """Print a status line on standard error.
 
     Args:
-        text: A line.
-        is_shown: Whether this process speaks: the main rank does.
+        text: The line.
+        is_shown: True on the one rank that prints.
     """
     if is_shown:
         print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def counting(total: int, unit: str, what: str = "", is_shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the units done so far.
+def counting(total: int, unit: str, job: str = "", is_shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar during the block; yield a function to call with the number of units done so far.
 
     Args:
-        total: Units in all.
-        unit: Their name, such as tokens.
-        what: The job's name.
-        is_shown: Whether this process shows it.
+        total: Total number of units.
+        unit: Name of the units, such as tokens.
+        job: Name of the job.
+        is_shown: True on the one rank that shows the bar.
     """
     if not is_shown:
         yield lambda done: None
@@ -77,7 +77,7 @@ def counting(total: int, unit: str, what: str = "", is_shown: bool = True) -> It
 
     def show(done: int) -> None:
         speed, left = bar.move(done)
-        text = f"{what} {done:,} of {total:,} {unit}".lstrip()
+        text = f"{job} {done:,} of {total:,} {unit}".lstrip()
         bar.show(f"{text}, {speed:,.0f}/s, {left} left" if speed else text)
 
     try:

@@ -1,4 +1,4 @@
-"""Redact secrets, and the folders of this machine, from what others read: events, model cards and reports."""
+"""Redact secrets, and the folders of this machine, from files meant for sharing."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 from megaft.base.nested import mapped
 
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
-LEAST_LENGTH = 8
-"""Least length of a secret: a shorter one would be found in ordinary words."""
-_FOLDERS = re.compile(r"(?<![\w.~:/-])/(?:[^\s/:,;()'\"]+/)*(?=[^\s/:,;()'\"])")
-"""Root and folders of an absolute path, up to its last part."""
+MIN_SECRET_LENGTH = 8
+"""Minimum length of a secret: a shorter one might occur inside ordinary words."""
+_PARENT_FOLDERS = re.compile(r"(?<![\w.~:/-])/(?:[^\s/:,;()'\"]+/)*(?=[^\s/:,;()'\"])")
+"""Everything before the last component of an absolute path."""
 
 
 def without_secrets(text: str) -> str:
-    """Return the text without the password of a URL and without the value of any secret environment variable."""
+    """Return the text with passwords in URLs, and values of secret environment variables, replaced by ***."""
     for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= LEAST_LENGTH:
+        if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_LENGTH:
             text = text.replace(value, "***")
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
 def without_folders(text: str) -> str:
-    """Return the text with each absolute path cut to its last part, and the home folder's name left out.
+    """Return the text with each absolute path cut to its last component, and the name of the home folder removed.
 
     URLs, hub names and relative paths stay as they are.
     """
-    return _FOLDERS.sub("", text.replace(f"{Path.home()}{os.sep}", os.sep))
+    return _PARENT_FOLDERS.sub("", text.replace(f"{Path.home()}{os.sep}", os.sep))
 
 
-def masked(value: Any) -> Any:
-    """Return settings, nested as they are, with every text and path without secrets."""
+def redacted(value: Any) -> Any:
+    """Return nested settings with secrets redacted in every text and path; paths become texts."""
     return mapped(value, lambda item: without_secrets(os.fspath(item)) if isinstance(item, str | os.PathLike) else item)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from megaft.base.errors import ConfigError
 
-# launcher, the variable that shows it, then its rank, local rank and world size.
-# OpenMPI and MPICH stand before SLURM because mpirun starts its daemons with srun inside a job. For SLURM use the
-# step's variables: in an interactive shell of `salloc -n 4`, a step of one task, SLURM_NTASKS is still 4.
+# Launcher, the variable that identifies it, and the variables of rank, local rank and world size.
+# OpenMPI and MPICH come before SLURM, because inside a job mpirun starts its daemons with srun. For SLURM use the
+# step's variables: in a shell of `salloc -n 4`, which is a step of one task, SLURM_NTASKS is still 4.
 LAUNCHERS = (
     ("torch", "RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
     ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -42,17 +42,17 @@ class Topology:
 
 
 def discover(environment: Mapping[str, str]) -> Topology:
-    """Read the launcher's environment variables; without any, one process is the whole world."""
-    for launcher, sign, *names in LAUNCHERS:
-        if sign in environment:
+    """Return the topology from the launcher's environment variables; without any, the world is this process."""
+    for launcher, marker, *names in LAUNCHERS:
+        if marker in environment:
             rank, local_rank, world_size = (integer(environment, name) for name in names)
             return Topology(launcher, rank, local_rank, world_size, *_master(launcher, world_size, environment))
     return Topology("python", 0, 0, 1, "127.0.0.1", free_port())
 
 
 def is_main_of(environment: Mapping[str, str]) -> bool:
-    """Return True if this process is the main rank, by its environment alone."""
-    ranks = [environment.get(rank) for _, sign, rank, *_ in LAUNCHERS if sign in environment]
+    """Return True if the environment variables are those of the main rank."""
+    ranks = [environment.get(rank) for _, marker, rank, *_ in LAUNCHERS if marker in environment]
     return not ranks or ranks[0] == "0"
 
 
@@ -72,12 +72,12 @@ def _master(launcher: str, world_size: int, environment: Mapping[str, str]) -> t
         return environment["MASTER_ADDR"], integer(environment, "MASTER_PORT")
     if launcher == "torch":
         raise ConfigError(
-            "RANK is set but MASTER_ADDR and MASTER_PORT are not; start the ranks with deepspeed or torchrun."
+            "RANK is set, but MASTER_ADDR or MASTER_PORT is not; start the ranks with deepspeed or torchrun."
         )
     if launcher == "slurm" and world_size == 1:
         return "127.0.0.1", free_port()
     if launcher == "slurm":
-        # Every task of a step derives the same port, and two steps or jobs on a node hardly ever the same one.
+        # All tasks of a step derive the same port; two steps or jobs on a node very rarely share one.
         number = int(environment["SLURM_JOB_ID"]) + 101 * integer(environment, "SLURM_STEP_ID")
         nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
         return first_host(nodes), 20_000 + number % 20_000
@@ -95,36 +95,38 @@ def _agree_over_mpi() -> tuple[str, int]:
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise ConfigError("started by mpirun, but mpi4py is not installed; install megaft[mpi].") from error
+        raise ConfigError("mpirun started this process, but mpi4py is not installed; install megaft[mpi].") from error
     return MPI.COMM_WORLD.bcast((socket.gethostname(), free_port()), root=0)
 
 
 LOWEST_PORT = 10_000
+"""Lowest port that `free_port` chooses."""
 EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
-"""Linux's range of ephemeral ports."""
+"""File with the first and last of Linux's ephemeral ports."""
 
 
 def free_port() -> int:
     """Return a free port outside the ephemeral range.
 
-    The kernel does not assign it to another program before a rank listens to it, seconds later.
+    The operating system assigns ephemeral ports to other programs, perhaps before a rank listens on the port, seconds
+    later.
 
     Raises:
         ConfigError: No port is free.
     """
     end = int(EPHEMERAL_PORTS.read_text().split()[0]) if EPHEMERAL_PORTS.exists() else 2**15
-    drawn = [LOWEST_PORT + secrets.randbelow(end - LOWEST_PORT) for _ in range(100) if end > LOWEST_PORT]
-    for port in (*drawn, 0):  # 0 is any
+    candidates = [LOWEST_PORT + secrets.randbelow(end - LOWEST_PORT) for _ in range(100) if end > LOWEST_PORT]
+    for port in (*candidates, 0):  # 0: any free port
         with suppress(OSError), socket.socket() as listener:
             listener.bind(("", port))
             return listener.getsockname()[1]
-    raise ConfigError("no port is free on this machine; set MASTER_PORT.")
+    raise ConfigError(f"no port from {LOWEST_PORT} is free on this machine; stop programs that hold ports.")
 
 
 def own_flags(arguments: list[str] | None = None) -> list[str]:
-    """Return the command line, or these flags, without the --local_rank=N that the deepspeed launcher adds.
+    """Return the flags (by default the command line's) without the --local_rank=N that the deepspeed launcher adds.
 
-    Ranks are read from the environment instead.
+    `discover` reads the rank from the environment instead.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     return [argument for argument in arguments if not argument.startswith("--local_rank=")]

@@ -254,7 +254,7 @@ def _agreed(norm: float | Tensor | None) -> float | Tensor | None:
     """Return the main rank's norm, so that all ranks decide alike: tensor-parallel groups may sum in other orders."""
     if norm is None or parallel.tensor_parallel_size() == 1:
         return norm
-    return parallel.from_main(torch.as_tensor(norm))
+    return parallel.broadcast_from_main(torch.as_tensor(norm))
 
 
 def _step_if(engine, is_wanted: Callable[[], bool]) -> None:

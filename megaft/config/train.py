@@ -188,7 +188,7 @@ class RunConfig:
             (self.max_steps is None) != (self.epochs is None),
             f"--run.max-steps is {self.max_steps} and --run.epochs is {self.epochs}; set exactly one of them.",
         )
-        require(is_unicode(str(self.dir)), f"--run.dir is {self.dir!s}, which is not UTF-8; name another folder.")
+        require(is_unicode(str(self.dir)), f"--run.dir is {self.dir!s}, which is not UTF-8; choose another folder.")
         require_ranges(
             self,
             "run.",

@@ -13,7 +13,7 @@ import numpy as np
 from megaft.base.errors import DataError
 from megaft.base.files import fsync, parse_json, write_json_atomic
 from megaft.base.lock import locked
-from megaft.base.redaction import masked
+from megaft.base.redaction import redacted
 from megaft.data.indexed import idx_bytes, with_suffix
 
 FORMAT_VERSION = 1
@@ -110,4 +110,4 @@ def publish(prefix: Path, receipt: dict[str, Any]) -> None:
             temporary(prefix, suffix).replace(with_suffix(prefix, suffix))
         else:
             with_suffix(prefix, suffix).unlink(missing_ok=True)
-    write_json_atomic(with_suffix(prefix, ".json"), masked(receipt))
+    write_json_atomic(with_suffix(prefix, ".json"), redacted(receipt))

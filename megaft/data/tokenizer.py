@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from megaft.base.errors import ChatTemplateError, DataError
 from megaft.base.files import read_json
-from megaft.base.foreign import require_inert
 from megaft.base.hub import find_file_if_any
+from megaft.base.untrusted import require_safe_files
 from megaft.data import sentencepiece_folder
 from megaft.data.sentencepiece_folder import BESIDE, MODEL_NAME, additions, is_saved_model
 from megaft.data.transformers_tokenizer import from_pretrained, naming_errors, require_usable
@@ -299,7 +299,7 @@ def _from_model(path: Path) -> SentencePieceTokenizer:
 def _from_hub(name: str) -> AnyTokenizer:
     """Load by hub name; a repository with tokenizer.model and no tokenizer.json is loaded as a folder is."""
     if find_file_if_any(name, "tokenizer.json") is None and (model := find_file_if_any(name, MODEL_NAME)) is not None:
-        require_inert("tokenizer", name)
+        require_safe_files("tokenizer", name)
         for beside in BESIDE:  # downloads them to the hub cache
             find_file_if_any(name, beside)
         return _from_folder(model.parent)

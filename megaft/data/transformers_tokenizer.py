@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 
 from megaft.base.errors import DataError
-from megaft.base.foreign import require_inert
 from megaft.base.unicode_text import is_unicode
+from megaft.base.untrusted import require_safe_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,7 +32,7 @@ def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFa
     """
     from transformers import AutoTokenizer
 
-    require_inert("tokenizer", source)
+    require_safe_files("tokenizer", source)
     with naming_errors(source):
         loaded: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
     if not loaded.is_fast:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from megaft.base import parallel
 from megaft.base.agreement import together
 from megaft.base.checks import require
-from megaft.base.foreign import require_inert
+from megaft.base.untrusted import require_safe_files
 from megaft.config.parallelism import Backend
 from megaft.config.train import ModelConfig
 from megaft.models.hugging_face import architecture_of, positions_within
@@ -317,7 +317,7 @@ def initial_weights(settings: ModelConfig, seed: int) -> Weights:
     if settings.path is not None:
         return open_weights(settings.path)
     assert settings.from_scratch is not None
-    require_inert("--model.from-scratch", settings.from_scratch)
+    require_safe_files("--model.from-scratch", settings.from_scratch)
     return new_weights(load_config(settings.from_scratch), seed)
 
 

@@ -92,7 +92,7 @@ def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
         for name in ("ended.json", CLAIM):
             (run_dir / name).unlink(missing_ok=True)
     try:
-        with heartbeat.at_end(partial(record_first, run_dir)):
+        with heartbeat.before_forced_exit(partial(record_first, run_dir)):
             yield
     except LostPeerError as error:
         if is_main:

@@ -43,7 +43,7 @@ def require_same(settings: Mapping[str, Any]) -> None:
         settings: Values by name; the names are the same on all ranks.
     """
     hashes = torch.tensor([_hash(value) for value in settings.values()])
-    differs = (hashes != parallel.from_main(hashes)).tolist()
+    differs = (hashes != parallel.broadcast_from_main(hashes)).tolist()
     names = [name for name, is_other in zip(settings, differs, strict=True) if is_other]
     raise_together(settings_error(names, settings) if names else None)
 

@@ -57,7 +57,7 @@ def _notes(plan: Plan, device: torch.device) -> Iterator[str]:
     yield from notes_on_unscored(plan.sources, plan.samples)
     yield from notes_on_templates(plan.sources, plan.tokenizer)
     if device.type == "cuda" and not plan.config.run.deterministic:
-        yield torch_flags.NOT_EXACT
+        yield torch_flags.NONDETERMINISM_NOTE
     if device.type == "cpu" and plan.setup.dtype != "float32":
         dtype = getattr(torch, plan.setup.dtype)
         seconds = cpu_speed.seconds_of_products((torch.float32, dtype))

@@ -11,7 +11,7 @@ from typing import Any
 
 from megaft.base.errors import ConfigError
 from megaft.base.nested import leaves
-from megaft.base.redaction import masked
+from megaft.base.redaction import redacted
 from megaft.config.train import MetricsConfig
 
 
@@ -27,7 +27,7 @@ class WandbTracker:
             resume="allow",
             name=run_dir.resolve().name,
             dir=run_dir,
-            config=masked(settings),
+            config=redacted(settings),
             # Only metrics and settings are sent: no console output, code, command, host or user.
             settings=wandb.Settings(console="off", save_code=False, x_disable_meta=True),
         )

@@ -287,7 +287,7 @@ def _restore_finished(values: np.ndarray, batches: list[list[Row]], store: Batch
                 continue
             _scatter(values, batches[number], batch_values)
             is_finished[number] = 1
-    is_finished = parallel.from_main(is_finished)
+    is_finished = parallel.broadcast_from_main(is_finished)
     return [number for number in range(len(batches)) if not is_finished[number]]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megaft.base.checks import require
 from megaft.base.errors import DataError
 from megaft.base.files import parse_json
-from megaft.base.foreign import require_inert
+from megaft.base.untrusted import require_safe_files
 from megaft.weights import canonical
 from megaft.weights.checkpoint_reader import WEIGHT
 from megaft.weights.parameters import Weights, load_config, require_fitting, shapes_of
@@ -44,7 +44,7 @@ def open_checkpoint(folder: Path, model_config: str) -> Weights:
         CheckpointError: A file is damaged, or a weight is missing.
         DataError: A weight's shape differs from the configuration's.
     """
-    require_inert("model-config", model_config)
+    require_safe_files("model-config", model_config)
     config = load_config(model_config)
     saved, shapes = canonical.transformers_view(folder, config), shapes_of(config)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megaft.base.checks import require
 from megaft.base.errors import DataError
-from megaft.base.foreign import require_inert
 from megaft.base.hub import find_file
+from megaft.base.untrusted import require_safe_files
 from megaft.weights.classic_megatron import ClassicCheckpoint, is_classic
 from megaft.weights.families import family_of
 from megaft.weights.folder import model_folder
@@ -66,7 +66,7 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
         model_config is None,
         f"model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
     )
-    require_inert("model", source)
+    require_safe_files("model", source)
     if is_megatron_folder(folder):
         return _from_megatron(folder, is_hashed)
     files = [] if folder.suffix == ".gguf" else _safetensors_of(source)
@@ -160,7 +160,7 @@ def _from_megatron(folder: Path, is_hashed: bool) -> Weights:
 
 def _from_classic(folder: Path, model_config: str | None) -> Weights:
     if model_config is not None:
-        require_inert("model-config", model_config)
+        require_safe_files("model-config", model_config)
     checkpoint = ClassicCheckpoint.open(folder)
     with naming_config_errors(str(folder)):
         config = checkpoint.config() if model_config is None else load_config(model_config)

@@ -10,8 +10,8 @@ import pytest
 
 from megaft.base import hub
 from megaft.base.errors import DataError
-from megaft.base.foreign import require_inert
-from megaft.base.hub import failure_of, find_file, find_file_if_any
+from megaft.base.hub import connection_error, find_file, find_file_if_any
+from megaft.base.untrusted import require_safe_files
 from megaft.data.tokenizer import load_tokenizer
 from megaft.weights.loading.pretrained import load_language_model
 
@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
     (tmp_path / "models--someone--tiny/refs").mkdir()
     (tmp_path / "models--someone--tiny/refs/main").write_text(COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    failure_of.cache_clear()
+    connection_error.cache_clear()
     return tmp_path
 
 
@@ -77,7 +77,7 @@ def empty_hub():
 WAYS = {
     "a tokenizer": load_tokenizer,
     "a model": load_language_model,
-    "before code is looked for": lambda name: require_inert("model", name),
+    "before code is looked for": lambda name: require_safe_files("model", name),
 }
 
 
@@ -86,7 +86,7 @@ WAYS = {
 def test_a_misspelt_name_ends_within_seconds_where_the_hub_is_out_of_reach(ask_at, load, name, capfd):
     ask_at(f"http://127.0.0.1:{closed_port()}")
     begin = time.monotonic()
-    with pytest.raises(DataError, match=rf"^{name} is no folder here .* hub cannot be reached .*Connection refused"):
+    with pytest.raises(DataError, match=rf"^{name} is neither a .* hub cannot be reached .*Connection refused"):
         load(name)
     assert time.monotonic() - begin < SECONDS
     assert capfd.readouterr() == ("", "")  # no line of retries
@@ -102,15 +102,15 @@ def test_what_is_cached_is_used_where_the_hub_is_out_of_reach(ask_at, cache):
 
 def test_a_name_that_the_hub_does_not_have(ask_at, empty_hub):
     ask_at(empty_hub)
-    with pytest.raises(DataError, match=r"^gpt2x is no folder here, and the hub has no such model"):
+    with pytest.raises(DataError, match=r"^gpt2x is not a folder here, and the hub has no such model"):
         load_tokenizer("gpt2x")
 
 
 def test_a_name_that_may_not_be_looked_up(cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "failure_of", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub, "connection_error", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(
-        DataError, match=rf"^gpt2x is no folder here nor in {re.escape(str(cache))}, and HF_HUB_OFFLINE"
+        DataError, match=rf"^gpt2x is neither a folder here nor in {re.escape(str(cache))}, and HF_HUB_OFFLINE"
     ):
         load_tokenizer("gpt2x")
     assert find_file("someone/tiny", "config.json")
@@ -124,13 +124,13 @@ def test_a_folder_needs_no_hub(tmp_path, monkeypatch):
 def test_a_server_that_never_answers_is_out_of_reach():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begin = time.monotonic()
-        assert "timed out" in failure_of(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.2)
+        assert "timed out" in connection_error(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.2)
         assert time.monotonic() - begin < SECONDS
 
 
 def test_any_answer_is_an_answer(empty_hub):
-    assert failure_of(empty_hub, 5) is None
+    assert connection_error(empty_hub, 5) is None
 
 
 def test_an_endpoint_that_is_no_address_is_named_at_once():
-    assert failure_of("huggingface", 5) == "unknown url type: 'huggingface'"
+    assert connection_error("huggingface", 5) == "unknown url type: 'huggingface'"

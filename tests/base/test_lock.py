@@ -84,7 +84,7 @@ def test_a_file_system_without_locks_is_named_once(tmp_path, monkeypatch, capsys
     with locked(tmp_path):
         pass
     assert capsys.readouterr().err == (
-        f"{tmp_path / 'lock'} cannot be locked (No locks available): start no second job on {tmp_path}.\n"
+        f"warning: {tmp_path / 'lock'} cannot be locked (No locks available); start no second job on {tmp_path}.\n"
     )
 
 

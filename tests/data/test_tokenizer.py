@@ -140,7 +140,7 @@ BAD = [
     pytest.param(lambda t, llama: write(t / "a.gguf", b"GGUF"), "a.gguf is not a GGUF file", id="truncated GGUF"),
     pytest.param(lambda t, llama: write(t / "a.txt"), "is not a tokenizer", id="another file"),
     pytest.param(
-        lambda t, llama: "nobody/has-this-one", "nobody/has-this-one is no folder here nor in", id="no network"
+        lambda t, llama: "nobody/has-this-one", "nobody/has-this-one is neither a folder here nor in", id="no network"
     ),
 ]
 

@@ -60,7 +60,7 @@ def _(workshop):
     return workshop.train(steps=6)
 
 
-@refuse("51 output folder in use", 2, r"run is in use by .*pid \d+.*; wait until it ends, or name another folder")
+@refuse("51 output folder in use", 2, r"run is in use by .*pid \d+.*; wait until it ends, or choose another folder")
 def _(workshop):
     workshop.hold(workshop.folder / "run")
     return workshop.train()
@@ -101,7 +101,7 @@ def _(workshop):
 @refuse(
     "52 a folder where a file is",
     2,
-    r"file/data cannot be written: File exists\. Free space there or name another folder",
+    r"file/data cannot be written: File exists\. Free space there or choose another folder",
 )
 def _(workshop):
     blocked = workshop.write("file", "x")
@@ -126,7 +126,7 @@ def _(workshop):
     return workshop.deepspeed(train_batch_size=6)
 
 
-@refuse("53 the port in use", 2, r"127\.0\.0\.1:\d+ .* is in use by another program; choose another port, \d+ is free")
+@refuse("53 the port in use", 2, r"127\.0\.0\.1:\d+ .* is in use by another program; set MASTER_PORT .*\d+")
 def _(workshop):
     port = workshop.rank(0, 2)
     listener = socket.create_server(("127.0.0.1", port))

@@ -18,8 +18,8 @@ import torch
 from bad_inputs import start
 
 from megaft.base.errors import CheckpointError, DataError
-from megaft.base.foreign import require_inert
-from megaft.base.redaction import masked, without_folders, without_secrets
+from megaft.base.redaction import redacted, without_folders, without_secrets
+from megaft.base.untrusted import require_safe_files
 from megaft.checkpoint import resume
 from megaft.data.tokenizer import load_tokenizer
 from megaft.run import trackers
@@ -147,10 +147,10 @@ EVIL = "someone/kernel"
         ("config.json", {"attn_implementation": {"text_config": EVIL}}, "attn_implementation"),
         ("config.json", {"sub": [{"_attn_implementation_internal": EVIL}]}, "_attn_implementation_internal"),
         ("config.json", {"_experts_implementation_internal": EVIL}, "_experts_implementation_internal"),
-        ("adapter_config.json", {"base_model_name_or_path": "someone/model"}, "base may lie anywhere"),
+        ("adapter_config.json", {"base_model_name_or_path": "someone/model"}, "base model may be any path"),
         ("model.safetensors.index.json", {"weight_map": {"a": "../other/model.safetensors"}}, r"\.\./other"),
         ("pytorch_model.bin.index.json", {"weight_map": {"a": "/other/pytorch_model.bin"}}, "/other"),
-        ("model.safetensors.index.json", {"weight_map": {"a": ["model.safetensors"]}}, "not a file beside it"),
+        ("model.safetensors.index.json", {"weight_map": {"a": ["model.safetensors"]}}, "not a file in the same folder"),
     ],
 )
 def test_a_file_that_asks_for_more_than_weights_is_refused_by_name(file, content, says, planted):
@@ -175,7 +175,7 @@ def test_a_file_that_asks_for_more_than_weights_is_refused_by_name(file, content
 )
 def test_what_transformers_itself_writes_is_not_refused(harmless, planted, toy_model):
     folder = planted({"config.json": harmless})
-    require_inert("model.path", folder)
+    require_safe_files("model.path", folder)
     assert load_tokenizer(str(folder)).sha256 == load_tokenizer(str(toy_model)).sha256
 
 
@@ -304,7 +304,7 @@ def test_folders_are_left_out(text, expected):
     assert without_folders(text) == expected
 
 
-def test_secrets_are_masked(monkeypatch):
+def test_secrets_are_redacted(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "canary-0123456789")
     monkeypatch.setenv("SHORT_TOKEN", "adamw")
     assert without_secrets("--x=canary-0123456789") == "--x=***"
@@ -313,7 +313,7 @@ def test_secrets_are_masked(monkeypatch):
     said = settings_error(["--run.dir"], {"--run.dir": Path("/x/canary-0123456789")})
     assert str(said).startswith("--run.dir is /x/*** here")
     settings = {"a": [Path("/x/canary-0123456789"), ("s3://k:s@b", 1)], "b": None, "c": 0.5}
-    assert masked(settings) == {"a": ["/x/***", ["s3://***@b", 1]], "b": None, "c": 0.5}
+    assert redacted(settings) == {"a": ["/x/***", ["s3://***@b", 1]], "b": None, "c": 0.5}
 
 
 SECRETS = {

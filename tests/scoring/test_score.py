@@ -42,7 +42,7 @@ class Rank:
         self.total.append(tensor.clone())
         return torch.stack(self.total).sum(0)
 
-    def from_main(self, tensor):
+    def broadcast_from_main(self, tensor):
         return tensor
 
 

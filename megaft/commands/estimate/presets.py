@@ -8,7 +8,7 @@ from typing import Any
 from megaft.base.checks import require
 from megaft.base.errors import DataError
 from megaft.base.files import read_json
-from megaft.base.foreign import require_inert
+from megaft.base.untrusted import require_safe_files
 
 
 def _gpt2(layers: int, width: int, heads: int, vocab_size: int = 50_257) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def configuration(model: str) -> dict[str, Any]:
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise DataError(f"{path} is a JSON {type(settings).__name__}, not an object; copy it from the model again.")
-    require_inert("model", path)
+    require_safe_files("model", path)
     return settings
 
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 
 from megaft.base import parallel
 from megaft.base.errors import DataError
-from megaft.base.foreign import require_inert
 from megaft.base.gguf import read_header
+from megaft.base.untrusted import require_safe_files
 from megaft.weights.loading.causal_lm import CausalLM
 from megaft.weights.loading.config_errors import first_line
 from megaft.weights.loading.finite_weights import require_finite_weights, stored_tensors
@@ -56,7 +56,7 @@ def load_language_model(
 
     logging.disable_progress_bar()  # every rank would show its own
     where, options = _location(source, setting)
-    require_inert(setting, where)
+    require_safe_files(setting, where)
     header = read_header(Path(source)) if options else None
     limit: AbstractContextManager[None] = nullcontext()
     if header is not None or Path(where).is_dir():
@@ -118,7 +118,7 @@ def create_language_model(
 
 def read_new_config(config_path: str, dropout: float | None = None) -> Any:
     """Return the transformers configuration of a model to be initialised."""
-    require_inert("--model.from-scratch", config_path)
+    require_safe_files("--model.from-scratch", config_path)
     with _naming_bad_config(config_path):
         config = _load_config(config_path, {})
         set_dropout(config, dropout)

@@ -9,7 +9,7 @@ import torch
 from tiny_models import edit_json, make_model
 
 from megaft.base.errors import DataError
-from megaft.base.foreign import MOST_LAYERS, require_inert
+from megaft.base.untrusted import MOST_LAYERS, require_safe_files
 from megaft.commands.estimate.presets import configuration
 from megaft.weights.loading import memory_budget, size_limit
 from megaft.weights.loading.pretrained import create_from, create_language_model, load_language_model, read_new_config
@@ -69,7 +69,7 @@ def test_numbers_that_no_model_has_are_refused_by_name(file, content, says, tmp_
 )
 def test_numbers_that_models_have_pass(file, content, tmp_path):
     (tmp_path / file).write_text(json.dumps(content))
-    require_inert("model.path", tmp_path)
+    require_safe_files("model.path", tmp_path)
 
 
 @pytest.mark.parametrize("load", [load_language_model, open_weights])

@@ -20,21 +20,22 @@ _CODE_KEYS = ("auto_map", "trust_remote_code")
 _KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation")
 _LAYERS_KEY = re.compile(r"(.*_)?(?<!per_)layers?")
 MOST_LAYERS = 10_000
-"""Most layers of a model: transformers builds thousands in seconds, but a damaged number of a million in hours."""
+"""Maximum number of layers: transformers builds thousands in seconds, but a million (a damaged file) in hours."""
 
 
-def require_inert(setting: str, source: str | Path) -> None:
-    """Refuse a model or tokenizer whose files name code, kernels or files elsewhere, before transformers reads them.
+def require_safe_files(setting: str, source: str | Path) -> None:
+    """Refuse custom code, hub kernels, external files and absurd numbers in a model's or tokenizer's JSON files.
 
-    transformers has had vulnerabilities here (CVE-2026-4372, CVE-2026-5241), and prompts or warns where ranks need an
-    error. Absurd numbers are refused too: NaN, or so many layers that they take hours to build.
+    Call it before transformers reads the files: transformers has had vulnerabilities here (CVE-2026-4372,
+    CVE-2026-5241), and prompts or warns where ranks need an error. Absurd numbers are NaN, integers beyond 64 bits,
+    and more than MOST_LAYERS layers.
 
     Args:
-        setting: The user's flag, for the message.
+        setting: Name of the user's flag, for the message.
         source: A folder, a hub name, or the path of a config.json.
 
     Raises:
-        DataError: A file contains such an entry, which the message names.
+        DataError: A file has such an entry; the message names it.
     """
     for path in _files(source):
         if fault := _fault(path):
@@ -51,25 +52,25 @@ def _fault(path: Path) -> str | None:
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # transformers cannot read it either, and says so
+        return None  # transformers cannot read it either, and reports that
     if path.name == "adapter_config.json":
-        return "is of an adapter, whose base may lie anywhere; merge the two and give the whole model."
+        return "describes an adapter, whose base model may be any path; merge it into that and give the result."
     for key, value in _pairs(content):
         if key in _CODE_KEYS and value:
             return (
-                f"has {key} {json.dumps(value)}, and megaft runs no code that comes with a model; "
-                "where transformers has the architecture itself, remove the entry in a copy of the model."
+                f"has {key} {json.dumps(value)}, but megaft runs no code that comes with a model; if transformers "
+                "itself has the architecture, remove the entry in a copy of the model."
             )
         if _KERNEL_KEY.match(key) and _names_a_kernel(key, value):
-            return f"has {key} {json.dumps(value)}, which may be code on the hub; remove the entry in a copy of it."
+            return f"has {key} {json.dumps(value)}, which may name code on the hub; remove it in a copy of the model."
         if key == "transformers_weights" and value:
-            return f"has {key} {json.dumps(value)}, which takes other weights than the folder's; remove the entry."
-        if not (path.name.startswith("tokenizer") or key.endswith("max_length")) and _is_no_setting(value):
-            return f"has {key} {json.dumps(value)[:80]}, which is not a valid number for a model; copy it again."
+            return f"has {key} {json.dumps(value)}, which replaces the folder's weights; remove it in a copy."
+        if not (path.name.startswith("tokenizer") or key.endswith("max_length")) and _is_absurd(value):
+            return f"has {key} {json.dumps(value)[:80]}, which is not a valid number for a model; copy the file again."
         if _LAYERS_KEY.fullmatch(key) and _is_above(value, MOST_LAYERS):
             return f"has {key} {json.dumps(value)[:80]}; models have {MOST_LAYERS:,} layers at most. Copy it again."
     if path.name.endswith(".index.json"):
-        return _outside(content)
+        return _external_shard(content)
     return None
 
 
@@ -85,23 +86,23 @@ def _is_above(value: Any, most: int) -> bool:
     return isinstance(value, int | float) and value > most
 
 
-def _is_no_setting(value: Any) -> bool:
-    """Return whether a value is NaN or an integer beyond 64 bits; tokenizers use these for unlimited length."""
+def _is_absurd(value: Any) -> bool:
+    """Return True for NaN and for integers beyond 64 bits, which only tokenizers use, for unlimited length."""
     return value != value or (isinstance(value, int) and not -(2**63) <= value < 2**63)
 
 
 def _names_a_kernel(key: str, value: Any) -> bool:
     """Return True if the value may name a kernel on the hub.
 
-    Under a private key (transformers' own) any value may, except booleans and empty ones; under the public key, which
-    may say "sdpa", one with a slash.
+    A public key may have an implementation's name, such as "sdpa", so only a value with a slash counts. Under a private
+    key, which transformers does not write into files, any value counts that is not a boolean or empty.
     """
     return bool(value) and not isinstance(value, bool) and (key.startswith("_") or "/" in str(value))
 
 
-def _outside(index: Any) -> str | None:
+def _external_shard(index: Any) -> str | None:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     for name in weight_map.values() if isinstance(weight_map, dict) else ():
         if Path(str(name)).name != name:
-            return f"names {json.dumps(name)}, which is not a file beside it; copy the model again."
+            return f"names {json.dumps(name)}, which is not a file in the same folder; copy the model again."
     return None
