@@ -14,7 +14,7 @@ from typing import get_type_hints
 
 @contextmanager
 def suggesting(config: type, arguments: Sequence[str], *, is_shown: bool) -> Iterator[None]:
-    """When the block's parser refuses the arguments, print a line for each flag that abbreviates a setting."""
+    """If the block's parser rejects the arguments, suggest the full flag for each one that has a setting's initials."""
     try:
         yield
     except SystemExit as error:
@@ -42,7 +42,7 @@ def _flag_names(config: type, prefix: str = "") -> Iterator[str]:
 
 
 def _abbreviates(flag: str, name: str) -> bool:
-    """Return True if a flag is the initials of a setting of several words, with or without its section."""
+    """Return True if a flag consists of a setting's initials, with or without its section."""
     section, _, words = name.rpartition(".")
     initials = "".join(word[0] for word in words.split("-"))
     return len(initials) > 1 and flag in (initials, f"{section}.{initials}")

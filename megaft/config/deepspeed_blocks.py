@@ -1,8 +1,8 @@
 """Translate the optimizer and scheduler blocks of a DeepSpeed JSON into megaft's own settings.
 
-megaft hands the engine its own optimizer and sets the learning rate itself, so a block is translated or refused; a
-parameter that the block leaves out has DeepSpeed's default, unless the command line gives it. The warm-up is megaft's
-(`optim.learning_rate`), shifted by one step against DeepSpeed's, whose first step has learning rate 0.
+megaft hands the engine its own optimizer and sets the learning rate itself, so a block is translated or refused. A
+parameter that a block does not set has DeepSpeed's default, unless a flag sets it. The warmup is that of
+`megaft.run.optim.learning_rate`, shifted by one step against DeepSpeed's, whose first step has learning rate 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TABLES: dict[str, tuple[str, Mapping[str, Optimizer | Schedule]]] = {
     "scheduler": ("schedule", SCHEDULES),
 }
 """By kind of block: the OptimConfig field that it sets, and the table of allowed values."""
-WHOLE_NUMBERS = ("warmup_steps", TOTAL_STEPS)
+INTEGERS = ("warmup_steps", TOTAL_STEPS)
 
 
 def translate_blocks(config: dict[str, Any], optim: OptimConfig, notes: list[str]) -> tuple[OptimConfig, int | None]:
@@ -35,59 +35,62 @@ def translate_blocks(config: dict[str, Any], optim: OptimConfig, notes: list[str
     Raises:
         ConfigError: A type or parameter that megaft does not support, or two different values of one setting.
     """
-    defaults, said, implied = OptimConfig(), {}, {}
+    defaults, explicit, from_defaults = OptimConfig(), {}, {}
     for kind in (kind for kind in _TABLES if kind in config):
-        for field, (value, path, is_given) in _read_block(kind, config.pop(kind)).items():
-            _require_consistent(field, value, path, said) if is_given else implied.setdefault(field, value)
-    total_num_steps = said.pop(TOTAL_STEPS, (None,))[0]
-    for field, (value, path) in said.items():
+        for field, (value, path, is_set) in _read_block(kind, config.pop(kind)).items():
+            if is_set:
+                _require_consistent(field, value, path, explicit)
+            else:
+                from_defaults.setdefault(field, value)
+    total_num_steps = explicit.pop(TOTAL_STEPS, (None,))[0]
+    for field, (value, path) in explicit.items():
         set_value = getattr(optim, field)
         flag = f"--optim.{field.replace('_', '-')}"
         if set_value not in (getattr(defaults, field), value):
             fail(path, value, f"but {flag} is {set_value}. Set it once, or to the same value in both.")
-    values = {field: value for field, (value, _) in said.items()}
-    values |= {f: v for f, v in implied.items() if f not in values and getattr(optim, f) == getattr(defaults, f)}
+    values = {field: value for field, (value, _) in explicit.items()}
+    values |= {f: v for f, v in from_defaults.items() if f not in values and getattr(optim, f) == getattr(defaults, f)}
     if values:
         listed = ", ".join(f"{field.replace('_', '-')} {value}" for field, value in values.items())
         notes.append(f"From the DeepSpeed JSON's optimizer and scheduler, run by megaft: {listed}.")
     return replace(optim, **values), total_num_steps
 
 
-def _require_consistent(field: str, value: Any, path: str, said: dict[str, tuple[Any, str]]) -> None:
-    other, other_path = said.setdefault(field, (value, path))
+def _require_consistent(field: str, value: Any, path: str, explicit: dict[str, tuple[Any, str]]) -> None:
+    other, other_path = explicit.setdefault(field, (value, path))
     if other != value:
         fail(path, value, f"but {other_path} is {json.dumps(other)}. Set it once, or to the same value in both.")
 
 
 def _read_block(kind: str, block: dict[str, Any]) -> dict[str, tuple[Any, str, bool]]:
-    """Return (value, path in the JSON, True if the JSON sets it) by OptimConfig field; else DeepSpeed's default."""
+    """Return, by OptimConfig field: value (DeepSpeed's default if not set), path in the JSON, and True if it is set."""
     known = _types(kind)
     name = block.get("type")
     types = {known_name.lower(): entry for known_name, entry in known.items()}
     if not isinstance(name, str) or name.lower() not in types:
         fail(f"{kind}.type", name, f"use one of {', '.join(known)}, or remove the block and use --optim.*.")
-    chosen, meaning = types[name.lower()]
+    chosen, translation = types[name.lower()]
     params = _spread_betas(block.get("params", {}), f"{kind}.params")
-    refuse_unknown_keys(params, (*meaning.takes, *meaning.only), f"{kind}.params.")
-    for key, (allowed, default) in meaning.only.items():
+    refuse_unknown_keys(params, (*translation.takes, *translation.only), f"{kind}.params.")
+    for key, (allowed, default) in translation.only.items():
         value = params.get(key, default)
         if value != allowed:
             source = "" if key in params else ", DeepSpeed's default,"
             fail(f"{kind}.params.{key}", value, f"that{source} is not supported. Use {json.dumps(allowed)}.")
-    decided = {_TABLES[kind][0]: chosen, **meaning.sets}
+    decided = {_TABLES[kind][0]: chosen, **translation.sets}
     settings = {field: (value, f"{kind}.type", True) for field, value in decided.items()}
-    for key, (field, default) in meaning.takes.items():
+    for key, (field, default) in translation.takes.items():
         path, value = f"{kind}.params.{key}", params.get(key, default)
         require(value is not ..., f"DeepSpeed JSON: {path} is missing. {name} requires it.")
-        if key in params and not (type(value) is int or (type(value) is float and field not in WHOLE_NUMBERS)):
-            fail(path, value, f"use {'an integer' if field in WHOLE_NUMBERS else 'a number'} without quotes.")
+        if key in params and not (type(value) is int or (type(value) is float and field not in INTEGERS)):
+            fail(path, value, f"use {'an integer' if field in INTEGERS else 'a number'} without quotes.")
         if value is not None:
             settings[field] = (value, path, key in params)
     return settings
 
 
 def _types(kind: str) -> dict[str, tuple[str, BlockTranslation]]:
-    """Return the known types of a kind of block: the optimizer or schedule that each means, and its translation."""
+    """Return, by DeepSpeed type: the name in megaft's table, and the translation."""
     entries = _TABLES[kind][1].items()
     return {type_: (name, entry.block) for name, entry in entries if entry.block for type_ in entry.block.types}
 
@@ -104,17 +107,17 @@ def _spread_betas(params: Any, path: str) -> dict[str, Any]:
 
 
 def check_optimizer(optim: OptimConfig, stage: int, dtype: Dtype, on_cuda: bool) -> None:
-    """Refuse an optimizer that ZeRO or the device would change, and settings without effect."""
+    """Refuse an optimizer that ZeRO or the device does not support, and settings without effect."""
     optimizer = OPTIMIZERS[optim.name]
     require(
         not optimizer.needs_whole_matrices or (stage == 0 and dtype == "float32"),
         f"--optim.name is {optim.name} with zero_optimization.stage {stage} in {dtype}. It needs whole matrices, "
-        "which ZeRO flattens. Use ds_configs/zero0_fp32.json, or --optim.name adamw.",
+        "but ZeRO flattens them. Use ds_configs/zero0_fp32.json, or --optim.name adamw.",
     )
     require(
         optimizer.cpu_equivalent is None or on_cuda,
-        f"--optim.name is {optim.name}, which runs on CUDA devices only. Use {optimizer.cpu_equivalent} without "
-        "CUDA or with optimizer offload.",
+        f"--optim.name is {optim.name}, which runs only on CUDA devices. Without CUDA, or with optimizer "
+        f"offload, use {optimizer.cpu_equivalent}.",
     )
     defaults = OptimConfig()
     for name, table in ((optim.name, OPTIMIZERS), (optim.schedule, SCHEDULES)):

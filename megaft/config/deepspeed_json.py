@@ -39,7 +39,7 @@ from megaft.config.train import OptimConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedSettings:
-    """DeepSpeed JSON resolved for a number of ranks."""
+    """Settings of the DeepSpeed JSON, resolved for a number of ranks."""
 
     as_read: dict[str, Any]
     """The JSON as returned by `read_deepspeed_json`."""
@@ -90,7 +90,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
-    require(not twice, f"{', '.join(twice)}: given twice in one object, where only the last would count. Keep one.")
+    require(not twice, f"{', '.join(twice)}: given twice in one object, of which JSON keeps only the last. Remove one.")
     return dict(pairs)
 
 
@@ -111,16 +111,16 @@ def resolve(
     Args:
         raw: The JSON as returned by `read_deepspeed_json`; it is not modified.
         world_size: Data-parallel ranks.
-        optim: Optimizer settings of the command line. The JSON's blocks may override defaults only.
+        optim: Optimizer settings of the command line. The JSON's blocks override defaults only.
         has_cuda: True if the ranks have CUDA devices.
-        resumed_batch_size: Global batch size of a resumed run, perhaps on another number of ranks: the micro-batch
-            size is lowered to the largest that divides it.
+        resumed_batch_size: Global batch size of a resumed run, perhaps on another number of ranks. The micro-batch
+            size is lowered to the largest that splits it evenly.
 
     Raises:
         ConfigError: A key or value that DeepSpeed would reject, ignore or interpret differently.
     """
     config, notes = copy.deepcopy(raw), []
-    _drop_switched_off(config)
+    _drop_disabled(config)
     _refuse_unknown(config)
     _refuse_wrong_types(config)
     _refuse_other_values(config)
@@ -130,7 +130,7 @@ def resolve(
     optim, total_num_steps = translate_blocks(config, optim, notes)
     check_optimizer(optim, stage, dtype, has_cuda and not offloads)
     if resumed_batch_size is not None:
-        _fall_to_dividing_micro_batch(config, resumed_batch_size, world_size, notes)
+        _lower_micro_batch_to_divisor(config, resumed_batch_size, world_size, notes)
     batch = _batch_sizes(config, world_size, notes)
     _fill_in(config, batch, notes)
     return ResolvedSettings(
@@ -160,13 +160,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _set_off(value: Any) -> bool:
+def _is_disabled(value: Any) -> bool:
     return value is False or (isinstance(value, dict) and value.get("enabled") is False)
 
 
-def _drop_switched_off(config: dict[str, Any]) -> None:
+def _drop_disabled(config: dict[str, Any]) -> None:
     """Delete unsupported blocks that are disabled; DeepSpeed rejects some of them even then."""
-    for key in [key for key in REFUSED if _set_off(config.get(key))]:
+    for key in [key for key in REFUSED if _is_disabled(config.get(key))]:
         del config[key]
 
 
@@ -224,8 +224,9 @@ def _dtype(config: dict[str, Any]) -> Dtype:
 def _check_precision(stage: int, dtype: Dtype) -> None:
     require(
         stage > 0 or dtype == "float32",
-        f"DeepSpeed JSON: {dtype} with zero_optimization.stage 0: DeepSpeed's half-precision optimizer there scales "
-        "the first Adam step by about 0.7. Use stage 1, which is equivalent on one GPU.",
+        f"DeepSpeed JSON: {dtype} with zero_optimization.stage 0: DeepSpeed's half-precision optimizer there counts a "
+        "step without gradients first, which makes Adam's first update wrong (0.74 times as large at beta1 0.9). Use "
+        "stage 1, which is equivalent on one GPU.",
     )
 
 
@@ -237,7 +238,7 @@ def _offloads_optimizer(config: dict[str, Any], stage: int) -> bool:
             why = "; megaft's checkpoints cannot read state on NVMe" if device == "nvme" else ""
             fail(path, device, f'use "cpu", or "none"{why}.')
         if device == "cpu" and stage < lowest:
-            fail(path, device, f"it needs zero_optimization.stage {lowest} or more, and that is {stage}.")
+            fail(path, device, f"it needs zero_optimization.stage {lowest} or more, but the stage is {stage}.")
     return _get(config, "zero_optimization.offload_optimizer.device") == "cpu"
 
 
@@ -258,8 +259,8 @@ def _batch_sizes(config: dict[str, Any], world_size: int, notes: list[str]) -> t
     if train is None:
         train = (micro or 1) * (accumulation or 1) * world_size
         notes.append(
-            f"train_batch_size is {train} on {counted(world_size, 'rank')}; set it to train the same on any "
-            "number of ranks."
+            f"{GLOBAL_BATCH} is {train} on {counted(world_size, 'rank')}; set it in the DeepSpeed JSON to train the "
+            "same on any number of ranks."
         )
     if micro is None:
         micro = train // ((accumulation or 1) * world_size)
@@ -269,17 +270,18 @@ def _batch_sizes(config: dict[str, Any], world_size: int, notes: list[str]) -> t
     return train, micro, accumulation
 
 
-def _fall_to_dividing_micro_batch(
+def _lower_micro_batch_to_divisor(
     config: dict[str, Any], resumed_batch_size: int, world_size: int, notes: list[str]
 ) -> None:
     train, micro, accumulation = (_positive(config, key) for key in BATCH_KEYS)
     train = train or resumed_batch_size
-    asked = micro or max(1, train // ((accumulation or 1) * world_size))
-    size = largest_micro_batch_size(train, asked, world_size)
+    requested = micro or max(1, train // ((accumulation or 1) * world_size))
+    size = largest_micro_batch_size(train, requested, world_size)
     config |= zip(BATCH_KEYS, (train, size, "auto"), strict=True)
-    if size != asked:
+    if size != requested:
         notes.append(
-            f"{MICRO_BATCH} falls from {asked} to {size}, which divides {train} over {counted(world_size, 'rank')}."
+            f"{MICRO_BATCH} is lowered from {requested} to {size}, so that {GLOBAL_BATCH} {train} splits evenly "
+            f"over {counted(world_size, 'rank')}."
         )
 
 
@@ -316,28 +318,28 @@ def largest_micro_batch_size(global_batch_size: int, at_most: int, world_size: i
     """Return the largest micro-batch size that splits the global batch evenly over the ranks.
 
     Raises:
-        ConfigError: The global batch size is not a multiple of the ranks.
+        ConfigError: The global batch size is not a multiple of the number of ranks.
     """
     per_rank, rest = divmod(global_batch_size, world_size)
     require(
         rest == 0,
-        f"train_batch_size {global_batch_size} is not a multiple of {counted(world_size, 'rank')}. Use one that is.",
+        f"{GLOBAL_BATCH} is {global_batch_size}; use a multiple of {world_size}, the number of ranks.",
     )
     return next(size for size in range(min(at_most, per_rank), 0, -1) if per_rank % size == 0)
 
 
 def _fill_in(config: dict[str, Any], batch: tuple[int, int, int], notes: list[str]) -> None:
     config |= zip(BATCH_KEYS, batch, strict=True)
-    # Stage 1 in bf16 always skips a step whose gradient is not finite; stages 2 and 3 must be told to.
-    wanted = FILLED_IN | ({"bf16.check_grad_overflow": True} if _get(config, "bf16.enabled") else {})
-    missing = {path: value for path, value in wanted.items() if _get(config, path) is None}
+    # Stage 1 in bf16 always skips a step whose gradient is not finite; stages 2 and 3 do so only if this is set.
+    defaults = FILLED_IN | ({"bf16.check_grad_overflow": True} if _get(config, "bf16.enabled") else {})
+    missing = {path: value for path, value in defaults.items() if _get(config, path) is None}
     for path, value in missing.items():
         *blocks, key = path.split(".")
         block = config
         for name in blocks:
             block = block.setdefault(name, {})
         block[key] = value
-    if "gradient_clipping" in missing:  # the only default worth a note; RUN/config.json has all
+    if "gradient_clipping" in missing:  # the only default that needs a note; RUN/config.json has all
         clipping = missing["gradient_clipping"]
         notes.append(
             f"gradients are clipped to a norm of {clipping:g}, since the DeepSpeed JSON does not set gradient_clipping."

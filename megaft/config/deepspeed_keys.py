@@ -73,10 +73,10 @@ BLOCK_KEYS = {  # known keys of each block
 }
 HOLDS_STRINGS = ("device", "nvme_path", "leaf_module")  # keys of those blocks whose values are not numbers or booleans
 
-SAMPLES = "megaft controls the order and length of samples (--data.*), so this would have no effect or conflict"
-METRICS = "megaft writes the metrics itself: use --metrics.wandb, --metrics.tensorboard or RUN/metrics.jsonl"
+SAMPLES = "megaft controls the order and length of samples (--data.*), so this has no effect or conflicts"
+METRICS = "megaft writes metrics itself: use --metrics.wandb, --metrics.tensorboard or RUN/metrics.jsonl"
 CHECKPOINT = "megaft writes its own checkpoints and never calls DeepSpeed's, so this has no effect"
-REMOVED = "DeepSpeed 0.19 no longer has it"
+REMOVED = "DeepSpeed 0.19 has removed it"
 TENSOR = (
     "it does not shard embeddings and the output layer, and checkpoints would store shards as whole matrices: use "
     "--model.backend megatron with --parallel.tensor-parallel-size (docs/parallelism.md)"
@@ -86,13 +86,13 @@ SEQUENCE = (
     "each other (docs/parallelism.md): use --model.activation-checkpointing and a smaller micro-batch"
 )
 PARALLEL = "megaft supports neither pipeline nor expert parallelism (docs/parallelism.md)"
-ROUNDS = "it rounds communicated values, so the result would depend on the number of GPUs"
+LOSSY_COMMUNICATION = "it rounds values before ranks exchange them, so the result would depend on the number of GPUs"
 MASTERS = "megaft keeps fp32 weights, gradients and moments, so that a checkpoint is exact at every ZeRO stage"
-UNREAD = "megaft's checkpoints do not include the state that it keeps elsewhere"
+UNSAVED_STATE = "it keeps training state where megaft's checkpoints do not save it"
 USE_OFFLOAD = "it is deprecated: write offload_optimizer or offload_param with a device"
 
 REFUSED = {  # DeepSpeed's top-level keys that megaft does not support
-    "amp": "apex's amp is gone from apex and from DeepSpeed: use bf16 or fp16",
+    "amp": "apex and DeepSpeed removed it: use bf16 or fp16",
     "bfloat16": "it is the old name of bf16: rename it",
     "torch_autocast": "precision is bf16 or fp16 with fp32 masters: use one of these blocks",
     "data_efficiency": SAMPLES,
@@ -127,7 +127,7 @@ REFUSED = {  # DeepSpeed's top-level keys that megaft does not support
     "comet": METRICS,
     "checkpoint": CHECKPOINT,
     "datastates_ckpt": CHECKPOINT,
-    "aio": "it configures NVMe offload, whose state megaft's checkpoint cannot read",
+    "aio": "it configures NVMe offload, and megaft's checkpoints cannot read state on NVMe",
 }
 
 ONLY = {  # key: the only supported value (None: remove the key), and the reason
@@ -136,22 +136,22 @@ ONLY = {  # key: the only supported value (None: remove the key), and the reason
     "zero_allow_untested_optimizer": (True, "megaft hands the engine its own optimizer"),
     "zero_force_ds_cpu_optimizer": (False, "megaft hands the engine its own optimizer, also with offload"),
     "data_types.grad_accum_dtype": ("fp32", "a half-precision sum of gradients depends on how the batch is split"),
-    "communication_data_type": ("fp32", ROUNDS),
-    "optimizer.legacy_fusion": (False, "it is for LAMB"),
+    "communication_data_type": ("fp32", LOSSY_COMMUNICATION),
+    "optimizer.legacy_fusion": (False, "it applies only to LAMB"),
     "bf16.bf16_master_weights_and_grads": (False, MASTERS),
     "bf16.bf16_optimizer_states": (False, MASTERS),
     "fp16.fp16_master_weights_and_grads": (False, MASTERS),
-    "zero_optimization.compute_grad_norm": (True, "the norm of the gradient is logged and watched"),
-    "zero_optimization.zero_quantized_weights": (False, ROUNDS),
-    "zero_optimization.zero_quantized_gradients": (False, ROUNDS),
-    "zero_optimization.zero_quantized_nontrainable_weights": (False, ROUNDS),
-    "zero_optimization.zero_hpz_partition_size": (1, UNREAD),
-    "zero_optimization.zenflow": (None, "its late updates make the result depend on timing"),
+    "zero_optimization.compute_grad_norm": (True, "the gradient norm is logged and guarded"),
+    "zero_optimization.zero_quantized_weights": (False, LOSSY_COMMUNICATION),
+    "zero_optimization.zero_quantized_gradients": (False, LOSSY_COMMUNICATION),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False, LOSSY_COMMUNICATION),
+    "zero_optimization.zero_hpz_partition_size": (1, UNSAVED_STATE),
+    "zero_optimization.zenflow": (None, "its delayed updates make the result depend on timing"),
     "zero_optimization.cpu_offload": (None, USE_OFFLOAD),
     "zero_optimization.cpu_offload_param": (None, USE_OFFLOAD),
     "zero_optimization.cpu_offload_use_pin_memory": (None, USE_OFFLOAD),
-    "zero_optimization.offload_optimizer.ratio": (1, UNREAD),
-    "zero_optimization.offload_optimizer.super_offload": (False, UNREAD),
+    "zero_optimization.offload_optimizer.ratio": (1, UNSAVED_STATE),
+    "zero_optimization.offload_optimizer.super_offload": (False, UNSAVED_STATE),
 }
 
 FILLED_IN = {  # defaults for keys that the JSON does not set

@@ -1,4 +1,4 @@
-"""Table of optimizers: one entry for each, with all properties in which they differ.
+"""Table of optimizers: one entry per optimizer, with all properties that differ.
 
 To add one, add an entry, and a field to `OptimConfig` for a setting that no other optimizer has.
 """
@@ -17,12 +17,12 @@ Setting = str | tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimizer:
-    """An optimizer: its class, arguments and moments, and where it runs."""
+    """Optimizer: class, arguments, states and supported devices."""
 
     class_name: str
     """Dotted name of the class, imported only when the optimizer is built."""
     arguments: Mapping[str, Setting]
-    """Arguments of the class that are fields of OptimConfig; `learning_rate` and weight decay are passed to all."""
+    """By argument of the class: field of OptimConfig. All classes also take learning rate and weight decay."""
     constants: Mapping[str, bool] = field(default_factory=dict)
     """Arguments of the class with fixed values."""
     fused_on: tuple[str, ...] = ()
@@ -33,10 +33,10 @@ class Optimizer:
     block: BlockTranslation | None = None
     """Translation of DeepSpeed JSON blocks to this optimizer; None if there is none."""
     needs_whole_matrices: bool = False
-    """True if an update depends on the whole matrix, which ZeRO and megatron-core's layout change."""
+    """True if the update depends on the whole matrix; ZeRO flattens matrices, megatron-core fuses or shards them."""
     cpu_equivalent: str | None = None
     """For a CUDA-only optimizer: name of the optimizer with the same states that runs on a CPU."""
-    missing: Mapping[str, str] = field(default_factory=dict)
+    required_modules: Mapping[str, str] = field(default_factory=dict)
     """Required Python modules besides torch, each with the message if it is not installed."""
     install: str = ""
     """Installation instructions for these modules."""
@@ -55,7 +55,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(
         class_name="torch.optim.AdamW",
         arguments=_ADAM,
-        fused_on=("cuda", "cpu"),  # on a CPU three times as fast as the unfused one, and equal to 2.4e-7
+        fused_on=("cuda", "cpu"),  # on CPUs three times as fast as unfused, and equal to 2.4e-7
         moments=_ADAM_MOMENTS,
         block=BlockTranslation(
             types=("Adam", "AdamW", "FusedAdam"),
@@ -74,7 +74,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             },
         ),
     ),
-    "sgd": Optimizer(  # adds weight decay to the gradient, as torch does; the others decay the weights themselves
+    "sgd": Optimizer(  # adds weight decay to the gradient (L2); that of the others is decoupled
         class_name="torch.optim.SGD",
         arguments={"momentum": "momentum"},
         moments={"momentum_buffer": "momentum"},
@@ -91,7 +91,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adafactor": Optimizer(
         class_name="torch.optim.Adafactor",
         arguments={},
-        moments={"variance": None},  # of a matrix only row_var and col_var, one number per row and per column
+        moments={"variance": None},  # for matrices row_var and col_var: one number per row and per column
         needs_whole_matrices=True,
     ),
     "apex-adamw": Optimizer(
@@ -100,11 +100,11 @@ OPTIMIZERS: dict[str, Optimizer] = {
         constants={"adam_w_mode": True},
         moments=_ADAM_MOMENTS,
         cpu_equivalent="adamw",
-        missing={
+        required_modules={
             "apex": "apex is not installed",
             # amp_C holds the CUDA kernels that apex.optimizers loads; PyPI's apex is a toolkit for web applications.
-            "amp_C": "the apex installed here is not NVIDIA's with CUDA kernels (no amp_C); `pip install apex` gives "
-            "another project",
+            "amp_C": "the apex installed here is not NVIDIA's with CUDA kernels (no amp_C); `pip install apex` "
+            "installs another project",
         },
         install="Build it with --cuda_ext from github.com/NVIDIA/apex",
     ),

@@ -14,7 +14,7 @@ Backend = Literal["hugging-face", "megatron"]
 def require_shardable(
     backend: Backend, size: int, setting: str = "--tensor-parallel-size", backend_setting: str = "--backend"
 ) -> None:
-    """Raise ConfigError if the modules are transformers' and the tensor-parallel size is above 1.
+    """Raise ConfigError if the backend is transformers and the tensor-parallel size is above 1.
 
     Args:
         backend: Model implementation.
@@ -24,7 +24,7 @@ def require_shardable(
     """
     require(
         backend == "megatron" or size == 1,
-        f"{setting} is {size}, but transformers' models are not sharded. Set {backend_setting} megatron.",
+        f"{setting} is {size}, but only megatron-core's models are sharded. Set {backend_setting} megatron.",
     )
 
 
@@ -39,6 +39,6 @@ def num_data_ranks(world_size: int, tensor_parallel_size: int, setting: str = "-
     require(
         rest == 0,
         f"{setting} is {tensor_parallel_size}, which does not divide {counted(world_size, 'rank')}. Start a multiple "
-        f"of it, for example {more}.",
+        f"of {tensor_parallel_size} ranks, for example {more}.",
     )
     return groups

@@ -1,4 +1,4 @@
-"""Table of guard policies: one entry for each action on a bad step.
+"""Table of guard policies: one entry per action on a bad step.
 
 To add one, add an entry: `run/guard.py`, `run/recovery.py` and the training loop read its fields, not its name.
 """

@@ -28,7 +28,7 @@ class PrepareConfig:
     format: ReadAs = "auto"
     """Input format: plain text, one JSON record per line, or detected from each file's content."""
     unit: Literal["file", "line", "document"] = "file"
-    """Document boundaries in a text file: the whole file, each line, or (document) blank lines."""
+    """Documents of a text file: the whole file, each line, or (document) blocks separated by blank lines."""
     json_key: str | None = None
     """JSON records: key of the text, `text` by default."""
     prompt_key: str | None = None
@@ -40,9 +40,9 @@ class PrepareConfig:
     detokenizer: str = "identity"
     """Undo word tokenization first: wikitext, ptb, 1bw or another from `python -m detokenizers --list`."""
     control_codes: tuple[str, ...] = ()
-    """Control code for each input: put before its documents and not scored (Keskar et al. 2019, section 3)."""
+    """One control code per input, prepended to its documents and not scored (Keskar et al. 2019, section 3)."""
     min_tokens: int = 1
-    """Drop documents with fewer tokens of text; the receipt counts them."""
+    """Drop documents whose text has fewer tokens; the receipt counts them."""
     append_eod: bool = False
     """End every document with the tokenizer's EOS token (Megatron's --append-eod)."""
     workers: int | None = None
@@ -57,8 +57,8 @@ class PrepareConfig:
         require_ranges(self, min_tokens=at_least(1), workers=at_least(1))
         require(
             len(self.control_codes) in (0, len(self.inputs)),
-            f"--control-codes are {len(self.control_codes)} ({' '.join(self.control_codes)}) for {len(self.inputs)} "
-            f"inputs ({' '.join(self.inputs)}); give one for each input.",
+            f"--control-codes are {' '.join(self.control_codes)} ({len(self.control_codes)}), but the inputs are "
+            f"{' '.join(self.inputs)} ({len(self.inputs)}). Give one code for each input.",
         )
         require(
             (self.prompt_key is None) == (self.completion_key is None),
@@ -67,7 +67,7 @@ class PrepareConfig:
         other_key = self.prompt_key or self.messages_key
         require(
             self.json_key is None or other_key is None,
-            f"--json-key is {self.json_key}, which conflicts with the key {other_key}. Remove one of them.",
+            f"--json-key is {self.json_key}, but another flag names the key {other_key}. Remove one of them.",
         )
         require(
             self.format != "text" or (self.json_key or other_key) is None,
@@ -75,7 +75,8 @@ class PrepareConfig:
         )
         require(
             self.messages_key is None or (self.prompt_key is None and self.detokenizer == "identity"),
-            f"--messages-key is {self.messages_key}; it excludes --prompt-key and --detokenizer. Remove one.",
+            f"--messages-key is {self.messages_key}, but --prompt-key is {self.prompt_key} and --detokenizer is "
+            f"{self.detokenizer}; a chat allows neither. Remove --messages-key or those.",
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Table of learning-rate schedules: one entry for each, a function of the fraction of the decay that is done.
+"""Table of learning-rate schedules: one entry per schedule, a function of the fraction of the decay that is done.
 
 To add one, add an entry. Warmup and peak are the same for all; see `megaft.run.optim.learning_rate`.
 """

@@ -21,7 +21,7 @@ from megaft.config.parallelism import Backend, require_shardable
 from megaft.config.policies import POLICIES, NonFinitePolicy, SpikePolicy
 from megaft.config.schedules import SCHEDULES, ScheduleName
 
-# Identity fields that --checkpoint.allow-changed may name; the others have no override.
+# Identity fields that --checkpoint.allow-changed may list; other differences are always errors.
 CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
 
 
@@ -82,7 +82,7 @@ class LoraConfig:
         require_ranges(self, "lora.", rank=at_least(0).such_as("8"), alpha=at_least(1).such_as("16"), dropout=BELOW_1)
         require(
             self.rank > 0 or (self.alpha, self.dropout, self.target_modules) == (16, 0, ()),
-            "--lora.rank is 0, so the other --lora settings have no effect. Set --lora.rank, for example to 8.",
+            "--lora.rank is 0, so the other --lora.* have no effect. Set --lora.rank, for example to 8.",
         )
 
 
@@ -99,7 +99,7 @@ class DataConfig:
     context_length: int = 1024
     """Sequence length: input tokens per sample."""
     sample: Literal["stream", "document"] = "stream"
-    """stream: join documents and cut every --data.context-length tokens; document: a new sample at every document."""
+    """stream: join documents, split every --data.context-length tokens; document: start a sample at every document."""
     attend_within_documents: bool = False
     """In packed samples, confine attention and positions to documents; a document's first token is not scored."""
     detokenizer: str = "identity"
@@ -136,7 +136,7 @@ class OptimConfig:
     warmup_steps: int = 0
     """Steps of linear learning-rate warmup from 0."""
     final_fraction: float = 0.1
-    """Final learning rate as a fraction of the peak (linear and cosine)."""
+    """Final learning rate as a fraction of the peak, for schedules that decay."""
 
     def __post_init__(self) -> None:
         for field_name, table in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -177,7 +177,7 @@ class RunConfig:
     max_minutes: float | None = None
     """After this many minutes, finish the current step, save, and exit with code 75 (requeue)."""
     timeout_minutes: float = 10.0
-    """Minutes to wait for another rank before exiting with code 75. Must exceed the longest validation or save."""
+    """Timeout of collectives: exit with code 75 (requeue) then. Must exceed the longest validation or save."""
     deterministic: bool = False
     """Bitwise reproducible results on GPUs of one model, at some cost in speed. CPU runs always are."""
     fresh: bool = False
@@ -211,11 +211,11 @@ class CheckpointConfig:
     keep_last: int = 2
     """Number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Also keep checkpoints whose step is a multiple of this; 0 keeps only the newest and the best."""
+    """Also keep every checkpoint whose step is a multiple of this; 0 keeps only the newest and the best."""
     in_background: Annotated[bool, tyro.conf.arg(name="async")] = False
     """Asynchronous saving: copy the state to host memory and write it while training continues."""
     allow_changed: tuple[str, ...] = ()
-    """Differences from the checkpoint to accept when resuming, such as data; the error names the one to list."""
+    """Differences from the checkpoint to accept when resuming, such as data; the error message names each."""
 
     def __post_init__(self) -> None:
         ranges = {"every": at_least(0), "keep_last": at_least(1).such_as("2"), "keep_every": at_least(0)}
@@ -228,7 +228,7 @@ class CheckpointConfig:
 
 
 FEWEST_VALUES = 32
-"""Steps that the guard needs to tell a spike from noise."""
+"""Minimum number of steps from which the guard can tell a spike from noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,13 +246,13 @@ class GuardConfig:
     spike_deviations: float = 8.0
     """Spike threshold: robust standard deviations (1.4826 times the MAD) above the median of the window."""
     spike_window: int = 128
-    """Recent steps that the median is taken over. Detection starts after a quarter of them, at least 32."""
+    """Recent steps that the median is taken over. Detection starts once a quarter of them, at least 32, have run."""
     max_overflows: int = 20
     """Stop after this many consecutive fp16 overflows."""
     max_skips: int = 10
     """Stop after this many consecutive skipped steps."""
     max_rewinds: int = 10
-    """Maximum number of rewinds; the run stops instead of rewinding once more."""
+    """Maximum number of rewinds; instead of one more, the run stops with exit code 5."""
 
     def __post_init__(self) -> None:
         require_ranges(
@@ -331,20 +331,20 @@ class TrainConfig:
         has_validation = self.data.valid is not None
         require(
             has_validation or self.run.validate_every == 0,
-            f"--run.validate-every is {self.run.validate_every}; validation needs data. "
+            f"--run.validate-every is {self.run.validate_every}, but there is no validation data. "
             "Set --data.valid, or remove --run.validate-every.",
         )
         require(
             has_validation or self.eval == EvalConfig(),
-            "--eval settings have no effect without --data.valid. Set --data.valid or remove them.",
+            "--eval.* have no effect without --data.valid. Set --data.valid, or remove them.",
         )
         require(
             has_validation or self.run.patience == 0,
-            f"--run.patience is {self.run.patience}; validation needs data. Set --data.valid or remove --run.patience.",
+            f"--run.patience is {self.run.patience}, but there is no validation data. Set --data.valid, or remove it.",
         )
         require(
             self.model.path is not None or self.data.tokenizer is not None,
-            "--model.from-scratch provides no tokenizer. Set --data.tokenizer.",
+            f"--model.from-scratch is {self.model.from_scratch}, which has no tokenizer. Set --data.tokenizer.",
         )
         require(
             self.model.path is not None or self.lora.rank == 0,
@@ -367,12 +367,12 @@ class TrainConfig:
     def tokenizer_source(self) -> str:
         """Hub name, folder or file that the tokenizer is loaded from."""
         source = self.data.tokenizer or self.model.path
-        assert source is not None, "checked above"
+        assert source is not None, "checked in __post_init__"
         return source
 
     @property
     def longest_input(self) -> int:
-        """Most input tokens in a forward pass, of training or validation."""
+        """Maximum input tokens in a forward pass, of training or validation."""
         return max(self.data.context_length, self.eval_context_length)
 
     @property
@@ -382,19 +382,19 @@ class TrainConfig:
 
     @property
     def eval_stride(self) -> int:
-        """Tokens scored per validation window after the first."""
+        """Tokens by which the validation window advances."""
         return self.eval.stride or max(1, self.eval_context_length // 2)
 
 
 def parse_train(arguments: list[str] | None = None, is_main: bool = True) -> TrainConfig:
-    """Parse the command line of `megaft/train.py`; on an error the main rank prints the rule and all exit with 2."""
+    """Parse the command line of `megaft/train.py`; on an error the main rank prints it, and all ranks exit with 2."""
     flags = own_flags(arguments)
     with suggesting(TrainConfig, flags, is_shown=is_main):
         return tyro.cli(TrainConfig, args=flags, prog="megaft/train.py", console_outputs=is_main)
 
 
 def bytes_per_parameter(optim: OptimConfig) -> int:
-    """Return the most bytes that a checkpoint holds per trained parameter: fp32 weight and moments."""
+    """Return the maximum bytes of a checkpoint per trained parameter: fp32 weight and moments."""
     conditions = OPTIMIZERS[optim.name].moments.values()
     num_moments = sum(field is None or getattr(optim, field) > 0 for field in conditions)
     return 4 * (1 + num_moments)

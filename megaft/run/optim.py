@@ -27,7 +27,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, device
         ConfigError: A module that the optimizer needs is not installed.
     """
     optimizer = OPTIMIZERS[config.name]
-    for module, absence in optimizer.missing.items():
+    for module, absence in optimizer.required_modules.items():
         fix = f"{optimizer.install}, or use --optim.name {OptimConfig().name}."
         require(importlib.util.find_spec(module) is not None, f"--optim.name is {config.name}, but {absence}. {fix}")
     arguments = {name: _values(config, fields) for name, fields in optimizer.arguments.items()}

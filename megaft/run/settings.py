@@ -67,8 +67,8 @@ def plan_engine(
     )
     require(
         not (is_megatron and OPTIMIZERS[setup.optim.name].needs_whole_matrices),
-        f"--optim.name is {setup.optim.name}, which needs whole matrices, but --model.backend megatron fuses them. "
-        "Set --optim.name adamw or --model.backend hugging-face.",
+        f"--optim.name is {setup.optim.name}, which needs whole matrices, but --model.backend megatron fuses or "
+        "shards them. Set --optim.name adamw or --model.backend hugging-face.",
     )
     return setup
 
