@@ -154,5 +154,6 @@ def _require_layers(path: Path, header: GgufHeader) -> None:
         raise DataError(f"{path} has {header.architecture}.block_count {layers}; use 1 to {MOST_LAYERS:,} layers.")
     if stored != set(range(layers)):
         raise DataError(
-            f"{path} has {header.architecture}.block_count {layers}, but has tensors of {len(stored)}; copy it again."
+            f"{path} has {header.architecture}.block_count {layers}, but tensors of {len(stored)} layers; "
+            "copy the file again."
         )

@@ -188,7 +188,7 @@ class Store(dict):
 def main_rank(monkeypatch):
     """The main rank of three, its port and secret, and the reasons it would have ended the process for."""
     reasons = []
-    monkeypatch.setattr(heartbeat, "_end", lambda code, reason: reasons.append(f"{code} {reason}"))
+    monkeypatch.setattr(heartbeat, "_exit", lambda code, reason: reasons.append(f"{code} {reason}"))
     monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 0.0)
     store = Store()
     one = heartbeat.Heartbeat(0, 3, "127.0.0.1", store, 600)

@@ -45,7 +45,7 @@ def test_interfaces_that_variables_name(variable, value, backend, wrong):
     if wrong is None:
         require_interfaces({variable: value}, backend)
         return
-    with pytest.raises(ConfigError, match=rf"{variable} names '{wrong}', .*it has lo, ib0, eth0\."):
+    with pytest.raises(ConfigError, match=rf"{variable} names '{wrong}', .*one of lo, ib0, eth0,"):
         require_interfaces({variable: value}, backend)
 
 
