@@ -149,7 +149,7 @@ REFUSALS = [
     ({"data_types": {"grad_accum_dtype": "bf16"}}, 'grad_accum_dtype is "bf16"; use "fp32"'),
     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, **zero(stage=1)}, "keeps fp32 weights"),
     # what megaft does not run
-    ({"amp": {"enabled": True}}, "remove amp: apex's amp is gone"),
+    ({"amp": {"enabled": True}}, "remove amp: apex and DeepSpeed removed it"),
     ({"bfloat16": {"enabled": True}}, "old name of bf16"),
     ({"data_efficiency": {"enabled": True}}, "remove (data_efficiency|curriculum_learning)"),
     ({"curriculum_learning": {"enabled": True}}, "remove (data_efficiency|curriculum_learning)"),
@@ -162,8 +162,8 @@ REFUSALS = [
     (zero(stage=3, zero_quantized_weights=True), "use false: it rounds"),
     (zero(stage=2, cpu_offload=True), "remove it: it is deprecated: write offload_optimizer"),
     (zero(stage=2, offload_optimizer={"device": "nvme"}), 'device is "nvme"'),
-    (zero(stage=2, offload_param={"device": "cpu"}), "stage 3 or more, and that is 2"),
-    (zero(stage=0, offload_optimizer={"device": "cpu"}), "stage 1 or more, and that is 0"),
+    (zero(stage=2, offload_param={"device": "cpu"}), "stage 3 or more, but the stage is 2"),
+    (zero(stage=0, offload_optimizer={"device": "cpu"}), "stage 1 or more, but the stage is 0"),
 ]
 
 
