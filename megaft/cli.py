@@ -15,13 +15,13 @@ from megaft.base.exit_code import exit_code_of
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Subcommand: one-line summary and the module that runs it."""
+    """Subcommand: summary, and the module that runs it."""
 
     summary: str
     module: str
     """Module of megaft whose `main` runs the command."""
     config: str | None
-    """module:Class of the dataclass that `main` takes and whose fields are the flags; None if `main` parses a list."""
+    """module:Class of the dataclass whose fields are the flags and which `main` takes; None if `main` parses them."""
 
 
 COMMANDS = {
@@ -44,11 +44,11 @@ COMMANDS = {
 }
 
 EVALUATION_HINT = "`python -m evaluate_zero_shot` scores models"
-"""Pointer to the evaluation program, for users who look for it among the commands."""
+"""Hint for users who look for the evaluation program among the commands."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run `megaft COMMAND ...` and return its exit code: 0 done, 2 usage or config, and those of megaft.base.errors.
+    """Run `megaft COMMAND ...` and return its exit code: 0 done, 2 usage or config, or one of megaft.base.errors.
 
     Raises:
         SystemExit: From the parser of the command's flags: 0 after its help, 2 after a bad flag.
@@ -72,7 +72,7 @@ def dispatch(arguments: list[str]) -> int:
 
 def run(name: str, arguments: list[str]) -> int:
     """Parse a command's flags, then import its module (slow for some commands) and run it."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries read it at import and would draw progress bars
+    os.environ.setdefault("TQDM_DISABLE", "1")  # before libraries read it, at import; else they draw progress bars
     command = COMMANDS[name]
     if command.config is None:
         return import_module(f"megaft.{command.module}").main(arguments)

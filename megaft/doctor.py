@@ -1,4 +1,4 @@
-"""`python -m megaft.doctor`, the former spelling of `python -m megaft doctor`. The next release is without it."""
+"""`python -m megaft.doctor`, the former spelling of `python -m megaft doctor`, to be removed in the next release."""
 
 import os
 import sys
@@ -8,5 +8,5 @@ from megaft.commands.doctor.command import main
 
 if __name__ == "__main__":
     if is_main_of(os.environ):
-        print("warning: `-m megaft.doctor` is now `-m megaft doctor`; this spelling goes.", file=sys.stderr)
+        print("warning: `-m megaft.doctor` is now `-m megaft doctor`; this spelling will be removed.", file=sys.stderr)
     sys.exit(main())

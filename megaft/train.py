@@ -1,6 +1,6 @@
 """The training program: `deepspeed megaft/train.py --deepspeed_config ds_configs/zero2_bf16.json ...`.
 
-The same file runs under torchrun, mpirun and srun, and with plain python as a single rank. It reads top to bottom.
+The same file runs under torchrun, mpirun and srun, and with plain python as a single rank. Read it from top to bottom.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train and export; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & {*arguments}:
-        parse_train(arguments)  # before the heavy imports, so that it is instant
-    stop.listen()  # signals are recorded during the imports
-    os.environ.setdefault("TQDM_DISABLE", "1")  # else every rank would draw libraries' progress bars
+        parse_train(arguments)  # prints the help and exits, before the slow imports
+    stop.listen()  # before the slow imports, so that a signal during them gives the right exit code
+    os.environ.setdefault("TQDM_DISABLE", "1")  # else libraries draw progress bars on every rank
     from megaft.base.progress import say
     from megaft.base.topology import is_main_of
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(config: TrainConfig, topology: Topology) -> int:
-    """Train with the run's folder locked against a second job, and record the reason for the end."""
+    """Train while holding the lock of the run's folder, and record the reason why the run ended."""
     from megaft.base.lock import locked
     from megaft.base.parallel import naming_lost_peers
     from megaft.run.events import recording_errors
@@ -59,7 +59,8 @@ def train(config: TrainConfig, topology: Topology) -> int:
     from megaft.base import parallel, torch_flags
     from megaft.checkpoint import engine_state
 
-    torch_flags.set_before_cuda(config.run.deterministic, config.parallel.tensor_parallel_size)  # DeepSpeed starts CUDA
+    # Before DeepSpeed initializes CUDA.
+    torch_flags.set_before_cuda(config.run.deterministic, config.parallel.tensor_parallel_size)
     from megaft.checkpoint.export import export
     from megaft.data.batches import micro_batches
     from megaft.run.build import build
@@ -96,32 +97,34 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 saver.save(engine, state)  # for a rewind before the first checkpoint
 
         engine.train()
+        # A request with an exit code ends the run; one without (the SAVE file) only saves a checkpoint.
         while not is_over(config, state, max_steps) and not (request and request.exit_code):
             step_rate = learning_rate(state.step, plan.setup.optim, max_steps)
             set_learning_rate(engine.optimizer, step_rate)
-            batches = micro_batches(samples, state.position, state.left_out, run.cut, run.row_length)
+            batches = micro_batches(samples, state.position, state.left_out, run.batch_split, run.row_length)
             counts = [sum(batch.num_scored for batch in batches), sum(batch.num_tokens for batch in batches)]
             counts = torch.tensor(counts).to(device, non_blocking=True)
             # Never 0: every sample contains a scored token.
             num_scored, num_tokens = parallel.sum_over_data_ranks(counts)
             nats, grad_norm = torch.zeros((), dtype=torch.float64, device=device), None
             loss_scale = engine_state.loss_scale_state(engine).get("cur_scale")
-            wanted = partial(accepts_step, guard, state.step + 1, nats, num_scored)
+            accepts = partial(accepts_step, guard, state.step + 1, nats, num_scored)
             for batch in batches:
-                # Dropout depends on the seed and the sample positions only: the same after a resume and, at one
-                # micro-batch size, on any number of ranks.
+                # Dropout masks depend only on the seed and the samples' positions. So they are the same after a resume
+                # and, at equal micro-batch size, on any number of ranks.
                 torch.manual_seed(dropout_seed(config.run.seed, batch.first_position))
                 batch_nats = engine(*batch.to(device))
                 nats += batch_nats.detach()
-                # DeepSpeed averages gradients over ranks; undo that, and divide by the tokens of the global batch.
+                # DeepSpeed averages gradients over data ranks: undo that, and average over the global batch's scored
+                # tokens instead.
                 engine.backward(batch_nats * (parallel.data_parallel_size() / num_scored), scale_wrt_gas=False)
                 # The optimizer steps on the last micro-batch only.
-                grad_norm = engine_state.step(engine, wanted if guard.decides_before_the_step else None)
+                grad_norm = engine_state.step(engine, accepts if guard.decides_before_the_step else None)
             tokens_seen = tokens_seen + num_scored
             state = replace(
                 state,
                 step=state.step + 1,
-                position=state.position + run.cut.global_batch_size,
+                position=state.position + run.batch_split.global_batch_size,
                 skipped_steps=engine.skipped_steps,
             )
             rows = metrics.step(
@@ -135,22 +138,22 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 loss_scale=loss_scale,
             )
 
-            # Agree over ranks: requests to stop, and whether any rank is still writing a checkpoint.
-            *asked, is_writing = parallel.max_over_ranks([*stops.seen(), int(not saver.is_written)])
-            request = stops.request(*asked)
+            # Agree over ranks on stop requests, and on whether any rank is still writing a checkpoint.
+            *requested, still_writing = parallel.max_over_ranks([*stops.seen(), int(not saver.is_written)])
+            request = stops.request(*requested)
             is_last = state.step == max_steps
             validates = validation is not None and (is_last or is_due(state.step, config.run.validate_every))
             saves = request or is_last or is_due(state.step, config.checkpoint.every)
             if validates or saves or guard.decides_before_the_step:
-                rows += metrics.drain()  # judge all steps, in order, before validating or saving
-            reached = state.step
+                rows += metrics.drain()  # all steps are judged, in order, before the run validates or saves
+            newest_step = state.step
             for bad_step in guard.judge(rows):
                 state = recover(run, bad_step, state)
-            if state.step < reached:
+            if state.step < newest_step:  # rewound
                 tokens_seen = torch.tensor(state.tokens_seen, device=device)
                 metrics.rewind(state.step)
                 continue
-            if saver.is_pending and not is_writing:
+            if saver.is_pending and not still_writing:
                 saver.publish()
 
             if validation and validates:
@@ -185,7 +188,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def dropout_seed(seed: int, position: int) -> int:
-    """Return the seed of the dropout masks of the micro-batch whose first sample is at `position`."""
+    """Return the seed of the dropout masks of a micro-batch whose first sample has this position."""
     return (seed * 0x9E3779B97F4A7C15 + position) % 2**63
 
 

@@ -42,7 +42,7 @@ class Run:
     plan: Plan
     engine: Any
     device: torch.device
-    cut: BatchSplit
+    batch_split: BatchSplit
     row_length: int | None
     """Length of every row of a batch; None where rows are padded to the longest of their micro-batch."""
     validation: Validation | None
@@ -106,7 +106,7 @@ def build(plan: Plan, topology: Topology) -> Run:
         plan=plan,
         engine=engine,
         device=device,
-        cut=BatchSplit(
+        batch_split=BatchSplit(
             setup.micro_batch_size,
             setup.gradient_accumulation_steps,
             parallel.data_parallel_rank(),

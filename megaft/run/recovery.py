@@ -39,7 +39,7 @@ def recover(run: Run, bad_step: BadStep, state: RunState) -> RunState:
     Raises:
         NumericsError: The policy is to stop, or the run has rewound too often.
     """
-    size = run.cut.global_batch_size
+    size = run.batch_split.global_batch_size
     begin = state.position - (state.step - bad_step.step + 1) * size
     samples = whole_ranges(begin, begin + size, state.left_out)
     run.events.record(

@@ -101,7 +101,7 @@ def test_a_guard_policy(monkeypatch):
     assert not config.goes_back
     events = []
     run = SimpleNamespace(
-        cut=SimpleNamespace(global_batch_size=8),
+        batch_split=SimpleNamespace(global_batch_size=8),
         events=SimpleNamespace(record=lambda event, step, **fields: events.append((event, step, fields["samples"]))),
     )
     state = RunState(step=40, position=320)
