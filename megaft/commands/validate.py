@@ -50,7 +50,7 @@ def main(config: ValidateConfig) -> int:
     Raises:
         UserError: Training would refuse the settings.
     """
-    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", TQDM_DISABLE="1")  # before torch is imported
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")  # before torch is imported
     with redirect_stdout(sys.stderr):
         plan = validate(config)
     show(plan, config.json)

@@ -31,7 +31,6 @@ def main(config: ConvertConfig) -> int:
         DataError: The source cannot be read.
         NumericsError: The two models differ on the text.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries
     import torch
 
     from megaft.base.dtypes import dtype_name

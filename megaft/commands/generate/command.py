@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +30,6 @@ def main(config: GenerateConfig) -> int:
         ConfigError: The model cannot run with these settings.
         DataError: The model cannot be loaded, or a prompt has no tokens.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries
     from megaft.base import parallel
 
     source = model_source(config.model)
