@@ -20,7 +20,7 @@ from evaluate_zero_shot.trial.subject import Subject
 from megaft.base import parallel
 from megaft.base.dtypes import dtype_name
 from megaft.base.environment import environment
-from megaft.base.progress import counting
+from megaft.base.progress import progress_bar
 from megaft.base.redaction import without_secrets
 from megaft.models.rope import length_limit
 from megaft.scoring.score import Score, batches_of, score
@@ -92,7 +92,7 @@ def _score(subject: Subject, trial: Trial, finished: FinishedBatches) -> Score:
     geometry = trial.geometry
     name = f"{Path(subject.source).name}, {trial.task.name}, {geometry.protocol.name}, stride {geometry.stride}"
     num_inputs = sum(row.num_inputs for row in prepared.rows)
-    with counting(num_inputs, "tokens", f"{name}:", is_shown=parallel.is_main()) as progress:
+    with progress_bar(num_inputs, "tokens", f"{name}:", is_shown=parallel.is_main()) as progress:
         return score(
             prepared.tokens,
             prepared.rows,

@@ -26,7 +26,7 @@ class Bar:
         (self._task,) = self._rich.tasks
         self._rich.start()
 
-    def move(self, done: int) -> tuple[float | None, str]:
+    def advance_to(self, done: int) -> tuple[float | None, str]:
         """Advance to `done`; return units per second over the last 1000 calls (None at first) and the time left."""
         self._rich.update(self._task.id, completed=done)
         left = self._task.time_remaining
@@ -61,7 +61,7 @@ def say(text: str, is_shown: bool = True) -> None:
 
 
 @contextmanager
-def counting(total: int, unit: str, job: str = "", is_shown: bool = True) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, unit: str, job: str = "", is_shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a progress bar during the block; yield a function to call with the number of units done so far.
 
     Args:
@@ -76,7 +76,7 @@ def counting(total: int, unit: str, job: str = "", is_shown: bool = True) -> Ite
     bar = Bar(total, seconds_between_lines=10.0)
 
     def show(done: int) -> None:
-        speed, left = bar.move(done)
+        speed, left = bar.advance_to(done)
         text = f"{job} {done:,} of {total:,} {unit}".lstrip()
         bar.show(f"{text}, {speed:,.0f}/s, {left} left" if speed else text)
 

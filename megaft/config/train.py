@@ -177,7 +177,7 @@ class RunConfig:
     max_minutes: float | None = None
     """After this many minutes, finish the current step, save, and exit with code 75 (requeue)."""
     timeout_minutes: float = 10.0
-    """Timeout of collectives: exit with code 75 (requeue) then. Must exceed the longest validation or save."""
+    """Timeout of collectives; a rank that waits longer exits with code 75. Must exceed every validation and save."""
     deterministic: bool = False
     """Bitwise reproducible results on GPUs of one model, at some cost in speed. CPU runs always are."""
     fresh: bool = False

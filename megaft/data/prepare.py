@@ -16,7 +16,7 @@ import megaft
 from megaft.base.errors import ConfigError, DataError
 from megaft.base.files import naming_disk_errors, sha256_of
 from megaft.base.plural import counted
-from megaft.base.progress import counting
+from megaft.base.progress import progress_bar
 from megaft.config.prepare import DEFAULT_KEY, PrepareConfig
 from megaft.data import prepare_report
 from megaft.data.chat import SCORED_ROLE, Renderer, template_sha256
@@ -168,7 +168,7 @@ def _write(config: PrepareConfig, sources: dict[TextFile, str], tokenizer: AnyTo
         return with_control_code(parts, code) if code else parts
 
     encode = Encoder(tokenizer)
-    with counting(sum(source.path.stat().st_size for source in sources), "bytes") as show:
+    with progress_bar(sum(source.path.stat().st_size for source in sources), "bytes") as show:
         for batch in encode(chain.from_iterable(chunks_of(source, code) for source, code in sources.items())):
             for encoded in batch:
                 writer.add(encoded)

@@ -21,7 +21,7 @@ class Terminal:
         if "validation" in row:
             self._bar.say(f"{head}  validation: {_numbers(row['validation'])}")
         else:
-            _, left = self._bar.move(step)
+            _, left = self._bar.advance_to(step)
             is_due = step in (self._first_step + 1, self._max_steps)
             self._bar.show(f"{head}  {_summary(row)}  ETA {left}", is_due=is_due)
 

@@ -44,7 +44,7 @@ def open_checkpoint(folder: Path, model_config: str) -> Weights:
         CheckpointError: A file is damaged, or a weight is missing.
         DataError: A weight's shape differs from the configuration's.
     """
-    require_safe_files("model-config", model_config)
+    require_safe_files("--model-config", model_config)
     config = load_config(model_config)
     saved, shapes = canonical.transformers_view(folder, config), shapes_of(config)
 

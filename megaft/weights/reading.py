@@ -160,7 +160,7 @@ def _from_megatron(folder: Path, is_hashed: bool) -> Weights:
 
 def _from_classic(folder: Path, model_config: str | None) -> Weights:
     if model_config is not None:
-        require_safe_files("model-config", model_config)
+        require_safe_files("--model-config", model_config)
     checkpoint = ClassicCheckpoint.open(folder)
     with naming_config_errors(str(folder)):
         config = checkpoint.config() if model_config is None else load_config(model_config)

@@ -132,7 +132,8 @@ def _nats_of(model: ComparedModel, dtype: str, folder: Path) -> Tensor:
     program = ["megaft.commands.convert.verify", str(folder), dtype, *(field for field in model if field)]
     environment = {
         **os.environ,
-        **{"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
     }
     command = [sys.executable, "-m", *launcher, "-m", *program]

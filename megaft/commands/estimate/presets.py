@@ -76,7 +76,7 @@ def configuration(model: str) -> dict[str, Any]:
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise DataError(f"{path} is a JSON {type(settings).__name__}, not an object; copy it from the model again.")
-    require_safe_files("model", path)
+    require_safe_files("--model", path)
     return settings
 
 
