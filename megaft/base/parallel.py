@@ -143,7 +143,7 @@ _groups: Groups | None = None
 
 
 def start_tensor_parallelism(tensor_parallel_size: int) -> None:
-    """Shard one model over each group of neighbouring ranks, as megatron-core does.
+    """Shard one model over each group of consecutive ranks, as megatron-core does.
 
     Call it once on every rank after `join`, before a model of megatron-core is built.
     """
@@ -266,7 +266,7 @@ def data_parallel_size() -> int:
 
 
 def data_parallel_rank() -> int:
-    """Return the data-parallel rank. The ranks of a group are neighbours, and so on one node."""
+    """Return the data-parallel rank. Tensor-parallel groups consist of consecutive ranks, so they fit on a node."""
     return rank() // tensor_parallel_size()
 
 
