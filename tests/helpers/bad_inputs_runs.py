@@ -66,7 +66,7 @@ def _(workshop):
     return workshop.train()
 
 
-@refuse("51 prepared dataset in use", 2, r"out/data is in use by .*pid \d+.*; wait until it ends, or name another")
+@refuse("51 prepared dataset in use", 2, r"out/data is in use by .*pid \d+.*; wait until it ends, or choose another")
 def _(workshop):
     workshop.hold(workshop.folder / "out/data", workshop.folder / "out/data.lock")
     return workshop.prepare(workshop.write("a.txt", "text"))
@@ -84,7 +84,7 @@ def _(workshop):
 
 
 @refuse(
-    "52 read-only disk", 2, r"full/run.* cannot be written: Read-only file system\. Free space there or name another"
+    "52 read-only disk", 2, r"full/run.* cannot be written: Read-only file system\. Free space there or choose another"
 )
 def _(workshop):
     folder = small_disk(workshop, 600, "ro")
@@ -135,7 +135,7 @@ def _(workshop):
 
 
 @refuse(
-    "53 a launcher's variable missing", 2, r"RANK is set but MASTER_ADDR and MASTER_PORT are not; start the ranks with"
+    "53 a launcher's variable missing", 2, r"RANK is set, but MASTER_ADDR or MASTER_PORT is not; start the ranks with"
 )
 def _(workshop):
     workshop.environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
