@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 """Character offsets [begin, end) of a token in the text; empty for a token that covers no character."""
-OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
+UNSUPPORTED_FILES = (
+    "tekken.json",
+    "tiktoken.model",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
 """Tokenizer files that transformers supports and megaft does not."""
 LARGEST_ID = 10_000_000
 """Largest token id accepted: `tokenizers` allocates memory up to the largest id."""
@@ -107,7 +114,7 @@ class Tokenizer:
         """Return the ids of one text."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_framed(self, text: str) -> list[int]:
+    def encode_with_special_tokens(self, text: str) -> list[int]:
         """Return the ids of one text with the special tokens that transformers adds."""
         return self._backend.encode(text, add_special_tokens=True).ids
 
@@ -198,7 +205,7 @@ class SentencePieceTokenizer:
         """Return the ids of one text."""
         return self._processor.encode(text)
 
-    def encode_framed(self, text: str) -> list[int]:
+    def encode_with_special_tokens(self, text: str) -> list[int]:
         """Return the ids of one text; no special tokens are added."""
         return self.encode(text)
 
@@ -336,7 +343,7 @@ def _from_folder(folder: Path) -> AnyTokenizer:
 
 def _unsupported(names: set[str]) -> str:
     """Return the end of a message that names unsupported tokenizer files."""
-    other = sorted(name for name in names if name in OTHER_KINDS or name.endswith(".tiktoken"))
+    other = sorted(name for name in names if name in UNSUPPORTED_FILES or name.endswith(".tiktoken"))
     return f"; {', '.join(other)} must be converted to a tokenizer.json first" if other else ""
 
 

@@ -25,7 +25,7 @@ from typing import Any
 os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-PARTS = ("trains", "scores", "generates", "ZeRO-3", "packs", "megatron", "megatron TP 2")
+PARTS = ("trains", "scores", "generates", "ZeRO-3", "isolates packed documents", "megatron", "megatron TP 2")
 KINDS = ("right", "refused", "SILENT", "TRACEBACK", "not tried")
 QUICK = [
     "bert",

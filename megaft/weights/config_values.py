@@ -48,9 +48,12 @@ class ConfigValues:
         """Raise DataError unless `key`'s value is a multiple of `of_key`'s."""
         if value % of:
             raise DataError(
-                f"{self.source}: {key} is {value} and {of_key} is {of}; the first must be a multiple of the second."
+                f"{self.source}: {key} is {value} and {of_key} is {of}; the first must be a multiple of the second. "
+                "Correct it, or copy the file again."
             )
 
     def _require(self, rule_holds: bool, key: str, rule: str) -> None:
         if not rule_holds:
-            raise DataError(f"{self.source}: {key} is {self.config[key]!r}; it must be {rule}.")
+            raise DataError(
+                f"{self.source}: {key} is {self.config[key]!r}; it must be {rule}. Correct it, or copy the file again."
+            )
