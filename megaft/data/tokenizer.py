@@ -324,10 +324,10 @@ def _from_folder(folder: Path) -> AnyTokenizer:
         return Tokenizer(sentencepiece_folder.load(folder)) if additions(folder) else tokenizer
     elif len(has & {"vocab.json", "merges.txt"}) == 1:
         (missing,) = {"vocab.json", "merges.txt"} - has
-        raise DataError(f"{folder} has no {missing}; a BPE needs both vocab.json and merges.txt.")
+        raise DataError(f"{folder} has no {missing}; a BPE needs both vocab.json and merges.txt. Copy it there.")
     elif "vocab.json" not in has:
         raise DataError(
-            f"{folder} has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt{_unsupported(has)}."
+            f"{folder} has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt; {_fix_for(has)}."
         )
     else:
         _check_json(folder / "vocab.json")
@@ -341,10 +341,10 @@ def _from_folder(folder: Path) -> AnyTokenizer:
     return Tokenizer(from_pretrained(folder))
 
 
-def _unsupported(names: set[str]) -> str:
-    """Return the end of a message that names unsupported tokenizer files."""
+def _fix_for(names: set[str]) -> str:
+    """Return the fix for a folder without a supported tokenizer file."""
     other = sorted(name for name in names if name in UNSUPPORTED_FILES or name.endswith(".tiktoken"))
-    return f"; {', '.join(other)} must be converted to a tokenizer.json first" if other else ""
+    return f"convert {', '.join(other)} to a tokenizer.json" if other else "give a tokenizer's folder"
 
 
 def _check_json(path: Path) -> None:

@@ -174,9 +174,10 @@ def notes_on_unscored(sources: Sources, samples: Samples) -> list[str]:
     notes = []
     for dataset, corpus in zip(sources.train, samples.corpora, strict=True):
         if corpus.num_unscored_samples:
+            num_all = len(corpus) + corpus.num_unscored_samples
             notes.append(
-                f"{dataset.prefix}: {corpus.num_unscored_samples:,} of "
-                f"{len(corpus) + corpus.num_unscored_samples:,} samples have no scored token within --data.context-length tokens, as where a prompt is longer, and are left out."
+                f"{dataset.prefix}: {corpus.num_unscored_samples:,} of {num_all:,} samples have no scored token within "
+                "--data.context-length tokens, as where a prompt is longer, and are left out."
             )
     return notes
 

@@ -93,7 +93,10 @@ def dimensions_of(config: dict[str, Any], dropout: float | None = None, source: 
         DataError: A dimension is invalid.
     """
     kind = config.get("model_type")
-    require(kind in FAMILIES, f"the model's model_type is {kind}; megaft estimate supports {', '.join(FAMILIES)}.")
+    require(
+        kind in FAMILIES,
+        f"the model's model_type is {kind}; megaft estimate supports {', '.join(FAMILIES)}; give one of these.",
+    )
     family = FAMILIES[str(kind)]
     return family.read(family, ConfigValues(config, source), dropout)
 

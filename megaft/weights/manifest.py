@@ -20,7 +20,8 @@ from megaft.base.files import is_file_name, parse_json, sha256_of, to_json
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-RECOPY = "copy the checkpoint again, or resume from another one"
+RECOPY = "copy the checkpoint again"
+"""Fix for a damaged checkpoint, in messages."""
 
 # step-N.replaced-T is the old checkpoint of step N, valid until the new one of that step is in place.
 NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
@@ -87,12 +88,12 @@ def verify(folder: Path, share: int = 0, num_shares: int = 1) -> dict[str, Any]:
     return manifest
 
 
-def require_size(path: Path, num_bytes: int) -> None:
-    """Raise CheckpointError unless a file exists and has `num_bytes` bytes."""
+def require_size(path: Path, num_bytes: int, fix: str = RECOPY) -> None:
+    """Raise CheckpointError, with a fix, unless a file exists and has `num_bytes` bytes."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; {RECOPY}.")
+        raise CheckpointError(f"{path} is missing; {fix}.")
     if path.stat().st_size != num_bytes:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {num_bytes}. Copy it again.")
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {num_bytes}; {fix}.")
 
 
 def _sha256_of(path: Path) -> str:
@@ -117,11 +118,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = parse_json(path.read_text())
         is_supported = manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is missing or unreadable; {RECOPY}.") from error
+        raise CheckpointError(f"{path} is missing or unreadable: the checkpoint is incomplete; {RECOPY}.") from error
     if not is_supported:
         raise CheckpointError(
-            f"{path} has format {manifest['format']}; use the version of megaft that wrote it; this one reads "
-            f"format {FORMAT}."
+            f"{path} has format {manifest['format']}; this version of megaft reads format {FORMAT}. "
+            "Use the version that wrote it."
         )
     if manifest.pop("sha256", None) != _manifest_sha256(manifest):
         raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256; {RECOPY}.")

@@ -64,7 +64,7 @@ def open_weights(source: str, *, model_config: str | None = None, verify_hashes:
         return open_checkpoint(folder, config_source(source, model_config))
     require(
         model_config is None,
-        f"model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
+        f"--model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
     )
     require_inert("model", source)
     if is_megatron_folder(folder):

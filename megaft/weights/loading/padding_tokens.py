@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 COUNTS_PADDING = ("xlm",)
-"""Families that compute a row's length by counting its padding tokens, wherever they stand, and mask as many at its end."""
+"""Families that count a row's padding tokens, wherever they stand, and mask that many positions at its end."""
 
 
 def attend_to_padding_tokens(model: Any) -> Any:
