@@ -174,8 +174,8 @@ def report(rows: dict[str, dict[str, str]]) -> str:
             "Support for every model type that AutoModelForCausalLM accepts, tested on a tiny random model of each. "
             "*Right* means equal to plain forward passes of the same model in transformers: weights and greedy "
             "tokens exactly, losses and nats to 2e-5. *Refused* means a one-line error before anything is trained or "
-            "printed. *Isolates packed documents* is `--data.attend-within-documents`. Numbers refer to the notes below "
-            "the table, in which NAME is the model type, CLASS its class and MODEL the folder."
+            "printed. *Isolates packed documents* is `--data.attend-within-documents`. Numbers refer to the notes "
+            "below the table, in which NAME is the model type, CLASS its class and MODEL the folder."
         ),
         "",
         _wrapped(
