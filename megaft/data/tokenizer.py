@@ -215,8 +215,8 @@ class SentencePieceTokenizer:
 
     def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
         """Return the ids of each text and the character span of each token, on all cores."""
-        found = self._processor.encode(list(texts), return_type="offset_mapping", num_threads=_num_threads())
-        return [(encoding["ids"], encoding["offsets"]) for encoding in found]
+        encodings = self._processor.encode(list(texts), return_type="offset_mapping", num_threads=_num_threads())
+        return [(encoding["ids"], encoding["offsets"]) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids.
@@ -256,7 +256,7 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
             or a sentencepiece .model file.
 
     Raises:
-        DataError: It is missing, incomplete or damaged, or the hub cannot be reached.
+        DataError: The tokenizer is missing, incomplete or damaged, or the hub cannot be reached.
     """
     path = Path(source)
     if path.suffix == ".model" and path.is_file():

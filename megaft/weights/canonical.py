@@ -74,7 +74,7 @@ def transformers_view(folder: Path, architecture: Any) -> TransformersView:
         architecture: transformers' configuration of the model.
 
     Raises:
-        CheckpointError: It is incomplete or damaged.
+        CheckpointError: The checkpoint is incomplete or damaged.
     """
     manifest = verify(folder)
     return TransformersView(CheckpointReader(folder, manifest), manifest, architecture)

@@ -14,7 +14,7 @@ class ConfigValues:
 
     config: dict[str, Any]
     source: str
-    """Its file, or the model's name, for messages."""
+    """The configuration's file, or the model's name, for messages."""
 
     def positive_int(self, key: str, default: int, null: Any = None) -> int:
         """Return a positive integer.
@@ -25,7 +25,7 @@ class ConfigValues:
             null: Value for null, if null is allowed.
 
         Raises:
-            DataError: It is not a positive integer.
+            DataError: The value is not a positive integer.
         """
         raw: Any = self.config.get(key, default)
         value = null if raw is None else raw

@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest.
 
     Raises:
-        CheckpointError: It is missing, unreadable, damaged, or of an unsupported format.
+        CheckpointError: The manifest is missing, unreadable, damaged, or of an unsupported format.
     """
     path = folder / MANIFEST
     if folder.is_symlink() or path.is_symlink():

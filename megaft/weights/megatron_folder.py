@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a megatron folder.
 
     Raises:
-        DataError: It is damaged or of an unsupported format.
+        DataError: The manifest is damaged or of an unsupported format.
     """
     path = folder / MANIFEST
     try:

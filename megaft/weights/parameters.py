@@ -66,7 +66,7 @@ def load_config(source: str) -> Any:
     """Return transformers' configuration of a model.
 
     Raises:
-        DataError: It is missing, or transformers cannot read it.
+        DataError: The configuration is missing, or transformers cannot read it.
     """
     from transformers import AutoConfig
 

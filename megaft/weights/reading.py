@@ -50,8 +50,8 @@ def open_weights(source: str, *, model_config: str | None = None, verify_hashes:
         verify_hashes: Verify the SHA-256 of a converted folder's files too, which reads them once more.
 
     Raises:
-        ConfigError: The megatron backend does not support its family.
-        DataError: It does not exist, requires custom code, or its weights do not match its configuration.
+        ConfigError: The megatron backend does not support the model's family.
+        DataError: The source does not exist, requires custom code, or its weights do not match its configuration.
     """
     source = model_folder(source)
     folder = Path(source)

@@ -47,8 +47,8 @@ def load_language_model(
         setting: Setting that names the model, for messages.
 
     Raises:
-        DataError: It does not exist, transformers cannot load it, or its weights are quantized, not finite, or do not
-            match its config.json.
+        DataError: The model does not exist, transformers cannot load it, or its weights are quantized, not finite, or
+            do not match its config.json.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled

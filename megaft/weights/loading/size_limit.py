@@ -70,7 +70,7 @@ def no_larger_than(stored: Size, model: str) -> Iterator[None]:
         model: Setting and value for the message, such as "--model.path is DIR".
 
     Raises:
-        DataError: It has far more parameters, or its buffers exceed this host's free memory.
+        DataError: The model has far more parameters, or its buffers exceed this host's free memory.
     """
     limit = Size(TENSORS_FACTOR * stored.tensors + TENSORS_SLACK, ELEMENTS_FACTOR * stored.elements + ELEMENTS_SLACK)
 
