@@ -135,7 +135,7 @@ def read_text(file: DataFile, task: Task, limit_lines: int | None) -> str:
         DataError: The file cannot be read, or is empty, damaged, blank, UTF-16, binary or not UTF-8; with the offset.
     """
     data, source = _content(file.path), TextFile(file.path)
-    begin = source.mark_bytes(data)
+    begin = source.bom_length(data)
     if task.has_test_part and len(data) == FULL_BYTES:
         begin = _test_begin(data)
     text, _ = source.decode(data[begin:], begin, 1 + data.count(b"\n", 0, begin), final=True)

@@ -20,7 +20,7 @@ from megaft.base.errors import REPORT, NumericsError
 from megaft.models.offload import Fetch, from_disk, offloaded_model
 from megaft.weights.canonical import TransformersView
 from megaft.weights.checkpoint_reader import WEIGHT
-from megaft.weights.loading.padding_tokens import read_padding_tokens
+from megaft.weights.loading.padding_tokens import attend_to_padding_tokens
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
 """Tolerance of one token's nats, and relative tolerance of the mean. Both models have the same weights and compute in
@@ -66,7 +66,7 @@ def check_nats(trained: Callable[[], nn.Module], folder: Path, rows: Rows) -> Ve
     gc.collect()
     from transformers import AutoModelForCausalLM
 
-    loaded = read_padding_tokens(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    loaded = attend_to_padding_tokens(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     exported = _nats(_ReferenceNats(loaded), rows)
     return _compared(expected, exported, folder)
 
@@ -85,7 +85,7 @@ def check_nats_from_disk(architecture: Any, fetch: Fetch, folder: Path, rows: Ro
     """
     expected = _nats(_ReferenceNats(offloaded_model(architecture, fetch)), rows[:ROWS_FROM_DISK])
     with from_disk(folder) as model:
-        exported = _nats(_ReferenceNats(read_padding_tokens(model)), rows[:ROWS_FROM_DISK])
+        exported = _nats(_ReferenceNats(attend_to_padding_tokens(model)), rows[:ROWS_FROM_DISK])
     return _compared(expected, exported, folder)
 
 

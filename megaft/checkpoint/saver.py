@@ -195,7 +195,7 @@ class Saver:
         with _naming_disk_errors(final):
             files = _files(written)
             for name, file in files.items():
-                require_size(temporary / name, file["bytes"])
+                require_size(temporary / name, file["bytes"], "check that all ranks write to the same disk")
             _write_text(temporary / MANIFEST, manifest_text(pending.manifest | {"files": files}))
             fsync(temporary)
             if final.exists():  # the same step saved again after a resume: stays valid until the new one is in place

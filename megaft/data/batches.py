@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from megaft.data.left_out import Ranges, whole_position
+from megaft.data.left_out import Ranges, full_position
 from megaft.data.samples import IGNORE_INDEX, Sample
 from megaft.data.sequence import Samples
 
@@ -79,18 +79,18 @@ def micro_batches(
         split: Split of the global batch over ranks and micro-batches.
         row_length: From `Samples.row_length`.
     """
-    keep_documents, longest = samples.attend_within_documents, samples.context_length
+    with_document_ids, longest = samples.attend_within_documents, samples.context_length
     batches = []
     for first in split.first_positions(position):
-        positions = [whole_position(first + row, left_out) for row in range(split.micro_batch_size)]
+        positions = [full_position(first + row, left_out) for row in range(split.micro_batch_size)]
         batches.append(
-            collate([samples[index] for index in positions], positions[0], row_length, keep_documents, longest)
+            collate([samples[index] for index in positions], positions[0], row_length, with_document_ids, longest)
         )
     return batches
 
 
 def collate(
-    rows: list[Sample], first_position: int, row_length: int | None, keep_documents: bool, longest: int | None = None
+    rows: list[Sample], first_position: int, row_length: int | None, with_document_ids: bool, longest: int | None = None
 ) -> Batch:
     """Stack samples into a batch.
 
@@ -98,7 +98,7 @@ def collate(
         rows: Samples of the batch.
         first_position: Position of the first sample in the run's sequence.
         row_length: None pads to the longest sample, rounded up to a multiple of PADDED_TO.
-        keep_documents: Include the document ids, which keep attention within documents.
+        with_document_ids: Include the document ids, which keep attention within documents.
         longest: Upper limit of the rounded row length, since the model may have no positions beyond it.
     """
     rounded = -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
@@ -114,7 +114,7 @@ def collate(
     return Batch(
         stack([row.input_ids for row in rows], 0),
         labels,
-        stack([row.document_ids for row in rows], -1) if keep_documents else None,
+        stack([row.document_ids for row in rows], -1) if with_document_ids else None,
         sum(len(row.input_ids) for row in rows),
         int((labels != IGNORE_INDEX).sum()),
         first_position,

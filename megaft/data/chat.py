@@ -26,7 +26,7 @@ ASSISTANT_ROLES = frozenset(
     {"assistant", "gpt", "chatgpt", "gpt4", "model", "bot", "chatbot", "ai", "bing", "bard", "claude", "llama"}
     | {"response", "answer", "output", "completion"}
 )
-"""Names of the assistant in chat datasets, compared in lower case without punctuation."""
+"""Names of the assistant in chat datasets, in lower case without punctuation; all but `assistant` are refused."""
 
 TOOL_KEYS = ("tools", "functions")
 """Record keys for tool definitions in OpenAI's format; they are not passed to the template."""
@@ -154,7 +154,8 @@ def _fault(message: Any) -> str | None:
         return f"is a {type(message).__name__}; give an object with a role and a content"
     if "role" not in message and {"from", "value"} <= message.keys():  # ShareGPT's form
         return (
-            f"has from and value; rename from, value to role, content, and the roles human, gpt to user, {SCORED_ROLE}"
+            f"has ShareGPT's keys; rename 'from' to 'role' and 'value' to 'content', "
+            f"and the role 'human' to 'user' and 'gpt' to {SCORED_ROLE!r}"
         )
     if not isinstance(message.get("role"), str):
         return f"has the role {message.get('role')!r}; give a string, such as 'user'"

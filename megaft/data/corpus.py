@@ -47,7 +47,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A document, or a part of one that can be tokenized on its own; a document's chunks add up to its counts."""
+    """A document, or a part of one that can be tokenized on its own.
+
+    The counts of a document's chunks add up to the document's.
+    """
 
     segments: tuple[Segment, ...]
     num_words: int

@@ -122,7 +122,7 @@ class TokenWriter:
         """End the current document, which becomes one sequence.
 
         Raises:
-            DataError: It is longer than Megatron's format allows.
+            DataError: The document is longer than Megatron's format allows.
         """
         if self._lengths[-1] > np.iinfo(np.int32).max:
             raise DataError(

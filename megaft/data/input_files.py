@@ -74,4 +74,6 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _refuse(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    raise DataError(
+        f"{error.filename} cannot be read: {error.strerror}; check its permissions, or leave it out."
+    ) from error

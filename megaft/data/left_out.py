@@ -10,7 +10,7 @@ from itertools import pairwise
 Ranges = tuple[tuple[int, int], ...]
 
 
-def whole_position(position: int, left_out: Ranges) -> int:
+def full_position(position: int, left_out: Ranges) -> int:
     """Map a position in the sequence without the skipped samples to its position in the full sequence."""
     for begin, end in left_out:
         if position < begin:
@@ -19,9 +19,9 @@ def whole_position(position: int, left_out: Ranges) -> int:
     return position
 
 
-def whole_ranges(begin: int, end: int, left_out: Ranges) -> Ranges:
+def full_ranges(begin: int, end: int, left_out: Ranges) -> Ranges:
     """Map positions [begin, end) of the sequence without the skipped samples to ranges of the full sequence."""
-    return _ranges([whole_position(position, left_out) for position in range(begin, end)])
+    return _ranges([full_position(position, left_out) for position in range(begin, end)])
 
 
 def leave_out(left_out: Ranges, more: Ranges) -> Ranges:

@@ -201,7 +201,7 @@ def _write(config: PrepareConfig, sources: dict[TextFile, str], tokenizer: AnyTo
 
 def _counts(sources: list[TextFile], counts: Counts) -> dict[str, Any]:
     return {
-        "sources": [source.record() for source in sources],
+        "sources": [source.receipt_entry() for source in sources],
         **asdict(counts),
         "scored_share": round(counts.scored_tokens / counts.tokens, 6),
         "documents_blank": sum(source.blank_records for source in sources),

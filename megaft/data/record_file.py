@@ -37,7 +37,8 @@ def _array(source: TextFile) -> Iterator[tuple[int, str]]:
             break
         if not text.startswith(","):
             raise DataError(
-                f"{source.path}: record {number} of the array is not followed by a comma or ]; write one record a line."
+                f"{source.path}: record {number} of the array is not followed by a comma or ]; "
+                "write one record per line."
             )
         text = text[1:]
     if _skip_whitespace(text[1:], blocks):
@@ -64,12 +65,10 @@ def _read_value(text: str, blocks: Iterator[str], where: str) -> tuple[int, str]
         except json.JSONDecodeError as error:
             more = list(_read_at_least(len(text), blocks)) if is_unfinished(error) else []
             if not more:
-                raise DataError(
-                    f"{where}: broken JSON ({error.msg}); every record of the array must be an object."
-                ) from error
+                raise DataError(f"{where}: broken JSON ({error.msg}); every record must be a JSON object.") from error
             text += "".join(more)
         except (RecursionError, ValueError) as error:
-            raise DataError(f"{where} cannot be read: {error}.") from error
+            raise DataError(f"{where} cannot be read: {error}; correct or remove the record.") from error
 
 
 def _read_at_least(num_characters: int, blocks: Iterator[str]) -> Iterator[str]:

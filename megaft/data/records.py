@@ -29,9 +29,9 @@ class Record:
             fields = parse_json(line)
         except json.JSONDecodeError as error:
             fault = f", column {error.colno}: broken JSON" if error.doc else " cannot be read as JSON"
-            raise DataError(f"{where}{fault} ({error.msg}); every line must be an object.") from error
+            raise DataError(f"{where}{fault} ({error.msg}); every record must be a JSON object.") from error
         if not isinstance(fields, dict):
-            raise DataError(f"{where} is a JSON {type(fields).__name__}; every line must be an object.")
+            raise DataError(f"{where} is a JSON {type(fields).__name__}; every record must be a JSON object.")
         if r"\ud" in line.lower() and not is_unicode(fields):
             raise DataError(
                 f"{where} has an unpaired surrogate escape (\\ud800 to \\udfff); write the character itself."

@@ -33,11 +33,11 @@ class Sample:
 
 
 @runtime_checkable
-class Corpus(Protocol):
+class SampleSource(Protocol):
     """Indexed samples, each seen once per epoch. Every sample has a scored token."""
 
     sha256: str
-    num_left_out: int
+    num_unscored_samples: int
     """Samples without a scored token, which have no index."""
     context_length: int
     """Maximum input tokens of a sample."""
@@ -56,7 +56,7 @@ class Corpus(Protocol):
 class _DatasetSamples(ABC):
     """Samples of a prepared dataset, with its tokens and loss mask.
 
-    Samples without a scored token are left out and get no index.
+    Samples without a scored token get no index.
     """
 
     is_packed = False
@@ -69,32 +69,32 @@ class _DatasetSamples(ABC):
         self.context_length = context_length
         self.tokens = TokenFile(prefix, receipt["tokenizer"]["vocab_size"])
         self.scored = TokenFile(f"{prefix}.scored") if receipt["has_mask"] else None
-        self.num_left_out = 0
+        self.num_unscored_samples = 0
         """Samples without a scored token, such as the first part of a prompt longer than the context."""
         self._num_all = 0
         self._used: np.ndarray | None = None
 
     @abstractmethod
-    def labels(self, sample: Any) -> tuple[Any, Any]:
-        """Return the label range [begin, end) of samples, indexed with the samples left out."""
+    def label_range(self, sample: Any) -> tuple[Any, Any]:
+        """Return the label range [begin, end) of samples, numbered with those that have no scored token."""
 
-    def number_samples(self, num_all: int, unscored: np.ndarray) -> None:
+    def index_scored_samples(self, num_all: int, unscored: np.ndarray) -> None:
         """Index the samples that have a scored token; labels at positions `unscored` never count as scored."""
         self._num_all = num_all
         if self.num_opening >= self.context_length:  # otherwise they cannot fill a sample
             openings = self.tokens.document_offsets[:-1, None] + np.arange(self.num_opening)
             unscored = np.union1d(unscored, openings)
         if self.scored is not None or len(unscored) > 0:
-            is_used = holds_scored_token(num_all, self.context_length, self.labels, self.scored, unscored)
-            self.num_left_out = num_all - int(is_used.sum())
-            self._used = np.flatnonzero(is_used) if self.num_left_out else None
+            is_used = holds_scored_token(num_all, self.context_length, self.label_range, self.scored, unscored)
+            self.num_unscored_samples = num_all - int(is_used.sum())
+            self._used = np.flatnonzero(is_used) if self.num_unscored_samples else None
 
     def __len__(self) -> int:
-        return self._num_all - self.num_left_out
+        return self._num_all - self.num_unscored_samples
 
     def range_of(self, index: int) -> tuple[int, int]:
         """Return the token range [begin, end) of a sample, including its last label."""
-        begin, end = self.labels(index if self._used is None else self._used[index])
+        begin, end = self.label_range(index if self._used is None else self._used[index])
         return int(begin) - 1, int(end)
 
     def read(self, begin: int, end: int) -> Sample:
@@ -126,11 +126,11 @@ class PackedSamples(_DatasetSamples):
         self.attend_within_documents = attend_within_documents
         num_all = math.ceil(max(0, self.tokens.num_tokens - 1) / context_length)
         # No token of a document comes before its first one to predict it.
-        self.number_samples(
+        self.index_scored_samples(
             num_all, np.unique(self.tokens.document_offsets[1:-1]) if attend_within_documents else NO_POSITIONS
         )
 
-    def labels(self, sample: Any) -> tuple[Any, Any]:
+    def label_range(self, sample: Any) -> tuple[Any, Any]:
         """Return the label range [begin, end) of samples."""
         begin = sample * self.context_length + 1
         return begin, np.minimum(begin + self.context_length, self.tokens.num_tokens)
@@ -153,9 +153,9 @@ class DocumentSamples(_DatasetSamples):
         targets = np.diff(self.tokens.document_offsets) - 1
         samples_of = -(-np.maximum(targets, 0) // context_length)
         self.first_sample = np.concatenate([[0], np.cumsum(samples_of)])
-        self.number_samples(int(self.first_sample[-1]), NO_POSITIONS)
+        self.index_scored_samples(int(self.first_sample[-1]), NO_POSITIONS)
 
-    def labels(self, sample: Any) -> tuple[Any, Any]:
+    def label_range(self, sample: Any) -> tuple[Any, Any]:
         """Return the label range [begin, end) of samples."""
         document = np.searchsorted(self.first_sample, sample, side="right") - 1
         offsets = self.tokens.document_offsets

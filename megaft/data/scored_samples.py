@@ -12,13 +12,13 @@ from megaft.data.indexed import TokenFile
 TOKENS_AT_ONCE = 1 << 24
 """Tokens of the loss mask in memory at a time."""
 
-Samples = Int64[np.ndarray, " samples"]
+SampleNumbers = Int64[np.ndarray, " samples"]
 
 
 def holds_scored_token(
     num_samples: int,
     context_length: int,
-    labels: Callable[[Samples], tuple[Samples, Samples]],
+    label_range: Callable[[SampleNumbers], tuple[SampleNumbers, SampleNumbers]],
     mask: TokenFile | None,
     unscored: Int64[np.ndarray, " tokens"],
 ) -> Bool[np.ndarray, " {num_samples}"]:
@@ -29,16 +29,16 @@ def holds_scored_token(
     Args:
         num_samples: Number of samples in the dataset.
         context_length: Maximum labels of a sample.
-        labels: Maps sample numbers to the ascending bounds [begin, end) of their labels.
+        label_range: Maps sample numbers to the ascending bounds [begin, end) of their labels.
         mask: Loss mask; None if all tokens are scored.
         unscored: Ascending positions of labels that never count as scored.
     """
     size = max(1, TOKENS_AT_ONCE // context_length)
-    parts = (labels(np.arange(first, min(first + size, num_samples))) for first in range(0, num_samples, size))
+    parts = (label_range(np.arange(first, min(first + size, num_samples))) for first in range(0, num_samples, size))
     return np.concatenate([np.zeros(0, bool), *(_holds(*part, mask, unscored) for part in parts)])
 
 
-def _holds(begins: Samples, ends: Samples, mask: TokenFile | None, unscored: np.ndarray) -> np.ndarray:
+def _holds(begins: SampleNumbers, ends: SampleNumbers, mask: TokenFile | None, unscored: np.ndarray) -> np.ndarray:
     begin, end = int(begins[0]), int(ends[-1])
     inside = unscored[np.searchsorted(unscored, begin) : np.searchsorted(unscored, end)]
     if mask is None:

@@ -81,7 +81,9 @@ def _converted(source: Path, model: ModelProto, prefix: Prefix) -> tokenizers.To
         with naming_errors(source):
             return convert(model, prefix)
     except NotImplementedError as error:
-        raise DataError(f"{source} cannot be converted for transformers: {error}.") from error
+        raise DataError(
+            f"{source} cannot be converted for transformers ({error}); give a folder with a tokenizer.json."
+        ) from error
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, reference: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -79,7 +79,7 @@ class TextFile:
                 break
         return head
 
-    def record(self) -> dict[str, str | int]:
+    def receipt_entry(self) -> dict[str, str | int]:
         """Return the file's entry in the receipt. Call it after reading the whole file."""
         entry = {"path": str(self.path), "sha256": self._hash.hexdigest(), "bytes": self.num_bytes}
         return entry | {"format": self.format}
@@ -115,7 +115,7 @@ class TextFile:
                 if block is not None and len(data) < len(codecs.BOM_UTF8):
                     held = data
                     continue
-                offset = self.mark_bytes(data)
+                offset = self.bom_length(data)
                 data = data[offset:]
             text, used = self.decode(data, offset, line, final=block is None)
             if block is not None and text.endswith("\r"):  # perhaps half a CRLF
@@ -129,7 +129,7 @@ class TextFile:
         if offset == 0:
             raise DataError(f"{self.path} is empty; give a file with text.")
 
-    def mark_bytes(self, data: bytes) -> int:
+    def bom_length(self, data: bytes) -> int:
         """Return the length of the UTF-8 byte order mark at the start of the file; DataError for UTF-16."""
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{self.path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8.")
@@ -162,7 +162,7 @@ class TextFile:
                     self.num_bytes += len(data)
                     yield data
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error.strerror}.") from error
+            raise DataError(f"{self.path} cannot be read: {error.strerror}; check its name and permissions.") from error
 
     def content(self) -> Iterator[bytes]:
         """Yield the file's bytes, decompressed. Use either this or `blocks`.
@@ -175,7 +175,9 @@ class TextFile:
         suffix = compression_of(begin)
         if suffix is None:
             if begin and self.path.suffix.lower() in _DECOMPRESSORS:
-                raise DataError(f"{self.path} is damaged or not a {self.path.suffix} file; check its name.")
+                raise DataError(
+                    f"{self.path} is damaged or not a {self.path.suffix} file; copy it again, or correct its name."
+                )
             yield begin
             yield from raw
             return
@@ -188,6 +190,8 @@ class TextFile:
                     # A file may hold several concatenated compressed streams, with zero padding between them.
                     data, stream = (stream.unused_data.lstrip(b"\0"), None) if stream.eof else (b"", stream)
         except _DAMAGED as error:
-            raise DataError(f"{self.path} is damaged or not a {suffix} file: {error}.") from error
+            raise DataError(
+                f"{self.path} is damaged or not a {suffix} file ({error}); copy it again, or correct its name."
+            ) from error
         if stream is not None:
             raise DataError(f"{self.path} ends in the middle of its compressed data; copy it again.")

@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 """Character offsets [begin, end) of a token in the text; empty for a token that covers no character."""
-OTHER_KINDS = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model")
+UNSUPPORTED_FILES = (
+    "tekken.json",
+    "tiktoken.model",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
 """Tokenizer files that transformers supports and megaft does not."""
 LARGEST_ID = 10_000_000
 """Largest token id accepted: `tokenizers` allocates memory up to the largest id."""
@@ -107,7 +114,7 @@ class Tokenizer:
         """Return the ids of one text."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_framed(self, text: str) -> list[int]:
+    def encode_with_special_tokens(self, text: str) -> list[int]:
         """Return the ids of one text with the special tokens that transformers adds."""
         return self._backend.encode(text, add_special_tokens=True).ids
 
@@ -198,7 +205,7 @@ class SentencePieceTokenizer:
         """Return the ids of one text."""
         return self._processor.encode(text)
 
-    def encode_framed(self, text: str) -> list[int]:
+    def encode_with_special_tokens(self, text: str) -> list[int]:
         """Return the ids of one text; no special tokens are added."""
         return self.encode(text)
 
@@ -208,8 +215,8 @@ class SentencePieceTokenizer:
 
     def encode_batch_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
         """Return the ids of each text and the character span of each token, on all cores."""
-        found = self._processor.encode(list(texts), return_type="offset_mapping", num_threads=_num_threads())
-        return [(encoding["ids"], encoding["offsets"]) for encoding in found]
+        encodings = self._processor.encode(list(texts), return_type="offset_mapping", num_threads=_num_threads())
+        return [(encoding["ids"], encoding["offsets"]) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids.
@@ -249,7 +256,7 @@ def load_tokenizer(source: str | Path) -> AnyTokenizer:
             or a sentencepiece .model file.
 
     Raises:
-        DataError: It is missing, incomplete or damaged, or the hub cannot be reached.
+        DataError: The tokenizer is missing, incomplete or damaged, or the hub cannot be reached.
     """
     path = Path(source)
     if path.suffix == ".model" and path.is_file():
@@ -317,10 +324,10 @@ def _from_folder(folder: Path) -> AnyTokenizer:
         return Tokenizer(sentencepiece_folder.load(folder)) if additions(folder) else tokenizer
     elif len(has & {"vocab.json", "merges.txt"}) == 1:
         (missing,) = {"vocab.json", "merges.txt"} - has
-        raise DataError(f"{folder} has no {missing}; a BPE needs both vocab.json and merges.txt.")
+        raise DataError(f"{folder} has no {missing}; a BPE needs both vocab.json and merges.txt. Copy it there.")
     elif "vocab.json" not in has:
         raise DataError(
-            f"{folder} has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt{_unsupported(has)}."
+            f"{folder} has no tokenizer.json, tokenizer.model, or vocab.json with merges.txt; {_fix_for(has)}."
         )
     else:
         _check_json(folder / "vocab.json")
@@ -334,10 +341,10 @@ def _from_folder(folder: Path) -> AnyTokenizer:
     return Tokenizer(from_pretrained(folder))
 
 
-def _unsupported(names: set[str]) -> str:
-    """Return the end of a message that names unsupported tokenizer files."""
-    other = sorted(name for name in names if name in OTHER_KINDS or name.endswith(".tiktoken"))
-    return f"; {', '.join(other)} must be converted to a tokenizer.json first" if other else ""
+def _fix_for(names: set[str]) -> str:
+    """Return the fix for a folder without a supported tokenizer file."""
+    other = sorted(name for name in names if name in UNSUPPORTED_FILES or name.endswith(".tiktoken"))
+    return f"convert {', '.join(other)} to a tokenizer.json" if other else "give a tokenizer's folder"
 
 
 def _check_json(path: Path) -> None:

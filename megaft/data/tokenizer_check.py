@@ -34,14 +34,14 @@ def require_same_ids(tokenizer: AnyTokenizer, folder: str | Path) -> None:
         _require_equal(folder, f"{name}_token_id", id_, getattr(saved, f"{name}_token_id"))
     _require_equal(folder, "chat_template", tokenizer.chat_template, saved.chat_template)
     for text in _probes(tokenizer):
-        for is_framed in (False, True):
-            what = f"ids of {text!r}" + " with special tokens around it" * is_framed
-            expected = tokenizer.encode_framed(text) if is_framed else tokenizer.encode(text)
-            _require_equal(folder, what, expected, _ids(saved, text, is_framed))
+        for with_special_tokens in (False, True):
+            what = f"ids of {text!r}" + " with special tokens around it" * with_special_tokens
+            expected = tokenizer.encode_with_special_tokens(text) if with_special_tokens else tokenizer.encode(text)
+            _require_equal(folder, what, expected, _ids(saved, text, with_special_tokens))
 
 
-def _ids(saved: PreTrainedTokenizerBase, text: str, is_framed: bool) -> list[int]:
-    return list(saved(text, add_special_tokens=is_framed)["input_ids"])
+def _ids(saved: PreTrainedTokenizerBase, text: str, with_special_tokens: bool) -> list[int]:
+    return list(saved(text, add_special_tokens=with_special_tokens)["input_ids"])
 
 
 def _probes(tokenizer: AnyTokenizer) -> Iterator[str]:

@@ -28,7 +28,7 @@ def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFa
     """Return `AutoTokenizer.from_pretrained(source)`, without running code that comes with it.
 
     Raises:
-        DataError: It cannot be loaded, or does not use the `tokenizers` library.
+        DataError: The tokenizer cannot be loaded, or does not use the `tokenizers` library.
     """
     from transformers import AutoTokenizer
 

@@ -32,14 +32,14 @@ from megaft.config.parallelism import Backend
 from megaft.config.train import ModelConfig
 from megaft.models.hugging_face import architecture_of, positions_within
 from megaft.models.loss import Head, VocabularyShard
-from megaft.weights.families import family_of, model_shape
+from megaft.weights.dimensions import MAX_RANKS
+from megaft.weights.families import family_of, model_dimensions
 from megaft.weights.layout import layout_of
 from megaft.weights.loading.finite_weights import require_finite
 from megaft.weights.loading.pretrained import set_dropout
 from megaft.weights.new_weights import new_weights
 from megaft.weights.parameters import Weights, load_config, shapes_of
 from megaft.weights.reading import open_weights
-from megaft.weights.shape import MAX_RANKS
 
 
 class Attention(nn.Module):
@@ -110,7 +110,7 @@ class MegatronModel(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout_of(config)
-        shape = self.layout.shape
+        shape = self.layout.dims
         shape.require_shardable(parallel.tensor_parallel_size(), "--parallel.tensor-parallel-size")
         self.gpt = GPTModel(
             config=transformer_config(config),
@@ -214,7 +214,7 @@ def transformer_config(config: Any) -> TransformerConfig:
     Raises:
         ConfigError: The model has a feature that megatron-core, as built here, does not support.
     """
-    family, shape = family_of(config), model_shape(config)
+    family, shape = family_of(config), model_dimensions(config)
     family.require_modules(config)
     require(
         shape.activation in family.activations,
@@ -273,7 +273,7 @@ def rotary_frequencies(config: Any) -> Float32[Tensor, " half_width"]:
 
 def layer_spec(config: Any, *, recompute: bool) -> ModuleSpec:
     """Return the layer specification: megatron-core's modules, with this file's attention."""
-    spec: Any = get_gpt_layer_local_spec(normalization=model_shape(config).norm)
+    spec: Any = get_gpt_layer_local_spec(normalization=model_dimensions(config).norm)
     spec.submodules.self_attention.submodules.core_attention = Attention
     if recompute:
         spec.module = RecomputedLayer

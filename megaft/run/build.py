@@ -127,7 +127,7 @@ def _contents(plan: Plan) -> dict[str, Any]:
     valid = plan.sources.valid
     return {
         "the content of --deepspeed_config": plan.setup.as_read,
-        "the SHA-256 of --data.train": plan.samples.sha256,
+        "the SHA-256 of --data.train": plan.samples.fingerprint,
         "the SHA-256 of --data.valid": valid.receipt["bin_sha256"] if valid else None,
         "the SHA-256 of the tokenizer": plan.tokenizer.sha256,
     }
@@ -154,7 +154,7 @@ def _identity(plan: Plan, architecture: str, validation: Validation | None) -> I
     return Identity(
         global_batch_size=plan.setup.global_batch_size,
         seed=config.run.seed,
-        data=plan.samples.sha256,
+        data=plan.samples.fingerprint,
         context_length=config.data.context_length,
         sample=config.data.sample,
         attend_within_documents=config.data.attend_within_documents,

@@ -12,7 +12,7 @@ from megaft.base.plural import counted
 from megaft.checkpoint import resume
 from megaft.checkpoint.run_state import RunState
 from megaft.config.policies import POLICIES
-from megaft.data.left_out import leave_out, whole_ranges
+from megaft.data.left_out import full_ranges, leave_out
 from megaft.run.build import Run
 from megaft.run.guard import BadStep, Guard
 from megaft.scoring.score import Score
@@ -41,7 +41,7 @@ def recover(run: Run, bad_step: BadStep, state: RunState) -> RunState:
     """
     size = run.batch_split.global_batch_size
     begin = state.position - (state.step - bad_step.step + 1) * size
-    samples = whole_ranges(begin, begin + size, state.left_out)
+    samples = full_ranges(begin, begin + size, state.left_out)
     run.events.record(
         bad_step.event,
         bad_step.step,

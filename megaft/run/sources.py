@@ -144,7 +144,7 @@ def open_samples(sources: Sources, config: DataConfig, seed: int) -> Samples:
         for dataset in sources.train
     ]
     for dataset, corpus in zip(sources.train, corpora, strict=True):
-        if len(corpus) == 0 and corpus.num_left_out > 0:
+        if len(corpus) == 0 and corpus.num_unscored_samples > 0:
             raise DataError(
                 f"--data.train has {dataset.prefix}, of which no token is scored: its completions are empty, or no "
                 "message has the role assistant. Correct the records, and run megaft prepare again."
@@ -173,10 +173,11 @@ def notes_on_unscored(sources: Sources, samples: Samples) -> list[str]:
     """Return a sentence for each dataset with samples that have no scored token and are left out."""
     notes = []
     for dataset, corpus in zip(sources.train, samples.corpora, strict=True):
-        if corpus.num_left_out:
+        if corpus.num_unscored_samples:
+            num_all = len(corpus) + corpus.num_unscored_samples
             notes.append(
-                f"{dataset.prefix}: {corpus.num_left_out:,} of {len(corpus) + corpus.num_left_out:,} samples have no "
-                "scored token within --data.context-length tokens, as where a prompt is longer, and are left out."
+                f"{dataset.prefix}: {corpus.num_unscored_samples:,} of {num_all:,} samples have no scored token within "
+                "--data.context-length tokens, as where a prompt is longer, and are left out."
             )
     return notes
 

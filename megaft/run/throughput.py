@@ -14,7 +14,7 @@ from megaft.base import parallel
 from megaft.base.hardware import data_sheet_flops
 from megaft.config.train import MetricsConfig
 from megaft.models.parameters import count
-from megaft.weights.shape import flops_per_token
+from megaft.weights.dimensions import flops_per_token
 
 MEASURING_SECONDS = 0.3
 SMALLEST_TRUSTED = 512

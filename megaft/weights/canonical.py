@@ -35,7 +35,7 @@ class TransformersView:
         """
         if self._layout is None:
             return self._reader.whole(HUGGING_FACE + name, kind)
-        return self._unsharded(self._layout.rule_of(name), kind)[name]
+        return self._unsharded(self._layout.core_name_of(name), kind)[name]
 
     def _unshard(self, core_name: str, kind: str) -> dict[str, Tensor]:
         assert self._layout is not None
@@ -74,7 +74,7 @@ def transformers_view(folder: Path, architecture: Any) -> TransformersView:
         architecture: transformers' configuration of the model.
 
     Raises:
-        CheckpointError: It is incomplete or damaged.
+        CheckpointError: The checkpoint is incomplete or damaged.
     """
     manifest = verify(folder)
     return TransformersView(CheckpointReader(folder, manifest), manifest, architecture)

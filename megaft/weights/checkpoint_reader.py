@@ -11,12 +11,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megaft.base.errors import CheckpointError
+from megaft.weights.manifest import RECOPY
 
 
 class CheckpointReader:
     """Reader of a checkpoint's tensor slices that presents every parameter as one flat tensor."""
 
     def __init__(self, folder: Path, manifest: dict):
+        self.folder = folder
         self.shapes = {name: torch.Size(shape) for name, shape in manifest["shapes"].items()}
         self._spans = defaultdict(list)
         for name in manifest["files"]:
@@ -32,7 +34,7 @@ class CheckpointReader:
                 kind, _, name = whole.partition("/")
                 self._spans[name, kind].append((int(offset), file, key))
         except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a safetensors file written by megaft: {error}") from error
+            raise CheckpointError(f"{path} is not a safetensors file written by megaft ({error}); {RECOPY}.") from error
 
     def read(self, name: str, kind: str, offset: int, numel: int) -> Tensor:
         """Return `numel` elements from `offset` of a flattened parameter's weight or moment.
@@ -48,7 +50,7 @@ class CheckpointReader:
                 out[num_read : num_read + last - first] = stored[first - begin : last - begin]
                 num_read += last - first
         if num_read != numel:
-            raise CheckpointError(f"the checkpoint has {num_read} of {numel} elements of {kind} of {name}.")
+            raise CheckpointError(f"{self.folder} has {num_read} of {numel} elements of {kind} of {name}; {RECOPY}.")
         return out
 
     def whole(self, name: str, kind: str) -> Tensor:

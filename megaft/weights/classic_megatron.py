@@ -95,7 +95,9 @@ class ClassicCheckpoint:
         ranks = [_tensors(path, state) for path, state in zip(paths, states, strict=True)]
         version, settings = states[0].get("checkpoint_version", 0), states[0].get("args")
         if version not in (0, 1) and version < 2:
-            raise DataError(f"{paths[0]} has checkpoint_version {version}; supported versions are 0, 1.0, 2.0 and 3.0.")
+            raise DataError(
+                f"{paths[0]} has checkpoint_version {version}; use one saved with version 0, 1.0, 2.0 or 3.0."
+            )
         return ClassicCheckpoint(
             folder, ranks, version, vars(settings) if isinstance(settings, UnpickledObject) else None
         )
@@ -140,7 +142,8 @@ class ClassicCheckpoint:
         for name, expected in GPT2_SETTINGS.items():
             if (settings.get(name) or expected) != expected:
                 raise DataError(
-                    f"{self.folder} has {name} {settings[name]}; GPT-2, the only supported model, has {expected}."
+                    f"{self.folder} has {name} {settings[name]}; classic checkpoints are "
+                    f"read for GPT-2 only, which needs {name} {expected}. Convert it with Megatron-LM's own tools."
                 )
         return settings
 
@@ -198,7 +201,8 @@ def _files(folder: Path) -> list[Path]:
         raise DataError(f"{inner} is split over pipeline ranks; merge them with the Megatron-LM that wrote it.")
     if not ranks or [rank for rank, _ in ranks] != list(range(len(ranks))):
         raise DataError(
-            f"{inner} has {[path.name for _, path in ranks]}; it needs each of mp_rank_00, mp_rank_01, ... once."
+            f"{inner} has {[path.name for _, path in ranks]}; it needs each of mp_rank_00, mp_rank_01, ... once. "
+            "Copy the missing folders."
         )
     return [next(folder.glob("model*_rng.pt"), folder / "model_optim_rng.pt") for _, folder in ranks]
 
@@ -240,7 +244,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
 def _tensors(path: Path, state: Any) -> dict[str, Tensor]:
     """Return a rank's tensors under megatron-core's names."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise DataError(f"{path} has no dictionary named model; checkpoints with virtual stages are not supported.")
+        raise DataError(
+            f"{path} has no dictionary named model; save it without virtual pipeline stages, which are not supported."
+        )
     return {_core_name(name): tensor for name, tensor in _flat(state["model"].get("language_model", {})).items()}
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megaft.base.checks import require
-from megaft.weights.shape import Shape
-from megaft.weights.sizes import ConfigValues
+from megaft.weights.config_values import ConfigValues
+from megaft.weights.dimensions import Dimensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class Rule:
 class Family:
     """Names, layout and computation of a family's models in transformers."""
 
-    read: Callable[[Family, ConfigValues, float | None], Shape]
-    """Returns the shape from a config.json, with the residual stream's dropout replaced if one is given."""
-    rules: Callable[[Shape], dict[str, Rule]]
+    read: Callable[[Family, ConfigValues, float | None], Dimensions]
+    """Returns the dimensions in a config.json, with the residual stream's dropout replaced if one is given."""
+    rules: Callable[[Dimensions], dict[str, Rule]]
     """Returns a rule for each parameter of megatron-core, except the output layer's."""
     require_layout: Callable[[Any], None]
     """Raises ConfigError for parameters that megatron-core does not have."""
@@ -75,13 +75,13 @@ def family_of(config: Any) -> Family:
     require(
         config.model_type in FAMILIES,
         f"the model's model_type is {config.model_type}; --model.backend megatron and `megaft convert` support "
-        f"{', '.join(FAMILIES)}; use --model.backend hugging-face.",
+        f"{', '.join(FAMILIES)}; train or score other families with --model.backend hugging-face.",
     )
     return FAMILIES[config.model_type]
 
 
-def shape_of(config: dict[str, Any], dropout: float | None = None, source: str = "config.json") -> Shape:
-    """Return the shape of a transformers configuration, with transformers' defaults for missing keys.
+def dimensions_of(config: dict[str, Any], dropout: float | None = None, source: str = "config.json") -> Dimensions:
+    """Return the dimensions of a transformers configuration, with transformers' defaults for missing keys.
 
     Args:
         config: Content of config.json.
@@ -90,28 +90,31 @@ def shape_of(config: dict[str, Any], dropout: float | None = None, source: str =
 
     Raises:
         ConfigError: The family is not supported.
-        DataError: A size is invalid.
+        DataError: A dimension is invalid.
     """
     kind = config.get("model_type")
-    require(kind in FAMILIES, f"the model's model_type is {kind}; megaft estimate supports {', '.join(FAMILIES)}.")
+    require(
+        kind in FAMILIES,
+        f"the model's model_type is {kind}; megaft estimate supports {', '.join(FAMILIES)}; give one of these.",
+    )
     family = FAMILIES[str(kind)]
     return family.read(family, ConfigValues(config, source), dropout)
 
 
-def model_shape(config: Any) -> Shape:
-    """Return the shape of a transformers configuration; raises as `shape_of`."""
-    return shape_of(config.to_dict(), source=config.name_or_path or "config.json")
+def model_dimensions(config: Any) -> Dimensions:
+    """Return the dimensions of a transformers configuration; raises as `dimensions_of`."""
+    return dimensions_of(config.to_dict(), source=config.name_or_path or "config.json")
 
 
 # GPT-2: LayerNorm, learned positions, biases everywhere, one matrix of queries, keys and values, stored as (in, out).
 
 
-def _gpt2_shape(family: Family, values: ConfigValues, dropout: float | None) -> Shape:
+def _gpt2_dimensions(family: Family, values: ConfigValues, dropout: float | None) -> Dimensions:
     width, heads = values.positive_int("n_embd", 768), values.positive_int("n_head", 12)
     values.require_multiple("n_embd", width, "n_head", heads)
     own_dropout = values.fraction("resid_pdrop", 0.1)
     qkv_bias, other_bias = family.biases or (True, True)
-    return Shape(
+    return Dimensions(
         norm="LayerNorm",
         is_gated=False,
         has_position_embedding=True,
@@ -131,18 +134,18 @@ def _gpt2_shape(family: Family, values: ConfigValues, dropout: float | None) -> 
     )
 
 
-def _gpt2_rules(shape: Shape) -> dict[str, Rule]:
+def _gpt2_rules(dims: Dimensions) -> dict[str, Rule]:
     rules = {
-        "embedding.word_embeddings.weight": Rule(("transformer.wte.weight",), 0, rows=shape.vocab_size),
+        "embedding.word_embeddings.weight": Rule(("transformer.wte.weight",), 0, rows=dims.vocab_size),
         "embedding.position_embeddings.weight": Rule(("transformer.wpe.weight",)),
     }
-    for layer in range(shape.num_layers):
+    for layer in range(dims.num_layers):
         source, target = f"transformer.h.{layer}.", f"decoder.layers.{layer}."
         for kind in ("weight", "bias"):
             rules |= {
                 f"{target}input_layernorm.{kind}": Rule((f"{source}ln_1.{kind}",)),
                 f"{target}self_attention.linear_qkv.{kind}": Rule(
-                    (f"{source}attn.c_attn.{kind}",), 0, groups=shape.num_groups, is_transposed=True
+                    (f"{source}attn.c_attn.{kind}",), 0, groups=dims.num_groups, is_transposed=True
                 ),
                 f"{target}self_attention.linear_proj.{kind}": Rule(
                     (f"{source}attn.c_proj.{kind}",), 1 if kind == "weight" else None, is_transposed=True
@@ -167,7 +170,7 @@ def _gpt2_modules(config: Any) -> None:
 
 
 _GPT2 = Family(
-    read=_gpt2_shape,
+    read=_gpt2_dimensions,
     rules=_gpt2_rules,
     require_layout=lambda config: None,
     require_modules=_gpt2_modules,
@@ -184,7 +187,7 @@ _GPT2 = Family(
 # Llama: RMSNorm, rotary positions, grouped keys and values, a gated MLP, few or no biases.
 
 
-def _llama_shape(family: Family, values: ConfigValues, _: float | None) -> Shape:
+def _llama_dimensions(family: Family, values: ConfigValues, _: float | None) -> Dimensions:
     width, heads = values.positive_int("hidden_size", 4096), values.positive_int("num_attention_heads", 32)
     if values.config.get("head_dim") is None:
         values.require_multiple("hidden_size", width, "num_attention_heads", heads)
@@ -192,7 +195,7 @@ def _llama_shape(family: Family, values: ConfigValues, _: float | None) -> Shape
     values.require_multiple("num_attention_heads", heads, "num_key_value_heads", groups)
     has_bias = values.flag("attention_bias", False)
     qkv_bias, other_bias = family.biases or (has_bias, has_bias)
-    return Shape(
+    return Dimensions(
         norm="RMSNorm",
         is_gated=True,
         has_position_embedding=False,
@@ -212,16 +215,16 @@ def _llama_shape(family: Family, values: ConfigValues, _: float | None) -> Shape
     )
 
 
-def _llama_rules(shape: Shape) -> dict[str, Rule]:
-    rules = {"embedding.word_embeddings.weight": Rule(("model.embed_tokens.weight",), 0, rows=shape.vocab_size)}
-    for layer in range(shape.num_layers):
+def _llama_rules(dims: Dimensions) -> dict[str, Rule]:
+    rules = {"embedding.word_embeddings.weight": Rule(("model.embed_tokens.weight",), 0, rows=dims.vocab_size)}
+    for layer in range(dims.num_layers):
         source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
         attention, mlp = f"{source}self_attn.", f"{source}mlp."
         rules[f"{target}input_layernorm.weight"] = Rule((f"{source}input_layernorm.weight",))
-        for kind in ("weight", *(["bias"] if shape.has_qkv_bias else [])):
+        for kind in ("weight", *(["bias"] if dims.has_qkv_bias else [])):
             sources = tuple(f"{attention}{letter}_proj.{kind}" for letter in "qkv")
-            rules[f"{target}self_attention.linear_qkv.{kind}"] = Rule(sources, 0, groups=shape.num_groups)
-        for kind in ("weight", *(["bias"] if shape.has_bias else [])):
+            rules[f"{target}self_attention.linear_qkv.{kind}"] = Rule(sources, 0, groups=dims.num_groups)
+        for kind in ("weight", *(["bias"] if dims.has_bias else [])):
             inner = 1 if kind == "weight" else None
             rules |= {
                 f"{target}self_attention.linear_proj.{kind}": Rule((f"{attention}o_proj.{kind}",), inner),
@@ -237,7 +240,7 @@ def _llama_layout(config: Any) -> None:
     require(
         in_attention == in_mlp,
         f"the model has attention_bias {in_attention} and mlp_bias {in_mlp}, but megatron-core has one switch for "
-        "both; use --model.backend hugging-face.",
+        "both; train or score it with --model.backend hugging-face.",
     )
 
 
@@ -255,7 +258,7 @@ def _require_plain_attention(is_unusual: bool) -> None:
 
 
 _LLAMA = Family(
-    read=_llama_shape,
+    read=_llama_dimensions,
     rules=_llama_rules,
     require_layout=_llama_layout,
     require_modules=_llama_modules,

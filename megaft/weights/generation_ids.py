@@ -12,7 +12,7 @@ KINDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def follow_tokenizer(config: Any, bos_id: int | None, eos_id: int | None) -> None:
-    """Set a new model's bos_token_id and eos_token_id to the tokenizer's, unless it already lists those.
+    """Set a new model's bos_token_id and eos_token_id to the tokenizer's, unless it already lists that id.
 
     There may be several end tokens; one must be the tokenizer's, which ends the training documents.
     """

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megaft.weights.families import Rule, family_of, model_shape
-from megaft.weights.shape import Shape
+from megaft.weights.dimensions import Dimensions
+from megaft.weights.families import Rule, family_of, model_dimensions
 
 OUTPUT_LAYER = "lm_head.weight"
 """Name of the output layer's weight in transformers, in every family."""
@@ -62,7 +62,7 @@ class Layout:
     """The rules of one model, by megatron-core's parameter names."""
 
     rules: dict[str, Rule]
-    shape: Shape
+    dims: Dimensions
 
     def local(self, name: str, sources: Sequence[Tensor], size: int, rank: int) -> Tensor:
         """Return the shard of rank `rank` of `size` of the megatron-core parameter `name`."""
@@ -70,10 +70,10 @@ class Layout:
 
     def whole(self, name: str, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the transformers parameters in the megatron-core parameter `name`, from all ranks' shards."""
-        return whole(self.rules[name], shards, self.shape.num_heads // self.shape.num_groups)
+        return whole(self.rules[name], shards, self.dims.num_heads // self.dims.num_groups)
 
-    def rule_of(self, source: str) -> str:
-        """Return the megatron-core parameter that contains a transformers parameter."""
+    def core_name_of(self, source: str) -> str:
+        """Return the name of the megatron-core parameter that contains a transformers parameter."""
         return next(name for name, rule in self.rules.items() if source in rule.sources)
 
 
@@ -85,10 +85,10 @@ def layout_of(config: Any) -> Layout:
 
     Raises:
         ConfigError: megatron-core does not support the family or a setting of the configuration.
-        DataError: A size is invalid.
+        DataError: A dimension is invalid.
     """
     family = family_of(config)
     family.require_layout(config)
-    shape = model_shape(config)
-    head = {} if shape.is_tied else {"output_layer.weight": Rule((OUTPUT_LAYER,), 0, rows=shape.vocab_size)}
-    return Layout(family.rules(shape) | head, shape)
+    dims = model_dimensions(config)
+    head = {} if dims.is_tied else {"output_layer.weight": Rule((OUTPUT_LAYER,), 0, rows=dims.vocab_size)}
+    return Layout(family.rules(dims) | head, dims)

@@ -20,6 +20,8 @@ from megaft.base.files import is_file_name, parse_json, sha256_of, to_json
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+RECOPY = "copy the checkpoint again"
+"""Fix for a damaged checkpoint, in messages."""
 
 # step-N.replaced-T is the old checkpoint of step N, valid until the new one of that step is in place.
 NAME = re.compile(r"step-(\d{8})(\.replaced-\d+)?")
@@ -79,33 +81,35 @@ def verify(folder: Path, share: int = 0, num_shares: int = 1) -> dict[str, Any]:
     for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
         path = folder / name
         if not is_file_name(name) or path.is_symlink():
-            raise CheckpointError(f"{folder / MANIFEST} names {name[:80]}, which is outside the checkpoint.")
+            raise CheckpointError(f"{folder / MANIFEST} names {name[:80]}, which is outside the checkpoint; {RECOPY}.")
         require_size(path, expected["bytes"])
         if number % num_shares == share and _sha256_of(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the manifest's.")
+            raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the manifest's; {RECOPY}.")
     return manifest
 
 
-def require_size(path: Path, num_bytes: int) -> None:
-    """Raise CheckpointError unless a file exists and has `num_bytes` bytes."""
+def require_size(path: Path, num_bytes: int, fix: str = RECOPY) -> None:
+    """Raise CheckpointError, with a fix, unless a file exists and has `num_bytes` bytes."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing.")
+        raise CheckpointError(f"{path} is missing; {fix}.")
     if path.stat().st_size != num_bytes:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {num_bytes}.")
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {num_bytes}; {fix}.")
 
 
 def _sha256_of(path: Path) -> str:
     try:
         return sha256_of(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; check its permissions and the disk."
+        ) from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest.
 
     Raises:
-        CheckpointError: It is missing, unreadable, damaged, or of an unsupported format.
+        CheckpointError: The manifest is missing, unreadable, damaged, or of an unsupported format.
     """
     path = folder / MANIFEST
     if folder.is_symlink() or path.is_symlink():
@@ -114,13 +118,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = parse_json(path.read_text())
         is_supported = manifest["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is missing or unreadable; the checkpoint is incomplete.") from error
+        raise CheckpointError(f"{path} is missing or unreadable: the checkpoint is incomplete; {RECOPY}.") from error
     if not is_supported:
-        raise CheckpointError(f"{path} has format {manifest['format']}; this version of megaft reads format {FORMAT}.")
+        raise CheckpointError(
+            f"{path} has format {manifest['format']}; this version of megaft reads format {FORMAT}. "
+            "Use the version that wrote it."
+        )
     if manifest.pop("sha256", None) != _manifest_sha256(manifest):
-        raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256.")
+        raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256; {RECOPY}.")
     if not _is_complete(manifest):
-        raise CheckpointError(f"{path} has an invalid identity or file list; megaft did not write it.")
+        raise CheckpointError(f"{path} has an invalid identity or file list; megaft did not write it; {RECOPY}.")
     return manifest
 
 

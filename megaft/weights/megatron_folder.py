@@ -27,7 +27,7 @@ def is_megatron_folder(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[TensorFile]:
+def shards_of(folder: Path, config: Any, *, verify_hashes: bool = False) -> list[TensorFile]:
     """Return the file of each tensor-parallel rank, after checking sizes and shapes.
 
     Raises:
@@ -35,7 +35,7 @@ def shards_of(folder: Path, config: Any, *, is_hashed: bool = False) -> list[Ten
     """
     manifest = read_manifest(folder)
     layout, shapes, size = layout_of(config), shapes_of(config), manifest["tensor_parallel_size"]
-    files = [_checked(folder, name, entry, is_hashed) for name, entry in sorted(manifest["files"].items())]
+    files = [_checked(folder, name, entry, verify_hashes) for name, entry in sorted(manifest["files"].items())]
     if len(files) != size:
         raise DataError(
             f"{folder / MANIFEST} names {counted(len(files), 'file')} for {counted(size, 'rank')}; "
@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a megatron folder.
 
     Raises:
-        DataError: It is damaged or of an unsupported format.
+        DataError: The manifest is damaged or of an unsupported format.
     """
     path = folder / MANIFEST
     try:
@@ -63,11 +63,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model again.") from error
     if version != FORMAT:
-        raise DataError(f"{path} has format {version}; this version of megaft reads format {FORMAT}.")
+        raise DataError(
+            f"{path} has format {version}; convert the model again: this version of megaft reads format {FORMAT}."
+        )
     return manifest
 
 
-def _checked(folder: Path, name: str, entry: dict[str, Any], is_hashed: bool) -> TensorFile:
+def _checked(folder: Path, name: str, entry: dict[str, Any], verify_hashes: bool) -> TensorFile:
     path = folder / name
     if not is_file_name(name):
         raise DataError(
@@ -76,7 +78,7 @@ def _checked(folder: Path, name: str, entry: dict[str, Any], is_hashed: bool) ->
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         size = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
         raise DataError(f"{path} {size}; {MANIFEST} says {entry['bytes']} bytes. Copy it again.")
-    if is_hashed and sha256_of(path) != entry["sha256"]:
+    if verify_hashes and sha256_of(path) != entry["sha256"]:
         raise DataError(f"{path} is damaged: its SHA-256 differs from the one in {MANIFEST}. Copy it again.")
     return open_tensors(path)
 

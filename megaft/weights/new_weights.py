@@ -17,8 +17,7 @@ def new_weights(config: Any, seed: int) -> Weights:
     """Return the weights of a new model of a transformers configuration, drawn when read.
 
     As in Radford et al. 2019 (section 2.3): biases are 0, norms are 1, and the rest is normal with the configuration's
-    standard deviation, which GPT-2's projections into the residual stream divide by the root of the number of
-    these projections.
+    standard deviation, divided by sqrt(2 x layers) for GPT-2's projections into the residual stream.
     """
     shapes = shapes_of(config)
     return Weights(config, torch.float32, shapes, lambda name: _drawn(name, shapes[name], config, seed))

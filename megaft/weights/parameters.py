@@ -66,7 +66,7 @@ def load_config(source: str) -> Any:
     """Return transformers' configuration of a model.
 
     Raises:
-        DataError: It is missing, or transformers cannot read it.
+        DataError: The configuration is missing, or transformers cannot read it.
     """
     from transformers import AutoConfig
 
@@ -119,7 +119,7 @@ def from_shards(config: Any, dtype: torch.dtype, read: Callable[[str], list[Tens
     def whole(name: str) -> dict[str, Tensor]:
         return layout.whole(name, read(name))
 
-    return Weights(config, dtype, shapes_of(config), lambda name: whole(layout.rule_of(name))[name])
+    return Weights(config, dtype, shapes_of(config), lambda name: whole(layout.core_name_of(name))[name])
 
 
 def require_fitting(source: str, expected: dict[str, torch.Size], stored: dict[str, torch.Size]) -> None:

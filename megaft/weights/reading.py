@@ -40,18 +40,18 @@ from megaft.weights.parameters import (
 from megaft.weights.tensor_file import TensorFile, open_tensors
 
 
-def open_weights(source: str, *, model_config: str | None = None, is_hashed: bool = False) -> Weights:
+def open_weights(source: str, *, model_config: str | None = None, verify_hashes: bool = False) -> Weights:
     """Locate a model's weights and check their names and shapes, without reading values.
 
     Args:
         source: A model folder, a hub name, a GGUF file, a folder written by `megaft convert`, a run folder, a classic
             Megatron-LM checkpoint, or a checkpoint of a run.
         model_config: Source of config.json for a checkpoint that does not describe its model.
-        is_hashed: Verify the SHA-256 of a converted folder's files too, which reads them once more.
+        verify_hashes: Verify the SHA-256 of a converted folder's files too, which reads them once more.
 
     Raises:
-        ConfigError: The megatron backend does not support its family.
-        DataError: It does not exist, requires custom code, or its weights do not match its configuration.
+        ConfigError: The megatron backend does not support the model's family.
+        DataError: The source does not exist, requires custom code, or its weights do not match its configuration.
     """
     source = model_folder(source)
     folder = Path(source)
@@ -64,11 +64,11 @@ def open_weights(source: str, *, model_config: str | None = None, is_hashed: boo
         return open_checkpoint(folder, config_source(source, model_config))
     require(
         model_config is None,
-        f"model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
+        f"--model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
     )
     require_safe_files("model", source)
     if is_megatron_folder(folder):
-        return _from_megatron(folder, is_hashed)
+        return _from_megatron(folder, verify_hashes)
     files = [] if folder.suffix == ".gguf" else _safetensors_of(source)
     return _from_safetensors(source, files) if files else _from_transformers(source)
 
@@ -151,9 +151,9 @@ def _from_transformers(source: str) -> Weights:
     return Weights(model.config, model.dtype, shapes, lambda name: state[name].clone())
 
 
-def _from_megatron(folder: Path, is_hashed: bool) -> Weights:
+def _from_megatron(folder: Path, verify_hashes: bool) -> Weights:
     config = load_config(str(folder))
-    files = shards_of(folder, config, is_hashed=is_hashed)
+    files = shards_of(folder, config, verify_hashes=verify_hashes)
     dtype = widest_dtype(file.dtype(name) for file in files for name in file.spans)
     return from_shards(config, dtype, lambda name: [file.read(name) for file in files])
 

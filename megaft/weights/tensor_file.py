@@ -1,4 +1,4 @@
-"""Read and write safetensors files one tensor at a time by plain reads: touched pages of an mmap would stay resident.
+"""Read and write safetensors files one tensor at a time. Plain reads: touched pages of an mmap would stay resident.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -23,7 +23,7 @@ from megaft.base.files import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Supported dtypes by safetensors' names."""
-BYTES_AT_ONCE = 1 << 24
+BYTES_PER_FLUSH_HINT = 1 << 24
 """Bytes written between calls of posix_fadvise, which start writing to disk."""
 
 
@@ -64,15 +64,15 @@ class TensorFile:
                 if file.readinto(data.numpy().data) < len(data):
                     raise OSError("it is shorter than its header says")
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}; copy it again.") from error
         return data.view(self.dtype(name)).view(shape)
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Return a safetensors file that is whole: safetensors checks its header against its length.
+    """Open a complete safetensors file: safetensors compares its header with its length.
 
     Raises:
-        DataError: It is cut short or damaged.
+        DataError: The file is truncated or damaged.
     """
     try:
         with safe_open(path, "pt"):
@@ -110,7 +110,7 @@ class TensorWriter:
         with self._removed_on_error():
             self._num_bytes += self._file.write(data)
             self._sha256.update(data)
-            if self._num_bytes - self._num_released >= BYTES_AT_ONCE and hasattr(os, "posix_fadvise"):
+            if self._num_bytes - self._num_released >= BYTES_PER_FLUSH_HINT and hasattr(os, "posix_fadvise"):
                 # Start writing and drop written pages from the page cache, which leaves little for the final sync.
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 self._num_released = self._num_bytes

@@ -79,7 +79,7 @@ def write_megatron(weights: Weights, folder: Path, dtype: torch.dtype, size: int
         DataError: A weight cannot be read, is not finite, or is too large for the dtype.
     """
     layout = layout_of(weights.config)
-    layout.shape.require_shardable(size, "--tensor-parallel-size")
+    layout.dims.require_shardable(size, "--tensor-parallel-size")
     writers = [
         TensorWriter(
             folder / f"tensor-parallel-{rank:02}-of-{size:02}.safetensors",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaft.data.left_out import leave_out, whole_position, whole_ranges
+from megaft.data.left_out import full_position, full_ranges, leave_out
 
 RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), max_size=5).map(
     lambda spans: leave_out((), tuple((begin, begin + length) for begin, length in spans))
@@ -21,24 +21,24 @@ RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), max_size=5).
     ],
 )
 def test_whole_position(left_out, expected):
-    assert [whole_position(position, left_out) for position in range(6)] == expected
+    assert [full_position(position, left_out) for position in range(6)] == expected
 
 
 @given(RANGES)
 def test_the_run_sees_every_sample_that_is_not_left_out_in_order(left_out):
     gone = {position for span in left_out for position in range(*span)}
-    seen = [whole_position(position, left_out) for position in range(60)]
+    seen = [full_position(position, left_out) for position in range(60)]
     assert seen == [position for position in range(200) if position not in gone][:60]
 
 
 @given(RANGES, st.integers(0, 30), st.integers(1, 8))
 def test_leaving_out_a_step_gives_its_place_to_the_next(left_out, begin, length):
-    gone = whole_ranges(begin, begin + length, left_out)
+    gone = full_ranges(begin, begin + length, left_out)
     after = leave_out(left_out, gone)
-    assert [whole_position(place, after) for place in range(begin)] == [
-        whole_position(place, left_out) for place in range(begin)
+    assert [full_position(place, after) for place in range(begin)] == [
+        full_position(place, left_out) for place in range(begin)
     ]
-    assert [whole_position(place, after) for place in range(begin, 60)] == [
-        whole_position(place + length, left_out) for place in range(begin, 60)
+    assert [full_position(place, after) for place in range(begin, 60)] == [
+        full_position(place + length, left_out) for place in range(begin, 60)
     ]
     assert all(one[1] < two[0] for one, two in pairwise(after))  # rising, and joined where they touch

@@ -24,7 +24,7 @@ def masked(documents, scored):
 
 
 @pytest.mark.parametrize(
-    ("kind", "scored", "expected", "num_left_out"),  # expected: first and last input of each sample of 4 tokens
+    ("kind", "scored", "expected", "num_unscored_samples"),  # expected: first and last input of each sample of 4 tokens
     [
         # Documents of 9 and 3 tokens: 1 to 9, and 10 to 12.
         pytest.param("document", {11, 12}, [(10, 11)], 2, id="a prompt longer than the context"),
@@ -39,12 +39,12 @@ def masked(documents, scored):
         pytest.param("within", {9}, [(5, 8)], 2, id="attention within documents"),
     ],
 )
-def test_a_sample_without_a_scored_token_is_left_out(tmp_path, kind, scored, expected, num_left_out):
+def test_a_sample_without_a_scored_token_is_left_out(tmp_path, kind, scored, expected, num_unscored_samples):
     documents = cut_documents([9, 3])
     corpus = open_corpus(kind, write_dataset(tmp_path / "a", documents, masked(documents, scored)), 4)
     inputs = [corpus[i].input_ids for i in range(len(corpus))]
     assert [(row[0], row[-1]) for row in inputs] == expected
-    assert corpus.num_left_out == num_left_out
+    assert corpus.num_unscored_samples == num_unscored_samples
 
 
 def labels_by_hand(kind, documents, context_length):
@@ -69,7 +69,7 @@ def test_every_sample_holds_a_scored_token_and_none_of_these_is_lost(tmp_path, k
     by_hand = [[t for t in part if wanted[t]] for part in labels_by_hand(kind, documents, context_length)]
     labels = [[int(label) for label in corpus[i].labels if label != IGNORED] for i in range(len(corpus))]
     assert labels == [part for part in by_hand if part]
-    assert corpus.num_left_out == sum(not part for part in by_hand)
+    assert corpus.num_unscored_samples == sum(not part for part in by_hand)
 
 
 def test_only_a_dataset_with_such_samples_has_another_order_than_before(tmp_path):
@@ -77,5 +77,5 @@ def test_only_a_dataset_with_such_samples_has_another_order_than_before(tmp_path
     documents = cut_documents([9, 3])
     whole = write_dataset(tmp_path / "a", documents, masked(documents, {3, 7, 11}))
     holed = write_dataset(tmp_path / "b", documents, masked(documents, {7, 11}))
-    names = [Samples([open_corpus("document", prefix, 4)], [1.0], seed=0).sha256 for prefix in (whole, holed)]
+    names = [Samples([open_corpus("document", prefix, 4)], [1.0], seed=0).fingerprint for prefix in (whole, holed)]
     assert [name.split(":")[1] for name in names] == ["3", "2"]

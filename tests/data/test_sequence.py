@@ -24,7 +24,7 @@ class Numbers:
 
     sha256: str
     length: int
-    num_left_out: int = 0
+    num_unscored_samples: int = 0
 
     def __len__(self):
         return self.length
@@ -147,7 +147,7 @@ def test_epochs_in_steps(epochs, global_batch_size, expected):
 
 def test_the_identity_of_an_order_tells_corpora_weights_and_lengths_apart():
     def identity(corpora, weights):
-        return Samples(corpora, weights, seed=0).sha256
+        return Samples(corpora, weights, seed=0).fingerprint
 
     a, b = Numbers("a", 6), Numbers("b", 6)
     others = [
@@ -316,12 +316,12 @@ def sample_of(*tokens, labels=None):
     [(3, 8, 8), (8, 8, 8), (3, None, PADDED_TO), (64, None, 64), (65, None, 128)],
 )
 def test_row_lengths(length, row_length, expected):
-    batch = collate([sample_of(1), sample_of(*range(length))], 0, row_length, keep_documents=False)
+    batch = collate([sample_of(1), sample_of(*range(length))], 0, row_length, with_document_ids=False)
     assert batch.input_ids.shape == batch.labels.shape == (2, expected)
 
 
 def test_padding_is_not_scored_and_of_no_document():
-    batch = collate([sample_of(5, 6, 7, labels=[6, IGNORED, 8]), sample_of(9)], 40, 4, keep_documents=True)
+    batch = collate([sample_of(5, 6, 7, labels=[6, IGNORED, 8]), sample_of(9)], 40, 4, with_document_ids=True)
     assert batch.input_ids.tolist() == [[5, 6, 7, 0], [9, 0, 0, 0]]
     assert batch.labels.tolist() == [[6, IGNORED, 8, IGNORED], [10, IGNORED, IGNORED, IGNORED]]
     assert batch.document_ids is not None
@@ -331,7 +331,7 @@ def test_padding_is_not_scored_and_of_no_document():
 
 
 def test_a_batch_goes_to_a_device():
-    batch = collate([sample_of(1, 2)], 0, 2, keep_documents=False)
+    batch = collate([sample_of(1, 2)], 0, 2, with_document_ids=False)
     input_ids, labels, document_ids = batch.to(torch.device("meta"))
     assert (input_ids.device.type, labels.device.type, document_ids) == ("meta", "meta", None)
     assert math.prod(input_ids.shape) == 2

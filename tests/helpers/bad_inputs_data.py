@@ -48,7 +48,9 @@ def _(workshop):
     return workshop.prepare(workshop.write("a.txt", b"ELF\n\0\1\2"))
 
 
-@refuse("9 JSONL broken at a line", 3, r"a\.jsonl, line 2, column 10: broken JSON .*; every line must be an object")
+@refuse(
+    "9 JSONL broken at a line", 3, r"a\.jsonl, line 2, column 10: broken JSON .*; every record must be a JSON object"
+)
 def _(workshop):
     return workshop.prepare(workshop.write("a.jsonl", '{"text": "one"}\n{"text": two}\n'))
 

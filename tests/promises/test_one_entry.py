@@ -26,7 +26,7 @@ from megaft.models.parameters import parameter_groups
 from megaft.run.guard import Guard
 from megaft.run.optim import build_optimizer, learning_rate
 from megaft.run.recovery import recover
-from megaft.weights.families import FAMILIES, shape_of
+from megaft.weights.families import FAMILIES, dimensions_of
 
 
 def resolved(optim=None, **blocks):
@@ -129,7 +129,7 @@ def test_a_model_family_is_counted_and_converted(monkeypatch, tmp_path):
     monkeypatch.setitem(FAMILIES, "seed_oss", FAMILIES["qwen2"])
     save_seed_oss(tmp_path / "model")
     weights = open_weights(str(tmp_path / "model"))
-    assert shape_of(weights.config.to_dict()).num_parameters == weights.num_parameters
+    assert dimensions_of(weights.config.to_dict()).num_parameters == weights.num_parameters
     for name in ("cut", "back"):
         (tmp_path / name).mkdir()
     write_megatron(weights, tmp_path / "cut", torch.float32, 2, "seed_oss")

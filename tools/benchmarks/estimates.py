@@ -27,8 +27,8 @@ from invariance import write_between_marks
 from megaft.base.files import write_json_atomic
 from megaft.commands.estimate.memory import MicroBatch, States, activations, moments
 from megaft.commands.estimate.presets import PRESETS
-from megaft.weights.families import shape_of
-from megaft.weights.shape import num_elements
+from megaft.weights.dimensions import num_elements
+from megaft.weights.families import dimensions_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -67,7 +67,7 @@ def passes() -> Iterator[Row]:
 def estimate_of_pass(case: Passing) -> tuple[int, int]:
     """Return the bytes of weights, and the peak of a pass that leaves its gradients where autograd puts them."""
     work = MicroBatch(
-        shape=shape_of(PRESETS[case.model], case.dropout),
+        shape=dimensions_of(PRESETS[case.model], case.dropout),
         micro_batch_size=case.micro_batch_size,
         context_length=case.context_length,
         tensor_parallel_size=case.tensor_parallel_size or 1,

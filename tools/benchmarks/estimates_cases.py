@@ -7,7 +7,7 @@ from typing import Any
 
 from megaft.commands.estimate.recipe import Recipe
 from megaft.config.train import OptimConfig
-from megaft.weights.families import shape_of
+from megaft.weights.families import dimensions_of
 
 BUCKET = 3_000_000
 TINY = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 8192, "n_positions": 256}
@@ -88,7 +88,7 @@ def _case(
     more += ["nothing kept gathered"] if "stage3_max_reuse_distance" in (zero or {}) else []
     more += [f"megatron TP {tensor_parallel_size}"] if tensor_parallel_size else []
     recipe = Recipe(
-        shape=shape_of(config, dropout=0.0),
+        shape=dimensions_of(config, dropout=0.0),
         deepspeed=settings,
         context_length=128,
         world_size=ranks * max(tensor_parallel_size, 1),

@@ -15,7 +15,7 @@ from megaft.commands.estimate.presets import PRESETS
 from megaft.commands.estimate.recipe import Recipe
 from megaft.config.deepspeed_json import read_deepspeed_json
 from megaft.config.train import OptimConfig
-from megaft.weights.families import shape_of
+from megaft.weights.families import dimensions_of
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -95,7 +95,7 @@ def recipe(sharding: Sharding, num_gpus: int, micro_batch_size: int, gpu: str, *
     if not GPUS[gpu].has_bf16:
         settings = {key: value for key, value in settings.items() if key != "bf16"} | {"fp16": {"enabled": True}}
     return Recipe(
-        shape=shape_of(PRESETS["megatron-8.3b"]),
+        shape=dimensions_of(PRESETS["megatron-8.3b"]),
         deepspeed=settings,
         context_length=CONTEXT,
         world_size=num_gpus,

@@ -25,7 +25,7 @@ from typing import Any
 os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-PARTS = ("trains", "scores", "generates", "ZeRO-3", "packs", "megatron", "megatron TP 2")
+PARTS = ("trains", "scores", "generates", "ZeRO-3", "isolates packed documents", "megatron", "megatron TP 2")
 KINDS = ("right", "refused", "SILENT", "TRACEBACK", "not tried")
 QUICK = [
     "bert",
@@ -174,8 +174,8 @@ def report(rows: dict[str, dict[str, str]]) -> str:
             "Support for every model type that AutoModelForCausalLM accepts, tested on a tiny random model of each. "
             "*Right* means equal to plain forward passes of the same model in transformers: weights and greedy "
             "tokens exactly, losses and nats to 2e-5. *Refused* means a one-line error before anything is trained or "
-            "printed. Numbers refer to the notes below the table, in which NAME is the model type, CLASS its class "
-            "and MODEL the folder."
+            "printed. *Isolates packed documents* is `--data.attend-within-documents`. Numbers refer to the notes "
+            "below the table, in which NAME is the model type, CLASS its class and MODEL the folder."
         ),
         "",
         _wrapped(
@@ -207,7 +207,7 @@ def _wrapped(text: str) -> str:
 def _without_names(cell: str) -> str:
     """Replace names in a cell, so that families with the same reason share a note."""
     cell = re.sub(r"\w+ \(model_type [\w-]+\)", "CLASS (model_type NAME)", cell)
-    return re.sub(r"(of type|model_type) (?!NAME\b)[\w-]+", r"\1 NAME", cell)
+    return re.sub(r"(model_type(?: is)?) (?!NAME\b|is\b)[\w-]+", r"\1 NAME", cell)
 
 
 def _kind(cell: str) -> str:

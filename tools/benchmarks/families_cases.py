@@ -134,7 +134,7 @@ def partitions(folder: str, saved: Any) -> None:
 
 
 @torch.no_grad()
-def packs(folder: str, saved: Any) -> None:
+def isolates_packed_documents(folder: str, saved: Any) -> None:
     """Compare the nats of packed documents with those of each document alone."""
     model = hugging_face.build(ModelConfig(path=folder, dropout=0.0), LoraConfig(), 0).eval()
     trials.require_language_model(model)
@@ -180,7 +180,7 @@ CASES = {
     "scores": scores,
     "generates": generates,
     "ZeRO-3": partitions,
-    "packs": packs,
+    "isolates packed documents": isolates_packed_documents,
     "megatron": cuts,
     "megatron TP 2": cuts_over_ranks,
 }

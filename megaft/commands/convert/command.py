@@ -40,7 +40,7 @@ def main(config: ConvertConfig) -> int:
 
     require_new(config.to)
     source = model_folder(config.source)
-    weights = open_weights(source, model_config=config.model_config, is_hashed=True)
+    weights = open_weights(source, model_config=config.model_config, verify_hashes=True)
     dtype = getattr(torch, config.dtype) if config.dtype else weights.dtype
     num_bytes, begin = weights.num_parameters * dtype.itemsize, time.perf_counter()
     with publishing(config.to, num_bytes) as folder:

@@ -54,7 +54,7 @@ def train_alone(model: CausalLM, global_batch_size: int, device: torch.device) -
     while True:
         first = step * global_batch_size
         rows = [sample(first + row) for row in range(global_batch_size)]
-        input_ids, labels, _ = collate(rows, first, CONTEXT_LENGTH, keep_documents=False).to(device)
+        input_ids, labels, _ = collate(rows, first, CONTEXT_LENGTH, with_document_ids=False).to(device)
         logits = model(input_ids).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
         loss.backward()
@@ -93,7 +93,7 @@ def train(engine: Any, split: BatchSplit, steps: range, device: torch.device) ->
         for offset in split.first_positions(0):
             first = step * split.global_batch_size + offset
             rows = [sample(first + row) for row in range(split.micro_batch_size)]
-            batches.append(collate(rows, first, CONTEXT_LENGTH, keep_documents=False))
+            batches.append(collate(rows, first, CONTEXT_LENGTH, with_document_ids=False))
         num_scored = parallel.sum_over_data_ranks(torch.tensor(sum(b.num_scored for b in batches), device=device))
         nats = torch.zeros((), device=device)
         for batch in batches:

@@ -15,8 +15,8 @@ from megaft.commands.estimate.presets import configuration, source_of
 from megaft.commands.estimate.recipe import Recipe
 from megaft.config.deepspeed_json import read_deepspeed_json
 from megaft.config.train import bytes_per_parameter
-from megaft.weights.families import shape_of
-from megaft.weights.shape import flops_per_token, num_elements
+from megaft.weights.dimensions import flops_per_token, num_elements
+from megaft.weights.families import dimensions_of
 
 GIB = 2**30
 SECONDS_PER_DAY = 86_400
@@ -81,7 +81,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
 def recipe_of(config: EstimateConfig) -> Recipe:
     """Return the recipe of the settings, reading the model's configuration and the DeepSpeed JSON."""
     return Recipe(
-        shape=shape_of(configuration(config.model), config.dropout, source_of(config.model)),
+        shape=dimensions_of(configuration(config.model), config.dropout, source_of(config.model)),
         deepspeed=read_deepspeed_json(config.deepspeed_config),
         context_length=config.context_length,
         world_size=config.world_size,

@@ -17,7 +17,7 @@ from typing import Any
 from megaft.base.hardware import CHUNK_BYTES
 from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.train import bytes_per_parameter
-from megaft.weights.shape import Shape, Weights, num_elements
+from megaft.weights.dimensions import Dimensions, ShapeCounts, num_elements
 
 FLOAT = 4
 BUCKET = 500_000_000
@@ -34,7 +34,7 @@ STAGE_3 = {  # DeepSpeed's defaults, in elements
 class MicroBatch:
     """One micro-batch on one rank."""
 
-    shape: Shape
+    shape: Dimensions
     micro_batch_size: int
     context_length: int
     tensor_parallel_size: int = 1
@@ -50,9 +50,9 @@ class MicroBatch:
         return self.micro_batch_size * self.context_length
 
     @property
-    def weights(self) -> Weights:
+    def weights(self) -> ShapeCounts:
         """The parameters of this rank, before ZeRO."""
-        return self.shape.weights(self.tensor_parallel_size, self.is_megatron)
+        return self.shape.parameter_shapes(self.tensor_parallel_size, self.is_megatron)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +159,11 @@ def _bytes_around_layers(work: MicroBatch) -> int:
 
 
 def states(
-    weights: Weights, setup: ResolvedSettings, num_ranks: int, matrices: tuple[int, ...] = (), rank: int | None = None
+    weights: ShapeCounts,
+    setup: ResolvedSettings,
+    num_ranks: int,
+    matrices: tuple[int, ...] = (),
+    rank: int | None = None,
 ) -> States:
     """Return the bytes of weights, gradients, optimizer states and buckets on one rank.
 
@@ -184,7 +188,7 @@ def word_bytes(setup: ResolvedSettings) -> int:
     return FLOAT if setup.dtype == "float32" else 2
 
 
-def flat_size(weights: Weights, num_ranks: int) -> int:
+def flat_size(weights: ShapeCounts, num_ranks: int) -> int:
     """Return the elements of the flat buffers of stages 1 and 2: matrices, then vectors, each padded for the ranks."""
     vectors = sum(prod(shape) * number for shape, number in weights.items() if len(shape) == 1)
     unit = 2 * num_ranks
@@ -222,11 +226,11 @@ def _sent_bytes(setup: ResolvedSettings) -> int:
     return word_bytes(setup) if dtype is None else FLOAT if dtype == "fp32" else 2
 
 
-def _largest(weights: Weights) -> int:
+def _largest(weights: ShapeCounts) -> int:
     return max(map(prod, weights))
 
 
-def _unsharded(weights: Weights, setup: ResolvedSettings) -> States:
+def _unsharded(weights: ShapeCounts, setup: ResolvedSettings) -> States:
     total = num_elements(weights) * FLOAT
     return States(
         weights=total,
@@ -239,7 +243,7 @@ def _unsharded(weights: Weights, setup: ResolvedSettings) -> States:
     )
 
 
-def _bf16_engine(weights: Weights, setup: ResolvedSettings, num_ranks: int) -> States:
+def _bf16_engine(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) -> States:
     """Return the states of BF16_Optimizer: every rank keeps all gradients in fp32, and in bf16 until the step."""
     flat = flat_size(weights, num_ranks)
     is_immediate = setup.engine_config["bf16"].get("immediate_grad_update", False)
@@ -256,7 +260,7 @@ def _bf16_engine(weights: Weights, setup: ResolvedSettings, num_ranks: int) -> S
     )
 
 
-def _stages_1_2(weights: Weights, setup: ResolvedSettings, num_ranks: int, boundary: int) -> States:
+def _stages_1_2(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int, boundary: int) -> States:
     flat, total, word = flat_size(weights, num_ranks), num_elements(weights), word_bytes(setup)
     local, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
     bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
@@ -286,7 +290,7 @@ def _stages_1_2(weights: Weights, setup: ResolvedSettings, num_ranks: int, bound
     )
 
 
-def _stage_3(weights: Weights, setup: ResolvedSettings, num_ranks: int) -> States:
+def _stage_3(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) -> States:
     setting = {key: int(_zero(setup, key, default)) for key, default in STAGE_3.items()}
     word, offloads = word_bytes(setup), setup.offload_optimizer
     local = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())

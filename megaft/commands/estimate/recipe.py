@@ -11,14 +11,14 @@ from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.parallelism import num_data_ranks, require_shardable
 from megaft.config.train import OptimConfig
 from megaft.run.settings import plan_engine
-from megaft.weights.shape import Shape
+from megaft.weights.dimensions import Dimensions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Model, batch and parallelism of a run, which determine its memory and speed."""
 
-    shape: Shape
+    shape: Dimensions
     deepspeed: dict[str, Any]
     """The DeepSpeed JSON as read."""
     context_length: int

@@ -242,7 +242,7 @@ def _query_scale(config: Any) -> float:
 
 
 def _require_query_scale(path: Path, header: GgufHeader, model: Any) -> None:
-    """Refuse files without an attention scale, such as Gemma 27B's: transformers applies that of the other sizes."""
+    """Refuse files such as Gemma 27B's that state no attention scale: transformers applies that of smaller models."""
     config = model.config.get_text_config()
     scalar, head = getattr(config, "query_pre_attn_scalar", None), getattr(config, "head_dim", None)
     if scalar != (head if scalar else None) and header.setting("attention.scale") is None:

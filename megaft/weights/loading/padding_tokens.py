@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 COUNTS_PADDING = ("xlm",)
-"""Families that count a row's padding tokens, wherever they stand, and mask as many positions at its end."""
+"""Families that count a row's padding tokens, wherever they stand, and mask that many positions at its end."""
 
 
-def read_padding_tokens(model: Any) -> Any:
+def attend_to_padding_tokens(model: Any) -> Any:
     """Treat padding tokens like any other: families that count them get an attention mask of ones.
 
     Without a mask their states depend on later tokens, even with a causal configuration.

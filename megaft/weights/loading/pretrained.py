@@ -21,7 +21,7 @@ from megaft.weights.loading.config_errors import first_line
 from megaft.weights.loading.finite_weights import require_finite_weights, stored_tensors
 from megaft.weights.loading.gguf_settings import require_all_weights_loaded, require_same_settings
 from megaft.weights.loading.loading_report import without_report_table
-from megaft.weights.loading.padding_tokens import read_padding_tokens
+from megaft.weights.loading.padding_tokens import attend_to_padding_tokens
 from megaft.weights.loading.size_limit import MemoryBudget, Size, no_larger_than, no_larger_than_memory
 from megaft.weights.loading.stand_in import STAND_IN_ERRORS
 from megaft.weights.loading.stored_weights import freeze_as_constructed, keeping_stored_weights
@@ -47,8 +47,8 @@ def load_language_model(
         setting: Setting that names the model, for messages.
 
     Raises:
-        DataError: It does not exist, transformers cannot load it, or its weights are quantized, not finite, or do not
-            match its config.json.
+        DataError: The model does not exist, transformers cannot load it, or its weights are quantized, not finite, or
+            do not match its config.json.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -98,7 +98,7 @@ def load_language_model(
         require_all_weights_loaded(Path(source), header, model)
         require_same_settings(Path(source), header, model)
         model = _without_quantization(model)
-    return read_padding_tokens(model)
+    return attend_to_padding_tokens(model)
 
 
 def _require_tied(name: str, model: CausalLM) -> None:
@@ -150,7 +150,7 @@ def new_model(config: Any) -> CausalLM:
     """Return a new fp32 model of a transformers configuration, with random weights."""
     from transformers import AutoModelForCausalLM
 
-    return read_padding_tokens(
+    return attend_to_padding_tokens(
         AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=False
         )

@@ -17,12 +17,10 @@ from torch.nn.modules import module as registration
 from megaft.base.errors import DataError
 from megaft.base.host_memory import available_memory
 
-TENSORS = 1_000
-TENSORS_FACTOR = 100
-"""Maximum parameters per stored tensor: the experts of a layer may be stored as one tensor."""
-NUMBERS = 100_000_000
-NUMBERS_FACTOR = 4
-"""Maximum elements per stored element: tied embeddings are built twice."""
+TENSORS_FACTOR, TENSORS_SLACK = 100, 1_000
+"""Allowed parameters: factor x stored tensors + slack. The experts of a layer may be stored as one tensor."""
+ELEMENTS_FACTOR, ELEMENTS_SLACK = 4, 100_000_000
+"""Allowed elements: factor x stored elements + slack. Tied embeddings are built twice."""
 FP32_BYTES = 4
 SMALL_BYTES = 2**30
 """Do not check free memory for buffers up to this many bytes."""
@@ -32,7 +30,7 @@ class Size(NamedTuple):
     """Size of a model or of its weight files."""
 
     tensors: int
-    numbers: int
+    elements: int
     """Total elements of all tensors."""
 
 
@@ -48,13 +46,13 @@ class _Built:
     """Counts parameters and buffers registered with modules, each name of a module once."""
 
     tensors: int = 0
-    numbers: int = 0
+    elements: int = 0
     buffer_bytes: int = 0
 
     def add_parameter(self, owner: nn.Module, name: str, parameter: Any) -> None:
         if owner._parameters.get(name) is None:
             self.tensors += 1
-            self.numbers += parameter.numel()
+            self.elements += parameter.numel()
 
     def add_buffer(self, owner: nn.Module, name: str, buffer: Any) -> None:
         if buffer is not None and owner._buffers.get(name) is None:
@@ -72,15 +70,15 @@ def no_larger_than(stored: Size, model: str) -> Iterator[None]:
         model: Setting and value for the message, such as "--model.path is DIR".
 
     Raises:
-        DataError: It has far more parameters, or its buffers exceed this host's free memory.
+        DataError: The model has far more parameters, or its buffers exceed this host's free memory.
     """
-    limit = Size(TENSORS_FACTOR * stored.tensors + TENSORS, NUMBERS_FACTOR * stored.numbers + NUMBERS)
+    limit = Size(TENSORS_FACTOR * stored.tensors + TENSORS_SLACK, ELEMENTS_FACTOR * stored.elements + ELEMENTS_SLACK)
 
     def check(built: _Built) -> None:
-        if built.tensors > limit.tensors or built.numbers > limit.numbers:
+        if built.tensors > limit.tensors or built.elements > limit.elements:
             raise DataError(
                 f"{model}; its weights do not fit its config.json, which describes more than "
-                f"{built.numbers:,} weights in {built.tensors:,} tensors, but {stored.numbers:,} in "
+                f"{built.elements:,} weights in {built.tensors:,} tensors, but {stored.elements:,} in "
                 f"{stored.tensors:,} are stored. Copy both from one model."
             )
         if built.buffer_bytes > SMALL_BYTES:
@@ -106,7 +104,7 @@ def no_larger_than_memory(model: str, parts: int = 1, budget: MemoryBudget | Non
     limit = budget or MemoryBudget(available_memory())
 
     def check(built: _Built) -> None:
-        _require_memory(model, FP32_BYTES * built.numbers // parts + built.buffer_bytes, limit)
+        _require_memory(model, FP32_BYTES * built.elements // parts + built.buffer_bytes, limit)
 
     with _counting(check):
         yield

@@ -1,4 +1,4 @@
-"""Small random models of a family (stand-ins), for run-time checks that cannot run on the model itself."""
+"""Small random models of a family (stand-ins), for run-time checks of models that are too large or already sharded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from megaft.weights.loading.causal_lm import CausalLM
-from megaft.weights.loading.padding_tokens import read_padding_tokens
+from megaft.weights.loading.padding_tokens import attend_to_padding_tokens
 
 STAND_IN_ERRORS = (
     AssertionError,
@@ -85,7 +85,7 @@ def stand_in(model: CausalLM) -> CausalLM | None:
                 if num_parameters(config, make) > most_parameters:
                     continue
                 small = make(config, dtype=torch.float32, attn_implementation=attention)
-                add_noise(read_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
+                add_noise(attend_to_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
             except STAND_IN_ERRORS:
                 continue
             return small

@@ -14,8 +14,8 @@ from megaft.commands.estimate.memory import MicroBatch, activations, boundary_el
 from megaft.commands.estimate.presets import PRESETS, configuration
 from megaft.commands.estimate.recipe import Recipe
 from megaft.config.train import OptimConfig
-from megaft.weights.families import FAMILIES, model_shape, shape_of
-from megaft.weights.shape import num_elements
+from megaft.weights.dimensions import num_elements
+from megaft.weights.families import FAMILIES, dimensions_of, model_dimensions
 
 JSONS = Path(__file__).parents[3] / "ds_configs"
 MIB = 2**20
@@ -24,7 +24,7 @@ MIB = 2**20
 def recipe(preset="gpt2", *, zero=None, half=None, batch=8, micro=4, **fields):
     settings = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro, "zero_optimization": zero or {}}
     settings |= {half: {"enabled": True}} if half else {}
-    shape = shape_of(PRESETS[preset], dropout=0.0)
+    shape = dimensions_of(PRESETS[preset], dropout=0.0)
     return Recipe(shape=shape, deepspeed=settings, context_length=1024, optim=OptimConfig(), **fields)
 
 
@@ -47,7 +47,7 @@ def recipe(preset="gpt2", *, zero=None, half=None, batch=8, micro=4, **fields):
     ],
 )
 def test_parameters(name, expected):
-    assert shape_of(PRESETS[name]).num_parameters == expected
+    assert dimensions_of(PRESETS[name]).num_parameters == expected
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"])
@@ -58,13 +58,13 @@ def test_weights_are_those_of_transformers(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**PRESETS[name]))
     shapes = [tuple(sorted(parameter.shape)) for parameter in model.parameters()]
-    ours = shape_of(PRESETS[name]).weights()
+    ours = dimensions_of(PRESETS[name]).parameter_shapes()
     assert sorted(tuple(sorted(shape)) for shape in ours.elements()) == sorted(shapes)
 
 
 def test_a_cut_keeps_norms_and_cuts_matrices():
-    shape = shape_of(PRESETS["gpt2"])
-    whole, half = shape.weights(1, is_fused=True), shape.weights(2, is_fused=True)
+    shape = dimensions_of(PRESETS["gpt2"])
+    whole, half = shape.parameter_shapes(1, is_fused=True), shape.parameter_shapes(2, is_fused=True)
     # 50,257 words become 25,129 on each of two ranks; positions, norms and biases of rows stay whole.
     assert half[25_129, 768] == 1
     assert half[1024, 768] == whole[1024, 768] == 1
@@ -73,7 +73,7 @@ def test_a_cut_keeps_norms_and_cuts_matrices():
 
 
 def test_flat_buffers_are_padded_for_the_ranks():
-    weights = shape_of(PRESETS["gpt2"]).weights()
+    weights = dimensions_of(PRESETS["gpt2"]).parameter_shapes()
     vectors = 12 * (4 * 768 + 3 * 768 + 768 + 3072 + 768) + 2 * 768
     matrices = 124_439_808 - vectors
     assert flat_size(weights, 7) == (matrices + -matrices % 14) + (vectors + -vectors % 14)
@@ -96,7 +96,7 @@ def test_matrices_are_in_the_order_of_transformers(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**PRESETS[name]))
     expected = tuple(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
-    assert shape_of(PRESETS[name]).matrices_in_order() == expected
+    assert dimensions_of(PRESETS[name]).matrices_in_order() == expected
 
 
 N, D = 124_439_808, 2
@@ -131,7 +131,7 @@ def test_offloading_moves_masters_and_moments_to_the_host():
 def test_activations_by_hand():
     # GPT-2, bf16, 2,048 tokens; a layer of transformers: 2 norms' inputs and outputs, q, k, v, attention's output,
     # and of the inner layer (4 wide) five tensors, all of 768 x 2 bytes; 12 numbers of attention and 4 of norms.
-    work = MicroBatch(shape=shape_of(PRESETS["gpt2"], 0.0), micro_batch_size=2, context_length=1024)
+    work = MicroBatch(shape=dimensions_of(PRESETS["gpt2"], 0.0), micro_batch_size=2, context_length=1024)
     layer = 2048 * (768 * 2 * (4 + 3 + 1 + 4 * 5) + 4 * (12 + 4))
     around = 2048 * (768 * 2 + 24)
     assert activations(work).saved == 12 * layer + around
@@ -141,7 +141,7 @@ def test_activations_by_hand():
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_more_never_needs_less(name):
-    shape = shape_of(PRESETS[name])
+    shape = dimensions_of(PRESETS[name])
 
     def saved(**changed):
         return activations(
@@ -283,7 +283,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"config\.json is damaged"):
         configuration(str(tmp_path))
     with pytest.raises(ConfigError, match=", ".join(FAMILIES)):
-        shape_of({"model_type": "t5"})
+        dimensions_of({"model_type": "t5"})
 
 
 GPT2 = {"model_type": "gpt2"}
@@ -335,14 +335,14 @@ def test_a_cut_is_refused_as_training_refuses_it(changes, size, is_refused):
 
     def estimated():
         zeros = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}
-        shape = shape_of(GPT2 | changes)
+        shape = dimensions_of(GPT2 | changes)
         sizes = {"world_size": size, "tensor_parallel_size": size, "context_length": 1024}
         Recipe(shape=shape, deepspeed=zeros, is_megatron=True, optim=OptimConfig(), **sizes)
 
     refused = refusal(estimated)
     assert (refused is not None) == is_refused
     assert refused == refusal(
-        lambda: model_shape(GPT2Config(**changes)).require_shardable(size, "--tensor-parallel-size")
+        lambda: model_dimensions(GPT2Config(**changes)).require_shardable(size, "--tensor-parallel-size")
     )
 
 

@@ -103,7 +103,7 @@ def test_rows_are_what_was_written(texts):
     ("line", "message"),
     [
         pytest.param('{"text": "a b', r"x.jsonl, line 2, column 10: broken JSON", id="broken"),
-        pytest.param('["a b"]', r"x.jsonl, line 2 is a JSON list; every line must be an object", id="no object"),
+        pytest.param('["a b"]', r"x.jsonl, line 2 is a JSON list; every record must be a JSON object", id="no object"),
         pytest.param('{"txt": "a b"}', r"x.jsonl, line 2 has no key 'text'; its keys are 'txt'", id="other key"),
         pytest.param('{"text": 3}', r"x.jsonl, line 2: 'text' is a int; it must be a string", id="no string"),
         pytest.param('{"text": "one "}', r"x.jsonl, line 2: the text 'one ' has fewer than two words", id="a word"),

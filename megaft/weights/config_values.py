@@ -14,7 +14,7 @@ class ConfigValues:
 
     config: dict[str, Any]
     source: str
-    """Its file, or the model's name, for messages."""
+    """The configuration's file, or the model's name, for messages."""
 
     def positive_int(self, key: str, default: int, null: Any = None) -> int:
         """Return a positive integer.
@@ -25,7 +25,7 @@ class ConfigValues:
             null: Value for null, if null is allowed.
 
         Raises:
-            DataError: It is not a positive integer.
+            DataError: The value is not a positive integer.
         """
         raw: Any = self.config.get(key, default)
         value = null if raw is None else raw
@@ -48,9 +48,12 @@ class ConfigValues:
         """Raise DataError unless `key`'s value is a multiple of `of_key`'s."""
         if value % of:
             raise DataError(
-                f"{self.source}: {key} is {value} and {of_key} is {of}; the first must be a multiple of the second."
+                f"{self.source}: {key} is {value} and {of_key} is {of}; the first must be a multiple of the second. "
+                "Correct it, or copy the file again."
             )
 
     def _require(self, rule_holds: bool, key: str, rule: str) -> None:
         if not rule_holds:
-            raise DataError(f"{self.source}: {key} is {self.config[key]!r}; it must be {rule}.")
+            raise DataError(
+                f"{self.source}: {key} is {self.config[key]!r}; it must be {rule}. Correct it, or copy the file again."
+            )

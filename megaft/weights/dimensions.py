@@ -1,4 +1,4 @@
-"""Shape of a language model, from which parameters, memory and FLOPs are computed. Imports no torch."""
+"""Dimensions of a language model, from which parameters, memory and FLOPs are computed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Literal
 
 from megaft.base.checks import require
 
-Weights = Counter[tuple[int, ...]]
+ShapeCounts = Counter[tuple[int, ...]]
 """Number of parameters of each shape."""
 MAX_RANKS = 64
 """Largest tensor-parallel size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """Dimensions of a decoder and the kinds of its layers."""
+class Dimensions:
+    """Dimensions of a decoder, and the kinds of its layers."""
 
     norm: Literal["LayerNorm", "RMSNorm"]
     is_gated: bool
@@ -41,10 +41,10 @@ class Shape:
     """True if the other matrices of a layer have biases."""
     activation: str
     dropout: float
-    """Dropout of the residual stream. Attention's is left out: fused kernels recompute its mask."""
+    """Dropout probability of the residual stream. Attention's is left out: fused kernels store no mask for it."""
 
-    def weights(self, tensor_parallel_size: int = 1, is_fused: bool = False) -> Weights:
-        """Return the parameter shapes of one tensor-parallel rank.
+    def parameter_shapes(self, tensor_parallel_size: int = 1, is_fused: bool = False) -> ShapeCounts:
+        """Count the parameters of one tensor-parallel rank by shape.
 
         Args:
             tensor_parallel_size: Ranks over which matrices and the padded vocabulary are sharded.
@@ -52,10 +52,10 @@ class Shape:
         """
         size = tensor_parallel_size
         rows = -(-self.vocab_size // size)
-        shapes: Weights = Counter({(rows, self.width): 1 if self.is_tied else 2})
+        shapes: ShapeCounts = Counter({(rows, self.width): 1 if self.is_tied else 2})
         if self.has_position_embedding:
             shapes[(self.num_positions, self.width)] += 1
-        shapes[(self.width,)] += self._norms_per_layer // 2
+        shapes[(self.width,)] += self._norm_vectors_per_layer // 2
         for shape in self._matrices(size, is_fused):
             shapes[shape] += self.num_layers
         for length in self._vectors(size, is_fused):
@@ -72,7 +72,7 @@ class Shape:
     @property
     def num_parameters(self) -> int:
         """Number of parameters of the whole model, counting tied ones once."""
-        return num_elements(self.weights())
+        return num_elements(self.parameter_shapes())
 
     def require_shardable(self, size: int, setting: str) -> None:
         """Raise ConfigError unless `size` ranks can shard groups and MLPs evenly, and each has vocabulary rows.
@@ -84,7 +84,7 @@ class Shape:
         valid = [ranks for ranks in range(1, MAX_RANKS + 1) if self._can_shard(ranks)]
         require(
             size in valid,
-            f"{setting} is {size}, but the model's {self.num_groups} attention groups and inner width of "
+            f"{setting} is {size}, but the model's {self.num_groups} KV heads and MLP width of "
             f"{self.inner_width} are not divisible by it, or its {self.vocab_size} vocabulary entries are too few; "
             f"use one of {', '.join(map(str, valid))}.",
         )
@@ -94,7 +94,7 @@ class Shape:
         return has_rows and self.num_groups % size == self.inner_width % size == 0
 
     @property
-    def _norms_per_layer(self) -> int:
+    def _norm_vectors_per_layer(self) -> int:
         return 4 if self.norm == "LayerNorm" else 2  # weights, and a LayerNorm's biases
 
     def _outputs(self, size: int, is_fused: bool) -> list[list[int]]:
@@ -115,14 +115,14 @@ class Shape:
 
     def _vectors(self, size: int, is_fused: bool) -> list[int]:
         attention, inner = self._outputs(size, is_fused)
-        norms = [self.width] * self._norms_per_layer
+        norms = [self.width] * self._norm_vectors_per_layer
         biases = [*inner, self.width, self.width] if self.has_bias else []
         return [*norms, *biases, *(attention if self.has_qkv_bias else [])]
 
 
-def num_elements(weights: Weights) -> int:
-    """Return the number of elements."""
-    return sum(prod(shape) * number for shape, number in weights.items())
+def num_elements(shapes: ShapeCounts) -> int:
+    """Return the number of elements of all parameters."""
+    return sum(prod(shape) * number for shape, number in shapes.items())
 
 
 def flops_per_token(num_parameters: int, num_layers: int, hidden_size: int, context_length: int) -> int:
