@@ -127,7 +127,7 @@ def test_other_weights_of_turns_are_refused(tmp_path, folders, weight):
 
 
 def test_messages_of_share_gpt_are_refused_with_the_names_to_give(tmp_path, folders):
-    with pytest.raises(DataError, match="'from' to 'role' and 'value' to 'content', .*'gpt' to 'assistant'"):
+    with pytest.raises(DataError, match=r"'from' to 'role' and 'value' to 'content', .*'gpt' to 'assistant'"):
         prepared(tmp_path, folders["no BOS"], [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "To be"}])
 
 
