@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import published
 import pytest
+from faults_hosts import become_root
 from filelock import FileLock
 from fork_server import CONTEXT
 from hypothesis import HealthCheck, settings
@@ -27,6 +28,7 @@ MODULES = [
 ]
 assert MODULES, "no module of megaft has annotations of shapes"
 if parent_process() is None:
+    become_root()  # to make network namespaces and mount small disks
     install_import_hook(MODULES, "type_checker.checked")
 
 # No example is late on a busy machine.

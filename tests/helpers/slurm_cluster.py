@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from faults_hosts import can_change_user
 
 from megaft.base.parallel import free_port
 
@@ -89,7 +90,7 @@ def cluster():
     missing = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path=_path()) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurmctld slurmd slurm-client munge)")
-    if os.geteuid() != 0:
+    if not can_change_user():
         pytest.skip("SLURM's daemons must be started by root")
     folder = Path(tempfile.mkdtemp(prefix="megaft-slurm-"))  # munge wants every folder above its socket open to all
     try:

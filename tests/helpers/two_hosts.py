@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from fork_server import CONTEXT
 
 from megaft.base.topology import free_port
 
+SECONDS = 300
+"""Timeout of a command, generous for a busy machine."""
 SSHD = "/usr/sbin/sshd"  # which must be started by its full path
 SSHD_CONFIG = """\
 HostKey {folder}/key
@@ -50,13 +53,25 @@ class TwoHosts:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
-    def run_on(self, host, *words, seconds=600, **environment):
-        """Run a command on host 0 or 1; return its exit code and output."""
-        log = self.folder / f"{time.monotonic_ns()}.log"
-        code = self.start(host, *words, log=log, **environment).wait(seconds)
-        return code, log.read_text()
+    def run_on(self, *hosts, command, **environment):
+        """Run `command(host)` on hosts at the same time; return their exit codes and all output.
+
+        What still runs after SECONDS is killed; its exit code is negative.
+        """
+        logs = [self.folder / f"{time.monotonic_ns()}-{host}.log" for host in hosts]
+        given = {"MEGAFT_RENDEZVOUS_SECONDS": "120", **environment}
+        started = [self.start(host, *command(host), log=log, **given) for host, log in zip(hosts, logs, strict=True)]
+        deadline = time.monotonic() + SECONDS
+        for process in started:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return [process.wait() for process in started], "".join(log.read_text() for log in logs)
 
     def ranks(self, function, *arguments, hosts=(0, 1), own=({}, {}), **environment):
         """Run a function on one rank of each of two hosts; return its results or exceptions.
@@ -71,14 +86,6 @@ class TwoHosts:
                 for rank, host in enumerate(hosts)
             ]
         return [rank.exception() or rank.result() for rank in ranks]
-
-    def run_on_both(self, command, seconds=600, **environment):
-        """Run `command(host number)` on both hosts at the same time; return two exit codes and the outputs."""
-        logs = [self.folder / f"{time.monotonic_ns()}-{number}.log" for number in (0, 1)]
-        started = [self.start(number, *command(number), log=logs[number], **environment) for number in (0, 1)]
-        deadline = time.monotonic() + seconds
-        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in started]
-        return codes, "".join(log.read_text() for log in logs)
 
 
 def _on_host(host, rank, environment, function, arguments):
@@ -110,6 +117,8 @@ def with_ssh(two_hosts):
     """The two hosts, each with a running sshd; `ssh node2` works on both without a prompt."""
     if not (Path(SSHD).exists() and shutil.which("ssh")):
         pytest.skip("not installed: sshd and ssh (Debian: openssh-server)")
+    if not faults_hosts.can_change_user():
+        pytest.skip("sshd must be started by root")
     with _sshd_on(two_hosts):
         yield two_hosts
 

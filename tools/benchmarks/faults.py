@@ -29,7 +29,7 @@ import tyro
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 from faults_disk import small_disk
-from faults_hosts import Host, two_hosts, why_not
+from faults_hosts import Host, become_root, two_hosts, why_not
 from faults_kinds import EVERY_CHANGE, KINDS, Fault, boundaries
 from faults_trial import Reference, Setting, Trial, make_inputs, reference
 
@@ -221,6 +221,7 @@ def outcomes_of(campaign: Campaign, plan: list[tuple[str, int]], at_once: int) -
 
 def main(arguments: Arguments) -> int:
     """Train undisturbed, then disturb, count, print."""
+    become_root()
     with (
         tempfile.TemporaryDirectory() as temporary,
         campaign_in(arguments.folder or Path(temporary), arguments.seed) as campaign,

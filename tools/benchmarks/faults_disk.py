@@ -128,7 +128,7 @@ def small_disk(folder: Path) -> Iterator[str | None]:
     mount = shutil.which("mount")
     command = [mount or "mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
     if not mount or subprocess.run(command, capture_output=True).returncode:
-        yield "mounting a small file system needs root"
+        yield "mounting a small file system needs root or user namespaces"
         return
     try:
         yield None

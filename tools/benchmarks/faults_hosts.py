@@ -1,4 +1,7 @@
-"""Two hosts on one machine: network namespaces joined by a virtual cable. Needs root and iproute2."""
+"""Two hosts on one machine: network namespaces joined by a virtual cable. Needs iproute2.
+
+An ordinary user makes them, and mounts file systems, as root of a user namespace, where the system allows one.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-CLONE_NEWNET, CLONE_NEWUTS, CLONE_NEWNS = 0x40000000, 0x04000000, 0x00020000
+CLONE_NEWNET, CLONE_NEWUSER, CLONE_NEWUTS, CLONE_NEWNS = 0x40000000, 0x10000000, 0x04000000, 0x00020000
 MS_BIND, MS_REC, MS_SLAVE = 0x1000, 0x4000, 0x80000
-PREFIX = "megaft-"
-"""Prefix of the namespaces' names; the pid of the process that made them follows."""
+LIBC = ctypes.CDLL(None, use_errno=True)
 CABLE, DEAD_END = "eth0", "eth1"
 """The interface that reaches the other host, and one that reaches nothing."""
 ENTER = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
@@ -32,31 +35,35 @@ class Host:
     dead_end_address: str
     """Address of the interface that reaches nothing."""
     namespace: str
+    """Path of its network namespace: a file that the process that made it has open."""
     hosts_file: Path
     """File that processes on this host see as /etc/hosts."""
 
     def command(self, *words: str | Path) -> list[str]:
         """Return the command that runs `words` on this host."""
-        enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--uts", "--mount", "--propagation=slave"]
+        enter = ["nsenter", f"--net={self.namespace}", "unshare", "--uts", "--mount", "--propagation=slave"]
         return [*enter, "sh", "-c", ENTER, self.name, str(self.hosts_file), *map(str, words)]
 
     def enter(self) -> None:
         """Move this process to this host."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        with open(f"/run/netns/{self.namespace}") as namespace:
-            _check(libc.setns(namespace.fileno(), CLONE_NEWNET))
-        _check(libc.unshare(CLONE_NEWUTS | CLONE_NEWNS))
-        _check(libc.mount(None, b"/", None, MS_SLAVE | MS_REC, None))
-        _check(libc.mount(os.fsencode(self.hosts_file), b"/etc/hosts", None, MS_BIND, None))
+        with open(self.namespace) as namespace:
+            _check(LIBC.setns(namespace.fileno(), CLONE_NEWNET))
+        _check(LIBC.unshare(CLONE_NEWUTS | CLONE_NEWNS))
+        _check(LIBC.mount(None, b"/", None, MS_SLAVE | MS_REC, None))
+        _check(LIBC.mount(os.fsencode(self.hosts_file), b"/etc/hosts", None, MS_BIND, None))
         socket.sethostname(self.name)
 
     def cut(self) -> None:
         """Take the link down: packets are lost without notice to any connection."""
-        _ip("-n", self.namespace, "link", "set", CABLE, "down")
+        self.ip("link", "set", CABLE, "down")
 
     def heal(self) -> None:
         """Restore the link."""
-        _ip("-n", self.namespace, "link", "set", CABLE, "up")
+        self.ip("link", "set", CABLE, "up")
+
+    def ip(self, *words: str) -> None:
+        """Run iproute2 on this host."""
+        subprocess.run(["nsenter", f"--net={self.namespace}", "ip", *words], check=True, capture_output=True)
 
     def end_processes(self) -> None:
         """Kill the processes that run on this host."""
@@ -66,21 +73,51 @@ class Host:
 
     def pids(self) -> list[int]:
         """Return the processes that run on this host."""
-        return [*map(int, _ip("netns", "pids", self.namespace).split())]
+        found, own = [], os.stat(self.namespace)
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended, or belongs to another user
+                if os.path.samestat((path / "ns/net").stat(), own):
+                    found.append(int(path.name))
+        return found
+
+
+def become_root() -> None:
+    """Make an ordinary user root of a new user namespace, if the system allows it.
+
+    The caller must have a single thread; it still owns its files and can no longer become another user.
+    """
+    ids = (os.geteuid(), os.getegid())
+    if ids[0] == 0 or LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        return
+    for name, content in (("setgroups", "deny"), ("uid_map", f"0 {ids[0]} 1"), ("gid_map", f"0 {ids[1]} 1")):
+        Path("/proc/self", name).write_text(content)
+
+
+def can_change_user() -> bool:
+    """Return True if this process is root outside such a namespace; daemons that change users need it."""
+    return os.geteuid() == 0 and Path("/proc/self/setgroups").read_text() == "allow\n"
 
 
 def why_not() -> str | None:
     """Return the reason why this machine cannot have such hosts."""
     if not all(map(shutil.which, ("ip", "nsenter", "unshare"))):
         return "iproute2 or util-linux is not installed"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    name = f"{PREFIX}{os.getpid()}-trial"
-    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if tried.returncode:
-        return f"this machine allows no network namespaces: {tried.stderr.strip()}"
-    _ip("netns", "del", name)
+    try:
+        os.close(_new_namespace())
+    except OSError as error:
+        return f"network namespaces need root or user namespaces: {error.strerror}"
     return None
+
+
+def _new_namespace() -> int:
+    """Return a descriptor of a new network namespace, which lives as long as it is open or a process is in it."""
+
+    def in_a_thread() -> int:
+        _check(LIBC.unshare(CLONE_NEWNET))
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(in_a_thread).result()
 
 
 @contextmanager
@@ -90,51 +127,31 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
     Args:
         folder: Folder for their /etc/hosts files.
     """
-    _remove_left_behind()
-    first, second = hosts = tuple(
-        Host(
-            f"node{number}",
-            f"10.77.0.{number}",
-            f"10.78.{number}.1",
-            f"{PREFIX}{os.getpid()}-{folder.name}-{number}",
-            folder / f"node{number}.hosts",
-        )
-        for number in (1, 2)
-    )
-    try:
+    with ExitStack() as stack:
+        first, second = hosts = (_new_host(1, folder, stack), _new_host(2, folder, stack))
+        first.ip("link", "add", CABLE, "type", "veth", "peer", "name", CABLE, "netns", second.namespace)
         for host in hosts:
-            _ip("netns", "add", host.namespace)
             host.hosts_file.write_text(hosts_text(hosts))
-            _ip("-n", host.namespace, "link", "add", DEAD_END, "type", "veth", "peer", "name", "nowhere")
-        peer = ("peer", "name", CABLE, "netns", second.namespace)
-        _ip("link", "add", CABLE, "netns", first.namespace, "type", "veth", *peer)
-        for host in hosts:
-            _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", CABLE)
-            _ip("-n", host.namespace, "address", "add", f"{host.dead_end_address}/24", "dev", DEAD_END)
+            host.ip("link", "add", DEAD_END, "type", "veth", "peer", "name", "nowhere")
+            host.ip("address", "add", f"{host.address}/24", "dev", CABLE)
+            host.ip("address", "add", f"{host.dead_end_address}/24", "dev", DEAD_END)
             for interface in ("lo", CABLE, DEAD_END, "nowhere"):
-                _ip("-n", host.namespace, "link", "set", interface, "up")
+                host.ip("link", "set", interface, "up")
         yield first, second
-    finally:
-        for host in hosts:
-            with suppress(subprocess.CalledProcessError):  # it was not created
-                host.end_processes()
-                _ip("netns", "del", host.namespace)
+
+
+def _new_host(number: int, folder: Path, stack: ExitStack) -> Host:
+    descriptor = _new_namespace()
+    stack.callback(os.close, descriptor)
+    namespace, hosts_file = f"/proc/{os.getpid()}/fd/{descriptor}", folder / f"node{number}.hosts"
+    host = Host(f"node{number}", f"10.77.0.{number}", f"10.78.{number}.1", namespace, hosts_file)
+    stack.callback(host.end_processes)
+    return host
 
 
 def hosts_text(hosts: tuple[Host, ...]) -> str:
     """Return an /etc/hosts with all addresses."""
     return "127.0.0.1 localhost\n" + "".join(f"{host.address} {host.name}\n" for host in hosts)
-
-
-def _remove_left_behind() -> None:
-    """Delete namespaces left behind by killed processes."""
-    for path in Path("/run/netns").glob(f"{PREFIX}*"):
-        if not Path(f"/proc/{path.name.removeprefix(PREFIX).partition('-')[0]}").exists():
-            subprocess.run(["ip", "netns", "del", path.name], capture_output=True)
-
-
-def _ip(*words: str) -> str:
-    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
 def _check(result: int) -> None:
