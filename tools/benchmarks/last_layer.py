@@ -56,9 +56,9 @@ class Arguments:
     """Scored tokens of each window."""
     context_length: int = 1024
     """Tokens of each window."""
-    batch_size: int = 2
+    batch_size: int = 1
     """Windows of a pass."""
-    repeats: int = 7
+    repeats: int = 5
     """Pairs of passes for each ratio."""
     hardware: str = f"cpu{os.cpu_count()}"
     """Name of the hardware in the result files."""
@@ -70,8 +70,7 @@ def main(arguments: Arguments) -> None:
     where, load = environment(), os.getloadavg()
     where["command"] = list(map(short, where["command"]))
     rows = [row for name in arguments.models for row in measure(name, arguments)]
-    is_packed = can_pack(torch.float32, torch.device("cpu"))
-    report = {"environment": where, "processor": cpu_name(), "load": load, "is_packed": is_packed, "rows": rows}
+    report = {"environment": where, "processor": cpu_name(), "load": load, "is_packed": is_packed(), "rows": rows}
     stem = RESULTS / f"last_layer_{arguments.hardware}_{datetime.now(UTC):%Y%m}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     stem.with_suffix(".md").write_text(markdown(report))
@@ -103,13 +102,17 @@ def scoring_model(name: str, *, is_pruned: bool) -> ScoringModel:
     model = ScoringModel(language_model)
     if not is_pruned:
         model.trunk = AnyTrunk(language_model)
-    if can_pack(torch.float32, torch.device("cpu")):
-        if is_pruned:
-            model.pack()
-        else:
-            model.head.packed = PackedLinear(model.head.weight, model.head.bias)
-            pack_linears(model.trunk)
+    if is_pruned and is_packed():
+        model.pack()
+    elif is_packed():
+        model.head.packed = PackedLinear(model.head.weight, model.head.bias)
+        pack_linears(model.trunk)
     return model
+
+
+def is_packed() -> bool:
+    """Return True if evaluation packs float32 weights on this processor."""
+    return can_pack(torch.float32, torch.device("cpu"))
 
 
 def cpu_seconds(models: list[ScoringModel], input_ids: Tensor, labels: Tensor, repeat: int) -> list[float]:
@@ -141,12 +144,12 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(
         (
             "# CPU time that last-layer pruning saves",
-            f"Windows scored in float32 on one core, weights {weights}; the two passes by turns in one process. CPU time "
-            "of the process, which other programs on the machine change less than wall time.",
+            f"Windows scored in float32 on one core, weights {weights}; the two passes by turns in one process. CPU "
+            "time of the process, which other programs on the machine change less than wall time.",
             table(header, lines),
             f"- command: `{' '.join(where['command'])}`\n"
             f"- commit: {git['commit']}{' with changes' if git['is_dirty'] else ''}\n"
-            f"- hardware: {report['processor']}, {where['num_cores']} cores; load {report['load'][0]:.1f} at the start\n"
+            f"- hardware: {report['processor']}, {where['num_cores']} cores; load {report['load'][0]:.1f} before\n"
             f"- versions: {', '.join(f'{name} {version}' for name, version in where['packages'].items())}\n",
         )
     )
