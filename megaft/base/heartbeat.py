@@ -59,7 +59,7 @@ class Heartbeat:
         self._rank, self._world_size = rank, world_size
         self._silent_seconds = min(SILENT_SECONDS, timeout_seconds)
         # The main rank, if alive, exits first: it writes the reason, and the launcher may then kill the other ranks.
-        self._grace_seconds = min(GRACE_SECONDS, timeout_seconds) * (1.0 if rank == 0 else 1.5)
+        self.grace_seconds = min(GRACE_SECONDS, timeout_seconds) * (1.0 if rank == 0 else 1.5)
         self._is_over, self._has_ending, self._is_sent = threading.Event(), threading.Event(), threading.Event()
         self._first_ending: Ending | None = None
         self._peers: dict[LineSocket, int | None] = {}  # None: it has not sent its rank yet
@@ -73,18 +73,18 @@ class Heartbeat:
         """Announce that this rank is done, so that the others do not count it as lost."""
         self._is_over.set()
         self._wake_with(DONE + b"\n")
-        self._thread.join(self._grace_seconds)
+        self._thread.join(self.grace_seconds)
 
     def tell(self, ending: Ending) -> None:
         """Report to the other ranks why this one fails, unless another failure was reported before."""
         if self._keep_first(ending) is ending:
             self._wake_with(ending.to_line())
             if self._thread.is_alive():
-                self._is_sent.wait(self._grace_seconds)  # else this process might exit before it is sent
+                self._is_sent.wait(self.grace_seconds)  # else this process might exit before it is sent
 
     def first_ending(self) -> Ending | None:
         """Wait up to the grace period for the report of the first failed rank; return it, or None if none comes."""
-        self._has_ending.wait(self._grace_seconds)
+        self._has_ending.wait(self.grace_seconds)
         return self._first_ending
 
     def stand_down(self) -> None:
@@ -95,6 +95,10 @@ class Heartbeat:
         """Wait until the main rank has exited; this rank may exit after it, since a launcher then kills the rest."""
         if self._rank != 0:
             self._thread.join(seconds)
+
+    def peers(self) -> list[int]:
+        """Return the ranks connected to the main rank, on the main rank."""
+        return sorted(rank for rank in self._peers.values() if rank is not None)
 
     def _keep_first(self, ending: Ending) -> Ending:
         """Keep the first ending, and return the one that is kept."""
@@ -220,8 +224,8 @@ class Heartbeat:
         if self._rank == 0 and first.rank != 0:  # other ranks write no reason, except their own
             with suppress(UserError):
                 _call_recorders(first.exit_code, reason)
-        if not self._is_over.wait(self._grace_seconds):
-            _exit(first.exit_code, reason)
+        if not self._is_over.wait(self.grace_seconds):
+            exit_process(first.exit_code, reason)
 
 
 def send_all(connections: list[LineSocket], line: bytes) -> None:
@@ -236,7 +240,8 @@ def _call_recorders(exit_code: int, reason: str) -> None:
         record(exit_code, reason)
 
 
-def _exit(exit_code: int, reason: str) -> NoReturn:
+def exit_process(exit_code: int, reason: str) -> NoReturn:
+    """Exit at once, with a message, from the thread that reads the connections."""
     try:
         print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -23,10 +23,11 @@ _is_training = False
 
 
 def listen() -> None:
-    """Install signal handlers that record stop signals instead of ending the process.
+    """Install signal handlers that record stop signals instead of ending the process, and forget earlier signals.
 
     Signals ignored by the parent, as under `nohup`, stay ignored. A second Ctrl-C ends the process at once.
     """
+    _received.clear()
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _note)

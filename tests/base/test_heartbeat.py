@@ -188,7 +188,7 @@ class Store(dict):
 def main_rank(monkeypatch):
     """The main rank of three, its port and secret, and the reasons it would have ended the process for."""
     reasons = []
-    monkeypatch.setattr(heartbeat, "_exit", lambda code, reason: reasons.append(f"{code} {reason}"))
+    monkeypatch.setattr(heartbeat, "exit_process", lambda code, reason: reasons.append(f"{code} {reason}"))
     monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 0.0)
     store = Store()
     one = heartbeat.Heartbeat(0, 3, "127.0.0.1", store, 600)
@@ -213,7 +213,7 @@ def test_a_stranger_at_the_port_is_no_peer(main_rank):
         peer.sendall(f"{secret} 1\n".encode())
         other.sendall(f"{secret} ".encode())
         other.sendall(b"2\n")
-        until(lambda: sorted(rank or 0 for rank in one._peers.values()) == [1, 2])
+        until(lambda: one.peers() == [1, 2])
         assert reasons == []
         peer.close()
         assert json.loads(other.recv(64)) == [1, 75, "its process ended"]
@@ -226,7 +226,7 @@ def test_a_rank_of_another_job_at_the_port_is_no_peer(main_rank):
     one, port, secret, reasons = main_rank
     with socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(f"{secret} 1\n".encode())
-        until(lambda: 1 in one._peers.values())
+        until(lambda: 1 in one.peers())
         with socket.create_connection(("127.0.0.1", port)) as other:
             other.sendall(f"{secret} 1\n".encode())
             assert other.recv(64) == b""  # closed
@@ -273,8 +273,8 @@ def test_others_have_been_told_when_the_process_may_end(main_rank):
     one, port, secret, reasons = main_rank
     with socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(f"{secret} 1\n".encode())
-        until(lambda: 1 in one._peers.values())
-        one._grace_seconds = ENOUGH
+        until(lambda: 1 in one.peers())
+        one.grace_seconds = ENOUGH
         one.tell(Ending(0, 1, "OSError"))
         assert peer.recv(64, socket.MSG_DONTWAIT) == b'[0, 1, "OSError"]\n'
         assert reasons == []

@@ -1,5 +1,7 @@
 """Verification of an export larger than host memory: the same nats, one block of the model at a time."""
 
+from contextlib import contextmanager
+
 import accelerate.hooks
 import pytest
 import torch
@@ -10,6 +12,7 @@ from megaft.base.errors import NumericsError
 from megaft.checkpoint import export_check
 from megaft.checkpoint.export_check import ROWS_FROM_DISK, check_nats, check_nats_from_disk
 from megaft.models.hugging_face import NatsModel
+from megaft.models.offload import from_disk, offloaded_model
 
 ROWS = torch.randint(0, VOCAB, (ROWS_FROM_DISK + 1, 41), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -51,18 +54,27 @@ def test_a_block_at_a_time_is_in_memory(tmp_path, monkeypatch, name):
     model = make_model(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 10})
     model.save_pretrained(tmp_path / "export")
     weights = load_file(tmp_path / "export" / "model.safetensors")
-    resident, compute, place = [], export_check._nats, accelerate.hooks.set_module_tensor_to_device
+    watched, resident, place = [], {}, accelerate.hooks.set_module_tensor_to_device
 
-    def watched(nats_model, rows):
-        def count(*args, **options):
-            place(*args, **options)
-            resident[-1].append(sum(p.numel() for p in nats_model.parameters() if p.device.type != "meta"))
+    def offloaded(*args):
+        watched.append(offloaded_model(*args))
+        return watched[-1]
 
-        resident.append([])
-        monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", count)
-        return compute(nats_model, rows)
+    @contextmanager
+    def exported(folder):
+        with from_disk(folder) as opened:
+            watched.append(opened)
+            yield opened
 
-    monkeypatch.setattr(export_check, "_nats", watched)
+    def count(*args, **options):
+        place(*args, **options)
+        for number, other in enumerate(watched):
+            numel = sum(p.numel() for p in other.parameters() if p.device.type != "meta")
+            resident[number] = max(resident.get(number, 0), numel)
+
+    monkeypatch.setattr(export_check, "offloaded_model", offloaded)
+    monkeypatch.setattr(export_check, "from_disk", exported)
+    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", count)
     check_nats_from_disk(model.config, weights.__getitem__, tmp_path / "export", ROWS[:2])
     assert len(resident) == 2
-    assert all(0 < max(counts) < model.num_parameters() / 5 for counts in resident)
+    assert all(0 < numel < model.num_parameters() / 5 for numel in resident.values())

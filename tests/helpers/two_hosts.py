@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from fork_server import CONTEXT
 from megaft.base.topology import free_port
 
 SECONDS = 300
-"""Timeout of a command, generous for a busy machine."""
+"""Timeout of a command, generous for a busy machine; ranks that never meet say so before."""
+WAIT = {"MEGAFT_RENDEZVOUS_SECONDS": "120"}
 SSHD = "/usr/sbin/sshd"  # which must be started by its full path
 SSHD_CONFIG = """\
 HostKey {folder}/key
@@ -62,8 +63,10 @@ class TwoHosts:
         What still runs after SECONDS is killed; its exit code is negative.
         """
         logs = [self.folder / f"{time.monotonic_ns()}-{host}.log" for host in hosts]
-        given = {"MEGAFT_RENDEZVOUS_SECONDS": "120", **environment}
-        started = [self.start(host, *command(host), log=log, **given) for host, log in zip(hosts, logs, strict=True)]
+        started = [
+            self.start(host, *command(host), log=log, **WAIT | environment)
+            for host, log in zip(hosts, logs, strict=True)
+        ]
         deadline = time.monotonic() + SECONDS
         for process in started:
             with suppress(subprocess.TimeoutExpired):
@@ -76,15 +79,20 @@ class TwoHosts:
     def ranks(self, function, *arguments, hosts=(0, 1), own=({}, {}), **environment):
         """Run a function on one rank of each of two hosts; return its results or exceptions.
 
+        After SECONDS everything on the hosts is killed.
+
         Args:
             own: Variables of the first and of the second rank's environment alone.
         """
-        shared = {"MASTER_ADDR": self.hosts[0].address, "MASTER_PORT": str(free_port()), **environment}
+        shared = {"MASTER_ADDR": self.hosts[0].address, "MASTER_PORT": str(free_port()), **WAIT, **environment}
         with ProcessPoolExecutor(2, mp_context=CONTEXT) as pool:
             ranks = [
                 pool.submit(_on_host, self.hosts[host], rank, shared | own[rank], function, arguments)
                 for rank, host in enumerate(hosts)
             ]
+            if wait(ranks, SECONDS).not_done:
+                for host in self.hosts:
+                    host.end_processes()
         return [rank.exception() or rank.result() for rank in ranks]
 
 

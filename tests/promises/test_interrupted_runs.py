@@ -38,7 +38,6 @@ def runs(folder, common, cases):
             path.write_text(json.dumps(settings))
         parallel.join(topology)
         parallel.barrier()
-        stop._received.clear()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` switches off
         stop.listen()
         arguments = [f"--deepspeed_config={path}", f"--run.dir={folder / name}", *common, *flags]

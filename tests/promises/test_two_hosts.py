@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults_hosts import CABLE, hosts_text
+from faults_hosts import CABLE, DEAD_END, hosts_text
 
 from megaft.base import parallel
 from megaft.base.errors import ConfigError
@@ -127,47 +127,39 @@ def own_name_is(two_hosts):
         host.hosts_file.write_text(hosts_text(two_hosts.hosts))
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        pytest.param("127.0.1.1", id="loopback, as Debian writes it"),
-        pytest.param("10.78.{}.1", id="an interface that leads nowhere"),
-        pytest.param("", id="nothing"),
-    ],
-)
-@pytest.mark.parametrize("master", ["10.77.0.1", "node1"])  # as the main rank is told
-def test_the_interface_that_leads_to_the_other_host_is_taken(two_hosts, own_name_is, address, master):
-    own_name_is(address)
-    main = {"MASTER_ADDR": master if address else "10.77.0.1"}
-    assert two_hosts.ranks(summed, own=(main, {})) == [(2.0, "eth0")] * 2
+OWN_NAMES = {"loopback, as Debian writes it": "127.0.1.1", "an interface that leads nowhere": "10.78.{}.1"}
+
+
+def test_the_interface_that_leads_to_the_other_host_is_taken(two_hosts, own_name_is):
+    found = {}
+    for case, address in OWN_NAMES.items():
+        own_name_is(address)
+        for master in ("10.77.0.1", "node1"):  # as the main rank is told
+            found[case, master] = two_hosts.ranks(summed, own=({"MASTER_ADDR": master}, {}))
+    own_name_is("")
+    found["no address"] = two_hosts.ranks(summed)
+    assert found == dict.fromkeys(found, [(2.0, CABLE)] * 2)
 
 
 def test_one_host_keeps_its_own_choice(two_hosts):
     assert two_hosts.ranks(summed, hosts=(0, 0)) == [(2.0, None)] * 2
 
 
-WRONG = {
-    "unknown": ({"GLOO_SOCKET_IFNAME": "ib7"}, r"GLOO_SOCKET_IFNAME names 'ib7', and node\d has no such .* eth0"),
-    "leads nowhere": (
-        {"GLOO_SOCKET_IFNAME": "eth1"},
-        r"rank 0 on node1 cannot reach rank 1 on node2 at 10\.78\.2\.1:.*GLOO_SOCKET_IFNAME is 'eth1' there",
-    ),
-    "loopback": ({"GLOO_SOCKET_IFNAME": "lo"}, r"node2 at 127\.0\.0\.1:.*GLOO_SOCKET_IFNAME is 'lo' there.*loopback"),
-}
+UNKNOWN, NOWHERE, LOOPBACK = ({"GLOO_SOCKET_IFNAME": name} for name in ("ib7", DEAD_END, "lo"))
+WRONG = [
+    ((UNKNOWN, UNKNOWN), r"GLOO_SOCKET_IFNAME names 'ib7', and node\d has .* eth0"),
+    ((NOWHERE, NOWHERE), r"rank 1 on node2 at 10\.78\.2\.1:.*GLOO_SOCKET_IFNAME is 'eth1'"),
+    ((LOOPBACK, LOOPBACK), r"node2 at 127\.0\.0\.1:.*GLOO_SOCKET_IFNAME is 'lo'.*loopback"),
+    (({}, NOWHERE), r"rank 1 on node2 at 10\.78\.2\.1:"),
+]
+"""Each rank's environment, and the message of both."""
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_interface_is_named_by_both_ranks(two_hosts, wrong):
-    environment, message = WRONG[wrong]
-    for error in two_hosts.ranks(summed, **environment):
-        assert isinstance(error, ConfigError)
-        assert re.search(message, str(error)), error
-
-
-def test_an_interface_of_one_host_that_leads_nowhere_is_named_by_both_ranks(two_hosts):
-    errors = two_hosts.ranks(summed, own=({}, {"GLOO_SOCKET_IFNAME": "eth1"}))
-    assert [type(error) for error in errors] == [ConfigError] * 2
-    assert all("rank 1 on node2 at 10.78.2.1:" in str(error) for error in errors)
+def test_a_wrong_interface_is_named_by_both_ranks(two_hosts):
+    for own, message in WRONG:
+        for error in two_hosts.ranks(summed, own=own):
+            assert isinstance(error, ConfigError)
+            assert re.search(message, str(error)), error
 
 
 def test_an_address_out_of_reach_is_named_in_time(two_hosts):

@@ -87,10 +87,17 @@ def become_root() -> None:
     The caller must have a single thread; it still owns its files and can no longer become another user.
     """
     ids = (os.geteuid(), os.getegid())
-    if ids[0] == 0 or LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+    if ids[0] == 0 or not _can_become_root():
         return
+    _check(LIBC.unshare(CLONE_NEWUSER | CLONE_NEWNS))
     for name, content in (("setgroups", "deny"), ("uid_map", f"0 {ids[0]} 1"), ("gid_map", f"0 {ids[1]} 1")):
         Path("/proc/self", name).write_text(content)
+
+
+def _can_become_root() -> bool:
+    """Return whether the new root may mount: some systems allow the namespace, and nothing in it."""
+    trial = ["unshare", "--user", "--map-root-user", "--net", "--mount", "mount", "-t", "tmpfs", "none", "/tmp"]
+    return bool(shutil.which(trial[0])) and subprocess.run(trial, capture_output=True).returncode == 0
 
 
 def can_change_user() -> bool:

@@ -97,7 +97,7 @@ def verify(before: ComparedModel, after: ComparedModel, dtype: str, text: str) -
     rows = rows_of(text, after.source)
     with TemporaryDirectory(prefix="megaft-verify-") as folder:
         Path(folder, "rows.json").write_text(json.dumps(rows))
-        first, second = (_finite(_nats_of(model, dtype, Path(folder)), rows, model) for model in (before, after))
+        first, second = (_finite(nats_of(model, dtype, Path(folder)), rows, model) for model in (before, after))
     mean = float(first.mean())
     largest, mean_difference = float((first - second).abs().max()), abs(float(second.mean()) - mean)
     difference = Difference(len(first), mean, largest, mean_difference / mean)
@@ -125,7 +125,7 @@ def rows_of(text: str, source: str) -> list[list[int]]:
     return [ids[begin : begin + length + 1] for begin in range(0, max(1, len(ids) - 1), length)]
 
 
-def _nats_of(model: ComparedModel, dtype: str, folder: Path) -> Tensor:
+def nats_of(model: ComparedModel, dtype: str, folder: Path) -> Tensor:
     """Run a model on the rows in the folder; return every label's nats in float64."""
     num_ranks, cores = model.num_ranks, os.cpu_count() or 1
     launcher = ["torch.distributed.run", "--standalone", "--rdzv-conf", RENDEZVOUS, f"--nproc-per-node={num_ranks}"]

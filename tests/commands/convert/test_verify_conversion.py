@@ -35,7 +35,7 @@ def test_rows_share_their_ends(tmp_path):
 def test_models_that_differ_are_refused(tmp_path, monkeypatch, apart, refusal):
     make_model("gpt2").save_pretrained(tmp_path)
     costs = iter([torch.full((20,), 4.0).double(), torch.full((20,), 4.0 + apart).double()])
-    monkeypatch.setattr(verify, "_nats_of", lambda *_: next(costs))
+    monkeypatch.setattr(verify, "nats_of", lambda *_: next(costs))
     if refusal:
         with pytest.raises(NumericsError, match=refusal):
             verify.verify(ComparedModel("a"), ComparedModel(str(tmp_path)), "float32", "text " * 30)
@@ -54,7 +54,7 @@ def test_verify_waits_for_a_busy_machine(tmp_path, monkeypatch):
         lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1),
     )
     with pytest.raises(DataError, match="could not be run on 2 processes"):
-        verify._nats_of(ComparedModel(str(tmp_path / "two")), "float32", tmp_path)
+        verify.nats_of(ComparedModel(str(tmp_path / "two")), "float32", tmp_path)
     settings = launcher_config(commands[0][3:]).rdzv_configs
     assert settings["heartbeat_timeout"] == settings["read_timeout"] == "600"
     assert int(settings["keep_alive_max_attempt"]) * 5 == 600
@@ -81,7 +81,7 @@ def damage_last_rank(folder):
 @pytest.fixture
 def launched(monkeypatch, run_ranks):
     """The sides that --verify runs as it does for users, the first of two ranks; others' ranks import no libraries."""
-    launch, sides = verify._nats_of, []
+    launch, sides = verify.nats_of, []
 
     def nats_of(side, dtype, folder):
         if side.num_ranks == 2 and not sides:
@@ -90,7 +90,7 @@ def launched(monkeypatch, run_ranks):
         run_ranks(side.num_ranks, verify.main, [str(folder), dtype, side.source])
         return torch.tensor(json.loads((folder / "nats.json").read_text()), dtype=torch.float64)
 
-    monkeypatch.setattr(verify, "_nats_of", nats_of)
+    monkeypatch.setattr(verify, "nats_of", nats_of)
     return sides
 
 
