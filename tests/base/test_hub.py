@@ -86,7 +86,7 @@ WAYS = {
 def test_a_misspelt_name_ends_within_seconds_where_the_hub_is_out_of_reach(ask_at, load, name, capfd):
     ask_at(f"http://127.0.0.1:{closed_port()}")
     begin = time.monotonic()
-    with pytest.raises(DataError, match=rf"^{name} is neither a .* hub cannot be reached .*Connection refused"):
+    with pytest.raises(DataError, match=rf"^{name} .* hub .*Connection refused"):
         load(name)
     assert time.monotonic() - begin < SECONDS
     assert capfd.readouterr() == ("", "")  # no line of retries
@@ -102,16 +102,14 @@ def test_what_is_cached_is_used_where_the_hub_is_out_of_reach(ask_at, cache):
 
 def test_a_name_that_the_hub_does_not_have(ask_at, empty_hub):
     ask_at(empty_hub)
-    with pytest.raises(DataError, match=r"^gpt2x is not a folder here, and the hub has no such model"):
+    with pytest.raises(DataError, match=r"^gpt2x .*no such model"):
         load_tokenizer("gpt2x")
 
 
 def test_a_name_that_may_not_be_looked_up(cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "connection_error", lambda *_: pytest.fail("the hub was asked"))
-    with pytest.raises(
-        DataError, match=rf"^gpt2x is neither a folder here nor in {re.escape(str(cache))}, and HF_HUB_OFFLINE"
-    ):
+    with pytest.raises(DataError, match=rf"^gpt2x .* in {re.escape(str(cache))}, and HF_HUB_OFFLINE"):
         load_tokenizer("gpt2x")
     assert find_file("someone/tiny", "config.json")
 

@@ -96,7 +96,7 @@ def test_another_model_does_not_pass(case, tmp_path):
     model = WRONG[case]()
     model.all_tied_weights_keys = {}
     model.save_pretrained(tmp_path)
-    with pytest.raises(NumericsError, match=r"was not published: .* 320 held-out tokens"):
+    with pytest.raises(NumericsError, match=r"not published: .* 320 "):
         check_nats(lambda: rounded(adapted("gpt2", ("wte",)), torch.float32), tmp_path, ROWS)
 
 
@@ -141,7 +141,7 @@ def test_tolerance(trained, exported, is_same, tmp_path):
 
 def test_a_trained_model_whose_nats_are_not_finite_is_no_defect_of_the_export(tmp_path):
     nats = torch.tensor([2.0, float("nan"), 4.0], dtype=torch.float64)
-    with pytest.raises(NumericsError, match=r"nats of 1 of 3 held-out tokens are not finite") as refused:
+    with pytest.raises(NumericsError, match=r"1 of 3 held-out tokens .*not finite") as refused:
         require_same_nats(nats, nats, tmp_path)
     assert "bug in megaft" not in str(refused.value)
 

@@ -124,7 +124,7 @@ def test_a_template_that_rewrites_is_refused(tmp_path, rewrite, fault):
     turns = [("assistant", "x"), ("user", "y"), ("assistant", "")]
     path = write(tmp_path / "a.jsonl", jsonl({"m": [{"role": role, "content": text} for role, text in turns]}))
     layout = TextLayout(messages_key="m", render=Renderer(rewrite))
-    with pytest.raises(DataError, match=rf"line 1: the chat template {fault}; use prompt and completion keys"):
+    with pytest.raises(DataError, match=rf"line 1: .*{fault}; .*prompt and completion"):
         list(documents(TextFile(path), layout))
 
 
@@ -217,7 +217,7 @@ def test_links_are_followed_once(tmp_path):
 def test_a_link_that_leads_nowhere_is_refused(tmp_path, given):
     write(tmp_path / "tree/a.txt", "x")
     linked(tmp_path / "tree/gone", "nothing")
-    with pytest.raises(DataError, match="tree/gone is a link to nothing, which does not exist"):
+    with pytest.raises(DataError, match="tree/gone is a link to nothing"):
         expand([tmp_path / given])
 
 
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(DataError, match="d/closed cannot be read: Permission denied"):
+    with pytest.raises(DataError, match=r"d/closed .*: Permission denied"):
         expand([tmp_path / "d"])
 
 

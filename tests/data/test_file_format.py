@@ -159,8 +159,8 @@ FOREIGN = [
     pytest.param("x.csv", "text\nTo be\n", r"is a table \(\.csv\); convert it", id="CSV"),
     pytest.param("x.tsv.gz", gzip.compress(b"text\n"), r"is a table \(\.tsv\); convert it", id="TSV"),
     pytest.param("x.tfrecord", b"abc", "is a TFRecord file", id="TFRecord"),
-    pytest.param("x.txt", '{\n  "text": "To be"\n}\n', "is a JSON object over several lines; .* jq", id="JSON object"),
-    pytest.param("x.json", '{"a":\n 1}', "is a JSON object over several lines", id=".json object"),
+    pytest.param("x.txt", '{\n  "text": "To be"\n}\n', "JSON object .*lines; .* jq", id="JSON object"),
+    pytest.param("x.json", '{"a":\n 1}', "JSON object .*lines", id=".json object"),
     pytest.param("x.json", '["a", "b"]', "is JSON without records", id="JSON of strings"),
     pytest.param("x.json", "{'text': 'a'}", "is named .json, but not JSON", id="no JSON"),
 ]  # fmt: skip
@@ -180,7 +180,7 @@ def test_a_database_and_tokens_are_named(tmp_path):
     with pytest.raises(DataError, match="is an SQLite database"):
         texts(tmp_path / "x")
     write(tmp_path / "x.idx", b"MMIDIDX\0\0")
-    with pytest.raises(DataError, match="is the tokens of a prepared dataset; give its prefix"):
+    with pytest.raises(DataError, match=r"prepared dataset; .*prefix"):
         texts(write(tmp_path / "x.bin", b"abc"))
 
 
@@ -230,5 +230,5 @@ def test_long_first_lines_are_recognized(tmp_path):
     """The bytes read for detection end inside the first record."""
     long = "word " * 50_000
     assert texts(write(tmp_path / "x", json.dumps({"text": long, "id": 1}) + '\n{"text": "b"}\n')) == [long, "b"]
-    with pytest.raises(DataError, match="is a JSON object over several lines"):
+    with pytest.raises(DataError, match=r"JSON object .*lines"):
         texts(write(tmp_path / "x", json.dumps({"data": [{"text": long}]}, indent=1)))

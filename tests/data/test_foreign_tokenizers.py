@@ -18,7 +18,7 @@ def test_a_panic_of_tokenizers_is_a_damaged_file(tmp_path):
     content = json.loads(path.read_text())
     content["model"]["continuing_subword_prefix"] = "../../outside"
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"no tokenizer could be loaded from .*PanicException.*out of range"):
+    with pytest.raises(DataError, match=r"no tokenizer .*PanicException.*out of range"):
         load_tokenizer(folder)
 
 
@@ -42,7 +42,7 @@ def huge_id_in_vocab_json(folder, id_):
 @pytest.mark.parametrize("make", [huge_id, huge_id_in_vocab_json])
 def test_an_id_that_takes_all_memory_is_refused(make, tmp_path):
     make(tmp_path, LARGEST_ID + 1)
-    with pytest.raises(DataError, match=r"json has token 'zzz' with the id 10000001"):
+    with pytest.raises(DataError, match=r"'zzz' .*10000001"):
         load_tokenizer(tmp_path)
 
 
@@ -56,7 +56,7 @@ def test_a_panic_at_a_text_is_a_damaged_file(tmp_path):
     """A normalizer without a type, which counts bytes as characters: only ASCII texts pass."""
     path = make_byte_level(tmp_path) / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": [""]}))
-    with pytest.raises(DataError, match=r"no tokenizer could be loaded from .*PanicException"):
+    with pytest.raises(DataError, match=r"no tokenizer .*PanicException"):
         load_tokenizer(tmp_path)
 
 
@@ -74,7 +74,7 @@ def test_a_panic_at_a_text_is_a_damaged_file(tmp_path):
 )
 def test_what_a_template_raises_is_said_in_one_line(template, says, tmp_path):
     tokenizer = load_tokenizer(make_byte_level(tmp_path, template=template))
-    with pytest.raises(DataError, match=f"chat template refuses the messages: .*{says}") as error:
+    with pytest.raises(DataError, match=f"chat template .*: .*{says}") as error:
         tokenizer.apply_chat_template(CHAT)
     assert "\n" not in str(error.value)
 

@@ -254,7 +254,7 @@ NOTHING_SCORED = [
 def test_data_without_a_scored_token_are_refused(tmp_path, chat_tokenizer, records, options, message, append_eod):
     path = write(tmp_path / "a.jsonl", jsonl(*records))
     config = {"inputs": (str(path),), "output": tmp_path / "out", "tokenizer": chat_tokenizer}
-    with pytest.raises(DataError, match=f"no token of .*a.jsonl would be scored: .*{message}"):
+    with pytest.raises(DataError, match=f"a.jsonl .*scored: .*{message}"):
         prepare(PrepareConfig(**config, **options, append_eod=append_eod))
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
@@ -323,7 +323,7 @@ def test_bad_input_leaves_nothing_behind(run, tmp_path):
     with pytest.raises(DataError, match=r"a\.txt, line 1, byte offset 0, is 0xff"):
         run(good, bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.txt"]
-    with pytest.raises(DataError, match="has no JSON records, so the key 'm' has no effect"):
+    with pytest.raises(DataError, match=r"JSON records, .*key 'm'"):
         run(bad, messages_key="m")
 
 

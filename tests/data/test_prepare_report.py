@@ -197,5 +197,5 @@ def test_what_no_template_renders_is_remarked_on(run, capsys):
 def test_a_unit_of_texts_means_nothing_in_records(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(PAIRS)
-    with pytest.raises(DataError, match=r"unit is line, which has no effect on .*a.jsonl: .* drop --unit"):
+    with pytest.raises(DataError, match=r"unit is line, .*a.jsonl: .*--unit"):
         prepare(PrepareConfig(inputs=(str(path),), output=tmp_path / "out", tokenizer=str(tokenizer), unit="line"))

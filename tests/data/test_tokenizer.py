@@ -231,7 +231,7 @@ BESIDE = [
 def test_a_model_is_not_taken_without_what_adds_to_it(tmp_path, name, content):
     folder = make_sentencepiece(tmp_path / "sp")
     (folder / name).write_text(json.dumps(content))
-    with pytest.raises(DataError, match=rf"tokenizer\.model is not the complete tokenizer: {name} .* give the folder"):
+    with pytest.raises(DataError, match=rf"tokenizer\.model .*: {name} .*folder"):
         load_tokenizer(folder / "tokenizer.model")
     shutil.copyfile(folder / "tokenizer.model", tmp_path / "bare.model")
     assert isinstance(load_tokenizer(tmp_path / "bare.model"), SentencePieceTokenizer)
@@ -257,18 +257,18 @@ def test_files_beside_a_model_that_it_cannot_follow_are_refused(tmp_path, beside
 
 @pytest.mark.parametrize("name", ["tekken.json", "qwen.tiktoken", "tiktoken.model", "vocab.txt", "spiece.model"])
 def test_other_kinds_of_tokenizers_are_named(tmp_path, name):
-    with pytest.raises(DataError, match=f"; convert {name} to a tokenizer.json"):
+    with pytest.raises(DataError, match=f"; {name} .*tokenizer.json"):
         load_tokenizer(write(tmp_path / "t" / name, b"x").parent)
 
 
 def test_tiktoken_under_sentencepieces_name(tmp_path):
     content = b"".join(b"%s %d\n" % (piece, id_) for id_, piece in enumerate([b"IQ==", b"Ig==", b"Iw=="]))
-    with pytest.raises(DataError, match="is a tiktoken file"):
+    with pytest.raises(DataError, match="tiktoken"):
         load_tokenizer(write(tmp_path / "t" / "tokenizer.model", content).parent)
 
 
 @pytest.mark.parametrize("id_", [-1, 800, 10**6])
 def test_an_id_beyond_a_sentencepiece_model_is_named(tmp_path, id_):
     tokenizer = load_tokenizer(make_sentencepiece(tmp_path / "sp"))
-    with pytest.raises(DataError, match=f"token {id_} is not one of the 800 pieces of"):
+    with pytest.raises(DataError, match=f"token {id_} .*800 pieces"):
         tokenizer.decode([5, id_])

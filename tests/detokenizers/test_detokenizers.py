@@ -87,7 +87,7 @@ def test_every_name_says_what_it_is():
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="'wikitext3'; use one of identity, wikitext, wikitext_megatron, ptb,"):
         detokenizers.get("wikitext3")
-    with pytest.raises(ValueError, match=r"ptb_megatron loses information and has no inverse; ptb has one\."):
+    with pytest.raises(ValueError, match=r"ptb_megatron .*no inverse; ptb "):
         detokenizers.stream("ptb_megatron", invert=True)
 
 

@@ -119,8 +119,6 @@ def test_layers_that_share_a_weight_are_refused():
     model = make_model("llama")
     first, second = (layer.mlp for layer in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
-    with pytest.raises(
-        ConfigError, match=r"^--lora.target-modules is .*weight of model\.layers\.0\.mlp\.up_proj is shared by"
-    ):
+    with pytest.raises(ConfigError, match=r"^--lora.target-modules is .*model\.layers\.0\.mlp\.up_proj .*shared"):
         adapters.add_adapters(model, LoraConfig(rank=2, target_modules=("up_proj",)), seed=0)
     adapters.add_adapters(make_model("llama"), LoraConfig(rank=2, target_modules=("up_proj",)), seed=0)

@@ -111,7 +111,7 @@ def test_a_model_that_attends_across_documents_is_refused():
     bloom = make_model("bloom")
     with pytest.raises(
         ConfigError,
-        match=r"data.attend-within-documents is set, but BloomForCausalLM",
+        match=r"data.attend-within-documents .*BloomForCausalLM",
     ):
         trials.require_document_isolation(bloom)
 
@@ -194,7 +194,7 @@ def test_activation_checkpointing_that_a_family_lacks_is_refused(tmp_path):
         tmp_path
     )
     config = ModelConfig(from_scratch=str(tmp_path), activation_checkpointing=True)
-    with pytest.raises(ConfigError, match=r"model\.activation-checkpointing is set, but CTRLLMHeadModel .* drop it"):
+    with pytest.raises(ConfigError, match=r"model\.activation-checkpointing .*CTRLLMHeadModel .*drop"):
         hugging_face.build(config, LoraConfig(), 0)
 
 
@@ -277,7 +277,7 @@ def test_a_folder_that_is_no_model_is_refused(broken, tmp_path, saved_gpt2):
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "/no/such.gguf", "a/b/c"])
 def test_a_missing_path_is_named(source):
-    with pytest.raises(DataError, match=rf"^--model.path is {source}; there is no such (file|folder)\. Give"):
+    with pytest.raises(DataError, match=rf"^--model.path is {source}; .*(file|folder)\."):
         pretrained.load_language_model(source)
 
 
@@ -296,7 +296,7 @@ class Words:
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused():
-    with pytest.raises(DataError, match=f"the tokenizer has {VOCAB + 1} tokens, but the model embeds {VOCAB};"):
+    with pytest.raises(DataError, match=f"tokenizer has {VOCAB + 1} .*model .*{VOCAB};"):
         hugging_face.require_fits(make_model(), Words, 8)
     hugging_face.require_fits(make_model(vocab_size=VOCAB + 1), Words, 8)
     hugging_face.require_fits(make_model(vocab_size=VOCAB + 3), Words, 8)
@@ -306,7 +306,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
 def test_a_context_above_the_positions_is_refused(name):
     model = make_model(name, vocab_size=VOCAB + 1)
     hugging_face.require_fits(model, Words, 64)
-    with pytest.raises(ConfigError, match=r"context-length is 65, but the model has 64 positions; use 64 or less"):
+    with pytest.raises(ConfigError, match=r"context-length is 65, .*64 positions; use 64"):
         hugging_face.require_fits(model, Words, 65)
 
 

@@ -74,7 +74,7 @@ def test_causal_models_are_taken(model_type, changes, make):
 
 @pytest.mark.parametrize(("model_type", "changes", "way_out"), LOOKS_AHEAD)
 def test_models_that_look_ahead_are_refused(model_type, changes, way_out):
-    with pytest.raises(DataError, match=rf"\(model_type {model_type}\) attends to later tokens.*{way_out}") as error:
+    with pytest.raises(DataError, match=rf"\(model_type {model_type}\) .*later tokens.*{way_out}") as error:
         trials.require_language_model(new_model(model_type, changes))
     assert "\n" not in str(error.value)
 
@@ -84,7 +84,7 @@ def test_weights_of_zero_hide_nothing():
     model = new_model("bert", {"is_decoder": False})
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    with pytest.raises(DataError, match="attends to later tokens"):
+    with pytest.raises(DataError, match="later tokens"):
         trials.require_language_model(model)
 
 
@@ -119,7 +119,7 @@ def test_a_stand_in_reads_no_setting_that_transformers_warns_of(name, monkeypatc
 
 def test_evaluation_refuses_them(tmp_path):
     new_model("bert", {"is_decoder": False}).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=r"BertLMHeadModel .* attends to later tokens"):
+    with pytest.raises(DataError, match=r"BertLMHeadModel .*later tokens"):
         load_scoring_model(str(tmp_path), dtype=torch.bfloat16, device=CPU)
 
 
@@ -145,7 +145,7 @@ def test_rows_that_depend_on_each_other_are_seen(monkeypatch):
     assert trials.is_causal(Mixing(model))
     assert not trials.is_batch_invariant(Mixing(model))
     monkeypatch.setattr(trials, "stand_in", lambda model: None)  # try the model itself
-    with pytest.raises(DataError, match=r"depend on the micro-batch size"):
+    with pytest.raises(DataError, match=r"micro-batch size"):
         trials.require_language_model(Mixing(model))
 
 
@@ -183,7 +183,7 @@ def test_rounding_is_no_influence(monkeypatch, dtype):
     trials.require_language_model(model)
     trials.require_document_isolation(model)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)  # values and dtypes
-    with pytest.raises(DataError, match="attends to later tokens"):
+    with pytest.raises(DataError, match="later tokens"):
         trials.require_language_model(tiny_model(tiny_config("xlm", {"causal": False})).to(dtype))
 
 
@@ -225,7 +225,7 @@ def test_generation_refuses_a_model_before_it_is_moved_to_the_gpu(tmp_path, monk
     moved = []
     monkeypatch.setattr(nn.Module, "to", lambda self, *_: moved.append(self) or self)
     new_model("bert", {"is_decoder": False}).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="attends to later tokens"):
+    with pytest.raises(DataError, match="later tokens"):
         load_cached_model(str(tmp_path), torch.float32)
     assert moved == []
     make_model("gpt2").save_pretrained(tmp_path / "gpt2")
@@ -238,7 +238,7 @@ def test_generation_refuses_a_model_before_it_is_moved_to_the_gpu(tmp_path, monk
 
 @pytest.mark.parametrize("model_type", ["deepseek_v4", "bloom", "mamba", "opt", "recurrent_gemma"])
 def test_documents_that_influence_each_other_are_refused(model_type):
-    with pytest.raises(ConfigError, match=r"^--data\.attend-within-documents is set, but .* attends across documents"):
+    with pytest.raises(ConfigError, match=r"^--data\.attend-within-documents .*across documents"):
         trials.require_document_isolation(new_model(model_type, {}))
 
 

@@ -69,7 +69,7 @@ def test_an_optimizer(monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "adamax", adamax)
     optim = resolved(optimizer={"type": "Adamax", "params": {"lr": 0.5}})
     assert (optim.name, optim.learning_rate) == ("adamax", 0.5)
-    with pytest.raises(ConfigError, match=r"optim\.momentum is 0\.9, which has no effect on adamax"):
+    with pytest.raises(ConfigError, match=r"optim\.momentum is 0\.9, .* adamax"):
         resolved({"name": "adamax", "momentum": 0.9})
     assert bytes_per_parameter(optim) == 12
     assert states_after_a_step(optim) == {"weight", "exp_avg", "exp_inf"}

@@ -217,7 +217,7 @@ def test_a_tokenizer_reads_no_file_elsewhere(planted, tmp_path):
 )
 def test_a_chat_template_stays_in_its_sandbox(template, planted, tmp_path):
     model = planted({"chat_template.jinja": template.replace("CANARY", str(tmp_path / "canary")).encode()})
-    with pytest.raises(DataError, match="chat template refuses the messages"):
+    with pytest.raises(DataError, match="chat template refuses"):
         load_tokenizer(model).apply_chat_template([{"role": "user", "content": "hi"}])
     assert not (tmp_path / "canary").exists()
 
@@ -242,7 +242,7 @@ def test_a_pickle_that_a_manifest_vouches_for_is_not_run(tmp_path):
     folder = manifest_module.folder_of(tmp_path, 1)
     manifest = plant_checkpoint(folder, as_torch_saves(tmp_path / "canary"))
     manifest_module.verify(folder)
-    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is not a safetensors file"):
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is not"):
         CheckpointReader(folder, manifest)
     assert not (tmp_path / "canary").exists()
 

@@ -123,8 +123,8 @@ DAMAGES = {
     "missing": (lambda folder: (folder / FIRST).unlink(), f"{FIRST} is missing"),
     "ranks": (lambda folder: edit(folder / "megatron.json", 'parallel_size": 2', 'parallel_size": 3'), "2 files for 3"),
     "format": (lambda folder: edit(folder / "megatron.json", '"format": 1', '"format": 9'), "format 9"),
-    "elsewhere": (lambda folder: edit(folder / "megatron.json", FIRST, f"../{FIRST}"), "not a file in its folder"),
-    "name": (lambda folder: edit(folder / "megatron.json", FIRST, "a" * 256), "not a file in its folder"),
+    "elsewhere": (lambda folder: edit(folder / "megatron.json", FIRST, f"../{FIRST}"), "file in its folder"),
+    "name": (lambda folder: edit(folder / "megatron.json", FIRST, "a" * 256), "file in its folder"),
     "no manifest of ours": (lambda folder: (folder / "megatron.json").write_text("{}"), "damaged"),
     "another model's": (lambda folder: edit(folder / "config.json", '"n_embd": 32', '"n_embd": 64'), "do not fit"),
     "code": (lambda folder: edit(folder / "config.json", "{", '{"auto_map": {"AutoModel": "x.py"},'), "auto_map"),
@@ -162,7 +162,7 @@ def test_training_reads_no_hashes(tmp_path, two_ranks):
 
 REFUSED = {
     "it exists": ("start", {"tensor_parallel_size": 2}, "exists"),
-    "too many ranks": ("new", {"tensor_parallel_size": 3}, "are not divisible by it, .*; use one of 1, 2, 4"),
+    "too many ranks": ("new", {"tensor_parallel_size": 3}, "not divisible .*; .* 1, 2, 4"),
 }
 
 
@@ -270,7 +270,7 @@ def test_float16_that_overflows(tmp_path):
     with torch.no_grad():
         model.transformer.wpe.weight[3, 3] = 1e5
     model.save_pretrained(tmp_path / "start")
-    with pytest.raises(DataError, match=r"wpe.weight has values up to 100000"):
+    with pytest.raises(DataError, match=r"wpe.weight .*100000"):
         run(tmp_path / "start", tmp_path / "end", "hugging-face", dtype="float16")
     assert not (tmp_path / "end").exists()
 
@@ -283,7 +283,7 @@ def test_weights_that_are_not_finite(tmp_path, value, dtype):
         model.model.layers[1].mlp.up_proj.weight[[2, 7], 3] = value
     model.save_pretrained(tmp_path / "start")
     for write in (lambda: megatron(tmp_path / "start", tmp_path / "end", 2), lambda: to_hugging_face(tmp_path)):
-        with pytest.raises(DataError, match=r"up_proj\.weight has 2 of 1,536 values .* not finite, .* at \[2, 3\];"):
+        with pytest.raises(DataError, match=r"up_proj\.weight has 2 of 1,536 .* at \[2, 3\];"):
             write()
         assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
@@ -298,9 +298,7 @@ def test_bfloat16_that_overflows(tmp_path):
     with torch.no_grad():
         model.transformer.wpe.weight[3, 3] = 3.4e38
     model.save_pretrained(tmp_path / "start")
-    with pytest.raises(
-        DataError, match=r"wpe.weight has values up to 3.4e\+38, which bfloat16 cannot represent; use float32"
-    ):
+    with pytest.raises(DataError, match=r"wpe.weight .*3.4e\+38, .*bfloat16 .*float32"):
         to_hugging_face(tmp_path)
 
 

@@ -53,7 +53,7 @@ def test_verify_waits_for_a_busy_machine(tmp_path, monkeypatch):
         "run",
         lambda command, **_: commands.append(command) or SimpleNamespace(returncode=1),
     )
-    with pytest.raises(DataError, match="could not be run on 2 processes"):
+    with pytest.raises(DataError, match=r"two could .*2 processes"):
         verify.nats_of(ComparedModel(str(tmp_path / "two")), "float32", tmp_path)
     settings = launcher_config(commands[0][3:]).rdzv_configs
     assert settings["heartbeat_timeout"] == settings["read_timeout"] == "600"

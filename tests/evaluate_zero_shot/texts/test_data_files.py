@@ -243,11 +243,11 @@ def test_a_missing_file_is_named(tmp_path, task, environment, message):
 def test_a_folder_that_is_named_is_the_only_place(tmp_path):
     with pytest.raises(DataError, match=rf"--task wikitext2 has no wiki.test.raw in {tmp_path}. Accepted paths"):
         find_data(TASKS["wikitext2"], "raw", tmp_path, {}, unreachable)
-    with pytest.raises(DataError, match=r"x does not exist; name wiki.test.raw or a folder that holds it"):
+    with pytest.raises(DataError, match=r"x does not exist; .*wiki.test.raw"):
         find_data(TASKS["wikitext2"], "raw", tmp_path / "x", {}, unreachable)
 
 
 def test_without_the_package_datasets_the_error_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="the package datasets is not installed"):
+    with pytest.raises(DataError, match="datasets is not installed"):
         find_data(TASKS["wikitext2"], "tokens", None, {"XDG_CACHE_HOME": str(tmp_path)})

@@ -80,7 +80,7 @@ def test_a_limit_keeps_the_first(tmp_path, task, content, limit, expected):
 
 
 def test_a_limit_that_leaves_only_blanks_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"holds only blank lines in its first 1 lines; .* or read more of it"):
+    with pytest.raises(DataError, match=r"blank lines in its first 1 "):
         text_of(written(tmp_path / "a", " \n = A = \n"), "wikitext2", 1)
 
 

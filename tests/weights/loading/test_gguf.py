@@ -75,7 +75,7 @@ def test_what_transformers_would_leave_out_is_refused(changes, says, make):
 def test_settings_that_contradict_each_other_are_refused_with_the_tokenizer_too(make):
     path = make(**{"llama.attention.head_count": 5})
     for load in (load_tokenizer, load_language_model):
-        with pytest.raises(DataError, match=r"hidden size \(32\) is not a multiple of the number of attention heads"):
+        with pytest.raises(DataError, match=r"hidden size \(32\) .*attention heads"):
             load(str(path))
 
 

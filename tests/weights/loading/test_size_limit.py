@@ -85,14 +85,14 @@ def test_numbers_that_models_have_pass(file, content, tmp_path):
 def test_a_model_that_its_weights_cannot_fill_is_not_built(change, load, copy):
     edit_json(copy / "config.json", **change)
     stored = f"but {LLAMA_PARAMETERS:,} in {LLAMA_TENSORS} are stored"
-    with pytest.raises(DataError, match=f"is {copy}; its weights do not fit its config.json, .*{stored}"):
+    with pytest.raises(DataError, match=f"is {copy}; .*config.json, .*{stored}"):
         load(str(copy))
 
 
 @pytest.mark.parametrize("load", [load_language_model, open_weights])
 def test_a_small_difference_is_named_by_its_tensor(load, copy):
     edit_json(copy / "config.json", num_hidden_layers=3)
-    with pytest.raises(DataError, match=r"do not fit its config\.json: model\.layers\.2\.\S+ is missing \(9 in all\)"):
+    with pytest.raises(DataError, match=r"config\.json: model\.layers\.2\.\S+ .*\(9 in all\)"):
         load(str(copy))
 
 

@@ -33,7 +33,7 @@ def test_the_text_model_is_tried_on_a_stand_in(folder):
 def test_an_export_of_the_text_model_loads_in_transformers(folder, tmp_path):
     model, export = load_language_model(str(folder)), tmp_path / "export"
     model.save_pretrained(export)
-    with pytest.raises(DataError, match=r"no causal language model of model_type emu3_text_model"):
+    with pytest.raises(DataError, match=r"model_type emu3_text_model"):
         load_language_model(str(export))
     keep_composite_config(model, str(folder), export)
     again = AutoModelForCausalLM.from_pretrained(export).state_dict()
