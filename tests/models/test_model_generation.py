@@ -9,7 +9,6 @@ from tiny_models import GPT2, LLAMA, make_config
 from megaft.base.errors import DataError
 from megaft.commands.generate.config import SamplingConfig
 from megaft.commands.generate.sampling import continue_tokens, next_token
-from megaft.models import generation
 from megaft.models.generation import CachedModel, exact_cache
 
 SETTINGS = SamplingConfig(temperature=0, repetition_penalty=1.3)
@@ -157,15 +156,12 @@ def test_dynamic_scaling_has_other_frequencies_at_every_length():
     assert continuation(reader, [5, 9, 11], 25) == brute_force(model, [5, 9, 11], 25)
 
 
-def test_a_change_of_length_reads_once(monkeypatch):
+def test_a_change_of_length_reads_once():
     model = make("phi3", LLAMA | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16})
     reader = cached(model)
     lengths = []
-    read = generation.CachedModel._logits
-    monkeypatch.setattr(
-        generation.CachedModel,
-        "_logits",
-        lambda self, ids, **options: lengths.append(len(ids)) or read(self, ids, **options),
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     continuation(reader, list(range(1, 15)), 6)
     assert lengths == [14, 1, 1, 17, 1, 1]
