@@ -257,7 +257,7 @@ def test_files_beside_a_model_that_it_cannot_follow_are_refused(tmp_path, beside
 
 @pytest.mark.parametrize("name", ["tekken.json", "qwen.tiktoken", "tiktoken.model", "vocab.txt", "spiece.model"])
 def test_other_kinds_of_tokenizers_are_named(tmp_path, name):
-    with pytest.raises(DataError, match=f"; {name} .*tokenizer.json"):
+    with pytest.raises(DataError, match=f"; .*{name} .*tokenizer.json"):
         load_tokenizer(write(tmp_path / "t" / name, b"x").parent)
 
 
