@@ -55,7 +55,9 @@ def run_under(folder, flags_of):
     def run(launcher, *flags):
         command = [*LAUNCHERS[launcher], *flags_of(launcher), *flags]
         # In a folder of its own: nothing may be found by the current directory.
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=dict(os.environ), check=False)
+        # Open MPI's files too: those of the same user id outside a user namespace could not be written.
+        environment = {**os.environ, "TMPDIR": str(folder)}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
         return done, folder / launcher
 
     return run
