@@ -88,7 +88,7 @@ def evaluate(subject: Subject, trial: Trial, output: Path) -> Result:
 
 def _score(subject: Subject, trial: Trial, finished: FinishedBatches) -> Score:
     prepared = trial.prepared
-    model = subject.scorer.ask(with_choices=prepared.is_prompted, banned=prepared.banned)
+    model = subject.scorer.configure(with_greedy=prepared.is_prompted, banned=prepared.banned)
     geometry = trial.geometry
     name = f"{Path(subject.source).name}, {trial.task.name}, {geometry.protocol.name}, stride {geometry.stride}"
     num_inputs = sum(row.num_inputs for row in prepared.rows)

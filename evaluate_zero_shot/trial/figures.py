@@ -47,7 +47,7 @@ def _right_options(score: Score, prepared: PreparedTask) -> Score:
     for row in begins + prepared.answers:
         is_answer[prepared.rows[row].target_positions] = True
     right = score.of(is_answer)
-    return Score(right.nats, right.num_scored_tokens, None, None, score.token_nats, score.is_first_choice)
+    return Score(right.nats, right.num_scored_tokens, None, None, score.token_nats, score.is_greedy)
 
 
 def _mean_nats(score: Score, rows: Sequence[Row], protocol: Protocol) -> float:
@@ -76,9 +76,9 @@ def correctness(score: Score, prepared: PreparedTask) -> np.ndarray:
     if not prepared.is_prompted:
         return np.zeros(0, bool)
     assert score.token_nats is not None
-    assert score.is_first_choice is not None
+    assert score.is_greedy is not None
     if not prepared.num_options:
-        return np.array([score.is_first_choice[row.target_positions].all() for row in prepared.rows])
+        return np.array([score.is_greedy[row.target_positions].all() for row in prepared.rows])
     nats = np.array([score.token_nats[row.target_positions].sum() for row in prepared.rows])
     by_question = np.split(nats, np.cumsum(prepared.num_options[:-1]))
     return np.array([options.argmin() for options in by_question]) == prepared.answers

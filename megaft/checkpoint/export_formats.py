@@ -33,8 +33,8 @@ from megaft.weights.generation_ids import (
 )
 from megaft.weights.loading import pretrained, text_model
 from megaft.weights.loading.size_limit import FP32_BYTES
-from megaft.weights.loading.stand_in import num_parameters as count_parameters
 from megaft.weights.loading.stored_weights import keep_padding_row
+from megaft.weights.loading.trial_model import num_parameters as count_parameters
 from megaft.weights.parameters import Weights, load_config, shapes_of
 from megaft.weights.provenance import published_name
 from megaft.weights.reading import file_of, open_weights

@@ -150,7 +150,7 @@ def _require_mergeable(model: CausalLM, targets: tuple[str, ...]) -> None:
         if len(names) > 1 and not is_tied_embedding:
             raise ConfigError(
                 f"--lora.target-modules is {targets}, but the weight of {name} is shared by "
-                f"{', '.join(names)}; merging one adapter would change them all. Name other layers."
+                f"{', '.join(names)}; merging one adapter would change them all. Target other layers."
             )
 
 

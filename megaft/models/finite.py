@@ -1,4 +1,4 @@
-"""Refusal of non-finite nats and logits: one NaN among a million tokens invalidates every figure of a text."""
+"""Refusal of non-finite nats and logits: one NaN among a million tokens invalidates every result on a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megaft.base.plural import counted
 
 ADVICE = (
     "The weights may be damaged, or the model overflows in this precision; verify the weights, or use float32. "
-    "No figures were computed."
+    "No results were computed."
 )
 
 
@@ -23,7 +23,7 @@ def require_finite_nats(
     *,
     name: str,
     num_scored_tokens: int,
-    is_counted: Bool[np.ndarray, " tokens"] | None = None,
+    is_included: Bool[np.ndarray, " tokens"] | None = None,
 ) -> None:
     """Refuse nats that are NaN or infinite.
 
@@ -32,14 +32,14 @@ def require_finite_nats(
         document_offsets: Begin of each document, then the length of the text.
         name: The text and the model, for the message.
         num_scored_tokens: Tokens that were scored.
-        is_counted: Mask of the tokens that the figures include; by default all.
+        is_included: Mask of the tokens that the results include; by default all.
 
     Raises:
         NumericsError: Some nats are not finite; the message counts them and locates the first.
     """
     is_bad = ~np.isfinite(token_nats)
-    if is_counted is not None:
-        is_bad &= is_counted
+    if is_included is not None:
+        is_bad &= is_included
     if not is_bad.any():
         return
     first = int(is_bad.argmax())
@@ -51,12 +51,12 @@ def require_finite_nats(
     )
 
 
-def require_finite_logits(logits: Float[Tensor, " vocab"], num_read: int) -> None:
+def require_finite_logits(logits: Float[Tensor, " vocab"], num_tokens: int) -> None:
     """Refuse logits that contain NaN or +inf, or only -inf; a single -inf marks a token that the model rules out.
 
     Args:
         logits: In the dtype that the model computes in.
-        num_read: Tokens that the model has read.
+        num_tokens: Tokens of the text so far.
 
     Raises:
         NumericsError: Some logits are not finite; the message names the first and counts them.
@@ -67,7 +67,7 @@ def require_finite_logits(logits: Float[Tensor, " vocab"], num_read: int) -> Non
     token = int(is_bad.int().argmax())
     fix = "check the model's weights" if logits.dtype == torch.float32 else "use --dtype float32"
     raise NumericsError(
-        f"the model's logits after {counted(num_read, 'token')} are not finite: token {token} has "
+        f"the model's logits after {counted(num_tokens, 'token')} are not finite: token {token} has "
         f"{float(logits[token])} ({int(is_bad.sum()):,} of {len(logits):,} logits are NaN or +inf); the model is "
         f"damaged, or it overflows in {dtype_name(logits.dtype)}: {fix}."
     )

@@ -21,18 +21,16 @@ CACHE_NAMES = ("past_key_values", "cache_params", "state")
 
 TRIAL_TOKENS = 8
 TRIAL_PROMPT = 5
-TOLERANCE = {torch.float32: 1e-3}
+FP32_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
 """Largest difference between logits with and without the cache, relative to the largest logit. Rounding is below 1e-5
-in float32."""
-HALF_TOLERANCE = 5e-2
-"""The same in half precision, which rounds each logit to about 1e-2."""
+in float32, and about 1e-2 in half precision."""
 
 FORWARD_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """Exceptions from a forward pass that needs other inputs, or does not accept the cache that it returned."""
 
 
 class CachedModel:
-    """A transformers causal language model for incremental decoding with its cache: a sampling.Reader.
+    """A transformers causal language model for incremental decoding with its cache: a sampling.Decoder.
 
     Without a cache each token takes a forward pass over the whole text.
     """
@@ -47,16 +45,16 @@ class CachedModel:
         self._rescaling = rescaling_lengths(model.config)
         self.cache_name = cache_name
 
-    def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
-        """Read tokens that follow the first `num_read`; return the logits after the last."""
-        self._ids[num_read:] = token_ids
-        if self.cache_name is None or self._rescales(num_read, len(self._ids)):
-            num_read = 0
-        return self._logits(self._ids[num_read:], is_start=num_read == 0)
+    def forward(self, token_ids: Sequence[int], num_past: int) -> Float[Tensor, " vocab"]:
+        """Process tokens that follow the first `num_past`; return the logits after the last."""
+        self._ids[num_past:] = token_ids
+        if self.cache_name is None or self._rescales(num_past, len(self._ids)):
+            num_past = 0
+        return self._logits(self._ids[num_past:], is_start=num_past == 0)
 
-    def _rescales(self, num_read: int, total: int) -> bool:
+    def _rescales(self, num_past: int, total: int) -> bool:
         """Return True if the rotary frequencies for `total` tokens differ from those of the cached keys."""
-        return any(total > length and (is_growing or num_read <= length) for length, is_growing in self._rescaling)
+        return any(total > length and (is_growing or num_past <= length) for length, is_growing in self._rescaling)
 
     @torch.no_grad()
     def _logits(self, token_ids: Sequence[int], *, is_start: bool) -> Float[Tensor, " vocab"]:
@@ -70,14 +68,14 @@ class CachedModel:
         return output.logits[0, -1]
 
 
-def exact_cache(model: CausalLM, tried: CausalLM | None = None) -> str | None:
+def exact_cache(model: CausalLM, trial_model: CausalLM | None = None) -> str | None:
     """Return the name of the model's cache argument if incremental decoding gives the same logits as one full pass.
 
-    This is tested on the model itself, and on longer texts on a small stand-in.
+    This is tested on the model itself, and on longer texts on its trial model.
 
     Args:
         model: An unpartitioned model.
-        tried: Trial model, from `trials.on_trial`.
+        trial_model: From `trials.trial_model_of`; by default one is created here.
 
     Raises:
         DataError: The model needs inputs other than tokens.
@@ -85,24 +83,24 @@ def exact_cache(model: CausalLM, tried: CausalLM | None = None) -> str | None:
     """
     ids, plain = _trial_ids(model), CachedModel(model)
     try:
-        expected = [plain.read(ids[:end], 0) for end in (TRIAL_PROMPT, TRIAL_TOKENS)]
+        expected = [plain.forward(ids[:end], 0) for end in (TRIAL_PROMPT, TRIAL_TOKENS)]
     except FORWARD_ERRORS as error:
         reason = f"{type(error).__name__} {error}".splitlines()[0]
         raise DataError(
             f"--model is a {type(model).__name__}, which does not run on tokens alone ({reason}). "
             "Use a causal language model of text."
         ) from error
-    for logits, num_read in zip(expected, (TRIAL_PROMPT, TRIAL_TOKENS), strict=True):
-        require_finite_logits(logits, num_read)
+    for logits, num_tokens in zip(expected, (TRIAL_PROMPT, TRIAL_TOKENS), strict=True):
+        require_finite_logits(logits, num_tokens)
     name = _cache_name(model)
     if name is None:
         return None
-    reader = CachedModel(model, name)
+    decoder = CachedModel(model, name)
     try:
-        logits = [reader.read(ids[:TRIAL_PROMPT], 0)]
-        logits += [reader.read([ids[position]], position) for position in range(TRIAL_PROMPT, TRIAL_TOKENS)]
+        logits = [decoder.forward(ids[:TRIAL_PROMPT], 0)]
+        logits += [decoder.forward([ids[position]], position) for position in range(TRIAL_PROMPT, TRIAL_TOKENS)]
         is_exact = _is_close(logits[0], expected[0]) and _is_close(logits[-1], expected[1])
-        is_exact = is_exact and trials.has_exact_cache(model, lambda small: CachedModel(small, name), tried)
+        is_exact = is_exact and trials.has_exact_cache(model, lambda tested: CachedModel(tested, name), trial_model)
         return name if is_exact else None
     except FORWARD_ERRORS:
         return None
@@ -118,7 +116,7 @@ def _trial_ids(model: CausalLM) -> list[int]:
 
 
 def _is_close(actual: Tensor, expected: Tensor) -> bool:
-    tolerance = TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
+    tolerance = FP32_TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE
     largest = float(expected[expected.isfinite()].abs().max())  # a token that the model rules out has -inf
     return torch.allclose(actual.float(), expected.float(), rtol=0, atol=tolerance * largest)
 

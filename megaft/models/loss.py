@@ -1,7 +1,7 @@
 """Cross-entropy in nats from hidden states, in chunks, without materializing the full logits.
 
-The last layer's logits are the largest tensor of a language model (GPT-2-XL at 1024 tokens: 0.2 GiB a sequence in
-fp32, and as much again for their gradient). They are computed one chunk of tokens at a time, and in training their
+The last layer's logits are the largest tensor of a language model (GPT-2-XL at 1024 tokens: 0.2 GiB per sequence
+in fp32, and as much again for their gradient). They are computed one chunk of tokens at a time, and in training their
 gradient is computed in the same pass, so neither is ever materialized, and the head's weight, which ZeRO-3 partitions,
 is gathered only once.
 """
@@ -69,8 +69,8 @@ class VocabularyShard(NamedTuple):
         normalizer, target = self.normalizer_and_target(logits.float(), labels)
         return (normalizer - target).squeeze(-1)
 
-    def choices(self, logits: Float[Tensor, "tokens entries"]) -> Int64[Tensor, " tokens"]:
-        """Return the argmax over the whole vocabulary, the first among equals; the same on all ranks."""
+    def greedy_ids(self, logits: Float[Tensor, "tokens entries"]) -> Int64[Tensor, " tokens"]:
+        """Return the greedy choice, the argmax over the whole vocabulary (the first of ties); the same on all ranks."""
         columns = logits.argmax(-1, keepdim=True)
         largest, token_ids = logits.gather(-1, columns).squeeze(-1), columns.squeeze(-1) + self.begin
         if not self.is_sharded:

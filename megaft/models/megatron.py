@@ -49,7 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         self.dropout = config.attention_dropout
         self.past: tuple[Tensor, Tensor] | None = None
-        """Key-value cache of the tokens read so far, during generation."""
+        """Key-value cache of the tokens processed so far, during generation."""
 
     def forward(
         self,
@@ -121,7 +121,7 @@ class MegatronModel(nn.Module):
             share_embeddings_and_output_weights=shape.is_tied,
         )
         self.inverse_frequencies = None if shape.has_position_embedding else rotary_frequencies(config)
-        self.untrained_id: int | None = None if family_of(config).trains_padding else config.pad_token_id
+        self.padding_id_without_gradient: int | None = None if family_of(config).trains_padding else config.pad_token_id
         """Padding token, for which transformers' embedding has no gradient; it may be the end-of-text token."""
         for name, parameter in self.gpt.named_parameters():
             rule = self.layout.rules[name]
@@ -160,8 +160,8 @@ class MegatronModel(nn.Module):
         else:
             positions, mask = positions_within(document_ids), document_mask(document_ids)
         states = self.gpt.embedding(input_ids, positions)
-        if self.untrained_id is not None:
-            is_untrained = input_ids.eq(self.untrained_id).T.unsqueeze(-1)
+        if self.padding_id_without_gradient is not None:
+            is_untrained = input_ids.eq(self.padding_id_without_gradient).T.unsqueeze(-1)
             states = torch.where(is_untrained, states.detach(), states)
         states = self.gpt.decoder(states, mask, rotary_pos_emb=self._angles(past, time, input_ids.device))
         return states.transpose(0, 1)

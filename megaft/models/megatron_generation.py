@@ -16,7 +16,7 @@ from megaft.weights.loading.causal_lm import context_limit
 
 
 class CachedShard:
-    """This rank's shard of a model as a sampling.Reader; each rank caches the keys and values of its own heads."""
+    """This rank's shard of a model as a sampling.Decoder; each rank caches the keys and values of its own heads."""
 
     def __init__(self, model: MegatronModel) -> None:
         self.max_positions = context_limit(model)
@@ -24,14 +24,14 @@ class CachedShard:
         self._model = model.eval()
         self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
 
-    def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
-        """Read tokens that follow the first `num_read`; return the logits after the last, the same on all ranks."""
+    def forward(self, token_ids: Sequence[int], num_past: int) -> Float[Tensor, " vocab"]:
+        """Process tokens that follow the first `num_past`; return the logits after the last, the same on all ranks."""
         weight = self._model.output_layer().weight
         assert isinstance(weight, Tensor)
-        if num_read == 0:
+        if num_past == 0:
             for attention in self._attentions:
                 attention.past = weight.new_empty(0), weight.new_empty(0)
-        states = self._model(torch.tensor([token_ids], device=weight.device), past=num_read)
+        states = self._model(torch.tensor([token_ids], device=weight.device), past=num_past)
         shards = parallel.gather_over_tensor_ranks(F.linear(states[0, -1], weight))
         return shards.flatten()[: self.vocab_size]  # padding rows follow the last vocabulary entry
 

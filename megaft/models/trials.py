@@ -1,7 +1,7 @@
 """Trials of a model before use: causality, batch invariance, document isolation and cache correctness.
 
 A model that attends to later tokens trains to a loss near zero and scores as low, with no error anywhere. Each trial is
-a few forward passes over random tokens. They run on a stand-in, a small random model of the same configuration: its
+a few forward passes over random tokens. They run on a trial model, a small random model of the same configuration: its
 weights are large enough to reveal an influence that newly initialized weights would hide, and they are all on this
 rank, in float32, whatever the precision and partitioning of the model itself.
 """
@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from megaft.base.errors import ConfigError, DataError, NumericsError
 from megaft.models.rope import length_limit
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
-from megaft.weights.loading.stand_in import STAND_IN_ERRORS, is_partitioned, keeping_random_states, numbers_of, stand_in
+from megaft.weights.loading.trial_model import (
+    TRIAL_ERRORS,
+    create_trial_model,
+    is_partitioned,
+    keeping_random_states,
+    numbers_of,
+)
 
 TOLERANCE = 1e-3
 """Largest difference, relative to the mean absolute value, that counts as rounding. In float32 rounding is about 1e-6;
@@ -34,19 +40,19 @@ SHORTEST, LONGEST = 24, 320
 """Range of a trial's length in tokens: longer than any block that the configuration names, up to LONGEST."""
 
 
-def require_language_model(model: CausalLM, tried: CausalLM | None = None) -> None:
+def require_language_model(model: CausalLM, trial_model: CausalLM | None = None) -> None:
     """Refuse models that attend to later tokens, or whose output for a row depends on the rest of the batch.
 
     Args:
         model: The model.
-        tried: Its trial model from `on_trial`; by default one is created here. Likewise for the other trials below.
+        trial_model: From `trial_model_of`; by default one is created here. Likewise in the other trials below.
 
     Raises:
-        DataError: The model is not a causal language model that reads only tokens, or the trial fails.
+        DataError: The model is not a causal language model whose only input is tokens, or the trial fails.
     """
-    with on_trial(model, tried) as small, _naming_the_model(model):
-        require_causal(model, small)
-        is_invariant = is_batch_invariant(small)
+    with trial_model_of(model, trial_model) as trial_model, _naming_the_model(model):
+        require_causal(model, trial_model)
+        is_invariant = is_batch_invariant(trial_model)
     if not is_invariant:
         raise DataError(
             f"{family(model)} gives a text different logits depending on the other texts in its batch; "
@@ -54,14 +60,14 @@ def require_language_model(model: CausalLM, tried: CausalLM | None = None) -> No
         )
 
 
-def require_causal(model: CausalLM, tried: CausalLM | None = None) -> None:
+def require_causal(model: CausalLM, trial_model: CausalLM | None = None) -> None:
     """Refuse models that attend to later tokens.
 
     Raises:
-        DataError: The model is not a causal language model that reads only tokens, or the trial fails.
+        DataError: The model is not a causal language model whose only input is tokens, or the trial fails.
     """
-    with on_trial(model, tried) as small, _naming_the_model(model):
-        causal = is_causal(small)
+    with trial_model_of(model, trial_model) as trial_model, _naming_the_model(model):
+        causal = is_causal(trial_model)
     if not causal:
         raise DataError(
             f"{family(model)} attends to later tokens: it predicts each token from the text that follows, "
@@ -74,21 +80,21 @@ def _naming_the_model(model: CausalLM) -> Iterator[None]:
     """Turn an error of a trial into a DataError that names the model."""
     try:
         yield
-    except STAND_IN_ERRORS as error:
+    except TRIAL_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{family(model)} does not run on tokens alone ({reason[:200]}). Use a causal language model of text."
         ) from error
 
 
-def require_document_isolation(model: CausalLM, tried: CausalLM | None = None) -> None:
+def require_document_isolation(model: CausalLM, trial_model: CausalLM | None = None) -> None:
     """Refuse models that attend across packed documents although position ids restart in each.
 
     Raises:
         ConfigError: The documents of a row influence each other.
     """
-    with on_trial(model, tried) as small:
-        is_isolated = isolates_documents(small)
+    with trial_model_of(model, trial_model) as trial_model:
+        is_isolated = isolates_documents(trial_model)
     if not is_isolated:
         raise ConfigError(
             f"--data.attend-within-documents is set, but {family(model)} attends across documents; "
@@ -136,28 +142,30 @@ def isolates_documents(model: CausalLM) -> bool:
     positions = torch.cat([torch.arange(length, device=model.device) for length in lengths]).unsqueeze(0)
     try:
         packed = logits_of(model, torch.cat(documents, 1), position_ids=positions)
-    except STAND_IN_ERRORS:  # position_ids is not accepted, or means something else
+    except TRIAL_ERRORS:  # position_ids is not accepted, or means something else
         return False
     per_document = packed.split(lengths, 1)
     return all(_is_close(logits_of(model, ids), logits) for ids, logits in zip(documents, per_document, strict=True))
 
 
 @torch.no_grad()
-def has_exact_cache(model: CausalLM, make_reader: Callable[[CausalLM], Any], tried: CausalLM | None = None) -> bool:
-    """Return True if a text read token by token, with a cache, has the logits of one full pass.
+def has_exact_cache(
+    model: CausalLM, make_decoder: Callable[[CausalLM], Any], trial_model: CausalLM | None = None
+) -> bool:
+    """Return True if decoding token by token, with a cache, gives the logits of one full pass.
 
     Args:
         model: An unpartitioned model.
-        make_reader: Makes a sampling.Reader of a model, such as generation.CachedModel.
-        tried: Its trial model from `on_trial`.
+        make_decoder: Wraps a model as a sampling.Decoder, such as generation.CachedModel.
+        trial_model: From `trial_model_of`.
     """
-    with on_trial(model, tried) as small:
-        tokens = random_tokens(small, trial_length(small))
+    with trial_model_of(model, trial_model) as trial_model:
+        tokens = random_tokens(trial_model, trial_length(trial_model))
         begin = tokens.shape[1] // 3
-        ids, reader = tokens[0].tolist(), make_reader(small)
-        incremental = [reader.read(ids[:begin], 0)]
-        incremental += [reader.read(ids[position : position + 1], position) for position in range(begin, len(ids))]
-        full = logits_of(small, tokens)[0, begin - 1 :]
+        ids, decoder = tokens[0].tolist(), make_decoder(trial_model)
+        incremental = [decoder.forward(ids[:begin], 0)]
+        incremental += [decoder.forward(ids[position : position + 1], position) for position in range(begin, len(ids))]
+        full = logits_of(trial_model, tokens)[0, begin - 1 :]
         return _is_close(torch.stack(incremental), full)
 
 
@@ -166,23 +174,23 @@ HIDDEN_SCALE = 1000
 
 
 @torch.no_grad()
-def head_is_linear(model: CausalLM, tried: CausalLM | None = None) -> bool:
+def head_is_linear(model: CausalLM, trial_model: CausalLM | None = None) -> bool:
     """Return True if logits are just the output layer of the last hidden state; some families scale or cap them.
 
     The model itself is tested, unless its weights are partitioned or in half precision, which float32 would double.
     """
     if not isinstance(model.get_output_embeddings(), nn.Linear) or model.base_model is model:
         return False  # no output layer, or an adapted one; or no base model under transformers' name for it
-    subject = tried if is_partitioned(model) or model.dtype in HALF_PRECISIONS else model
-    with on_trial(model, subject) as evaluated:
-        inputs = {"input_ids": torch.arange(8, device=evaluated.device).unsqueeze(0), "use_cache": False}
-        layer = evaluated.get_output_embeddings()
-        hidden = getattr(evaluated.base_model(**inputs), "last_hidden_state", None)
+    reuse = trial_model if is_partitioned(model) or model.dtype in HALF_PRECISIONS else model
+    with trial_model_of(model, reuse) as tested:
+        inputs = {"input_ids": torch.arange(8, device=tested.device).unsqueeze(0), "use_cache": False}
+        layer = tested.get_output_embeddings()
+        hidden = getattr(tested.base_model(**inputs), "last_hidden_state", None)
         if hidden is None:
             return False
         hidden = hidden * HIDDEN_SCALE
         with layer.register_forward_pre_hook(lambda _, inputs: inputs[0] * HIDDEN_SCALE):
-            logits = evaluated(**inputs).logits
+            logits = tested(**inputs).logits
         if hidden.shape[-1] != layer.weight.shape[1]:
             return False
         linear = F.linear(hidden, layer.weight, layer.bias)  # inside the block: weights are in the trial's dtype
@@ -242,26 +250,26 @@ def trial_length(model: CausalLM) -> int:
 
 
 @contextmanager
-def on_trial(model: CausalLM, tried: CausalLM | None = None) -> Iterator[CausalLM]:
-    """Yield the model to run trials on, in evaluation mode: a stand-in, or if there is none the model itself.
+def trial_model_of(model: CausalLM, reuse: CausalLM | None = None) -> Iterator[CausalLM]:
+    """Yield a trial model in evaluation mode: a small random model, or the model itself if none can be created.
 
     A model in half precision computes in float32 within the block, in twice its memory: with two layers bf16 rounds
     logits by up to 0.08 of their mean size, as much as the influences that trials look for.
 
     Args:
         model: The model.
-        tried: An earlier result, which is yielded again: a stand-in takes time and memory to create.
+        reuse: An existing trial model to yield, since creating one takes time and memory.
 
     Raises:
-        ConfigError: There is no stand-in, and the model is partitioned.
+        ConfigError: No small model can be created, and the model is partitioned.
     """
-    small = tried if tried is not None else stand_in(model)
-    if small is None and is_partitioned(model):
+    trial_model = reuse if reuse is not None else create_trial_model(model)
+    if trial_model is None and is_partitioned(model):
         raise ConfigError(
             f"{family(model)} cannot be tested while ZeRO-3 partitions its weights; "
             "use zero_optimization.stage 2 or less, or drop --partition."
         )
-    with keeping_random_states(), _evaluating(small if small is not None else model) as evaluated:
+    with keeping_random_states(), _evaluating(model if trial_model is None else trial_model) as evaluated:
         torch.manual_seed(0)
         with _in_float32(evaluated):
             yield evaluated

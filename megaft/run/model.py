@@ -34,8 +34,8 @@ def nats_model(language_model: Any, cross_entropy: str, attend_within_documents:
     Raises:
         DataError: The model attends to later tokens, or across documents despite attend_within_documents.
     """
-    with trials.on_trial(language_model) as small:
-        trials.require_language_model(language_model, small)
+    with trials.trial_model_of(language_model) as trial_model:
+        trials.require_language_model(language_model, trial_model)
         if attend_within_documents:
-            trials.require_document_isolation(language_model, small)
-        return hugging_face.NatsModel(language_model, cross_entropy, small)
+            trials.require_document_isolation(language_model, trial_model)
+        return hugging_face.NatsModel(language_model, cross_entropy, trial_model)

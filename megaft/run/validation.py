@@ -72,7 +72,7 @@ class Validation:
                 lambda input_ids, labels: engine(input_ids, labels, per_token=True).unsqueeze(0),
                 device=device,
                 prefix_id=self.prefix_id,
-                is_counted=self.is_scored,
+                is_included=self.is_scored,
                 name=f"--data.valid {self.source}",
                 **self.options,
             )

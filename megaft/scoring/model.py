@@ -29,21 +29,21 @@ from megaft.weights.loading.pretrained import load_language_model
 
 
 class ScoringModel(nn.Module):
-    """A language model in evaluation that returns the nats of labels and whether each was the greedy choice."""
+    """A language model in evaluation mode that returns the nats of labels and whether each was the greedy choice."""
 
     def __init__(
         self,
         language_model: CausalLM,
         *,
-        with_choices: bool = False,
+        with_greedy: bool = False,
         banned: Sequence[int] = (),
-        tried: CausalLM | None = None,
+        trial_model: CausalLM | None = None,
     ) -> None:
-        """Wrap a model; `tried` is its trial model from `trials.on_trial`, if there already is one."""
+        """Wrap a model; `trial_model` is from `trials.trial_model_of`, if one has been created already."""
         super().__init__()
         self.language_model = language_model.eval()
-        self.trunk, output_layer, vocabulary = _split_off_head(language_model, tried)
-        self.head = ScoringHead(output_layer, with_choices, banned, vocabulary)
+        self.trunk, output_layer, vocabulary = _split_off_head(language_model, trial_model)
+        self.head = ScoringHead(output_layer, with_greedy, banned, vocabulary)
 
     def pack(self) -> None:
         """Pack the weight matrices for inference on CPU, if the architecture is supported."""
@@ -58,7 +58,7 @@ class ScoringModel(nn.Module):
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
     ) -> Float32[Tensor, "quantity batch time"]:
-        """Return the nats of each label and, with choices, 1.0 if its logit is the largest.
+        """Return the nats of each label and, with_greedy, 1.0 if its logit is the largest.
 
         Args:
             input_ids: Tokens, rows padded on the right.
@@ -83,7 +83,7 @@ class ScoringHead(nn.Module):
     def __init__(
         self,
         output_layer: nn.Module | None,
-        with_choices: bool,
+        with_greedy: bool,
         banned: Sequence[int],
         vocabulary: VocabularyShard | None = None,
     ):
@@ -92,7 +92,7 @@ class ScoringHead(nn.Module):
         self.weight: Any = None if output_layer is None else output_layer.weight
         self.bias: Any = getattr(output_layer, "bias", None)
         self.packed: PackedLinear | None = None
-        self.with_choices = with_choices
+        self.with_greedy = with_greedy
         self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64), persistent=False)
 
     def forward(
@@ -103,13 +103,13 @@ class ScoringHead(nn.Module):
     ) -> Float32[Tensor, "quantity scored"]:
         """Return the quantities of ScoringModel; `banned` tokens cannot be the greedy choice where `is_first`."""
         num_logits = states.shape[1] if self.weight is None else len(self.weight)
-        quantities = torch.zeros(1 + self.with_choices, len(labels), device=labels.device)
+        quantities = torch.zeros(1 + self.with_greedy, len(labels), device=labels.device)
         for chunk in chunks(len(labels), num_logits, labels.device):
             logits = self._logits(states[chunk])
             nats = self.vocabulary.nats if self.vocabulary else token_nats
             quantities[0, chunk] = nats(logits, labels[chunk])
-            if self.with_choices:
-                quantities[1, chunk] = (self._choices(logits, is_first[chunk]) == labels[chunk]).float()
+            if self.with_greedy:
+                quantities[1, chunk] = (self._greedy_ids(logits, is_first[chunk]) == labels[chunk]).float()
         return quantities
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -119,13 +119,13 @@ class ScoringHead(nn.Module):
             return F.linear(states, self.weight[: self.vocabulary.end - self.vocabulary.begin])
         return states if self.weight is None else F.linear(states, self.weight, self.bias)
 
-    def _choices(self, logits: Tensor, is_first: Tensor) -> Tensor:
+    def _greedy_ids(self, logits: Tensor, is_first: Tensor) -> Tensor:
         shard = self.vocabulary or VocabularyShard(0, logits.shape[-1], is_sharded=False)
-        choices = shard.choices(logits)
+        greedy_ids = shard.greedy_ids(logits)
         if len(self.banned) and is_first.any():
             banned = self.banned[(self.banned >= shard.begin) & (self.banned < shard.end)] - shard.begin
-            choices[is_first] = shard.choices(logits[is_first].index_fill(-1, banned, -torch.inf))
-        return choices
+            greedy_ids[is_first] = shard.greedy_ids(logits[is_first].index_fill(-1, banned, -torch.inf))
+        return greedy_ids
 
 
 class MegatronTrunk(nn.Module):
@@ -162,7 +162,7 @@ class LogitsTrunk(nn.Module):
 
 
 def _split_off_head(
-    language_model: CausalLM, tried: CausalLM | None
+    language_model: CausalLM, trial_model: CausalLM | None
 ) -> tuple[nn.Module, nn.Module | None, VocabularyShard | None]:
     """Return the trunk, the output layer (None if the trunk returns logits) and the output layer's vocabulary shard."""
     if backend_of_model(language_model) == "megatron":
@@ -170,7 +170,7 @@ def _split_off_head(
     output_layer = language_model.get_output_embeddings()
     if type(output_layer) is nn.Linear and (trunk := fast_trunk(language_model)):
         return trunk, output_layer, None
-    if NatsModel(language_model, tried=tried).head is not None:
+    if NatsModel(language_model, trial_model=trial_model).head is not None:
         return AnyTrunk(language_model), output_layer, None
     return LogitsTrunk(language_model), None, None
 
@@ -194,14 +194,14 @@ class Scorer:
         with torch.no_grad():  # around the engine too, which otherwise expects a backward pass
             return self.model(input_ids, labels)
 
-    def ask(self, *, with_choices: bool, banned: Sequence[int] = ()) -> Scorer:
+    def configure(self, *, with_greedy: bool, banned: Sequence[int] = ()) -> Scorer:
         """Set which quantities later calls return, and return this scorer.
 
         Args:
-            with_choices: Return a second quantity, 1.0 if the label's logit is the largest.
+            with_greedy: Return a second quantity, 1.0 if the label's logit is the largest.
             banned: Token ids that cannot be the greedy choice at the first scored position of a row.
         """
-        self.head.with_choices = with_choices
+        self.head.with_greedy = with_greedy
         self.head.banned = torch.tensor(banned, dtype=torch.int64, device=self.head.banned.device)
         return self
 
@@ -214,7 +214,7 @@ def load_scoring_model(
     backend: Backend = "hugging-face",
     is_partitioned: bool = False,
 ) -> Scorer:
-    """Load a model for scoring; it returns nats only, until `ask` enables choices.
+    """Load a model for scoring; it returns nats only, until `configure` adds greedy choices.
 
     Args:
         source: Hub name, folder or GGUF file.
@@ -253,10 +253,10 @@ def load_scoring_model(
 
 def _tested_model(language_model: CausalLM) -> ScoringModel:
     """Return the scoring model of a language model after trials of its causality and batch invariance."""
-    with trials.on_trial(language_model) as tried:
-        trials.require_language_model(language_model, tried)
+    with trials.trial_model_of(language_model) as trial_model:
+        trials.require_language_model(language_model, trial_model)
     fuse_activations(language_model)
-    return ScoringModel(language_model, tried=tried)
+    return ScoringModel(language_model, trial_model=trial_model)
 
 
 def _load_megatron(source: str, dtype: torch.dtype, is_partitioned: bool) -> CausalLM:

@@ -35,7 +35,7 @@ label; the optional second is 1.0 if the label was the model's greedy choice.
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Negative log-likelihood of a text, and the figures derived from it.
+    """Negative log-likelihood of a text, and the results derived from it.
 
     Nats are finite. A perplexity is inf if it overflows a float, as the word perplexity of 10,000 tokens without white
     space, which are a single word.
@@ -49,8 +49,8 @@ class Score:
     """UTF-8 bytes of the original text."""
     token_nats: Float64[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
     """Nats of each token of the text, in order; 0.0 if a token is not scored."""
-    is_first_choice: Bool[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
-    """True at scored tokens that had the largest logit."""
+    is_greedy: Bool[np.ndarray, " tokens"] | None = field(default=None, repr=False, compare=False)
+    """True at scored tokens that were the model's greedy choice (argmax)."""
 
     def of(self, is_scored: Bool[np.ndarray, " tokens"]) -> Score:
         """Return the score of some of the text's tokens, without word and byte counts."""
@@ -157,7 +157,7 @@ def rows_of(
 
 
 def batches_of(rows: Sequence[Row], tokens_per_batch: int, rope_length_limit: int | None = None) -> list[list[Row]]:
-    """Group rows of similar shape into batches, the longest first, so that there is little padding.
+    """Group rows of one shape class into batches, the longest first, so that there is little padding.
 
     Batches depend only on the rows, not on the number of ranks, so the computed bits do not either.
 
@@ -167,16 +167,16 @@ def batches_of(rows: Sequence[Row], tokens_per_batch: int, rope_length_limit: in
         rope_length_limit: Rows up to this length never share a batch with longer rows (see rope.length_limit).
     """
 
-    def magnitude(row: Row) -> tuple[int, bool]:
-        # The last layer and the head compute as many columns as the row with most targets.
+    def shape_class(row: Row) -> tuple[int, bool]:
+        # Rows of one class share a batch. The last layer and the head compute as many columns as its most targets.
         return row.num_targets.bit_length(), rope_length_limit is not None and row.num_inputs > rope_length_limit
 
     def order(row: Row) -> tuple[int, bool, int]:
-        columns, is_longer = magnitude(row)
+        columns, is_longer = shape_class(row)
         return -columns, not is_longer, -row.num_inputs
 
     batches = []
-    for _, similar in groupby(sorted(rows, key=order), magnitude):
+    for _, similar in groupby(sorted(rows, key=order), shape_class):
         group = list(similar)
         while group:
             num_rows = max(1, tokens_per_batch // group[0].num_inputs)
@@ -207,7 +207,7 @@ def score(
     prefix_id: int | None = None,
     num_words: int | None = None,
     num_bytes: int | None = None,
-    is_counted: Bool[np.ndarray, " tokens"] | None = None,
+    is_included: Bool[np.ndarray, " tokens"] | None = None,
     name: str = "the text",
     store: BatchStore | None = None,
     rope_length_limit: int | None = None,
@@ -227,7 +227,7 @@ def score(
         prefix_id: The prefix token of `rows`.
         num_words: Words of the original text.
         num_bytes: UTF-8 bytes of the original text.
-        is_counted: Mask of the tokens that the caller's figures include; by default all.
+        is_included: Mask of the tokens that the caller's results include; by default all.
         name: The text and the model, for messages.
         store: Provides earlier finished batches, and receives new ones.
         rope_length_limit: Longest input whose rotary frequencies do not depend on its length (rope.length_limit).
@@ -235,12 +235,12 @@ def score(
 
     Raises:
         DataError: The text has no token to score.
-        NumericsError: Nats of a counted token are not finite; raised on all ranks.
+        NumericsError: Nats of an included token are not finite; raised on all ranks.
     """
     if not rows:
         num_documents = len(documents.document_offsets) - 1
         raise DataError(
-            f"{counted(num_documents, 'document')} without a token to score; give a text of two or more words."
+            f"{name} has no token to score in {counted(num_documents, 'document')}; give a text of two or more words."
         )
     batches = batches_of(rows, tokens_per_batch, rope_length_limit)
     values = np.zeros((2, int(documents.document_offsets[-1])))
@@ -260,12 +260,12 @@ def score(
         done += _num_inputs(batches, numbers)
         progress(done)
     # Each position is set on one rank and 0.0 on the others, so this sum is exact.
-    nats, choices = parallel.sum_over_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
+    nats, greedy = parallel.sum_over_ranks(torch.from_numpy(values).to(device)).cpu().numpy()
     num_scored_tokens = sum(row.num_targets for row in rows)
     require_finite_nats(
-        nats, documents.document_offsets, name=name, num_scored_tokens=num_scored_tokens, is_counted=is_counted
+        nats, documents.document_offsets, name=name, num_scored_tokens=num_scored_tokens, is_included=is_included
     )
-    return Score(math.fsum(nats), num_scored_tokens, num_words, num_bytes, nats, choices > 0)
+    return Score(math.fsum(nats), num_scored_tokens, num_words, num_bytes, nats, greedy > 0)
 
 
 def _rounds(numbers: list[int], size: int) -> Iterator[list[int]]:

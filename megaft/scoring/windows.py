@@ -1,4 +1,4 @@
-"""Sliding windows over a token list: the tokens that each forward pass reads, and those that it scores."""
+"""Sliding windows over a token list: the input tokens of each forward pass, and those that it scores."""
 
 from __future__ import annotations
 

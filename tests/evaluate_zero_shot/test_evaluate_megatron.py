@@ -88,7 +88,7 @@ def quantities(models, backend, batch):
     found = {}
     for name, source in models.items():
         scorer = load_scoring_model(str(source), dtype=torch.float32, device=torch.device("cpu"), backend=backend)
-        found[name] = scorer.num_parameters, scorer.ask(with_choices=True, banned=BANNED)(*batch).tolist()
+        found[name] = scorer.num_parameters, scorer.configure(with_greedy=True, banned=BANNED)(*batch).tolist()
     return found
 
 
@@ -99,7 +99,7 @@ def of_a_part(models, batch):
     parallel.join(parallel.discover(os.environ))
     parallel.start_tensor_parallelism(2)
     begin, end = ((0, 51), (51, 101))[parallel.rank()]
-    words = VocabularyShard(begin, end, is_sharded=True).choices(equal_logits()[:, begin:end]).tolist()
+    words = VocabularyShard(begin, end, is_sharded=True).greedy_ids(equal_logits()[:, begin:end]).tolist()
     found = quantities(models, "megatron", batch)
     parallel.leave()
     return found, words

@@ -48,8 +48,8 @@ def cached(model):
     return CachedModel(model, exact_cache(model))
 
 
-def continuation(reader, prompt, num_tokens):
-    return list(continue_tokens(reader, prompt, max_new_tokens=num_tokens, settings=SETTINGS, seed=0))
+def continuation(decoder, prompt, num_tokens):
+    return list(continue_tokens(decoder, prompt, max_new_tokens=num_tokens, settings=SETTINGS, seed=0))
 
 
 @torch.no_grad()
@@ -70,10 +70,10 @@ def brute_force(model, prompt, num_tokens, limit=10**9):
 def test_every_family_continues_as_without_a_cache(name):
     model_type, settings, cache = FAMILIES[name]
     model = make(model_type, settings)
-    reader = cached(model)
-    assert reader.cache_name == cache
-    assert continuation(reader, [5, 9, 11], 20) == brute_force(model, [5, 9, 11], 20)
-    assert continuation(reader, [7], 5) == brute_force(model, [7], 5)  # another text begins anew
+    decoder = cached(model)
+    assert decoder.cache_name == cache
+    assert continuation(decoder, [5, 9, 11], 20) == brute_force(model, [5, 9, 11], 20)
+    assert continuation(decoder, [7], 5) == brute_force(model, [7], 5)  # another text starts fresh
 
 
 def forgetful(cache):
@@ -97,9 +97,9 @@ def test_a_cache_that_is_not_exact_is_not_used(harm):
             logits=output.logits, past_key_values=output.past_key_values and harm(output.past_key_values)
         )
     )
-    reader = cached(model)
-    assert reader.cache_name is None
-    assert continuation(reader, [5, 9, 11], 20) == expected
+    decoder = cached(model)
+    assert decoder.cache_name is None
+    assert continuation(decoder, [5, 9, 11], 20) == expected
 
 
 def test_a_token_that_the_model_rules_out_hides_no_inexact_cache():
@@ -127,9 +127,9 @@ def test_longrope_reads_the_text_anew_where_its_frequencies_change(prompt_tokens
     }
     model = make("phi3", settings)
     prompt = [(7 * number) % 61 for number in range(prompt_tokens)]
-    reader = cached(model)
-    assert reader.cache_name == "past_key_values"
-    assert continuation(reader, prompt, 60) == brute_force(model, prompt, 60, limit=40)  # through both and back
+    decoder = cached(model)
+    assert decoder.cache_name == "past_key_values"
+    assert continuation(decoder, prompt, 60) == brute_force(model, prompt, 60, limit=40)  # through both and back
 
 
 def test_longrope_equals_transformers_generate_through_the_change():
@@ -151,19 +151,19 @@ def test_longrope_equals_transformers_generate_through_the_change():
 def test_dynamic_scaling_has_other_frequencies_at_every_length():
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = make("llama", LLAMA | {"rope_parameters": rope, "max_position_embeddings": 16})
-    reader = cached(model)
-    reader.max_positions = 32  # it is made to be used beyond
-    assert continuation(reader, [5, 9, 11], 25) == brute_force(model, [5, 9, 11], 25)
+    decoder = cached(model)
+    decoder.max_positions = 32  # it is made to be used beyond
+    assert continuation(decoder, [5, 9, 11], 25) == brute_force(model, [5, 9, 11], 25)
 
 
 def test_a_change_of_length_reads_once():
     model = make("phi3", LLAMA | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16})
-    reader = cached(model)
+    decoder = cached(model)
     lengths = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    continuation(reader, list(range(1, 15)), 6)
+    continuation(decoder, list(range(1, 15)), 6)
     assert lengths == [14, 1, 1, 17, 1, 1]
 
 

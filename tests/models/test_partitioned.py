@@ -15,7 +15,7 @@ from megaft.base.errors import ConfigError, DataError
 from megaft.config.train import LoraConfig, ModelConfig
 from megaft.models import hugging_face, trials
 from megaft.weights.loading.causal_lm import vocab_size
-from megaft.weights.loading.stand_in import is_partitioned
+from megaft.weights.loading.trial_model import is_partitioned
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from megaft.models.rope import length_limit
 from megaft.scoring.model import ScoringModel
 from megaft.scoring.score import rows_of, score
 from megaft.scoring.windows import windows
-from megaft.weights.loading.stand_in import add_noise
+from megaft.weights.loading.trial_model import add_noise
 
 SWITCH, CONTEXT = 70, 100
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.1, 4.0, 20.0, 60.0]}

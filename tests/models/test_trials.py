@@ -15,7 +15,7 @@ from megaft.models import trials
 from megaft.run.model import nats_model
 from megaft.scoring.model import load_scoring_model
 from megaft.weights.loading import pretrained
-from megaft.weights.loading.stand_in import stand_in
+from megaft.weights.loading.trial_model import create_trial_model
 
 CPU = torch.device("cpu")
 GEMMA3 = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -56,7 +56,7 @@ def test_partitioned_models_are_tried_on_the_host(monkeypatch):
     assert trials.head_is_linear(model)
 
 
-def test_the_output_layer_of_half_precision_is_tried_on_the_stand_in(monkeypatch):
+def test_the_output_layer_of_half_precision_is_tried_on_the_trial_model(monkeypatch):
     """The model itself in float32 would take twice its memory."""
     model = new_model("llama", {}).bfloat16()
     monkeypatch.setattr(model, "forward", None)
@@ -90,14 +90,14 @@ def test_weights_of_zero_hide_nothing():
 
 def test_a_window_wider_than_the_trial_is_made_short():
     """Its window of 512 tokens would hide the influence of tokens beyond it."""
-    small = stand_in(new_model("gemma3_text", GEMMA3 | {"sliding_window": 512}))
-    assert small.config.sliding_window == 16
-    assert trials.trial_length(small) > 2 * 8
+    trial_model = create_trial_model(new_model("gemma3_text", GEMMA3 | {"sliding_window": 512}))
+    assert trial_model.config.sliding_window == 16
+    assert trials.trial_length(trial_model) > 2 * 8
 
 
 @pytest.mark.parametrize(("num_layers", "is_made"), [(2, True), (40, False)])
 def test_a_stand_in_of_all_layers_is_small(monkeypatch, num_layers, is_made):
-    """A layer of the stand-in has about 5 million parameters, with feed-forward width reduced to 256."""
+    """A layer of the trial model has about 5 million parameters, with feed-forward width reduced to 256."""
 
     def fail(text):
         raise ValueError("this configuration cannot be cut.")
@@ -105,15 +105,15 @@ def test_a_stand_in_of_all_layers_is_small(monkeypatch, num_layers, is_made):
     config = make_config("llama", LLAMA | {"hidden_size": 1024, "num_hidden_layers": num_layers, "head_dim": 256})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    monkeypatch.setattr("megaft.weights.loading.stand_in._with_few_layers", fail)
-    assert (stand_in(model) is not None) is is_made
+    monkeypatch.setattr("megaft.weights.loading.trial_model._with_few_layers", fail)
+    assert (create_trial_model(model) is not None) is is_made
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_stand_in_reads_no_setting_that_transformers_warns_of(name, monkeypatch):
     warnings = []
     monkeypatch.setattr("transformers.configuration_utils.logger.warning_once", warnings.append)
-    assert stand_in(make_model(name)) is not None
+    assert create_trial_model(make_model(name)) is not None
     assert warnings == []
 
 
@@ -144,7 +144,7 @@ def test_rows_that_depend_on_each_other_are_seen(monkeypatch):
     assert trials.is_batch_invariant(model)
     assert trials.is_causal(Mixing(model))
     assert not trials.is_batch_invariant(Mixing(model))
-    monkeypatch.setattr(trials, "stand_in", lambda model: None)  # try the model itself
+    monkeypatch.setattr(trials, "create_trial_model", lambda model: None)  # try the model itself
     with pytest.raises(DataError, match=r"micro-batch size"):
         trials.require_language_model(Mixing(model))
 
@@ -174,8 +174,8 @@ def test_a_token_that_the_model_rules_out_hides_nothing(lowest):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_no_influence(monkeypatch, dtype):
-    """Without a stand-in the model itself is tested, in float32: its own precision rounds as much as an influence."""
-    monkeypatch.setattr(trials, "stand_in", lambda model: None)
+    """Without a trial model the model itself is tested in float32: half precision rounds as much as an influence."""
+    monkeypatch.setattr(trials, "create_trial_model", lambda model: None)
     model = tiny_model(tiny_config("llama", {})).to(dtype)
     assert not trials.is_causal(model)  # by its own rounding
     model.lm_head.float()  # as transformers keeps some layers
@@ -187,14 +187,14 @@ def test_rounding_is_no_influence(monkeypatch, dtype):
         trials.require_language_model(tiny_model(tiny_config("xlm", {"causal": False})).to(dtype))
 
 
-# One stand-in for all trials of a run
+# One trial model for all trials of a run
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """Models for which a stand-in was created."""
+    """Models for which a trial model was created."""
     made = []
-    monkeypatch.setattr(trials, "stand_in", lambda model: made.append(model) or stand_in(model))
+    monkeypatch.setattr(trials, "create_trial_model", lambda model: made.append(model) or create_trial_model(model))
     return made
 
 

@@ -153,7 +153,7 @@ def difference_of_logits(folder):
     tokens = [*range(1, 20)]
     reference = logits_of(AutoModelForCausalLM.from_pretrained(folder), torch.tensor([tokens]))[0, -1]
     with torch.no_grad():
-        found = load_cached_shard(str(folder), torch.float32, torch.device("cpu")).read(tokens, 0)
+        found = load_cached_shard(str(folder), torch.float32, torch.device("cpu")).forward(tokens, 0)
     return float((found - reference).abs().max())
 
 

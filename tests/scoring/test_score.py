@@ -297,11 +297,11 @@ def test_nats_that_are_not_finite_are_refused(documents, said, value):
 def test_a_token_that_does_not_count_may_be_infinite():
     """Like a token of a prompt that the model never generates."""
     text = Text([2, BAD_TOKEN, 3, 4])
-    is_counted = np.array([False, False, True, True])
-    whole = run(model_with(math.inf), text, prefix_id=PREFIX, is_counted=is_counted)
-    assert whole.of(is_counted).nats == 2.0
+    is_included = np.array([False, False, True, True])
+    whole = run(model_with(math.inf), text, prefix_id=PREFIX, is_included=is_included)
+    assert whole.of(is_included).nats == 2.0
     with pytest.raises(NumericsError, match="1 of 4 scored tokens"):
-        run(model_with(math.inf), text, prefix_id=PREFIX, is_counted=~is_counted)
+        run(model_with(math.inf), text, prefix_id=PREFIX, is_included=~is_included)
 
 
 def test_batches_that_are_not_finite_are_not_kept():
@@ -348,7 +348,7 @@ def test_a_model_that_returns_nats_scores_the_same(gpt2):
 
 
 def test_a_text_without_a_target_is_refused(gpt2):
-    with pytest.raises(DataError, match="2 documents without"):
+    with pytest.raises(DataError, match="2 documents"):
         run(gpt2, Text([3], []))
 
 

@@ -94,7 +94,7 @@ def test_choices_are_the_largest_logits(name, changes, trunk, monkeypatch):
     choices = logits_of(model, inputs).argmax(-1)
     is_scored = labels != IGNORE_INDEX
     labels[:, ::2] = torch.where(is_scored, choices, labels)[:, ::2]  # about half of them right
-    quantities = ScoringModel(model, with_choices=True)(inputs, labels)
+    quantities = ScoringModel(model, with_greedy=True)(inputs, labels)
     assert torch.equal(quantities[1], (choices == labels).float())
     assert 0 < quantities[1].sum() < is_scored.sum()
     torch.testing.assert_close(quantities[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0)
@@ -113,8 +113,8 @@ def test_banned_tokens_are_no_first_choice():
         expected[place] = allowed.argmax()
     is_scored = labels != IGNORE_INDEX
     labels = torch.where(is_scored, expected, labels)
-    free = ScoringModel(model, with_choices=True)(inputs, labels)
-    filtered = ScoringModel(model, with_choices=True, banned=banned)(inputs, labels)
+    free = ScoringModel(model, with_greedy=True)(inputs, labels)
+    filtered = ScoringModel(model, with_greedy=True, banned=banned)(inputs, labels)
     assert torch.equal(filtered[1], is_scored.float())
     assert torch.equal(free[1], (is_scored & (best == expected)).float())
     assert torch.equal(filtered[0], free[0])
@@ -126,9 +126,9 @@ def test_the_first_of_equal_logits_is_the_choice():
         model.get_output_embeddings().weight.zero_()
     labels = torch.tensor([[0, 1, 0, IGNORE_INDEX], [2, 3, 0, 0]])
     inputs = torch.zeros_like(labels)
-    flags = ScoringModel(model, with_choices=True)(inputs, labels)[1]
+    flags = ScoringModel(model, with_greedy=True)(inputs, labels)[1]
     assert flags.tolist() == [[1, 0, 1, 0], [0, 0, 1, 1]]
-    flags = ScoringModel(model, with_choices=True, banned=[0, 1])(inputs, labels)[1]
+    flags = ScoringModel(model, with_greedy=True, banned=[0, 1])(inputs, labels)[1]
     assert flags.tolist() == [[0, 0, 1, 0], [1, 0, 1, 1]]
 
 
@@ -270,7 +270,7 @@ def test_a_trained_model_on_real_text(trained):
     ids = torch.tensor(AutoTokenizer.from_pretrained(trained)(TEXT * 3)["input_ids"]).unsqueeze(0)
     inputs, labels = ids[:, :-1], ids[:, 1:].clone()
     labels[:, :-20] = IGNORE_INDEX
-    scorer = load_scoring_model(trained, dtype=torch.float32, device=CPU).ask(with_choices=True)
+    scorer = load_scoring_model(trained, dtype=torch.float32, device=CPU).configure(with_greedy=True)
     quantities = scorer(inputs, labels)
     torch.testing.assert_close(quantities[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0)
     assert torch.equal(quantities[1], (logits_of(model, inputs).argmax(-1) == labels).float())
@@ -310,7 +310,7 @@ def score_partitioned(models):
     device = parallel.join(parallel.discover(os.environ))
     results = []
     for source, dtype in models:
-        scorer = load_scoring_model(source, dtype=dtype, device=device, is_partitioned=True).ask(with_choices=True)
+        scorer = load_scoring_model(source, dtype=dtype, device=device, is_partitioned=True).configure(with_greedy=True)
         parameters = list(scorer.model.module.parameters())
         held = sum(parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in parameters)
         gathered = sum(parameter.numel() for parameter in parameters)
@@ -331,7 +331,7 @@ def test_three_ranks_with_a_third_each_score_as_one_with_all(trained, tmp_path, 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have
     for (source, dtype), *results in zip(models, *ranks, strict=True):
-        scorer = load_scoring_model(source, dtype=dtype, device=CPU).ask(with_choices=True)
+        scorer = load_scoring_model(source, dtype=dtype, device=CPU).configure(with_greedy=True)
         for rank, (held, gathered, num_parameters, quantities) in enumerate(results):
             assert num_parameters == scorer.num_parameters
             assert gathered == 0  # straight after loading

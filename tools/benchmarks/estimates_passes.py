@@ -91,7 +91,7 @@ def _kernels_of_cuda() -> Iterator[None]:
         patch.object(F, "dropout", _drop),
         patch.object(F, "rms_norm", lambda states, shape, weight=None, eps=None: F.layer_norm(states, shape, weight)),
         patch.object(Attention, "_dropped", lambda self, attend, device: attend()),
-        patch.object(trials, "head_is_linear", lambda model, tried=None: True),
+        patch.object(trials, "head_is_linear", lambda model, trial_model=None: True),
         patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None),
         patch.dict(loss.CHUNK_BYTES, cpu=loss.CHUNK_BYTES["cuda"]),
     ):

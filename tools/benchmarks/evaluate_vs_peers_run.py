@@ -70,7 +70,7 @@ def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
     tokenizer = load_tokenizer(config.model[0])
     subject = load(config.model[0], tokenizer, config, "hugging-face", torch.device(case.device))
     ids = torch.zeros(1, 8, dtype=torch.int64, device=case.device)
-    subject.scorer.ask(with_choices=False, banned=())(ids, ids)  # warm-up, as the others have
+    subject.scorer.configure(with_greedy=False, banned=())(ids, ids)  # warm-up, as the others have
 
     def run() -> Found:
         data = find_all_data(config, {})[case.task, case.protocol]

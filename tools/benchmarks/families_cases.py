@@ -97,10 +97,10 @@ def scores(folder: str, saved: Any) -> None:
 @torch.no_grad()
 def generates(folder: str, saved: Any) -> None:
     """Compare greedy tokens with those of forward passes over the whole text, without a cache."""
-    reader: Any = load_cached_model(folder, torch.float32)
+    decoder: Any = load_cached_model(folder, torch.float32)
     prompt = tokens_of(saved, 6).tolist()
     greedy = SamplingConfig(temperature=0)
-    found = list(continue_tokens(reader, prompt, max_new_tokens=30, settings=greedy, seed=0))
+    found = list(continue_tokens(decoder, prompt, max_new_tokens=30, settings=greedy, seed=0))
     expected = list(prompt)
     for _ in range(30):
         logits = saved(input_ids=torch.tensor([expected]), use_cache=False).logits[0, -1]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megaft.weights.loading.stand_in import STAND_IN_ERRORS, add_noise, num_parameters
+from megaft.weights.loading.trial_model import TRIAL_ERRORS, add_noise, num_parameters
 
 WORDS, LAYERS, WIDTH, HEADS, LARGEST = 96, 2, 32, 4, 20_000_000
 
@@ -243,7 +243,7 @@ def _settings_of(config_class: Any) -> dict[str, Any]:
     """Return the default settings, also under the attribute names that all families share."""
     try:
         known = config_class().to_dict()
-    except STAND_IN_ERRORS:  # its defaults alone are not a valid configuration
+    except TRIAL_ERRORS:  # its defaults alone are not a valid configuration
         known = dict.fromkeys(SMALL)
     aliases = getattr(config_class, "attribute_map", {})
     return {alias: known[name] for alias, name in aliases.items() if name in known} | known

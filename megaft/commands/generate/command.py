@@ -19,7 +19,7 @@ from megaft.weights.folder import model_source
 if TYPE_CHECKING:
     from megaft.base.parallel import Topology
     from megaft.commands.generate.prompts import Prompt
-    from megaft.commands.generate.sampling import Reader
+    from megaft.commands.generate.sampling import Decoder
     from megaft.data.tokenizer import AnyTokenizer
 
 
@@ -44,7 +44,7 @@ def generate(config: GenerateConfig, source: str, load: Callable[[str, Any], Any
     Args:
         config: The settings.
         source: Folder, file or hub name of the model.
-        load: Returns the model as sampling.Reader; called with `source` and torch's dtype once the prompts are valid.
+        load: Returns the model as a sampling.Decoder; called with `source` and the dtype once the prompts are valid.
     """
     import torch
 
@@ -75,7 +75,7 @@ def _prompts(config: GenerateConfig, tokenizer: AnyTokenizer) -> list[Prompt]:
     ]
 
 
-def _require_fits(model: Reader, prompt: Prompt) -> None:
+def _require_fits(model: Decoder, prompt: Prompt) -> None:
     """Raise DataError for a token that the model does not embed; warn of a prompt longer than its context."""
     from megaft.base import parallel
 
@@ -104,14 +104,14 @@ def load_cached_model(source: str, dtype: Any) -> Any:
     import torch
 
     from megaft.models.generation import CachedModel, exact_cache
-    from megaft.models.trials import on_trial, require_causal
+    from megaft.models.trials import require_causal, trial_model_of
     from megaft.weights.loading.pretrained import load_language_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     language_model = load_language_model(source, dtype, setting="--model").eval()
-    with on_trial(language_model) as tried:
-        require_causal(language_model, tried)  # before it takes memory of the GPU
-    cache_name = exact_cache(language_model.to(device), tried)
+    with trial_model_of(language_model) as trial_model:
+        require_causal(language_model, trial_model)  # before it takes memory of the GPU
+    cache_name = exact_cache(language_model.to(device), trial_model)
     if cache_name is None:
         print(
             f"warning: {source} has no exact cache of what it read; each token takes a pass over the whole text.",
@@ -137,9 +137,9 @@ def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: A
 
 
 def continue_prompt(
-    model: Reader, tokenizer: AnyTokenizer, prompt: Prompt, end_ids: frozenset[int], config: GenerateConfig
+    model: Decoder, tokenizer: AnyTokenizer, prompt: Prompt, end_ids: frozenset[int], config: GenerateConfig
 ) -> dict[str, Any]:
-    """Return the continuation's text, tokens and speed; its seconds include reading the prompt."""
+    """Return the continuation's text, tokens and speed; its seconds include processing the prompt."""
     from megaft.commands.generate.sampling import continue_tokens
 
     begin = time.perf_counter()

@@ -61,7 +61,7 @@ def filters(settings: SamplingConfig) -> LogitsProcessorList:
 
 
 @runtime_checkable
-class Reader(Protocol):
+class Decoder(Protocol):
     """Interface for incremental decoding: a language model in evaluation mode, with its KV or state cache."""
 
     max_positions: int | None
@@ -69,19 +69,19 @@ class Reader(Protocol):
     vocab_size: int
     """Number of tokens that the model embeds."""
 
-    def read(self, token_ids: Sequence[int], num_read: int) -> Float[Tensor, " vocab"]:
-        """Read more of a text, and return the logits after its last token.
+    def forward(self, token_ids: Sequence[int], num_past: int) -> Float[Tensor, " vocab"]:
+        """Process the next tokens of a text, and return the logits after the last.
 
         Args:
             token_ids: The next tokens: any number at the start of a text, later a single one.
-            num_read: Tokens of this text that have been read; 0 starts a new text.
+            num_past: Tokens of this text that were processed before; 0 starts a new text.
         """
         ...
 
 
 @torch.no_grad()
 def continue_tokens(
-    model: Reader,
+    model: Decoder,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -92,9 +92,9 @@ def continue_tokens(
 ) -> Iterator[int]:
     """Yield new tokens up to and including one of `end_ids`, or until there are `max_new_tokens`.
 
-    Each token is read once. When the context is full, the older half of the tokens is dropped and the newer half is
-    read again at positions from 0, so a text can be longer than the model's context. If the prompt is longer than the
-    context, only its last tokens are read. The opening tokens always stay in front.
+    Each token is processed once. When the context is full, the older half of the tokens is dropped and the newer half
+    is processed again at positions from 0, so a text can be longer than the model's context. If the prompt is longer
+    than the context, only its last tokens are used. The opening tokens always stay in front.
 
     Args:
         model: The model. If it is sharded, every rank calls this and gets the same tokens.
@@ -109,14 +109,14 @@ def continue_tokens(
     limit = model.max_positions or sys.maxsize
     opening = list(prompt_ids[:num_opening]) if num_opening < limit else []
     limit -= len(opening)
-    ids, num_read = list(prompt_ids), 0
+    ids, num_past = list(prompt_ids), 0
     begin = max(len(opening), len(ids) - limit)
     for _ in range(max_new_tokens):
         if len(ids) - begin > limit:
-            begin, num_read = len(ids) - (limit + 1) // 2, 0
-        window = opening + ids[begin:] if num_read == 0 else ids[begin + num_read - len(opening) :]
-        logits = model.read(window, num_read)
-        num_read = len(opening) + len(ids) - begin
+            begin, num_past = len(ids) - (limit + 1) // 2, 0
+        window = opening + ids[begin:] if num_past == 0 else ids[begin + num_past - len(opening) :]
+        logits = model.forward(window, num_past)
+        num_past = len(opening) + len(ids) - begin
         ids.append(next_token(logits, ids, settings, generator))
         yield ids[-1]
         if ids[-1] in end_ids:

@@ -23,15 +23,15 @@ from megaft.weights.loading.gguf_settings import require_all_weights_loaded, req
 from megaft.weights.loading.loading_report import without_report_table
 from megaft.weights.loading.padding_tokens import attend_to_padding_tokens
 from megaft.weights.loading.size_limit import MemoryBudget, Size, no_larger_than, no_larger_than_memory
-from megaft.weights.loading.stand_in import STAND_IN_ERRORS
 from megaft.weights.loading.stored_weights import freeze_as_constructed, keeping_stored_weights
 from megaft.weights.loading.text_model import require_causal_class
+from megaft.weights.loading.trial_model import TRIAL_ERRORS
 from megaft.weights.loading.weight_files import require_complete, require_not_quantized, require_weights, untied_weights
 
 MODEL_SETTING = "--model.path"
 """Training's setting for the model."""
 
-LOAD_ERRORS = (*STAND_IN_ERRORS, OSError, ImportError, MemoryError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (*TRIAL_ERRORS, OSError, ImportError, MemoryError, SafetensorError, UnpicklingError)
 """Exceptions of transformers for a model it cannot load or an invalid config.json."""
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from megaft.weights.loading.replaced import replaced
-from megaft.weights.loading.stand_in import keeping_random_states
+from megaft.weights.loading.trial_model import keeping_random_states
 
 ZEROES_PADDING = ("youtu",)
 """Families whose embedding's padding row transformers sets to zero at every load."""

@@ -178,13 +178,13 @@ def overflowing():
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "trial",
     [
         pytest.param(exact_cache, id="not a cache that is not exact"),
         pytest.param(require_language_model, id="not a model that attends to later tokens"),
     ],
 )
-def test_logits_that_are_not_finite_are_named_as_such(overflowing, monkeypatch, ask):
-    monkeypatch.setattr("megaft.models.trials.stand_in", lambda model: None)  # try the model itself
+def test_logits_that_are_not_finite_are_named_as_such(overflowing, monkeypatch, trial):
+    monkeypatch.setattr("megaft.models.trials.create_trial_model", lambda model: None)  # try the model itself
     with pytest.raises(NumericsError, match=r"logits .*not finite"):
-        ask(overflowing)
+        trial(overflowing)

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from megaft.base.errors import DataError
 from megaft.models import trials
 from megaft.weights.loading.pretrained import load_language_model
-from megaft.weights.loading.stand_in import stand_in
 from megaft.weights.loading.text_model import keep_composite_config
+from megaft.weights.loading.trial_model import create_trial_model
 from megaft.weights.reading import open_weights
 
 
@@ -23,9 +23,9 @@ def folder(request, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["emu3", "mllama"], indirect=True)
-def test_the_text_model_is_tried_on_a_stand_in(folder):
+def test_the_text_model_has_a_trial_model(folder):
     model = load_language_model(str(folder))
-    assert isinstance(stand_in(model), type(model))
+    assert isinstance(create_trial_model(model), type(model))
     trials.require_language_model(model)
 
 

@@ -1,4 +1,4 @@
-"""Small random models of a family (stand-ins), for run-time checks of models that are too large or already sharded."""
+"""Trial models: small random models of a family, to test at run time what is too large or already sharded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from megaft.weights.loading.causal_lm import CausalLM
 from megaft.weights.loading.padding_tokens import attend_to_padding_tokens
 
-STAND_IN_ERRORS = (
+TRIAL_ERRORS = (
     AssertionError,
     AttributeError,
     IndexError,
@@ -31,13 +31,13 @@ STAND_IN_ERRORS = (
 """Exceptions of a family's modules for unsupported configurations or inputs."""
 
 VOCAB_SIZE = 64
-"""Vocabulary size of a stand-in."""
+"""Vocabulary size of a trial model."""
 
 MOST_PARAMETERS = 50_000_000
-"""Largest stand-in with the model's own number of layers and experts: 0.2 GB, built in a second."""
+"""Largest trial model with the model's own number of layers and experts: 0.2 GB, built in a second."""
 
 MOST_OF_FEW_LAYERS = 2_000_000_000
-"""Largest stand-in with the model's width and one layer of each kind: 8 GB, for a width of 20,480."""
+"""Largest trial model with the model's width and one layer of each kind: 8 GB, for a width of 20,480."""
 
 SHORT_BLOCKS = dict.fromkeys(
     (
@@ -50,7 +50,7 @@ SHORT_BLOCKS = dict.fromkeys(
     ),
     16,
 )
-"""Windows and blocks that a stand-in shortens, so that a short text exceeds them."""
+"""Windows and blocks that a trial model shortens, so that a short text exceeds them."""
 
 FEW_EXPERTS = {"num_experts": 16, "num_local_experts": 16, "n_routed_experts": 16, "moe_num_experts": 16}
 NARROW = {"intermediate_size": 256, "moe_intermediate_size": 64, "ffn_hidden_size": 256, "n_inner": 256}
@@ -69,7 +69,7 @@ def keeping_random_states() -> AbstractContextManager[None]:
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
-def stand_in(model: CausalLM) -> CausalLM | None:
+def create_trial_model(model: CausalLM) -> CausalLM | None:
     """Return a small random model of a model's family, or None if none runs.
 
     It has the model's width and switches, a small vocabulary, short windows, and the first layers up to one of each
@@ -84,11 +84,11 @@ def stand_in(model: CausalLM) -> CausalLM | None:
             try:
                 if num_parameters(config, make) > most_parameters:
                     continue
-                small = make(config, dtype=torch.float32, attn_implementation=attention)
-                add_noise(attend_to_padding_tokens(small)).eval()(input_ids=ids, use_cache=False)
-            except STAND_IN_ERRORS:
+                trial_model = make(config, dtype=torch.float32, attn_implementation=attention)
+                add_noise(attend_to_padding_tokens(trial_model)).eval()(input_ids=ids, use_cache=False)
+            except TRIAL_ERRORS:
                 continue
-            return small
+            return trial_model
     return None
 
 
@@ -111,7 +111,7 @@ def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterato
             make(text)
             if num_parameters(small, make_model) > MOST_PARAMETERS:
                 _lower(text, FEW_EXPERTS | NARROW)
-        except STAND_IN_ERRORS:
+        except TRIAL_ERRORS:
             continue
         yield small, most_parameters
 
@@ -150,7 +150,7 @@ def _read(text: Any, name: str) -> Any:
         return None
     try:
         return getattr(text, name)
-    except STAND_IN_ERRORS:  # a property that fails for this configuration
+    except TRIAL_ERRORS:  # a property that fails for this configuration
         return None
 
 
