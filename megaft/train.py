@@ -119,7 +119,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
                 # tokens instead.
                 engine.backward(batch_nats * (parallel.data_parallel_size() / num_scored), scale_wrt_gas=False)
                 # The optimizer steps on the last micro-batch only.
-                grad_norm = engine_state.step(engine, accepts if guard.decides_before_the_step else None)
+                grad_norm = engine_state.step(engine, accepts if guard.needs_norm_before_update else None)
             tokens_seen = tokens_seen + num_scored
             state = replace(
                 state,
@@ -144,7 +144,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
             is_last = state.step == max_steps
             validates = validation is not None and (is_last or is_due(state.step, config.run.validate_every))
             saves = request or is_last or is_due(state.step, config.checkpoint.every)
-            if validates or saves or guard.decides_before_the_step:
+            if validates or saves or guard.needs_norm_before_update:
                 rows += metrics.drain()  # all steps are judged, in order, before the run validates or saves
             newest_step = state.step
             for bad_step in guard.judge(rows):

@@ -216,7 +216,7 @@ def refresh(engine) -> None:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def step(engine, is_wanted: Callable[[float], bool] | None = None) -> float | Tensor | None:
+def step(engine, accepts: Callable[[float], bool] | None = None) -> float | Tensor | None:
     """Take the engine's step; return the norm of the global batch's gradient before clipping.
 
     Returns None before the last micro-batch of a step, because the engine then only counts it. At stage 0 DeepSpeed
@@ -224,7 +224,7 @@ def step(engine, is_wanted: Callable[[float], bool] | None = None) -> float | Te
 
     Args:
         engine: The engine, after its backward pass.
-        is_wanted: Called with the norm before the update; if it returns False, weights stay and the step is skipped.
+        accepts: Called with the norm before the update; if it returns False, weights stay and the step is skipped.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
@@ -234,10 +234,10 @@ def step(engine, is_wanted: Callable[[float], bool] | None = None) -> float | Te
     def norm() -> Any:
         return _agreed(engine.optimizer._global_grad_norm if full_norm is None else full_norm)
 
-    if is_wanted is None:
+    if accepts is None:
         engine.step()
     else:
-        _step_if(engine, cache(lambda: is_wanted(float(norm()))))
+        _step_if(engine, cache(lambda: accepts(float(norm()))))
     return norm()
 
 
@@ -257,17 +257,17 @@ def _agreed(norm: float | Tensor | None) -> float | Tensor | None:
     return parallel.broadcast_from_main(torch.as_tensor(norm))
 
 
-def _step_if(engine, is_wanted: Callable[[], bool]) -> None:
+def _step_if(engine, accepts: Callable[[], bool]) -> None:
     """Take the engine's step, updating weights only if wanted; under ZeRO the optimizer steps once per group."""
     optimizer = inner_optimizer(engine)
     original_step = optimizer.step
-    vars(optimizer)["step"] = lambda *args, **kwargs: original_step(*args, **kwargs) if is_wanted() else None
+    vars(optimizer)["step"] = lambda *args, **kwargs: original_step(*args, **kwargs) if accepts() else None
     skipped_before = engine.skipped_steps
     try:
         engine.step()
     finally:
         del vars(optimizer)["step"]
-    if engine.skipped_steps == skipped_before and not is_wanted():
+    if engine.skipped_steps == skipped_before and not accepts():
         engine.skipped_steps += 1
 
 

@@ -46,8 +46,9 @@ class Verified:
 
     def __str__(self) -> str:
         return (
-            "Before it was published, plain transformers loaded it and reproduced the trained model's nats on "
-            f"{self.num_tokens} held-out tokens: {self.exported:.6f} per token, the trained model {self.trained:.6f}."
+            "Before it was published, plain transformers loaded it and scored "
+            f"{self.num_tokens} held-out tokens at {self.exported:.6f} nats per token; the trained model had "
+            f"{self.trained:.6f}."
         )
 
 

@@ -29,11 +29,11 @@ from megaft.weights.manifest import published, read_manifest, verify
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """The checkpoint to resume from, and the damaged ones that were skipped."""
+    """The checkpoint to resume from, and the damaged ones that were passed over."""
 
     folder: Path | None
     """None for a new run."""
-    skipped: tuple[tuple[str, str], ...]
+    damaged: tuple[tuple[str, str], ...]
     """Name and defect of every damaged checkpoint, and of a wrong `latest` pointer."""
 
 
@@ -45,24 +45,24 @@ def find(run_dir: Path) -> ResumePoint:
     Raises:
         CheckpointError: There are checkpoints, or a `latest` pointer, but no checkpoint is valid.
     """
-    folder, skipped = run_dir / "checkpoints", []
+    folder, damaged = run_dir / "checkpoints", []
     candidates = published(folder) if parallel.is_main() else []
     while name := agreed(candidates.pop().name if candidates else ""):
         reason = agreed(_damage(folder / name))
         if not reason:
             break
-        skipped.append((name, reason))
+        damaged.append((name, reason))
     if defect := agreed(_defect_of_latest(folder, name)):
-        skipped.append(("latest", defect))
+        damaged.append(("latest", defect))
     if parallel.is_main():
-        for skipped_name, reason in skipped:
-            print(f"skipped {skipped_name}: {reason}", flush=True)
-    if skipped and not name:
-        newest = ": ".join(skipped[0])
+        for damaged_name, reason in damaged:
+            print(f"warning: {folder / damaged_name} is not used: {reason}", flush=True)
+    if damaged and not name:
+        newest = ": ".join(damaged[0])
         raise CheckpointError(
             f"no checkpoint in {folder} is valid; {newest} Restore one, or start over with --run.fresh."
         )
-    return ResumePoint(folder / name if name else None, tuple(skipped))
+    return ResumePoint(folder / name if name else None, tuple(damaged))
 
 
 def _damage(folder: Path) -> str:
@@ -152,11 +152,11 @@ def _difference(name: str, then: Any, now: Any) -> str:
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         return "; ".join(_difference(f"{name}.{key}", then.get(key), now.get(key)) for key in keys)
-    return f"{name}: {then} then, {now} now"
+    return f"{name}: {then} in the checkpoint, {now} in this run"
 
 
 def _names(then: str | None, now: str | None) -> str:
-    return f" ({then} then, {now} now)" if then or now else ""
+    return f" ({then} in the checkpoint, {now} in this run)" if then or now else ""
 
 
 def remove_all(run_dir: Path) -> None:

@@ -16,7 +16,7 @@ class RunState:
     skipped_steps: int = 0
     """Steps whose update was discarded: fp16 overflow, non-finite gradient, or the guard's `skip`."""
     tokens_seen: int = 0
-    """Scored tokens trained on, over all ranks."""
+    """Scored tokens trained on, over all ranks; `tokens_per_second` counts input tokens."""
     position: int = 0
     """Samples taken from the run's sequence, not counting those left out."""
     left_out: tuple[tuple[int, int], ...] = ()

@@ -37,8 +37,8 @@ from megaft.weights.tensor_file import write_shard
 
 SPARE_BYTES = 1 << 20
 """Free space left for the manifest, headers and other files of the run."""
-PARTS, PART_BYTES = 4, 1 << 28
-"""Number of files that a rank writes in parallel, each hashed by its own thread, and the smallest size of a file."""
+MAX_FILES, MIN_FILE_BYTES = 4, 1 << 28
+"""Most files that a rank writes in parallel, each hashed by its own thread, and the smallest size to split at."""
 PINNED_FACTOR = 2
 """torch rounds page-locked memory up to a power of two."""
 
@@ -68,7 +68,7 @@ class Saver:
     def __init__(self, run_dir: Path, identity: Identity, config: CheckpointConfig):
         self._run_dir, self._identity, self._config = run_dir, identity, config
         self._folder = run_dir / "checkpoints"
-        self._threads = ThreadPoolExecutor(PARTS, thread_name_prefix="checkpoint")
+        self._threads = ThreadPoolExecutor(MAX_FILES, thread_name_prefix="checkpoint")
         self._pending: PendingCheckpoint | None = None
         self._host_copy = torch.empty(0)
         self.blocking_seconds = 0.0
@@ -176,7 +176,7 @@ class Saver:
         pending, self._pending = self._pending, None
         try:
             written = together(lambda: [writer.result() for writer in pending.writers])
-            written += [(0, bytes(32))] * (PARTS - len(written))
+            written += [(0, bytes(32))] * (MAX_FILES - len(written))
             gathered = parallel.gather_numbers(
                 [number for num_bytes, sha256 in written for number in (num_bytes, *sha256)]
             )
@@ -228,11 +228,11 @@ def _file_name(rank: int, part: int) -> str:
 
 def _files(written: list[list[int]]) -> dict[str, dict[str, Any]]:
     """Return the manifest's `files` entry from the sizes and SHA-256 hashes of every rank's files."""
-    length = len(written[0]) // PARTS
+    length = len(written[0]) // MAX_FILES
     files = {
         _file_name(rank, part): numbers[part * length : (part + 1) * length]
         for rank, numbers in enumerate(written)
-        for part in range(PARTS)
+        for part in range(MAX_FILES)
     }
     return {
         name: {"bytes": num_bytes, "sha256": bytes(sha256).hex()}
@@ -242,9 +242,9 @@ def _files(written: list[list[int]]) -> dict[str, dict[str, Any]]:
 
 
 def _split_into_files(pieces: list[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
-    """Split this rank's tensors into up to PARTS files of similar size, aiming at PART_BYTES or more each."""
+    """Split this rank's tensors into up to MAX_FILES files of similar size, aiming at MIN_FILE_BYTES or more each."""
     num_bytes = 4 * sum(values.numel() for _, values in pieces)
-    files = [[] for _ in range(min(PARTS, max(1, num_bytes // PART_BYTES)))]
+    files = [[] for _ in range(min(MAX_FILES, max(1, num_bytes // MIN_FILE_BYTES)))]
     begin = 0
     for name, values in pieces:
         files[begin * len(files) // max(1, num_bytes)].append((name, values))

@@ -85,7 +85,7 @@ class Guard:
         }
 
     @property
-    def decides_before_the_step(self) -> bool:
+    def needs_norm_before_update(self) -> bool:
         """True if a step may be skipped, so that its loss and norm are needed before the weights move."""
         return any(POLICIES[name].skips for name in (self._config.non_finite, self._config.spike))
 
@@ -117,7 +117,7 @@ class Guard:
         self._skipped_steps = row["skipped_steps"]
         self._overflows = self._overflows + 1 if overflowed else 0
         is_scale_at_floor = row.get("loss_scale") == self._smallest_loss_scale
-        event, decision = self._name(loss, grad_norm, overflowed, is_scale_at_floor)
+        event, decision = self._classify(loss, grad_norm, overflowed, is_scale_at_floor)
         if event is not None:
             self.skips += POLICIES[decision].skips
             decision = STOP if self.skips > self._config.max_skips else decision
@@ -127,7 +127,9 @@ class Guard:
             self._losses.append(loss)
             self._grad_norms.append(grad_norm)
 
-    def _name(self, loss: float, grad_norm: float, overflowed: bool, is_scale_at_floor: bool) -> tuple[str | None, str]:
+    def _classify(
+        self, loss: float, grad_norm: float, overflowed: bool, is_scale_at_floor: bool
+    ) -> tuple[str | None, str]:
         if not math.isfinite(loss):
             return "non-finite loss", self._config.non_finite
         if overflowed and self._smallest_loss_scale is not None:

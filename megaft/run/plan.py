@@ -88,6 +88,6 @@ def _max_steps(config: TrainConfig, setup: ResolvedSettings, samples: Samples) -
     require(
         setup.total_num_steps in (None, max_steps),
         f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, "
-        f"the run {counted(max_steps, 'step')}; give one length.",
+        f"but the run has {counted(max_steps, 'step')}. Set --run.max-steps to the same, or remove total_num_steps.",
     )
     return max_steps

@@ -91,7 +91,7 @@ def _stop_message(run: Run, bad_step: BadStep, samples: tuple[tuple[int, int], .
     advice = "inspect those samples, or set --guard.non-finite or --guard.spike to skip or rewind."
     if run.guard.rewinds or run.guard.skips:
         rewinds, skips = counted(run.guard.rewinds, "time"), counted(run.guard.skips, "step")
-        advice = f"the run rewound {rewinds} and skipped {skips} in a row before."
+        advice = f"before this step, the run rewound {rewinds} and skipped {skips} in a row."
     return (
         f"{bad_step}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; "
         f"{_last_before(run, bad_step.step)}. "

@@ -88,7 +88,10 @@ def named_sources(config: DataConfig) -> list[tuple[float, str]]:
 def _no_data(setting: str, name: str) -> str:
     """Return the message on a name that is no dataset: a folder, which is to be prepared first, or a wrong path."""
     if not Path(name).is_dir():
-        return f"{name} is neither a text file nor a prepared prefix ({name}.json and .idx); check the path."
+        return (
+            f"{setting} is {name}, which is neither a text file nor the prefix of prepared data "
+            f"({name}.json and {name}.idx); check the path."
+        )
     if prepared := sorted(Path(name).glob("*.idx")):
         return f"{setting} is {name}, a folder; give a prefix of prepared data, such as {prepared[0].with_suffix('')}."
     return (
@@ -192,7 +195,8 @@ def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
         has = "has none" if tokenizer.chat_template is None else "has another"
         notes.append(
             f"warning: the chats of {dataset.prefix} were rendered by the chat template of SHA-256 {made_with[:12]}, "
-            f"but the run's tokenizer {has}, which the export will have; name that of the chats with --data.tokenizer."
+            f"but the run's tokenizer {has}, and the export gets that tokenizer; pass the one of the "
+            "chats with --data.tokenizer."
         )
     return notes
 

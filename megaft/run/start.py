@@ -67,7 +67,7 @@ def _notes(plan: Plan, device: torch.device) -> Iterator[str]:
 def _newest_state(run: Run) -> RunState:
     folder, allowed = run.config.run.dir, run.config.checkpoint.allow_changed
     found = checkpoints.find(folder)
-    for name, reason in found.skipped:
+    for name, reason in found.damaged:
         run.events.record("skipped checkpoint", 0, name=name, reason=reason)
     together(run.events.require_checkpoints, folder / "checkpoints")
     if found.folder is None:

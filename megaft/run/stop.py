@@ -37,7 +37,7 @@ def _note(number: int, _: object) -> None:
     # Launchers also send SIGTERM to the peers of a failed rank. Before the first step there is nothing to save.
     if number != signal.SIGUSR1 and not _is_training:
         os._exit(SIGNALS[signal.Signals(number)])
-    if number == signal.SIGINT in _received:
+    if number == signal.SIGINT and number in _received:
         raise KeyboardInterrupt
     _received.append(number)
 
@@ -80,5 +80,5 @@ class StopRequests:
         if number:
             return Request(SIGNALS[signal.Signals(number)], signal.Signals(number).name)
         if is_late:
-            return Request(REQUEUE, "run.max-minutes is over")
+            return Request(REQUEUE, "--run.max-minutes has elapsed")
         return Request(None, "the file SAVE") if to_save else None

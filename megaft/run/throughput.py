@@ -26,10 +26,10 @@ PRODUCTS = 3
 def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None = None) -> tuple[float, str]:
     """Return the device's peak in FLOP/s for matrices of `dtype`, and its source.
 
-    That is `setting` (metrics.peak-flops), the data sheet of a known GPU in half precision, or else a measurement.
+    That is `setting` (--metrics.peak-flops), the data sheet of a known GPU in half precision, or else a measurement.
     """
     if setting is not None:
-        return setting, "metrics.peak-flops"
+        return setting, "--metrics.peak-flops"
     if device.type == "cuda" and _has_tensor_cores_for(device, dtype):
         name = torch.cuda.get_device_name(device)
         if (known := data_sheet_flops(name)) is not None:

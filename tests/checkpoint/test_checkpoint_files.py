@@ -264,9 +264,12 @@ def test_the_newest_that_holds_is_found(tmp_path, capsys):
     (folder_of(tmp_path, 9) / "manifest.json").unlink()
     found = find(tmp_path)
     assert found.folder == folder_of(tmp_path, 2)
-    assert [name for name, _ in found.skipped] == ["step-00000010", "step-00000009", "latest"]
-    assert capsys.readouterr().out.splitlines() == [f"skipped {name}: {reason}" for name, reason in found.skipped]
-    reasons = dict(found.skipped)
+    assert [name for name, _ in found.damaged] == ["step-00000010", "step-00000009", "latest"]
+    for (name, reason), line in zip(found.damaged, capsys.readouterr().out.splitlines(), strict=True):
+        assert line.startswith("warning: ")
+        assert name in line
+        assert line.endswith(reason)
+    reasons = dict(found.damaged)
     assert "rank-00001.safetensors is damaged" in reasons["step-00000010"]
     assert "it names 'step-00000010'; using step-00000002 (found: step-00000002, step-0" in reasons["latest"]
 
@@ -289,8 +292,8 @@ def test_the_pointer_is_only_a_hint(tmp_path, pointer, says):
         (tmp_path / "checkpoints" / "latest").write_text(pointer)
     found = find(tmp_path)
     assert found.folder == folder_of(tmp_path, 2)
-    assert found.skipped[0][1].startswith(says)
-    assert found.skipped[0][1].endswith("; using step-00000002 (found: step-00000001, step-00000002).")
+    assert found.damaged[0][1].startswith(says)
+    assert found.damaged[0][1].endswith("; using step-00000002 (found: step-00000001, step-00000002).")
 
 
 def test_when_none_holds_nothing_is_trained_from_scratch(tmp_path):

@@ -226,7 +226,7 @@ def test_the_exported_model_scores_what_was_measured(config, tmp_path):
 @EVERY
 def test_the_card_has_the_nats_of_the_loaded_export(config):
     card = (config.run.dir / "export" / "README.md").read_text()
-    found = re.search(r"on (\d+) held-out tokens: (\S+) per token, the trained model (\S+)\.\n", card)
+    found = re.search(r"scored (\d+) held-out tokens at (\S+) nats per token; the trained model had (\S+)\.\n", card)
     assert found[1] == str(NUM_TOKENS)
     assert float(found[2]) == pytest.approx(float(found[3]), rel=1e-5)
 

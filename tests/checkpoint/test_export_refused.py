@@ -35,7 +35,7 @@ def test_an_export_of_the_megatron_backend_is_checked_too(config, has_room, monk
     monkeypatch.setattr(export_formats, "check_nats_from_disk" if has_room else "check_nats", None)
     folder = export_again(replace(config, model=replace(config.model, backend="megatron")))
     num_tokens = NUM_TOKENS if has_room else ROWS_FROM_DISK * config.longest_input
-    said = rf"{num_tokens} held-out tokens: (\d\.\d+) per token, the trained model (\d\.\d+)\."
+    said = rf"{num_tokens} held-out tokens at (\d\.\d+) nats per token; the trained model had (\d\.\d+)\."
     (nats,) = re.findall(said, (folder / "README.md").read_text())
     assert float(nats[0]) == pytest.approx(float(nats[1]), rel=1e-5)
 

@@ -74,7 +74,7 @@ def test_a_saved_state_is_found_and_loaded(tmp_path, is_background):
     assert (mine.is_pending, mine.is_written) == (False, True)
     assert (mine.written_bytes, mine.blocking_seconds > 0) == (4 * 3 * 42, True)
     found = find(tmp_path)
-    assert (found.folder, found.skipped) == (folder_of(tmp_path, 7), ())
+    assert (found.folder, found.damaged) == (folder_of(tmp_path, 7), ())
     fresh = PlainEngine()
     assert load(fresh, found.folder, IDENTITY) == state
     assert (fresh.fill, fresh.global_steps, fresh.skipped_steps) == (0.5, 7, 1)
@@ -96,7 +96,7 @@ def test_in_the_background_the_same_bytes_are_written(tmp_path):
 @pytest.mark.parametrize("is_background", MODES)
 @pytest.mark.parametrize(("num_bytes", "num_files"), [(4 * 126, 1), (4 * 63, 2), (4 * 20, 4), (1, 4)])
 def test_a_large_part_is_cut_into_files(tmp_path, monkeypatch, num_bytes, num_files, is_background):
-    monkeypatch.setattr(saver, "PART_BYTES", num_bytes)
+    monkeypatch.setattr(saver, "MIN_FILE_BYTES", num_bytes)
     save(tmp_path, 3, 0.25, in_background=is_background).publish()
     files = verify(folder_of(tmp_path, 3))["files"]
     assert list(files)[:2] == ["rank-00000.safetensors", "rank-00000-1.safetensors"][:num_files]
@@ -269,12 +269,13 @@ def test_another_run_is_refused_unless_the_change_is_allowed(tmp_path, capsys):
     with pytest.raises(CheckpointError) as refused:
         resume.require_same_run(folder, saved, now, ())
     message = str(refused.value)
-    assert "(seed: 0 then, 1 now; data: d then, e now; optim.learning_rate: 0.001 then, 0.002 now)" in message
+    assert "seed: 0 in the checkpoint, 1 in this run; data: d in the checkpoint, e in this run; " in message
+    assert "optim.learning_rate: 0.001 in the checkpoint, 0.002 in this run)" in message
     assert "--checkpoint.allow-changed data optim" in message
-    with pytest.raises(CheckpointError, match=r"\(seed: 0 then, 1 now\)"):
+    with pytest.raises(CheckpointError, match=r"\(seed: 0 in the checkpoint, 1 in this run\)"):
         resume.require_same_run(folder, saved, now, ("data", "optim"))
     resume.require_same_run(folder, saved, now, ("data", "optim", "seed"))
-    assert "seed: 0 then, 1 now; data" in capsys.readouterr().out
+    assert "seed: 0 in the checkpoint, 1 in this run; data" in capsys.readouterr().out
     resume.require_same_run(folder, saved, saved, ())
     assert capsys.readouterr().out == ""
 
@@ -337,4 +338,4 @@ def test_what_one_rank_cannot_write_or_read_all_ranks_know(run_ranks, tmp_path):
         assert main[f"{name} found"] == other[f"{name} found"]
         found = main[f"{name} found"]
         assert found.folder == folder_of(tmp_path / name, 1)
-        assert "step-00000002/rank-00001.safetensors is damaged" in dict(found.skipped)["step-00000002"]
+        assert "step-00000002/rank-00001.safetensors is damaged" in dict(found.damaged)["step-00000002"]

@@ -97,9 +97,7 @@ def _(workshop):
     return workshop.evaluate(workshop.folder / "nowhere.txt")
 
 
-@refuse(
-    "15 validation file missing", 3, r"nowhere\.txt is neither a text file nor a prepared prefix .*; check the path"
-)
+@refuse("15 validation file missing", 3, r"--data\.valid is .*nowhere\.txt")
 def _(workshop):
     return workshop.train(valid=workshop.folder / "nowhere.txt")
 

@@ -226,7 +226,7 @@ def test_what_was_stopped_goes_on_as_the_undisturbed_run(interrupted, name):
     [
         ("usr1", 3, 75, "SIGUSR1"),
         ("term", 2, 75, "SIGTERM"),
-        ("minutes", 1, 75, "run.max-minutes is over"),
+        ("minutes", 1, 75, "--run.max-minutes has elapsed"),
         ("stopped", 4, 93, "the file STOP"),
     ],
 )
@@ -236,7 +236,7 @@ def test_why_a_run_ended_is_in_its_folder(interrupted, name, step, exit_code, re
     assert (end["step"], end["exit_code"]) == (step, exit_code)
     assert reason in end["reason"]
     assert ended(folder / "whole")["exit_code"] == 0
-    assert ended(folder / "minutes") == {"exit_code": 75, "reason": "run.max-minutes is over after step 1; saved"}
+    assert ended(folder / "minutes") == {"exit_code": 75, "reason": "--run.max-minutes has elapsed after step 1; saved"}
 
 
 def test_a_file_saves_at_once_and_is_taken_away(interrupted):

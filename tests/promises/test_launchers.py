@@ -130,7 +130,7 @@ def test_what_a_user_gets_wrong_is_said_once_without_a_traceback(run_under):
     done, _ = run_under("deepspeed", "--data.valid=missing.txt")
     assert done.returncode == 3
     output = done.stdout + done.stderr
-    assert output.count("missing.txt is neither a text file nor a prepared prefix") == 1
+    assert output.count("missing.txt, which is neither a text file nor the prefix") == 1
     assert "Traceback" not in output
 
 
@@ -148,9 +148,9 @@ def test_a_run_continues_with_its_own_settings_only(run_alone, reference):
     code, said, run_dir = run_alone("--optim.learning-rate=3e-3", "--eval.stride=8", "--run.max-steps=3")
     assert code == 4
     for setting in (
-        "optim.learning_rate: 0.0001 then, 0.003 now",
+        "optim.learning_rate: 0.0001 in the checkpoint, 0.003 in this run",
         "validation: ",
-        "schedule_steps: 2 then, 3 now",
+        "schedule_steps: 2 in the checkpoint, 3 in this run",
         "--run.fresh",
     ):
         assert setting in said

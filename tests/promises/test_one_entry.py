@@ -97,7 +97,7 @@ def test_a_guard_policy(monkeypatch):
     bad_steps = guard.judge(rows)
     assert [(bad_step.step, bad_step.decision) for bad_step in bad_steps] == [(36, "note"), (38, "note")]
     assert guard.accepts(40, 99.0, 1.0)
-    assert not guard.decides_before_the_step
+    assert not guard.needs_norm_before_update
     assert not config.goes_back
     events = []
     run = SimpleNamespace(

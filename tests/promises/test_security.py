@@ -270,7 +270,7 @@ def test_latest_leads_nowhere_else(pointer, tmp_path, capsys):
     plant_checkpoint(folder, b"x")
     (folder.parent / "latest").write_text(pointer.replace("/elsewhere", str(tmp_path / "elsewhere")))
     assert resume.find(tmp_path / "run").folder == folder
-    assert "skipped latest" in capsys.readouterr().out
+    assert "latest is not used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,9 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(resumed, engine):
 def test_an_export_has_the_nats_of_the_trained_model(resumed, engine):
     """Every engine publishes the export, which it does only after this check."""
     card = (resumed / f"{engine}-whole" / "export" / "README.md").read_text()
-    found, trained = re.search(r"held-out tokens: (\S+) per token, the trained model (\S+)\.\n", card).groups()
+    found, trained = re.search(
+        r"held-out tokens at (\S+) nats per token; the trained model had (\S+)\.\n", card
+    ).groups()
     assert float(found) == pytest.approx(float(trained), rel=1e-5)
 
 

@@ -280,7 +280,7 @@ def test_a_missing_package_is_found_at_the_start(name, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, name, raising=False)
     sys.path_importer_cache.clear()
     monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if "editable" not in repr(finder)])
-    with pytest.raises(ConfigError, match=rf"metrics\.{name} is on.*pip install {name}"):
+    with pytest.raises(ConfigError, match=rf"--metrics\.{name} is .*pip install {name}"):
         check_trackers(MetricsConfig(wandb=name == "wandb", tensorboard=name == "tensorboard"))
 
 

@@ -145,7 +145,7 @@ def test_prepared_prefixes_are_taken_as_they_are(tmp_path, toy_model, text):
 
 @pytest.mark.parametrize("topology", [MAIN, OTHER])
 def test_a_missing_file_is_named_on_every_rank(tmp_path, toy_model, topology):
-    with pytest.raises(DataError, match=r"nowhere.txt is neither"):
+    with pytest.raises(DataError, match=r"--data\.train is .*nowhere\.txt"):
         prepare(tmp_path, toy_model, tmp_path / "nowhere.txt", topology=topology)
 
 

@@ -155,7 +155,7 @@ def damaged(trial: Trial, file: str, damage: Callable[[Path, Random], None]) -> 
     job = trial.start()
     trial.end(job)
     named = "latest" if file == "latest" else f"step-{newest:08d}"
-    trial.expect(f"skipped {named}: " in job.said(), f"the damage was not named: {job.said()[-300:]!r}")
+    trial.expect(f"{named} is not used: " in job.said(), f"the damage was not named: {job.said()[-300:]!r}")
     expected = newest if file == "latest" else newest - EVERY
     trial.accepted_damaged |= trial.starts()[-1:] != [expected]
 

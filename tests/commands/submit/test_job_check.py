@@ -42,8 +42,8 @@ def test_a_job_that_can_start(nodes, folder):
     ("changed", "nodes", "error", "said"),
     [
         pytest.param({"deepspeed_config": "x.json"}, "2", ConfigError, "x.json: No such file", id="DeepSpeed JSON"),
-        pytest.param({"data.train": "x.txt"}, "2", DataError, "x.txt is neither a text file", id="data"),
-        pytest.param({"data.valid": "x.txt"}, "2", DataError, "x.txt is neither a text file", id="validation data"),
+        pytest.param({"data.train": "x.txt"}, "2", DataError, "--data.train is x.txt", id="data"),
+        pytest.param({"data.valid": "x.txt"}, "2", DataError, "--data.valid is x.txt", id="validation data"),
         pytest.param({"model.path": "./x"}, "2", DataError, "model.path is ./x; there is no such folder", id="model"),
         pytest.param({}, "3", ConfigError, "train_batch_size 16.* on 12 ranks", id="batch"),
         pytest.param(tensor_parallel(4), "3", ConfigError, "train_batch_size 16.* on 3 ranks", id="cut matrices"),
@@ -115,7 +115,7 @@ def test_tasks_that_no_line_has(text):
     [
         pytest.param("--run.seed 1", "1-2", None, id="right"),
         pytest.param("--run.seed 1", "1-3", "has lines 1 to 2", id="more tasks than lines"),
-        pytest.param("--data.train x.txt", "1-2", "line 2 of sweep.txt: x.txt is neither", id="a file"),
+        pytest.param("--data.train x.txt", "1-2", "line 2 of sweep.txt: --data.train is x.txt", id="a file"),
         pytest.param("--data.train x.txt", "1", None, id="a line that is not asked for"),
         pytest.param("--deepspeed_config three.json", "2", "line 2 of sweep.txt: .* on 8 ranks", id="batch"),
         pytest.param("--run.seed '1", "2", "line 2 of sweep.txt: No closing quotation", id="quote"),
