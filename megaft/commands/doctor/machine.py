@@ -51,7 +51,7 @@ def versions() -> Iterator[Check]:
         installed, fix = installed_version(floor.package), f"Run `pip install '{floor.package}>={floor.version}'`"
         if installed is None:
             yield Check(floor.package, "fail", "not installed", fix)
-        elif floor.is_above(installed):
+        elif floor.rejects(installed):
             found = f"{installed}, below the minimum safe version {floor.version}"
             yield Check(floor.package, "fail", found, f"{floor.reason}. {fix}")
         else:
