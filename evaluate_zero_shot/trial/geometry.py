@@ -65,7 +65,8 @@ def resolve_geometry(
     require(
         context_limit is None or resolved.num_inputs <= context_limit,
         f"protocol {protocol.name} has a context length of {wanted}, but the model has {context_limit} positions; "
-        f"give --context-length {context_limit} and, if necessary, a smaller --stride; the report will say so.",
+        f"use --context-length {context_limit} and, if necessary, a smaller --stride; the report marks results "
+        "at another context length.",
     )
     require(resolved.num_inputs >= 1, f"--context-length is {wanted}; use 2 or more with protocol {protocol.name}.")
     return resolved

@@ -211,8 +211,10 @@ def _prompts(
         end = len(context) + len(target)
         begin = max(0, end - 1 - geometry.num_inputs)
         if not target or begin >= len(context):
+            needed = len(target) + geometry.context_length - geometry.num_inputs
             raise DataError(
-                f"--context-length is {geometry.context_length}, but a target has {len(target)} tokens; increase it."
+                f"--context-length is {geometry.context_length}, but a target has {len(target)} tokens; use "
+                f"--context-length {needed} or more."
             )
         documents.append([*context, *target])
         rows.append(Row(offset, Window(begin, len(context), end)))
