@@ -234,7 +234,7 @@ def test_a_gpu_without_bf16_is_told(command, hardware, half):
     [
         (["--hardware=h100"], "as published for H100:", "if it did fit"),
         (["--hardware=a100"], "as published for H100; no published MFU for the A100-SXM4-80GB:", "if it did fit"),
-        (["--hardware=a100-40gb", "--tokens=1e9"], "if it did fit, 0.756 to 1.16 days", "no published MFU for "),
+        (["--hardware=a100-40gb", "--tokens=1e9"], "if it did fit, 0.756 to 1.16 days", "no published MFU for a "),
     ],
 )
 def test_whose_speed_it_is(command, flags, expected, absent):
