@@ -42,8 +42,8 @@ def load(
     scorer = load_scoring_model(path, dtype=dtype, device=device, backend=backend, is_partitioned=config.partition)
     if tokenizer.vocab_size > scorer.vocab_size:
         raise DataError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {scorer.vocab_size}; "
-            "use the tokenizer that the model was trained with."
+            f"--model is {source}, whose tokenizer has {tokenizer.vocab_size} tokens, but it embeds "
+            f"{scorer.vocab_size}; use the tokenizer that the model was trained with."
         )
     return EvaluatedModel(
         source=source,

@@ -216,7 +216,7 @@ def disks() -> Iterator[Check]:
         if not os.access(existing, os.W_OK):
             yield Check(f"disk: {name}", "warn", f"{path} cannot be written", "Work in another folder")
         elif free < wanted * GIB:
-            yield Check(f"disk: {name}", "warn", found, f"Free space to have {wanted} GiB or more")
+            yield Check(f"disk: {name}", "warn", found, f"Delete files there: {wanted} GiB or more are recommended")
         else:
             yield Check(f"disk: {name}", "pass", found)
 

@@ -220,7 +220,9 @@ def same_after_resume(ranks: Ranks) -> list[Check]:
     toy.train(engine, batch_split, range(SAVED_AT), ranks.device)
     Saver(ranks.folder, IDENTITY, CheckpointConfig()).save(engine, RunState(step=SAVED_AT))
     saved = manifest.folder_of(ranks.folder, SAVED_AT)
-    checks = [ranks.worst("saved at ZeRO 2, read on one rank", _weight_difference(saved, model), TOLERANCE, "a weight")]
+    checks = [
+        ranks.worst("saved at ZeRO 2, read on one rank", _weight_difference(saved, model), TOLERANCE, "per weight")
+    ]
     expected = [next(alone) for _ in range(SAVED_AT, STEPS)]
     return checks + [_same_after_resume(ranks, saved, *split, expected) for split in RESUMED]
 
