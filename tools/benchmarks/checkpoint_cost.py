@@ -2,7 +2,7 @@
 
     python tools/benchmarks/checkpoint_cost.py --folder /a/local/disk --repeats 5
 
-The state is AdamW's in fp32: a weight and two moments, 12 bytes a parameter.
+The state is AdamW's in fp32: a weight and two moments, 12 bytes per parameter.
 """
 
 from __future__ import annotations
