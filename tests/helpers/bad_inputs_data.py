@@ -92,7 +92,7 @@ def _(workshop):
     return workshop.train(data=nothing_scored(workshop))
 
 
-@refuse("15 evaluation file missing", 3, r"--data .*nowhere\.txt does not exist; name a UTF-8 text file")
+@refuse("15 evaluation file missing", 3, r"--data .*nowhere\.txt does not exist; pass a UTF-8 text file")
 def _(workshop):
     return workshop.evaluate(workshop.folder / "nowhere.txt")
 
