@@ -40,7 +40,8 @@ def explain(names: list[str]) -> int:
             print(f"{name}: {TASKS[name].title}\n{TASKS[name].description}", end="\n\n")
         else:
             raise ConfigError(
-                f"--describe {name!r} is neither a protocol ({', '.join(PROTOCOLS)}) nor a task ({', '.join(TASKS)})."
+                f"--describe {name!r} is neither a protocol ({', '.join(PROTOCOLS)}) nor a task ({', '.join(TASKS)}); "
+                "use one of these names."
             )
     return 0
 
@@ -50,8 +51,8 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from evaluate_zero_shot.report import write
     from evaluate_zero_shot.trial import results
     from evaluate_zero_shot.trial.evaluate import evaluate
-    from evaluate_zero_shot.trial.plan import find_all_data, geometries, trial_of
-    from evaluate_zero_shot.trial.subject import load
+    from evaluate_zero_shot.trial.evaluated_model import load
+    from evaluate_zero_shot.trial.plan import evaluation_of, find_all_data, geometries
     from megaft.base import parallel
     from megaft.base.agreement import main_first, together
     from megaft.base.device import device_of
@@ -74,19 +75,17 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     with locked(config.output, topology.is_main):
         done = []
         for source, tokenizer, backend in zip(config.model, tokenizers, backends, strict=True):
-            subject = load(source, tokenizer, config, backend, device)
-            all_geometries = geometries(
-                config, subject
-            )  # all at once: a bad window ends the command before hours are spent
+            evaluated = load(source, tokenizer, config, backend, device)
+            all_geometries = geometries(config, evaluated)  # at once: a bad one is refused before hours of scoring
             for task, geometry in product(config.tasks, all_geometries):
-                trial = trial_of(config, subject, TASKS[task], geometry, data[task, geometry.protocol.name])
-                done.append(evaluate(subject, trial, config.output))
+                evaluation = evaluation_of(config, evaluated, TASKS[task], geometry, data[task, geometry.protocol.name])
+                done.append(evaluate(evaluated, evaluation, config.output))
                 if parallel.is_main():
                     results.write(config.output, done)
                     print(results.summary(done[-1]), flush=True)
-                    if note := results.note_on_guessing(done[-1], subject.tokenizer.vocab_size):
+                    if note := results.note_on_guessing(done[-1], evaluated.tokenizer.vocab_size):
                         print(note, file=sys.stderr)
-            del subject  # frees memory for the next model
+            del evaluated  # frees memory for the next model
         if parallel.is_main():
             write.write(config.output)
             print(f"report: {config.output / 'report.html'}")

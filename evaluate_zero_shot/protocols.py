@@ -24,7 +24,7 @@ class Words(StrEnum):
     WHITESPACE = "whitespace"
     ORIGINAL = "original tokens"
     ADJUSTED = "original tokens, less one"
-    """Megatron-LM's adjusted perplexity, which multiplies the mean over scored tokens by the number of all but one."""
+    """Megatron-LM's adjusted perplexity: the mean over scored tokens times the number of all tokens less one."""
     PER_DOCUMENT = "whitespace, per document"
     SPACES = "spaces"
 
@@ -41,7 +41,7 @@ class Protocol:
     """Word-tokenized file, raw file, or raw file as the rows of its public dataset with blank lines between them."""
     scope: Literal["stream", "document", "page"] = "stream"
     """Unit that is detokenized and tokenized at once, and that no window crosses: the whole file, a document, or a page
-    as lm-evaluation-harness cuts WikiText into pages."""
+    as lm-evaluation-harness splits WikiText."""
     detokenizer: Detokenizer = "none"
     """Rules that undo the corpus's word tokenization, if it has one."""
     has_prefix: bool = False
@@ -59,13 +59,13 @@ class Protocol:
     last: Literal["short", "extended"] = "short"
     """Last window: with a shorter context, or beginning earlier so that its context is full."""
     weighting: Literal["tokens", "windows"] = "tokens"
-    """Mean in token perplexity: over tokens, or over windows weighted by their labels minus one."""
+    """Mean in token perplexity: over tokens, or over windows, each weighted by its number of labels minus one."""
     words: Words = Words.WHITESPACE
     """Divisor of the nats in word perplexity."""
     headline: Literal["perplexity"] | None = None
     """Main metric of a text; None: the task's own."""
     exponent_limit: float | None = None
-    """Largest nats per token or word that are exponentiated; None: no limit."""
+    """Cap on nats per token or word before exponentiation; None: no cap."""
     last_word: LastWord | None = None
     """LAMBADA's target and context; None: the system has no such task."""
     has_cloze: bool = False
@@ -92,9 +92,9 @@ _ALL = (
         last="extended",
         last_word="lm-eval",
         has_cloze=True,
-        note="Every token of every document is scored once behind a prefix token, and the detokenizer can be undone, "
-        "so that the nats are those of the original text; bits per byte compares across tokenizers. Training validates "
-        "by it.",
+        note="Every token of every document is scored once, after a prefix token. The detokenizer is invertible, so "
+        "the nats are those of the original text. Use bits per byte to compare models with different tokenizers. "
+        "Training validates by this protocol.",
     ),
     Protocol(
         name="megatron",
@@ -106,9 +106,10 @@ _ALL = (
         words=Words.ADJUSTED,
         exponent_limit=20.0,
         last_word="strict",
-        note="Its adjusted perplexity is the word perplexity here: exp(nats / (T - 1) * (T - 1) / (T_o - 1)), T tokens "
-        "after the detokenizer and T_o = len(text.strip().split(' ')) before. Non-overlapping: --stride 1024. Run "
-        "data-parallel, the original repeats a few windows; here none is repeated.",
+        note="Its adjusted perplexity is the word perplexity here: exp(nats / (T - 1) * (T - 1) / (T_o - 1)), with T "
+        "tokens of the detokenized text and T_o = len(text.strip().split(' ')) words of the original text. For windows "
+        "that do not overlap, use --stride 1024. When run data-parallel, the original repeats a few windows; megaft "
+        "repeats none.",
     ),
     Protocol(
         name="lm-eval",
@@ -121,8 +122,9 @@ _ALL = (
         last="extended",
         words=Words.PER_DOCUMENT,
         last_word="lm-eval",
-        note="Words are len(re.split(r'\\s+', page)), two more a page than whitespace words; bytes and words are those "
-        "of the page before detokenizing. In half precision the original sums in half precision; here in float64.",
+        note="The number of words is len(re.split(r'\\s+', page)), two more per page than str.split gives. Bytes and "
+        "words are those of the page before detokenizing. In half precision the original also sums in half precision; "
+        "megaft sums in float64.",
     ),
     Protocol(
         name="lm-eval-megatron",
@@ -136,7 +138,7 @@ _ALL = (
         last="extended",
         words=Words.PER_DOCUMENT,
         last_word="lm-eval",
-        note="As lm-eval, in windows of one input less.",
+        note="As lm-eval, but each window has one input less.",
     ),
     Protocol(
         name="hf-docs",
@@ -147,9 +149,9 @@ _ALL = (
         window="tokens",
         weighting="windows",
         headline="perplexity",
-        note="Perplexity per token: comparable within one tokenizer only. With stride = context one token a window is "
-        "never scored, and bits per byte are of the scored tokens alone. Each window's mean counts as often as it has "
-        "labels, minus one.",
+        note="Perplexity per token, comparable only between models with the same tokenizer. If the stride equals the "
+        "context length, one token per window is never scored, and bits per byte cover the scored tokens only. The "
+        "mean is over windows, each weighted by its number of labels minus one.",
     ),
     Protocol(
         name="fairseq",
@@ -160,9 +162,9 @@ _ALL = (
         stride=32,
         first="stride",
         words=Words.ORIGINAL,
-        note="Stride is tokens_per_sample minus context_window; 1024 and 992 are those of the recipe for Megatron-11B, "
-        "which renormalises 2 ** (bits per token) to words. The recipe also detokenizes with sacremoses, and fairseq "
-        "ends each line with a token of its own instead of a newline; neither is done here.",
+        note="The stride is fairseq's tokens_per_sample minus context_window. The recipe for Megatron-11B uses 1024 "
+        "and 992, and converts 2 ** (bits per token) to perplexity per word. It also detokenizes with sacremoses, and "
+        "fairseq ends each line with its own token instead of a newline; megaft does neither.",
     ),
     Protocol(
         name="lm-finetuning",
@@ -172,10 +174,10 @@ _ALL = (
         context_length=1024,
         window="tokens",
         words=Words.ADJUSTED,
-        note="A chunk's first token is never scored; the mean over scored tokens is stretched to all by the formula, "
-        "in word perplexity alone. "
-        "The original also averages batch means, scores padding and, in its later form, puts a special token before "
-        "each chunk and counts it; none of it is done here.",
+        note="The first token of a chunk is never scored. Word perplexity multiplies the mean over scored tokens by "
+        "the number of all tokens less one; no other metric does. The original also averages batch means, scores "
+        "padding and, in its later version, adds a special token before each chunk and counts it; megaft does none of "
+        "these.",
     ),
     Protocol(
         name="gpt2-paper",
@@ -187,10 +189,10 @@ _ALL = (
         words=Words.ADJUSTED,
         last_word="stop-word",
         has_cloze=True,
-        note="Stated: invertible detokenizers, nats per canonical unit, a stop-word filter for LAMBADA. Said by an "
-        "author later: stride 32. Not published: the detokenizers, the stop words, the prefix; those here are ours. "
-        "Nobody is known to have reproduced its WikiText-103 figures; its LAMBADA accuracies come nearest to those of "
-        "the last token.",
+        note="The paper states invertible detokenizers, nats per canonical unit, and a stop-word filter for LAMBADA. "
+        "An author later gave the stride, 32. Detokenizers, stop words and prefix are not published; megaft uses its "
+        "own. No reproduction of its WikiText-103 perplexities is known. Its LAMBADA accuracies are closest to "
+        "accuracy on the last token alone (task lambada-last-token).",
     ),
     Protocol(
         name="ralm",
@@ -210,7 +212,7 @@ _ALL = (
         has_prefix=True,
         last="extended",
         words=Words.PER_DOCUMENT,
-        note="Windows as in lm-eval, on text as it is; bits per byte over all documents is the figure to compare.",
+        note="Windows as in lm-eval, on text that is not detokenized. Compare bits per byte over all documents.",
     ),
 )
 
@@ -220,12 +222,12 @@ _PHRASES: dict[str, dict[Any, str]] = {
     "text": {
         "tokens": "the word-tokenized file",
         "raw": "the raw file",
-        "rows": "the rows of the raw file, a blank line between them",
+        "rows": "the rows of the raw file, joined by blank lines",
     },
     "scope": {
         "stream": "the whole file as one stream",
-        "document": "each document for itself",
-        "page": "each page for itself, as lm-eval cuts WikiText",
+        "document": "each document separately",
+        "page": "each page separately, as lm-eval splits WikiText",
     },
     "detokenizer": {
         "invertible": "invertible rules",
@@ -237,10 +239,10 @@ _PHRASES: dict[str, dict[Any, str]] = {
     "has_prompt_prefix": {True: "before the context", False: "none"},
     "context_length": {None: "the model's own"},
     "stride": {"context": "the context length", "half": "half the context length"},
-    "window": {"inputs": "inputs of the model", "tokens": "tokens, the last of which is only a target"},
-    "first": {"full": "scores all its targets", "stride": "scores one stride"},
-    "last": {"short": "has the context that is left", "extended": "begins earlier, with a full context"},
-    "weighting": {"tokens": "over tokens", "windows": "over windows, weighted by their labels minus one"},
+    "window": {"inputs": "inputs of the model", "tokens": "tokens, of which the last is only a target"},
+    "first": {"full": "scores all its targets", "stride": "scores only one stride of targets"},
+    "last": {"short": "has a shorter context", "extended": "begins earlier, so that its context is full"},
+    "weighting": {"tokens": "over tokens", "windows": "over windows, each weighted by its number of labels minus one"},
     "words": {
         Words.WHITESPACE: "len(text.split())",
         Words.ORIGINAL: "len(text.strip().split(' '))",
@@ -251,12 +253,12 @@ _PHRASES: dict[str, dict[Any, str]] = {
     "exponent_limit": {None: "none"},
     "last_word": {
         None: "not defined",
-        "strict": "the last word, every token of it the first choice, after the stripped text before it",
-        "last-token": "the last token only",
-        "lm-eval": "the last word with its space, after the text before it",
-        "stop-word": "as strict, where no stop word can be chosen",
+        "strict": "correct if every token of the last word is the greedy choice, given the preceding text, stripped",
+        "last-token": "correct if the last token is the greedy choice, given all tokens before it",
+        "lm-eval": "correct if every token of the last word with its space is the greedy choice, given the text before",
+        "stop-word": "as strict, but the first token may not be a stop word",
     },
-    "has_cloze": {True: "candidate and rest of the sentence, given the context", False: "not defined"},
+    "has_cloze": {True: "likelihood of candidate and rest of the sentence, given the context", False: "not defined"},
 }
 
 _LABELS = {
@@ -272,7 +274,7 @@ _LABELS = {
     "last": "Last window",
     "weighting": "Mean",
     "words": "Words",
-    "exponent_limit": "Largest exponent",
+    "exponent_limit": "Cap of the exponent",
     "last_word": "LAMBADA",
     "has_cloze": "Children's Book Test",
 }

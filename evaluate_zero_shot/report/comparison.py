@@ -9,7 +9,7 @@ from typing import Any
 
 from evaluate_zero_shot.formats import MISSING, format_metric, parse_number
 from evaluate_zero_shot.protocols import PROTOCOLS, Difference, Protocol, differences
-from evaluate_zero_shot.report.published import QUANTITIES, Figure
+from evaluate_zero_shot.report.published import QUANTITIES, PublishedResult
 from evaluate_zero_shot.tasks import TASKS
 
 _PROMPT_FIELDS = {
@@ -26,7 +26,7 @@ class Comparison:
     """Measured figure beside a published one."""
 
     result: Mapping[str, Any]
-    figure: Figure
+    published: PublishedResult
     measured: float | None
     reasons: tuple[str, ...]
     """Reasons why they are not the same quantity; empty if they are."""
@@ -35,7 +35,7 @@ class Comparison:
     @property
     def is_reproduced(self) -> bool:
         """True if this is the same quantity and equals the published digits."""
-        return not self.reasons and self.measured is not None and self.figure.agrees(self.measured)
+        return not self.reasons and self.measured is not None and self.published.agrees(self.measured)
 
     @property
     def verdict(self) -> str:
@@ -54,26 +54,26 @@ class Comparison:
     def measured_text(self) -> str:
         """Measured figure, with as many digits as the published one."""
         if self.measured is None or not math.isfinite(self.measured):
-            return format_metric(self.measured, self.figure.metric)
-        return self.figure.in_its_digits(self.measured)
+            return format_metric(self.measured, self.published.metric)
+        return self.published.in_its_digits(self.measured)
 
     @property
     def difference_text(self) -> str:
         """Signed difference in percent of the published figure."""
         if self.measured is None or not math.isfinite(self.measured):
             return MISSING
-        return f"{(self.figure.in_its_unit(self.measured) / self.figure.value - 1) * 100:+.2f} %"
+        return f"{(self.published.in_its_unit(self.measured) / self.published.value - 1) * 100:+.2f} %"
 
 
-def compare(result: Mapping[str, Any], ours: Protocol, figure: Figure) -> Comparison:
+def compare(result: Mapping[str, Any], ours: Protocol, published: PublishedResult) -> Comparison:
     """Compare an entry of results.json, measured by the protocol `ours`, with a figure of the same task."""
     task = TASKS[result["task"]]
     if task.last_word is not None:
         ours = replace(ours, last_word=task.last_word)
-    protocol_reasons = tuple(_protocol_reasons(result, ours, figure))
-    measured = parse_number(result[QUANTITIES[figure.metric]])
-    reasons = (*protocol_reasons, *_other_reasons(result, figure))
-    return Comparison(result, figure, measured, reasons, not protocol_reasons)
+    protocol_reasons = tuple(_protocol_reasons(result, ours, published))
+    measured = parse_number(result[QUANTITIES[published.metric]])
+    reasons = (*protocol_reasons, *_other_reasons(result, published))
+    return Comparison(result, published, measured, reasons, not protocol_reasons)
 
 
 def published_task(task: str) -> str:
@@ -81,50 +81,50 @@ def published_task(task: str) -> str:
     return "lambada" if TASKS[task].kind == "last-word" else task
 
 
-def _protocol_reasons(result: Mapping[str, Any], ours: Protocol, figure: Figure) -> Iterator[str]:
-    if figure.caveat:
-        yield figure.caveat
-    if figure.protocol is None:
+def _protocol_reasons(result: Mapping[str, Any], ours: Protocol, published: PublishedResult) -> Iterator[str]:
+    if published.caveat:
+        yield published.caveat
+    if published.protocol is None:
         return
-    theirs, kind = PROTOCOLS[figure.protocol], TASKS[figure.task].kind
+    theirs, kind = PROTOCOLS[published.protocol], TASKS[published.task].kind
     if ours.name != theirs.name:
         yield f"Protocol: {ours.name}; published: {theirs.name}"
     for difference in differences(ours, theirs):
-        if _is_relevant(difference, kind, figure):
+        if _is_relevant(difference, kind, published):
             yield str(difference)
     if kind == "text":
-        yield from _window_reasons(result, figure, theirs)
+        yield from _window_reasons(result, published, theirs)
     elif not result["is_protocol_default"]:
         yield f"Context length: {result['context_length']}, too short for some prompts"
 
 
-def _is_relevant(difference: Difference, kind: str, figure: Figure) -> bool:
+def _is_relevant(difference: Difference, kind: str, published: PublishedResult) -> bool:
     if kind in _PROMPT_FIELDS:
         return difference.field in _PROMPT_FIELDS[kind]
-    return difference.field not in _NOT_OF_TEXT and difference.label not in figure.unpublished
+    return difference.field not in _NOT_OF_TEXT and difference.label not in published.unpublished
 
 
-def _window_reasons(result: Mapping[str, Any], figure: Figure, theirs: Protocol) -> Iterator[str]:
-    if figure.unpublished:
-        yield f"Not published: {', '.join(figure.unpublished)}"
-    context_length = figure.context_length or theirs.context_length or 0
+def _window_reasons(result: Mapping[str, Any], published: PublishedResult, theirs: Protocol) -> Iterator[str]:
+    if published.unpublished:
+        yield f"Not published: {', '.join(published.unpublished)}"
+    context_length = published.context_length or theirs.context_length or 0
     shares = {"context": context_length, "half": context_length // 2}
-    stride = figure.stride or shares.get(str(theirs.stride), theirs.stride)
+    stride = published.stride or shares.get(str(theirs.stride), theirs.stride)
     for label, ours, other in (
         ("Context length", result["context_length"], context_length),
         ("Stride", result["stride"], stride),
     ):
-        if ours != other and label not in figure.unpublished:
+        if ours != other and label not in published.unpublished:
             yield f"{label}: {ours}; published: {other}"
 
 
-def _other_reasons(result: Mapping[str, Any], figure: Figure) -> Iterator[str]:
-    if not figure.model.is_model(result["model_name"], result["num_parameters"]):
-        yield f"Model: {result['model_name']}; published: {figure.model.title}"
-    if published_task(result["task"]) != figure.task:
-        yield f"Task: {result['task']}; published: {figure.task}"
-    if result["data_name"] is None or result["data_name"] != figure.data_name:
+def _other_reasons(result: Mapping[str, Any], published: PublishedResult) -> Iterator[str]:
+    if not published.model.is_model(result["model_name"], result["num_parameters"]):
+        yield f"Model: {result['model_name']}; published: {published.model.title}"
+    if published_task(result["task"]) != published.task:
+        yield f"Task: {result['task']}; published: {published.task}"
+    if result["data_name"] is None or result["data_name"] != published.data_name:
         unknown = "an unknown file"
-        yield f"Data: {result['data_name'] or unknown}; published: {figure.data_name or unknown}"
+        yield f"Data: {result['data_name'] or unknown}; published: {published.data_name or unknown}"
     if result["limit_lines"] is not None:
         yield f"Data: only the first {result['limit_lines']:,} lines; published: the whole file"

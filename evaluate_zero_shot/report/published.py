@@ -43,8 +43,8 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
-    """One published number."""
+class PublishedResult:
+    """One published number, with what is known of its measurement."""
 
     model: Model
     task: str
@@ -86,7 +86,7 @@ class Figure:
         return self.in_its_digits(measured) == self.printed
 
 
-def load(path: Path = FILE) -> tuple[Figure, ...]:
+def load(path: Path = FILE) -> tuple[PublishedResult, ...]:
     """Return every published figure.
 
     Raises:
@@ -96,7 +96,7 @@ def load(path: Path = FILE) -> tuple[Figure, ...]:
         content = parse_json(path.read_text(encoding="utf-8"))
         models = {name: _model(fields) for name, fields in content["models"].items()}
         return tuple(
-            _figure(path, models, content["files"], source, row)
+            _published_result(path, models, content["files"], source, row)
             for source in content["sources"]
             for row in source.pop("figures")
         )
@@ -108,25 +108,27 @@ def _model(fields: dict[str, Any]) -> Model:
     return Model(fields["title"], tuple(fields["aliases"]), fields["num_parameters"])
 
 
-def _figure(
+def _published_result(
     path: Path,
     models: Mapping[str, Model],
     files: Mapping[str, Mapping[str, str]],
     source: Mapping[str, Any],
     row: Sequence[str],
-) -> Figure:
+) -> PublishedResult:
     name, task, metric, printed = row
     protocol = PROTOCOLS.get(source["protocol"])
     text = "tokens" if protocol is None else protocol.file_text
     fields: dict[str, Any] = {**source, "unpublished": tuple(source["unpublished"])}
     data_name = files.get(task, {}).get(text)
-    figure = Figure(model=models[name], task=task, metric=metric, printed=printed, data_name=data_name, **fields)
+    figure = PublishedResult(
+        model=models[name], task=task, metric=metric, printed=printed, data_name=data_name, **fields
+    )
     if broken := list(_broken_rules(figure)):
         raise DataError(f"{path}: {figure.title}, {name}, {task}: {'; '.join(broken)}.")
     return figure
 
 
-def _broken_rules(figure: Figure) -> Iterator[str]:
+def _broken_rules(figure: PublishedResult) -> Iterator[str]:
     protocol = PROTOCOLS.get(figure.protocol or "")
     if figure.task not in TASKS:
         yield f"task {figure.task!r} is not one of {', '.join(TASKS)}"

@@ -11,7 +11,7 @@ from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
 from evaluate_zero_shot.report import plots
 from evaluate_zero_shot.report.comparison import Comparison, compare, published_task
 from evaluate_zero_shot.report.plots import Plot
-from evaluate_zero_shot.report.published import QUANTITIES, Figure
+from evaluate_zero_shot.report.published import QUANTITIES, PublishedResult
 from evaluate_zero_shot.tasks import TASKS
 from evaluate_zero_shot.texts.known_files import TEXTS
 from evaluate_zero_shot.trial.limits import remarks
@@ -26,7 +26,7 @@ K = TypeVar("K", bound=Hashable)
 class Pairing:
     """Measured figures of one setting beside those of one source; the reasons apply to all its models."""
 
-    run: str
+    setting: str
     title: str
     """Short title of the source."""
     source: str
@@ -40,7 +40,7 @@ class Table:
     """One metric of a task: a row for each model, a column for each setting and source."""
 
     metric: str
-    runs: Sequence[str]
+    settings: Sequence[str]
     sources: Sequence[str]
     rows: Mapping[str, Sequence[str]]
 
@@ -52,7 +52,7 @@ class Task:
     title: str
     tables: Sequence[Table]
     pairings: Sequence[Pairing]
-    unmeasured: Sequence[Figure]
+    unmeasured: Sequence[PublishedResult]
     """Published figures of models that were not measured."""
     has_published: bool
     """False for a text of the user's own, of which nothing can have been published."""
@@ -74,7 +74,7 @@ def window(result: Result) -> str:
     return f"{format_count(result['context_length'])}/{format_count(result['stride'])}" if has_windows else MISSING
 
 
-def run_name(result: Result) -> str:
+def setting_name(result: Result) -> str:
     """Return the label of a result's setting: protocol, window if any, and dtype if not float32."""
     precision = result["dtype"] if result["dtype"] not in (None, "float32") else MISSING
     return ", ".join(part for part in (result["protocol"], window(result), precision) if part != MISSING)
@@ -88,7 +88,7 @@ def ranks(result: Result) -> str:
 
 def summary(results: Sequence[Result]) -> dict[tuple[str, str, str, tuple[str, ...]], list[Result]]:
     """Return the results by task, setting, data file and warnings."""
-    return group_by(results, lambda result: (task_title(result), run_name(result), _data(result), warnings(result)))
+    return group_by(results, lambda result: (task_title(result), setting_name(result), _data(result), warnings(result)))
 
 
 def warnings(result: Result) -> tuple[str, ...]:
@@ -119,14 +119,16 @@ def _data(result: Result) -> str:
     return str(result["data_name"] or result["data_file"] or MISSING)
 
 
-def tasks(results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Iterable[Figure]) -> list[Task]:
+def tasks(
+    results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Iterable[PublishedResult]
+) -> list[Task]:
     """Return each task's results beside its published figures, in order of measurement."""
     published = group_by(figures, lambda figure: figure.task)
     by_task = group_by(results, lambda result: (result["task"], task_title(result)))
     return [_task(group, protocols, published.get(published_task(task), [])) for (task, _), group in by_task.items()]
 
 
-def _task(results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Sequence[Figure]) -> Task:
+def _task(results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Sequence[PublishedResult]) -> Task:
     comparisons = [
         compare(result, protocols[result["protocol"]], figure)
         for result in results
@@ -136,32 +138,38 @@ def _task(results: Sequence[Result], protocols: Mapping[str, Protocol], figures:
     comparable = [pair for pair in comparisons if pair.measured is not None]
     pairs = group_by(
         comparable,
-        lambda pair: (run_name(pair.result), pair.figure.title, pair.figure.source, pair.figure.metric, pair.reasons),
+        lambda pair: (
+            setting_name(pair.result),
+            pair.published.title,
+            pair.published.source,
+            pair.published.metric,
+            pair.reasons,
+        ),
     )
-    measured = {id(pair.figure) for pair in comparisons}
+    measured = {id(pair.published) for pair in comparisons}
     return Task(
         task_title(results[0]),
-        _tables(results, [pair.figure for pair in comparable]),
+        _tables(results, [pair.published for pair in comparable]),
         [Pairing(*key, group) for key, group in pairs.items()],
         [figure for figure in figures if id(figure) not in measured],
         not is_user_text(results[0]),
     )
 
 
-def _tables(results: Sequence[Result], figures: Sequence[Figure]) -> list[Table]:
+def _tables(results: Sequence[Result], figures: Sequence[PublishedResult]) -> list[Table]:
     """Return a table that compares the models for each main metric of the task; none for a single model."""
     metrics = dict.fromkeys(result["headline"] for result in results if result["headline"])
     has_several = len({result["name"] for result in results}) > 1
     return [_table(metric, results, figures) for metric in metrics if has_several]
 
 
-def _table(metric: str, results: Sequence[Result], figures: Sequence[Figure]) -> Table:
+def _table(metric: str, results: Sequence[Result], figures: Sequence[PublishedResult]) -> Table:
     cells = {
-        (result["name"], run_name(result)): format_metric(result[metric], metric)
+        (result["name"], setting_name(result)): format_metric(result[metric], metric)
         for result in results
         if result[metric] is not None
     }
-    runs = dict.fromkeys(run for _, run in cells)
+    settings = dict.fromkeys(setting for _, setting in cells)
     published = [figure for figure in figures if QUANTITIES[figure.metric] == metric]
     sources = dict.fromkeys(figure.title for figure in published)
     for result in results:
@@ -170,8 +178,8 @@ def _table(metric: str, results: Sequence[Result], figures: Sequence[Figure]) ->
         ]
         cells |= {(result["name"], figure.title): figure.printed for figure in theirs}
     names = dict.fromkeys(result["name"] for result in results)
-    rows = {name: [cells.get((name, column), MISSING) for column in (*runs, *sources)] for name in names}
-    return Table(metric, list(runs), list(sources), rows)
+    rows = {name: [cells.get((name, column), MISSING) for column in (*settings, *sources)] for name in names}
+    return Table(metric, list(settings), list(sources), rows)
 
 
 def illustrations(results: Sequence[Result]) -> list[Illustration]:
@@ -179,8 +187,12 @@ def illustrations(results: Sequence[Result]) -> list[Illustration]:
     sweeps = group_by(
         results, lambda result: (task_title(result), result["protocol"], result["context_length"], result["headline"])
     )
-    runs = group_by(results, lambda result: (task_title(result), run_name(result)))
-    candidates = [*map(_sweep, sweeps.values()), *map(_by_position, runs.values()), *map(_by_segment, runs.values())]
+    by_setting = group_by(results, lambda result: (task_title(result), setting_name(result)))
+    candidates = [
+        *map(_sweep, sweeps.values()),
+        *map(_by_position, by_setting.values()),
+        *map(_by_segment, by_setting.values()),
+    ]
     return [candidate for candidate in candidates if candidate.plot is not None]
 
 
@@ -203,7 +215,7 @@ def _by_position(results: Sequence[Result]) -> Illustration:
         "Mean nats per scored token by its position in the window. Positions that few windows score average few tokens."
     )
     plot = plots.by_position(bins, results[0]["context_length"] or 0)
-    return Illustration("By position in the window", _run_title(results[0]), note, plot)
+    return Illustration("By position in the window", _setting_title(results[0]), note, plot)
 
 
 def _by_segment(results: Sequence[Result]) -> Illustration:
@@ -211,7 +223,7 @@ def _by_segment(results: Sequence[Result]) -> Illustration:
     unit = str(results[0]["segment_unit"] or "segment")
     note = "Mean nats per scored token of each document, or of equal blocks of a single document, in text order."
     label = f"several {unit} together, in text order" if unit.endswith("s") else f"{unit}, in text order"
-    return Illustration("Along the text", _run_title(results[0]), note, plots.by_segment(segments, label))
+    return Illustration("Along the text", _setting_title(results[0]), note, plots.by_segment(segments, label))
 
 
 def is_user_text(result: Result) -> bool:
@@ -224,8 +236,8 @@ def task_title(result: Result) -> str:
     return str(result["data_file"] if is_user_text(result) else result["task_title"] or result["task"])
 
 
-def _run_title(result: Result) -> str:
-    return f"{task_title(result)}, {run_name(result)}"
+def _setting_title(result: Result) -> str:
+    return f"{task_title(result)}, {setting_name(result)}"
 
 
 def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

@@ -94,7 +94,7 @@ def _complete(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result with every field; KeyError if a required field is missing or the task is unknown."""
     optional = dict.fromkeys(Result.__slots__) | {"task_title": TASKS[entry["task"]].title}
     complete = optional | {key: entry[key] for key in REQUIRED} | dict(entry)
-    return complete if limits.has_finite_nats(complete) else limits.without_figures(complete)
+    return complete if limits.has_finite_nats(complete) else limits.without_metrics(complete)
 
 
 def _named(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,7 +165,7 @@ def _jinja(*, is_html: bool) -> Environment:
         "metrics": METRICS,
         "plot_size": SIZE,
     }
-    environment.globals |= {"run_name": sections.run_name, "window": sections.window, "ranks": sections.ranks}
+    environment.globals |= {"setting_name": sections.setting_name, "window": sections.window, "ranks": sections.ranks}
     environment.filters |= {
         "format_metric": formats.format_metric,
         "format_count": formats.format_count,

@@ -61,11 +61,11 @@ def find_data(
     files = task.wanted(text)
     if data is not None and not data.exists():
         wanted = f"{files.name} or a folder that holds it" if files else "a UTF-8 text file"
-        raise DataError(f"--data {data} does not exist; name {wanted}.")
+        raise DataError(f"--data {data} does not exist; pass {wanted}.")
     if data is not None and not data.is_dir():
         return _checked(data, task)
     if files is None:
-        raise DataError(f"--task {task.name} scores your own file; name it with --data FILE.")
+        raise DataError(f"--task {task.name} scores your own file; pass it with --data FILE.")
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megaft" / "data"
     folders = [data] if data is not None else [*_data_folder(environment), cache]
     path = next((path for folder in folders for path in _candidates(folder, files) if path.is_file()), None)
@@ -107,8 +107,8 @@ def _hub_rows(
             reason = f"; {files.hub[0]} could not be downloaded ({error})"
     raise DataError(
         f"--task {task.name} has no {files.name} in {' or '.join(map(str, folders))}{reason}. Accepted paths: "
-        f"{', '.join(files.paths)}, also as .gz and .zst. Get it from {files.origin}; name the file or its folder with "
-        "--data, or the folder with $MEGAFT_DATA."
+        f"{', '.join(files.paths)}, also as .gz and .zst. Get it from {files.origin}; pass the file or its folder with "
+        "--data, or set $MEGAFT_DATA to the folder."
     )
 
 

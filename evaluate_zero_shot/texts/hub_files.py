@@ -51,7 +51,8 @@ def write_file(rows: Iterable[str], path: Path, task: Task) -> None:
     known = KNOWN.get(sha256)
     if known is None or task.name not in known.tasks:
         raise DataError(
-            f"The hub's rows give a {path.name} of SHA-256 {sha256[:8]}, not a published file; name one with --data."
+            f"The hub's rows give a {path.name} of SHA-256 {sha256[:8]}, not a published file; pass a copy "
+            "of the published file with --data."
         )
     with naming_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ class FinishedBatches:
         self._path = folder / f"{rank:05d}-{time.time_ns()}.nats"
 
     def keep(self, number: int, values: np.ndarray) -> None:
-        """Append a batch: Float32 "quantity targets"."""
+        """Append a batch, Float32 of shape (quantities, targets)."""
         record = _HEADER.pack(number, *values.shape) + values.astype("<f4").tobytes()
         with naming_disk_errors(self._path), self._path.open("ab") as file:
             file.write(record + _CHECKSUM.pack(zlib.crc32(record)))

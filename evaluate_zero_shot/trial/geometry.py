@@ -59,15 +59,16 @@ def resolve_geometry(
     largest = wanted - (protocol.window == "tokens" and protocol.last == "extended")
     require(
         1 <= resolved.stride <= largest,
-        f"--stride is {resolved.stride}; use 1 to {largest} with protocol {protocol.name} at a context length of "
+        f"--stride is {resolved.stride}; use 1 to {largest} with --protocol {protocol.name} at a context length of "
         f"{wanted}.",
     )
     require(
         context_limit is None or resolved.num_inputs <= context_limit,
-        f"protocol {protocol.name} has a context length of {wanted}, but the model has {context_limit} positions; "
-        f"give --context-length {context_limit} and, if necessary, a smaller --stride; the report will say so.",
+        f"--protocol {protocol.name} has a context length of {wanted}, but the model has {context_limit} positions; "
+        f"use --context-length {context_limit} and, if necessary, a smaller --stride; the report marks results "
+        "at another context length.",
     )
-    require(resolved.num_inputs >= 1, f"--context-length is {wanted}; use 2 or more with protocol {protocol.name}.")
+    require(resolved.num_inputs >= 1, f"--context-length is {wanted}; use 2 or more with --protocol {protocol.name}.")
     return resolved
 
 
@@ -76,5 +77,5 @@ def _stride(protocol: Protocol, context_length: int) -> int:
         return protocol.stride
     if protocol.stride == "half":
         return max(1, context_length // 2)
-    # Such a window has one input less and begins earlier to score every token, so its stride is one less too.
+    # A window counted in tokens has one input less and begins earlier to score every token, so its stride is less too.
     return context_length - (protocol.window == "tokens" and protocol.last == "extended")

@@ -1,4 +1,4 @@
-"""Figures that are limits, not measurements: a protocol's cap, float overflow, and nats that are not finite."""
+"""Metrics that are limits, not measurements: a protocol's cap, float overflow, and nats that are not finite."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from evaluate_zero_shot.formats import parse_number
 from evaluate_zero_shot.protocols import Protocol
 
-FIGURES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "accuracy")
-LARGEST = f"above {sys.float_info.max:.2g}"
+METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "accuracy")
+OVERFLOW_LABEL = f"above {sys.float_info.max:.2g}"
 """Label of a perplexity that overflows a float although its nats are finite."""
 
 
@@ -27,18 +27,18 @@ def has_finite_nats(result: Mapping[str, Any]) -> bool:
     return nats is None or math.isfinite(nats)
 
 
-def without_figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry without its figures, which mean nothing if the nats are not finite."""
-    return {**result, **dict.fromkeys((*FIGURES, "confidence_interval_95"))}
+def without_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry without its metrics, which mean nothing if the nats are not finite."""
+    return {**result, **dict.fromkeys((*METRICS, "confidence_interval_95"))}
 
 
 def remarks(result: Mapping[str, Any], protocol: Protocol) -> list[str]:
-    """Return the remarks on an entry's headline figure if it is a limit."""
+    """Return the remarks on an entry's headline metric if it is a limit."""
     if not has_finite_nats(result):
         return ["nats are not finite: no figure"]
     headline = result.get("headline")
     value = parse_number(result.get(headline)) if headline and headline.endswith("perplexity") else None
     return [
         *([f"capped at e^{protocol.exponent_limit:g} by the protocol"] if is_capped(value, protocol) else []),
-        *([f"{LARGEST}: finite nats, too few words"] if value == math.inf else []),
+        *([f"{OVERFLOW_LABEL}: finite nats, too few words"] if value == math.inf else []),
     ]

@@ -1,4 +1,4 @@
-"""Plan of an evaluation: the data of every task and protocol, and the trials of every model."""
+"""Plan of an evaluation: the data of every task and protocol, and the evaluations of every model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from evaluate_zero_shot.config import EvaluateConfig
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS, Task
 from evaluate_zero_shot.texts.data_files import DataFile, find_data
+from evaluate_zero_shot.trial.evaluated_model import EvaluatedModel
 from evaluate_zero_shot.trial.geometry import Geometry, resolve_geometry
 from evaluate_zero_shot.trial.prepared import PreparedTask, prepare
-from evaluate_zero_shot.trial.subject import Subject
 from megaft.scoring.model import tokens_per_batch
 
 Data = Mapping[tuple[str, str], DataFile]
@@ -19,8 +19,8 @@ Data = Mapping[tuple[str, str], DataFile]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """Task, data and windows of one evaluation of a model."""
+class Evaluation:
+    """Task, data and windows for one model under one protocol and stride."""
 
     task: Task
     geometry: Geometry
@@ -28,7 +28,7 @@ class Trial:
     limit_lines: int | None
     prepared: PreparedTask
     tokens_per_batch: int
-    """Most input tokens of a forward pass."""
+    """Maximum input tokens of a forward pass."""
 
 
 def find_all_data(config: EvaluateConfig, environment: Mapping[str, str]) -> Data:
@@ -44,31 +44,33 @@ def find_all_data(config: EvaluateConfig, environment: Mapping[str, str]) -> Dat
     }
 
 
-def geometries(config: EvaluateConfig, subject: Subject) -> list[Geometry]:
+def geometries(config: EvaluateConfig, evaluated: EvaluatedModel) -> list[Geometry]:
     """Return the windows of every protocol and stride for a model.
 
     Raises:
         ConfigError: A protocol's windows do not fit the model.
     """
     return [
-        resolve_geometry(PROTOCOLS[protocol], subject.scorer.context_limit, config.context_length, stride)
+        resolve_geometry(PROTOCOLS[protocol], evaluated.scorer.context_limit, config.context_length, stride)
         for protocol in config.protocols
         for stride in config.strides
     ]
 
 
-def trial_of(config: EvaluateConfig, subject: Subject, task: Task, geometry: Geometry, data: DataFile) -> Trial:
-    """Return a task in a model's tokens and windows.
+def evaluation_of(
+    config: EvaluateConfig, evaluated: EvaluatedModel, task: Task, geometry: Geometry, data: DataFile
+) -> Evaluation:
+    """Return a task's data, tokenized and windowed for a model.
 
     Raises:
         DataError: The data do not suit the task.
     """
-    automatic = tokens_per_batch(subject.scorer.config, geometry.num_inputs, subject.device.type, subject.dtype)
-    return Trial(
+    automatic = tokens_per_batch(evaluated.scorer.config, geometry.num_inputs, evaluated.device.type, evaluated.dtype)
+    return Evaluation(
         task=task,
         geometry=geometry,
         data=data,
         limit_lines=config.limit,
-        prepared=prepare(task, geometry.protocol, data, config.limit, subject.tokenizer, geometry),
+        prepared=prepare(task, geometry.protocol, data, config.limit, evaluated.tokenizer, geometry),
         tokens_per_batch=config.tokens_per_batch or automatic,
     )

@@ -80,7 +80,7 @@ def prepare(
         prepared = _text(text, records, task, protocol, detokenizer, tokenizer, geometry)
         if not prepared.rows:
             raise DataError(
-                f"{data.path} is too short: protocol {protocol.name} scores none of its tokens; give a longer text."
+                f"{data.path} is too short: --protocol {protocol.name} scores none of its tokens; give a longer text."
             )
         return prepared
     if task.kind == "last-word":
@@ -187,7 +187,7 @@ def _cloze(
 def encode_pair(tokenizer: AnyTokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
     """Tokenize context and target as one text and split after the context's tokens, as lm-evaluation-harness does.
 
-    Megatron-LM tokenizes each by itself. With GPT-2's tokenizer the result is the same; sentencepiece would begin the
+    Megatron-LM tokenizes each separately. With GPT-2's tokenizer the result is the same; sentencepiece would begin the
     target with a token of its own, which no model expects.
 
     Args:
@@ -211,8 +211,10 @@ def _prompts(
         end = len(context) + len(target)
         begin = max(0, end - 1 - geometry.num_inputs)
         if not target or begin >= len(context):
+            needed = len(target) + geometry.context_length - geometry.num_inputs
             raise DataError(
-                f"--context-length is {geometry.context_length}, but a target has {len(target)} tokens; increase it."
+                f"--context-length is {geometry.context_length}, but a target has {len(target)} tokens; use "
+                f"--context-length {needed} or more."
             )
         documents.append([*context, *target])
         rows.append(Row(offset, Window(begin, len(context), end)))
@@ -223,7 +225,7 @@ def _prompts(
 def _prefix(tokenizer: AnyTokenizer, protocol: Protocol) -> int:
     if tokenizer.prefix_id is None:
         raise DataError(
-            f"protocol {protocol.name} needs a prefix token, but the tokenizer has neither a beginning- nor "
-            "an end-of-sequence token; use a protocol without a prefix, such as megatron."
+            f"--protocol {protocol.name} needs a prefix token, but the tokenizer has neither a beginning- nor "
+            "an end-of-sequence token; use one without a prefix, such as --protocol megatron."
         )
     return tokenizer.prefix_id

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
-from evaluate_zero_shot.trial.limits import LARGEST, is_capped
+from evaluate_zero_shot.trial.limits import OVERFLOW_LABEL, is_capped
 from megaft.base.errors import DataError
 from megaft.base.files import parse_json, write_json_atomic
 
@@ -163,4 +163,4 @@ def _written(name: str, value: float, protocol: Protocol) -> str:
     """Return a figure with its name; a figure that is a cap or an overflow is marked so."""
     if name.endswith("perplexity") and is_capped(value, protocol):
         return f"{name} {value:.4f} (the protocol's cap)"
-    return f"{name} {value:.4f}" if math.isfinite(value) else f"{name} {LARGEST}"
+    return f"{name} {value:.4f}" if math.isfinite(value) else f"{name} {OVERFLOW_LABEL}"

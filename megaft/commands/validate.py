@@ -72,12 +72,12 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
 
     setup, resumed = plan_settings(config, config.world_size, has_cuda=True), resumed_batch_size(config)
     try:
-        with _stand_in_folder(config.run.dir, config.run.fresh) as folder:
-            stand_in, notes = _stand_in(config, setup, folder)
+        with _temporary_run_folder(config.run.dir, config.run.fresh) as folder:
+            cpu_config, notes = _cpu_settings(config, setup, folder)
             for note in notes:
                 print(note)
             topology = parallel.join_fake_group(config.world_size)
-            run = build(plan_run(stand_in, topology, has_cuda=False), topology)
+            run = build(plan_run(cpu_config, topology, has_cuda=False), topology)
             state = resume(run)
             checked_plan = _answer(config, setup, run, state)
     finally:
@@ -89,7 +89,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _stand_in_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
+def _temporary_run_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
     """Yield a temporary run folder with a link to the real one's checkpoints; errors name the real folder."""
     with tempfile.TemporaryDirectory(prefix="megaft-validate-") as temporary:
         folder = Path(temporary)
@@ -101,7 +101,7 @@ def _stand_in_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
             raise type(error)(str(error).replace(temporary, str(run_dir))) from error
 
 
-def _stand_in(config: ValidateConfig, setup: ResolvedSettings, folder: Path) -> tuple[ValidateConfig, list[str]]:
+def _cpu_settings(config: ValidateConfig, setup: ResolvedSettings, folder: Path) -> tuple[ValidateConfig, list[str]]:
     """Return settings that a CPU can build instead of those that need a GPU, and notes on the replacements."""
     from megaft.base.files import write_json_atomic
 
@@ -168,8 +168,8 @@ def require_room(config: ValidateConfig, checkpoint_bytes: int) -> None:
     if free < needed:
         raise CheckpointError(
             f"--run.dir is {run_dir}, which needs {needed:,} bytes more for {count} checkpoints of "
-            f"{checkpoint_bytes:,} bytes (--checkpoint.keep-last and two more), but {free:,} are free; free space "
-            "there, keep fewer checkpoints, or use another --run.dir."
+            f"{checkpoint_bytes:,} bytes (--checkpoint.keep-last and two more), but {free:,} are available; delete "
+            "files there, keep fewer checkpoints, or use another --run.dir."
         )
 
 

@@ -216,4 +216,4 @@ def test_as_many_ranks_as_share_a_matrix_are_needed(models, corpora, tmp_path, c
     assert "--tensor-parallel-size is 2, which does not divide 1 rank" in capsys.readouterr().err
     config = GenerateConfig(model=str(models["gpt2"]), prompt=("a",), backend="megatron", tensor_parallel_size=2)
     assert generate(config) == 2
-    assert "this runs on 1 rank; start as many" in capsys.readouterr().err
+    assert "this runs on 1 rank; start 2 ranks" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def _(workshop):
     return workshop.evaluate(workshop.write("one.txt", "a"), "--protocol=megatron", "--context-length=64")
 
 
-@refuse("13 a context of one token", 2, r"context-length is 1; use 2 or more with protocol hf-docs")
+@refuse("13 a context of one token", 2, r"context-length is 1; use 2 or more with --protocol hf-docs")
 def _(workshop):
     return workshop.evaluate(
         workshop.write("a.txt", "some text"), "--protocol=hf-docs", "--context-length=1", "--stride=1"
@@ -92,7 +92,7 @@ def _(workshop):
     return workshop.train(data=nothing_scored(workshop))
 
 
-@refuse("15 evaluation file missing", 3, r"--data .*nowhere\.txt does not exist; name a UTF-8 text file")
+@refuse("15 evaluation file missing", 3, r"--data .*nowhere\.txt does not exist; pass a UTF-8 text file")
 def _(workshop):
     return workshop.evaluate(workshop.folder / "nowhere.txt")
 

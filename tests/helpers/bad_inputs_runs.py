@@ -152,7 +152,7 @@ def _(workshop):
     return ["submit", "--print", str(workshop.write("job.sbatch", "#!/bin/bash\n#SBATCH --nodes=1\r\n"))]
 
 
-@refuse("55 more nodes than exist", 2, r"nodes is 6; partition main has 5\. Use 5 or less, or another partition")
+@refuse("55 more nodes than exist", 2, r"--nodes is 6, but partition main has 5; use 5 or less, or another --partition")
 def _(workshop):
     sinfo = workshop.write("bin/sinfo", "#!/bin/sh\necho 'main* 5 infinite gpu:4'\n")
     sinfo.chmod(0o755)

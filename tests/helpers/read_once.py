@@ -13,10 +13,10 @@ def tokenizers(patch):
 
 def models(patch):
     """Let evaluations of one model with one dtype and backend load it once."""
-    from evaluate_zero_shot.trial import subject
+    from evaluate_zero_shot.trial import evaluated_model
 
     tokenizers(patch)
-    load, kept = subject.load, {}
+    load, kept = evaluated_model.load, {}
 
     def once(source, tokenizer, config, backend, device):
         key = source, config.dtype, config.partition, backend, device
@@ -24,4 +24,4 @@ def models(patch):
             kept[key] = load(source, tokenizer, config, backend, device)
         return kept[key]
 
-    patch.setattr(subject, "load", once)
+    patch.setattr(evaluated_model, "load", once)

@@ -15,7 +15,7 @@ from evaluate_zero_shot.tasks import TASKS, Files, Task
 @pytest.fixture
 def entries(monkeypatch):
     """A protocol, a task and a detokenizer of their own, each an entry of its table."""
-    shout = SimpleNamespace(SOURCE="a corpus in lower case", QUIRKS=(("a", "A"),), detokenize=str.upper)
+    shout = SimpleNamespace(SOURCE="a corpus in lower case", KNOWN_COLLISIONS=(("a", "A"),), detokenize=str.upper)
     monkeypatch.setitem(detokenizers._TABLE, "tale_shout", shout)
     protocol = Protocol(name="mine", title="Mine", source="here", detokenizer="megatron", words=Words.SPACES, note="")
     monkeypatch.setitem(PROTOCOLS, "mine", protocol)

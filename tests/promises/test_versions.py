@@ -42,7 +42,7 @@ def test_no_bound_of_pyproject_is_below_a_floor(floor):
     (required,) = [one for one in map(Requirement, PROJECT["dependencies"]) if one.name == floor.package]
     (bound,) = required.specifier
     assert bound.operator == ">="
-    assert not floor.is_above(bound.version)
+    assert not floor.rejects(bound.version)
     assert floor.package not in {row[0] for row in ADVISORIES}
 
 

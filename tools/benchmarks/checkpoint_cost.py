@@ -2,7 +2,7 @@
 
     python tools/benchmarks/checkpoint_cost.py --folder /a/local/disk --repeats 5
 
-The state is AdamW's in fp32: a weight and two moments, 12 bytes a parameter.
+The state is AdamW's in fp32: a weight and two moments, 12 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# megaft's checkpoints compared with DeepSpeed's\n",
-            "Seconds that training waits for one save, and the state (a weight and two moments in fp32, 12 bytes a "
+            "Seconds that training waits for one save, and the state (a weight and two moments in fp32, 12 bytes per "
             "parameter) that is saved in one of them; the slowest rank's, median [least, most], by turns into an empty "
             "folder. Of the asynchronous way also the seconds until the checkpoint is published.\n",
             *(f"- {name}: {what}" for name, what in WHAT.items()),

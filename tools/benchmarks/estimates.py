@@ -25,7 +25,7 @@ from estimates_scaling import write_scaling
 from invariance import write_between_marks
 
 from megaft.base.files import write_json_atomic
-from megaft.commands.estimate.memory import MicroBatch, States, activations, moments
+from megaft.commands.estimate.memory import MicroBatch, States, activations, phases
 from megaft.commands.estimate.presets import PRESETS
 from megaft.weights.dimensions import num_elements
 from megaft.weights.families import dimensions_of
@@ -33,7 +33,7 @@ from megaft.weights.families import dimensions_of
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
-WORDS = {"bfloat16": 2, "float32": 4}
+ITEMSIZES = {"bfloat16": 2, "float32": 4}
 STATES = ("weights", "master_weights", "optimizer", "gradients")
 KINDS = ("pass", "engine", "ranks")
 
@@ -73,9 +73,9 @@ def estimate_of_pass(case: Passing) -> tuple[int, int]:
         tensor_parallel_size=case.tensor_parallel_size or 1,
         is_megatron=case.tensor_parallel_size > 0,
         is_recomputed=case.is_recomputed,
-        word_bytes=WORDS[case.dtype],
+        element_bytes=ITEMSIZES[case.dtype],
     )
-    weights = num_elements(work.weights) * work.word_bytes
+    weights = num_elements(work.weights) * work.element_bytes
     held = States(
         weights=weights,
         master_weights=0,
@@ -84,7 +84,7 @@ def estimate_of_pass(case: Passing) -> tuple[int, int]:
         gradients_before=0,
         gradients_reduced=weights,
     )
-    return weights, max(sum(parts.values()) for parts in moments(held, activations(work)).values())
+    return weights, max(sum(parts.values()) for parts in phases(held, activations(work)).values())
 
 
 def engines() -> Iterator[Row]:

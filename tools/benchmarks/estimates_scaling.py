@@ -51,7 +51,7 @@ def write_scaling(page: Path) -> None:
 def table() -> str:
     """Return the largest micro-batch that fits, its memory and time, for each recipe and number of GPUs."""
     head = (
-        "| GPU, precision | GPUs | sharding | micro-batch | recomputation | peak of a GPU | tokens/s | days an epoch |"
+        "| GPU, precision | GPUs | sharding | micro-batch | recomputation | peak per GPU | tokens/s | days per epoch |"
     )
     rows = [row(gpu, count, sharding) for gpu in HARDWARE for count in (8, 64, 512) for sharding in SHARDINGS]
     return "\n".join([head, "|---" * 8 + "|", *rows])
@@ -119,10 +119,10 @@ def paper() -> str:
         "| Megatron-LM's paper | reported | estimated |",
         "|---|---|---|",
         f"| parameters of the 8.3 B model | 8.3 billion | {recomputed.shape.num_parameters:,} |",
-        f"| days an epoch on 512 V100 | {PAPER_DAYS:.2f} | {shortest:.2f} to {longest:.2f} |",
+        f"| days per epoch on 512 V100 | {PAPER_DAYS:.2f} | {shortest:.2f} to {longest:.2f} |",
         f"| PFLOP/s on 512 V100 | 15.1 (weak-scaling study) | {model_flops / 1e15:.1f} in {PAPER_DAYS:.2f} days "
         f"without recomputation, {model_flops * 4 / 3e15:.1f} with it |",
         f"| fits 8 V100 of 32 GB at batch 8 (weak-scaling study, without ZeRO) | yes | "
-        f"{one.footprint().peak_bytes / GIB:.1f} GiB a GPU |",
+        f"{one.footprint().peak_bytes / GIB:.1f} GiB per GPU |",
     ]
     return "\n".join(lines)

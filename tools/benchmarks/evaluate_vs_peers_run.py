@@ -54,8 +54,8 @@ def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
     from evaluate_zero_shot.config import EvaluateConfig
     from evaluate_zero_shot.tasks import TASKS
     from evaluate_zero_shot.trial.evaluate import evaluate
-    from evaluate_zero_shot.trial.plan import find_all_data, geometries, trial_of
-    from evaluate_zero_shot.trial.subject import load
+    from evaluate_zero_shot.trial.evaluated_model import load
+    from evaluate_zero_shot.trial.plan import evaluation_of, find_all_data, geometries
     from megaft.data.tokenizer import load_tokenizer
 
     config = EvaluateConfig(
@@ -68,16 +68,16 @@ def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
         dtype=case.dtype,
     )
     tokenizer = load_tokenizer(config.model[0])
-    subject = load(config.model[0], tokenizer, config, "hugging-face", torch.device(case.device))
+    evaluated = load(config.model[0], tokenizer, config, "hugging-face", torch.device(case.device))
     ids = torch.zeros(1, 8, dtype=torch.int64, device=case.device)
-    subject.scorer.configure(with_greedy=False, banned=())(ids, ids)  # warm-up, as the others have
+    evaluated.scorer.configure(with_greedy=False, banned=())(ids, ids)  # warm-up, as the others have
 
     def run() -> Found:
         data = find_all_data(config, {})[case.task, case.protocol]
-        [cut] = geometries(config, subject)
-        trial = trial_of(config, subject, TASKS[case.task], cut, data)
+        [geometry] = geometries(config, evaluated)
+        evaluation = evaluation_of(config, evaluated, TASKS[case.task], geometry, data)
         with tempfile.TemporaryDirectory() as output:
-            result = evaluate(subject, trial, Path(output))
+            result = evaluate(evaluated, evaluation, Path(output))
         return result.nats, result.accuracy
 
     return run

@@ -92,7 +92,7 @@ def measure(case: Case, contestants: tuple[Contestant, ...], repeats: int) -> It
                 if contestant in failed:
                     continue
                 run = launch(contestant, case, folder, folder / "run")
-                shutil.rmtree(folder / "run")  # megaft's last checkpoint has 12 bytes a parameter
+                shutil.rmtree(folder / "run")  # megaft's last checkpoint has 12 bytes per parameter
                 if run.failure:
                     failed.add(contestant)
                 print(line(repeat, run), file=sys.stderr, flush=True)

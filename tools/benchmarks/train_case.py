@@ -126,7 +126,7 @@ class Case:
         self._architecture().save_pretrained(folder / "model")
         text = toy.text()
         toy.make_tokenizer(folder / "tokenizer", text)
-        # Enough for one epoch, at two to three bytes a token.
+        # Enough for one epoch, at two to three bytes per token.
         copies = -(-4 * self.max_steps * self.tokens_per_step // len(text))
         (folder / "train.txt").write_text(text * copies, encoding="utf-8")
         tokenizer = str(folder / "tokenizer")

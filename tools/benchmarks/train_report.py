@@ -96,7 +96,7 @@ class Report:
         case = self.case
         return (
             f"{case.num_ranks} rank(s), {case.context_length} tokens x micro-batch {case.micro_batch_size} x "
-            f"{case.accumulation} accumulation = {case.tokens_per_step:,} tokens a step; {case.dtype}, dropout "
+            f"{case.accumulation} accumulation = {case.tokens_per_step:,} tokens per step; {case.dtype}, dropout "
             f"{case.dropout:g}, {case.recipe.format(dtype=case.dtype)}, AdamW {LEARNING_RATE:g} {BETAS} decay "
             f"{WEIGHT_DECAY}, clipping {GRADIENT_CLIPPING:g}, sdpa attention. {case.steps} step(s) after "
             f"{case.warm_up_steps} of warm-up; {self._num_repeats()} repeat(s), contestants in turn. Median of the "

@@ -1,10 +1,11 @@
 """Detokenizers by name: functions from str to str, each of which undoes the word tokenization of one corpus.
 
 `NAME` is invertible: `inverse(NAME)` restores the corpus exactly, for every string. `NAME_publisher` follows the
-rules of that publisher, quirks included; these lose information. `python -m detokenizers --list` lists all of them.
+rules of that publisher, with their defects; these lose information. `python -m detokenizers --list` lists all of them.
 
 Detokenizers import nothing but `re`, so that any program can use them. To add one, add an entry to the table below: an
-`Unchanged`, or a module with SOURCE and `detokenize`, and with `retokenize` and LINES (invertible) or QUIRKS (lossy).
+`Unchanged`, or a module with SOURCE and `detokenize`, and with `retokenize` and LINES (invertible) or KNOWN_COLLISIONS
+(lossy).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -95,13 +96,13 @@ def source(name: str) -> str:
     return _entry(name).SOURCE
 
 
-def quirks(name: str) -> tuple[tuple[str, str], ...]:
-    """Return pairs of different texts that the rules make the same; empty if they are invertible.
+def known_collisions(name: str) -> tuple[tuple[str, str], ...]:
+    """Return pairs of different texts that the rules turn into the same text; empty if the rules are invertible.
 
     Raises:
         ValueError: There is no such name.
     """
-    return getattr(_entry(name), "QUIRKS", ())
+    return getattr(_entry(name), "KNOWN_COLLISIONS", ())
 
 
 def _entry(name: str) -> ModuleType | Unchanged:

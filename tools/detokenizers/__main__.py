@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"detokenizers: {error}", file=sys.stderr)
         return _BAD_USE
-    except BrokenPipeError:  # the reader has left; flushing the rest of the buffer must not fail a second time
+    except BrokenPipeError:  # the reader closed the pipe; flushing the rest of the buffer must not fail a second time
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument(
         "--check",
         metavar="FILE",
-        help="check that FILE round-trips, and list texts that published rules make equal (all corpora without NAME)",
+        help="check that FILE round-trips, and list texts that published rules make equal; without NAME, try every "
+        "invertible detokenizer on FILE",
     )
     return parser
 
@@ -64,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _describe(name: str) -> str:
     kind = "invertible" if detokenizers.is_invertible(name) else "lossy"
-    same = "; ".join(f"{first!r} = {second!r}" for first, second in detokenizers.quirks(name))
+    same = "; ".join(f"{first!r} = {second!r}" for first, second in detokenizers.known_collisions(name))
     return f"{name:18} {kind:10}  {detokenizers.source(name)}" + (f". Makes the same: {same}" if same else "")
 
 

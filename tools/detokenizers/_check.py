@@ -8,7 +8,7 @@ import detokenizers
 from detokenizers._lines import MARK
 from detokenizers._text import decode, encode, read
 
-_MOST_SHOWN = 10
+_MAX_SHOWN = 10
 _TOUCHED = re.compile(r"[^\w ]|\b[N1]\b")  # no published rule changes words without one of these
 
 
@@ -94,10 +94,10 @@ def _report_published(name: str, path: str) -> bool:
         print(f"{name}: lossy rules, but this file is restored", flush=True)
         return True
     print(f"{name}: DOES NOT ROUND-TRIP; lossy rules, from line {lost} on: {_difference(lines, again, lost)}")
-    shown = list(islice(collisions(detokenize, lines), _MOST_SHOWN + 1))
-    for words, line, other_words, other_line, result in shown[:_MOST_SHOWN]:
+    shown = list(islice(collisions(detokenize, lines), _MAX_SHOWN + 1))
+    for words, line, other_words, other_line, result in shown[:_MAX_SHOWN]:
         print(f"  line {line}: {words!r} and line {other_line}: {other_words!r} both become {result!r}")
-    print("  and more" if len(shown) > _MOST_SHOWN else f"  {len(shown)} collisions of up to three words", flush=True)
+    print("  and more" if len(shown) > _MAX_SHOWN else f"  {len(shown)} collisions of up to three words", flush=True)
     return False
 
 

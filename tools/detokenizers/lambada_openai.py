@@ -2,7 +2,7 @@
 
 SOURCE = "LAMBADA as OpenAI scored it with GPT-2"
 
-QUIRKS = (("“a” b", '"a" b'), (" a b\n", "a b"))
+KNOWN_COLLISIONS = (("“a” b", '"a" b'), (" a b\n", "a b"))
 
 
 def detokenize(text: str) -> str:

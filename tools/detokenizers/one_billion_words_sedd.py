@@ -7,7 +7,7 @@ import re
 
 SOURCE = "One Billion Words as SEDD and later diffusion language models read it, sentence by sentence"
 
-QUIRKS = (
+KNOWN_COLLISIONS = (
     *(
         ("a , b", "a, b"),
         ("it 's so", "it's so"),
@@ -35,7 +35,7 @@ def detokenize(text: str) -> str:
     """Undo the tokenization of the One Billion Words by the rules of SEDD, line by line.
 
     Args:
-        text: Sentences, one a line.
+        text: Sentences, one per line.
 
     Returns:
         The sentences with the rules applied in the published order.

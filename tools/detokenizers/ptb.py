@@ -33,7 +33,7 @@ def detokenize(text: str) -> str:
     r"""Return the Penn Treebank as ordinary text: `do n't`, `it 's` and `$ N` lose their space, `\/` its backslash.
 
     Args:
-        text: Any string; each line is treated by itself.
+        text: Any string; each line is treated separately.
 
     Returns:
         The text; U+2060 precedes a word or line that the rules alone could not restore.

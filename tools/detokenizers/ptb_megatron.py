@@ -1,11 +1,11 @@
 """Published detokenizer of the Penn Treebank: the rules of Megatron-LM (its tasks/zeroshot_gpt/detokenizer.py).
 
-They lose information, and the rule for N eats the space before it: `october N with` becomes `october1 with`.
+They lose information, and the rule for N removes the space before it: `october N with` becomes `october1 with`.
 """
 
 SOURCE = "Penn Treebank as Megatron-LM reads it"
 
-QUIRKS = (
+KNOWN_COLLISIONS = (
     *(("do n't", "don't"), ("it 's", "it's"), ("october N with", "october1 with"), ("$ N with", "$1 with")),
     *(("a \nb", "a\nb"), ("# 1", "#1")),
 )
@@ -17,7 +17,7 @@ _RULES = (
 
 
 def detokenize(text: str) -> str:
-    """Undo Mikolov's Penn Treebank tokenization by the rules of Megatron-LM, quirks included.
+    """Undo Mikolov's Penn Treebank tokenization by the rules of Megatron-LM, with their defects.
 
     Args:
         text: A whole file.

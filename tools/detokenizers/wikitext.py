@@ -29,7 +29,7 @@ def detokenize(text: str) -> str:
     """Return WikiText as ordinary text: `= = Title = =`, `a @-@ b`, `" x "` and `, ` lose their extra spaces.
 
     Args:
-        text: Any string. Each line is treated by itself, so a page reads the same inside its file and alone.
+        text: Any string. Each line is treated separately, so a page reads the same inside its file and alone.
 
     Returns:
         The text; U+2060 precedes a word or line that the rules alone could not restore.

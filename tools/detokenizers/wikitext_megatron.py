@@ -8,7 +8,7 @@ import re
 
 SOURCE = "WikiText as Megatron-LM, lm-eval and lighteval read it; needs the whole file, its quotes pair across lines"
 
-QUIRKS = (
+KNOWN_COLLISIONS = (
     *(("a @-@ b", "a-b"), ("1 @,@ 000", "1,000"), ("a , b", "a, b"), ("boys ' x", "boys' x"), ("( a )", "(a)")),
     *(("x 's y", "x's y"), ("a \nb", "a\nb"), ("5 N 7", "5 1 7"), ("5 ° C", "5°C"), ("= = a", "== a")),
     *(('x " a\n" y', 'x "a" y'), ("' a '", "'a'")),
@@ -29,7 +29,7 @@ _AFTER_BRACKETS = (
 
 
 def detokenize(text: str) -> str:
-    """Undo WikiText's tokenization by the rules of Megatron-LM, quirks included.
+    """Undo WikiText's tokenization by the rules of Megatron-LM, with their defects.
 
     Args:
         text: A whole WikiText file.

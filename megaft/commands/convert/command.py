@@ -112,7 +112,8 @@ def publishing(folder: Path, num_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(folder.parent).free
         if free < num_bytes:
             raise ConfigError(
-                f"--to is {folder}, which needs {num_bytes:,} bytes, but {free:,} are free; free space there."
+                f"--to is {folder}, which needs {num_bytes:,} bytes, but only {free:,} are available; delete "
+                "files there, or choose another disk."
             )
         temporary.mkdir()
         try:

@@ -34,7 +34,8 @@ from megaft.weights.reading import open_weights
 from megaft.weights.tensor_file import TensorFile
 
 MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
-"""Tolerance of one token's nats, and relative tolerance of the mean; one wrong weight exceeds them a thousandfold."""
+"""Tolerance of one token's nats, and relative tolerance of the mean. A single wrong weight exceeds them about a
+thousandfold."""
 MAX_CONTEXT = 512
 """Largest number of input tokens per forward pass."""
 
@@ -103,9 +104,10 @@ def verify(before: ComparedModel, after: ComparedModel, dtype: str, text: str) -
     difference = Difference(len(first), mean, largest, mean_difference / mean)
     if not (largest <= MAX_NATS and mean_difference <= MAX_RELATIVE * mean):
         raise NumericsError(
-            f"{after.source} differs from {before.source}: a token's nats by {largest:.3g} (up to {MAX_NATS:g} is "
-            f"rounding), the mean {mean:.6f} by {mean_difference:.3g}. The folder was not removed; do not use it, and "
-            "report this."
+            f"{after.source} differs from {before.source}: the largest difference of one token is {largest:.3g} nats "
+            f"(tolerance {MAX_NATS:g}); the mean {mean:.6f} differs by {mean_difference:.3g} (tolerance "
+            f"{MAX_RELATIVE * mean:.3g}). Do not use {after.source}, which was not removed; report this as a bug of "
+            "megaft convert."
         )
     return difference
 

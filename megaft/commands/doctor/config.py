@@ -8,10 +8,11 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig:
-    """Check this machine's installation. Exit code 0, or 2 if something must be fixed first.
+    """Check this machine's installation. Exit code 0 if every check passes, or 2 if something must be fixed first.
 
     With --distributed, under deepspeed, torchrun, srun or mpirun: test communication, ZeRO stages 0 to 3 and an elastic
-    resume on all ranks with a toy model. Exit code 0, 2 for a wrong installation, or 5 for wrong numbers.
+    resume on all ranks with a toy model. Exit code 0 if every check passes; 5 if a number is wrong; 2 if ranks have
+    different versions or no shared folder; 75 if a rank does not answer within a minute.
     """
 
     distributed: bool = False

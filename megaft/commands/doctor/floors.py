@@ -18,7 +18,7 @@ class Floor:
     version: str
     reason: str
 
-    def is_above(self, version: str) -> bool:
+    def rejects(self, version: str) -> bool:
         """Return True if `version` is older than the floor; pre-releases of the floor count as older."""
         return Version(version) < Version(self.version)
 

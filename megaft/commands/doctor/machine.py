@@ -51,7 +51,7 @@ def versions() -> Iterator[Check]:
         installed, fix = installed_version(floor.package), f"Run `pip install '{floor.package}>={floor.version}'`"
         if installed is None:
             yield Check(floor.package, "fail", "not installed", fix)
-        elif floor.is_above(installed):
+        elif floor.rejects(installed):
             found = f"{installed}, below the minimum safe version {floor.version}"
             yield Check(floor.package, "fail", found, f"{floor.reason}. {fix}")
         else:
@@ -216,7 +216,7 @@ def disks() -> Iterator[Check]:
         if not os.access(existing, os.W_OK):
             yield Check(f"disk: {name}", "warn", f"{path} cannot be written", "Work in another folder")
         elif free < wanted * GIB:
-            yield Check(f"disk: {name}", "warn", found, f"Free space to have {wanted} GiB or more")
+            yield Check(f"disk: {name}", "warn", found, f"Delete files there: {wanted} GiB or more are recommended")
         else:
             yield Check(f"disk: {name}", "pass", found)
 

@@ -12,9 +12,11 @@ from megaft.base.errors import ConfigError
 from megaft.commands.estimate.recipe import Footprint, Recipe
 from megaft.config.deepspeed_keys import ACCUMULATION, GLOBAL_BATCH, MICRO_BATCH
 
-MOST_SHOWN = 3
-MOST_TIMES = 64
+MAX_SHOWN = 3
+MAX_TIMES_RANKS = 64
 """Largest multiple of the given number of ranks that is tried."""
+MAX_TENSOR_PARALLEL_SIZE = 8
+"""Largest tensor-parallel size that is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ class Change:
 class Option:
     """One value of one kind of setting."""
 
-    rank: int
-    """Position among the values: 0 is the given value; higher ones change more."""
+    level: int
+    """Distance from the given value, which is level 0; higher levels change more."""
     text: str
     recipe: dict[str, Any]
     """Fields of the recipe that change."""
@@ -41,7 +43,7 @@ class Option:
 
 
 def changes(given: Recipe, available_bytes: int) -> list[Change]:
-    """Return up to MOST_SHOWN changes that make a run fit; none needs all the kinds of change of another.
+    """Return up to MAX_SHOWN changes that make a run fit; none contains all the kinds of another.
 
     Kinds, from the least invasive: a smaller micro-batch (more accumulation, the same step), activation checkpointing
     (more work), a higher ZeRO stage (more traffic), offloading (slow), tensor parallelism (another backend), more
@@ -49,20 +51,20 @@ def changes(given: Recipe, available_bytes: int) -> list[Change]:
     """
     fitting: list[tuple[set[int], Change]] = []
     for options in sorted(product(*_kinds(given)), key=_invasiveness):
-        kinds = {kind for kind, option in enumerate(options) if option.rank}
+        kinds = {kind for kind, option in enumerate(options) if option.level}
         if any(fewer_kinds <= kinds for fewer_kinds, _ in fitting):
             continue
         footprint = _footprint(given, options)
         if footprint is not None and footprint.peak_bytes <= available_bytes:
-            settings = tuple(option.text for option in options if option.rank)
+            settings = tuple(option.text for option in options if option.level)
             fitting.append((kinds, Change(settings, footprint.peak_bytes, footprint.states.host)))
-            if len(fitting) == MOST_SHOWN:
+            if len(fitting) == MAX_SHOWN:
                 break
     return [change for _, change in fitting]
 
 
 def _invasiveness(options: tuple[Option, ...]) -> tuple[int, ...]:
-    return tuple(option.rank for option in reversed(options))
+    return tuple(option.level for option in reversed(options))
 
 
 def _footprint(given: Recipe, options: tuple[Option, ...]) -> Footprint | None:
@@ -90,22 +92,23 @@ def _kinds(given: Recipe) -> Iterator[list[Option]]:
     same_batch = {GLOBAL_BATCH: setup.global_batch_size, ACCUMULATION: "auto"}
     sizes = [setup.micro_batch_size >> times for times in range(setup.micro_batch_size.bit_length())]
     yield [
-        Option(rank, f"{MICRO_BATCH} {size}", {}, {**same_batch, MICRO_BATCH: size}) for rank, size in enumerate(sizes)
+        Option(level, f"{MICRO_BATCH} {size}", {}, {**same_batch, MICRO_BATCH: size})
+        for level, size in enumerate(sizes)
     ]
     yield [
-        Option(rank, "--model.activation-checkpointing", {"is_recomputed": True} if rank else {}, {})
-        for rank in range(1 if given.is_recomputed else 2)
+        Option(level, "--model.activation-checkpointing", {"is_recomputed": True} if level else {}, {})
+        for level in range(1 if given.is_recomputed else 2)
     ]
     stage = setup.zero_stage
     yield [
-        Option(rank, f"zero_optimization.stage {stage + rank}", {}, {"zero_optimization.stage": stage + rank})
-        for rank in range(4 - stage)
+        Option(level, f"zero_optimization.stage {stage + level}", {}, {"zero_optimization.stage": stage + level})
+        for level in range(4 - stage)
     ]
     yield list(_offloads(setup.offload_optimizer))
     yield list(_tensor_sizes(given))
     yield [
-        Option(rank, f"{given.world_size << rank} ranks", {"world_size": given.world_size << rank}, {})
-        for rank in range(MOST_TIMES.bit_length())
+        Option(level, f"{given.world_size << level} ranks", {"world_size": given.world_size << level}, {})
+        for level in range(MAX_TIMES_RANKS.bit_length())
     ]
 
 
@@ -120,8 +123,8 @@ def _offloads(is_offloaded: bool) -> Iterator[Option]:
 
 def _tensor_sizes(given: Recipe) -> Iterator[Option]:
     yield Option(0, "", {}, {})
-    size, rank = given.tensor_parallel_size * 2, 1
-    while size <= 8:
+    size, level = given.tensor_parallel_size * 2, 1
+    while size <= MAX_TENSOR_PARALLEL_SIZE:
         text = f"--model.backend megatron --parallel.tensor-parallel-size {size}"
-        yield Option(rank, text, {"tensor_parallel_size": size, "is_megatron": True}, {})
-        size, rank = size * 2, rank + 1
+        yield Option(level, text, {"tensor_parallel_size": size, "is_megatron": True}, {})
+        size, level = size * 2, level + 1

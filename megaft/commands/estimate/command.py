@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megaft.base.hardware import GPUS, RESERVED_BYTES, Gpu, data_sheet_flops, published_utilizations
-from megaft.commands.estimate.changes import changes
+from megaft.commands.estimate.changes import MAX_TENSOR_PARALLEL_SIZE, MAX_TIMES_RANKS, changes
 from megaft.commands.estimate.config import EstimateConfig
 from megaft.commands.estimate.presets import configuration, source_of
 from megaft.commands.estimate.recipe import Recipe
@@ -22,6 +22,11 @@ GIB = 2**30
 SECONDS_PER_DAY = 86_400
 RECOMPUTED = 3 / 4
 """Share of a step's FLOPs that are model FLOPs with activation checkpointing."""
+NOTHING_FITS = (
+    "None of the changes tried makes it fit: a smaller micro-batch, activation checkpointing, a higher ZeRO stage, "
+    f"offloading, tensor parallelism up to {MAX_TENSOR_PARALLEL_SIZE}, and up to {MAX_TIMES_RANKS} times the ranks. "
+    "Use GPUs with more memory (--hardware), a shorter context, or a smaller model."
+)
 
 
 def main(config: EstimateConfig) -> int:
@@ -54,9 +59,9 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         "peak_bytes": footprint.peak_bytes,
         "available_bytes": available,
         "hardware": gpu.name,
-        "peak_moment": footprint.peak_moment,
-        "components": footprint.moments[footprint.peak_moment],
-        "moments": {name: sum(parts.values()) for name, parts in footprint.moments.items()},
+        "peak_moment": footprint.peak_phase,
+        "components": footprint.phases[footprint.peak_phase],
+        "moments": {name: sum(parts.values()) for name, parts in footprint.phases.items()},
         "states": asdict(footprint.states),
         "activations": asdict(footprint.activations),
         "offloaded_bytes": footprint.states.host,
@@ -116,38 +121,40 @@ def speed(recipe: Recipe, dtype: str, gpu: Gpu, tokens: float | None) -> dict[st
 def lines(answer: dict[str, Any]) -> list[str]:
     """Return the lines of the estimate as text."""
     verdict = "fits" if answer["fits"] else "does NOT fit"
-    head = (
+    summary = (
         "{parameters:,} parameters ({parameters_of_a_rank:,} on a rank before ZeRO); ZeRO {zero_stage}, {dtype}; "
         "{data_parallel_size} data x {tensor_parallel_size} tensor ranks; global batch {global_batch_size} = "
         "{micro_batch_size} x {gradient_accumulation_steps} x {data_parallel_size}".format(**answer)
     )
     rows = [f"  {name:<16} {size / GIB:9.2f} GiB" for name, size in answer["components"].items() if size]
     peak, free = answer["peak_bytes"] / GIB, answer["available_bytes"] / GIB
-    text = [head, "", f"On each GPU at the peak ({answer['peak_moment']}):", *rows]
-    text += [f"  {'together':<16} {peak:9.2f} GiB, {verdict} in the {free:.2f} GiB of a {answer['hardware']}"]
+    text = [summary, "", f"On each GPU at the peak ({answer['peak_moment']}):", *rows]
+    text += [f"  {'total':<16} {peak:9.2f} GiB, {verdict} in the {free:.2f} GiB of a {answer['hardware']}"]
     if answer["offloaded_bytes"]:
-        text += [f"  {'on the host':<16} {answer['offloaded_bytes'] / GIB:9.2f} GiB a rank"]
+        text += [f"  {'on the host':<16} {answer['offloaded_bytes'] / GIB:9.2f} GiB per rank"]
     if not answer["has_dtype"]:
         text += [f"The {answer['hardware']} does NOT compute in bf16: use fp16, as ds_configs/zero1_fp16.json does."]
     if not answer["fits"]:
-        text += ["", "It fits with:" if answer["changes"] else "No change of settings makes it fit."]
+        text += ["", "It fits with:" if answer["changes"] else NOTHING_FITS]
         text += [f"  {', '.join(change['settings'])} ({_sizes(change)})" for change in answer["changes"]]
     return [*text, "", *_speed_lines(answer), _disk_line(answer)]
 
 
 def _sizes(change: dict[str, Any]) -> str:
     host = change["offloaded_bytes"]
-    return f"{change['peak_bytes'] / GIB:.2f} GiB" + (f", and {host / GIB:.2f} GiB a rank on the host" if host else "")
+    return f"{change['peak_bytes'] / GIB:.2f} GiB" + (
+        f", and {host / GIB:.2f} GiB per rank on the host" if host else ""
+    )
 
 
 def _speed_lines(answer: dict[str, Any]) -> list[str]:
-    work = f"{answer['flops_per_token'] / 1e9:.4g} GFLOP a token"
+    work = f"{answer['flops_per_token'] / 1e9:.4g} GFLOP per token"
     if answer["tokens_per_second"] is None:
-        return [f"{work}; no speed is published for {answer['dtype']} on the {answer['hardware']}."]
+        return [f"{work}; no speed is estimated for {answer['dtype']} on the {answer['hardware']}."]
     low, high = answer["tokens_per_second"]
-    when = "" if answer["fits"] else "if it fitted, "
-    text = [f"{work}; {when}{low:,.0f} to {high:,.0f} tokens/s together at {_range(answer['mfu'])} of the peak,"]
-    text += [f"as others measured on their {_kinds(answer)}:", *(f"  {source}" for source in answer["mfu_sources"])]
+    when = "" if answer["fits"] else "if it did fit, "
+    text = [f"{work}; {when}{low:,.0f} to {high:,.0f} tokens/s in total, at an MFU of {_range(answer['mfu'])},"]
+    text += [f"as published for {_kinds(answer)}:", *(f"  {source}" for source in answer["mfu_sources"])]
     if answer["days"]:
         text.append(f"{when}{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
     return text
@@ -156,7 +163,7 @@ def _speed_lines(answer: dict[str, Any]) -> list[str]:
 def _kinds(answer: dict[str, Any]) -> str:
     """Return the GPU on which the shares of peak throughput were measured, for the text."""
     kind, hardware = answer["mfu_gpu"], answer["hardware"]
-    return kind if kind in hardware else f"{kind}; nobody's figures for the {hardware}"
+    return kind if kind in hardware else f"{kind}; no published MFU for the {hardware}"
 
 
 def _range(shares: list[float]) -> str:

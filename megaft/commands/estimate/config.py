@@ -29,7 +29,7 @@ class EstimateConfig:
     context_length: int = 1024
     """Input tokens per sample."""
     hardware: str = "h100"
-    """GPU model: h100, h200, b200, a100, a100-40gb, l40s, a6000, rtx4090, v100, v100-32gb, t4."""
+    """GPU type: h100, h200, b200, a100, a100-40gb, l40s, a6000, rtx4090, v100, v100-32gb, t4."""
     backend: Backend = "hugging-face"
     """Model implementation, as --model.backend."""
     activation_checkpointing: bool = False
@@ -39,6 +39,7 @@ class EstimateConfig:
     tokens: float | None = None
     """Number of training tokens, such as 1e9, to estimate the duration."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer, whose moments take memory, as --optim.* of training."""
     json: bool = False
     """Print one line of JSON instead of a table."""
 

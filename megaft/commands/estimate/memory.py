@@ -41,8 +41,8 @@ class MicroBatch:
     is_megatron: bool = False
     is_recomputed: bool = False
     """True if each layer keeps only its input."""
-    word_bytes: int = 2
-    """Bytes of a weight and of an activation."""
+    element_bytes: int = 2
+    """Bytes per weight and per activation."""
 
     @property
     def num_tokens(self) -> int:
@@ -95,7 +95,7 @@ class Activations:
     layer: int
     """Largest temporaries of one layer's backward pass, with those of its recomputation."""
     head: int
-    """The gradient of the output layer's weight, the first of all."""
+    """Gradient of the output layer's weight, which the backward pass allocates first."""
     loss: int
     """Largest temporaries of the output layer and its loss."""
     embedding: int
@@ -108,54 +108,56 @@ def activations(work: MicroBatch) -> Activations:
     Attention is torch's fused kernel, which saves its inputs, output and one number per query and head; dropout saves a
     byte per element.
     """
-    shape, word, tokens = work.shape, work.word_bytes, work.num_tokens
-    stream, inner = tokens * shape.width * word, tokens * shape.inner_width // work.tensor_parallel_size * word
+    shape, itemsize, tokens = work.shape, work.element_bytes, work.num_tokens
+    stream, inner = tokens * shape.width * itemsize, tokens * shape.inner_width // work.tensor_parallel_size * itemsize
     of_layer = tokens * _bytes_of_layer(work)
     kept = stream if work.is_recomputed else of_layer
-    words = -(-shape.vocab_size // work.tensor_parallel_size)
-    head, logits = words * shape.width, min(CHUNK_BYTES["cuda"], FLOAT * tokens * words)
-    is_rounded = word < FLOAT
+    vocab_rows = -(-shape.vocab_size // work.tensor_parallel_size)
+    head_size, logits = vocab_rows * shape.width, min(CHUNK_BYTES["cuda"], FLOAT * tokens * vocab_rows)
+    is_rounded = itemsize < FLOAT
     # Forward, beside the fp32 gradient of the output layer's weight, the largest of: a chunk's logits twice; its logits
     # in both dtypes with the previous chunk's; its logits and their product. Backward: that gradient, rounded.
-    next_logits = min(logits, FLOAT * tokens * words - logits)
+    next_logits = min(logits, FLOAT * tokens * vocab_rows - logits)
     overlap = logits + next_logits * (2 + is_rounded) // 2
-    forward = max(2 * logits, overlap, logits * (2 + is_rounded) // 2 + head * word)
+    forward = max(2 * logits, overlap, logits * (2 + is_rounded) // 2 + head_size * itemsize)
     # The gradient of the product behind an activation, and those of its two factors.
     factors = 1 if not shape.is_gated and (work.is_megatron or shape.activation != "gelu_new") else 2
     return Activations(
         saved=shape.num_layers * kept + tokens * _bytes_around_layers(work),
         first=kept,
         layer=stream + factors * inner + (of_layer - stream if work.is_recomputed else 0),
-        head=head * word,
-        loss=head * FLOAT + max(forward, head * (FLOAT + word * is_rounded)) + stream * (2 + work.is_megatron),
-        embedding=2 * head * word * shape.is_tied + stream,  # tied: the output layer's, its own, and their sum
+        head=head_size * itemsize,
+        loss=head_size * FLOAT
+        + max(forward, head_size * (FLOAT + itemsize * is_rounded))
+        + stream * (2 + work.is_megatron),
+        embedding=2 * head_size * itemsize * shape.is_tied + stream,  # tied: the output layer's, its own, and their sum
     )
 
 
 def _bytes_of_layer(work: MicroBatch) -> int:
     """Return the bytes per token that a layer saves: inputs of the layer, its matrices, norms and activations."""
-    shape, word, size = work.shape, work.word_bytes, work.tensor_parallel_size
+    shape, itemsize, size = work.shape, work.element_bytes, work.tensor_parallel_size
     attention = shape.num_heads * shape.head_width // size
     groups = shape.num_groups * shape.head_width // size
     inner = shape.inner_width // size
-    fused = word * (2 * attention + 2 * groups) + FLOAT * shape.num_heads // size
-    norms = 4 * shape.width * word + 4 * FLOAT
+    fused = itemsize * (2 * attention + 2 * groups) + FLOAT * shape.num_heads // size
+    norms = 4 * shape.width * itemsize + 4 * FLOAT
     if not shape.is_gated:
         is_unfused = shape.activation == "gelu_new" and not work.is_megatron  # transformers writes it out
         masks = 2 * shape.width if shape.dropout else 0
-        return norms + fused + inner * word * (5 if is_unfused else 2) + masks
+        return norms + fused + inner * itemsize * (5 if is_unfused else 2) + masks
     if work.is_megatron:  # fused norms; v keeps the joint q, k and v tensor alive; gate and values are saved twice
-        return norms + fused + word * (attention + groups) + 5 * inner * word
+        return norms + fused + itemsize * (attention + groups) + 5 * inner * itemsize
     # transformers' RMSNorm computes in fp32: it saves its input and the normalized input in fp32, and its output.
-    return norms + 2 * shape.width * FLOAT + fused + 4 * inner * word
+    return norms + 2 * shape.width * FLOAT + fused + 4 * inner * itemsize
 
 
 def _bytes_around_layers(work: MicroBatch) -> int:
     """Return the bytes per token saved outside layers: the embedding's dropout mask, the final norm, labels."""
-    shape, word = work.shape, work.word_bytes
+    shape, itemsize = work.shape, work.element_bytes
     if shape.norm == "LayerNorm":
-        return shape.width * (word + (1 if shape.dropout else 0)) + 24
-    return shape.width * (word if work.is_megatron else FLOAT + word) + 24
+        return shape.width * (itemsize + (1 if shape.dropout else 0)) + 24
+    return shape.width * (itemsize if work.is_megatron else FLOAT + itemsize) + 24
 
 
 def states(
@@ -183,8 +185,8 @@ def states(
     return _stages_1_2(weights, setup, num_ranks, boundary_elements(matrices, num_ranks, rank))
 
 
-def word_bytes(setup: ResolvedSettings) -> int:
-    """Return the bytes of a weight in the forward pass."""
+def element_bytes(setup: ResolvedSettings) -> int:
+    """Return the bytes per weight in the forward pass."""
     return FLOAT if setup.dtype == "float32" else 2
 
 
@@ -212,7 +214,8 @@ def boundary_elements(sizes: tuple[int, ...], num_ranks: int, rank: int | None =
     return max(0, *(starts[end] - starts[begin] - partition for begin, end in zip(first, last, strict=True)))
 
 
-def _moments(setup: ResolvedSettings) -> int:
+def _moment_bytes(setup: ResolvedSettings) -> int:
+    """Return the bytes per parameter of the optimizer's moments."""
     return bytes_per_parameter(setup.optim) - FLOAT
 
 
@@ -223,7 +226,7 @@ def _zero(setup: ResolvedSettings, key: str, default: Any) -> Any:
 def _sent_bytes(setup: ResolvedSettings) -> int:
     """Return the bytes per gradient element in communication."""
     dtype = setup.engine_config.get("communication_data_type")
-    return word_bytes(setup) if dtype is None else FLOAT if dtype == "fp32" else 2
+    return element_bytes(setup) if dtype is None else FLOAT if dtype == "fp32" else 2
 
 
 def _largest(weights: ShapeCounts) -> int:
@@ -235,7 +238,7 @@ def _unsharded(weights: ShapeCounts, setup: ResolvedSettings) -> States:
     return States(
         weights=total,
         master_weights=0,
-        optimizer=num_elements(weights) * _moments(setup),
+        optimizer=num_elements(weights) * _moment_bytes(setup),
         gradients=total,
         gradients_before=total if setup.gradient_accumulation_steps > 1 else 0,
         gradients_reduced=total,
@@ -252,7 +255,7 @@ def _bf16_engine(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) 
     return States(
         weights=2 * flat,
         master_weights=FLOAT * flat // num_ranks,
-        optimizer=_moments(setup) * flat // num_ranks,
+        optimizer=_moment_bytes(setup) * flat // num_ranks,
         gradients=FLOAT * flat + rounded,
         gradients_before=FLOAT * flat + (rounded if setup.gradient_accumulation_steps > 1 else 0),
         gradients_reduced=FLOAT * flat + rounded,
@@ -261,24 +264,24 @@ def _bf16_engine(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) 
 
 
 def _stages_1_2(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int, boundary: int) -> States:
-    flat, total, word = flat_size(weights, num_ranks), num_elements(weights), word_bytes(setup)
+    flat, total, itemsize = flat_size(weights, num_ranks), num_elements(weights), element_bytes(setup)
     local, is_stage_1, accumulates = flat // num_ranks, setup.zero_stage == 1, setup.gradient_accumulation_steps > 1
-    bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else word)
+    bucket = int(_zero(setup, "reduce_bucket_size", BUCKET)) * (FLOAT if is_stage_1 else itemsize)
     bucket *= 2 if _zero(setup, "overlap_comm", False) else 1
-    offloads, is_rounded = setup.offload_optimizer, word < FLOAT
+    offloads, is_rounded = setup.offload_optimizer, itemsize < FLOAT
     local_gradients = FLOAT * local
     device_gradients = local_gradients if is_rounded or not offloads else 0
     # In fp32, gradients of the parameters at the partition's ends are kept in full.
     reduced = device_gradients if is_rounded else device_gradients + FLOAT * boundary
     gradients = FLOAT * total if is_stage_1 else reduced
-    optimizer = (FLOAT + _moments(setup)) * local
+    optimizer = (FLOAT + _moment_bytes(setup)) * local
     norm = 8 * min(_largest(weights), local)  # computed in float64
-    copied = FLOAT * min(bucket // word, total) if word < _sent_bytes(setup) and not is_stage_1 else 0
-    largest = word * _largest(weights)
+    copied = FLOAT * min(bucket // itemsize, total) if itemsize < _sent_bytes(setup) and not is_stage_1 else 0
+    largest = itemsize * _largest(weights)
     return States(
-        weights=word * flat,
+        weights=itemsize * flat,
         master_weights=0 if offloads else FLOAT * local,
-        optimizer=0 if offloads else _moments(setup) * local,
+        optimizer=0 if offloads else _moment_bytes(setup) * local,
         gradients=gradients,
         gradients_before=gradients if accumulates else 0,
         gradients_reduced=reduced,
@@ -286,13 +289,13 @@ def _stages_1_2(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int, b
         buckets_before=(bucket if is_stage_1 and accumulates else 0) + (largest if offloads else 0),
         reducing=max(0, local_gradients - bucket) if is_stage_1 else 0,
         stepping=max(norm, 0 if is_rounded else device_gradients),
-        host=(optimizer + local_gradients + word * local + largest) if offloads else 0,
+        host=(optimizer + local_gradients + itemsize * local + largest) if offloads else 0,
     )
 
 
 def _stage_3(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) -> States:
     setting = {key: int(_zero(setup, key, default)) for key, default in STAGE_3.items()}
-    word, offloads = word_bytes(setup), setup.offload_optimizer
+    itemsize, offloads = element_bytes(setup), setup.offload_optimizer
     local = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())
     threshold = setting["stage3_param_persistence_threshold"]
     persistent = num_elements(Counter({shape: number for shape, number in weights.items() if prod(shape) <= threshold}))
@@ -300,9 +303,9 @@ def _stage_3(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) -> S
     bucket, sent = int(_zero(setup, "reduce_bucket_size", BUCKET)), _sent_bytes(setup)
     copied = min(bucket, num_elements(weights))  # to send, and this rank's partition in fp32
     is_away = _zero(setup, "offload_param", {}).get("device") == "cpu"
-    sharded, masters, moments, gradients = word * local, FLOAT * local, _moments(setup) * local, FLOAT * local
+    sharded, masters, moments, gradients = itemsize * local, FLOAT * local, _moment_bytes(setup) * local, FLOAT * local
     return States(
-        weights=word * persistent + (0 if is_away else sharded),
+        weights=itemsize * persistent + (0 if is_away else sharded),
         master_weights=0 if offloads else masters,
         optimizer=0 if offloads else moments,
         gradients=0 if offloads else gradients,
@@ -310,14 +313,14 @@ def _stage_3(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) -> S
         gradients_reduced=0 if offloads else gradients,
         buckets=bucket * sent + copied * sent + copied * FLOAT // num_ranks,
         buckets_before=bucket * sent,
-        gathered=word * min(num_elements(weights) - persistent, ahead),
+        gathered=itemsize * min(num_elements(weights) - persistent, ahead),
         stepping=0 if offloads else min(gradients, FLOAT * setting["sub_group_size"]),
         host=(sharded if is_away else 0) + (masters + moments + 2 * gradients if offloads else 0),
     )
 
 
-def moments(held: States, work: Activations) -> dict[str, dict[str, int]]:
-    """Return the memory components at each moment of a step that can be the peak."""
+def phases(held: States, work: Activations) -> dict[str, dict[str, int]]:
+    """Return the memory components in each phase of a step that can have the peak."""
     steady = {"weights": held.weights, "master_weights": held.master_weights, "optimizer": held.optimizer}
     around = {"gradients": held.gradients_before, "activations": work.saved, "gathered": held.gathered}
     return {

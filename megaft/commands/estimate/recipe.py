@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaft.base.checks import require
-from megaft.commands.estimate.memory import Activations, MicroBatch, States, activations, moments, states, word_bytes
+from megaft.commands.estimate.memory import Activations, MicroBatch, States, activations, element_bytes, phases, states
 from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.parallelism import num_data_ranks, require_shardable
 from megaft.config.train import OptimConfig
@@ -68,7 +68,7 @@ class Recipe:
             tensor_parallel_size=self.tensor_parallel_size,
             is_megatron=self.is_megatron,
             is_recomputed=self.is_recomputed,
-            word_bytes=word_bytes(setup),
+            element_bytes=element_bytes(setup),
         )
 
     def footprint(self, rank: int | None = None) -> Footprint:
@@ -77,7 +77,7 @@ class Recipe:
         work = self.work(setup)
         matrices = self.shape.matrices_in_order(self.tensor_parallel_size, self.is_megatron)
         held, passing = states(work.weights, setup, self.num_data_ranks, matrices, rank), activations(work)
-        return Footprint(setup, held, passing, moments(held, passing))
+        return Footprint(setup, held, passing, phases(held, passing))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +87,15 @@ class Footprint:
     setup: ResolvedSettings
     states: States
     activations: Activations
-    moments: dict[str, dict[str, int]]
-    """Bytes by component at each moment of a step that can be the peak."""
+    phases: dict[str, dict[str, int]]
+    """Bytes by component in each phase of a step that can have the peak."""
 
     @property
-    def peak_moment(self) -> str:
-        """Name of the moment with the peak memory."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+    def peak_phase(self) -> str:
+        """Name of the phase with the peak memory."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def peak_bytes(self) -> int:
         """Peak memory in bytes."""
-        return sum(self.moments[self.peak_moment].values())
+        return sum(self.phases[self.peak_phase].values())

@@ -35,7 +35,9 @@ def main(config: GenerateConfig) -> int:
     source = model_source(config.model)
     if backend_of(source, config.backend, config.tensor_parallel_size) == "hugging-face":
         return generate(config, source, load_cached_model)
-    return parallel.exit_code_on_ranks(lambda topology: generate(config, source, partial(_load_part, config, topology)))
+    return parallel.exit_code_on_ranks(
+        lambda topology: generate(config, source, partial(_load_shard, config, topology))
+    )
 
 
 def generate(config: GenerateConfig, source: str, load: Callable[[str, Any], Any]) -> int:
@@ -114,20 +116,21 @@ def load_cached_model(source: str, dtype: Any) -> Any:
     cache_name = exact_cache(language_model.to(device), trial_model)
     if cache_name is None:
         print(
-            f"warning: {source} has no exact cache of what it read; each token takes a pass over the whole text.",
+            f"warning: {source} has no usable KV cache (its cached logits differ from a full pass); each new token "
+            "recomputes the whole text.",
             file=sys.stderr,
         )
     return CachedModel(language_model, cache_name)
 
 
-def _load_part(config: GenerateConfig, topology: Topology, source: str, dtype: Any) -> Any:
+def _load_shard(config: GenerateConfig, topology: Topology, source: str, dtype: Any) -> Any:
     from megaft.base import parallel
 
     size = config.tensor_parallel_size
     require(
         topology.world_size == size,
         f"--tensor-parallel-size is {size}, but this runs on {counted(topology.world_size, 'rank')}; "
-        f"start as many as it says, such as with torchrun --nproc-per-node {size} -m megaft generate.",
+        f"start {size} ranks: torchrun --nproc-per-node {size} -m megaft generate ...",
     )
     device = parallel.join(topology)
     parallel.start_tensor_parallelism(size)

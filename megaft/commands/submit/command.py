@@ -54,7 +54,8 @@ def require_time_before_signal(requested: dict[str, str]) -> None:
     time = requested.get("time", "")
     require(
         WALLTIME.fullmatch(time) is None or seconds_of(time) > int(seconds),
-        f"--time is {time}, but the script is signalled {seconds} s before its end; use more, or change its --signal.",
+        f"--time is {time}, but the script asks SLURM for a signal {seconds} s before the limit; use a longer --time, "
+        "or a smaller --signal in the script.",
     )
 
 
@@ -78,7 +79,8 @@ def require_resources(requested: dict[str, str]) -> None:
     time, limit = requested.get("time", ""), here[0][1]
     require(
         not (WALLTIME.fullmatch(time) and WALLTIME.fullmatch(limit)) or seconds_of(time) <= seconds_of(limit),
-        f"--time is {time}; partition {wanted} allows {limit}. Use {limit} or less; a requeued job continues its run.",
+        f"--time is {time}, but partition {wanted} allows {limit}; use {limit} or less. A requeued job "
+        "continues its run.",
     )
 
 
@@ -86,7 +88,7 @@ def _require_at_most(name: str, requested: dict[str, str], most: int, partition:
     value = requested.get(name, "")
     require(
         not value.isdigit() or int(value) <= most,
-        f"{name} is {value}; partition {partition} has {most}. Use {most} or less, or another partition.",
+        f"--{name} is {value}, but partition {partition} has {most}; use {most} or less, or another --partition.",
     )
 
 

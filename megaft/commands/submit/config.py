@@ -43,7 +43,7 @@ class SubmitConfig:
     account: str | None = None
     """Account to charge."""
     qos: str | None = None
-    """Quality of service, one of your account's."""
+    """SLURM quality of service (QOS) that your account may use."""
     job_name: str | None = None
     """Name of the job in the queue."""
     array: str | None = None
@@ -53,7 +53,7 @@ class SubmitConfig:
         one = at_least(1)
         require_ranges(self, nodes=one, gpus_per_node=at_least(0), ntasks_per_node=one, cpus_per_task=one)
         for field in fields(self):
-            require_one_line(_flag(field.name), str(getattr(self, field.name)))
+            require_one_line(f"--{_option_name(field.name)}", str(getattr(self, field.name)))
         require(
             self.time is None
             or (WALLTIME.fullmatch(self.time) is not None and re.search("[1-9]", self.time) is not None),
@@ -71,11 +71,11 @@ class SubmitConfig:
     def directives(self) -> dict[str, str]:
         """Return the values of the given #SBATCH options by name."""
         names = [field.name for field in fields(self) if field.name not in ("script", "print")]
-        given = {_flag(name): str(value) for name in names if (value := getattr(self, name)) is not None}
+        given = {_option_name(name): str(value) for name in names if (value := getattr(self, name)) is not None}
         if self.gpus_per_node:
             given.setdefault("ntasks-per-node", str(self.gpus_per_node))  # one rank per GPU
         return given
 
 
-def _flag(name: str) -> str:
+def _option_name(name: str) -> str:
     return name.replace("_", "-")

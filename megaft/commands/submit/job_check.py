@@ -98,7 +98,11 @@ def tasks_of(array: str, count: int) -> Iterator[int]:
     """
     for first, last, every in re.findall(_TASKS, array.partition("%")[0]):
         begin, end = int(first), int(last or first)
-        require(1 <= begin <= end <= count, f"--array is {array}, but the file of flags has lines 1 to {count}.")
+        require(
+            1 <= begin <= end <= count,
+            f"--array is {array}, but the file of flags has lines 1 to {count}; use task numbers from 1 to {count}, "
+            "and ranges that ascend.",
+        )
         yield from range(begin, end + 1, int(every or 1))
 
 

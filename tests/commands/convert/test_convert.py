@@ -251,7 +251,7 @@ def test_no_room(tmp_path, monkeypatch):
     make_model("gpt2").save_pretrained(tmp_path / "start")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
-    with pytest.raises(ConfigError, match=r"--to is .* 1,000 are free"):
+    with pytest.raises(ConfigError, match=r"--to is .* 1,000 are available"):
         megatron(tmp_path / "start", tmp_path / "two", 2)
     assert not (tmp_path / "two").exists()
 

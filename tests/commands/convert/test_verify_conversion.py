@@ -28,7 +28,7 @@ def test_rows_share_their_ends(tmp_path):
     ("apart", "refusal"),
     [
         (1e-7, None),
-        (2e-3, r" differs from a: a token's nats by 0\.002"),
+        (2e-3, r" differs from a: the largest difference of one token is 0\.002 nats"),
         (math.nan, r" on the text of --verify: 20 of 20 .*non-finite.* token 0 of document 0"),
     ],
 )

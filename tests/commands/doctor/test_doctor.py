@@ -32,7 +32,7 @@ CANARY = "canary-0123456789"
 )
 def test_a_floor_is_the_first_safe_release(version, is_too_old):
     assert FLOORS[0].package == "torch"
-    assert FLOORS[0].is_above(version) is is_too_old
+    assert FLOORS[0].rejects(version) is is_too_old
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_more_never_needs_less(name):
         ).saved
 
     assert saved(is_recomputed=True) < saved() < saved(micro_batch_size=4) == 2 * saved()
-    assert saved(word_bytes=4) > saved()
+    assert saved(element_bytes=4) > saved()
     assert saved(is_megatron=True, tensor_parallel_size=shape.num_groups) < saved(is_megatron=True)
 
 
@@ -232,9 +232,9 @@ def test_a_gpu_without_bf16_is_told(command, hardware, half):
 @pytest.mark.parametrize(
     ("flags", "expected", "absent"),
     [
-        (["--hardware=h100"], "as others measured on their H100:", "if it fitted"),
-        (["--hardware=a100"], "on their H100; nobody's figures for the A100-SXM4-80GB:", "if it fitted"),
-        (["--hardware=a100-40gb", "--tokens=1e9"], "if it fitted, 0.756 to 1.16 days", "nobody's figures for a "),
+        (["--hardware=h100"], "as published for H100:", "if it did fit"),
+        (["--hardware=a100"], "as published for H100; no published MFU for the A100-SXM4-80GB:", "if it did fit"),
+        (["--hardware=a100-40gb", "--tokens=1e9"], "if it did fit, 0.756 to 1.16 days", "no published MFU for a "),
     ],
 )
 def test_whose_speed_it_is(command, flags, expected, absent):
@@ -250,7 +250,7 @@ def test_a_change_that_offloads_says_what_the_host_has_to_hold(command):
     # weights in fp16, fp32 masters, two moments, gradients: 2 + 4 + 8 + 4 bytes a parameter, and the largest once more
     largest = 50_257 * 1600
     assert found["changes"][0]["offloaded_bytes"] == pytest.approx(18 * 1_557_611_200 + 2 * largest, rel=1e-6)
-    assert any("26.26 GiB a rank on the host" in line for line in lines(found))
+    assert any("26.26 GiB per rank on the host" in line for line in lines(found))
 
 
 def test_a_folder_of_a_model(command, tmp_path):

@@ -184,12 +184,14 @@ SINFO = "echo 'main* 2 1-00:00:00 gpu:a100:4(S:0-1)'; echo 'main* 3 1-00:00:00 g
     ("options", "said"),
     [
         pytest.param(["--nodes=5", "--gpus-per-node=4"], None, id="as many as there are"),
-        pytest.param(["--nodes=6"], "nodes is 6; partition main has 5.", id="too many nodes"),
-        pytest.param(["--gpus-per-node=8"], "gpus-per-node is 8; partition main has 4.", id="too many GPUs"),
+        pytest.param(["--nodes=6"], "--nodes is 6, but partition main has 5;", id="too many nodes"),
+        pytest.param(["--gpus-per-node=8"], "--gpus-per-node is 8, but partition main has 4;", id="too many GPUs"),
         pytest.param(["--partition=cpu", "--gpus-per-node=0", "--nodes=9"], None, id="another partition"),
-        pytest.param(["--partition=cpu"], "gpus-per-node is 4; partition cpu has 0.", id="the script's own number"),
+        pytest.param(
+            ["--partition=cpu"], "--gpus-per-node is 4, but partition cpu has 0;", id="the script's own number"
+        ),
         pytest.param(["--time=24:00:00"], None, id="as long as there is"),
-        pytest.param(["--time=1-0:00:01"], "partition main allows 1-00:00:00.", id="too long"),
+        pytest.param(["--time=1-0:00:01"], "--time is 1-0:00:01, but partition main allows 1-00:00:00;", id="too long"),
         pytest.param(["--partition=gpu"], "partition is gpu; use one of main, cpu.", id="unknown partition"),
     ],
 )
@@ -201,7 +203,7 @@ def test_resources_are_those_of_sinfo(options, said, programs, capsys):
 
 def test_a_time_that_only_the_signal_fills_is_refused(programs, capsys):
     said = submitted(capsys, "finetune_multinode", "--print", "--time=5", "--", *FLAGS, code=2)
-    assert "time is 5, but the script is signalled 300 s before its end" in said
+    assert "--time is 5, but the script asks SLURM for a signal 300 s before the limit" in said
 
 
 def test_a_silent_sinfo_checks_nothing(programs, capsys):

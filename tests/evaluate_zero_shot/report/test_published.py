@@ -172,7 +172,11 @@ def harness(**changed):
             lambada() | {"task": "lambada-lm-eval"}, LAMBADA, SAME, None, id="the variant that is the protocol's own"
         ),
         pytest.param(
-            lambada() | {"task": "lambada-last-token"}, LAMBADA, OTHER, "LAMBADA: the last token", id="another variant"
+            lambada() | {"task": "lambada-last-token"},
+            LAMBADA,
+            OTHER,
+            "LAMBADA: correct if the last token",
+            id="another variant",
         ),
         pytest.param(
             result(protocol="gpt2-paper", word_perplexity=37.5),

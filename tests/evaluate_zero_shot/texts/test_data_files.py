@@ -214,7 +214,7 @@ def unreachable(*_):
             {"HF_HUB_OFFLINE": "1"},
             "--task wikitext103 has no wiki.test.tokens in .*; HF_HUB_OFFLINE forbids downloading "
             "Salesforce/wikitext. Accepted paths: wikitext103/wiki.test.tokens, .* Get it from wikitext-103-v1.zip .*; "
-            r"name the file or its folder with --data, or the folder with \$MEGAFT_DATA",
+            r"pass the file or its folder with --data, or set \$MEGAFT_DATA to the folder",
             id="offline",
         ),
         pytest.param(
@@ -229,7 +229,7 @@ def unreachable(*_):
         ),
         pytest.param("cbt-ne", {}, "--task cbt-ne has no cbtest_NE_valid_2000ex.txt in", id="cbt"),
         pytest.param("1bw", {}, "no news.en.heldout-00000-of-00050 .* Get it from 1-billion-word", id="1bw"),
-        pytest.param("text", {}, "--task text scores your own file; name it with --data FILE", id="text"),
+        pytest.param("text", {}, "--task text scores your own file; pass it with --data FILE", id="text"),
         pytest.param(
             "ptb", {"MEGAFT_DATA": "/no/such"}, "MEGAFT_DATA is /no/such, which is not a folder", id="MEGAFT_DATA"
         ),

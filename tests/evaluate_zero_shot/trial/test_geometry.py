@@ -34,7 +34,7 @@ def test_geometry(protocol, context_limit, asked, expected):
         ("megaft", None, (None, None), "--context-length is not given"),
         ("megaft", 1024, (128, 129), "stride is 129; use 1 to 128"),
         ("lm-eval-megatron", 1024, (None, 1024), "stride is 1024; use 1 to 1023"),
-        ("megaft", 1024, (2048, None), "the model has 1024 positions; give --context-length 1024"),
+        ("megaft", 1024, (2048, None), "the model has 1024 positions; use --context-length 1024"),
         ("hf-docs", 1024, (1, 1), "context-length is 1; use 2 or more"),
     ],
 )

@@ -17,7 +17,7 @@ from megaft.weights.provenance import sha256_of_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class EvaluatedModel:
     """Model under evaluation."""
 
     source: str
@@ -32,7 +32,7 @@ class Subject:
 
 def load(
     source: str, tokenizer: AnyTokenizer, config: EvaluateConfig, backend: Backend, device: torch.device
-) -> Subject:
+) -> EvaluatedModel:
     """Load a model, or this rank's shard of it, onto the device.
 
     Raises:
@@ -42,10 +42,10 @@ def load(
     scorer = load_scoring_model(path, dtype=dtype, device=device, backend=backend, is_partitioned=config.partition)
     if tokenizer.vocab_size > scorer.vocab_size:
         raise DataError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {scorer.vocab_size}; "
-            "use the tokenizer that the model was trained with."
+            f"--model is {source}, whose tokenizer has {tokenizer.vocab_size} tokens, but it embeds "
+            f"{scorer.vocab_size}; use the tokenizer that the model was trained with."
         )
-    return Subject(
+    return EvaluatedModel(
         source=source,
         sha256=_sha256(path),
         backend=backend,

@@ -16,11 +16,11 @@ from megaft.scoring.score import Row, Score, exp
 NUM_BINS = 32
 NUM_SEGMENTS = 200
 NUM_BLOCKS = 100
-FEWEST_DOCUMENTS = 10
+MIN_DOCUMENTS = 10
 """Fewest documents for a confidence interval."""
 
 
-def figures(score: Score, prepared: PreparedTask, protocol: Protocol) -> dict[str, Any]:
+def metrics(score: Score, prepared: PreparedTask, protocol: Protocol) -> dict[str, Any]:
     """Return the fields `nats` to `accuracy` of results.json."""
     if prepared.num_options:
         score = _right_options(score, prepared)
@@ -51,13 +51,13 @@ def _right_options(score: Score, prepared: PreparedTask) -> Score:
 
 
 def _mean_nats(score: Score, rows: Sequence[Row], protocol: Protocol) -> float:
-    """Return nats per token: the mean over tokens, or the mean of windows weighted by their labels minus one."""
+    """Return nats per token: the mean over tokens, or over windows, each weighted by its number of labels minus one."""
     if protocol.weighting == "tokens":
         return score.nats_per_token
     assert score.token_nats is not None
     means = [score.token_nats[row.target_positions].mean() for row in rows]
-    # The original subtracts one label per window for the shift, though the shift drops one only where the window's
-    # first token is a label; there the weight is the number of targets, elsewhere one less.
+    # transformers averages over shifted labels. A label on the window's first token is lost by the shift, so such a
+    # window weighs its number of targets; other windows weigh one less, as the original subtracts one label from each.
     weights = [row.num_targets - (row.window.scored_from > row.window.begin + 1) for row in rows]
     return float(np.dot(means, weights) / sum(weights)) if sum(weights) else score.nats_per_token
 
@@ -87,7 +87,7 @@ def correctness(score: Score, prepared: PreparedTask) -> np.ndarray:
 def interval(
     headline: str, value: float | None, score: Score, prepared: PreparedTask, is_capped: bool = False
 ) -> dict[str, Any] | None:
-    """Return the 95 % interval of the headline figure; None if it is undefined, or no unit of text varies.
+    """Return the 95 % interval of the headline metric; None if it is undefined, or no unit of text varies.
 
     Documents, or a hundred blocks if there are few documents, are taken as independent samples of such text.
     """
@@ -95,7 +95,7 @@ def interval(
         right = correctness(score, prepared)
         low, high = share_interval(int(right.sum()), len(right))
         return {"quantity": headline, "low": low, "high": high, "method": f"Wilson, {len(right)} examples"}
-    nats, weights, unit = units(score, prepared, NUM_BLOCKS, FEWEST_DOCUMENTS)
+    nats, weights, unit = units(score, prepared, NUM_BLOCKS, MIN_DOCUMENTS)
     if unit == "document" and prepared.document_words is not None:
         weights = np.array(prepared.document_words)
     bounds = ratio_interval(nats, weights)

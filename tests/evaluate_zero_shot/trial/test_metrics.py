@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evaluate_zero_shot.protocols import PROTOCOLS
-from evaluate_zero_shot.trial import counts, figures
+from evaluate_zero_shot.trial import counts, metrics
 from evaluate_zero_shot.trial.interval import ratio_interval, share_interval
 from evaluate_zero_shot.trial.limits import is_capped
 from evaluate_zero_shot.trial.prepared import PreparedTask, TokenText
@@ -36,7 +36,7 @@ def test_each_protocol_counts_words_its_own_way(protocol, expected):
 
 def test_megatrons_adjusted_perplexity_by_hand():
     # T = 6 tokens, of which 5 are scored with 2 nats each; T_o = 4: exp(10 / 5 * 5 / 3).
-    ours = figures.figures(
+    ours = metrics.metrics(
         found([0, 2, 2, 2, 2, 2], num_scored=5), prepared([[1] * 6], prefix_id=None), PROTOCOLS["megatron"]
     )
     assert ours["word_perplexity"] == pytest.approx(math.exp(10 / 3))
@@ -46,8 +46,8 @@ def test_megatrons_adjusted_perplexity_by_hand():
 
 def test_megatrons_exponent_ends_at_20_and_others_do_not():
     costly = found([30.0] * 4)
-    assert figures.figures(costly, prepared([[1] * 4]), PROTOCOLS["megatron"])["perplexity"] == math.exp(20)
-    assert figures.figures(costly, prepared([[1] * 4]), PROTOCOLS["megaft"])["perplexity"] == pytest.approx(
+    assert metrics.metrics(costly, prepared([[1] * 4]), PROTOCOLS["megatron"])["perplexity"] == math.exp(20)
+    assert metrics.metrics(costly, prepared([[1] * 4]), PROTOCOLS["megaft"])["perplexity"] == pytest.approx(
         math.exp(30)
     )
 
@@ -60,7 +60,7 @@ def test_chunks_stretch_the_mean_to_tokens_that_are_not_scored():
     item = PreparedTask(
         detokenizer="identity", tokens=tokens, rows=rows, num_original_tokens=4, num_words=3, num_bytes=40
     )
-    ours = figures.figures(found([0, 1, 1, 0, 1, 1], num_scored=4), item, PROTOCOLS["lm-finetuning"])
+    ours = metrics.metrics(found([0, 1, 1, 0, 1, 1], num_scored=4), item, PROTOCOLS["lm-finetuning"])
     assert ours["word_perplexity"] == pytest.approx(math.exp(5 / 3))
 
 
@@ -71,22 +71,22 @@ def test_windows_are_weighted_by_their_labels_minus_one():
     item = PreparedTask(
         detokenizer="identity", tokens=tokens, rows=rows, num_original_tokens=4, num_words=3, num_bytes=40
     )
-    ours = figures.figures(found([0, 1, 1, 1, 2, 2, 4], num_scored=6), item, PROTOCOLS["hf-docs"])
+    ours = metrics.metrics(found([0, 1, 1, 1, 2, 2, 4], num_scored=6), item, PROTOCOLS["hf-docs"])
     assert ours["perplexity"] == pytest.approx(math.exp((3 * 1 + 1 * 2) / 4))
 
 
 def test_a_prompt_is_right_when_all_its_target_is():
     item = prepared([[1, 2], [3, 4], [5, 6]], is_prompted=True)
-    ours = figures.figures(found([1] * 6, [True, True, True, False, False, True]), item, PROTOCOLS["megaft"])
+    ours = metrics.metrics(found([1] * 6, [True, True, True, False, False, True]), item, PROTOCOLS["megaft"])
     assert ours["accuracy"] == pytest.approx(1 / 3)
-    interval = figures.interval("accuracy", 1 / 3, found([1] * 6, [True, True, True, False, False, True]), item)
+    interval = metrics.interval("accuracy", 1 / 3, found([1] * 6, [True, True, True, False, False, True]), item)
     assert interval["low"] < 1 / 3 < interval["high"]
     assert "3 examples" in interval["method"]
 
 
 def test_of_questions_the_cheapest_option_is_chosen_and_the_right_one_counted():
     item = prepared([[1], [2], [3], [4]], is_prompted=True, num_options=(2, 2), answers=(0, 0), num_words=None)
-    ours = figures.figures(found([1, 2, 4, 3]), item, PROTOCOLS["megaft"])
+    ours = metrics.metrics(found([1, 2, 4, 3]), item, PROTOCOLS["megaft"])
     assert ours["accuracy"] == 0.5  # the first question is right, of the second option 1 is cheaper
     assert (ours["nats"], ours["num_scored_tokens"]) == (5, 2)
     assert ours["word_perplexity"] is None
@@ -95,14 +95,14 @@ def test_of_questions_the_cheapest_option_is_chosen_and_the_right_one_counted():
 def test_segments_and_positions_hold_every_nat():
     documents = [[1] * n for n in (5, 11, 3)]
     item, nats = prepared(documents), np.arange(19.0)
-    cut = figures.segments(found(nats), item)
+    cut = metrics.segments(found(nats), item)
     assert cut["segment_unit"] == "document"
     assert cut["segments"] == [(5, nats[:5].sum()), (11, nats[5:16].sum()), (3, nats[16:].sum())]
-    by_position = figures.positions(found(nats), item.rows, 8)
+    by_position = metrics.positions(found(nats), item.rows, 8)
     assert sum(n for _, n, _ in by_position) == 19
     assert math.fsum(x for *_, x in by_position) == pytest.approx(nats.sum())
     assert by_position[0][:2] == (0, 4)  # one first column in every window: 5, 8 + 3, 3
-    alone = figures.segments(found(np.ones(1000)), prepared([[1] * 1000]))
+    alone = metrics.segments(found(np.ones(1000)), prepared([[1] * 1000]))
     assert alone["segment_unit"] == "block"
     assert sum(n for n, _ in alone["segments"]) == 1000
 
@@ -126,8 +126,8 @@ def test_the_interval_of_a_perplexity_is_around_it():
     generator = np.random.default_rng(1)
     item = prepared([[1] * 40 for _ in range(30)], num_words=600, document_words=(20,) * 30)
     score = found(generator.gamma(2, 1, 1200))
-    value = figures.figures(score, item, PROTOCOLS["megaft"])["word_perplexity"]
-    interval = figures.interval("word_perplexity", value, score, item)
+    value = metrics.metrics(score, item, PROTOCOLS["megaft"])["word_perplexity"]
+    interval = metrics.interval("word_perplexity", value, score, item)
     assert interval["low"] < value < interval["high"] < 2 * value
     assert "30 documents" in interval["method"]
 
@@ -135,9 +135,9 @@ def test_the_interval_of_a_perplexity_is_around_it():
 def test_what_is_not_defined_has_no_interval():
     item = prepared([[1] * 6], prefix_id=None, num_words=0)  # one word: Megatron divides by none
     score = found([0, 2, 2, 2, 2, 2], num_scored=5)
-    value = figures.figures(score, item, PROTOCOLS["megatron"])["word_perplexity"]
+    value = metrics.metrics(score, item, PROTOCOLS["megatron"])["word_perplexity"]
     assert value is None
-    assert figures.interval("word_perplexity", value, score, item) is None
+    assert metrics.interval("word_perplexity", value, score, item) is None
 
 
 def test_a_figure_that_is_a_limit_has_no_interval_and_says_so():
@@ -147,9 +147,9 @@ def test_a_figure_that_is_a_limit_has_no_interval_and_says_so():
         score = found([nats] * 1200)
         for name, limit in (("megaft", largest), ("megatron", math.exp(20))):
             protocol = PROTOCOLS[name]
-            value = figures.figures(score, item, protocol)["word_perplexity"]
+            value = metrics.metrics(score, item, protocol)["word_perplexity"]
             assert value == pytest.approx(limit)
             is_limit = is_capped(value, protocol) or value == math.inf
             assert is_limit == (name == "megatron" or nats == 20.0)
-            made = figures.interval("word_perplexity", value, score, item, is_capped(value, protocol))
+            made = metrics.interval("word_perplexity", value, score, item, is_capped(value, protocol))
             assert (made is None) == is_limit
