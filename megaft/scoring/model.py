@@ -58,7 +58,7 @@ class ScoringModel(nn.Module):
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
     ) -> Float32[Tensor, "quantity batch time"]:
-        """Return the nats of each label and, with_greedy, 1.0 if its logit is the largest.
+        """Return the nats of each label and, if `with_greedy`, 1.0 if its logit is the largest.
 
         Args:
             input_ids: Tokens, rows padded on the right.
