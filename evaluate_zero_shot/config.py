@@ -34,7 +34,7 @@ class EvaluateConfig:
     data: Path | None = None
     """Data file of the task, or a folder that contains it. By default $MEGAFT_DATA, else the hub through `datasets`."""
     context_length: int | None = None
-    """Tokens of a window. By default the protocol's, else all positions of the model."""
+    """Tokens per window. By default the protocol's, else all positions of the model."""
     stride: str | None = None
     """Tokens from one window to the next; several separated by commas make a sweep. By default the protocol's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -42,9 +42,9 @@ class EvaluateConfig:
     output: Path = Path("evaluation")
     """Folder for results.json, report.md, report.html and finished batches."""
     limit: int | None = None
-    """Score only the first lines (LAMBADA: rows, CBT: questions), for a quick trial; the report says so."""
+    """Score only the first lines (LAMBADA: rows, CBT: questions), for a quick check; the report marks the result."""
     tokens_per_batch: int | None = None
-    """Input tokens of a forward pass. By default chosen from model, context length and device type."""
+    """Input tokens per forward pass. By default chosen from model, context length and device type."""
     partition: bool = False
     """Shard the weights over the ranks (ZeRO-3), for models larger than one device."""
     backend: Backend | None = None

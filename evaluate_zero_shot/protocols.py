@@ -31,7 +31,7 @@ class Words(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """Evaluation protocol: the rules by which a system turns a corpus and a model into a figure."""
+    """Evaluation protocol: the rules by which a system computes a metric of a model on a corpus."""
 
     name: str
     title: str
@@ -71,7 +71,7 @@ class Protocol:
     has_cloze: bool = False
     """True if the system chooses among candidates, as the Children's Book Test asks."""
     note: str
-    """Further caveats in comparing its figures."""
+    """Further caveats in comparing its results."""
 
     @property
     def file_text(self) -> Text:
@@ -256,7 +256,7 @@ _PHRASES: dict[str, dict[Any, str]] = {
         "strict": "correct if every token of the last word is the greedy choice, given the preceding text, stripped",
         "last-token": "correct if the last token is the greedy choice, given all tokens before it",
         "lm-eval": "correct if every token of the last word with its space is the greedy choice, given the text before",
-        "stop-word": "as strict, but the first token may not be a stop word",
+        "stop-word": "as strict, but stop words are excluded from the choices of the first token",
     },
     "has_cloze": {True: "likelihood of candidate and rest of the sentence, given the context", False: "not defined"},
 }
@@ -281,7 +281,7 @@ _LABELS = {
 
 
 def statements(protocol: Protocol) -> dict[str, str]:
-    """Return every field that affects a figure, as label and phrase."""
+    """Return every field that affects a metric, as label and phrase."""
     return {label: _phrase(protocol, field) for field, label in _LABELS.items()}
 
 

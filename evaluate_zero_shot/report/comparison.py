@@ -1,4 +1,4 @@
-"""Comparison of a measured figure with a published one, or the reasons why the two are not comparable."""
+"""Comparison of a measured result with a published one, or the reasons why the two are not comparable."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _PROMPT_FIELDS = {
     "last-word": {"detokenizer", "has_prompt_prefix", "last_word"},
     "cloze": {"detokenizer", "has_prompt_prefix", "has_cloze"},
 }
-"""Fields of a protocol that affect the figures of prompts, by kind of task."""
+"""Fields of a protocol that affect the metrics of prompts, by kind of task."""
 _NOT_OF_TEXT = {"has_prompt_prefix", "last_word", "has_cloze", "context_length", "stride"}
 """Fields not compared for texts: those of prompts, and those whose actual values are compared instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Measured figure beside a published one."""
+    """Measured result beside a published one."""
 
     result: Mapping[str, Any]
     published: PublishedResult
@@ -45,28 +45,28 @@ class Comparison:
         if self.reasons:
             return "same protocol, not the same measurement"
         if self.measured is None or not math.isfinite(self.measured):
-            return "same protocol: the measured figure is not finite"
+            return "same protocol: the measured value is not finite"
         if self.is_reproduced:
             return "same protocol: agrees to the printed digits"
         return f"same protocol: differs by {self.difference_text.lstrip('+-')}"
 
     @property
     def measured_text(self) -> str:
-        """Measured figure, with as many digits as the published one."""
+        """Measured value, with as many digits as the published one."""
         if self.measured is None or not math.isfinite(self.measured):
             return format_metric(self.measured, self.published.metric)
         return self.published.in_its_digits(self.measured)
 
     @property
     def difference_text(self) -> str:
-        """Signed difference in percent of the published figure."""
+        """Signed difference in percent of the published value."""
         if self.measured is None or not math.isfinite(self.measured):
             return MISSING
         return f"{(self.published.in_its_unit(self.measured) / self.published.value - 1) * 100:+.2f} %"
 
 
 def compare(result: Mapping[str, Any], ours: Protocol, published: PublishedResult) -> Comparison:
-    """Compare an entry of results.json, measured by the protocol `ours`, with a figure of the same task."""
+    """Compare an entry of results.json, measured by the protocol `ours`, with a published result of the same task."""
     task = TASKS[result["task"]]
     if task.last_word is not None:
         ours = replace(ours, last_word=task.last_word)
@@ -77,7 +77,7 @@ def compare(result: Mapping[str, Any], ours: Protocol, published: PublishedResul
 
 
 def published_task(task: str) -> str:
-    """Return the task whose published figures apply; all variants of LAMBADA share them."""
+    """Return the task whose published results apply; all variants of LAMBADA share them."""
     return "lambada" if TASKS[task].kind == "last-word" else task
 
 

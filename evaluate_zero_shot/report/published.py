@@ -1,4 +1,4 @@
-"""Published figures, from published.json: value as printed, protocol and source."""
+"""Published results, from published.json: value as printed, protocol and source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUANTITIES = {
     "bits_per_character": "bits_per_byte",  # published for text8 alone, in which every character is one byte
     "accuracy": "accuracy",
 }
-"""Metric of a figure -> field of a result with the same quantity."""
+"""Metric of a published result -> field of results.json with the same quantity."""
 PERCENT = " %"
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?( %)?")
 
@@ -72,22 +72,22 @@ class PublishedResult:
         return float(self.printed.removesuffix(PERCENT))
 
     def in_its_unit(self, measured: float) -> float:
-        """Convert a measured figure to the unit of this one (measured accuracies are fractions)."""
+        """Convert a measured value to the unit of this one (measured accuracies are fractions)."""
         return measured * 100 if self.printed.endswith(PERCENT) else measured
 
     def in_its_digits(self, measured: float) -> str:
-        """Return a measured figure in this one's unit and digits."""
+        """Return a measured value in this one's unit and digits."""
         decimals = len(self.printed.removesuffix(PERCENT).partition(".")[2])
         unit = PERCENT if self.printed.endswith(PERCENT) else ""
         return f"{self.in_its_unit(measured):,.{decimals}f}{unit}"
 
     def agrees(self, measured: float) -> bool:
-        """Return True if a measured figure, rounded to the printed digits, equals this one."""
+        """Return True if a measured value, rounded to the printed digits, equals this one."""
         return self.in_its_digits(measured) == self.printed
 
 
 def load(path: Path = FILE) -> tuple[PublishedResult, ...]:
-    """Return every published figure.
+    """Return every published result.
 
     Raises:
         DataError: The file is not JSON, or one of its entries breaks a rule; the message names the entry.
@@ -101,7 +101,7 @@ def load(path: Path = FILE) -> tuple[PublishedResult, ...]:
             for row in source.pop("figures")
         )
     except (OSError, json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a list of published figures: {error!r}. Install megaft again.") from error
+        raise DataError(f"{path} is not a list of published results: {error!r}. Install megaft again.") from error
 
 
 def _model(fields: dict[str, Any]) -> Model:
@@ -120,29 +120,29 @@ def _published_result(
     text = "tokens" if protocol is None else protocol.file_text
     fields: dict[str, Any] = {**source, "unpublished": tuple(source["unpublished"])}
     data_name = files.get(task, {}).get(text)
-    figure = PublishedResult(
+    published = PublishedResult(
         model=models[name], task=task, metric=metric, printed=printed, data_name=data_name, **fields
     )
-    if broken := list(_broken_rules(figure)):
-        raise DataError(f"{path}: {figure.title}, {name}, {task}: {'; '.join(broken)}.")
-    return figure
+    if broken := list(_broken_rules(published)):
+        raise DataError(f"{path}: {published.title}, {name}, {task}: {'; '.join(broken)}.")
+    return published
 
 
-def _broken_rules(figure: PublishedResult) -> Iterator[str]:
-    protocol = PROTOCOLS.get(figure.protocol or "")
-    if figure.task not in TASKS:
-        yield f"task {figure.task!r} is not one of {', '.join(TASKS)}"
-    if figure.metric not in QUANTITIES:
-        yield f"metric {figure.metric!r} is not one of {', '.join(QUANTITIES)}"
-    if not _NUMBER.fullmatch(figure.printed):
-        yield f"{figure.printed!r} is not a number with its digits, such as 37.50 or 45.99 %"
-    if figure.protocol is None and not figure.caveat:
+def _broken_rules(published: PublishedResult) -> Iterator[str]:
+    protocol = PROTOCOLS.get(published.protocol or "")
+    if published.task not in TASKS:
+        yield f"task {published.task!r} is not one of {', '.join(TASKS)}"
+    if published.metric not in QUANTITIES:
+        yield f"metric {published.metric!r} is not one of {', '.join(QUANTITIES)}"
+    if not _NUMBER.fullmatch(published.printed):
+        yield f"{published.printed!r} is not a number with its digits, such as 37.50 or 45.99 %"
+    if published.protocol is None and not published.caveat:
         yield "protocol is null and caveat does not say why"
-    if figure.protocol is not None and protocol is None:
-        yield f"protocol {figure.protocol!r} is not one of {', '.join(PROTOCOLS)}"
-    if protocol is not None and protocol.context_length is None and figure.context_length is None:
+    if published.protocol is not None and protocol is None:
+        yield f"protocol {published.protocol!r} is not one of {', '.join(PROTOCOLS)}"
+    if protocol is not None and protocol.context_length is None and published.context_length is None:
         yield "context_length is null, and the protocol leaves it to the model"
-    if protocol is not None and (unknown := set(figure.unpublished) - set(statements(protocol))):
+    if protocol is not None and (unknown := set(published.unpublished) - set(statements(protocol))):
         yield f"unpublished has {', '.join(unknown)}, not among {', '.join(statements(protocol))}"
-    if figure.data_name not in {None, *(file.name for file in KNOWN.values())}:
-        yield f"the file {figure.data_name!r} is not a known one"
+    if published.data_name not in {None, *(file.name for file in KNOWN.values())}:
+        yield f"the file {published.data_name!r} is not a known one"

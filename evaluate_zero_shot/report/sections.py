@@ -24,7 +24,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Measured figures of one setting beside those of one source; the reasons apply to all its models."""
+    """Measured results of one setting beside those of one source; the reasons apply to all models in it."""
 
     setting: str
     title: str
@@ -47,13 +47,13 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Measured and published figures of a task."""
+    """Measured and published results of a task."""
 
     title: str
     tables: Sequence[Table]
     pairings: Sequence[Pairing]
     unmeasured: Sequence[PublishedResult]
-    """Published figures of models that were not measured."""
+    """Published results of models that were not measured."""
     has_published: bool
     """False for a text of the user's own, of which nothing can have been published."""
 
@@ -120,20 +120,24 @@ def _data(result: Result) -> str:
 
 
 def tasks(
-    results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Iterable[PublishedResult]
+    results: Sequence[Result], protocols: Mapping[str, Protocol], published_results: Iterable[PublishedResult]
 ) -> list[Task]:
-    """Return each task's results beside its published figures, in order of measurement."""
-    published = group_by(figures, lambda figure: figure.task)
+    """Return each task's results beside the published ones, in order of measurement."""
+    published_by_task = group_by(published_results, lambda published: published.task)
     by_task = group_by(results, lambda result: (result["task"], task_title(result)))
-    return [_task(group, protocols, published.get(published_task(task), [])) for (task, _), group in by_task.items()]
+    return [
+        _task(group, protocols, published_by_task.get(published_task(task), [])) for (task, _), group in by_task.items()
+    ]
 
 
-def _task(results: Sequence[Result], protocols: Mapping[str, Protocol], figures: Sequence[PublishedResult]) -> Task:
+def _task(
+    results: Sequence[Result], protocols: Mapping[str, Protocol], published_results: Sequence[PublishedResult]
+) -> Task:
     comparisons = [
-        compare(result, protocols[result["protocol"]], figure)
+        compare(result, protocols[result["protocol"]], published)
         for result in results
-        for figure in figures
-        if figure.model.is_model(result["model_name"], result["num_parameters"])
+        for published in published_results
+        if published.model.is_model(result["model_name"], result["num_parameters"])
     ]
     comparable = [pair for pair in comparisons if pair.measured is not None]
     pairs = group_by(
@@ -151,32 +155,34 @@ def _task(results: Sequence[Result], protocols: Mapping[str, Protocol], figures:
         task_title(results[0]),
         _tables(results, [pair.published for pair in comparable]),
         [Pairing(*key, group) for key, group in pairs.items()],
-        [figure for figure in figures if id(figure) not in measured],
+        [published for published in published_results if id(published) not in measured],
         not is_user_text(results[0]),
     )
 
 
-def _tables(results: Sequence[Result], figures: Sequence[PublishedResult]) -> list[Table]:
+def _tables(results: Sequence[Result], published_results: Sequence[PublishedResult]) -> list[Table]:
     """Return a table that compares the models for each main metric of the task; none for a single model."""
     metrics = dict.fromkeys(result["headline"] for result in results if result["headline"])
     has_several = len({result["name"] for result in results}) > 1
-    return [_table(metric, results, figures) for metric in metrics if has_several]
+    return [_table(metric, results, published_results) for metric in metrics if has_several]
 
 
-def _table(metric: str, results: Sequence[Result], figures: Sequence[PublishedResult]) -> Table:
+def _table(metric: str, results: Sequence[Result], published_results: Sequence[PublishedResult]) -> Table:
     cells = {
         (result["name"], setting_name(result)): format_metric(result[metric], metric)
         for result in results
         if result[metric] is not None
     }
     settings = dict.fromkeys(setting for _, setting in cells)
-    published = [figure for figure in figures if QUANTITIES[figure.metric] == metric]
-    sources = dict.fromkeys(figure.title for figure in published)
+    of_metric = [published for published in published_results if QUANTITIES[published.metric] == metric]
+    sources = dict.fromkeys(published.title for published in of_metric)
     for result in results:
         theirs = [
-            figure for figure in published if figure.model.is_model(result["model_name"], result["num_parameters"])
+            published
+            for published in of_metric
+            if published.model.is_model(result["model_name"], result["num_parameters"])
         ]
-        cells |= {(result["name"], figure.title): figure.printed for figure in theirs}
+        cells |= {(result["name"], published.title): published.printed for published in theirs}
     names = dict.fromkeys(result["name"] for result in results)
     rows = {name: [cells.get((name, column), MISSING) for column in (*settings, *sources)] for name in names}
     return Table(metric, list(settings), list(sources), rows)
@@ -203,7 +209,7 @@ def _sweep(results: Sequence[Result]) -> Illustration:
         if metric and window(result) != MISSING and (value := parse_number(result[metric])) is not None:
             lines.setdefault(result["name"], {})[result["stride"]] = value
     title = f"{task_title(results[0])}, {results[0]['protocol']}, context {results[0]['context_length']}"
-    note = "Main figure by stride. A smaller stride gives each token more context, and is another protocol."
+    note = "Main metric by stride. A smaller stride gives each token more context, and is another protocol."
     return Illustration("Stride sweep", title, note, plots.by_stride(lines, TITLES.get(metric, str(metric))))
 
 

@@ -1,7 +1,7 @@
 """Report of results.json: report.md and one self-contained report.html.
 
 `python -m evaluate_zero_shot.report DIR` writes both again from DIR/results.json. Nothing else is read but the
-published figures and the definitions of the protocols.
+published results and the definitions of the protocols.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ STOP_WORDS = (
 """English function words.
 
 The GPT-2 paper raises its accuracy from 52.66 to 63.24 by "adding a stop-word filter", as an approximation to the rule
-that the answer ends a sentence. OpenAI did not publish its list; with this one, figures differ from the paper's.
+that the answer ends a sentence. OpenAI did not publish its list; with this one, results differ from the paper's.
 """
 
 

@@ -18,7 +18,7 @@ def wikitext_pages(text: str) -> list[str]:
     A page begins at every line that reads `= Title =`, even inside a formula, and lines are joined by \n again: what
     stands before the first title, and the newline before every other, are lost. On wiki.test.raw that gives 62 pages of
     241,335 words, as len(re.split(r"\s+", page)), and 1,290,527 bytes (of 1,290,590): the denominators behind published
-    lm-eval figures, since ln(word_perplexity) / (ln 2 * bits_per_byte) of the pairs in EleutherAI/lm-evaluation-harness
+    lm-eval results, since ln(word_perplexity) / (ln 2 * bits_per_byte) of the pairs in EleutherAI/lm-evaluation-harness
     issue 806 (Llama-2-7B: 8.792073612124492, 0.5864857250704371) is 1,290,527 / 241,335 to all digits.
     """
     pages: list[list[str]] = [[]]

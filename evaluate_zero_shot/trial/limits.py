@@ -35,7 +35,7 @@ def without_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
 def remarks(result: Mapping[str, Any], protocol: Protocol) -> list[str]:
     """Return the remarks on an entry's headline metric if it is a limit."""
     if not has_finite_nats(result):
-        return ["nats are not finite: no figure"]
+        return ["nats are not finite: no metrics"]
     headline = result.get("headline")
     value = parse_number(result.get(headline)) if headline and headline.endswith("perplexity") else None
     return [

@@ -125,13 +125,13 @@ def _text(
 
 
 def _is_lossless(tokenizer: AnyTokenizer, texts: Sequence[str], tokens: TokenText) -> bool:
-    """Return True if decoding restores the texts. If not, bytes are lost, and figures per byte would be too low."""
+    """Return True if decoding restores the texts. If not, bytes are lost, and metrics per byte would be too low."""
     ends = itertools.pairwise(tokens.document_offsets)
     if all(tokenizer.decode(tokens.read(*end).tolist()) == text for text, end in zip(texts, ends, strict=True)):
         return True
     if parallel.is_main():
         print(
-            "warning: the tokenizer loses text: decoding does not restore it, so figures per byte are left out.",
+            "warning: the tokenizer loses text: decoding does not restore it, so metrics per byte are left out.",
             file=sys.stderr,
         )
     return False
@@ -210,7 +210,9 @@ def _prompts(
             context = [_prefix(tokenizer, protocol), *context]
         end = len(context) + len(target)
         begin = max(0, end - 1 - geometry.num_inputs)
-        if not target or begin >= len(context):
+        if not target:
+            raise DataError("a target has no token of its own after its context; use a model with another tokenizer.")
+        if begin >= len(context):
             needed = len(target) + geometry.context_length - geometry.num_inputs
             raise DataError(
                 f"--context-length is {geometry.context_length}, but a target has {len(target)} tokens; use "

@@ -1,4 +1,4 @@
-"""results.json: one entry for each model, task and protocol, with all that is needed to check its figures."""
+"""results.json: one entry for each model, task and protocol, with all that is needed to check its metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Result:
     """Name of the published file with this SHA-256; None for any other file."""
     data_sha256: str
     limit_lines: int | None
-    """Number of lines scored, if not all: such a figure must not be published."""
+    """Number of lines scored, if not all: such a result must not be published."""
     context_length: int
     stride: int
     is_protocol_default: bool
@@ -160,7 +160,7 @@ def summary(result: Result) -> str:
 
 
 def _written(name: str, value: float, protocol: Protocol) -> str:
-    """Return a figure with its name; a figure that is a cap or an overflow is marked so."""
+    """Return a metric with its name; one that is a cap or an overflow is marked so."""
     if name.endswith("perplexity") and is_capped(value, protocol):
         return f"{name} {value:.4f} (the protocol's cap)"
     return f"{name} {value:.4f}" if math.isfinite(value) else f"{name} {OVERFLOW_LABEL}"

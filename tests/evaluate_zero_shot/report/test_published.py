@@ -1,4 +1,4 @@
-"""Published figures: completeness of the list, and agreement only of the same quantity."""
+"""Published results: completeness of the list, and agreement only of the same quantity."""
 
 import json
 
@@ -147,7 +147,7 @@ def harness(**changed):
         pytest.param(docs(), DOCS, SAME, None, id="same"),
         pytest.param(docs(perplexity=16.6044), DOCS, OFF, None, id="same protocol, another number"),
         pytest.param(
-            docs(perplexity="inf"), DOCS, "same protocol: the measured figure is not finite", None, id="infinite"
+            docs(perplexity="inf"), DOCS, "same protocol: the measured value is not finite", None, id="infinite"
         ),
         pytest.param(docs(stride=1024), DOCS, OTHER, "Stride: 1024; published: 512", id="stride"),
         pytest.param(docs(context_length=512), DOCS, OTHER, "Context length: 512; published: 1024", id="context"),
@@ -234,8 +234,8 @@ def broken(change):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not a list of published figures"),
-        ("[]", "is not a list of published figures"),
+        ("{", "is not a list of published results"),
+        ("[]", "is not a list of published results"),
         (broken(lambda it: it["sources"][0].pop("caveat")), "caveat"),
         (broken(lambda it: it["sources"][0].update(surprise=1)), "surprise"),
         (broken(lambda it: it["sources"][0].update(protocol="gpt3")), "protocol 'gpt3' is not one of"),

@@ -221,7 +221,7 @@ def test_figures_made_of_nats_that_are_not_finite_are_not_shown(tmp_path, nats):
     zero = lambada(accuracy=0.0, nats=nats, word_perplexity="inf", confidence_interval_95=interval)
     html, markdown = made(tmp_path, [result(**bad), zero])
     for text in (Page(html).words, markdown):
-        assert text.lower().count("nats are not finite: no figure") == 2
+        assert text.lower().count("nats are not finite: no metrics") == 2
         assert not re.search(r"4\.85e|485,?165|0\.00 %|0\.07 %|> 1\.8e", text.replace("\\", ""))
 
 
