@@ -21,7 +21,7 @@ def device_of(topology: Topology) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    index = 0 if count == 1 else topology.local_rank  # some launchers make only its own GPU visible to a rank
+    index = 0 if count == 1 else topology.local_rank  # some launchers show each rank only its own GPU
     if index >= count:
         raise ConfigError(
             f"rank {topology.rank} has local rank {index}, but sees {counted(count, 'GPU')}; start one rank per GPU, "

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from megaft.base.errors import LostPeerError, UserError, kind_of
-from megaft.base.exit_code import REQUEUE
+from megaft.base.errors import CRASH, REQUEUE, LostPeerError, UserError, kind_of
 
-CRASH = 1
-"""Python's exit code for an uncaught exception."""
 LONGEST_REASON = 4000
 """Maximum characters of a reason that is sent."""
 

@@ -1,5 +1,10 @@
 """Exceptions for errors that a user can fix, each with its exit code."""
 
+REQUEUE, DO_NOT_REQUEUE = 75, 93
+"""Exit codes for batch scripts: saved, requeue the job; and do not requeue it."""
+CRASH = 1
+"""Python's exit code for an uncaught exception."""
+
 
 class UserError(Exception):
     """Base class of user errors. The one-line message names the setting or file, its value, the rule and a fix.
@@ -39,19 +44,19 @@ class NumericsError(UserError):
 class NoProgressError(UserError):
     """Job that was requeued repeatedly without progress."""
 
-    exit_code = 93
+    exit_code = DO_NOT_REQUEUE
 
 
 class LostPeerError(UserError):
-    """Another rank that ended or hangs. The same command resumes from the last checkpoint, so the job is requeued."""
+    """Loss of another rank, which ended or hangs. The same command resumes from the last checkpoint."""
 
-    exit_code = 75
+    exit_code = REQUEUE
 
 
 class FailedPeerError(UserError):
-    """Another rank that ended with an unexpected exception and printed its traceback."""
+    """Failure of another rank with an unexpected exception, whose traceback that rank printed."""
 
-    exit_code = 1
+    exit_code = CRASH
 
 
 def kind_of(exit_code: int) -> type[UserError]:

@@ -11,9 +11,6 @@ from typing import Any
 from megaft.base.errors import UserError
 from megaft.base.unicode_text import escape_unencodable
 
-REQUEUE, DO_NOT_REQUEUE = 75, 93
-"""Exit codes for batch scripts: saved, requeue the job; and do not requeue it."""
-
 SECONDS_FOR_MAIN = 20.0
 """Seconds that other ranks wait for the main rank to print the error and exit."""
 
@@ -24,11 +21,13 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
     Ctrl-C gives 130, and a closed output pipe (`| head`) 141, as in shells. Any other exception is a bug and keeps its
     traceback.
 
+    Args:
+        function: The program.
+        arguments: Its arguments.
+        is_main: True if this rank prints the message at once; other ranks give the main rank time to print it first.
+
     Raises:
         SystemExit: From the parser of flags.
-
-    Args:
-        is_main: True if this rank prints the message at once; other ranks give the main rank time to print it first.
     """
     escape_unencodable(sys.stdout)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 128 * MIB}
 """Maximum bytes of fp32 logits held at once, by device type. On CPUs they stay below 32 MiB: from there on malloc

@@ -26,8 +26,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from megaft.base.ending import Ending
-from megaft.base.errors import UserError
-from megaft.base.exit_code import REQUEUE
+from megaft.base.errors import REQUEUE, UserError
 from megaft.base.line_socket import LineSocket, probe
 
 SILENT_SECONDS = 60.0

@@ -79,7 +79,7 @@ def _require_known(name: str) -> None:
             reason = "HF_HUB_OFFLINE is set, so the hub is not asked"
         raise DataError(
             f"{name} is neither a folder here nor in {constants.HF_HUB_CACHE}, and {reason}. {SPELLING_HINT}; or "
-            "download it on a machine with a network into this cache."
+            "download it into this cache on a machine with a network."
         )
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from megaft.base import exit_code
 from megaft.base.device import device_of, require_own_gpu
-from megaft.base.ending import CRASH, ending_of
-from megaft.base.errors import ConfigError, LostPeerError, UserError
+from megaft.base.ending import ending_of
+from megaft.base.errors import CRASH, ConfigError, LostPeerError, UserError
 from megaft.base.heartbeat import Heartbeat
 from megaft.base.model_parallel_unit import ModelParallelUnit
 from megaft.base.network import connect_hosts, require_interfaces

@@ -106,7 +106,7 @@ EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port() -> int:
-    """Return a free port outside the ephemeral range.
+    """Return a free port, outside the ephemeral range if possible.
 
     The operating system assigns ephemeral ports to other programs, perhaps before a rank listens on the port, seconds
     later.
@@ -120,7 +120,7 @@ def free_port() -> int:
         with suppress(OSError), socket.socket() as listener:
             listener.bind(("", port))
             return listener.getsockname()[1]
-    raise ConfigError(f"no port from {LOWEST_PORT} is free on this machine; stop programs that hold ports.")
+    raise ConfigError("no TCP port is free on this machine; stop programs that hold ports.")
 
 
 def own_flags(arguments: list[str] | None = None) -> list[str]:

@@ -31,7 +31,7 @@ def require_safe_files(setting: str, source: str | Path) -> None:
     and more than MOST_LAYERS layers.
 
     Args:
-        setting: Name of the user's flag, for the message.
+        setting: Name of the user's flag, or of what is read, for the message.
         source: A folder, a hub name, or the path of a config.json.
 
     Raises:
@@ -54,7 +54,7 @@ def _fault(path: Path) -> str | None:
     except (OSError, ValueError):
         return None  # transformers cannot read it either, and reports that
     if path.name == "adapter_config.json":
-        return "describes an adapter, whose base model may be any path; merge it into that and give the result."
+        return "describes an adapter, whose base model may be any path; merge the two and pass the merged model."
     for key, value in _pairs(content):
         if key in _CODE_KEYS and value:
             return (
@@ -68,7 +68,9 @@ def _fault(path: Path) -> str | None:
         if not (path.name.startswith("tokenizer") or key.endswith("max_length")) and _is_absurd(value):
             return f"has {key} {json.dumps(value)[:80]}, which is not a valid number for a model; copy the file again."
         if _LAYERS_KEY.fullmatch(key) and _is_above(value, MOST_LAYERS):
-            return f"has {key} {json.dumps(value)[:80]}; models have {MOST_LAYERS:,} layers at most. Copy it again."
+            return (
+                f"has {key} {json.dumps(value)[:80]}; models have {MOST_LAYERS:,} layers at most; copy the file again."
+            )
     if path.name.endswith(".index.json"):
         return _external_shard(content)
     return None

@@ -258,7 +258,7 @@ def _agreed(norm: float | Tensor | None) -> float | Tensor | None:
 
 
 def _step_if(engine, accepts: Callable[[], bool]) -> None:
-    """Take the engine's step, updating weights only if wanted; under ZeRO the optimizer steps once per group."""
+    """Take the engine's step, updating weights only if `accepts()`; under ZeRO the optimizer steps once per group."""
     optimizer = inner_optimizer(engine)
     original_step = optimizer.step
     vars(optimizer)["step"] = lambda *args, **kwargs: original_step(*args, **kwargs) if accepts() else None

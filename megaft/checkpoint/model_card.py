@@ -106,6 +106,5 @@ def _shown(value: float | int | str) -> str:
 def _protocol(config: TrainConfig) -> str:
     return (
         f"Measured on {Path(str(config.data.valid)).name}: windows of {config.eval_context_length} tokens, "
-        f"stride {config.eval_stride}, a prefix token before each document, every token scored once; "
-        "words and bytes are the original text's."
+        f"stride {config.eval_stride}, every scored token scored once (protocol megaft; docs/training.md, Validation)."
     )

@@ -38,7 +38,7 @@ from megaft.weights.tensor_file import write_shard
 SPARE_BYTES = 1 << 20
 """Free space left for the manifest, headers and other files of the run."""
 MAX_FILES, MIN_FILE_BYTES = 4, 1 << 28
-"""Most files that a rank writes in parallel, each hashed by its own thread, and the smallest size to split at."""
+"""Maximum number of files that a rank writes in parallel, each hashed by its own thread, and the minimum size of one."""
 PINNED_FACTOR = 2
 """torch rounds page-locked memory up to a power of two."""
 

@@ -116,8 +116,8 @@ def check_optimizer(optim: OptimConfig, stage: int, dtype: Dtype, on_cuda: bool)
     )
     require(
         optimizer.cpu_equivalent is None or on_cuda,
-        f"--optim.name is {optim.name}, which runs only on CUDA devices. Without CUDA, or with optimizer "
-        f"offload, use {optimizer.cpu_equivalent}.",
+        f"--optim.name is {optim.name}, which runs only on CUDA devices. Without CUDA, or with optimizer offload, use "
+        f"--optim.name {optimizer.cpu_equivalent}.",
     )
     defaults = OptimConfig()
     for name, table in ((optim.name, OPTIMIZERS), (optim.schedule, SCHEDULES)):

@@ -323,7 +323,8 @@ def largest_micro_batch_size(global_batch_size: int, at_most: int, world_size: i
     per_rank, rest = divmod(global_batch_size, world_size)
     require(
         rest == 0,
-        f"{GLOBAL_BATCH} is {global_batch_size}; use a multiple of {world_size}, the number of ranks.",
+        f"{GLOBAL_BATCH} is {global_batch_size}, which {counted(world_size, 'data-parallel rank')} cannot split "
+        f"evenly. Start a number of ranks that divides it, or, for a new run, use a multiple of {world_size}.",
     )
     return next(size for size in range(min(at_most, per_rank), 0, -1) if per_rank % size == 0)
 

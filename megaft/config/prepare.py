@@ -75,8 +75,9 @@ class PrepareConfig:
         )
         require(
             self.messages_key is None or (self.prompt_key is None and self.detokenizer == "identity"),
-            f"--messages-key is {self.messages_key}, but --prompt-key is {self.prompt_key} and --detokenizer is "
-            f"{self.detokenizer}; a chat allows neither. Remove --messages-key or those.",
+            f"--messages-key is {self.messages_key}; a chat has no prompt key and no detokenizer. Remove "
+            f"{f'--prompt-key {self.prompt_key}' if self.prompt_key else f'--detokenizer {self.detokenizer}'}, or "
+            "--messages-key.",
         )
 
     @property

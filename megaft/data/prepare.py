@@ -143,14 +143,18 @@ def _check_codes(config: PrepareConfig, tokenizer: AnyTokenizer) -> None:
         if len(ids) != 1 or tokenizer.encode(f"{code} a")[:1] != ids:
             shown = " ".join(repr(tokenizer.decode([id_])) for id_ in ids)
             raise DataError(
-                f"control code {code!r} is {len(ids)} tokens ({shown}) in {config.tokenizer}; use a single token."
+                f"--control-codes has {code!r}, which is {len(ids)} tokens ({shown}) in {config.tokenizer}; use a code "
+                "that is a single token."
             )
 
 
 def _write(config: PrepareConfig, sources: dict[TextFile, str], tokenizer: AnyTokenizer) -> dict[str, Any]:
     eod_id = tokenizer.eos_id if config.append_eod else None
     if config.append_eod and eod_id is None:
-        raise DataError(f"{config.tokenizer} has no end-of-sequence token to append; drop --append-eod.")
+        raise DataError(
+            f"--tokenizer is {config.tokenizer}, which has no end-of-sequence token for --append-eod; drop that, "
+            "or use another tokenizer."
+        )
     opening_ids = opening_ids_of(tokenizer, is_chat=config.messages_key is not None)
     writer = DocumentWriter(
         config.output,

@@ -306,7 +306,7 @@ def _from_model(path: Path) -> SentencePieceTokenizer:
 def _from_hub(name: str) -> AnyTokenizer:
     """Load by hub name; a repository with tokenizer.model and no tokenizer.json is loaded as a folder is."""
     if find_file_if_any(name, "tokenizer.json") is None and (model := find_file_if_any(name, MODEL_NAME)) is not None:
-        require_safe_files("tokenizer", name)
+        require_safe_files("the tokenizer", name)
         for beside in BESIDE:  # downloads them to the hub cache
             find_file_if_any(name, beside)
         return _from_folder(model.parent)

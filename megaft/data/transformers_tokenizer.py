@@ -32,7 +32,7 @@ def from_pretrained(source: str | Path, **options: str) -> PreTrainedTokenizerFa
     """
     from transformers import AutoTokenizer
 
-    require_safe_files("tokenizer", source)
+    require_safe_files("the tokenizer", source)
     with naming_errors(source):
         loaded: Any = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
     if not loaded.is_fast:

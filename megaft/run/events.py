@@ -13,8 +13,7 @@ from typing import Any
 
 from megaft.base import heartbeat
 from megaft.base.ending import ending_of
-from megaft.base.errors import CheckpointError, LostPeerError, NoProgressError
-from megaft.base.exit_code import REQUEUE
+from megaft.base.errors import REQUEUE, CheckpointError, LostPeerError, NoProgressError
 from megaft.base.files import json_lines, naming_disk_errors, parse_json, to_json, write_json_atomic
 from megaft.base.nested import mapped
 from megaft.base.redaction import without_folders

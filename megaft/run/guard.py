@@ -119,8 +119,9 @@ class Guard:
         is_scale_at_floor = row.get("loss_scale") == self._smallest_loss_scale
         event, decision = self._classify(loss, grad_norm, overflowed, is_scale_at_floor)
         if event is not None:
+            if POLICIES[decision].skips and self.skips >= self._config.max_skips:
+                decision = STOP
             self.skips += POLICIES[decision].skips
-            decision = STOP if self.skips > self._config.max_skips else decision
             self._bad_steps.append(BadStep(event, row["step"], decision, loss, grad_norm))
         elif not overflowed:
             self.skips = 0

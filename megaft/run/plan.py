@@ -88,6 +88,7 @@ def _max_steps(config: TrainConfig, setup: ResolvedSettings, samples: Samples) -
     require(
         setup.total_num_steps in (None, max_steps),
         f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, "
-        f"but the run has {counted(max_steps, 'step')}. Set --run.max-steps to the same, or remove total_num_steps.",
+        f"but the run has {counted(max_steps, 'step')}. Remove total_num_steps, or set --run.max-steps "
+        f"{setup.total_num_steps} and no --run.epochs.",
     )
     return max_steps

@@ -88,14 +88,14 @@ def _rewind(run: Run, left_out: tuple[tuple[int, int], ...]) -> RunState:
 
 
 def _stop_message(run: Run, bad_step: BadStep, samples: tuple[tuple[int, int], ...]) -> str:
-    advice = "inspect those samples, or set --guard.non-finite or --guard.spike to skip or rewind."
+    advice = "Inspect those samples, or set --guard.non-finite or --guard.spike to skip or rewind."
     if run.guard.rewinds or run.guard.skips:
         rewinds, skips = counted(run.guard.rewinds, "time"), counted(run.guard.skips, "step")
-        advice = f"before this step, the run rewound {rewinds} and skipped {skips} in a row."
+        advice = f"Before this step, the run rewound {rewinds} and skipped {skips} in a row."
     return (
         f"{bad_step}, samples {', '.join(f'{begin}-{end - 1}' for begin, end in samples)}; "
         f"{_last_before(run, bad_step.step)}. "
-        f"Lower --optim.learning-rate; {advice}"
+        f"Lower --optim.learning-rate. {advice}"
     )
 
 

@@ -26,10 +26,10 @@ from megaft.data.tokenizer import AnyTokenizer
 
 LAYOUT = 3
 """Version of prepared data, incremented when the same text gives different tokens or another receipt."""
-SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_OF_DOUBT = 60
-"""Maximum seconds between the starts of ranks. A failure file older than this rank that still exists after them was
-written by this run, not left by an earlier one."""
+POLL_SECONDS = 0.2
+MAX_SECONDS_BETWEEN_STARTS = 60
+"""Maximum seconds between the starts of two ranks. A failure file older than this rank that still exists after it is
+from this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,11 @@ def prepare_sources(
 
 
 def named_sources(config: DataConfig) -> list[tuple[float, str]]:
-    """Return the inputs of data.train with their weights, before text files are prepared.
+    """Return the inputs of --data.train with their weights, before text files are prepared.
 
     Raises:
-        ConfigError: Several without a weight each.
-        DataError: One of them, or data.valid, is neither a prepared dataset nor a file.
+        ConfigError: There are several datasets, and one has no weight.
+        DataError: One of them, or --data.valid, is neither a prepared dataset nor a file.
     """
     named = [parse_source(name) for name in config.train]
     if len(named) > 1 and any(weight is None for weight, _ in named):
@@ -125,12 +125,14 @@ def _wait_for(prefix: Path) -> Dataset:
     began, launcher = time.time(), os.getppid()
     while not Path(f"{prefix}.json").exists():
         # An earlier run's failure is older than we are, and the main rank soon removes it.
-        is_ours = failure.exists() and (failure.stat().st_mtime >= began or time.time() >= began + SECONDS_OF_DOUBT)
+        is_ours = failure.exists() and (
+            failure.stat().st_mtime >= began or time.time() >= began + MAX_SECONDS_BETWEEN_STARTS
+        )
         if is_ours:
             raise DataError(failure.read_text())
         if os.getppid() != launcher:  # gone, and perhaps the main rank with it
             raise LostPeerError(f"the launcher ended while the main rank prepared {prefix}; start the ranks again.")
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
     return Dataset(str(prefix))
 
 
@@ -195,8 +197,8 @@ def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
         has = "has none" if tokenizer.chat_template is None else "has another"
         notes.append(
             f"warning: the chats of {dataset.prefix} were rendered by the chat template of SHA-256 {made_with[:12]}, "
-            f"but the run's tokenizer {has}, and the export gets that tokenizer; pass the one of the "
-            "chats with --data.tokenizer."
+            f"but the run's tokenizer {has}, and the export contains the run's tokenizer; to keep the chats' template, "
+            "pass the tokenizer that they were prepared with as --data.tokenizer."
         )
     return notes
 
@@ -210,7 +212,7 @@ def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:
             raise DataError(
                 f"{dataset.prefix} was prepared with the tokenizer {made_with['source']} "
                 f"(SHA-256 {made_with['sha256'][:12]}), but the run's has {tokenizer.sha256[:12]}; "
-                "prepare it again with the run's tokenizer, or name that one with --data.tokenizer."
+                "prepare it again with the run's tokenizer, or pass its tokenizer with --data.tokenizer."
             )
         _require_same_opening(dataset.prefix, receipt, tokenizer)
 
@@ -220,7 +222,7 @@ def _require_same_opening(prefix: str, receipt: dict[str, Any], tokenizer: AnyTo
     if is_old and receipt["has_mask"]:
         raise DataError(
             f"{prefix} has no opening_ids in its receipt: an older megaft tokenized its prompts, completions and chat "
-            "turns each by itself; run megaft prepare again."
+            "turns separately; run megaft prepare again."
         )
     receipt_ids = receipt.get("opening_ids", [])
     wanted = list(opening_ids_of(tokenizer, is_chat=receipt["messages_key"] is not None))

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megaft.base.exit_code import DO_NOT_REQUEUE, REQUEUE
+from megaft.base.errors import DO_NOT_REQUEUE, REQUEUE
 
 STARTED = time.monotonic()
 SIGNALS = {signal.SIGUSR1: REQUEUE, signal.SIGTERM: REQUEUE, signal.SIGHUP: REQUEUE, signal.SIGINT: 130}

@@ -29,7 +29,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None =
     That is `setting` (--metrics.peak-flops), the data sheet of a known GPU in half precision, or else a measurement.
     """
     if setting is not None:
-        return setting, "--metrics.peak-flops"
+        return setting, "metrics.peak-flops"
     if device.type == "cuda" and _has_tensor_cores_for(device, dtype):
         name = torch.cuda.get_device_name(device)
         if (known := data_sheet_flops(name)) is not None:

@@ -4,7 +4,7 @@ A window of stride 32 scores 32 of its 1024 positions. Every layer but the last 
 of the next layer; the last layer's queries, output projection and MLP and the final norm are needed only at scored
 positions. The skipped values are never read, so the result is the same, up to 1 / num_layers cheaper.
 
-tools/benchmarks/last_layer.py measures the CPU time that it saves; its results are beside it.
+tools/benchmarks/last_layer.py measures the CPU time that this saves; see results/last_layer_*.md there.
 """
 
 from __future__ import annotations

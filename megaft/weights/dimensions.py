@@ -85,8 +85,8 @@ class Dimensions:
         require(
             size in valid,
             f"{setting} is {size}, but the model's {self.num_groups} KV heads and MLP width of "
-            f"{self.inner_width} are not divisible by it, or its {self.vocab_size} vocabulary entries are too few; "
-            f"use one of {', '.join(map(str, valid))}.",
+            f"{self.inner_width} are not both divisible by {size}, or its {self.vocab_size} vocabulary entries are too "
+            f"few for {size} ranks; use one of {', '.join(map(str, valid))}.",
         )
 
     def _can_shard(self, size: int) -> bool:

@@ -93,7 +93,7 @@ def require_size(path: Path, num_bytes: int, fix: str = RECOPY) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {fix}.")
     if path.stat().st_size != num_bytes:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {num_bytes}; {fix}.")
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, but the manifest says {num_bytes}; {fix}.")
 
 
 def _sha256_of(path: Path) -> str:

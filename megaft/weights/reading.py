@@ -66,7 +66,7 @@ def open_weights(source: str, *, model_config: str | None = None, verify_hashes:
         model_config is None,
         f"--model-config is {model_config}, which has no effect: {source} has a config.json; drop it.",
     )
-    require_safe_files("model", source)
+    require_safe_files("the model", source)
     if is_megatron_folder(folder):
         return _from_megatron(folder, verify_hashes)
     files = [] if folder.suffix == ".gguf" else _safetensors_of(source)

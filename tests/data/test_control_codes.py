@@ -66,5 +66,5 @@ def test_a_code_that_merges_with_a_text_is_refused(tmp_path):
         "output": tmp_path / "out",
         "tokenizer": str(tmp_path / "tokenizer"),
     }
-    with pytest.raises(DataError, match="control code 'A'"):
+    with pytest.raises(DataError, match="--control-codes has 'A'"):
         prepare(PrepareConfig(**config, control_codes=("A",)))

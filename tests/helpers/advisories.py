@@ -1,7 +1,8 @@
 """Security advisories of megaft's dependencies, for machines without network: package, first fixed version, name.
 
-Of each package the newest that was known in November 2026. What megaft hands foreign files to has its floors, with
-reasons, in megaft/commands/doctor/floors.py; these stand behind it, and what megaft cannot reach is said to be so.
+For each package, the newest advisory known in November 2026. Packages that parse untrusted files also have minimum
+versions, with reasons, in megaft/commands/doctor/floors.py; this table is a second check. Vulnerabilities in code that
+megaft never calls are marked.
 """
 
 ADVISORIES = [

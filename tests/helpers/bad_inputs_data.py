@@ -152,7 +152,7 @@ def _(workshop):
 @refuse(
     "25 a control code of several tokens",
     3,
-    r"control code 'Wikipedia' is \d tokens \('W.*\) in .*; use a single token",
+    r"--control-codes has 'Wikipedia', which is \d tokens \('W.*\) in ",
 )
 def _(workshop):
     return workshop.prepare(workshop.write("a.txt", "one two\n"), flags=["--control-codes", "Wikipedia"])

@@ -242,8 +242,13 @@ def test_a_new_model_is_the_same_on_any_number_of_ranks(run_ranks):
 
 
 REFUSED = {
-    "attention groups": ("llama", {}, 4, "2 attention groups and .* are not divisible by it, .*; use one of 1, 2"),
-    "a rank without words": ("gpt2", {"vocab_size": 5}, 4, "its 5 vocabulary entries are too few; use one of 1, 2"),
+    "attention groups": ("llama", {}, 4, "2 attention groups and .* are not both divisible by 4, .*; use one of 1, 2"),
+    "a rank without words": (
+        "gpt2",
+        {"vocab_size": 5},
+        4,
+        "its 5 vocabulary entries are too few for 4 ranks; use one of 1, 2",
+    ),
     "window": ("mistral with a sliding window", {}, 1, "sliding window"),
     "activation": ("gpt2", {"activation_function": "tanh"}, 1, "activation is tanh"),
     "two dropouts": ("gpt2", {"embd_pdrop": 0.2, "resid_pdrop": 0.1}, 1, "set --model.dropout"),

@@ -70,7 +70,7 @@ def test_which_peak_is_taken(dtype, capability, is_known, monkeypatch):
 
 
 def test_the_setting_wins_over_every_other_peak():
-    assert peak_flops(CPU, torch.float32, 5e12) == (5e12, "--metrics.peak-flops")
+    assert peak_flops(CPU, torch.float32, 5e12) == (5e12, "metrics.peak-flops")
 
 
 def test_measuring_a_cpu_is_plausible():
@@ -93,7 +93,7 @@ def test_the_meter_of_a_model():
     # By hand: 12 d^2 + 13 d weights a layer, 2 d of the last norm, and the embeddings, tied, of 11 words and 16 places.
     num_parameters = 2 * (12 * 64 + 13 * 8) + 2 * 8 + (11 + 16) * 8
     assert meter.flops_per_token == 6 * num_parameters + 12 * 2 * 8 * 16
-    assert (meter.num_devices, meter.peak_flops, meter.peak_source) == (1, 5e12, "--metrics.peak-flops")
+    assert (meter.num_devices, meter.peak_flops, meter.peak_source) == (1, 5e12, "metrics.peak-flops")
     assert Meter.of(object(), model, 16, torch.float32, CPU, MetricsConfig(peak_flops=1)).flops_per_token is None
 
 

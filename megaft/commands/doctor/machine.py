@@ -19,11 +19,11 @@ from packaging.requirements import Requirement
 
 from megaft.base import cpu_speed
 from megaft.base.environment import environment, installed_version
+from megaft.base.hardware import GIB
 from megaft.base.redaction import SECRET_NAME, without_secrets
 from megaft.commands.doctor.floors import FLOORS
 from megaft.commands.doctor.table import Check, exit_code, show
 
-GIB = 2**30
 SECONDS = 120
 """Timeout in seconds of a subprocess."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from megaft.base.hardware import GPUS, RESERVED_BYTES, Gpu, data_sheet_flops, published_utilizations
+from megaft.base.hardware import GIB, GPUS, RESERVED_BYTES, Gpu, data_sheet_flops, published_utilizations
 from megaft.commands.estimate.changes import MAX_TENSOR_PARALLEL_SIZE, MAX_TIMES_RANKS, changes
 from megaft.commands.estimate.config import EstimateConfig
 from megaft.commands.estimate.presets import configuration, source_of
@@ -18,7 +18,6 @@ from megaft.config.train import bytes_per_parameter
 from megaft.weights.dimensions import flops_per_token, num_elements
 from megaft.weights.families import dimensions_of
 
-GIB = 2**30
 SECONDS_PER_DAY = 86_400
 RECOMPUTED = 3 / 4
 """Share of a step's FLOPs that are model FLOPs with activation checkpointing."""

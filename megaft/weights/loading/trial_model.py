@@ -1,4 +1,4 @@
-"""Trial models: small random models of a family, to test at run time what is too large or already sharded."""
+"""Trial models: small random models of a family, tested in place of models that are too large or already sharded."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def keeping_random_states() -> AbstractContextManager[None]:
 def create_trial_model(model: CausalLM) -> CausalLM | None:
     """Return a small random model of a model's family, or None if none runs.
 
-    It has the model's width and switches, a small vocabulary, short windows, and the first layers up to one of each
-    kind, or all layers of a small model whose layers cannot be reduced. Its weights are noisy, so that any influence
+    It has the model's width and boolean settings, a small vocabulary, short windows, and the first layers up to one of
+    each kind, or all layers of a small model whose layers cannot be reduced. Its weights are noisy, so that any influence
     between tokens shows in the logits.
     """
     make, attention = type(model)._from_config, model.config._attn_implementation
