@@ -66,16 +66,16 @@ def _notes(plan: Plan, device: torch.device) -> Iterator[str]:
 
 def _newest_state(run: Run) -> RunState:
     folder, allowed = run.config.run.dir, run.config.checkpoint.allow_changed
-    found = checkpoints.find(folder)
-    for name, reason in found.damaged:
+    resume_point = checkpoints.find(folder)
+    for name, reason in resume_point.damaged:
         run.events.record("skipped checkpoint", 0, name=name, reason=reason)
     together(run.events.require_checkpoints, folder / "checkpoints")
-    if found.folder is None:
+    if resume_point.folder is None:
         return RunState()
-    state = checkpoints.load(run.engine, found.folder, run.identity, allowed)
+    state = checkpoints.load(run.engine, resume_point.folder, run.identity, allowed)
     if parallel.is_main():
-        print(f"continues from {found.folder.name}, after {counted(state.step, 'step')}", flush=True)
-    then, now = manifest.read_manifest(found.folder)["identity"], asdict(run.identity)
+        print(f"continues from {resume_point.folder.name}, after {counted(state.step, 'step')}", flush=True)
+    then, now = manifest.read_manifest(resume_point.folder)["identity"], asdict(run.identity)
     for name in allowed:
         run.events.record("allowed change", state.step, name=name, then=then.get(name), now=now[name])
     return state

@@ -159,7 +159,7 @@ def test_other_ranks_wait_for_the_main_one(tmp_path, toy_model, text):
 
 def test_other_ranks_see_the_failure(tmp_path, toy_model, text, monkeypatch):
     # The other rank may look only after the main one has failed, on a busy machine.
-    monkeypatch.setattr(training_data, "SECONDS_OF_DOUBT", 5)
+    monkeypatch.setattr(training_data, "MAX_SECONDS_BETWEEN_STARTS", 5)
     text.write_bytes(b"no text: \xff\xfe\xfa")
     waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
     with pytest.raises(DataError) as error:
@@ -171,7 +171,7 @@ def test_a_failure_just_before_a_rank_looks_is_seen_after_a_while(tmp_path, toy_
     text.write_bytes(b"no text: \xff\xfe\xfa")
     with pytest.raises(DataError) as error:
         prepare(tmp_path, toy_model, text)
-    monkeypatch.setattr(training_data, "SECONDS_OF_DOUBT", 0.1)
+    monkeypatch.setattr(training_data, "MAX_SECONDS_BETWEEN_STARTS", 0.1)
     assert str(in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)()) == str(error.value)
 
 
