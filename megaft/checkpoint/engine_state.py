@@ -134,7 +134,7 @@ def restore(engine, read: Callable[[str, str, int, int], Tensor], optimizer_step
 def check_settings(engine, weight_decay: float) -> None:
     """Assert that parameter groups kept their settings and parameters, and that no two states share a step counter.
 
-    It guards against what DeepSpeed's universal checkpoints do at stage 3 (seen in 0.19.8): they merge the groups.
+    This guards against what DeepSpeed's universal checkpoints do at stage 3 (seen in 0.19.8): they merge the groups.
     """
     optimizer = inner_optimizer(engine)
     shared = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "weight_decay")}
@@ -192,7 +192,14 @@ def _set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def set_steps(engine, steps: int, skipped_steps: int) -> None:
-    """Set the engine's counts of attempted and of skipped steps."""
+    """Set the engine's step counts.
+
+    Args:
+        engine: The engine.
+        steps: Optimizer steps attempted.
+        skipped_steps: Steps whose update DeepSpeed (non-finite gradient, such as an fp16 overflow) or the guard's
+            `skip` discarded.
+    """
     engine.global_steps, engine.skipped_steps = steps, skipped_steps
 
 
@@ -219,12 +226,13 @@ def refresh(engine) -> None:
 def step(engine, accepts: Callable[[float], bool] | None = None) -> float | Tensor | None:
     """Take the engine's step; return the norm of the global batch's gradient before clipping.
 
-    Returns None before the last micro-batch of a step, because the engine then only counts it. At stage 0 DeepSpeed
-    does not report the norm, so it is computed from the full gradients before the step.
+    Returns None before the last micro-batch of a step, because the engine then only advances its micro-batch counter.
+    At stage 0 DeepSpeed does not report the norm, so it is computed from the full gradients before the step.
 
     Args:
         engine: The engine, after its backward pass.
-        accepts: Called with the norm before the update; if it returns False, weights stay and the step is skipped.
+        accepts: Called with the norm before the update; if it returns False, the update is discarded and the step
+            counts as skipped.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()

@@ -132,7 +132,7 @@ def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], a
     now = json.loads(to_json(now))
     readable = [identity.get("names") or {} for identity in (saved, now)]
     changed = {
-        name: _difference(name, saved.get(name), value) + _names(*(names.get(name) for names in readable))
+        name: _difference(name, saved.get(name), value, *(names.get(name) for names in readable))
         for name, value in now.items()
         if name != "names" and saved.get(name) != value
     }
@@ -148,15 +148,15 @@ def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], a
         print(f"resuming {folder} with changed settings: {'; '.join(changed.values())}", flush=True)
 
 
-def _difference(name: str, then: Any, now: Any) -> str:
+def _difference(name: str, then: Any, now: Any, then_name: str | None = None, now_name: str | None = None) -> str:
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         return "; ".join(_difference(f"{name}.{key}", then.get(key), now.get(key)) for key in keys)
-    return f"{name}: {then} in the checkpoint, {now} in this run"
+    return f"{name}: {_named(then, then_name)} in the checkpoint, {_named(now, now_name)} in this run"
 
 
-def _names(then: str | None, now: str | None) -> str:
-    return f" ({then} in the checkpoint, {now} in this run)" if then or now else ""
+def _named(value: Any, name: str | None) -> str:
+    return f"{value} ({name})" if name else str(value)
 
 
 def remove_all(run_dir: Path) -> None:

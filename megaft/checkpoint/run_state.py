@@ -14,7 +14,7 @@ class RunState:
     step: int = 0
     """Optimizer steps attempted."""
     skipped_steps: int = 0
-    """Steps whose update was discarded: fp16 overflow, non-finite gradient, or the guard's `skip`."""
+    """Steps whose update DeepSpeed (non-finite gradient, such as an fp16 overflow) or the guard's `skip` discarded."""
     tokens_seen: int = 0
     """Scored tokens trained on, over all ranks; `tokens_per_second` counts input tokens."""
     position: int = 0

@@ -38,7 +38,8 @@ from megaft.weights.tensor_file import write_shard
 SPARE_BYTES = 1 << 20
 """Free space left for the manifest, headers and other files of the run."""
 MAX_FILES, MIN_FILE_BYTES = 4, 1 << 28
-"""Maximum number of files that a rank writes in parallel, each hashed by its own thread, and the minimum size of one."""
+"""Maximum number of files that a rank writes in parallel, each hashed by its own thread, and minimum size of each if
+there are several."""
 PINNED_FACTOR = 2
 """torch rounds page-locked memory up to a power of two."""
 
@@ -222,17 +223,17 @@ class Saver:
                 _remove(hidden)
 
 
-def _file_name(rank: int, part: int) -> str:
-    return f"rank-{rank:05d}{f'-{part}' if part else ''}.safetensors"
+def _file_name(rank: int, number: int) -> str:
+    return f"rank-{rank:05d}{f'-{number}' if number else ''}.safetensors"
 
 
 def _files(written: list[list[int]]) -> dict[str, dict[str, Any]]:
     """Return the manifest's `files` entry from the sizes and SHA-256 hashes of every rank's files."""
     length = len(written[0]) // MAX_FILES
     files = {
-        _file_name(rank, part): numbers[part * length : (part + 1) * length]
-        for rank, numbers in enumerate(written)
-        for part in range(MAX_FILES)
+        _file_name(rank, number): values[number * length : (number + 1) * length]
+        for rank, values in enumerate(written)
+        for number in range(MAX_FILES)
     }
     return {
         name: {"bytes": num_bytes, "sha256": bytes(sha256).hex()}

@@ -340,7 +340,7 @@ class TrainConfig:
         )
         require(
             has_validation or self.run.patience == 0,
-            f"--run.patience is {self.run.patience}, without validation data. Set --data.valid, or remove --run.patience.",
+            f"--run.patience is {self.run.patience}, without validation data. Set --data.valid or drop --run.patience.",
         )
         require(
             self.model.path is not None or self.data.tokenizer is not None,

@@ -32,7 +32,7 @@ class Events:
         self._path = run_dir / "events.jsonl" if is_main else None
 
     def record(self, event: str, step: int | None, **details: Any) -> None:
-        """Write an event after `step` steps (None: not known); it is on disk when this returns.
+        """Write an event after `step` steps (None: not known); the line is on disk when this returns.
 
         Run folders get shared, so absolute paths in the details are cut to file names.
         """
@@ -46,7 +46,7 @@ class Events:
         }
         with naming_disk_errors(self._path), self._path.open("ab+") as file:
             file.seek(max(0, file.tell() - 1))
-            end = b"" if file.read() in (b"", b"\n") else b"\n"  # a full disk cut the line before short
+            end = b"" if file.read() in (b"", b"\n") else b"\n"  # else a full disk truncated the last line
             file.write(end + to_json(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -100,7 +100,7 @@ def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
     except Exception as error:  # re-raised
         ending = ending_of(0, error)
         if is_main and ending:
-            record_over_loss(run_dir, ending.exit_code, ending.reason)
+            record_over_lost_peer(run_dir, ending.exit_code, ending.reason)
         raise
 
 
@@ -111,7 +111,7 @@ def record_end(run_dir: Path, step: int | None, exit_code: int, reason: str) -> 
         write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": reason})
 
 
-def record_over_loss(run_dir: Path, exit_code: int, reason: str) -> None:
+def record_over_lost_peer(run_dir: Path, exit_code: int, reason: str) -> None:
     """Record an error of the main rank; it replaces a recorded lost peer, but not another rank's error."""
     with _recording:
         if recorded_code(run_dir) in (None, REQUEUE):

@@ -27,9 +27,15 @@ SMALLEST_DEVIATION = 0.01
 def fewest_values(window: int) -> int:
     """Return the number of steps the window must hold before spikes are detected.
 
-    A quarter of it, and 32 at least. A deviation estimated from few values is often far too small. How often a
-    normally distributed value lies 8 robust deviations above the median of others: of 2, 1 in 22; of 8, 1 in 550; of
-    16, 1 in 12,000; of 32, 1 in 560,000. OLMo-core's SkipStepOptimizer waits for half of its window of 128.
+    A quarter of the window, and at least 32 steps. A deviation estimated from few values is often far too small. False
+    spikes at 8 robust deviations, for normally distributed values:
+
+    - 2 values in the window: 1 step in 22;
+    - 8 values: 1 in 550;
+    - 16 values: 1 in 12,000;
+    - 32 values: 1 in 560,000.
+
+    OLMo-core's SkipStepOptimizer waits for half of its window of 128.
     """
     return max(FEWEST_VALUES, window // 4)
 
@@ -86,7 +92,7 @@ class Guard:
 
     @property
     def needs_norm_before_update(self) -> bool:
-        """True if a step may be skipped, so that its loss and norm are needed before the weights move."""
+        """True if a step may be skipped, so that its loss and gradient norm are needed before its update."""
         return any(POLICIES[name].skips for name in (self._config.non_finite, self._config.spike))
 
     def judge(self, rows: Iterable[dict[str, Any]]) -> list[BadStep]:
@@ -131,6 +137,7 @@ class Guard:
     def _classify(
         self, loss: float, grad_norm: float, overflowed: bool, is_scale_at_floor: bool
     ) -> tuple[str | None, str]:
+        """Return the event and the decision; the event is None if the step is good."""
         if not math.isfinite(loss):
             return "non-finite loss", self._config.non_finite
         if overflowed and self._smallest_loss_scale is not None:

@@ -164,8 +164,8 @@ class Metrics:
             grad_norm: Gradient norm before clipping; None if unknown.
             tokens_seen: Scored tokens trained on so far, over data ranks.
             tokens: Input tokens of this step's global batch, scored or not but without padding: what throughput counts.
-            skipped_steps: Steps so far whose update was discarded: fp16 overflow, non-finite gradient, or the guard's
-                `skip`.
+            skipped_steps: Steps whose update DeepSpeed (non-finite gradient, such as an fp16 overflow) or the guard's
+                `skip` discarded.
             loss_scale: Loss scale of this step; None without fp16.
 
         Returns:

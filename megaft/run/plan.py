@@ -87,8 +87,8 @@ def _max_steps(config: TrainConfig, setup: ResolvedSettings, samples: Samples) -
     max_steps = config.run.max_steps or samples.num_steps(config.run.epochs or 1, setup.global_batch_size)
     require(
         setup.total_num_steps in (None, max_steps),
-        f"the DeepSpeed JSON's scheduler has total_num_steps {setup.total_num_steps}, "
-        f"but the run has {counted(max_steps, 'step')}. Remove total_num_steps, or set --run.max-steps "
-        f"{setup.total_num_steps} and no --run.epochs.",
+        f"scheduler.params.total_num_steps is {setup.total_num_steps} in --deepspeed_config, but the run has "
+        f"{counted(max_steps, 'step')}; set --run.max-steps {setup.total_num_steps} and no --run.epochs, or remove "
+        "total_num_steps.",
     )
     return max_steps

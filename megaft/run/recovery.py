@@ -60,7 +60,7 @@ def recover(run: Run, bad_step: BadStep, state: RunState) -> RunState:
 
 
 def validate_or_stop(run: Run, step: int) -> Score:
-    """Return the validation score after `step`; a non-finite score ends the run whatever guard.non-finite is.
+    """Return the validation score after `step`; a non-finite score ends the run whatever --guard.non-finite is.
 
     The losses of all steps before were finite, so there is no bad step to skip.
 

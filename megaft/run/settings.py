@@ -13,7 +13,7 @@ from megaft.weights import manifest
 
 
 def plan_settings(config: TrainConfig, world_size: int, *, has_cuda: bool) -> ResolvedSettings:
-    """Read the run's DeepSpeed JSON and resolve it for its ranks, whose number may change when it resumes.
+    """Read a run's DeepSpeed JSON and resolve it for its ranks, also for a run resumed on a different number of ranks.
 
     Args:
         config: The run's settings.

@@ -86,7 +86,7 @@ def named_sources(config: DataConfig) -> list[tuple[float, str]]:
 
 
 def _no_data(setting: str, name: str) -> str:
-    """Return the message on a name that is no dataset: a folder, which is to be prepared first, or a wrong path."""
+    """Return the message about a name that is not a dataset: a folder, to be prepared first, or a wrong path."""
     if not Path(name).is_dir():
         return (
             f"{setting} is {name}, which is neither a text file nor the prefix of prepared data "
@@ -101,7 +101,7 @@ def _no_data(setting: str, name: str) -> str:
 
 
 def _prefix_of(path: Path, tokenizer_source: str, detokenizer: str, folder: Path) -> Path:
-    """Return the prefix of a text: the same one on every rank, and another for another text or tokenizer."""
+    """Return the prefix for a text's prepared data: the same on every rank, different for each text and tokenizer."""
     status = path.stat()
     key = (LAYOUT, str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer_source, detokenizer)
     return folder / f"{path.name}-{blake2b(repr(key).encode(), digest_size=4).hexdigest()}"
@@ -124,13 +124,13 @@ def _wait_for(prefix: Path) -> Dataset:
     failure = Path(f"{prefix}.failed")
     began, launcher = time.time(), os.getppid()
     while not Path(f"{prefix}.json").exists():
-        # An earlier run's failure is older than we are, and the main rank soon removes it.
+        # An earlier run's failure file is older than this rank, and the main rank soon removes it.
         is_ours = failure.exists() and (
             failure.stat().st_mtime >= began or time.time() >= began + MAX_SECONDS_BETWEEN_STARTS
         )
         if is_ours:
             raise DataError(failure.read_text())
-        if os.getppid() != launcher:  # gone, and perhaps the main rank with it
+        if os.getppid() != launcher:  # the launcher ended, and perhaps the main rank too
             raise LostPeerError(f"the launcher ended while the main rank prepared {prefix}; start the ranks again.")
         time.sleep(POLL_SECONDS)
     return Dataset(str(prefix))
@@ -175,14 +175,14 @@ def notes_on_lengths(sources: Sources, samples: Samples) -> list[str]:
 
 
 def notes_on_unscored(sources: Sources, samples: Samples) -> list[str]:
-    """Return a sentence for each dataset with samples that have no scored token and are left out."""
+    """Return a sentence for each dataset with samples without a scored token, which are not trained on."""
     notes = []
     for dataset, corpus in zip(sources.train, samples.corpora, strict=True):
         if corpus.num_unscored_samples:
             num_all = len(corpus) + corpus.num_unscored_samples
             notes.append(
                 f"{dataset.prefix}: {corpus.num_unscored_samples:,} of {num_all:,} samples have no scored token within "
-                "--data.context-length tokens, as where a prompt is longer, and are left out."
+                "--data.context-length tokens, as where a prompt is longer, and are not trained on."
             )
     return notes
 
@@ -194,11 +194,10 @@ def notes_on_templates(sources: Sources, tokenizer: AnyTokenizer) -> list[str]:
         made_with = dataset.receipt.get("chat_template_sha256")
         if made_with is None or made_with == template_sha256(tokenizer.chat_template):
             continue
-        has = "has none" if tokenizer.chat_template is None else "has another"
+        has = "has none" if tokenizer.chat_template is None else "has another, which the export would contain"
         notes.append(
             f"warning: the chats of {dataset.prefix} were rendered by the chat template of SHA-256 {made_with[:12]}, "
-            f"but the run's tokenizer {has}, and the export contains the run's tokenizer; to keep the chats' template, "
-            "pass the tokenizer that they were prepared with as --data.tokenizer."
+            f"but the run's tokenizer {has}; pass the tokenizer used for the chats with --data.tokenizer."
         )
     return notes
 
@@ -211,8 +210,9 @@ def require_same_tokenizer(sources: Sources, tokenizer: AnyTokenizer) -> None:
         if made_with["sha256"] != tokenizer.sha256:
             raise DataError(
                 f"{dataset.prefix} was prepared with the tokenizer {made_with['source']} "
-                f"(SHA-256 {made_with['sha256'][:12]}), but the run's has {tokenizer.sha256[:12]}; "
-                "prepare it again with the run's tokenizer, or pass its tokenizer with --data.tokenizer."
+                f"(SHA-256 {made_with['sha256'][:12]}), but the run's tokenizer has "
+                f"{tokenizer.sha256[:12]}; prepare the data again with the run's tokenizer, or pass the data's "
+                "tokenizer with --data.tokenizer."
             )
         _require_same_opening(dataset.prefix, receipt, tokenizer)
 

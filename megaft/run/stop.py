@@ -62,7 +62,7 @@ class StopRequests:
         self._files = (run_dir / "STOP", run_dir / "SAVE") if is_main else ()
 
     def seen(self) -> list[int]:
-        """Return [signal, is time up, STOP exists, SAVE exists] as integers, which a maximum over ranks combines."""
+        """Return [signal, is time up, STOP exists, SAVE exists] as integers; a max-reduction combines the ranks'."""
         is_late = time.monotonic() - STARTED >= self._max_seconds
         files = [int(path.exists()) for path in self._files] or [0, 0]
         return [next(iter(_received), 0), int(is_late), *files]
@@ -73,7 +73,7 @@ class StopRequests:
         The file STOP forbids a requeue, so it takes precedence over a signal.
         """
         for path, is_asking in zip(self._files, (to_stop, to_save), strict=False):
-            if is_asking:  # one that came since asks at the next step
+            if is_asking:  # a file created after `seen` counts at the next step
                 path.unlink(missing_ok=True)
         if to_stop:
             return Request(DO_NOT_REQUEUE, "the file STOP")

@@ -26,7 +26,7 @@ PRODUCTS = 3
 def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None = None) -> tuple[float, str]:
     """Return the device's peak in FLOP/s for matrices of `dtype`, and its source.
 
-    That is `setting` (--metrics.peak-flops), the data sheet of a known GPU in half precision, or else a measurement.
+    The source is `setting` (--metrics.peak-flops), the data sheet of a known GPU in half precision, or a measurement.
     """
     if setting is not None:
         return setting, "metrics.peak-flops"
@@ -136,8 +136,8 @@ class Meter:
         """Return the rates of a step that put `tokens` through all devices, and the peak memory so far.
 
         `mfu` is model FLOPs utilization (PaLM, appendix B): the FLOP/s of the model over the peak of all devices. It
-        is None where it would be above 1: then the peak is wrong, such as one measured while other processes used the
-        cores.
+        is None instead of a value above 1, which means a wrong peak, such as one measured while other processes used
+        the cores.
         """
         per_device = tokens / seconds / self.num_devices
         share = None if self.flops_per_token is None else per_device * self.flops_per_token / self.peak_flops

@@ -110,7 +110,7 @@ def flat_numbers(row: dict[str, Any]) -> dict[str, float]:
 def check_trackers(config: MetricsConfig) -> None:
     """Raise ConfigError if the package of a requested tracker is not installed."""
     for package, is_requested in (("wandb", config.wandb), ("tensorboard", config.tensorboard)):
-        # A folder of that name (wandb makes one) is found too, but as a package without an origin.
+        # find_spec also finds a folder of that name (wandb creates one), but without an origin.
         if is_requested and ((spec := find_spec(package)) is None or spec.origin is None):
             raise ConfigError(
                 f"--metrics.{package} is set, but the package {package} is not installed; "

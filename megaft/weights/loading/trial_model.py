@@ -73,8 +73,8 @@ def create_trial_model(model: CausalLM) -> CausalLM | None:
     """Return a small random model of a model's family, or None if none runs.
 
     It has the model's width and boolean settings, a small vocabulary, short windows, and the first layers up to one of
-    each kind, or all layers of a small model whose layers cannot be reduced. Its weights are noisy, so that any influence
-    between tokens shows in the logits.
+    each kind, or all layers of a small model whose layers cannot be reduced. Its weights are noisy, so that any
+    influence between tokens shows in the logits.
     """
     make, attention = type(model)._from_config, model.config._attn_implementation
     ids = torch.arange(5).unsqueeze(0)
