@@ -153,8 +153,8 @@ def flip_a_bit(path):
     ("damage", "says"),
     [
         (remove, "is missing"),
-        (truncate, "bytes; .*manifest"),
-        (append, "bytes; .*manifest"),
+        (truncate, "bytes, .*manifest"),
+        (append, "bytes, .*manifest"),
         (flip_a_bit, "is damaged"),
     ],
 )

@@ -242,7 +242,7 @@ def test_largest_micro_batch(world_size, expected):
 
 
 def test_ranks_that_do_not_divide_the_batch():
-    with pytest.raises(ConfigError, match=r"train_batch_size is 48; .*5"):
+    with pytest.raises(ConfigError, match=r"train_batch_size is 48, .*multiple of 5"):
         largest_micro_batch_size(48, 8, 5)
 
 

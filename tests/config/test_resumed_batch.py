@@ -29,5 +29,5 @@ def test_a_run_that_goes_on_cuts_its_batch_for_the_ranks_there_are(given, world_
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(ConfigError, match=r"train_batch_size is 24; .*5"):
+    with pytest.raises(ConfigError, match=r"train_batch_size is 24, .* 5 data-parallel ranks"):
         resolve({"train_batch_size": 24}, world_size=5, optim=OptimConfig(), has_cuda=False, resumed_batch_size=24)

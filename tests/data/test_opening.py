@@ -147,7 +147,7 @@ DISAGREEING = [
     pytest.param("bos", "plain", {}, r"begin with \[0\] \(<s>\) .* puts no special token before", id="has one"),
     pytest.param("plain", "bos", {"opening_ids": None}, r"begin with no special token", id="old receipt"),
     pytest.param(
-        "plain", "plain", {"opening_ids": None, "has_mask": True}, "has no opening_ids .* each by itself", id="old chat"
+        "plain", "plain", {"opening_ids": None, "has_mask": True}, "has no opening_ids .*prepare again", id="old chat"
     ),
     pytest.param("plain", "plain", {"opening_ids": None}, None, id="old receipt, none wanted"),
     pytest.param("bos", "bos", {}, None, id="same"),

@@ -102,7 +102,7 @@ def test_chats_are_trained_with_the_template_that_rendered_them(run, tokenizer, 
     for template, has in ((None, "has none"), (CHATML + " ", "has another")):
         other = make_byte_level(tmp_path / "other", template=template)
         (note,) = notes_on_templates(sources, load_tokenizer(other))
-        assert f"tokenizer {has}, " in note
+        assert f"tokenizer {has}" in note
         assert note.endswith("with --data.tokenizer.")
 
 
