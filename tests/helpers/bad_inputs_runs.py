@@ -31,12 +31,12 @@ def _(workshop):
     return damaged_shard(workshop, lambda shard: shard.unlink())
 
 
-@refuse("40 truncated shard", 4, r"rank-00000\.safetensors has [\d,]+ bytes; the manifest says [\d,]+.*--run\.fresh")
+@refuse("40 truncated shard", 4, r"rank-00000\.safetensors has [\d,]+ bytes, but the manifest says [\d,]+.*--run\.fresh")
 def _(workshop):
     return damaged_shard(workshop, lambda shard: shard.write_bytes(shard.read_bytes()[:-100]))
 
 
-@refuse("41 zero-byte shard", 4, r"rank-00000\.safetensors has 0 bytes; the manifest says [\d,]+.*--run\.fresh")
+@refuse("41 zero-byte shard", 4, r"rank-00000\.safetensors has 0 bytes, but the manifest says [\d,]+.*--run\.fresh")
 def _(workshop):
     return damaged_shard(workshop, lambda shard: shard.write_bytes(b""))
 
