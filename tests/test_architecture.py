@@ -16,7 +16,7 @@ PACKAGES = {
 }
 ROOMS = ("base", "config", "data", "weights", "models", "scoring", "checkpoint", "run")
 EVALUATION_USES = ("base", "config", "data", "weights", "models", "scoring")
-EVALUATION = ("formats", "protocols", "tasks", "config"), ("texts",), ("trial",), ("report",), ("__main__",)
+EVALUATION = ("formats", "protocols", "tasks", "config"), ("texts",), ("evaluation",), ("report",), ("__main__",)
 SPEAKS_TO_RANKS = ("megaft.base.parallel", "megaft.base.topology")
 PROBES = "megaft.commands.doctor."
 """`megaft doctor` tries the collectives themselves."""
@@ -151,7 +151,7 @@ def made(tmp_path):
         ("megaft/run/a.py", "from megaft import train", "megaft.train"),
         ("megaft/run/a.py", "from evaluate_zero_shot import tasks", "evaluate_zero_shot.tasks"),
         ("detokenizers/a.py", "from megaft.config.train import x", "megaft.config.train"),
-        ("evaluate_zero_shot/trial/a.py", "from megaft.run.plan import x", "megaft.run.plan"),
+        ("evaluate_zero_shot/evaluation/a.py", "from megaft.run.plan import x", "megaft.run.plan"),
         ("evaluate_zero_shot/texts/a.py", "from megaft.train import x", "megaft.train"),
         ("evaluate_zero_shot/config.py", "from evaluate_zero_shot.texts import b", "evaluate_zero_shot.texts.b"),
     ],

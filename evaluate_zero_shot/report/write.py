@@ -20,14 +20,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from markupsafe import Markup
 
 from evaluate_zero_shot import formats
+from evaluate_zero_shot.evaluation import limits
+from evaluate_zero_shot.evaluation.results import Result
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
 from evaluate_zero_shot.report import sections
 from evaluate_zero_shot.report.page import render_page
 from evaluate_zero_shot.report.plots import SIZE
 from evaluate_zero_shot.report.published import load
 from evaluate_zero_shot.tasks import TASKS
-from evaluate_zero_shot.trial import limits
-from evaluate_zero_shot.trial.results import Result
 from megaft.base.errors import ConfigError, DataError
 from megaft.base.files import parse_json, replacing
 from megaft.base.nested import leaves

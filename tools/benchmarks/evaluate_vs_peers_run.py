@@ -52,10 +52,10 @@ def peak_memory_bytes(device: str) -> int:
 def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
     """`python -m evaluate_zero_shot`, without its report."""
     from evaluate_zero_shot.config import EvaluateConfig
+    from evaluate_zero_shot.evaluation.evaluate import evaluate
+    from evaluate_zero_shot.evaluation.evaluated_model import load
+    from evaluate_zero_shot.evaluation.plan import evaluation_of, find_all_data, geometries
     from evaluate_zero_shot.tasks import TASKS
-    from evaluate_zero_shot.trial.evaluate import evaluate
-    from evaluate_zero_shot.trial.evaluated_model import load
-    from evaluate_zero_shot.trial.plan import evaluation_of, find_all_data, geometries
     from megaft.data.tokenizer import load_tokenizer
 
     config = EvaluateConfig(

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluate_zero_shot.evaluation.limits import OVERFLOW_LABEL, is_capped
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
-from evaluate_zero_shot.trial.limits import OVERFLOW_LABEL, is_capped
 from megaft.base.errors import DataError
 from megaft.base.files import parse_json, write_json_atomic
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from evaluate_zero_shot.evaluation.interval import ratio_interval, share_interval
+from evaluate_zero_shot.evaluation.prepared import PreparedTask
 from evaluate_zero_shot.protocols import Protocol, Words
-from evaluate_zero_shot.trial.interval import ratio_interval, share_interval
-from evaluate_zero_shot.trial.prepared import PreparedTask
 from megaft.scoring.score import Row, Score, exp
 
 NUM_BINS = 32
