@@ -20,7 +20,7 @@ EVALUATION = ("formats", "protocols", "tasks", "config"), ("texts",), ("evaluati
 SPEAKS_TO_RANKS = ("megaft.base.parallel", "megaft.base.topology")
 PROBES = "megaft.commands.doctor."
 """`megaft doctor` tries the collectives themselves."""
-LONGEST_FILE = 400
+MAX_FILE_LINES = 400
 
 
 def level(module: str) -> tuple[int, int]:
@@ -78,7 +78,7 @@ def too_long(*folders: Path) -> list[str]:
         f"{path.name}: {lines} lines"
         for folder in folders
         for path in sorted(folder.rglob("*.py"))
-        if (lines := path.read_text(encoding="utf-8").count("\n")) > LONGEST_FILE
+        if (lines := path.read_text(encoding="utf-8").count("\n")) > MAX_FILE_LINES
     ]
 
 
@@ -216,9 +216,9 @@ def test_a_configuration_that_imports_torch_is_found(made, tmp_path):
 
 
 def test_a_long_file_is_found(tmp_path):
-    (tmp_path / "a.py").write_text("\n" * LONGEST_FILE)
+    (tmp_path / "a.py").write_text("\n" * MAX_FILE_LINES)
     assert not too_long(tmp_path)
-    (tmp_path / "a.py").write_text("\n" * (LONGEST_FILE + 1))
+    (tmp_path / "a.py").write_text("\n" * (MAX_FILE_LINES + 1))
     assert too_long(tmp_path) == ["a.py: 401 lines"]
 
 

@@ -26,7 +26,7 @@ MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
 """Tolerance of one token's nats, and relative tolerance of the mean. Both models have the same weights and compute in
 fp32, so they differ only by the order of sums. A wrong weight, merge or layout differs a thousand times as much."""
 
-SMALLEST_MEAN = 0.1
+MIN_MEAN = 0.1
 """Floor of the mean in the relative tolerance: fp32 logits are not exact to 1e-5 of a smaller mean."""
 
 ROWS_FROM_DISK = 8
@@ -105,7 +105,7 @@ def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
         )
     mean, other = float(trained.mean()), float(exported.mean())
     largest = float((trained - exported).abs().max())
-    if not (largest <= MAX_NATS * max(1, mean) and abs(mean - other) <= MAX_RELATIVE * max(SMALLEST_MEAN, mean)):
+    if not (largest <= MAX_NATS * max(1, mean) and abs(mean - other) <= MAX_RELATIVE * max(MIN_MEAN, mean)):
         raise NumericsError(
             f"{folder} was not published: the model that plain transformers loads from it has {other:.6f} nats per "
             f"token on {len(trained)} held-out tokens, but the trained model has {mean:.6f}. The checkpoint is intact; "

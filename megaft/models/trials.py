@@ -36,8 +36,8 @@ one token's influence on a hundred others is about 1e-2."""
 
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
-SHORTEST, LONGEST = 24, 320
-"""Range of a trial's length in tokens: longer than any block that the configuration names, up to LONGEST."""
+MIN_LENGTH, MAX_LENGTH = 24, 320
+"""Range of a trial's length in tokens: longer than any block that the configuration names, up to MAX_LENGTH."""
 
 
 def require_language_model(model: CausalLM, trial_model: CausalLM | None = None) -> None:
@@ -244,8 +244,8 @@ def trial_length(model: CausalLM) -> int:
     """Return the length of a trial, longer than any block of tokens that the configuration names."""
     config = model.config.get_text_config()
     sizes = [size for name, value in config.to_dict().items() if BLOCK_NAME.search(name) for size in numbers_of(value)]
-    longest = max((size for size in sizes if 1 < size <= LONGEST // 2), default=0)
-    limits = (max(SHORTEST, longest + 13), context_limit(model), length_limit(model.config))
+    longest = max((size for size in sizes if 1 < size <= MAX_LENGTH // 2), default=0)
+    limits = (max(MIN_LENGTH, longest + 13), context_limit(model), length_limit(model.config))
     return min(limit for limit in limits if limit is not None)
 
 
