@@ -50,9 +50,9 @@ def require_language_model(model: CausalLM, trial_model: CausalLM | None = None)
     Raises:
         DataError: The model is not a causal language model whose only input is tokens, or the trial fails.
     """
-    with trial_model_of(model, trial_model) as trial_model, _naming_the_model(model):
-        require_causal(model, trial_model)
-        is_invariant = is_batch_invariant(trial_model)
+    with trial_model_of(model, trial_model) as tested, _naming_the_model(model):
+        require_causal(model, tested)
+        is_invariant = is_batch_invariant(tested)
     if not is_invariant:
         raise DataError(
             f"{family(model)} gives a text different logits depending on the other texts in its batch; "
@@ -66,8 +66,8 @@ def require_causal(model: CausalLM, trial_model: CausalLM | None = None) -> None
     Raises:
         DataError: The model is not a causal language model whose only input is tokens, or the trial fails.
     """
-    with trial_model_of(model, trial_model) as trial_model, _naming_the_model(model):
-        causal = is_causal(trial_model)
+    with trial_model_of(model, trial_model) as tested, _naming_the_model(model):
+        causal = is_causal(tested)
     if not causal:
         raise DataError(
             f"{family(model)} attends to later tokens: it predicts each token from the text that follows, "
@@ -93,8 +93,8 @@ def require_document_isolation(model: CausalLM, trial_model: CausalLM | None = N
     Raises:
         ConfigError: The documents of a row influence each other.
     """
-    with trial_model_of(model, trial_model) as trial_model:
-        is_isolated = isolates_documents(trial_model)
+    with trial_model_of(model, trial_model) as tested:
+        is_isolated = isolates_documents(tested)
     if not is_isolated:
         raise ConfigError(
             f"--data.attend-within-documents is set, but {family(model)} attends across documents; "
@@ -159,13 +159,13 @@ def has_exact_cache(
         make_decoder: Wraps a model as a sampling.Decoder, such as generation.CachedModel.
         trial_model: From `trial_model_of`.
     """
-    with trial_model_of(model, trial_model) as trial_model:
-        tokens = random_tokens(trial_model, trial_length(trial_model))
+    with trial_model_of(model, trial_model) as tested:
+        tokens = random_tokens(tested, trial_length(tested))
         begin = tokens.shape[1] // 3
-        ids, decoder = tokens[0].tolist(), make_decoder(trial_model)
+        ids, decoder = tokens[0].tolist(), make_decoder(tested)
         incremental = [decoder.forward(ids[:begin], 0)]
         incremental += [decoder.forward(ids[position : position + 1], position) for position in range(begin, len(ids))]
-        full = logits_of(trial_model, tokens)[0, begin - 1 :]
+        full = logits_of(tested, tokens)[0, begin - 1 :]
         return _is_close(torch.stack(incremental), full)
 
 
@@ -269,10 +269,10 @@ def trial_model_of(model: CausalLM, reuse: CausalLM | None = None) -> Iterator[C
             f"{family(model)} cannot be tested while ZeRO-3 partitions its weights; "
             "use zero_optimization.stage 2 or less, or drop --partition."
         )
-    with keeping_random_states(), _evaluating(model if trial_model is None else trial_model) as evaluated:
+    with keeping_random_states(), _evaluating(model if trial_model is None else trial_model) as tested:
         torch.manual_seed(0)
-        with _in_float32(evaluated):
-            yield evaluated
+        with _in_float32(tested):
+            yield tested
 
 
 @contextmanager
