@@ -229,7 +229,7 @@ LAST_WORDS = {
 
 @pytest.fixture(scope="module")
 def passages(corpora, tiny, tmp_path_factory):
-    """A file of LAMBADA's first rows and of others whose last token is the model's first choice, and its rows."""
+    """A file of LAMBADA's first rows and of others whose last token is the model's greedy choice, and its rows."""
     texts = references.lambada_rows((corpora / FILES["lambada"]).read_text(encoding="utf-8").splitlines())
     words = " ".join(texts).split()
     contexts = [" ".join(words[at - 60 : at]) for at in range(200, 6_200, 20)]
