@@ -71,7 +71,8 @@ class Result:
     seconds: float
     """Seconds of scoring, in the command that finished it."""
     tokens_per_second: float | None
-    """Scored tokens per second over all ranks; None if an earlier command scored some of them."""
+    """Scored tokens per second over all ranks (training's counts input tokens). None if an earlier command scored some
+    of them."""
     world_size: int
     """Number of ranks."""
     backend: str

@@ -36,7 +36,7 @@ from megaft.base.redaction import without_folders
 TEMPLATES = Path(__file__).with_name("templates")
 REQUIRED = ("model_name", "task", "protocol")
 """Required fields of a result; any other missing field is shown as a dash."""
-METRICS = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
+SUMMARY_METRICS = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MARKDOWN = re.compile(r"[\\`*|\[\]<>&~$]|(?<!\w)_|_(?!\w)|^#|^[-+=](?=[-+= ]|$)")
 _NUMBERED = re.compile(r"^(\d+)([.)])(?= |$)")
@@ -162,7 +162,7 @@ def _jinja(*, is_html: bool) -> Environment:
         "css": Markup(css),
         "css_digest": digest,
         "titles": formats.TITLES,
-        "metrics": METRICS,
+        "metrics": SUMMARY_METRICS,
         "plot_size": SIZE,
     }
     environment.globals |= {"setting_name": sections.setting_name, "window": sections.window, "ranks": sections.ranks}

@@ -58,7 +58,7 @@ def find_data(
     Raises:
         DataError: The file does not exist, cannot be read, or belongs to another task.
     """
-    files = task.wanted(text)
+    files = task.files_for(text)
     if data is not None and not data.exists():
         wanted = f"{files.name} or a folder that holds it" if files else "a UTF-8 text file"
         raise DataError(f"--data {data} does not exist; pass {wanted}.")
