@@ -48,11 +48,11 @@ def explain(names: list[str]) -> int:
 
 def run(config: EvaluateConfig, topology: Topology) -> int:
     """Evaluate every model on every task by every protocol and stride, adding each result to results.json."""
+    from evaluate_zero_shot.evaluation import results
+    from evaluate_zero_shot.evaluation.evaluate import evaluate
+    from evaluate_zero_shot.evaluation.evaluated_model import load
+    from evaluate_zero_shot.evaluation.plan import evaluation_of, find_all_data, geometries
     from evaluate_zero_shot.report import write
-    from evaluate_zero_shot.trial import results
-    from evaluate_zero_shot.trial.evaluate import evaluate
-    from evaluate_zero_shot.trial.evaluated_model import load
-    from evaluate_zero_shot.trial.plan import evaluation_of, find_all_data, geometries
     from megaft.base import parallel
     from megaft.base.agreement import main_first, together
     from megaft.base.device import device_of

@@ -1,7 +1,7 @@
 """Protocols as data: what each published system counts when it says "perplexity".
 
 A protocol defines how a text is split into token windows and how nats are reduced to a number. It computes nothing:
-`trial` reads the fields, `describe` prints them, and `differences` compares two protocols field by field. To add a
+`evaluation` reads the fields, `describe` prints them, and `differences` compares two protocols field by field. To add a
 protocol, add a row to `_ALL`; it gives only the fields that differ from the defaults.
 """
 

@@ -51,7 +51,7 @@ class Task:
     """True if only the conventional test part at the end of the whole file is scored."""
     description: str
 
-    def wanted(self, text: Text) -> Files | None:
+    def files_for(self, text: Text) -> Files | None:
         """Return the raw files if `text` is "raw" and the task has them, otherwise the usual ones."""
         return self.raw_files if text == "raw" and self.raw_files is not None else self.files
 

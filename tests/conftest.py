@@ -22,8 +22,7 @@ ROOT = Path(__file__).parents[1]
 # Calls in the tests' own process are checked against the shapes and dtypes that annotations give; ranks run as ever.
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for room in ("data", "models", "scoring", "commands/generate")
-    for path in sorted((ROOT / "megaft" / room).glob("*.py"))
+    for path in sorted((ROOT / "megaft").rglob("*.py"))
     if "from jaxtyping import" in path.read_text(encoding="utf-8")
 ]
 assert MODULES, "no module of megaft has annotations of shapes"

@@ -16,11 +16,11 @@ PACKAGES = {
 }
 ROOMS = ("base", "config", "data", "weights", "models", "scoring", "checkpoint", "run")
 EVALUATION_USES = ("base", "config", "data", "weights", "models", "scoring")
-EVALUATION = ("formats", "protocols", "tasks", "config"), ("texts",), ("trial",), ("report",), ("__main__",)
+EVALUATION = ("formats", "protocols", "tasks", "config"), ("texts",), ("evaluation",), ("report",), ("__main__",)
 SPEAKS_TO_RANKS = ("megaft.base.parallel", "megaft.base.topology")
 PROBES = "megaft.commands.doctor."
 """`megaft doctor` tries the collectives themselves."""
-LONGEST_FILE = 400
+MAX_FILE_LINES = 400
 
 
 def level(module: str) -> tuple[int, int]:
@@ -78,7 +78,7 @@ def too_long(*folders: Path) -> list[str]:
         f"{path.name}: {lines} lines"
         for folder in folders
         for path in sorted(folder.rglob("*.py"))
-        if (lines := path.read_text(encoding="utf-8").count("\n")) > LONGEST_FILE
+        if (lines := path.read_text(encoding="utf-8").count("\n")) > MAX_FILE_LINES
     ]
 
 
@@ -151,7 +151,7 @@ def made(tmp_path):
         ("megaft/run/a.py", "from megaft import train", "megaft.train"),
         ("megaft/run/a.py", "from evaluate_zero_shot import tasks", "evaluate_zero_shot.tasks"),
         ("detokenizers/a.py", "from megaft.config.train import x", "megaft.config.train"),
-        ("evaluate_zero_shot/trial/a.py", "from megaft.run.plan import x", "megaft.run.plan"),
+        ("evaluate_zero_shot/evaluation/a.py", "from megaft.run.plan import x", "megaft.run.plan"),
         ("evaluate_zero_shot/texts/a.py", "from megaft.train import x", "megaft.train"),
         ("evaluate_zero_shot/config.py", "from evaluate_zero_shot.texts import b", "evaluate_zero_shot.texts.b"),
     ],
@@ -216,9 +216,9 @@ def test_a_configuration_that_imports_torch_is_found(made, tmp_path):
 
 
 def test_a_long_file_is_found(tmp_path):
-    (tmp_path / "a.py").write_text("\n" * LONGEST_FILE)
+    (tmp_path / "a.py").write_text("\n" * MAX_FILE_LINES)
     assert not too_long(tmp_path)
-    (tmp_path / "a.py").write_text("\n" * (LONGEST_FILE + 1))
+    (tmp_path / "a.py").write_text("\n" * (MAX_FILE_LINES + 1))
     assert too_long(tmp_path) == ["a.py: 401 lines"]
 
 

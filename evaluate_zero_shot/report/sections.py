@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from evaluate_zero_shot.evaluation.limits import remarks
 from evaluate_zero_shot.formats import MISSING, TITLES, format_count, format_metric, parse_number
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
 from evaluate_zero_shot.report import plots
@@ -14,7 +15,6 @@ from evaluate_zero_shot.report.plots import Plot
 from evaluate_zero_shot.report.published import QUANTITIES, PublishedResult
 from evaluate_zero_shot.tasks import TASKS
 from evaluate_zero_shot.texts.known_files import TEXTS
-from evaluate_zero_shot.trial.limits import remarks
 
 Result = Mapping[str, Any]
 """Entry of results.json with every field; `name` is the model's name in the report."""

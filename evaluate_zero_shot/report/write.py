@@ -20,14 +20,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from markupsafe import Markup
 
 from evaluate_zero_shot import formats
+from evaluate_zero_shot.evaluation import limits
+from evaluate_zero_shot.evaluation.results import Result
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
 from evaluate_zero_shot.report import sections
 from evaluate_zero_shot.report.page import render_page
 from evaluate_zero_shot.report.plots import SIZE
 from evaluate_zero_shot.report.published import load
 from evaluate_zero_shot.tasks import TASKS
-from evaluate_zero_shot.trial import limits
-from evaluate_zero_shot.trial.results import Result
 from megaft.base.errors import ConfigError, DataError
 from megaft.base.files import parse_json, replacing
 from megaft.base.nested import leaves
@@ -36,7 +36,7 @@ from megaft.base.redaction import without_folders
 TEMPLATES = Path(__file__).with_name("templates")
 REQUIRED = ("model_name", "task", "protocol")
 """Required fields of a result; any other missing field is shown as a dash."""
-METRICS = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
+SUMMARY_METRICS = ("word_perplexity", "perplexity", "bits_per_byte", "accuracy")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MARKDOWN = re.compile(r"[\\`*|\[\]<>&~$]|(?<!\w)_|_(?!\w)|^#|^[-+=](?=[-+= ]|$)")
 _NUMBERED = re.compile(r"^(\d+)([.)])(?= |$)")
@@ -162,7 +162,7 @@ def _jinja(*, is_html: bool) -> Environment:
         "css": Markup(css),
         "css_digest": digest,
         "titles": formats.TITLES,
-        "metrics": METRICS,
+        "metrics": SUMMARY_METRICS,
         "plot_size": SIZE,
     }
     environment.globals |= {"setting_name": sections.setting_name, "window": sections.window, "ranks": sections.ranks}

@@ -58,7 +58,7 @@ def find_data(
     Raises:
         DataError: The file does not exist, cannot be read, or belongs to another task.
     """
-    files = task.wanted(text)
+    files = task.files_for(text)
     if data is not None and not data.exists():
         wanted = f"{files.name} or a folder that holds it" if files else "a UTF-8 text file"
         raise DataError(f"--data {data} does not exist; pass {wanted}.")
@@ -129,7 +129,7 @@ def read_text(file: DataFile, task: Task, limit_lines: int | None) -> str:
     Args:
         file: The file; .gz and .zst are decompressed.
         task: The task. Of the whole enwik8 or text8 only the conventional test part is read.
-        limit_lines: For quick trials: read only the first lines (rows of LAMBADA, questions of CBT).
+        limit_lines: For quick tests: read only the first lines (rows of LAMBADA, questions of CBT).
 
     Raises:
         DataError: The file cannot be read, or is empty, damaged, blank, UTF-16, binary or not UTF-8; with the offset.
@@ -155,7 +155,7 @@ def read_records(file: DataFile, task: Task, limit_lines: int | None) -> list[st
     Args:
         file: The file.
         task: The task.
-        limit_lines: For quick trials: read only the first records.
+        limit_lines: For quick tests: read only the first records.
 
     Raises:
         DataError: The file is neither text nor JSON records, or the task needs plain text.

@@ -55,7 +55,7 @@ def documents(text: str, task: Task) -> list[str]:
         case "page":
             rows = lines(text)
             return _join_documents(
-                rows, [_is_title(row) and _has_blank_neighbours(rows, at) for at, row in enumerate(rows)]
+                rows, [_is_title(row) and _has_blank_neighbors(rows, at) for at, row in enumerate(rows)]
             )
 
 
@@ -65,7 +65,7 @@ def _is_title(line: str) -> bool:
     return line.startswith("= ") and line.endswith(" =")
 
 
-def _has_blank_neighbours(rows: list[str], at: int) -> bool:
+def _has_blank_neighbors(rows: list[str], at: int) -> bool:
     return not any(row.strip() for row in [*rows[max(at - 1, 0) : at], *rows[at + 1 : at + 2]])
 
 

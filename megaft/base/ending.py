@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from megaft.base.errors import CRASH, REQUEUE, LostPeerError, UserError, kind_of
 
-LONGEST_REASON = 4000
+MAX_REASON_LENGTH = 4000
 """Maximum characters of a reason that is sent."""
 
 
@@ -20,7 +20,7 @@ class Ending(NamedTuple):
 
     def to_line(self) -> bytes:
         """Return the ending as one line of JSON."""
-        return json.dumps([self.rank, self.exit_code, self.reason[:LONGEST_REASON]]).encode() + b"\n"
+        return json.dumps([self.rank, self.exit_code, self.reason[:MAX_REASON_LENGTH]]).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Ending:

@@ -104,14 +104,14 @@ def replacing(path: Path) -> Iterator[TextIO]:
             temporary.unlink(missing_ok=True)
 
 
-LONGEST_NAME = 255
+MAX_NAME_BYTES = 255
 """Maximum bytes of a file name."""
 
 
 def is_file_name(name: str) -> bool:
     """Return True if an untrusted text is a plain file name, without a folder."""
     is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
-    return is_plain and is_unicode(name) and len(name.encode()) <= LONGEST_NAME
+    return is_plain and is_unicode(name) and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

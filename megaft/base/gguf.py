@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megaft.base.errors import DataError
-from megaft.base.untrusted import MOST_LAYERS
+from megaft.base.untrusted import MAX_LAYERS
 
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
-_MOST_DIMENSIONS = 4
+_MAX_DIMENSIONS = 4
 _ERRORS = (OSError, ValueError, LookupError, OverflowError, MemoryError, struct.error)
 
 
@@ -127,7 +127,7 @@ def _span(reader: _Reader) -> tuple[int, int, int]:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     num_dimensions = reader.number("I")
-    if num_dimensions > _MOST_DIMENSIONS:
+    if num_dimensions > _MAX_DIMENSIONS:
         raise ValueError(f"a tensor has {num_dimensions} dimensions")
     shape = [reader.number("Q") for _ in range(num_dimensions)]
     block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(reader.number("I"))]
@@ -150,8 +150,8 @@ def _require_layers(path: Path, header: GgufHeader) -> None:
     """Refuse a block_count that differs from the stored layers: transformers silently drops layers beyond it."""
     layers = header.setting("block_count")
     stored = {int(match[1]) for name in header.tensors if (match := re.match(r"blk\.(\d{1,9})\.", name))}
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
-        raise DataError(f"{path} has {header.architecture}.block_count {layers}; use 1 to {MOST_LAYERS:,} layers.")
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
+        raise DataError(f"{path} has {header.architecture}.block_count {layers}; use 1 to {MAX_LAYERS:,} layers.")
     if stored != set(range(layers)):
         raise DataError(
             f"{path} has {header.architecture}.block_count {layers}, but tensors of {len(stored)} layers; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-LONGEST_LINE = 2**16
+MAX_LINE_BYTES = 2**16
 """Maximum bytes of a line; a peer that sends more is disconnected."""
 
 
@@ -26,7 +26,7 @@ class LineSocket:
         except OSError as error:
             return [], error.strerror or str(error)
         *lines, self._rest = (self._rest + data).split(b"\n")
-        is_over = not data or len(self._rest) > LONGEST_LINE
+        is_over = not data or len(self._rest) > MAX_LINE_BYTES
         return lines, "its process ended" if is_over else ""
 
 

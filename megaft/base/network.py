@@ -54,12 +54,12 @@ def connect_hosts(rank: int, world_size: int, master_addr: str, store: Any) -> N
 
 def _main_and_other(rank: int, world_size: int, store: Any, own_host: RankHost) -> tuple[RankHost, RankHost | None]:
     """Return the main rank's host and the first other host."""
-    _say(store, f"place/{rank}", own_host)
+    _say(store, f"host/{rank}", own_host)
     if rank == 0:
-        hosts = [RankHost(*_hear(store, f"place/{number}")) for number in range(world_size)]
+        hosts = [RankHost(*_hear(store, f"host/{number}")) for number in range(world_size)]
         others = [host for host in hosts if host.host_id != own_host.host_id]
-        _say(store, "places", [own_host, *others[:1]])
-    main, *others = (RankHost(*host) for host in _hear(store, "places"))
+        _say(store, "hosts", [own_host, *others[:1]])
+    main, *others = (RankHost(*host) for host in _hear(store, "hosts"))
     return main, others[0] if others else None
 
 
@@ -73,8 +73,8 @@ def _connection_error(rank: int, world_size: int, store: Any, own_host: RankHost
         _say(store, f"tried/{rank}", _try_connection(rank, (rank + 1) % world_size, store, own_host))
         if rank == 0:
             errors = [_hear(store, f"tried/{number}") for number in range(world_size)]
-            _say(store, "trouble", next(filter(None, errors), ""))
-        first_error = _hear(store, "trouble")
+            _say(store, "error", next(filter(None, errors), ""))
+        first_error = _hear(store, "error")
     _say(store, f"heard/{rank}", True)
     if rank == 0:  # the store lives in this process: wait until all have read it
         for number in range(world_size):

@@ -19,7 +19,7 @@ FILES = (
 _CODE_KEYS = ("auto_map", "trust_remote_code")
 _KERNEL_KEY = re.compile(r"_?(attn|experts)_implementation")
 _LAYERS_KEY = re.compile(r"(.*_)?(?<!per_)layers?")
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 """Maximum number of layers: transformers builds thousands in seconds, but a million (a damaged file) in hours."""
 
 
@@ -28,7 +28,7 @@ def require_safe_files(setting: str, source: str | Path) -> None:
 
     Call it before transformers reads the files: transformers has had vulnerabilities here (CVE-2026-4372,
     CVE-2026-5241), and prompts or warns where ranks need an error. Absurd numbers are NaN, integers beyond 64 bits,
-    and more than MOST_LAYERS layers.
+    and more than MAX_LAYERS layers.
 
     Args:
         setting: Name of the user's flag, or of what is read, for the message.
@@ -67,9 +67,9 @@ def _fault(path: Path) -> str | None:
             return f"has {key} {json.dumps(value)}, which replaces the folder's weights; remove it in a copy."
         if not (path.name.startswith("tokenizer") or key.endswith("max_length")) and _is_absurd(value):
             return f"has {key} {json.dumps(value)[:80]}, which is not a valid number for a model; copy the file again."
-        if _LAYERS_KEY.fullmatch(key) and _is_above(value, MOST_LAYERS):
+        if _LAYERS_KEY.fullmatch(key) and _is_above(value, MAX_LAYERS):
             return (
-                f"has {key} {json.dumps(value)[:80]}; models have {MOST_LAYERS:,} layers at most; copy the file again."
+                f"has {key} {json.dumps(value)[:80]}; models have {MAX_LAYERS:,} layers at most; copy the file again."
             )
     if path.name.endswith(".index.json"):
         return _external_shard(content)

@@ -17,16 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaft.base.errors import REPORT, NumericsError
+from megaft.models.nats_difference import nats_difference
 from megaft.models.offload import Fetch, from_disk, offloaded_model
 from megaft.weights.canonical import TransformersView
 from megaft.weights.checkpoint_reader import WEIGHT
 from megaft.weights.loading.padding_tokens import attend_to_padding_tokens
 
-MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
-"""Tolerance of one token's nats, and relative tolerance of the mean. Both models have the same weights and compute in
-fp32, so they differ only by the order of sums. A wrong weight, merge or layout differs a thousand times as much."""
-
-SMALLEST_MEAN = 0.1
+MIN_MEAN = 0.1
 """Floor of the mean in the relative tolerance: fp32 logits are not exact to 1e-5 of a smaller mean."""
 
 ROWS_FROM_DISK = 8
@@ -103,13 +100,12 @@ def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
             "are not finite. Its weights are damaged, or it overflows; export an earlier checkpoint, and train with a "
             "lower --optim.learning-rate."
         )
-    mean, other = float(trained.mean()), float(exported.mean())
-    largest = float((trained - exported).abs().max())
-    if not (largest <= MAX_NATS * max(1, mean) and abs(mean - other) <= MAX_RELATIVE * max(SMALLEST_MEAN, mean)):
+    difference = nats_difference(trained, exported)
+    if not difference.is_rounding(scale=max(1, difference.mean), min_mean=MIN_MEAN):
         raise NumericsError(
-            f"{folder} was not published: the model that plain transformers loads from it has {other:.6f} nats per "
-            f"token on {len(trained)} held-out tokens, but the trained model has {mean:.6f}. The checkpoint is intact; "
-            f"{REPORT}."
+            f"{folder} was not published: the model that plain transformers loads from it has "
+            f"{float(exported.mean()):.6f} nats per token on {len(trained)} held-out tokens, but the trained model has "
+            f"{difference.mean:.6f}. The checkpoint is intact; {REPORT}."
         )
 
 

@@ -227,7 +227,7 @@ class CheckpointConfig:
         )
 
 
-FEWEST_VALUES = 32
+MIN_SPIKE_STEPS = 32
 """Minimum number of steps from which the guard can tell a spike from noise."""
 
 
@@ -259,7 +259,7 @@ class GuardConfig:
             self,
             "guard.",
             spike_deviations=ABOVE_0.such_as("8"),
-            spike_window=at_least(FEWEST_VALUES).such_as("128"),
+            spike_window=at_least(MIN_SPIKE_STEPS).such_as("128"),
             max_overflows=at_least(1),
             max_skips=at_least(1),
             max_rewinds=at_least(1),

@@ -33,7 +33,7 @@ class Sample:
 
 
 @runtime_checkable
-class SampleSource(Protocol):
+class CorpusSamples(Protocol):
     """Indexed samples, each seen once per epoch. Every sample has a scored token."""
 
     sha256: str

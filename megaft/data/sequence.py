@@ -14,7 +14,7 @@ from itertools import count
 from megaft.base.checks import require
 from megaft.base.errors import ConfigError
 from megaft.data.permutation import permute
-from megaft.data.samples import Sample, SampleSource
+from megaft.data.samples import CorpusSamples, Sample
 
 BLOCK = 64
 """Number of samples after which each corpus of a blend has given its share, to within one or two samples."""
@@ -23,7 +23,7 @@ BLOCK = 64
 class Samples:
     """Infinite sequence of a run's samples: corpora blended by weight, with a new order in each epoch of a corpus."""
 
-    def __init__(self, corpora: Sequence[SampleSource], weights: Sequence[float], seed: int):
+    def __init__(self, corpora: Sequence[CorpusSamples], weights: Sequence[float], seed: int):
         assert len(corpora) == len(weights) > 0
         for corpus in corpora:
             if len(corpus) == 0:

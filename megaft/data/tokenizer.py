@@ -37,7 +37,7 @@ UNSUPPORTED_FILES = (
     "sentencepiece.bpe.model",
 )
 """Tokenizer files that transformers supports and megaft does not."""
-LARGEST_ID = 10_000_000
+MAX_TOKEN_ID = 10_000_000
 """Largest token id accepted: `tokenizers` allocates memory up to the largest id."""
 SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
 
@@ -353,7 +353,7 @@ def _check_json(path: Path) -> None:
     model = content.get("model", content) if isinstance(content, dict) else None
     vocabulary = model.get("vocab", model) if isinstance(model, dict) else None
     for token, id_ in vocabulary.items() if isinstance(vocabulary, dict) else ():
-        if isinstance(id_, int) and id_ > LARGEST_ID:
+        if isinstance(id_, int) and id_ > MAX_TOKEN_ID:
             raise DataError(
-                f"{path} has token {token[:40]!a} with the id {id_}; ids must be at most {LARGEST_ID}. Copy it again."
+                f"{path} has token {token[:40]!a} with the id {id_}; ids must be at most {MAX_TOKEN_ID}. Copy it again."
             )

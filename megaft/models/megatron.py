@@ -110,17 +110,17 @@ class MegatronModel(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout_of(config)
-        shape = self.layout.dims
-        shape.require_shardable(parallel.tensor_parallel_size(), "--parallel.tensor-parallel-size")
+        dims = self.layout.dims
+        dims.require_shardable(parallel.tensor_parallel_size(), "--parallel.tensor-parallel-size")
         self.gpt = GPTModel(
             config=transformer_config(config),
             transformer_layer_spec=layer_spec(config, recompute=recompute),
-            vocab_size=padded_vocab_size(shape.vocab_size),
-            max_sequence_length=shape.num_positions,
-            position_embedding_type="learned_absolute" if shape.has_position_embedding else "none",
-            share_embeddings_and_output_weights=shape.is_tied,
+            vocab_size=padded_vocab_size(dims.vocab_size),
+            max_sequence_length=dims.num_positions,
+            position_embedding_type="learned_absolute" if dims.has_position_embedding else "none",
+            share_embeddings_and_output_weights=dims.is_tied,
         )
-        self.inverse_frequencies = None if shape.has_position_embedding else rotary_frequencies(config)
+        self.inverse_frequencies = None if dims.has_position_embedding else rotary_frequencies(config)
         self.padding_id_without_gradient: int | None = None if family_of(config).trains_padding else config.pad_token_id
         """Padding token, for which transformers' embedding has no gradient; it may be the end-of-text token."""
         for name, parameter in self.gpt.named_parameters():
@@ -214,28 +214,28 @@ def transformer_config(config: Any) -> TransformerConfig:
     Raises:
         ConfigError: The model has a feature that megatron-core, as built here, does not support.
     """
-    family, shape = family_of(config), model_dimensions(config)
+    family, dims = family_of(config), model_dimensions(config)
     family.require_modules(config)
     require(
-        shape.activation in family.activations,
-        f"the model's activation is {shape.activation}; --model.backend megatron supports "
+        dims.activation in family.activations,
+        f"the model's activation is {dims.activation}; --model.backend megatron supports "
         f"{', '.join(family.activations)}; use --model.backend hugging-face.",
     )
     return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.width,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_groups,
-        kv_channels=shape.head_width,
-        ffn_hidden_size=shape.inner_width,
-        gated_linear_unit=shape.is_gated,
-        activation_func=ACTIVATIONS[shape.activation],
-        normalization=shape.norm,
+        num_layers=dims.num_layers,
+        hidden_size=dims.width,
+        num_attention_heads=dims.num_heads,
+        num_query_groups=dims.num_groups,
+        kv_channels=dims.head_width,
+        ffn_hidden_size=dims.inner_width,
+        gated_linear_unit=dims.is_gated,
+        activation_func=ACTIVATIONS[dims.activation],
+        normalization=dims.norm,
         layernorm_epsilon=getattr(config, family.epsilon),
-        hidden_dropout=shape.dropout,
+        hidden_dropout=dims.dropout,
         attention_dropout=getattr(config, family.attention_dropout),
-        add_bias_linear=shape.has_bias,
-        add_qkv_bias=shape.has_qkv_bias,
+        add_bias_linear=dims.has_bias,
+        add_qkv_bias=dims.has_qkv_bias,
         tensor_model_parallel_size=parallel.tensor_parallel_size(),
         use_cpu_initialization=True,
         perform_initialization=False,

@@ -36,8 +36,8 @@ one token's influence on a hundred others is about 1e-2."""
 
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
-SHORTEST, LONGEST = 24, 320
-"""Range of a trial's length in tokens: longer than any block that the configuration names, up to LONGEST."""
+MIN_LENGTH, MAX_LENGTH = 24, 320
+"""Range of a trial's length in tokens: longer than any block that the configuration names, up to MAX_LENGTH."""
 
 
 def require_language_model(model: CausalLM, trial_model: CausalLM | None = None) -> None:
@@ -50,9 +50,9 @@ def require_language_model(model: CausalLM, trial_model: CausalLM | None = None)
     Raises:
         DataError: The model is not a causal language model whose only input is tokens, or the trial fails.
     """
-    with trial_model_of(model, trial_model) as trial_model, _naming_the_model(model):
-        require_causal(model, trial_model)
-        is_invariant = is_batch_invariant(trial_model)
+    with trial_model_of(model, trial_model) as tested, _naming_the_model(model):
+        require_causal(model, tested)
+        is_invariant = is_batch_invariant(tested)
     if not is_invariant:
         raise DataError(
             f"{family(model)} gives a text different logits depending on the other texts in its batch; "
@@ -66,8 +66,8 @@ def require_causal(model: CausalLM, trial_model: CausalLM | None = None) -> None
     Raises:
         DataError: The model is not a causal language model whose only input is tokens, or the trial fails.
     """
-    with trial_model_of(model, trial_model) as trial_model, _naming_the_model(model):
-        causal = is_causal(trial_model)
+    with trial_model_of(model, trial_model) as tested, _naming_the_model(model):
+        causal = is_causal(tested)
     if not causal:
         raise DataError(
             f"{family(model)} attends to later tokens: it predicts each token from the text that follows, "
@@ -93,8 +93,8 @@ def require_document_isolation(model: CausalLM, trial_model: CausalLM | None = N
     Raises:
         ConfigError: The documents of a row influence each other.
     """
-    with trial_model_of(model, trial_model) as trial_model:
-        is_isolated = isolates_documents(trial_model)
+    with trial_model_of(model, trial_model) as tested:
+        is_isolated = isolates_documents(tested)
     if not is_isolated:
         raise ConfigError(
             f"--data.attend-within-documents is set, but {family(model)} attends across documents; "
@@ -159,13 +159,13 @@ def has_exact_cache(
         make_decoder: Wraps a model as a sampling.Decoder, such as generation.CachedModel.
         trial_model: From `trial_model_of`.
     """
-    with trial_model_of(model, trial_model) as trial_model:
-        tokens = random_tokens(trial_model, trial_length(trial_model))
+    with trial_model_of(model, trial_model) as tested:
+        tokens = random_tokens(tested, trial_length(tested))
         begin = tokens.shape[1] // 3
-        ids, decoder = tokens[0].tolist(), make_decoder(trial_model)
+        ids, decoder = tokens[0].tolist(), make_decoder(tested)
         incremental = [decoder.forward(ids[:begin], 0)]
         incremental += [decoder.forward(ids[position : position + 1], position) for position in range(begin, len(ids))]
-        full = logits_of(trial_model, tokens)[0, begin - 1 :]
+        full = logits_of(tested, tokens)[0, begin - 1 :]
         return _is_close(torch.stack(incremental), full)
 
 
@@ -244,8 +244,8 @@ def trial_length(model: CausalLM) -> int:
     """Return the length of a trial, longer than any block of tokens that the configuration names."""
     config = model.config.get_text_config()
     sizes = [size for name, value in config.to_dict().items() if BLOCK_NAME.search(name) for size in numbers_of(value)]
-    longest = max((size for size in sizes if 1 < size <= LONGEST // 2), default=0)
-    limits = (max(SHORTEST, longest + 13), context_limit(model), length_limit(model.config))
+    longest = max((size for size in sizes if 1 < size <= MAX_LENGTH // 2), default=0)
+    limits = (max(MIN_LENGTH, longest + 13), context_limit(model), length_limit(model.config))
     return min(limit for limit in limits if limit is not None)
 
 
@@ -269,10 +269,10 @@ def trial_model_of(model: CausalLM, reuse: CausalLM | None = None) -> Iterator[C
             f"{family(model)} cannot be tested while ZeRO-3 partitions its weights; "
             "use zero_optimization.stage 2 or less, or drop --partition."
         )
-    with keeping_random_states(), _evaluating(model if trial_model is None else trial_model) as evaluated:
+    with keeping_random_states(), _evaluating(model if trial_model is None else trial_model) as tested:
         torch.manual_seed(0)
-        with _in_float32(evaluated):
-            yield evaluated
+        with _in_float32(tested):
+            yield tested
 
 
 @contextmanager

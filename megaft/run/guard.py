@@ -14,30 +14,26 @@ from statistics import median
 from typing import Any
 
 from megaft.config.policies import POLICIES, STOP
-from megaft.config.train import FEWEST_VALUES, GuardConfig
+from megaft.config.train import MIN_SPIKE_STEPS, GuardConfig
 
 MAD_TO_DEVIATION = 1.4826
 """Ratio of a normal distribution's standard deviation to its median absolute deviation (Rousseeuw & Croux 1993,
 eq. 1.3)."""
 
-SMALLEST_DEVIATION = 0.01
+MIN_DEVIATION = 0.01
 """Minimum deviation as a fraction of the median, so that a small change of a steady value is not a spike."""
 
 
-def fewest_values(window: int) -> int:
+def min_steps(window: int) -> int:
     """Return the number of steps the window must hold before spikes are detected.
 
-    A quarter of the window, and at least 32 steps. A deviation estimated from few values is often far too small. False
-    spikes at 8 robust deviations, for normally distributed values:
-
-    - 2 values in the window: 1 step in 22;
-    - 8 values: 1 in 550;
-    - 16 values: 1 in 12,000;
-    - 32 values: 1 in 560,000.
+    A quarter of the window, and at least 32 steps. A deviation estimated from few values is often far too small: the
+    probability that a normally distributed value exceeds the median of n others by 8 of their robust deviations is 1 in
+    22 for n = 2, 1 in 550 for 8, 1 in 12,000 for 16, and 1 in 560,000 for 32.
 
     OLMo-core's SkipStepOptimizer waits for half of its window of 128.
     """
-    return max(FEWEST_VALUES, window // 4)
+    return max(MIN_SPIKE_STEPS, window // 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +152,7 @@ class Guard:
         return None, ""
 
     def _is_spike(self, value: float, window: deque[float]) -> bool:
-        if len(window) < fewest_values(self._config.spike_window):
+        if len(window) < min_steps(self._config.spike_window):
             return False
         return value > median(window) + self._config.spike_deviations * robust_deviation(window)
 
@@ -166,4 +162,4 @@ def robust_deviation(values: Iterable[float]) -> float:
     values = list(values)
     middle = median(values)
     spread = MAD_TO_DEVIATION * median(abs(value - middle) for value in values)
-    return max(spread, SMALLEST_DEVIATION * abs(middle))
+    return max(spread, MIN_DEVIATION * abs(middle))

@@ -46,12 +46,12 @@ def _values(config: OptimConfig, fields: str | tuple[str, ...]) -> Any:
 def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     """Return the learning rate of a step, counted from 0.
 
-    Warm-up: peak * (step + 1) / warmup_steps, so that the first step moves the weights and step warmup_steps - 1 has
+    Warmup: peak * (step + 1) / warmup_steps, so that the first step moves the weights and step warmup_steps - 1 has
     the peak. Then from the peak at step warmup_steps to final_fraction * peak at step max_steps - 1, along the
     schedule's curve. If both are the same step, it has the peak.
 
     Raises:
-        ConfigError: The warm-up is longer than the run.
+        ConfigError: The warmup is longer than the run.
     """
     warmup_steps = config.warmup_steps
     require(

@@ -17,7 +17,7 @@ from megaft.models.parameters import count
 from megaft.weights.dimensions import flops_per_token
 
 MEASURING_SECONDS = 0.3
-SMALLEST_TRUSTED = 512
+MIN_TRUSTED_SIZE = 512
 """Smallest matrix size for the measurement; smaller products are too short to time reliably."""
 PRODUCTS = 3
 """Products per size, of which the fastest counts: other programs only make a product slower."""
@@ -51,7 +51,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         seconds = min(_seconds_of_product(matrix) for _ in range(PRODUCTS))
         best = max(best, 2 * size**3 / seconds)
         spent = time.perf_counter() - begin
-        if size >= SMALLEST_TRUSTED and spent + (PRODUCTS + 1) * 8 * seconds > MEASURING_SECONDS:  # the next size's
+        if size >= MIN_TRUSTED_SIZE and spent + (PRODUCTS + 1) * 8 * seconds > MEASURING_SECONDS:  # the next size's
             break
         size *= 2
     return best

@@ -18,7 +18,7 @@ from fork_server import CONTEXT
 from megaft.base import exit_code, heartbeat, parallel
 from megaft.base.ending import Ending
 from megaft.base.errors import ConfigError, DataError
-from megaft.base.line_socket import LONGEST_LINE, probe
+from megaft.base.line_socket import MAX_LINE_BYTES, probe
 from megaft.run.events import recording_errors
 
 GRACE_SECONDS = 0.5
@@ -206,7 +206,7 @@ def until(is_so):
 
 def test_a_stranger_at_the_port_is_no_peer(main_rank):
     one, port, secret, reasons = main_rank
-    for hello in (b"", b"GET / HTTP/1.1\r\n\r\n", b"0" * 32 + b" 1\n", b'[1, 3, "no peer"]\n', b"x" * LONGEST_LINE):
+    for hello in (b"", b"GET / HTTP/1.1\r\n\r\n", b"0" * 32 + b" 1\n", b'[1, 3, "no peer"]\n', b"x" * MAX_LINE_BYTES):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(hello)
     with socket.create_connection(("127.0.0.1", port)) as peer, socket.create_connection(("127.0.0.1", port)) as other:

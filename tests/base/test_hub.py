@@ -83,7 +83,7 @@ WAYS = {
 
 @pytest.mark.parametrize("load", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", ["gpt2x", "nosuch/thing"])
-def test_a_misspelt_name_ends_within_seconds_where_the_hub_is_out_of_reach(ask_at, load, name, capfd):
+def test_a_misspelled_name_ends_within_seconds_where_the_hub_is_out_of_reach(ask_at, load, name, capfd):
     ask_at(f"http://127.0.0.1:{closed_port()}")
     begin = time.monotonic()
     with pytest.raises(DataError, match=rf"^{name} .* hub .*Connection refused"):

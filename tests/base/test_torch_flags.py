@@ -1,4 +1,4 @@
-"""torch's switches, in processes of their own: they are global, and some are read once."""
+"""torch's global flags, each case in its own process because some are read once."""
 
 import contextlib
 import inspect
@@ -40,7 +40,7 @@ raise SystemExit(parallel.exit_code_on_ranks(program))
 """
 
 
-def switches(is_deterministic, size, **variables):
+def flags(is_deterministic, size, **variables):
     program = PROGRAM.format(is_deterministic=is_deterministic, size=size)
     environment = {**os.environ, **variables}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
@@ -49,7 +49,7 @@ def switches(is_deterministic, size, **variables):
 
 @pytest.mark.slow
 def test_fp32_is_fp32_in_a_container_that_switches_tf32_on():
-    found = switches(False, 1, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1", NVIDIA_TF32_OVERRIDE="1")
+    found = flags(False, 1, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1", NVIDIA_TF32_OVERRIDE="1")
     assert (found["matmul"], found["cudnn"]) == (False, False)
     assert found["variables"]["NVIDIA_TF32_OVERRIDE"] == "0"
     assert found["recorded"]["float32_matmul_precision"] == "highest"
@@ -57,7 +57,7 @@ def test_fp32_is_fp32_in_a_container_that_switches_tf32_on():
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in found["variables"]
 
 
-def switches_on_rank(is_deterministic, size, variables):
+def flags_on_rank(is_deterministic, size, variables):
     """Return what the program prints in a process that has imported torch; its variables are read at the call."""
     os.environ.update(variables)
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit, match="0"):
@@ -67,7 +67,7 @@ def switches_on_rank(is_deterministic, size, variables):
 
 @pytest.mark.slow
 def test_what_deterministic_switches_on(run_ranks):
-    (found,) = run_ranks(1, switches_on_rank, True, 2, {"NCCL_ALGO": "Tree"})
+    (found,) = run_ranks(1, flags_on_rank, True, 2, {"NCCL_ALGO": "Tree"})
     assert found["recorded"]["is_deterministic"] is True
     assert (found["warns"], found["fills"], found["compiler"]) == (False, False, True)
     assert found["variables"].items() >= DETERMINISTIC_ENVIRONMENT.items()

@@ -47,7 +47,7 @@ def test_what_a_large_recipe_runs(recipe, backend, tensor_parallel_size, stage, 
 
 
 def test_ranks_that_share_a_matrix_are_on_one_node():
-    """They are neighbours, so each node has whole groups of them where ranks are dealt node by node."""
+    """They are consecutive, so each node has whole groups of them where ranks are dealt node by node."""
     job = directives("finetune_megatron_8.3b_tp8")
     size = settings("finetune_megatron_8.3b_tp8").parallel.tensor_parallel_size
     assert job["distribution"] == "block"

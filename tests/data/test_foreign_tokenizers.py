@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizers import make_byte_level
 
 from megaft.base.errors import DataError
-from megaft.data.tokenizer import LARGEST_ID, load_tokenizer
+from megaft.data.tokenizer import MAX_TOKEN_ID, load_tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -41,7 +41,7 @@ def huge_id_in_vocab_json(folder, id_):
 
 @pytest.mark.parametrize("make", [huge_id, huge_id_in_vocab_json])
 def test_an_id_that_takes_all_memory_is_refused(make, tmp_path):
-    make(tmp_path, LARGEST_ID + 1)
+    make(tmp_path, MAX_TOKEN_ID + 1)
     with pytest.raises(DataError, match=r"'zzz' .*10000001"):
         load_tokenizer(tmp_path)
 

@@ -20,7 +20,7 @@ RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), max_size=5).
         pytest.param(((9, 12),), [0, 1, 2, 3, 4, 5], id="only later ones"),
     ],
 )
-def test_whole_position(left_out, expected):
+def test_full_position(left_out, expected):
     assert [full_position(position, left_out) for position in range(6)] == expected
 
 

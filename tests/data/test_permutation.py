@@ -26,8 +26,8 @@ def test_places_are_spread_evenly():
     assert sum((count - 300) ** 2 / 300 for count in counts) < 27.9  # the 0.1 % point of 9 degrees of freedom
 
 
-def test_neighbours_part():
-    """Neighbours are as far apart as two random positions: a third of the length on average."""
+def test_neighbors_part():
+    """Neighbors are as far apart as two random positions: a third of the length on average."""
     length = 10_000
     gaps = [abs(permute(i, length, 7) - permute(i + 1, length, 7)) for i in range(2000)]
     assert 0.30 < sum(gaps) / len(gaps) / length < 0.37

@@ -13,9 +13,9 @@ import pytest
 from tiny_models import change_tensors, overflow
 
 from evaluate_zero_shot.__main__ import main
-from evaluate_zero_shot.trial import evaluate as evaluate_module
-from evaluate_zero_shot.trial.finished import FinishedBatches
-from evaluate_zero_shot.trial.results import note_on_guessing
+from evaluate_zero_shot.evaluation import evaluate as evaluate_module
+from evaluate_zero_shot.evaluation.finished import FinishedBatches
+from evaluate_zero_shot.evaluation.results import note_on_guessing
 from megaft.base.lock import locked
 from megaft.base.parallel import free_port
 
@@ -24,7 +24,7 @@ CUT = ["--context-length=32", "--stride=16"]
 
 
 @pytest.fixture(scope="module")
-def trial(toy_model, toy_texts):
+def toy_flags(toy_model, toy_texts):
     """Flags that score a text with a toy model."""
     return [f"--model={toy_model}", "--task=text", f"--data={toy_texts[1]}", *CUT]
 
@@ -39,14 +39,14 @@ def run(*flags, output):
 
 
 @pytest.fixture(scope="module")
-def alone(trial, tmp_path_factory):
-    return run(*trial, output=tmp_path_factory.mktemp("alone"))[0]
+def alone(toy_flags, tmp_path_factory):
+    return run(*toy_flags, output=tmp_path_factory.mktemp("alone"))[0]
 
 
-def test_one_command_leaves_results_and_a_report(trial, alone, tmp_path, capsys):
-    (result,) = run(*trial, output=tmp_path)
+def test_one_command_leaves_results_and_a_report(toy_flags, alone, tmp_path, capsys):
+    (result,) = run(*toy_flags, output=tmp_path)
     assert result["nats"].hex() == alone["nats"].hex()
-    text = Path(trial[2].removeprefix("--data=")).read_text()
+    text = Path(toy_flags[2].removeprefix("--data=")).read_text()
     assert (result["num_words"], result["num_bytes"]) == (len(text.split()), len(text.encode()))
     assert result["num_scored_tokens"] == result["num_tokenized_tokens"]  # after a prefix token every token is scored
     assert (result["is_protocol_default"], result["data_name"], result["accuracy"]) == (False, None, None)
@@ -57,7 +57,7 @@ def test_one_command_leaves_results_and_a_report(trial, alone, tmp_path, capsys)
     assert "bits_per_byte" in capsys.readouterr().out
 
 
-def test_validation_in_training_says_the_same_number(trial, toy_model, toy_texts, alone, tmp_path):
+def test_validation_in_training_says_the_same_number(toy_flags, toy_model, toy_texts, alone, tmp_path):
     import torch
 
     from megaft.config.prepare import PrepareConfig
@@ -80,7 +80,7 @@ def test_validation_in_training_says_the_same_number(trial, toy_model, toy_texts
         assert getattr(score, name) == pytest.approx(alone[name], rel=1e-6)
 
 
-def test_a_killed_evaluation_computes_no_window_twice(trial, alone, tmp_path, monkeypatch):
+def test_a_killed_evaluation_computes_no_window_twice(toy_flags, alone, tmp_path, monkeypatch):
     kept = []
 
     class Killed(FinishedBatches):
@@ -91,7 +91,7 @@ def test_a_killed_evaluation_computes_no_window_twice(trial, alone, tmp_path, mo
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate_module, "FinishedBatches", Killed)
-    flags = [*trial, "--tokens-per-batch=64"]
+    flags = [*toy_flags, "--tokens-per-batch=64"]
     assert main([*flags, f"--output={tmp_path}"]) == 130
     assert not (tmp_path / "results.json").exists()
     (result,) = run(*flags, output=tmp_path)
@@ -102,29 +102,29 @@ def test_a_killed_evaluation_computes_no_window_twice(trial, alone, tmp_path, mo
     assert result["nats"] == pytest.approx(alone["nats"], rel=1e-6)  # in batches of another size
 
 
-def test_kept_windows_serve_no_other_model_text_or_stride(trial, toy_texts, tmp_path):
-    run(*trial, output=tmp_path)
+def test_kept_windows_serve_no_other_model_text_or_stride(toy_flags, toy_texts, tmp_path):
+    run(*toy_flags, output=tmp_path)
     folders = set((tmp_path / "windows").iterdir())
-    run(*trial, output=tmp_path)
+    run(*toy_flags, output=tmp_path)
     assert set((tmp_path / "windows").iterdir()) == folders
     for flag in ("--stride=8", f"--data={toy_texts[0]}", "--dtype=bfloat16", "--tokens-per-batch=64"):
-        run(*trial, flag, "--limit=20", output=tmp_path)
+        run(*toy_flags, flag, "--limit=20", output=tmp_path)
         more = set((tmp_path / "windows").iterdir())
         assert len(more) == len(folders) + 1, flag
         folders = more
 
 
-def test_results_of_other_commands_stay(trial, tmp_path):
-    run(*trial, output=tmp_path)
-    both = run(*trial, "--stride=8,16", "--protocol=megaft,megatron", output=tmp_path)
+def test_results_of_other_commands_stay(toy_flags, tmp_path):
+    run(*toy_flags, output=tmp_path)
+    both = run(*toy_flags, "--stride=8,16", "--protocol=megaft,megatron", output=tmp_path)
     assert [(row["protocol"], row["stride"]) for row in both] == [
         *(("megaft", 8), ("megaft", 16)),
         *(("megatron", 8), ("megatron", 16)),
     ]
-    assert len(run(*trial, "--limit=3", output=tmp_path)) == 5  # a trial does not replace the whole
+    assert len(run(*toy_flags, "--limit=3", output=tmp_path)) == 5  # does not replace the whole
     other = tmp_path / "other.txt"
     other.write_text("Another text, of a few words.")
-    assert [row["data_file"] for row in run(*trial, f"--data={other}", output=tmp_path)][-2:] == [
+    assert [row["data_file"] for row in run(*toy_flags, f"--data={other}", output=tmp_path)][-2:] == [
         "valid.txt",
         "other.txt",
     ]
@@ -184,16 +184,16 @@ def test_what_is_worse_than_a_guess_is_remarked_on(perplexity, is_worse):
         assert "mine has a perplexity of 2,719 per token, worse than a guess among the tokenizer's 1,000 tokens" in note
 
 
-def test_a_protocol_of_tokens_reports_perplexity_per_token(trial, tmp_path):
-    (row,) = run(*trial, "--protocol=hf-docs", output=tmp_path)
+def test_a_protocol_of_tokens_reports_perplexity_per_token(toy_flags, tmp_path):
+    (row,) = run(*toy_flags, "--protocol=hf-docs", output=tmp_path)
     assert row["headline"] == row["confidence_interval_95"]["quantity"] == "perplexity"
     assert row["environment"]["packages"]["torch"]
 
 
-def test_several_models_make_one_table(trial, toy_model, tmp_path):
+def test_several_models_make_one_table(toy_flags, toy_model, tmp_path):
     other = tmp_path / "run"
     shutil.copytree(toy_model, other / "export")  # as a finished training run leaves its model
-    rows = run(trial[0], other, *trial[1:], output=tmp_path / "out")
+    rows = run(toy_flags[0], other, *toy_flags[1:], output=tmp_path / "out")
     assert [row["model_name"] for row in rows] == ["model", "run"]
     assert rows[0]["model_sha256"] == rows[1]["model_sha256"]
     assert rows[0]["nats"] == rows[1]["nats"]
@@ -219,10 +219,10 @@ def test_several_models_make_one_table(trial, toy_model, tmp_path):
         (["--output=/dev/null/x"], 2, "/dev/null"),
     ],
 )
-def test_mistakes_are_named(trial, flags, code, message, capsys, tmp_path):
+def test_mistakes_are_named(toy_flags, flags, code, message, capsys, tmp_path):
     try:
-        flags = [flag.format(model=trial[0].removeprefix("--model=")) for flag in flags]
-        found = main([*trial, f"--output={tmp_path}", *flags])
+        flags = [flag.format(model=toy_flags[0].removeprefix("--model=")) for flag in flags]
+        found = main([*toy_flags, f"--output={tmp_path}", *flags])
     except SystemExit as exit:  # the parser's own
         found = exit.code
     shown = capsys.readouterr().err
@@ -232,22 +232,22 @@ def test_mistakes_are_named(trial, flags, code, message, capsys, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_all_windows_are_tried_on_the_model_before_the_first_is_scored(trial, tmp_path, capsys):
-    assert main([*trial, "--stride=16,32,33", f"--output={tmp_path}"]) == 2
+def test_all_windows_are_tried_on_the_model_before_the_first_is_scored(toy_flags, tmp_path, capsys):
+    assert main([*toy_flags, "--stride=16,32,33", f"--output={tmp_path}"]) == 2
     assert "stride is 33" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_another_programs_results_are_not_overwritten(trial, tmp_path, capsys):
+def test_another_programs_results_are_not_overwritten(toy_flags, tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"results": {"wikitext": 1}}')
-    assert main([*trial, f"--output={tmp_path}"]) == 3
+    assert main([*toy_flags, f"--output={tmp_path}"]) == 3
     assert "not a results file" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_text() == '{"results": {"wikitext": 1}}'
 
 
-def test_a_folder_that_another_evaluation_writes_to_is_refused(trial, tmp_path, capsys):
+def test_a_folder_that_another_evaluation_writes_to_is_refused(toy_flags, tmp_path, capsys):
     with locked(tmp_path):
-        assert main([*trial, f"--output={tmp_path}"]) == 2
+        assert main([*toy_flags, f"--output={tmp_path}"]) == 2
     assert f"{tmp_path} is in use by host" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -265,9 +265,9 @@ def on_rank(*flags):
 
 
 @pytest.mark.slow
-def test_three_ranks_give_the_same_bits(run_ranks, trial, alone, tmp_path):
+def test_three_ranks_give_the_same_bits(run_ranks, toy_flags, alone, tmp_path):
     """The launchers' test covers two ranks."""
-    assert run_ranks(3, on_rank, *trial, f"--output={tmp_path}") == [0] * 3
+    assert run_ranks(3, on_rank, *toy_flags, f"--output={tmp_path}") == [0] * 3
     (result,) = results(tmp_path)
     assert result["nats"].hex() == alone["nats"].hex()
     assert (result["positions"], result["segments"]) == (alone["positions"], alone["segments"])
@@ -275,8 +275,8 @@ def test_three_ranks_give_the_same_bits(run_ranks, trial, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_spread_over_three_ranks_scores_four_windows(run_ranks, trial, tmp_path):
-    flags = [*trial, "--limit=3", "--tokens-per-batch=32"]
+def test_a_model_spread_over_three_ranks_scores_four_windows(run_ranks, toy_flags, tmp_path):
+    flags = [*toy_flags, "--limit=3", "--tokens-per-batch=32"]
     (whole,) = run(*flags, output=tmp_path / "whole")
     assert run_ranks(3, on_rank, *flags, "--partition", f"--output={tmp_path}") == [0] * 3
     (result,) = results(tmp_path)
@@ -292,12 +292,12 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_launcher_gives_the_same_bits(trial, alone, tmp_path, launcher):
+def test_every_launcher_gives_the_same_bits(toy_flags, alone, tmp_path, launcher):
     command = LAUNCHERS[launcher]
     if launcher == "deepspeed":
         command = [command[0], f"--master_port={free_port()}", *command[1:]]
     done = subprocess.run(
-        [*command, "evaluate_zero_shot", *trial, "--output=out"],
+        [*command, "evaluate_zero_shot", *toy_flags, "--output=out"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

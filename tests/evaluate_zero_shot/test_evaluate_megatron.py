@@ -82,7 +82,7 @@ def generated(name, model, ports=None, **settings):
 
 
 def quantities(models, backend, batch):
-    """Return each model's number of parameters, nats per token, and whether each token is its first choice."""
+    """Return each model's number of parameters, nats per token, and whether each token is its greedy choice."""
     from megaft.scoring.model import load_scoring_model
 
     found = {}
@@ -172,7 +172,7 @@ def test_tokens_cost_the_same_and_choices_are_the_same(models, run_ranks):
     inputs = torch.randint(0, vocab_size, (8, 60), generator=torch.Generator().manual_seed(0))
     labels = inputs.roll(-1, 1)
     for source in whole.values():
-        labels = labels_with_choices(source, inputs, labels)
+        labels = labels_with_greedy(source, inputs, labels)
     expected = quantities(whole, "hugging-face", (inputs, labels))
     for rank, words in run_ranks(2, of_a_part, whole, (inputs, labels)):
         assert words == equal_logits().argmax(-1).tolist()  # ties go to the first entry, on either rank
@@ -183,8 +183,8 @@ def test_tokens_cost_the_same_and_choices_are_the_same(models, run_ranks):
             assert 100 < sum(map(sum, is_choice)) < 300
 
 
-def labels_with_choices(source, inputs, labels):
-    """Return the labels with a third of the columns, another third for each model, replaced by its first choices."""
+def labels_with_greedy(source, inputs, labels):
+    """Return the labels with a third of the columns, another third for each model, replaced by its greedy choices."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source).eval()

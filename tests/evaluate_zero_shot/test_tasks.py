@@ -26,8 +26,8 @@ def test_a_lambada_task_without_a_variant_leaves_it_to_the_protocol(name):
 def test_every_file_is_found_by_its_plain_name_too(task):
     for files in (task.files, task.raw_files):
         assert files is None or files.name in files.paths
-    assert task.wanted("raw") is (task.raw_files or task.files)
-    assert task.wanted("tokens") is task.files
+    assert task.files_for("raw") is (task.raw_files or task.files)
+    assert task.files_for("tokens") is task.files
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

@@ -16,7 +16,7 @@ CONTEXT.set_forkserver_preload(
             "megaft.checkpoint.export",
             "megaft.run.metrics",
         ),
-        *("evaluate_zero_shot.__main__", "evaluate_zero_shot.trial.evaluate", "evaluate_zero_shot.report.write"),
+        *("evaluate_zero_shot.__main__", "evaluate_zero_shot.evaluation.evaluate", "evaluate_zero_shot.report.write"),
         "tools.benchmarks.preload",  # found from the folder of the repository, where tests start
     ]
 )

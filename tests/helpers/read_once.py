@@ -13,7 +13,7 @@ def tokenizers(patch):
 
 def models(patch):
     """Let evaluations of one model with one dtype and backend load it once."""
-    from evaluate_zero_shot.trial import evaluated_model
+    from evaluate_zero_shot.evaluation import evaluated_model
 
     tokenizers(patch)
     load, kept = evaluated_model.load, {}

@@ -213,7 +213,7 @@ def lambada_rows(lines):
 
 
 def _last_words(reference, pairs, banned=()):
-    """Return accuracy and perplexity of targets, row by row; a target is right if every token is the first choice."""
+    """Return accuracy and perplexity of targets, row by row; a target is right if every token is the greedy choice."""
     nats, right = 0.0, 0
     for context, target in pairs:
         inputs = [*context, *target][:-1]
@@ -245,7 +245,7 @@ def lambada_last_token(reference, rows):
 
 
 def lambada_stop_word(reference, rows, stop_words):
-    """Strict, on OpenAI's preprocessing (openai/gpt-2 issue 131), where no stop word may be the first choice."""
+    """Strict, on OpenAI's preprocessing (openai/gpt-2 issue 131), where no stop word may be the greedy choice."""
     plain = ["\n" + row.replace("\u201c", '"').replace("\u201d", '"').strip() for row in rows]
     banned = {ids[0] for word in stop_words if len(ids := reference.encode(f" {word}")) == 1}
     return _last_words(reference, _strict_pairs(reference, plain, str.rstrip), banned)

@@ -7,7 +7,7 @@ from tiny_models import LLAMA, VOCAB, logits_of, make_config
 
 from megaft.base.errors import ConfigError
 from megaft.data.batches import BatchSplit, collate, micro_batches
-from megaft.data.samples import IGNORE_INDEX, Sample, SampleSource
+from megaft.data.samples import IGNORE_INDEX, CorpusSamples, Sample
 from megaft.data.sequence import Samples
 from megaft.models.hugging_face import NatsModel
 from megaft.models.loss import token_nats
@@ -34,7 +34,7 @@ def long_rope():
     return add_noise(AutoModelForCausalLM.from_config(config)).eval()
 
 
-class Texts(SampleSource):
+class Texts(CorpusSamples):
     """A corpus of random texts with these LENGTHS."""
 
     sha256 = "texts"

@@ -48,7 +48,7 @@ def new_model(model_type, changes):
     return AutoModelForCausalLM.from_config(tiny_config(model_type, changes))
 
 
-def test_partitioned_models_are_tried_on_the_host(monkeypatch):
+def test_partitioned_models_are_tested_on_the_host(monkeypatch):
     model = new_model("llama", {}).to("meta")  # as under ZeRO-3 on a GPU: no values, and on another device
     monkeypatch.setattr(trials, "is_partitioned", lambda _: True)
     trials.require_language_model(model)
@@ -56,7 +56,7 @@ def test_partitioned_models_are_tried_on_the_host(monkeypatch):
     assert trials.head_is_linear(model)
 
 
-def test_the_output_layer_of_half_precision_is_tried_on_the_trial_model(monkeypatch):
+def test_the_output_layer_of_half_precision_is_tested_on_the_trial_model(monkeypatch):
     """The model itself in float32 would take twice its memory."""
     model = new_model("llama", {}).bfloat16()
     monkeypatch.setattr(model, "forward", None)
@@ -96,7 +96,7 @@ def test_a_window_wider_than_the_trial_is_made_short():
 
 
 @pytest.mark.parametrize(("num_layers", "is_made"), [(2, True), (40, False)])
-def test_a_stand_in_of_all_layers_is_small(monkeypatch, num_layers, is_made):
+def test_a_trial_model_of_all_layers_is_small(monkeypatch, num_layers, is_made):
     """A layer of the trial model has about 5 million parameters, with feed-forward width reduced to 256."""
 
     def fail(text):
@@ -110,7 +110,7 @@ def test_a_stand_in_of_all_layers_is_small(monkeypatch, num_layers, is_made):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_stand_in_reads_no_setting_that_transformers_warns_of(name, monkeypatch):
+def test_a_trial_model_reads_no_setting_that_transformers_warns_of(name, monkeypatch):
     warnings = []
     monkeypatch.setattr("transformers.configuration_utils.logger.warning_once", warnings.append)
     assert create_trial_model(make_model(name)) is not None
@@ -199,20 +199,20 @@ def made(monkeypatch):
 
 
 @pytest.mark.parametrize("is_partitioned", [False, True])
-def test_training_makes_one_stand_in(made, monkeypatch, is_partitioned):
+def test_training_makes_one_trial_model(made, monkeypatch, is_partitioned):
     monkeypatch.setattr(trials, "is_partitioned", lambda _: is_partitioned)
     assert nats_model(make_model("gpt2"), "chunked", True).head is not None
     assert len(made) == 1
 
 
-def test_generation_makes_one_stand_in(made, tmp_path):
+def test_generation_makes_one_trial_model(made, tmp_path):
     make_model("gpt2").save_pretrained(tmp_path)
     assert load_cached_model(str(tmp_path), torch.float32).cache_name == "past_key_values"
     assert len(made) == 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma2 with capped logits"])
-def test_scoring_makes_one_stand_in(made, name, tmp_path):
+def test_scoring_makes_one_trial_model(made, name, tmp_path):
     """With a pruned last layer, with a linear head found by a trial, and with neither."""
     make_model(name).save_pretrained(tmp_path)
     scorer = load_scoring_model(str(tmp_path), dtype=torch.bfloat16, device=torch.device("cpu"))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-6
 slow = pytest.mark.slow
-MOST_CHARACTERS = 20_000
+MAX_CHARACTERS = 20_000
 """Characters of a text that is a single line."""
 FILES = {
     "wikitext103": "wikitext103/wiki.test.tokens",
@@ -48,7 +48,7 @@ def beginning(corpora, tmp_path_factory):
 
     def cut(corpus, num_lines):
         with (corpora / FILES[corpus]).open(encoding="utf-8", newline="\n") as lines:
-            text = "".join(islice(lines, num_lines))[:MOST_CHARACTERS]
+            text = "".join(islice(lines, num_lines))[:MAX_CHARACTERS]
         path = folder / f"{num_lines}_{Path(FILES[corpus]).name}"
         path.write_text(text, encoding="utf-8", newline="\n")
         return path, text
@@ -229,7 +229,7 @@ LAST_WORDS = {
 
 @pytest.fixture(scope="module")
 def passages(corpora, tiny, tmp_path_factory):
-    """A file of LAMBADA's first rows and of others whose last token is the model's first choice, and its rows."""
+    """A file of LAMBADA's first rows and of others whose last token is the model's greedy choice, and its rows."""
     texts = references.lambada_rows((corpora / FILES["lambada"]).read_text(encoding="utf-8").splitlines())
     words = " ".join(texts).split()
     contexts = [" ".join(words[at - 60 : at]) for at in range(200, 6_200, 20)]

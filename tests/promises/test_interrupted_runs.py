@@ -93,7 +93,7 @@ def poisoned(positions, spoil, rank, patch, run_dir):
     from megaft.models.hugging_face import NatsModel
     from megaft.run import guard
 
-    patch.setattr(guard, "fewest_values", lambda window: 2)  # these runs are short
+    patch.setattr(guard, "min_steps", lambda window: 2)  # these runs are short
     forward, seed = NatsModel.forward, train.dropout_seed
     here = []
     patch.setattr(train, "dropout_seed", lambda run_seed, position: here.append(position) or seed(run_seed, position))

@@ -1,4 +1,4 @@
-"""Known defects of other systems, each reproduced in a few lines, and megaft's correct behaviour.
+"""Known defects of other systems, each reproduced in a few lines, and megaft's correct behavior.
 
 The first part of a test shows the defect by its own formula, on this machine; the second holds megaft to the right one.
 """

@@ -100,7 +100,7 @@ def test_choices_are_the_largest_logits(name, changes, trunk, monkeypatch):
     torch.testing.assert_close(quantities[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0)
 
 
-def test_banned_tokens_are_no_first_choice():
+def test_banned_tokens_are_never_the_greedy_choice():
     model = make_model()
     inputs, labels = make_batch([range(4, 7), [3, 9], [], [20]])
     logits = logits_of(model, inputs)

@@ -26,7 +26,7 @@ from megaft.base.environment import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-WHAT = {
+CASE_DESCRIPTIONS = {
     "megaft": "weights and moments once, sharded over ranks; synced, hashed, renamed into place",
     "megaft --checkpoint.async": "the same; training waits for a copy in memory, and later for the rename",
     "deepspeed": "`engine.save_checkpoint`; neither synced nor hashed; a crash leaves half of it",
@@ -87,7 +87,7 @@ def markdown(report: dict[str, Any]) -> str:
             "Seconds that training waits for one save, and the state (a weight and two moments in fp32, 12 bytes per "
             "parameter) that is saved in one of them; the slowest rank's, median [least, most], by turns into an empty "
             "folder. Of the asynchronous way also the seconds until the checkpoint is published.\n",
-            *(f"- {name}: {what}" for name, what in WHAT.items()),
+            *(f"- {name}: {what}" for name, what in CASE_DESCRIPTIONS.items()),
             *(part for case in report["cases"].values() for part in page(case)),
             f"\n- command: `python tools/benchmarks/checkpoint_cost.py {' '.join(where['command'][1:])}`",
             f"- commit: {where['git'] and where['git']['commit']}",

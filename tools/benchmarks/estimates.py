@@ -67,7 +67,7 @@ def passes() -> Iterator[Row]:
 def estimate_of_pass(case: Passing) -> tuple[int, int]:
     """Return the bytes of weights, and the peak of a pass that leaves its gradients where autograd puts them."""
     work = MicroBatch(
-        shape=dimensions_of(PRESETS[case.model], case.dropout),
+        dims=dimensions_of(PRESETS[case.model], case.dropout),
         micro_batch_size=case.micro_batch_size,
         context_length=case.context_length,
         tensor_parallel_size=case.tensor_parallel_size or 1,

@@ -88,7 +88,7 @@ def _case(
     more += ["nothing kept gathered"] if "stage3_max_reuse_distance" in (zero or {}) else []
     more += [f"megatron TP {tensor_parallel_size}"] if tensor_parallel_size else []
     recipe = Recipe(
-        shape=dimensions_of(config, dropout=0.0),
+        dims=dimensions_of(config, dropout=0.0),
         deepspeed=settings,
         context_length=128,
         world_size=ranks * max(tensor_parallel_size, 1),

@@ -123,10 +123,10 @@ def _forget_groups() -> None:
 
 def transformers_config(recipe: Recipe) -> dict[str, Any]:
     """Return transformers' configuration of a recipe's GPT-2, without dropout."""
-    shape = recipe.shape
-    assert not shape.is_gated
-    sizes = {"n_embd": shape.width, "n_layer": shape.num_layers, "n_head": shape.num_heads}
-    sizes |= {"vocab_size": shape.vocab_size, "n_positions": shape.num_positions, "bos_token_id": 0, "eos_token_id": 0}
+    dims = recipe.dims
+    assert not dims.is_gated
+    sizes = {"n_embd": dims.width, "n_layer": dims.num_layers, "n_head": dims.num_heads}
+    sizes |= {"vocab_size": dims.vocab_size, "n_positions": dims.num_positions, "bos_token_id": 0, "eos_token_id": 0}
     return {"model_type": "gpt2", **sizes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 

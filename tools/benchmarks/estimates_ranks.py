@@ -51,7 +51,7 @@ def _rank(rank: int, port: int, case: Case, answers: Any) -> None:
         {name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     parallel.join(parallel.discover(os.environ))
-    _train(replace(case.recipe, shape=dimensions_of(WARM_UP, 0.0)))  # loaded by a first step
+    _train(replace(case.recipe, dims=dimensions_of(WARM_UP, 0.0)))  # loaded by a first step
     gc.collect()
     libc.malloc_trim(0)  # including memory inherited from the parent
     before = resident_bytes()

@@ -95,7 +95,7 @@ def recipe(sharding: Sharding, num_gpus: int, micro_batch_size: int, gpu: str, *
     if not GPUS[gpu].has_bf16:
         settings = {key: value for key, value in settings.items() if key != "bf16"} | {"fp16": {"enabled": True}}
     return Recipe(
-        shape=dimensions_of(PRESETS["megatron-8.3b"]),
+        dims=dimensions_of(PRESETS["megatron-8.3b"]),
         deepspeed=settings,
         context_length=CONTEXT,
         world_size=num_gpus,
@@ -118,7 +118,7 @@ def paper() -> str:
     lines = [
         "| Megatron-LM's paper | reported | estimated |",
         "|---|---|---|",
-        f"| parameters of the 8.3 B model | 8.3 billion | {recomputed.shape.num_parameters:,} |",
+        f"| parameters of the 8.3 B model | 8.3 billion | {recomputed.dims.num_parameters:,} |",
         f"| days per epoch on 512 V100 | {PAPER_DAYS:.2f} | {shortest:.2f} to {longest:.2f} |",
         f"| PFLOP/s on 512 V100 | 15.1 (weak-scaling study) | {model_flops / 1e15:.1f} in {PAPER_DAYS:.2f} days "
         f"without recomputation, {model_flops * 4 / 3e15:.1f} with it |",

@@ -104,11 +104,11 @@ def prepared(case: Case, folder: Path, data: Path | None) -> Comparison:
 
 def planned(case: Case, folder: Path, config: Any) -> tuple[list[tuple[int, int]], int]:
     """Return inputs and targets of every window that megaft scores, and the context length."""
+    from evaluate_zero_shot.evaluation.geometry import resolve_geometry
+    from evaluate_zero_shot.evaluation.prepared import prepare
     from evaluate_zero_shot.protocols import PROTOCOLS
     from evaluate_zero_shot.tasks import TASKS
     from evaluate_zero_shot.texts.data_files import DataFile
-    from evaluate_zero_shot.trial.geometry import resolve_geometry
-    from evaluate_zero_shot.trial.prepared import prepare
     from megaft.data.tokenizer import load_tokenizer
 
     protocol = PROTOCOLS[case.protocol]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 BATCH_SIZE = 8
 """Megatron-LM's README evaluates with --micro-batch-size 8."""
-Found = tuple[float, float | None]
+Scored = tuple[float, float | None]
 """Nats, and accuracy if the task has one."""
 
 
@@ -49,13 +49,13 @@ def peak_memory_bytes(device: str) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # pyright: ignore[reportOptionalSubscript]
 
 
-def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
+def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Scored]:
     """`python -m evaluate_zero_shot`, without its report."""
     from evaluate_zero_shot.config import EvaluateConfig
+    from evaluate_zero_shot.evaluation.evaluate import evaluate
+    from evaluate_zero_shot.evaluation.evaluated_model import load
+    from evaluate_zero_shot.evaluation.plan import evaluation_of, find_all_data, geometries
     from evaluate_zero_shot.tasks import TASKS
-    from evaluate_zero_shot.trial.evaluate import evaluate
-    from evaluate_zero_shot.trial.evaluated_model import load
-    from evaluate_zero_shot.trial.plan import evaluation_of, find_all_data, geometries
     from megaft.data.tokenizer import load_tokenizer
 
     config = EvaluateConfig(
@@ -72,7 +72,7 @@ def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
     ids = torch.zeros(1, 8, dtype=torch.int64, device=case.device)
     evaluated.scorer.configure(with_greedy=False, banned=())(ids, ids)  # warm-up, as the others have
 
-    def run() -> Found:
+    def run() -> Scored:
         data = find_all_data(config, {})[case.task, case.protocol]
         [geometry] = geometries(config, evaluated)
         evaluation = evaluation_of(config, evaluated, TASKS[case.task], geometry, data)
@@ -94,7 +94,7 @@ def load_plainly(case: Case, folder: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder / case.model)
 
 
-def megatron(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
+def megatron(case: Case, folder: Path, contestant: str) -> Callable[[], Scored]:
     """Megatron-LM's loop of tasks/zeroshot_gpt over transformers' model: batches of 8, all logits, loss in float32."""
     import detokenizers
 
@@ -102,7 +102,7 @@ def megatron(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
     length, stride = case.context_length or model.config.n_positions, case.stride or 32
 
     @torch.no_grad()
-    def run() -> Found:
+    def run() -> Scored:
         text = detokenizers.get("wikitext_megatron")((folder / case.data).read_text())
         tokens = tokenizer.encode(text, add_special_tokens=False)
         nats = torch.zeros((), device=case.device)
@@ -136,7 +136,7 @@ def windows(tokens: list[int], length: int, stride: int, pad: int) -> Iterator[t
         yield torch.tensor(rows[part]), torch.tensor(masks[part])
 
 
-def padded(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
+def padded(case: Case, folder: Path, contestant: str) -> Callable[[], Scored]:
     """Megatron-LM's --strict-lambada: every row padded to the model's positions, all logits."""
     model, tokenizer = load_plainly(case, folder)
     length = case.context_length or model.config.n_positions
@@ -147,7 +147,7 @@ def padded(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
         return tuple(tokenizer.encode(part, add_special_tokens=False) for part in (context, f" {word}"))
 
     @torch.no_grad()
-    def run() -> Found:
+    def run() -> Scored:
         lines = (folder / case.data).read_text().splitlines()
         pairs = [tokenized(json.loads(line)["text"]) for line in lines]
         nats, right = 0.0, 0
@@ -167,7 +167,7 @@ def padded(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
     return run
 
 
-def lm_eval(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
+def lm_eval(case: Case, folder: Path, contestant: str) -> Callable[[], Scored]:
     """lm-evaluation-harness's model `hf`, with a batch size, on its own requests."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -185,7 +185,7 @@ def lm_eval(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
     with torch.no_grad():
         harness.model(torch.zeros(1, 8, dtype=torch.int64, device=case.device))
 
-    def rolling() -> Found:
+    def rolling() -> Scored:
         text = (folder / case.data).read_text()
         pages = re.split(r"(?m)^(?= = [^=].*[^=] = \n)", text)[1:]
         pages = [*(page.removesuffix("\n") for page in pages[:-1]), pages[-1]]  # as its dataset has them
@@ -193,12 +193,12 @@ def lm_eval(case: Case, folder: Path, contestant: str) -> Callable[[], Found]:
         requests = [Instance("loglikelihood_rolling", {}, (page,), i) for i, page in enumerate(detokenized)]
         return -sum(harness.loglikelihood_rolling(requests, disable_tqdm=True)), None
 
-    def last_words() -> Found:
+    def last_words() -> Scored:
         rows = [json.loads(line)["text"].split(" ") for line in (folder / case.data).read_text().splitlines()]
         pairs = [(" ".join(row[:-1]), f" {row[-1]}") for row in rows]
         requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         found = harness.loglikelihood(requests, disable_tqdm=True)
-        return -sum(nats for nats, _ in found), sum(is_right for _, is_right in found) / len(found)
+        return -sum(nats for nats, _ in found), sum(is_correct for _, is_correct in found) / len(found)
 
     return rolling if case.protocol == "lm-eval" else last_words
 

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megaft.weights.loading.trial_model import TRIAL_ERRORS, add_noise, num_parameters
 
-WORDS, LAYERS, WIDTH, HEADS, LARGEST = 96, 2, 32, 4, 20_000_000
+WORDS, LAYERS, WIDTH, HEADS, MAX_PARAMETERS = 96, 2, 32, 4, 20_000_000
 
 SMALL = {
     "vocab_size": WORDS,
@@ -209,7 +209,7 @@ def tiny_config(model_type: str, changes: dict[str, Any] | None = None) -> Any:
 
 def tiny_model(config: Any, seed: int = 0) -> Any:
     """Return a random model whose weights are large enough that every module affects the output."""
-    if (size := num_parameters(config)) > LARGEST:
+    if (size := num_parameters(config)) > MAX_PARAMETERS:
         raise OverflowError(f"{size} parameters are not tiny")
     torch.manual_seed(seed)
     return add_noise(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()

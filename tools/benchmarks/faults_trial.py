@@ -220,7 +220,7 @@ class Reference:
     run_dir: Path
     training: Training
     changes: tuple[list[str], ...]
-    """Return each rank's operations on the disk in the watched save."""
+    """Disk operations of each rank in the watched save."""
     start_seconds: float
     """Seconds until the first step was done."""
 

@@ -40,7 +40,7 @@ TRAIN = HERE.parents[1] / "megaft" / "train.py"
 GB = 1e9
 WORDS, POSITIONS = 50_257, 1024
 SECONDS_BETWEEN_LOOKS = 0.1
-WHAT = {
+CASE_DESCRIPTIONS = {
     "forward": "54 layers of 1920 (2.5 B), bf16, 2 ranks: loaded from shards as `--partition` does, 256 tokens scored",
     "train": "12 layers of 1920 (0.6 B), fp32, 2 ranks: one step of megaft/train.py from scratch, saved",
     "fake": "72 layers of 3072 (8.3 B), bf16, rank 0 of 64 on a fake process group: training's engine from scratch",
@@ -52,7 +52,7 @@ WHAT = {
 class Arguments:
     """Measure the memory of large sharded models."""
 
-    cases: tuple[str, ...] = tuple(WHAT)
+    cases: tuple[str, ...] = tuple(CASE_DESCRIPTIONS)
     """Cases to run: forward, train, fake, cut."""
     folder: Path | None = None
     """Folder with 13 GB of free space. By default a temporary one."""
@@ -72,6 +72,7 @@ class Measured:
     machine_bytes: int
     """Peak drop in the machine's available memory, including other processes."""
     said: dict[str, Any]
+    """Output of the main rank; the name is a key of the result files."""
 
 
 def main(arguments: Arguments) -> None:
@@ -134,8 +135,9 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 def measure_forward(folder: Path) -> Measured:
     """Load the 2.5 B shape sharded and score a text with it."""
     write_model(folder / "model", configuration(54, 1920, 20))
-    said = folder / "said.json"
-    measured = watch(2, [str(HERE / "large_models_ranks.py"), "forward", str(folder / "model"), str(said)], said)
+    output = folder / "output.json"
+    command = [str(HERE / "large_models_ranks.py"), "forward", str(folder / "model"), str(output)]
+    measured = measure_memory(2, command, output)
     measured.said["nats_per_token_layer_by_layer"] = nats_layer_by_layer(folder / "model")
     shutil.rmtree(folder)
     return measured
@@ -171,7 +173,7 @@ def measure_train(folder: Path) -> Measured:
     flags = [f"--deepspeed_config={folder / 'deepspeed.json'}", f"--model.from-scratch={folder / 'model'}"]
     flags += [f"--data.tokenizer={folder / 'model'}", f"--data.train={train}", "--data.context-length=128"]
     flags += ["--run.max-steps=1", "--run.export=none", f"--run.dir={folder / 'run'}", "--run.seed=1"]
-    measured = watch(2, [str(TRAIN), *flags], None)
+    measured = measure_memory(2, [str(TRAIN), *flags], None)
     files = list((folder / "run" / "checkpoints").rglob("*.safetensors"))
     row = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     measured.said.update(loss=row["loss"], checkpoint_bytes=sum(file.stat().st_size for file in files))
@@ -183,8 +185,8 @@ def measure_fake(folder: Path, case: str = "fake") -> Measured:
     """Build training's engine of the 8.3 B shape as one of 64 ranks."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(configuration(72, 3072, 24)))
-    said = folder / "said.json"
-    return watch(1, [str(HERE / "large_models_ranks.py"), case, str(folder), str(said)], said)
+    output = folder / "output.json"
+    return measure_memory(1, [str(HERE / "large_models_ranks.py"), case, str(folder), str(output)], output)
 
 
 def measure_cut(folder: Path) -> Measured:
@@ -192,7 +194,7 @@ def measure_cut(folder: Path) -> Measured:
     return measure_fake(folder, "cut")
 
 
-def watch(num_ranks: int, arguments: list[str], said: Path | None) -> Measured:
+def measure_memory(num_ranks: int, arguments: list[str], output: Path | None) -> Measured:
     """Start ranks and sample their memory until they end; return it with the figures of the main rank."""
     began, available = time.perf_counter(), _available()
     variables = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -217,7 +219,7 @@ def watch(num_ranks: int, arguments: list[str], said: Path | None) -> Measured:
         anonymous_bytes=peak,
         rank_bytes=peaks,
         machine_bytes=machine,
-        said={} if said is None else json.loads(said.read_text()),
+        said={} if output is None else json.loads(output.read_text()),
     )
 
 
@@ -244,18 +246,18 @@ def markdown(report: dict[str, Any]) -> str:
         "seconds": lambda case: f"{case['seconds']:.0f}",
     }
     rows = ((name, *(show(case) for show in columns.values())) for name, case in report["cases"].items())
-    said = [f"- {name}: `{json.dumps(case['said'])}`" for name, case in report["cases"].items()]
+    outputs = [f"- {name}: `{json.dumps(case['said'])}`" for name, case in report["cases"].items()]
     return "\n".join(
         [
             "# Memory of large sharded models\n",
             "Peaks of memory while a case runs, from starting Python to its end. Anonymous memory is what the ranks "
             "hold themselves; the machine's column also has mapped files that were read. That and the seconds are with "
             "whatever else ran there.\n",
-            *(f"- {name}: {WHAT[name]}" for name in report["cases"]),
+            *(f"- {name}: {CASE_DESCRIPTIONS[name]}" for name in report["cases"]),
             "",
             table(("case", *columns), rows),
             "\nOutput of the main rank:\n",
-            *said,
+            *outputs,
             f"\n- command: `python tools/benchmarks/large_models.py {' '.join(where['command'][1:])}`",
             f"- commit: {where['git'] and where['git']['commit']}",
             f"- hardware: {report['processor']}, {where['num_cores']} cores",

@@ -88,7 +88,7 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 if __name__ == "__main__":
-    said = {"forward": forward, "fake": fake, "cut": lambda folder: fake(folder, 8)}[sys.argv[1]](Path(sys.argv[2]))
-    assert math.isfinite(said.get("nats_per_token", 0))
+    output = {"forward": forward, "fake": fake, "cut": lambda folder: fake(folder, 8)}[sys.argv[1]](Path(sys.argv[2]))
+    assert math.isfinite(output.get("nats_per_token", 0))
     if os.environ["RANK"] == "0":
-        Path(sys.argv[3]).write_text(json.dumps(said))
+        Path(sys.argv[3]).write_text(json.dumps(output))

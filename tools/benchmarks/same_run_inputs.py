@@ -66,7 +66,7 @@ def write_task_files(folder: Path, pages: list[str]) -> None:
     for name in ("wiki.test.tokens", "wiki.test.raw", "ptb.test.txt", "enwik8", "text8"):
         (folder / name).write_text(text.replace(pages[0][40:48], "<unk>") if name.endswith("tokens") else text)
     (folder / "news.en.heldout-00000-of-00050").write_text("\n".join(filter(None, text.split("\n")[:20])) + "\n")
-    # A random model with tied embeddings tends to repeat a token, so some of these last words are its first choice.
+    # A random model with tied embeddings tends to repeat a token, so some of these last words are its greedy choice.
     passages = [[*page.split()[:150], word, word] for page, word in zip(pages, WORDS, strict=False)]
     write_records(folder / "lambada_test.jsonl", [{"text": " ".join(words)} for words in passages])
     for letters in ("CN", "NE"):

@@ -19,7 +19,7 @@ UNFRAMED = f"{MARK} "
 JOINT = "\n"
 """Replacement of a space that `mark_joints` would remove; no line contains one."""
 
-_LONGEST_TRIAL = 6  # tokens tried as one word, once the whole run failed; keeps time linear
+_MAX_JOINED_TOKENS = 6  # tokens tried as one word, once the whole run failed; keeps time linear
 _SPECIAL = re.compile(r"(?<![^ ])\w*+[^ \w][^ ]*+")  # a word of anything but letters and digits, which all stay
 
 
@@ -98,7 +98,7 @@ class LineDetokenizer:
             return word
         words, start = [], 0
         while start < len(tokens):
-            for end in range(min(len(tokens), start + _LONGEST_TRIAL), start, -1):
+            for end in range(min(len(tokens), start + _MAX_JOINED_TOKENS), start, -1):
                 if (word := self._word(tokens[start:end])) is not None:
                     break
             else:

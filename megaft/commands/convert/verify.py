@@ -25,6 +25,7 @@ from megaft.base.plural import counted
 from megaft.data.tokenizer import load_tokenizer
 from megaft.models.finite import require_finite_nats
 from megaft.models.hugging_face import NatsModel
+from megaft.models.nats_difference import MAX_NATS, MAX_RELATIVE, NatsDifference, nats_difference
 from megaft.weights.classic_megatron import is_classic
 from megaft.weights.loading.pretrained import load_language_model, set_dropout
 from megaft.weights.manifest import is_checkpoint
@@ -33,9 +34,6 @@ from megaft.weights.parameters import Weights, load_config
 from megaft.weights.reading import open_weights
 from megaft.weights.tensor_file import TensorFile
 
-MAX_NATS, MAX_RELATIVE = 1e-3, 1e-5
-"""Tolerance of one token's nats, and relative tolerance of the mean. A single wrong weight exceeds them about a
-thousandfold."""
 MAX_CONTEXT = 512
 """Largest number of input tokens per forward pass."""
 
@@ -62,18 +60,6 @@ stood like a second town turned upside down, and said: "Somebody has to write do
 """
 
 
-class Difference(NamedTuple):
-    """Difference between two models' nats on a text."""
-
-    num_tokens: int
-    mean: float
-    """Nats per token of the first model."""
-    largest: float
-    """Largest difference of one token's nats."""
-    relative: float
-    """Difference of the means, relative to the first."""
-
-
 class ComparedModel(NamedTuple):
     """One of the two models to compare."""
 
@@ -88,7 +74,7 @@ class ComparedModel(NamedTuple):
         return read_manifest(folder)["tensor_parallel_size"] if is_megatron_folder(folder) else 1
 
 
-def verify(before: ComparedModel, after: ComparedModel, dtype: str, text: str) -> Difference:
+def verify(before: ComparedModel, after: ComparedModel, dtype: str, text: str) -> NatsDifference:
     """Run both models on a text, one after the other, and return the difference.
 
     Raises:
@@ -99,15 +85,13 @@ def verify(before: ComparedModel, after: ComparedModel, dtype: str, text: str) -
     with TemporaryDirectory(prefix="megaft-verify-") as folder:
         Path(folder, "rows.json").write_text(json.dumps(rows))
         first, second = (_finite(nats_of(model, dtype, Path(folder)), rows, model) for model in (before, after))
-    mean = float(first.mean())
-    largest, mean_difference = float((first - second).abs().max()), abs(float(second.mean()) - mean)
-    difference = Difference(len(first), mean, largest, mean_difference / mean)
-    if not (largest <= MAX_NATS and mean_difference <= MAX_RELATIVE * mean):
+    difference = nats_difference(first, second)
+    if not difference.is_rounding():
         raise NumericsError(
-            f"{after.source} differs from {before.source}: the largest difference of one token is {largest:.3g} nats "
-            f"(tolerance {MAX_NATS:g}); the mean {mean:.6f} differs by {mean_difference:.3g} (tolerance "
-            f"{MAX_RELATIVE * mean:.3g}). Do not use {after.source}, which was not removed; report this as a bug of "
-            "megaft convert."
+            f"{after.source} differs from {before.source}: the largest difference of one token is "
+            f"{difference.largest:.3g} nats (tolerance {MAX_NATS:g}); the mean {difference.mean:.6f} differs by "
+            f"{difference.of_means:.3g} (tolerance {MAX_RELATIVE * difference.mean:.3g}). Do not use {after.source}, "
+            "which was not removed; report this as a bug of megaft convert."
         )
     return difference
 

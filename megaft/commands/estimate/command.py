@@ -65,7 +65,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         "activations": asdict(footprint.activations),
         "offloaded_bytes": footprint.states.host,
         "changes": [asdict(change) for change in fitting_changes],
-        "parameters": recipe.shape.num_parameters,
+        "parameters": recipe.dims.num_parameters,
         "parameters_of_a_rank": num_elements(recipe.work(setup).weights),
         "world_size": recipe.world_size,
         "data_parallel_size": recipe.num_data_ranks,
@@ -76,8 +76,8 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         "global_batch_size": setup.global_batch_size,
         "micro_batch_size": setup.micro_batch_size,
         "gradient_accumulation_steps": setup.gradient_accumulation_steps,
-        "checkpoint_bytes": recipe.shape.num_parameters * bytes_per_parameter(setup.optim),
-        "export_bytes": recipe.shape.num_parameters * 4,
+        "checkpoint_bytes": recipe.dims.num_parameters * bytes_per_parameter(setup.optim),
+        "export_bytes": recipe.dims.num_parameters * 4,
         **speed(recipe, setup.dtype, gpu, config.tokens),
     }
 
@@ -85,7 +85,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
 def recipe_of(config: EstimateConfig) -> Recipe:
     """Return the recipe of the settings, reading the model's configuration and the DeepSpeed JSON."""
     return Recipe(
-        shape=dimensions_of(configuration(config.model), config.dropout, source_of(config.model)),
+        dims=dimensions_of(configuration(config.model), config.dropout, source_of(config.model)),
         deepspeed=read_deepspeed_json(config.deepspeed_config),
         context_length=config.context_length,
         world_size=config.world_size,
@@ -101,8 +101,8 @@ def speed(recipe: Recipe, dtype: str, gpu: Gpu, tokens: float | None) -> dict[st
 
     The rates are null in float32, for which no shares are published, and in bf16 on a GPU without bf16.
     """
-    shape, peak = recipe.shape, data_sheet_flops(gpu.name)
-    work = flops_per_token(shape.num_parameters, shape.num_layers, shape.width, recipe.context_length)
+    dims, peak = recipe.dims, data_sheet_flops(gpu.name)
+    work = flops_per_token(dims.num_parameters, dims.num_layers, dims.width, recipe.context_length)
     result: dict[str, Any] = dict.fromkeys(("mfu", "mfu_gpu", "mfu_sources", "tokens_per_second", "days"))
     result |= {"flops_per_token": work, "peak_flops": peak}
     if dtype == "float32" or peak is None or (dtype == "bfloat16" and not gpu.has_bf16):

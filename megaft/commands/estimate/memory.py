@@ -34,7 +34,7 @@ STAGE_3 = {  # DeepSpeed's defaults, in elements
 class MicroBatch:
     """One micro-batch on one rank."""
 
-    shape: Dimensions
+    dims: Dimensions
     micro_batch_size: int
     context_length: int
     tensor_parallel_size: int = 1
@@ -52,7 +52,7 @@ class MicroBatch:
     @property
     def weights(self) -> ShapeCounts:
         """The parameters of this rank, before ZeRO."""
-        return self.shape.parameter_shapes(self.tensor_parallel_size, self.is_megatron)
+        return self.dims.parameter_shapes(self.tensor_parallel_size, self.is_megatron)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,12 +108,12 @@ def activations(work: MicroBatch) -> Activations:
     Attention is torch's fused kernel, which saves its inputs, output and one number per query and head; dropout saves a
     byte per element.
     """
-    shape, itemsize, tokens = work.shape, work.element_bytes, work.num_tokens
-    stream, inner = tokens * shape.width * itemsize, tokens * shape.inner_width // work.tensor_parallel_size * itemsize
+    dims, itemsize, tokens = work.dims, work.element_bytes, work.num_tokens
+    stream, inner = tokens * dims.width * itemsize, tokens * dims.inner_width // work.tensor_parallel_size * itemsize
     of_layer = tokens * _bytes_of_layer(work)
     kept = stream if work.is_recomputed else of_layer
-    vocab_rows = -(-shape.vocab_size // work.tensor_parallel_size)
-    head_size, logits = vocab_rows * shape.width, min(CHUNK_BYTES["cuda"], FLOAT * tokens * vocab_rows)
+    vocab_rows = -(-dims.vocab_size // work.tensor_parallel_size)
+    head_size, logits = vocab_rows * dims.width, min(CHUNK_BYTES["cuda"], FLOAT * tokens * vocab_rows)
     is_rounded = itemsize < FLOAT
     # Forward, beside the fp32 gradient of the output layer's weight, the largest of: a chunk's logits twice; its logits
     # in both dtypes with the previous chunk's; its logits and their product. Backward: that gradient, rounded.
@@ -121,43 +121,43 @@ def activations(work: MicroBatch) -> Activations:
     overlap = logits + next_logits * (2 + is_rounded) // 2
     forward = max(2 * logits, overlap, logits * (2 + is_rounded) // 2 + head_size * itemsize)
     # The gradient of the product behind an activation, and those of its two factors.
-    factors = 1 if not shape.is_gated and (work.is_megatron or shape.activation != "gelu_new") else 2
+    factors = 1 if not dims.is_gated and (work.is_megatron or dims.activation != "gelu_new") else 2
     return Activations(
-        saved=shape.num_layers * kept + tokens * _bytes_around_layers(work),
+        saved=dims.num_layers * kept + tokens * _bytes_around_layers(work),
         first=kept,
         layer=stream + factors * inner + (of_layer - stream if work.is_recomputed else 0),
         head=head_size * itemsize,
         loss=head_size * FLOAT
         + max(forward, head_size * (FLOAT + itemsize * is_rounded))
         + stream * (2 + work.is_megatron),
-        embedding=2 * head_size * itemsize * shape.is_tied + stream,  # tied: the output layer's, its own, and their sum
+        embedding=2 * head_size * itemsize * dims.is_tied + stream,  # tied: the output layer's, its own, and their sum
     )
 
 
 def _bytes_of_layer(work: MicroBatch) -> int:
     """Return the bytes per token that a layer saves: inputs of the layer, its matrices, norms and activations."""
-    shape, itemsize, size = work.shape, work.element_bytes, work.tensor_parallel_size
-    attention = shape.num_heads * shape.head_width // size
-    groups = shape.num_groups * shape.head_width // size
-    inner = shape.inner_width // size
-    fused = itemsize * (2 * attention + 2 * groups) + FLOAT * shape.num_heads // size
-    norms = 4 * shape.width * itemsize + 4 * FLOAT
-    if not shape.is_gated:
-        is_unfused = shape.activation == "gelu_new" and not work.is_megatron  # transformers writes it out
-        masks = 2 * shape.width if shape.dropout else 0
+    dims, itemsize, size = work.dims, work.element_bytes, work.tensor_parallel_size
+    attention = dims.num_heads * dims.head_width // size
+    groups = dims.num_groups * dims.head_width // size
+    inner = dims.inner_width // size
+    fused = itemsize * (2 * attention + 2 * groups) + FLOAT * dims.num_heads // size
+    norms = 4 * dims.width * itemsize + 4 * FLOAT
+    if not dims.is_gated:
+        is_unfused = dims.activation == "gelu_new" and not work.is_megatron  # transformers writes it out
+        masks = 2 * dims.width if dims.dropout else 0
         return norms + fused + inner * itemsize * (5 if is_unfused else 2) + masks
     if work.is_megatron:  # fused norms; v keeps the joint q, k and v tensor alive; gate and values are saved twice
         return norms + fused + itemsize * (attention + groups) + 5 * inner * itemsize
     # transformers' RMSNorm computes in fp32: it saves its input and the normalized input in fp32, and its output.
-    return norms + 2 * shape.width * FLOAT + fused + 4 * inner * itemsize
+    return norms + 2 * dims.width * FLOAT + fused + 4 * inner * itemsize
 
 
 def _bytes_around_layers(work: MicroBatch) -> int:
     """Return the bytes per token saved outside layers: the embedding's dropout mask, the final norm, labels."""
-    shape, itemsize = work.shape, work.element_bytes
-    if shape.norm == "LayerNorm":
-        return shape.width * (itemsize + (1 if shape.dropout else 0)) + 24
-    return shape.width * (itemsize if work.is_megatron else FLOAT + itemsize) + 24
+    dims, itemsize = work.dims, work.element_bytes
+    if dims.norm == "LayerNorm":
+        return dims.width * (itemsize + (1 if dims.dropout else 0)) + 24
+    return dims.width * (itemsize if work.is_megatron else FLOAT + itemsize) + 24
 
 
 def states(

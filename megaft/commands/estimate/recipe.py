@@ -18,7 +18,7 @@ from megaft.weights.dimensions import Dimensions
 class Recipe:
     """Model, batch and parallelism of a run, which determine its memory and speed."""
 
-    shape: Dimensions
+    dims: Dimensions
     deepspeed: dict[str, Any]
     """The DeepSpeed JSON as read."""
     context_length: int
@@ -29,14 +29,14 @@ class Recipe:
     optim: OptimConfig
 
     def __post_init__(self) -> None:
-        size, shape = self.tensor_parallel_size, self.shape
+        size, dims = self.tensor_parallel_size, self.dims
         num_data_ranks(self.world_size, size, "--tensor-parallel-size")
         require_shardable("megatron" if self.is_megatron else "hugging-face", size)
-        shape.require_shardable(size, "--tensor-parallel-size")
+        dims.require_shardable(size, "--tensor-parallel-size")
         require(
-            self.context_length <= shape.num_positions,
-            f"--context-length is {self.context_length}, but the model has {shape.num_positions} positions; "
-            f"use {shape.num_positions} or less.",
+            self.context_length <= dims.num_positions,
+            f"--context-length is {self.context_length}, but the model has {dims.num_positions} positions; "
+            f"use {dims.num_positions} or less.",
         )
 
     @property
@@ -62,7 +62,7 @@ class Recipe:
     def work(self, setup: ResolvedSettings) -> MicroBatch:
         """Return the micro-batch of one rank."""
         return MicroBatch(
-            shape=self.shape,
+            dims=self.dims,
             micro_batch_size=setup.micro_batch_size,
             context_length=self.context_length,
             tensor_parallel_size=self.tensor_parallel_size,
@@ -75,7 +75,7 @@ class Recipe:
         """Return the memory of a data-parallel rank; by default of the one with the most."""
         setup = self.setup()
         work = self.work(setup)
-        matrices = self.shape.matrices_in_order(self.tensor_parallel_size, self.is_megatron)
+        matrices = self.dims.matrices_in_order(self.tensor_parallel_size, self.is_megatron)
         held, passing = states(work.weights, setup, self.num_data_ranks, matrices, rank), activations(work)
         return Footprint(setup, held, passing, phases(held, passing))
 

@@ -1,4 +1,4 @@
-"""Load causal language models with transformers, or initialise new ones, with checks that transformers lacks."""
+"""Load causal language models with transformers, or initialize new ones, with checks that transformers lacks."""
 
 from __future__ import annotations
 
@@ -111,13 +111,13 @@ def _require_tied(name: str, model: CausalLM) -> None:
 def create_language_model(
     config_path: str, seed: int, dropout: float | None = None, budget: MemoryBudget | None = None
 ) -> CausalLM:
-    """Initialise a new model from a config.json; its weights depend only on the seed."""
+    """Initialize a new model from a config.json; its weights depend only on the seed."""
     config = read_new_config(config_path, dropout)
     return create_from(config, config_path, seed, budget=budget)
 
 
 def read_new_config(config_path: str, dropout: float | None = None) -> Any:
-    """Return the transformers configuration of a model to be initialised."""
+    """Return the transformers configuration of a model to be initialized."""
     require_safe_files("--model.from-scratch", config_path)
     with _naming_bad_config(config_path):
         config = _load_config(config_path, {})
@@ -128,7 +128,7 @@ def read_new_config(config_path: str, dropout: float | None = None) -> Any:
 def create_from(
     config: Any, config_path: str, seed: int, parts: int = 1, budget: MemoryBudget | None = None
 ) -> CausalLM:
-    """Initialise a model from a configuration; `parts` and `budget` are those of `no_larger_than_memory`."""
+    """Initialize a model from a configuration; `parts` and `budget` are those of `no_larger_than_memory`."""
     with _naming_bad_config(config_path, config):
         torch.manual_seed(seed)
         with no_larger_than_memory(f"--model.from-scratch is {config_path}", parts, budget):

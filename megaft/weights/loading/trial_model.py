@@ -33,10 +33,10 @@ TRIAL_ERRORS = (
 VOCAB_SIZE = 64
 """Vocabulary size of a trial model."""
 
-MOST_PARAMETERS = 50_000_000
+MAX_PARAMETERS = 50_000_000
 """Largest trial model with the model's own number of layers and experts: 0.2 GB, built in a second."""
 
-MOST_OF_FEW_LAYERS = 2_000_000_000
+MAX_PARAMETERS_OF_FEW_LAYERS = 2_000_000_000
 """Largest trial model with the model's width and one layer of each kind: 8 GB, for a width of 20,480."""
 
 SHORT_BLOCKS = dict.fromkeys(
@@ -78,11 +78,11 @@ def create_trial_model(model: CausalLM) -> CausalLM | None:
     """
     make, attention = type(model)._from_config, model.config._attn_implementation
     ids = torch.arange(5).unsqueeze(0)
-    for config, most_parameters in _configurations(model.config, make):
+    for config, max_parameters in _configurations(model.config, make):
         with keeping_random_states(), torch.no_grad():
             torch.manual_seed(0)
             try:
-                if num_parameters(config, make) > most_parameters:
+                if num_parameters(config, make) > max_parameters:
                     continue
                 trial_model = make(config, dtype=torch.float32, attn_implementation=attention)
                 add_noise(attend_to_padding_tokens(trial_model)).eval()(input_ids=ids, use_cache=False)
@@ -103,17 +103,17 @@ def add_noise(model: CausalLM) -> CausalLM:
 
 def _configurations(config: Any, make_model: Callable[..., CausalLM]) -> Iterator[tuple[Any, int]]:
     """Yield smaller configurations, smallest first, each with its maximum number of parameters."""
-    for make, most_parameters in ((_with_few_layers, MOST_OF_FEW_LAYERS), (lambda text: text, MOST_PARAMETERS)):
+    for make, max_parameters in ((_with_few_layers, MAX_PARAMETERS_OF_FEW_LAYERS), (lambda text: text, MAX_PARAMETERS)):
         small = deepcopy(config)
         try:
             text = small.get_text_config()
             _shorten(text)
             make(text)
-            if num_parameters(small, make_model) > MOST_PARAMETERS:
+            if num_parameters(small, make_model) > MAX_PARAMETERS:
                 _lower(text, FEW_EXPERTS | NARROW)
         except TRIAL_ERRORS:
             continue
-        yield small, most_parameters
+        yield small, max_parameters
 
 
 def _shorten(text: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megaft.base.errors import DataError
-from megaft.base.files import LONGEST_NAME, parse_json
+from megaft.base.files import MAX_NAME_BYTES, parse_json
 from megaft.base.plural import counted
 from megaft.weights.loading.size_limit import Size
 
@@ -65,7 +65,7 @@ def shard_names(index: Path) -> set[str]:
         names = set(map(str, parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{index} is damaged ({type(error).__name__}: {error}); copy it again.") from error
-    if too_long := [name for name in names if len(name.encode(errors="replace")) > LONGEST_NAME]:
+    if too_long := [name for name in names if len(name.encode(errors="replace")) > MAX_NAME_BYTES]:
         raise DataError(f"{index} lists {too_long[0][:40]}..., which is too long for a file name; copy it again.")
     return names
 

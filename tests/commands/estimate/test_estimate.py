@@ -24,8 +24,8 @@ MIB = 2**20
 def recipe(preset="gpt2", *, zero=None, half=None, batch=8, micro=4, **fields):
     settings = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro, "zero_optimization": zero or {}}
     settings |= {half: {"enabled": True}} if half else {}
-    shape = dimensions_of(PRESETS[preset], dropout=0.0)
-    return Recipe(shape=shape, deepspeed=settings, context_length=1024, optim=OptimConfig(), **fields)
+    dims = dimensions_of(PRESETS[preset], dropout=0.0)
+    return Recipe(dims=dims, deepspeed=settings, context_length=1024, optim=OptimConfig(), **fields)
 
 
 # transformers' and the makers' own counts
@@ -63,8 +63,8 @@ def test_weights_are_those_of_transformers(name):
 
 
 def test_a_cut_keeps_norms_and_cuts_matrices():
-    shape = dimensions_of(PRESETS["gpt2"])
-    whole, half = shape.parameter_shapes(1, is_fused=True), shape.parameter_shapes(2, is_fused=True)
+    dims = dimensions_of(PRESETS["gpt2"])
+    whole, half = dims.parameter_shapes(1, is_fused=True), dims.parameter_shapes(2, is_fused=True)
     # 50,257 words become 25,129 on each of two ranks; positions, norms and biases of rows stay whole.
     assert half[25_129, 768] == 1
     assert half[1024, 768] == whole[1024, 768] == 1
@@ -131,26 +131,24 @@ def test_offloading_moves_masters_and_moments_to_the_host():
 def test_activations_by_hand():
     # GPT-2, bf16, 2,048 tokens; a layer of transformers: 2 norms' inputs and outputs, q, k, v, attention's output,
     # and of the inner layer (4 wide) five tensors, all of 768 x 2 bytes; 12 numbers of attention and 4 of norms.
-    work = MicroBatch(shape=dimensions_of(PRESETS["gpt2"], 0.0), micro_batch_size=2, context_length=1024)
+    work = MicroBatch(dims=dimensions_of(PRESETS["gpt2"], 0.0), micro_batch_size=2, context_length=1024)
     layer = 2048 * (768 * 2 * (4 + 3 + 1 + 4 * 5) + 4 * (12 + 4))
     around = 2048 * (768 * 2 + 24)
     assert activations(work).saved == 12 * layer + around
-    recomputed = MicroBatch(shape=work.shape, micro_batch_size=2, context_length=1024, is_recomputed=True)
+    recomputed = MicroBatch(dims=work.dims, micro_batch_size=2, context_length=1024, is_recomputed=True)
     assert activations(recomputed).saved == 12 * 2048 * 768 * 2 + around
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_more_never_needs_less(name):
-    shape = dimensions_of(PRESETS[name])
+    dims = dimensions_of(PRESETS[name])
 
     def saved(**changed):
-        return activations(
-            MicroBatch(**{"shape": shape, "micro_batch_size": 2, "context_length": 1024} | changed)
-        ).saved
+        return activations(MicroBatch(**{"dims": dims, "micro_batch_size": 2, "context_length": 1024} | changed)).saved
 
     assert saved(is_recomputed=True) < saved() < saved(micro_batch_size=4) == 2 * saved()
     assert saved(element_bytes=4) > saved()
-    assert saved(is_megatron=True, tensor_parallel_size=shape.num_groups) < saved(is_megatron=True)
+    assert saved(is_megatron=True, tensor_parallel_size=dims.num_groups) < saved(is_megatron=True)
 
 
 @pytest.fixture
@@ -335,9 +333,9 @@ def test_a_cut_is_refused_as_training_refuses_it(changes, size, is_refused):
 
     def estimated():
         zeros = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}
-        shape = dimensions_of(GPT2 | changes)
+        dims = dimensions_of(GPT2 | changes)
         sizes = {"world_size": size, "tensor_parallel_size": size, "context_length": 1024}
-        Recipe(shape=shape, deepspeed=zeros, is_megatron=True, optim=OptimConfig(), **sizes)
+        Recipe(dims=dims, deepspeed=zeros, is_megatron=True, optim=OptimConfig(), **sizes)
 
     refused = refusal(estimated)
     assert (refused is not None) == is_refused

@@ -128,7 +128,7 @@ def test_hashes_are_sha256_of_tasks_that_exist():
 @pytest.mark.parametrize("task", WITH_FILES, ids=lambda task: task.name)
 def test_every_layout_is_found(tmp_path, offline, task, suffix):
     for text in ("tokens", "raw"):
-        for index, name in enumerate(task.wanted(text).paths):
+        for index, name in enumerate(task.files_for(text).paths):
             content = f"{text} {index}\n".encode()
             packed = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](content)
             path = written(tmp_path / f"{text} {index}" / f"{name}{suffix}", packed)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2TokenizerFast
 
+from evaluate_zero_shot.evaluation.prepared import encode_pair
 from evaluate_zero_shot.texts.lambada import STOP_WORDS, Example, examples, rows, stop_tokens
-from evaluate_zero_shot.trial.prepared import encode_pair
 from megaft.base.errors import DataError
 from megaft.data.tokenizer import load_tokenizer
 

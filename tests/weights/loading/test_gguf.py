@@ -7,7 +7,7 @@ import toy_gguf
 
 from megaft.base.errors import DataError
 from megaft.base.gguf import read_header
-from megaft.base.untrusted import MOST_LAYERS
+from megaft.base.untrusted import MAX_LAYERS
 from megaft.data.tokenizer import load_tokenizer
 from megaft.weights.loading.pretrained import load_language_model
 from megaft.weights.reading import open_weights
@@ -56,7 +56,7 @@ def test_a_file_is_the_model_that_was_written(make):
         pytest.param({"llama.block_count": 1}, r"block_count 1, but tensors of 2 layers", id="a layer too few"),
         pytest.param({"llama.block_count": 3}, r"block_count 3, but tensors of 2 layers", id="a layer too many"),
         pytest.param({"llama.block_count": 0}, r"block_count 0; use 1 to", id="no layers"),
-        pytest.param({"llama.block_count": MOST_LAYERS + 1}, r"block_count 10001; use 1 to 10,000", id="any number"),
+        pytest.param({"llama.block_count": MAX_LAYERS + 1}, r"block_count 10001; use 1 to 10,000", id="any number"),
         pytest.param({"tensors": {"blk.0.attn_q.bias": 32}}, r"48,320 weights, .* loads 48,288", id="a bias"),
         pytest.param({"tensors": {"rope_freqs.weight": 4}}, r"ignores rope_freqs\.weight", id="Llama 3's positions"),
         pytest.param({"texts": {"llama.rope.scaling.type": "yarn"}}, r"rope\.scaling\.type 'yarn'", id="YaRN"),

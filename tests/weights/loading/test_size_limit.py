@@ -9,7 +9,7 @@ import torch
 from tiny_models import edit_json, make_model
 
 from megaft.base.errors import DataError
-from megaft.base.untrusted import MOST_LAYERS, require_safe_files
+from megaft.base.untrusted import MAX_LAYERS, require_safe_files
 from megaft.commands.estimate.presets import configuration
 from megaft.weights.loading import memory_budget, size_limit
 from megaft.weights.loading.pretrained import create_from, create_language_model, load_language_model, read_new_config
@@ -58,7 +58,7 @@ def test_numbers_that_no_model_has_are_refused_by_name(file, content, says, tmp_
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        pytest.param("config.json", {"num_hidden_layers": MOST_LAYERS}, id="as many layers as may be"),
+        pytest.param("config.json", {"num_hidden_layers": MAX_LAYERS}, id="as many layers as may be"),
         pytest.param("config.json", {"full_attention_layers": [1, 20_000], "layers": None}, id="lists of layers"),
         pytest.param("config.json", {"time_step_limit": [0.0, float("inf")]}, id="infinity, as Mamba 2 has it"),
         pytest.param("config.json", {"a": -(2**63), "b": 2**63 - 1}, id="64 bits"),

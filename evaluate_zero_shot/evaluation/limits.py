@@ -10,7 +10,7 @@ from typing import Any
 from evaluate_zero_shot.formats import parse_number
 from evaluate_zero_shot.protocols import Protocol
 
-METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "accuracy")
+ALL_METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "accuracy")
 OVERFLOW_LABEL = f"above {sys.float_info.max:.2g}"
 """Label of a perplexity that overflows a float although its nats are finite."""
 
@@ -29,7 +29,7 @@ def has_finite_nats(result: Mapping[str, Any]) -> bool:
 
 def without_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry without its metrics, which mean nothing if the nats are not finite."""
-    return {**result, **dict.fromkeys((*METRICS, "confidence_interval_95"))}
+    return {**result, **dict.fromkeys((*ALL_METRICS, "confidence_interval_95"))}
 
 
 def remarks(result: Mapping[str, Any], protocol: Protocol) -> list[str]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import detokenizers
 import numpy as np
 
+from evaluate_zero_shot.evaluation import counts
+from evaluate_zero_shot.evaluation.geometry import Geometry
 from evaluate_zero_shot.protocols import LastWord, Protocol
 from evaluate_zero_shot.tasks import Task
 from evaluate_zero_shot.texts import cbt, lambada, pages
 from evaluate_zero_shot.texts.data_files import DataFile, read_records, read_text
-from evaluate_zero_shot.trial import counts
-from evaluate_zero_shot.trial.geometry import Geometry
 from megaft.base import parallel
 from megaft.base.errors import DataError
 from megaft.data.tokenizer import AnyTokenizer

@@ -1,7 +1,7 @@
 import pytest
 
+from evaluate_zero_shot.evaluation.geometry import resolve_geometry
 from evaluate_zero_shot.protocols import PROTOCOLS, describe, differences
-from evaluate_zero_shot.trial.geometry import resolve_geometry
 from megaft.base.errors import ConfigError
 
 

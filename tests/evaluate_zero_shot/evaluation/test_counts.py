@@ -5,8 +5,8 @@ import re
 import detokenizers
 import pytest
 
+from evaluate_zero_shot.evaluation import counts
 from evaluate_zero_shot.texts import pages
-from evaluate_zero_shot.trial import counts
 from megaft.data.tokenizer import load_tokenizer
 
 WIKITEXT103 = "wikitext103/wiki.test.tokens"

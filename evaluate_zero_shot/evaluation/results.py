@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluate_zero_shot.evaluation.limits import OVERFLOW_LABEL, is_capped
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
-from evaluate_zero_shot.trial.limits import OVERFLOW_LABEL, is_capped
 from megaft.base.errors import DataError
 from megaft.base.files import parse_json, write_json_atomic
 
@@ -71,7 +71,8 @@ class Result:
     seconds: float
     """Seconds of scoring, in the command that finished it."""
     tokens_per_second: float | None
-    """Scored tokens per second over all ranks; None if an earlier command scored some of them."""
+    """Scored tokens per second over all ranks (training's counts input tokens). None if an earlier command scored some
+    of them."""
     world_size: int
     """Number of ranks."""
     backend: str

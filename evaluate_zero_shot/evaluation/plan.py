@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evaluate_zero_shot.config import EvaluateConfig
+from evaluate_zero_shot.evaluation.evaluated_model import EvaluatedModel
+from evaluate_zero_shot.evaluation.geometry import Geometry, resolve_geometry
+from evaluate_zero_shot.evaluation.prepared import PreparedTask, prepare
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS, Task
 from evaluate_zero_shot.texts.data_files import DataFile, find_data
-from evaluate_zero_shot.trial.evaluated_model import EvaluatedModel
-from evaluate_zero_shot.trial.geometry import Geometry, resolve_geometry
-from evaluate_zero_shot.trial.prepared import PreparedTask, prepare
 from megaft.scoring.model import tokens_per_batch
 
 Data = Mapping[tuple[str, str], DataFile]

@@ -3,11 +3,11 @@ import math
 import numpy as np
 import pytest
 
+from evaluate_zero_shot.evaluation import counts, metrics
+from evaluate_zero_shot.evaluation.interval import ratio_interval, share_interval
+from evaluate_zero_shot.evaluation.limits import is_capped
+from evaluate_zero_shot.evaluation.prepared import PreparedTask, TokenText
 from evaluate_zero_shot.protocols import PROTOCOLS
-from evaluate_zero_shot.trial import counts, metrics
-from evaluate_zero_shot.trial.interval import ratio_interval, share_interval
-from evaluate_zero_shot.trial.limits import is_capped
-from evaluate_zero_shot.trial.prepared import PreparedTask, TokenText
 from megaft.scoring.score import Score, rows_of
 from megaft.scoring.windows import windows
 

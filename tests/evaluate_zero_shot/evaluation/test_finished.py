@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from evaluate_zero_shot.trial.finished import FinishedBatches
+from evaluate_zero_shot.evaluation.finished import FinishedBatches
 from megaft.base.errors import ConfigError
 
 

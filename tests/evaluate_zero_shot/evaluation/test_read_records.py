@@ -3,11 +3,11 @@ import json
 import pytest
 from tiny_tokenizers import make_byte_level
 
+from evaluate_zero_shot.evaluation.geometry import resolve_geometry
+from evaluate_zero_shot.evaluation.prepared import prepare
 from evaluate_zero_shot.protocols import PROTOCOLS
 from evaluate_zero_shot.tasks import TASKS
 from evaluate_zero_shot.texts.data_files import DataFile, read_records
-from evaluate_zero_shot.trial.geometry import resolve_geometry
-from evaluate_zero_shot.trial.prepared import prepare
 from megaft.base.errors import DataError
 from megaft.data.tokenizer import load_tokenizer
 

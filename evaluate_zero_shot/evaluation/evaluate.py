@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import transformers
 
-from evaluate_zero_shot.trial import metrics
-from evaluate_zero_shot.trial.evaluated_model import EvaluatedModel
-from evaluate_zero_shot.trial.finished import FinishedBatches
-from evaluate_zero_shot.trial.limits import is_capped
-from evaluate_zero_shot.trial.plan import Evaluation
-from evaluate_zero_shot.trial.results import Result
+from evaluate_zero_shot.evaluation import metrics
+from evaluate_zero_shot.evaluation.evaluated_model import EvaluatedModel
+from evaluate_zero_shot.evaluation.finished import FinishedBatches
+from evaluate_zero_shot.evaluation.limits import is_capped
+from evaluate_zero_shot.evaluation.plan import Evaluation
+from evaluate_zero_shot.evaluation.results import Result
 from megaft.base import parallel
 from megaft.base.dtypes import dtype_name
 from megaft.base.environment import environment

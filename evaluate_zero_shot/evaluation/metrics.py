@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from evaluate_zero_shot.evaluation.interval import ratio_interval, share_interval
+from evaluate_zero_shot.evaluation.prepared import PreparedTask
 from evaluate_zero_shot.protocols import Protocol, Words
-from evaluate_zero_shot.trial.interval import ratio_interval, share_interval
-from evaluate_zero_shot.trial.prepared import PreparedTask
 from megaft.scoring.score import Row, Score, exp
 
 NUM_BINS = 32
@@ -23,7 +23,7 @@ MIN_DOCUMENTS = 10
 def metrics(score: Score, prepared: PreparedTask, protocol: Protocol) -> dict[str, Any]:
     """Return the fields `nats` to `accuracy` of results.json."""
     if prepared.num_options:
-        score = _right_options(score, prepared)
+        score = _correct_options(score, prepared)
     assert math.isfinite(score.nats), "scoring refuses nats that are not finite"
     limit = protocol.exponent_limit or math.inf
     per_token = _mean_nats(score, prepared.rows, protocol)
@@ -35,19 +35,19 @@ def metrics(score: Score, prepared: PreparedTask, protocol: Protocol) -> dict[st
         "word_perplexity": None if per_word is None else exp(min(limit, per_word)),
         "byte_perplexity": score.byte_perplexity,
         "bits_per_byte": score.bits_per_byte,
-        "accuracy": float(np.mean(is_right)) if len(is_right := correctness(score, prepared)) else None,
+        "accuracy": float(np.mean(is_correct)) if len(is_correct := correctness(score, prepared)) else None,
     }
 
 
-def _right_options(score: Score, prepared: PreparedTask) -> Score:
-    """Return the score of the right options alone."""
+def _correct_options(score: Score, prepared: PreparedTask) -> Score:
+    """Return the score of the correct options alone."""
     assert score.token_nats is not None
     begins = np.cumsum([0, *prepared.num_options[:-1]])
     is_answer = np.zeros(len(score.token_nats), bool)
     for row in begins + prepared.answers:
         is_answer[prepared.rows[row].target_positions] = True
-    right = score.of(is_answer)
-    return Score(right.nats, right.num_scored_tokens, None, None, score.token_nats, score.is_greedy)
+    correct = score.of(is_answer)
+    return Score(correct.nats, correct.num_scored_tokens, None, None, score.token_nats, score.is_greedy)
 
 
 def _mean_nats(score: Score, rows: Sequence[Row], protocol: Protocol) -> float:
@@ -72,7 +72,7 @@ def _nats_per_word(score: Score, prepared: PreparedTask, protocol: Protocol) -> 
 
 
 def correctness(score: Score, prepared: PreparedTask) -> np.ndarray:
-    """Return a flag for each question or prompt: True if the model is right; empty for a text."""
+    """Return a flag for each question or prompt: True if the model is correct; empty for a text."""
     if not prepared.is_prompted:
         return np.zeros(0, bool)
     assert score.token_nats is not None
@@ -92,9 +92,9 @@ def interval(
     Documents, or a hundred blocks if there are few documents, are taken as independent samples of such text.
     """
     if headline == "accuracy":
-        right = correctness(score, prepared)
-        low, high = share_interval(int(right.sum()), len(right))
-        return {"quantity": headline, "low": low, "high": high, "method": f"Wilson, {len(right)} examples"}
+        is_correct = correctness(score, prepared)
+        low, high = share_interval(int(is_correct.sum()), len(is_correct))
+        return {"quantity": headline, "low": low, "high": high, "method": f"Wilson, {len(is_correct)} examples"}
     nats, weights, unit = units(score, prepared, NUM_BLOCKS, MIN_DOCUMENTS)
     if unit == "document" and prepared.document_words is not None:
         weights = np.array(prepared.document_words)
@@ -108,11 +108,11 @@ def interval(
 
 
 def units(
-    score: Score, prepared: PreparedTask, num_blocks: int, fewest_documents: int = 2
+    score: Score, prepared: PreparedTask, num_blocks: int, min_documents: int = 2
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Return nats and scored tokens of each document (or of equal blocks if documents are few), and the unit."""
     offsets, unit = prepared.tokens.document_offsets, "document"
-    if len(offsets) - 1 < fewest_documents:
+    if len(offsets) - 1 < min_documents:
         offsets, unit = np.linspace(0, offsets[-1], min(num_blocks, int(offsets[-1])) + 1).astype(int), "block"
     is_scored = np.zeros(int(offsets[-1]))
     for row in prepared.rows:
