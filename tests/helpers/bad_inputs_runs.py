@@ -31,7 +31,9 @@ def _(workshop):
     return damaged_shard(workshop, lambda shard: shard.unlink())
 
 
-@refuse("40 truncated shard", 4, r"rank-00000\.safetensors has [\d,]+ bytes, but the manifest says [\d,]+.*--run\.fresh")
+@refuse(
+    "40 truncated shard", 4, r"rank-00000\.safetensors has [\d,]+ bytes, but the manifest says [\d,]+.*--run\.fresh"
+)
 def _(workshop):
     return damaged_shard(workshop, lambda shard: shard.write_bytes(shard.read_bytes()[:-100]))
 
