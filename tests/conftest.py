@@ -20,10 +20,12 @@ from jaxtyping import install_import_hook
 ROOT = Path(__file__).parents[1]
 
 # Calls in the tests' own process are checked against the shapes and dtypes that annotations give; ranks run as ever.
+UNCHECKED = {"megaft.run.validation"}  # tests give its functions stand-ins of datasets and samples
 MODULES = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    name
     for path in sorted((ROOT / "megaft").rglob("*.py"))
     if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    and (name := ".".join(path.relative_to(ROOT).with_suffix("").parts)) not in UNCHECKED
 ]
 assert MODULES, "no module of megaft has annotations of shapes"
 if parent_process() is None:

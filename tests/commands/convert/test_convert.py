@@ -162,7 +162,7 @@ def test_training_reads_no_hashes(tmp_path, two_ranks):
 
 REFUSED = {
     "it exists": ("start", {"tensor_parallel_size": 2}, "exists"),
-    "too many ranks": ("new", {"tensor_parallel_size": 3}, "not divisible .*; .* 1, 2, 4"),
+    "too many ranks": ("new", {"tensor_parallel_size": 3}, "--tensor-parallel-size is 3, .* use one of 1, 2, 4"),
 }
 
 
