@@ -110,7 +110,7 @@ def test_on_cpu_a_row_is_ready_at_once():
 def test_on_a_gpu_a_row_is_one_step_late(monkeypatch):
     clock = itertools.count()
 
-    class CountingMark:
+    class CountingMark(metrics_module.DeviceTimestamp):
         def __init__(self, device):
             self.time = next(clock)
 
@@ -131,7 +131,7 @@ def test_on_a_gpu_a_row_is_one_step_late(monkeypatch):
 
 
 def test_a_run_that_fails_does_not_wait_for_a_device_that_waits_for_lost_ranks(tmp_path, monkeypatch):
-    class StuckMark:
+    class StuckMark(metrics_module.DeviceTimestamp):
         def __init__(self, device):
             pass
 
