@@ -242,7 +242,7 @@ def test_a_new_model_is_the_same_on_any_number_of_ranks(run_ranks):
 
 
 REFUSED = {
-    "attention groups": ("llama", {}, 4, "2 attention groups and .* are not both divisible by 4, .*; use one of 1, 2"),
+    "attention groups": ("llama", {}, 4, "2 KV heads and .* are not both divisible by 4, .*; use one of 1, 2"),
     "a rank without words": (
         "gpt2",
         {"vocab_size": 5},
