@@ -114,15 +114,18 @@ def is_file_name(name: str) -> bool:
     return is_plain and is_unicode(name) and len(name.encode()) <= MAX_NAME_BYTES
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON Lines file, without lines truncated by a crash."""
+def step_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of metrics.jsonl or events.jsonl: objects with an integer `step`.
+
+    Other lines are left out, such as one truncated by a crash.
+    """
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = parse_json(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict):
+            if isinstance(row, dict) and type(row.get("step")) is int:
                 yield row
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megaft.base.files import json_lines, sha256_of
+from megaft.base.files import sha256_of, step_rows
 from megaft.base.plural import counted
 from megaft.base.redaction import without_folders, without_secrets
 from megaft.config.data_source import parse_source
@@ -26,7 +26,7 @@ def model_card(config: TrainConfig, step: int, verified: str) -> str:
         step: Steps of the exported checkpoint.
         verified: Sentence about the verification of the export.
     """
-    rows = json_lines(config.run.dir / "metrics.jsonl")
+    rows = step_rows(config.run.dir / "metrics.jsonl")
     validations = {row["step"]: row["validation"] for row in rows if "validation" in row}
     lines = [
         "---",

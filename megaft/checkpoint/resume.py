@@ -24,7 +24,7 @@ from megaft.config.train import CHANGEABLE
 from megaft.weights.canonical import ReshardedReader, TransformersView
 from megaft.weights.checkpoint_reader import CheckpointReader
 from megaft.weights.layout import layout_of
-from megaft.weights.manifest import published, read_manifest, verify
+from megaft.weights.manifest import MANIFEST, published, read_manifest, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +107,20 @@ def load(engine: Any, folder: Path, identity: Identity, allow_changed: Collectio
 def _load(engine, folder: Path, identity: Identity, allow_changed: Collection[str]) -> tuple[RunState, dict]:
     manifest = read_manifest(folder)
     require_same_run(folder, manifest["identity"], asdict(identity), allow_changed)
-    state = RunState.from_json(manifest["state"])
+    state = _state_of(folder, manifest)
     engine_state.restore(engine, _reader(engine, folder, manifest), state.step - state.skipped_steps)
     engine_state.check_settings(engine, identity.optim["weight_decay"])
     return state, manifest["loss_scale"]
+
+
+def _state_of(folder: Path, manifest: dict[str, Any]) -> RunState:
+    try:
+        return RunState.from_json(manifest["state"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} has an invalid state; megaft did not write it. Copy the checkpoint again, or remove "
+            "it to resume from an earlier one."
+        ) from error
 
 
 def _reader(engine: Any, folder: Path, manifest: dict[str, Any]) -> Callable[[str, str, int, int], Tensor]:

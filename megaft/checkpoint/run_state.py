@@ -29,9 +29,13 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
-        """Return the state whose `asdict` was written as JSON."""
-        left_out = tuple((begin, end) for begin, end in values.pop("left_out"))
-        return cls(**values, left_out=left_out)
+        """Return the state whose `asdict` was written as JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: megaft did not write it.
+        """
+        left_out = tuple((begin, end) for begin, end in values["left_out"])
+        return cls(**values | {"left_out": left_out})
 
     def after_validation(self, nats_per_token: float) -> RunState:
         """Return the state updated with this step's validation."""

@@ -14,7 +14,7 @@ from typing import Any
 from megaft.base import heartbeat
 from megaft.base.ending import ending_of
 from megaft.base.errors import REQUEUE, CheckpointError, LostPeerError, NoProgressError
-from megaft.base.files import json_lines, naming_disk_errors, parse_json, to_json, write_json_atomic
+from megaft.base.files import naming_disk_errors, parse_json, step_rows, to_json, write_json_atomic
 from megaft.base.nested import mapped
 from megaft.base.redaction import without_folders
 
@@ -56,8 +56,8 @@ class Events:
         if self._path is None or folder.exists() or not self._path.exists():
             return
         last = None
-        for row in json_lines(self._path):
-            last = {"checkpoint": row["step"], "fresh": None}.get(row["event"], last)
+        for row in step_rows(self._path):
+            last = {"checkpoint": row["step"], "fresh": None}.get(row.get("event"), last)
         if last is not None:
             raise CheckpointError(
                 f"{folder} does not exist, but {self._path.name} records checkpoints, the last after step "
@@ -68,7 +68,7 @@ class Events:
         """Raise NoProgressError on the main rank if SLURM restarts this job for the third time at the same step."""
         if self._path is None or "SLURM_RESTART_COUNT" not in os.environ or not self._path.exists():
             return
-        starts = [row["step"] for row in json_lines(self._path) if row["event"] == "start"]
+        starts = [row["step"] for row in step_rows(self._path) if row.get("event") == "start"]
         if starts[-STARTS_WITHOUT_PROGRESS:] == [step] * STARTS_WITHOUT_PROGRESS:
             raise NoProgressError(
                 f"the job started {STARTS_WITHOUT_PROGRESS} times at step {step} and never got to its next checkpoint; "

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from megaft.base.files import json_lines, naming_disk_errors, replacing, to_json
+from megaft.base.files import naming_disk_errors, replacing, step_rows, to_json
 from megaft.config.train import MetricsConfig
 from megaft.run.terminal import Terminal
 from megaft.run.throughput import DeviceTimestamp, Meter
@@ -40,7 +40,7 @@ class MetricsFile:
     def _open(self, step: int) -> None:
         with replacing(self._path) as new:
             if step > 0 and self._path.exists():
-                new.writelines(to_json(row) + "\n" for row in json_lines(self._path) if row["step"] <= step)
+                new.writelines(to_json(row) + "\n" for row in step_rows(self._path) if row["step"] <= step)
         with naming_disk_errors(self._path):
             self._file = self._path.open("a", encoding="utf-8")
 

@@ -23,7 +23,7 @@ from megaft.checkpoint.resume import find, load
 from megaft.checkpoint.run_state import RunState
 from megaft.config.train import CheckpointConfig
 from megaft.weights import manifest as manifest_module
-from megaft.weights.manifest import folder_of, saved_steps, verify
+from megaft.weights.manifest import folder_of, manifest_text, read_manifest, saved_steps, verify
 from megaft.weights.tensor_file import write_shard
 
 MODES = [pytest.param(False, id="sync"), pytest.param(True, id="async")]
@@ -83,6 +83,17 @@ def test_a_saved_state_is_found_and_loaded(tmp_path, is_background):
     assert (manifest["world_size"], manifest["zero_stage"]) == (1, 0)
     assert manifest["versions"].keys() == {"megaft", "torch", "deepspeed"}
     assert names(tmp_path) == ["latest", "step-00000007"]
+
+
+@pytest.mark.parametrize("change", [{"left_out": None}, {"left_out": [3]}, {"unknown": 1}])
+def test_a_state_that_megaft_did_not_write_is_refused(tmp_path, change):
+    save(tmp_path, 7, 0.5).publish()
+    path = folder_of(tmp_path, 7) / "manifest.json"
+    manifest = read_manifest(path.parent)
+    manifest["state"] |= change
+    path.write_text(manifest_text(manifest))
+    with pytest.raises(CheckpointError, match=r"step-00000007/manifest\.json has an invalid state"):
+        load(PlainEngine(), path.parent, IDENTITY)
 
 
 def test_in_the_background_the_same_bytes_are_written(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megaft.base.errors import CheckpointError, ConfigError, LostPeerError, NoProgressError
-from megaft.base.files import json_lines, write_json_atomic
+from megaft.base.files import step_rows, write_json_atomic
 from megaft.run import events
 from megaft.run.events import Events, record_first, recorded_code, recording_errors
 
@@ -33,7 +33,7 @@ def test_a_line_that_a_full_disk_cut_short_spoils_no_other(tmp_path):
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"time": "2026')
     events.record("start", 4)
-    assert [row["step"] for row in json_lines(tmp_path / "events.jsonl")] == [0, 4]
+    assert [row["step"] for row in step_rows(tmp_path / "events.jsonl")] == [0, 4]
 
 
 def test_an_event_names_files_without_their_folders(tmp_path):
@@ -98,6 +98,18 @@ def test_checkpoints_whose_folder_is_gone_are_missed(tmp_path, events, is_there,
         (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match=r"--run\.fresh") if is_refused else nullcontext():
         trail.require_checkpoints(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"a": 1}', '{"step": "4", "event": "checkpoint"}', '{"step": 4}', "[]", '{"step": 4, "e']
+)
+def test_a_line_that_is_no_event_is_ignored(tmp_path, monkeypatch, line):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    trail = Events(tmp_path, is_main=True)
+    trail.record("start", 0)
+    (tmp_path / "events.jsonl").write_text((tmp_path / "events.jsonl").read_text() + line + "\n")
+    trail.require_checkpoints(tmp_path / "checkpoints")
+    trail.require_progress(0)
 
 
 def test_the_reason_of_an_end_is_kept_where_there_is_a_run(tmp_path):

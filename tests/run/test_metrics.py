@@ -207,6 +207,13 @@ def test_what_was_reported_survives_a_crash_of_the_loop(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1]
 
 
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"step": "1"}', '{"step": null}', '{"step": 1, "lo'])
+def test_a_line_that_is_no_row_is_dropped_on_resuming(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n' + line + "\n")
+    MetricsFile(tmp_path / "metrics.jsonl", first_step=1).close()
+    assert rows_of(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
+
+
 STEP = {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 12345.6, "mfu": None}
 
 

@@ -286,10 +286,10 @@ def _make_rows(folder: Path) -> None:
 
 
 def _read_rows(folder: Path) -> None:
-    from megaft.base.files import json_lines
+    from megaft.base.files import step_rows
 
     path = folder / "metrics.jsonl"
-    for row in json_lines(path) if path.is_file() else ():  # a run makes it, and reads it where it is
+    for row in step_rows(path) if path.is_file() else ():  # a run makes it, and reads it where it is
         row.get("step")
 
 
