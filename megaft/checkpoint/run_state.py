@@ -35,7 +35,7 @@ class RunState:
             KeyError, TypeError, ValueError: megaft did not write it.
         """
         left_out = tuple((begin, end) for begin, end in values["left_out"])
-        return cls(**values | {"left_out": left_out})
+        return replace(cls(**values), left_out=left_out)
 
     def after_validation(self, nats_per_token: float) -> RunState:
         """Return the state updated with this step's validation."""

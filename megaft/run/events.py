@@ -57,7 +57,7 @@ class Events:
             return
         last = None
         for row in step_rows(self._path):
-            last = {"checkpoint": row["step"], "fresh": None}.get(row.get("event"), last)
+            last = {"checkpoint": row["step"], "fresh": None}.get(str(row.get("event")), last)
         if last is not None:
             raise CheckpointError(
                 f"{folder} does not exist, but {self._path.name} records checkpoints, the last after step "
