@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megaft.base.errors import REPORT, NumericsError
-from megaft.models.nats_difference import nats_difference
+from megaft.models.nats_difference import NatsDifference, nats_difference
 from megaft.models.offload import Fetch, from_disk, offloaded_model
 from megaft.weights.canonical import TransformersView
 from megaft.weights.checkpoint_reader import WEIGHT
@@ -88,12 +88,16 @@ def check_nats_from_disk(architecture: Any, fetch: Fetch, folder: Path, rows: Ro
 
 
 def _compared(trained: Tensor, exported: Tensor, folder: Path) -> Verified:
-    require_same_nats(trained, exported, folder)
-    return Verified(len(trained), float(trained.mean()), float(exported.mean()))
+    difference = require_same_nats(trained, exported, folder)
+    return Verified(difference.num_tokens, difference.mean, difference.other_mean)
 
 
-def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
-    """Raise NumericsError if two models' nats of the same tokens differ by more than rounding, or are not finite."""
+def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> NatsDifference:
+    """Return the difference between two models' nats of the same tokens.
+
+    Raises:
+        NumericsError: They differ by more than rounding, or are not finite.
+    """
     if num_bad := int((~trained.isfinite()).sum()):
         raise NumericsError(
             f"{folder} was not published: the trained model's nats of {num_bad:,} of {len(trained):,} held-out tokens "
@@ -104,9 +108,10 @@ def require_same_nats(trained: Tensor, exported: Tensor, folder: Path) -> None:
     if not difference.is_rounding(scale=max(1, difference.mean), min_mean=MIN_MEAN):
         raise NumericsError(
             f"{folder} was not published: the model that plain transformers loads from it has "
-            f"{float(exported.mean()):.6f} nats per token on {len(trained)} held-out tokens, but the trained model has "
-            f"{difference.mean:.6f}. The checkpoint is intact; {REPORT}."
+            f"{difference.other_mean:.6f} nats per token on {difference.num_tokens} held-out tokens, but the trained "
+            f"model has {difference.mean:.6f}. The checkpoint is intact; {REPORT}."
         )
+    return difference
 
 
 class _ReferenceNats(nn.Module):

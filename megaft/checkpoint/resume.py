@@ -24,7 +24,7 @@ from megaft.config.train import CHANGEABLE
 from megaft.weights.canonical import ReshardedReader, TransformersView
 from megaft.weights.checkpoint_reader import CheckpointReader
 from megaft.weights.layout import layout_of
-from megaft.weights.manifest import MANIFEST, published, read_manifest, verify
+from megaft.weights.manifest import MANIFEST, RECOPY, published, read_manifest, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,8 @@ def _state_of(folder: Path, manifest: dict[str, Any]) -> RunState:
         return RunState.from_json(manifest["state"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST} has an invalid state; megaft did not write it. Copy the checkpoint again, or remove "
-            "it to resume from an earlier one."
+            f"{folder / MANIFEST} has an invalid state; megaft did not write it; {RECOPY}, or remove it to resume from "
+            "an earlier one."
         ) from error
 
 

@@ -17,10 +17,15 @@ class NatsDifference(NamedTuple):
     num_tokens: int
     mean: float
     """Nats per token of the first model."""
+    other_mean: float
+    """Nats per token of the second model."""
     largest: float
     """Largest difference of one token's nats."""
-    of_means: float
-    """Absolute difference of the means."""
+
+    @property
+    def of_means(self) -> float:
+        """Absolute difference of the means."""
+        return abs(self.other_mean - self.mean)
 
     @property
     def relative(self) -> float:
@@ -39,5 +44,5 @@ class NatsDifference(NamedTuple):
 
 def nats_difference(first: Tensor, second: Tensor) -> NatsDifference:
     """Return the difference between two models' nats, shape (tokens,)."""
-    mean, largest = float(first.mean()), float((first - second).abs().max())
-    return NatsDifference(len(first), mean, largest, abs(float(second.mean()) - mean))
+    largest = float((first - second).abs().max())
+    return NatsDifference(len(first), float(first.mean()), float(second.mean()), largest)

@@ -23,27 +23,18 @@ import tyro
 from prepare import short
 from torch import Tensor
 from train_report import cpu_name, table
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megaft.base.environment import environment
+from megaft.commands.estimate.presets import PRESETS
 from megaft.data.samples import IGNORE_INDEX
 from megaft.scoring.last_layer import AnyTrunk
 from megaft.scoring.model import ScoringModel, fuse_activations
 from megaft.scoring.packed import PackedLinear, can_pack, pack_linears
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = {
-    "GPT-2 124M": GPT2Config(),
-    "SmolLM2-135M": LlamaConfig(
-        num_hidden_layers=30,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-}
+PRESET_NAMES = {"GPT-2 124M": "gpt2", "SmolLM2-135M": "smollm2-135m"}
+MODELS: dict[str, Any] = {name: AutoConfig.for_model(**PRESETS[preset]) for name, preset in PRESET_NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
