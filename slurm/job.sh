@@ -13,10 +13,13 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes are often offline: do
 # Since SLURM 22.05 srun gives a task one core by default, whatever the job's --cpus-per-task is. --wait=0: the first
 # task exports the model after the others have ended, and some sites limit how long srun waits for the last one.
 run_tasks() {
-    srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 --wait=0 "$PYTHON" "$@" &
-    local code=0 seen=-1 step=$!
+    local code=0 seen=-1 step=''
     signals=0
-    trap 'signals=$((signals + 1)); kill -USR1 "$step" || true' USR1
+    # Set first: without a trap, SIGUSR1 kills this script and leaves the step running.
+    trap 'signals=$((signals + 1)); [ -z "${step:-}" ] || kill -USR1 "$step" || true' USR1
+    srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 --wait=0 "$PYTHON" "$@" &
+    step=$!
+    if [ "$signals" -gt 0 ]; then kill -USR1 "$step" || true; fi
     while [ "$seen" -lt "$signals" ]; do # a signal interrupts `wait` while the step still runs
         seen=$signals code=0
         wait "$step" || code=$?

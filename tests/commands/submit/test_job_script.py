@@ -123,7 +123,9 @@ def test_a_job_that_gives_up_says_so_in_its_folder(finetune, tmp_path, during, e
     assert row == {"event": "gave up", "step": None, **end}
 
 
-TIME_IS_OVER = "trap 'exit 143' USR1; kill -USR1 $PPID; while :; do :; done"  # the script passes the signal on
+# The script passes the signal on; if it does not, the stand-in must end, or the test would wait for it.
+TIME_IS_OVER = "trap 'exit 143' USR1; kill -USR1 $PPID; for _ in {1..600}; do /bin/sleep 0.1; done; exit 9"
+SLOW_TRAP = 'trap() { /bin/sleep 0.3; builtin trap "$@"; }; '
 WINDOW = 'mkdir -p "$OUT/windows/k"; echo 1234 >> "$OUT/windows/k/0.nats"; '
 
 
@@ -149,3 +151,8 @@ def test_an_evaluation_without_progress_is_not_requeued_for_ever(tmp_path, turns
         out = tmp_path / "out put"
         seen.append(call(f'evaluate --model gpt2 --output "{out}" --task t', turn, number, OUT=str(out)))
     assert seen == [(end, ["requeue", "7"] if end == 143 else []) for end in ends]
+
+
+def test_a_signal_during_the_first_moments_of_a_step_reaches_it(tmp_path):
+    turn = stand_ins(tmp_path / "turn", COMMANDS | {"srun": TIME_IS_OVER})
+    assert call(f"{SLOW_TRAP}evaluate --output {tmp_path / 'out'}", turn, 0) == (143, ["requeue", "7"])
