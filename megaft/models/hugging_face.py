@@ -16,7 +16,9 @@ from megaft.base.errors import ConfigError, DataError
 from megaft.config.train import LoraConfig, ModelConfig
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
-from megaft.models.loss import Head, token_nats
+from megaft.models.fused import fuse
+from megaft.models.head import Head
+from megaft.models.loss import token_nats
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.weights.loading.memory_budget import agreed_memory_budget
 from megaft.weights.loading.pretrained import (
@@ -100,7 +102,7 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
         num_partitions, budget = parallel.world_size(), agreed_memory_budget()
         with zero_init_context(engine_config, is_new=True):
             model = create_from(new_config, config.from_scratch, seed, num_partitions, budget)
-    return together(_with_activation_checkpointing, model, config)
+    return together(_prepared, model, config)
 
 
 def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, budget: MemoryBudget | None = None) -> CausalLM:
@@ -112,11 +114,12 @@ def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, budget: Memory
         model = create_language_model(config.from_scratch, seed, config.dropout, budget)
     if lora.rank:
         add_adapters(model, lora, seed)
-    return _with_activation_checkpointing(model, config)
+    return _prepared(model, config)
 
 
-def _with_activation_checkpointing(model: CausalLM, config: ModelConfig) -> CausalLM:
-    """Return the model, with activation checkpointing if the settings enable it."""
+def _prepared(model: CausalLM, config: ModelConfig) -> CausalLM:
+    """Return the model with fused operations, and with activation checkpointing if the settings enable it."""
+    fuse(model)
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(

@@ -30,8 +30,9 @@ from megaft.base.checks import require
 from megaft.base.untrusted import require_safe_files
 from megaft.config.parallelism import Backend
 from megaft.config.train import ModelConfig
+from megaft.models.head import Head
 from megaft.models.hugging_face import architecture_of, positions_within
-from megaft.models.loss import Head, VocabularyShard
+from megaft.models.loss import VocabularyShard
 from megaft.weights.dimensions import MAX_RANKS
 from megaft.weights.families import family_of, model_dimensions
 from megaft.weights.layout import layout_of

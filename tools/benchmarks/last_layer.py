@@ -27,9 +27,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from megaft.base.environment import environment
 from megaft.data.samples import IGNORE_INDEX
+from megaft.models.fused import fuse
+from megaft.models.products import has_onednn
 from megaft.scoring.last_layer import AnyTrunk
-from megaft.scoring.model import ScoringModel, fuse_activations
-from megaft.scoring.packed import PackedLinear, can_pack, pack_linears
+from megaft.scoring.model import ScoringModel
+from megaft.scoring.packed import PackedLinear, pack_linears
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {
@@ -98,7 +100,7 @@ def scoring_model(name: str, *, is_pruned: bool) -> ScoringModel:
     """Return a model with the same random weights either way."""
     torch.manual_seed(0)
     language_model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
-    fuse_activations(language_model)
+    fuse(language_model)
     model = ScoringModel(language_model)
     if not is_pruned:
         model.trunk = AnyTrunk(language_model)
@@ -112,7 +114,7 @@ def scoring_model(name: str, *, is_pruned: bool) -> ScoringModel:
 
 def is_packed() -> bool:
     """Return True if evaluation packs float32 weights on this processor."""
-    return can_pack(torch.float32, torch.device("cpu"))
+    return has_onednn(torch.float32, torch.device("cpu"))
 
 
 def cpu_seconds(models: list[ScoringModel], input_ids: Tensor, labels: Tensor, repeat: int) -> list[float]:
