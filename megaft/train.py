@@ -61,6 +61,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
 
     # Before DeepSpeed initializes CUDA.
     torch_flags.set_before_cuda(config.run.deterministic, config.parallel.tensor_parallel_size)
+    from megaft.base.device import seed_generators
     from megaft.checkpoint.export import export
     from megaft.data.batches import micro_batches
     from megaft.run.build import build
@@ -112,7 +113,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
             for batch in batches:
                 # Dropout masks depend only on the seed and the samples' positions. So they are the same after a resume
                 # and, at equal micro-batch size, on any number of ranks.
-                torch.manual_seed(dropout_seed(config.run.seed, batch.first_position))
+                seed_generators(dropout_seed(config.run.seed, batch.first_position), device)
                 batch_nats = engine(*batch.to(device))
                 nats += batch_nats.detach()
                 # DeepSpeed averages gradients over data ranks: undo that, and average over the global batch's scored
