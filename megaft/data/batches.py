@@ -104,17 +104,18 @@ def collate(
     rounded = -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
     length = row_length or min(rounded, longest or rounded)
 
-    def stack(arrays: list[np.ndarray], filler: int) -> Tensor:
+    def stack(arrays: list[np.ndarray], filler: int) -> np.ndarray:
         padded = np.full((len(arrays), length), filler, dtype=np.int64)
         for row, array in zip(padded, arrays, strict=True):
             row[: len(array)] = array
-        return torch.from_numpy(padded)
+        return padded
 
+    # Counted in numpy: in a thread of its own, torch would start a second pool of threads.
     labels = stack([row.labels for row in rows], IGNORE_INDEX)
     return Batch(
-        stack([row.input_ids for row in rows], 0),
-        labels,
-        stack([row.document_ids for row in rows], -1) if with_document_ids else None,
+        torch.from_numpy(stack([row.input_ids for row in rows], 0)),
+        torch.from_numpy(labels),
+        torch.from_numpy(stack([row.document_ids for row in rows], -1)) if with_document_ids else None,
         sum(len(row.input_ids) for row in rows),
         int((labels != IGNORE_INDEX).sum()),
         first_position,
