@@ -16,6 +16,7 @@ from megaft.base.errors import ConfigError, DataError
 from megaft.config.train import LoraConfig, ModelConfig
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
+from megaft.models.attention import document_mask, takes_masks
 from megaft.models.fused import fuse
 from megaft.models.head import Head
 from megaft.models.loss import token_nats
@@ -59,7 +60,7 @@ class NatsModel(nn.Module):
             document_ids: Document number of each token; attention and positions then stay within documents.
             per_token: Return each label's nats instead of their sum, without gradients.
         """
-        inside = {} if document_ids is None else {"position_ids": positions_within(document_ids)}
+        inside = {} if document_ids is None else self._within(document_ids)
         if self.head is None:
             logits = self.language_model(input_ids=input_ids, use_cache=False, **inside).logits
             nats = token_nats(logits, labels)
@@ -67,12 +68,17 @@ class NatsModel(nn.Module):
         hidden = self.language_model.base_model(input_ids=input_ids, use_cache=False, **inside).last_hidden_state
         return self.head(hidden, labels, per_token)
 
+    def _within(self, document_ids: Int64[Tensor, "batch time"]) -> dict[str, Tensor]:
+        """Return the model's inputs that keep attention and positions within documents."""
+        inputs = {"position_ids": positions_within(document_ids)}
+        return inputs | {"attention_mask": document_mask(document_ids)} if takes_masks(self.language_model) else inputs
+
 
 def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor, "batch time"]:
     """Return position ids that restart at 0 in every document.
 
     Given these and no mask, transformers confines attention to each run of consecutive positions
-    (masking_utils.find_packed_sequence_indices), in every attention implementation.
+    (masking_utils.find_packed_sequence_indices), in every attention implementation that it makes masks for.
     """
     steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
