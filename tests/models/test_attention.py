@@ -80,6 +80,7 @@ def test_the_mask_of_documents_is_transformers_own():
         past_key_values=None,
         position_ids=positions_within(DOCUMENTS),
     )
+    assert expected is not None
     assert torch.equal(document_mask(DOCUMENTS), expected)
 
 
