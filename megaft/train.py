@@ -61,8 +61,9 @@ def train(config: TrainConfig, topology: Topology) -> int:
 
     # Before DeepSpeed initializes CUDA.
     torch_flags.set_before_cuda(config.run.deterministic, config.parallel.tensor_parallel_size)
+    from megaft.base.device import seed_generators
     from megaft.checkpoint.export import export
-    from megaft.data.batches import micro_batches
+    from megaft.data.prefetch import Prefetch
     from megaft.run.build import build
     from megaft.run.metrics import Metrics
     from megaft.run.optim import learning_rate, set_learning_rate
@@ -80,7 +81,8 @@ def train(config: TrainConfig, topology: Topology) -> int:
     tokens_seen = torch.tensor(state.tokens_seen, device=device)
     request = None
 
-    with Metrics(
+    prefetch = Prefetch(samples, run.batch_split, run.row_length)
+    metrics = Metrics(
         config.run.dir,
         config.metrics,
         first_step=state.step,
@@ -88,7 +90,8 @@ def train(config: TrainConfig, topology: Topology) -> int:
         is_main=topology.is_main,
         meter=run.meter,
         settings=run.settings(),
-    ) as metrics:
+    )
+    with prefetch, metrics:
         if validation and state.step == 0:
             with metrics.pause():
                 metrics.validation(0, validate_or_stop(run, 0).as_dict())
@@ -101,7 +104,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
         while not is_over(config, state, max_steps) and not (request and request.exit_code):
             step_rate = learning_rate(state.step, plan.setup.optim, max_steps)
             set_learning_rate(engine.optimizer, step_rate)
-            batches = micro_batches(samples, state.position, state.left_out, run.batch_split, run.row_length)
+            batches = prefetch.take(state.position, state.left_out)
             counts = [sum(batch.num_scored for batch in batches), sum(batch.num_tokens for batch in batches)]
             counts = torch.tensor(counts).to(device, non_blocking=True)
             # Never 0: every sample contains a scored token.
@@ -112,7 +115,7 @@ def train(config: TrainConfig, topology: Topology) -> int:
             for batch in batches:
                 # Dropout masks depend only on the seed and the samples' positions. So they are the same after a resume
                 # and, at equal micro-batch size, on any number of ranks.
-                torch.manual_seed(dropout_seed(config.run.seed, batch.first_position))
+                seed_generators(dropout_seed(config.run.seed, batch.first_position), device)
                 batch_nats = engine(*batch.to(device))
                 nats += batch_nats.detach()
                 # DeepSpeed averages gradients over data ranks: undo that, and average over the global batch's scored

@@ -31,6 +31,17 @@ def device_of(topology: Topology) -> torch.device:
     return torch.device("cuda", index)
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the default random generators of the CPU and of this rank's GPU.
+
+    They draw the numbers that they draw after torch.manual_seed, which also formats a stack trace for every kind of
+    device that has not started: 0.5 ms.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
 def require_own_gpu(device: torch.device, world_size: int, store: Store) -> None:
     """Raise ConfigError on every rank if two ranks of `store` use the same GPU.
 

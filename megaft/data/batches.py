@@ -24,6 +24,7 @@ class Batch:
     input_ids: Int64[Tensor, "batch time"]
     labels: Int64[Tensor, "batch time"]
     document_ids: Int64[Tensor, "batch time"] | None
+    """None if attention is not kept within documents, or every row is part of one document."""
     num_tokens: int
     """Input tokens without padding."""
     num_scored: int
@@ -104,17 +105,19 @@ def collate(
     rounded = -(-max(len(row.input_ids) for row in rows) // PADDED_TO) * PADDED_TO
     length = row_length or min(rounded, longest or rounded)
 
-    def stack(arrays: list[np.ndarray], filler: int) -> Tensor:
+    def stack(arrays: list[np.ndarray], filler: int) -> np.ndarray:
         padded = np.full((len(arrays), length), filler, dtype=np.int64)
         for row, array in zip(padded, arrays, strict=True):
             row[: len(array)] = array
-        return torch.from_numpy(padded)
+        return padded
 
+    is_divided = with_document_ids and any(len(row.input_ids) < length or np.ptp(row.document_ids) for row in rows)
+    # Counted in numpy: in a thread of its own, torch would start a second pool of threads.
     labels = stack([row.labels for row in rows], IGNORE_INDEX)
     return Batch(
-        stack([row.input_ids for row in rows], 0),
-        labels,
-        stack([row.document_ids for row in rows], -1) if with_document_ids else None,
+        torch.from_numpy(stack([row.input_ids for row in rows], 0)),
+        torch.from_numpy(labels),
+        torch.from_numpy(stack([row.document_ids for row in rows], -1)) if is_divided else None,
         sum(len(row.input_ids) for row in rows),
         int((labels != IGNORE_INDEX).sum()),
         first_position,

@@ -16,7 +16,10 @@ from megaft.base.errors import ConfigError, DataError
 from megaft.config.train import LoraConfig, ModelConfig
 from megaft.models import trials
 from megaft.models.adapters import add_adapters
-from megaft.models.loss import Head, token_nats
+from megaft.models.attention import document_mask, takes_masks
+from megaft.models.fused import fuse
+from megaft.models.head import Head
+from megaft.models.loss import token_nats
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.weights.loading.memory_budget import agreed_memory_budget
 from megaft.weights.loading.pretrained import (
@@ -57,7 +60,7 @@ class NatsModel(nn.Module):
             document_ids: Document number of each token; attention and positions then stay within documents.
             per_token: Return each label's nats instead of their sum, without gradients.
         """
-        inside = {} if document_ids is None else {"position_ids": positions_within(document_ids)}
+        inside = {} if document_ids is None else self._within(document_ids)
         if self.head is None:
             logits = self.language_model(input_ids=input_ids, use_cache=False, **inside).logits
             nats = token_nats(logits, labels)
@@ -65,12 +68,17 @@ class NatsModel(nn.Module):
         hidden = self.language_model.base_model(input_ids=input_ids, use_cache=False, **inside).last_hidden_state
         return self.head(hidden, labels, per_token)
 
+    def _within(self, document_ids: Int64[Tensor, "batch time"]) -> dict[str, Tensor]:
+        """Return the model's inputs that keep attention and positions within documents."""
+        inputs = {"position_ids": positions_within(document_ids)}
+        return inputs | {"attention_mask": document_mask(document_ids)} if takes_masks(self.language_model) else inputs
+
 
 def positions_within(document_ids: Int64[Tensor, "batch time"]) -> Int64[Tensor, "batch time"]:
     """Return position ids that restart at 0 in every document.
 
     Given these and no mask, transformers confines attention to each run of consecutive positions
-    (masking_utils.find_packed_sequence_indices), in every attention implementation.
+    (masking_utils.find_packed_sequence_indices), in every attention implementation that it makes masks for.
     """
     steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
@@ -100,7 +108,7 @@ def build(config: ModelConfig, lora: LoraConfig, seed: int, engine_config: dict[
         num_partitions, budget = parallel.world_size(), agreed_memory_budget()
         with zero_init_context(engine_config, is_new=True):
             model = create_from(new_config, config.from_scratch, seed, num_partitions, budget)
-    return together(_with_activation_checkpointing, model, config)
+    return together(_prepared, model, config)
 
 
 def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, budget: MemoryBudget | None = None) -> CausalLM:
@@ -112,11 +120,12 @@ def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, budget: Memory
         model = create_language_model(config.from_scratch, seed, config.dropout, budget)
     if lora.rank:
         add_adapters(model, lora, seed)
-    return _with_activation_checkpointing(model, config)
+    return _prepared(model, config)
 
 
-def _with_activation_checkpointing(model: CausalLM, config: ModelConfig) -> CausalLM:
-    """Return the model, with activation checkpointing if the settings enable it."""
+def _prepared(model: CausalLM, config: ModelConfig) -> CausalLM:
+    """Return the model with fused operations, and with activation checkpointing if the settings enable it."""
+    fuse(model)
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(

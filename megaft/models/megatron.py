@@ -30,8 +30,10 @@ from megaft.base.checks import require
 from megaft.base.untrusted import require_safe_files
 from megaft.config.parallelism import Backend
 from megaft.config.train import ModelConfig
+from megaft.models.attention import document_mask
+from megaft.models.head import Head
 from megaft.models.hugging_face import architecture_of, positions_within
-from megaft.models.loss import Head, VocabularyShard
+from megaft.models.loss import VocabularyShard
 from megaft.weights.dimensions import MAX_RANKS
 from megaft.weights.families import family_of, model_dimensions
 from megaft.weights.layout import layout_of
@@ -194,13 +196,6 @@ class MegatronNats(nn.Module):
     ) -> Float32[Tensor, ...]:
         """Return the nats of `labels`, like hugging_face.NatsModel."""
         return self.head(self.language_model(input_ids, document_ids), labels, per_token)
-
-
-def document_mask(document_ids: Int64[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
-    """Return the causal attention mask that keeps attention within documents."""
-    time = document_ids.shape[1]
-    before = torch.ones(time, time, dtype=torch.bool, device=document_ids.device).tril()
-    return (before & (document_ids[:, :, None] == document_ids[:, None, :])).unsqueeze(1)
 
 
 def padded_vocab_size(vocab_size: int) -> int:

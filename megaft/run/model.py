@@ -8,6 +8,7 @@ from megaft.base import parallel
 from megaft.base.agreement import together
 from megaft.config.train import TrainConfig
 from megaft.models import hugging_face, trials
+from megaft.models.attention import attend_without_masks
 
 
 def build_model(config: TrainConfig, engine_config: dict[str, Any]) -> tuple[Any, str]:
@@ -38,4 +39,6 @@ def nats_model(language_model: Any, cross_entropy: str, attend_within_documents:
         trials.require_language_model(language_model, trial_model)
         if attend_within_documents:
             trials.require_document_isolation(language_model, trial_model)
-        return hugging_face.NatsModel(language_model, cross_entropy, trial_model)
+        model = hugging_face.NatsModel(language_model, cross_entropy, trial_model)
+    attend_without_masks(language_model)  # after the trials, which depend on transformers' masks
+    return model

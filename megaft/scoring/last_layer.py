@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import rotate_half
 from transformers.pytorch_utils import Conv1D
 
+from megaft.models.attention import CAUSAL
 from megaft.scoring.packed import PackedLinear
 
 LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -159,7 +160,7 @@ class LlamaLastLayer(nn.Module):
 
 def fast_trunk(language_model: Any) -> GPT2Trunk | LlamaTrunk | None:
     """Return a trunk with last-layer pruning if the architecture is supported, else None."""
-    if language_model.config._attn_implementation != "sdpa":  # others need a mask for causality
+    if language_model.config._attn_implementation not in ("sdpa", CAUSAL):  # others need a mask for causality
         return None
     # A sliding window needs a mask. Choosing per batch would hang under ZeRO-3: all ranks must call the same modules.
     if getattr(language_model.config, "sliding_window", None) is not None:

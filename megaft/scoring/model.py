@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
 
 from megaft.base import parallel
 from megaft.base.agreement import together
@@ -18,11 +16,13 @@ from megaft.config.train import ModelConfig
 from megaft.data.samples import IGNORE_INDEX
 from megaft.models import trials
 from megaft.models.backend import Backend, backend_of_model
+from megaft.models.fused import fuse
 from megaft.models.hugging_face import NatsModel, zero_init_context
 from megaft.models.loss import VocabularyShard, chunks, token_nats
 from megaft.models.parameters import count
+from megaft.models.products import fp32_logits, has_onednn
 from megaft.scoring.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
-from megaft.scoring.packed import PackedLinear, can_pack, pack_linears
+from megaft.scoring.packed import PackedLinear, pack_linears
 from megaft.weights.families import FAMILIES
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.weights.loading.pretrained import load_language_model
@@ -115,9 +115,10 @@ class ScoringHead(nn.Module):
     def _logits(self, states: Tensor) -> Tensor:
         if self.packed is not None:
             return self.packed(states)
-        if self.vocabulary is not None:  # rows after its entries are padding
-            return F.linear(states, self.weight[: self.vocabulary.end - self.vocabulary.begin])
-        return states if self.weight is None else F.linear(states, self.weight, self.bias)
+        if self.weight is None:
+            return states
+        entries = len(self.weight) if self.vocabulary is None else self.vocabulary.end - self.vocabulary.begin
+        return fp32_logits(states, self.weight[:entries], self.bias)  # rows after the vocabulary's are padding
 
     def _greedy_ids(self, logits: Tensor, is_first: Tensor) -> Tensor:
         shard = self.vocabulary or VocabularyShard(0, logits.shape[-1], is_sharded=False)
@@ -239,7 +240,7 @@ def load_scoring_model(
         )
         model = together(_tested_model, language_model)
     num_parameters = count(language_model.parameters())
-    if can_pack(dtype, device) and not is_partitioned:
+    if has_onednn(dtype, device) and not is_partitioned:
         model.pack()
     return Scorer(
         model=_engine(model.to(device), dtype) if is_partitioned else model.to(device),
@@ -255,7 +256,7 @@ def _tested_model(language_model: CausalLM) -> ScoringModel:
     """Return the scoring model of a language model after trials of its causality and batch invariance."""
     with trials.trial_model_of(language_model) as trial_model:
         trials.require_language_model(language_model, trial_model)
-    fuse_activations(language_model)
+    fuse(language_model)
     return ScoringModel(language_model, trial_model=trial_model)
 
 
@@ -301,14 +302,6 @@ def _deepspeed_config(dtype: torch.dtype) -> dict[str, Any]:
         },
         "bf16": {"enabled": dtype is torch.bfloat16},
     }
-
-
-def fuse_activations(language_model: CausalLM) -> None:
-    """Replace GPT-2's GELU by torch's fused one: the same function in one pass over memory instead of eight."""
-    for module in language_model.modules():
-        for name, child in module.named_children():
-            if type(child) is NewGELUActivation:
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 ACTIVATION_BYTES = 8 * 2**30

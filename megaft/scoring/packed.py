@@ -15,12 +15,6 @@ ROWS = 2048
 """Batch rows that the layout is optimized for; constant, so that every rank computes the same bits."""
 
 
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if torch has oneDNN's packed matrix product for this device and dtype."""
-    is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return is_available and device.type == "cpu" and dtype is torch.float32
-
-
 class PackedLinear(nn.Module):
     """x @ weight.T + bias, without gradients."""
 

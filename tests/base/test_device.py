@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from megaft.base.device import device_of, require_own_gpu, require_supported
+from megaft.base.device import device_of, require_own_gpu, require_supported, seed_generators
 from megaft.base.errors import ConfigError
 from megaft.base.topology import Topology
 
@@ -88,3 +88,18 @@ def test_bf16_needs_a_gpu_that_has_it(gpus, major, is_supported):
     with pytest.raises(ConfigError, match="asks for bfloat16"):
         require_supported("bfloat16")
     require_supported("float32")
+
+
+def test_seeded_generators_draw_what_manual_seed_gives():
+    for seed in (0, 7, 2**63 - 1):
+        torch.manual_seed(seed)
+        expected = torch.rand(8)
+        seed_generators(seed, torch.device("cpu"))
+        assert torch.equal(torch.rand(8), expected)
+
+
+def test_seeding_seeds_this_ranks_gpu(monkeypatch):
+    generators = (torch.Generator(), torch.Generator())
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    seed_generators(5, torch.device("cuda", 1))
+    assert generators[1].initial_seed() == torch.initial_seed() == 5 != generators[0].initial_seed()

@@ -330,6 +330,12 @@ def test_padding_is_not_scored_and_of_no_document():
     assert (batch.num_tokens, batch.num_scored, batch.first_position) == (4, 3, 40)
 
 
+def test_rows_of_one_document_each_need_no_document_ids():
+    rows = [sample_of(5, 6, 7, 8), sample_of(1, 2, 3, 4)]
+    assert collate(rows, 0, 4, with_document_ids=True).document_ids is None
+    assert collate(rows, 0, 5, with_document_ids=True).document_ids is not None  # padded
+
+
 def test_a_batch_goes_to_a_device():
     batch = collate([sample_of(1, 2)], 0, 2, with_document_ids=False)
     input_ids, labels, document_ids = batch.to(torch.device("meta"))

@@ -7,7 +7,9 @@ from torch import nn
 
 from megaft.data.samples import IGNORE_INDEX
 from megaft.models import loss
-from megaft.models.loss import Head, LinearNats, chunks, token_nats
+from megaft.models.head import Head
+from megaft.models.linear_nats import LinearNats
+from megaft.models.loss import chunks, token_nats
 
 VOCAB, WIDTH, TOKENS = 101, 16, 37
 

@@ -200,6 +200,7 @@ def test_dropout_and_recomputation_on_two_ranks(run_ranks):
 def loss_in_chunks_on_this_rank(num_words):
     from megaft.base import parallel
     from megaft.models import loss
+    from megaft.models.linear_nats import LinearNats
     from megaft.weights.families import Rule
     from megaft.weights.layout import local
 
@@ -212,7 +213,7 @@ def loss_in_chunks_on_this_rank(num_words):
     begin = rank * len(mine)
     loss.CHUNK_BYTES = {"cpu": 600}  # five tokens of the last rank's 30 words, or four of 31
     words = loss.VocabularyShard(begin, min(begin + len(mine), num_words), is_sharded=True)
-    found = loss.LinearNats.apply(hidden.requires_grad_(), mine, None, labels, words)
+    found = LinearNats.apply(hidden.requires_grad_(), mine, None, labels, words)
     found.backward()
     expected = loss.token_nats(hidden @ weight.T, labels).sum()
     (gradient,) = torch.autograd.grad(expected, hidden)

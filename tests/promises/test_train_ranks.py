@@ -138,6 +138,7 @@ def test_an_export_has_the_nats_of_the_trained_model(resumed, engine):
         r"held-out tokens at (\S+) nats per token; the trained model had (\S+)\.\n", card
     ).groups()
     assert float(found) == pytest.approx(float(trained), rel=1e-5)
+    assert "megaft" not in (resumed / f"{engine}-whole" / "export" / "config.json").read_text()  # an attention's name
 
 
 @pytest.mark.parametrize("name", ["fp32-2", "cut-fp32-2"])

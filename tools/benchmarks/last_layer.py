@@ -28,9 +28,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megaft.base.environment import environment
 from megaft.commands.estimate.presets import PRESETS
 from megaft.data.samples import IGNORE_INDEX
+from megaft.models.fused import fuse
+from megaft.models.products import has_onednn
 from megaft.scoring.last_layer import AnyTrunk
-from megaft.scoring.model import ScoringModel, fuse_activations
-from megaft.scoring.packed import PackedLinear, can_pack, pack_linears
+from megaft.scoring.model import ScoringModel
+from megaft.scoring.packed import PackedLinear, pack_linears
 
 RESULTS = Path(__file__).parent / "results"
 PRESET_NAMES = {"GPT-2 124M": "gpt2", "SmolLM2-135M": "smollm2-135m"}
@@ -89,7 +91,7 @@ def scoring_model(name: str, *, is_pruned: bool) -> ScoringModel:
     """Return a model with the same random weights either way."""
     torch.manual_seed(0)
     language_model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
-    fuse_activations(language_model)
+    fuse(language_model)
     model = ScoringModel(language_model)
     if not is_pruned:
         model.trunk = AnyTrunk(language_model)
@@ -103,7 +105,7 @@ def scoring_model(name: str, *, is_pruned: bool) -> ScoringModel:
 
 def is_packed() -> bool:
     """Return True if evaluation packs float32 weights on this processor."""
-    return can_pack(torch.float32, torch.device("cpu"))
+    return has_onednn(torch.float32, torch.device("cpu"))
 
 
 def cpu_seconds(models: list[ScoringModel], input_ids: Tensor, labels: Tensor, repeat: int) -> list[float]:

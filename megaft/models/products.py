@@ -1,0 +1,48 @@
+"""Matrix products of the output layer, by the best kernel of each device, with results in fp32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+ENTRIES_MULTIPLE = 128
+"""Tensor cores need aligned rows, so on CUDA a vocabulary is padded to a multiple of this (GPT-2's 50,257 is not)."""
+
+
+def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return True if torch multiplies such matrices with oneDNN on request; torch's default, MKL, is slower on AMD."""
+    is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return is_available and device.type == "cpu" and dtype is torch.float32
+
+
+def aligned(weight: Float[Tensor, "entries width"]) -> Float[Tensor, "rows width"]:
+    """Return the weight, on CUDA followed by rows of zeros up to a multiple of ENTRIES_MULTIPLE."""
+    missing = -len(weight) % ENTRIES_MULTIPLE if weight.is_cuda else 0
+    return F.pad(weight, (0, 0, 0, missing)) if missing else weight
+
+
+def fp32_logits(
+    hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "rows width"], bias: Float[Tensor, " entries"] | None
+) -> Float32[Tensor, "tokens rows"]:
+    """Return hidden @ weight.T + bias. On CUDA half-precision products are not rounded to half precision."""
+    if has_onednn(hidden.dtype, hidden.device):
+        logits = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
+    elif hidden.is_cuda and hidden.dtype is not torch.float32:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = torch.mm(hidden, weight.T).float()
+    if bias is not None:
+        logits[:, : len(bias)] += bias
+    return logits
+
+
+def add_product(total: Float32[Tensor, "m n"], left: Float[Tensor, "m k"], right: Float[Tensor, "k n"]) -> None:
+    """Add left @ right to `total` in place; where the kernel can, the product is not rounded to half precision."""
+    if left.dtype is torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
