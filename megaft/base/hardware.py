@@ -7,9 +7,21 @@ from dataclasses import dataclass
 
 MIB = 2**20
 
-CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 128 * MIB}
+CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 1024 * MIB}
 """Maximum bytes of fp32 logits held at once, by device type. On CPUs they stay below 32 MiB: from there on malloc
-returns the buffer to the system after each chunk; its page faults cost half as much time as the matrix product."""
+returns the buffer to the system after each chunk; its page faults cost half as much time as the matrix product. On
+CUDA each chunk reads and writes the fp32 gradient of the output layer's weight, so chunks are large."""
+ENTRIES_MULTIPLE = 128
+"""Tensor cores need aligned rows, so on CUDA a vocabulary is padded to a multiple of this (GPT-2's 50,257 is not)."""
+CHUNK_ROWS_MULTIPLE = {"cpu": 1, "cuda": 256}
+"""Rows of a chunk are a multiple of this: tensor cores compute tiles of up to 256 rows."""
+
+
+def chunk_rows(vocab_size: int, device_type: str) -> int:
+    """Return how many tokens' logits are held at once, a function of the vocabulary and the device type alone."""
+    multiple = CHUNK_ROWS_MULTIPLE[device_type]
+    return max(multiple, CHUNK_BYTES[device_type] // (4 * vocab_size) // multiple * multiple)
+
 
 # Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's data sheets; the first match holds.
 PEAK_FLOPS = {
