@@ -6,7 +6,7 @@ saves one. A replacement is made only if it computes the same function of random
 
 from __future__ import annotations
 
-from copy import copy
+from copy import copy, deepcopy
 from types import MethodType
 
 import torch
@@ -37,7 +37,7 @@ def fused_activation(module: nn.Module) -> nn.Module | None:
         return None
     inputs = _random(64, torch.float64) * 4
     expected = module(inputs)
-    return next((copy(each) for each in ACTIVATIONS if torch.allclose(each(inputs), expected, rtol=0, atol=1e-9)), None)
+    return next((deepcopy(each) for each in ACTIVATIONS if torch.allclose(each(inputs), expected, rtol=0, atol=1e-9)), None)
 
 
 def is_rms_norm(module: nn.Module) -> bool:

@@ -23,6 +23,13 @@ def test_a_written_out_gelu_is_replaced(name):
     assert fused.approximate == FUSED[name]
 
 
+def test_layers_share_no_hooks():
+    first, second = (fused_activation(activations.ACT2FN["gelu_new"]) for _ in range(2))
+    first.register_forward_pre_hook(lambda *_: None)
+    assert not second._forward_pre_hooks
+    assert not fused_activation(activations.ACT2FN["gelu_new"])._forward_pre_hooks
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_function_is_kept(name):
     assert fused_activation(activations.ACT2FN[name]) is None
