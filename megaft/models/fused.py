@@ -37,7 +37,8 @@ def fused_activation(module: nn.Module) -> nn.Module | None:
         return None
     inputs = _random(64, torch.float64) * 4
     expected = module(inputs)
-    return next((deepcopy(each) for each in ACTIVATIONS if torch.allclose(each(inputs), expected, rtol=0, atol=1e-9)), None)
+    equal = (each for each in ACTIVATIONS if torch.allclose(each(inputs), expected, rtol=0, atol=1e-9))
+    return deepcopy(next(equal, None))  # deep, so that layers share no hooks
 
 
 def is_rms_norm(module: nn.Module) -> bool:
