@@ -49,22 +49,29 @@ class Gpu:
     """Name in the driver; a key of PEAK_FLOPS matches it."""
     memory_bytes: int
     """Memory as nvidia-smi shows it."""
-    has_bf16: bool = True
-    """True if its tensor cores compute in bf16: compute capability 8.0 (A100) and above."""
+    capability: tuple[int, int]
+    """CUDA compute capability."""
+    memory_bytes_per_second: float
+    """Memory bandwidth in NVIDIA's data sheet."""
+
+    @property
+    def has_bf16(self) -> bool:
+        """True if its tensor cores compute in bf16: compute capability 8.0 (A100) and above."""
+        return self.capability >= (8, 0)
 
 
 GPUS = {
-    "h100": Gpu("H100 80GB HBM3", 81559 * MIB),
-    "h200": Gpu("H200", 143771 * MIB),
-    "b200": Gpu("B200", 183359 * MIB),
-    "a100": Gpu("A100-SXM4-80GB", 81920 * MIB),
-    "a100-40gb": Gpu("A100-SXM4-40GB", 40960 * MIB),
-    "l40s": Gpu("L40S", 46068 * MIB),
-    "a6000": Gpu("RTX A6000", 49140 * MIB),
-    "rtx4090": Gpu("RTX 4090", 24564 * MIB),
-    "v100-32gb": Gpu("V100-SXM3-32GB", 32768 * MIB, has_bf16=False),
-    "v100": Gpu("V100-SXM2-16GB", 16384 * MIB, has_bf16=False),
-    "t4": Gpu("T4", 15360 * MIB, has_bf16=False),
+    "h100": Gpu("H100 80GB HBM3", 81559 * MIB, (9, 0), 3.35e12),
+    "h200": Gpu("H200", 143771 * MIB, (9, 0), 4.8e12),
+    "b200": Gpu("B200", 183359 * MIB, (10, 0), 8.0e12),
+    "a100": Gpu("A100-SXM4-80GB", 81920 * MIB, (8, 0), 2.039e12),
+    "a100-40gb": Gpu("A100-SXM4-40GB", 40960 * MIB, (8, 0), 1.555e12),
+    "l40s": Gpu("L40S", 46068 * MIB, (8, 9), 864e9),
+    "a6000": Gpu("RTX A6000", 49140 * MIB, (8, 6), 768e9),
+    "rtx4090": Gpu("RTX 4090", 24564 * MIB, (8, 9), 1008e9),
+    "v100-32gb": Gpu("V100-SXM3-32GB", 32768 * MIB, (7, 0), 900e9),
+    "v100": Gpu("V100-SXM2-16GB", 16384 * MIB, (7, 0), 900e9),
+    "t4": Gpu("T4", 15360 * MIB, (7, 5), 320e9),
 }
 
 RESERVED_BYTES = 2048 * MIB

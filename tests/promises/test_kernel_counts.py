@@ -5,6 +5,12 @@ from functools import cache
 import pytest
 from kernel_counts import count
 
+from megaft.base.hardware import GPUS
+from megaft.commands.estimate.memory import MicroBatch
+from megaft.commands.estimate.presets import PRESETS
+from megaft.commands.estimate.roofline import predicted_rates
+from megaft.weights.families import dimensions_of
+
 GIB = 2**30
 CEILINGS = {  # kernels, bytes moved, bytes saved for the backward pass: at most 15 % above the counts
     "gpt2-xl": (2000, 200e9, 20 * GIB),
@@ -35,3 +41,13 @@ def test_chunks_of_logits_fill_tiles_and_stay_few(model):
     assert sum(rows) == 8 * 1024
     assert all(number % 256 == 0 for number in rows)
     assert min(rows) >= 2048
+
+
+@pytest.mark.parametrize("model", [*CEILINGS, "gpt2", "smollm2-1.7b"])
+def test_closed_formulas_predict_the_counted_time(model):
+    """`megaft estimate` predicts without counting."""
+    work = MicroBatch(shape=dimensions_of(PRESETS[model], 0.0), micro_batch_size=8, context_length=1024)
+    rates = predicted_rates(work, GPUS["h100"], "cuDNN", state_bytes=0)
+    totals = counted(model).totals
+    expected = [work.num_tokens / totals.seconds(sustained=sustained) for sustained in (True, False)]
+    assert rates == pytest.approx(expected, rel=0.05)

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from megaft.base import hardware
 from megaft.commands.estimate.presets import PRESETS
+from megaft.commands.estimate.roofline import SUSTAINED_COMPUTE, SUSTAINED_MEMORY, product_share
 from megaft.models import head as head_module
 from megaft.models.hugging_face import NatsModel
 
@@ -36,15 +36,8 @@ PRODUCT_FLOPS, MEMORY_BYTES, SHORTEST_KERNEL = 798e12, 2.76e12, 2.2e-6
 """Of one H100: FLOP/s of a large bf16 product, bytes/s of an elementwise kernel, seconds of the shortest kernel."""
 ATTENTION_FLOPS = {"forward": 300e12, "backward": 230e12}
 """cuDNN's causal attention at 1,024 tokens and a head width of 64."""
-SUSTAINED_COMPUTE, SUSTAINED_MEMORY = 0.87, 0.95
-"""Shares of these rates that a GPU holds for hours; the rates themselves hold for milliseconds."""
-NUM_PROCESSORS, TILES = 132, {(128, 128): 0.90, (128, 192): 0.96, (128, 256): 1.0, (256, 128): 1.0}
-"""Streaming multiprocessors, and the rate of each tile of a product relative to the best."""
 MISALIGNED = 0.45
 """Rate of a product with a leading dimension that is no multiple of 8, relative to an aligned one."""
-STEP_BYTES = 54
-"""Bytes per parameter of an optimizer step: norm 4, clipping 8, AdamW 28, rounded weights 6, zeroing 8."""
-
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "detach"}
 KERNELS = {"native_layer_norm_backward": 3, "rms_norm_backward": 2, "embedding_dense_backward": 8, "slice_backward": 2}
 KERNELS |= {"nats_and_slope": 3, "_scaled_dot_product_flash_attention_for_cpu_backward": 3}
@@ -93,16 +86,9 @@ class Product:
 
     @property
     def rate(self) -> float:
-        """Predicted FLOP/s: lost are unfilled tiles, unfilled rounds of processors, the start of each tile."""
-        filled = max(self._filled(height, width) * rate for (height, width), rate in TILES.items())
-        if ceil(self.m / 128) * ceil(self.n / 256) < NUM_PROCESSORS and self.k >= 2048:
-            filled = max(filled, 0.75)  # the inner dimension is split over processors
-        share = min(1.0, filled * self.k / (self.k + 128) * (8192 + 128) / 8192 / 0.97)
+        """Predicted FLOP/s."""
+        share = product_share(self.m, self.n, self.k)
         return PRODUCT_FLOPS * share * (1 if self.is_aligned else MISALIGNED)
-
-    def _filled(self, height: int, width: int) -> float:
-        rounds = ceil(ceil(self.m / height) * ceil(self.n / width) / NUM_PROCESSORS)
-        return self.m * self.n / (rounds * NUM_PROCESSORS * height * width)
 
 
 @dataclass

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from invariance import write_between_marks
-from kernel_counts import MEMORY_BYTES, STEP_BYTES, SUSTAINED_MEMORY, KernelCounter, count
+from kernel_counts import MEMORY_BYTES, KernelCounter, count
 
 from megaft.commands.estimate.presets import PRESETS
+from megaft.commands.estimate.roofline import ACCUMULATION_BYTES, STEP_BYTES, SUSTAINED_MEMORY
 from megaft.weights.families import dimensions_of
 
 CONTEXT_LENGTH = 1024
 BATCH_SIZE = 512
-ACCUMULATION_BYTES, FUSED_ACCUMULATION_BYTES = 18, 10
-"""Bytes per parameter to add bf16 gradients to fp32 sums: converted first, or in one mixed-precision addition."""
+FUSED_ACCUMULATION_BYTES = 10
+"""Bytes per parameter to add bf16 gradients to fp32 sums in one mixed-precision addition."""
 TITLES = {"gpt2-xl": "GPT-2-XL", "llama-3.2-1b": "Llama 3.2 1B"}
 
 

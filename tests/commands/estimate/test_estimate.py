@@ -357,6 +357,26 @@ def test_every_gpu_has_a_peak():
     assert all(0 < one.lowest <= one.highest < 1 for one in PUBLISHED)
 
 
+def test_the_estimate_says_what_dropout_costs(command):
+    found = command("--model=gpt2-xl", "--dropout=0.1")
+    assert found["attention_kernel"] == "FlashAttention"
+    assert "0.125" in "\n".join(lines(found))
+    faster = command("--model=gpt2-xl", "--dropout=0.125")
+    assert faster["attention_note"] is None
+    assert faster["predicted_tokens_per_second"] > found["predicted_tokens_per_second"]
+    assert command("--model=gpt2")["attention_note"], "GPT-2's own dropout is 0.1"
+    assert command("--model=smollm2-135m")["attention_note"] is None
+
+
+def test_rates_are_predicted_for_every_rank(command):
+    low, high = command("--model=gpt2-xl", "--dropout=0")["predicted_tokens_per_second"]
+    assert low < high
+    ranks = command("--model=gpt2-xl", "--dropout=0", "--world-size=8")["predicted_tokens_per_second"]
+    assert ranks[0] == pytest.approx(8 * low, rel=0.02)
+    recomputed = command("--model=gpt2-xl", "--dropout=0", "--activation-checkpointing")
+    assert recomputed["predicted_tokens_per_second"][0] == pytest.approx(low * 3 / 4, rel=0.05)
+
+
 def engine_and_estimate(number):
     """Return measured and estimated bytes, in a separate process: joining sets environment variables."""
     import estimates_engine
