@@ -11,10 +11,9 @@ from typing import Literal
 AttentionKernel = Literal["cuDNN", "FlashAttention", "memory-efficient", "math"]
 ComputeCapability = tuple[int, int]
 
-CUDNN_CAPABILITIES = ((9, 0), (10, 0))
-"""GPUs on which torch tries cuDNN first, with cuDNN above 9.15: H100, H200, B200."""
-CUDNN_MAX_WIDTH, FLASH_MAX_WIDTH = 128, 256
-"""Widest head with a backward pass."""
+CUDNN_MAX_WIDTHS = {(9, 0): 256, (10, 0): 128}
+"""GPUs on which torch tries cuDNN first, with cuDNN above 9.15 (H100, H200, B200), and the widest head there."""
+FLASH_MAX_WIDTH = 256
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 """GPUs on which FlashAttention has no backward pass for some wide heads."""
 DROPOUT_STEP = 1 / 16
@@ -69,7 +68,7 @@ def attention_note(
 
 def _is_cudnn(capability: ComputeCapability, dropout: float, head_width: int) -> bool:
     has_dropout = (dropout / DROPOUT_STEP).is_integer()
-    return capability in CUDNN_CAPABILITIES and has_dropout and head_width <= CUDNN_MAX_WIDTH
+    return has_dropout and head_width <= CUDNN_MAX_WIDTHS.get(capability, 0)
 
 
 def _is_flash(capability: ComputeCapability, dropout: float, head_width: int) -> bool:
