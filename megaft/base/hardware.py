@@ -7,9 +7,21 @@ from dataclasses import dataclass
 
 MIB, GIB = 2**20, 2**30
 
-CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 128 * MIB}
+CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 1024 * MIB}
 """Maximum bytes of fp32 logits held at once, by device type. On CPUs they stay below 32 MiB: from there on malloc
-returns the buffer to the system after each chunk; its page faults cost half as much time as the matrix product."""
+returns the buffer to the system after each chunk; its page faults cost half as much time as the matrix product. On
+CUDA each chunk reads and writes the fp32 gradient of the output layer's weight, so chunks are large."""
+ENTRIES_MULTIPLE = 128
+"""Tensor cores need aligned rows, so on CUDA a vocabulary is padded to a multiple of this (GPT-2's 50,257 is not)."""
+CHUNK_ROWS_MULTIPLE = {"cpu": 1, "cuda": 256}
+"""Rows of a chunk are a multiple of this: tensor cores compute tiles of up to 256 rows."""
+
+
+def chunk_rows(vocab_size: int, device_type: str) -> int:
+    """Return how many tokens' logits are held at once, a function of the vocabulary and the device type alone."""
+    multiple = CHUNK_ROWS_MULTIPLE[device_type]
+    return max(multiple, CHUNK_BYTES[device_type] // (4 * vocab_size) // multiple * multiple)
+
 
 # Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's data sheets; the first match holds.
 PEAK_FLOPS = {
@@ -37,22 +49,29 @@ class Gpu:
     """Name in the driver; a key of PEAK_FLOPS matches it."""
     memory_bytes: int
     """Memory as nvidia-smi shows it."""
-    has_bf16: bool = True
-    """True if its tensor cores compute in bf16: compute capability 8.0 (A100) and above."""
+    capability: tuple[int, int]
+    """CUDA compute capability."""
+    memory_bytes_per_second: float
+    """Memory bandwidth in NVIDIA's data sheet."""
+
+    @property
+    def has_bf16(self) -> bool:
+        """True if its tensor cores compute in bf16: compute capability 8.0 (A100) and above."""
+        return self.capability >= (8, 0)
 
 
 GPUS = {
-    "h100": Gpu("H100 80GB HBM3", 81559 * MIB),
-    "h200": Gpu("H200", 143771 * MIB),
-    "b200": Gpu("B200", 183359 * MIB),
-    "a100": Gpu("A100-SXM4-80GB", 81920 * MIB),
-    "a100-40gb": Gpu("A100-SXM4-40GB", 40960 * MIB),
-    "l40s": Gpu("L40S", 46068 * MIB),
-    "a6000": Gpu("RTX A6000", 49140 * MIB),
-    "rtx4090": Gpu("RTX 4090", 24564 * MIB),
-    "v100-32gb": Gpu("V100-SXM3-32GB", 32768 * MIB, has_bf16=False),
-    "v100": Gpu("V100-SXM2-16GB", 16384 * MIB, has_bf16=False),
-    "t4": Gpu("T4", 15360 * MIB, has_bf16=False),
+    "h100": Gpu("H100 80GB HBM3", 81559 * MIB, (9, 0), 3.35e12),
+    "h200": Gpu("H200", 143771 * MIB, (9, 0), 4.8e12),
+    "b200": Gpu("B200", 183359 * MIB, (10, 0), 8.0e12),
+    "a100": Gpu("A100-SXM4-80GB", 81920 * MIB, (8, 0), 2.039e12),
+    "a100-40gb": Gpu("A100-SXM4-40GB", 40960 * MIB, (8, 0), 1.555e12),
+    "l40s": Gpu("L40S", 46068 * MIB, (8, 9), 864e9),
+    "a6000": Gpu("RTX A6000", 49140 * MIB, (8, 6), 768e9),
+    "rtx4090": Gpu("RTX 4090", 24564 * MIB, (8, 9), 1008e9),
+    "v100-32gb": Gpu("V100-SXM3-32GB", 32768 * MIB, (7, 0), 900e9),
+    "v100": Gpu("V100-SXM2-16GB", 16384 * MIB, (7, 0), 900e9),
+    "t4": Gpu("T4", 15360 * MIB, (7, 5), 320e9),
 }
 
 RESERVED_BYTES = 2048 * MIB

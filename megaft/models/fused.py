@@ -38,7 +38,7 @@ def fused_activation(module: nn.Module) -> nn.Module | None:
     inputs = _random(64, torch.float64) * 4
     expected = module(inputs)
     equal = (each for each in ACTIVATIONS if torch.allclose(each(inputs), expected, rtol=0, atol=1e-9))
-    return deepcopy(next(equal, None))  # not copy, which shares hooks
+    return deepcopy(next(equal, None))  # deep, so that layers share no hooks
 
 
 def is_rms_norm(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megaft.base import parallel
 from megaft.data.samples import IGNORE_INDEX
+from megaft.models import products
 from megaft.models.loss import VocabularyShard, chunks
 from megaft.models.products import add_product, aligned, fp32_logits
 
@@ -45,6 +46,7 @@ class LinearNats(torch.autograd.Function):
             nats, slope = nats_and_slope(logits, labels[chunk], shard, hidden.dtype)
             total += nats
             gradients.add(slope, hidden[chunk], weight, chunk)
+            del logits, slope  # before the next chunk's are allocated
         ctx.save_for_backward(*gradients.finish(num_rows, shard))
         ctx.dtype = hidden.dtype
         return total
@@ -89,7 +91,7 @@ def nats_and_slope(
     `logits` may be overwritten. Their columns beyond the vocabulary, if any, are 0 and have slope 0.
     """
     size = shard.end - shard.begin
-    if logits.is_cuda and not shard.is_sharded:
+    if products.is_on_cuda(logits) and not shard.is_sharded:
         return _compiled()(logits, labels, size, dtype)
     entries = logits[:, :size]
     normalizer, target = shard.normalizer_and_target(entries, labels)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from megaft.base import parallel
-from megaft.base.hardware import CHUNK_BYTES
+from megaft.base.hardware import chunk_rows
 from megaft.data.samples import IGNORE_INDEX
 
 
@@ -38,8 +38,8 @@ def token_nats(logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, ...]) -
 
 
 def chunks(num_tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """Split the tokens into chunks whose fp32 logits stay within CHUNK_BYTES."""
-    tokens = max(1, CHUNK_BYTES[device.type] // (4 * vocab_size))
+    """Split the tokens into chunks of an equal number of rows, which depends on the vocabulary and device only."""
+    tokens = chunk_rows(vocab_size, device.type)
     return [slice(begin, begin + tokens) for begin in range(0, num_tokens, tokens)]
 
 

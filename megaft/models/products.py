@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-ENTRIES_MULTIPLE = 128
-"""Tensor cores need aligned rows, so on CUDA a vocabulary is padded to a multiple of this (GPT-2's 50,257 is not)."""
+from megaft.base.hardware import ENTRIES_MULTIPLE
 
 
 def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
@@ -17,9 +16,14 @@ def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     return is_available and device.type == "cpu" and dtype is torch.float32
 
 
+def is_on_cuda(tensor: Tensor) -> bool:
+    """Return True if a tensor is on a GPU; fake tensors on the CPU stand for it where this is replaced."""
+    return tensor.is_cuda
+
+
 def aligned(weight: Float[Tensor, "entries width"]) -> Float[Tensor, "rows width"]:
     """Return the weight, on CUDA followed by rows of zeros up to a multiple of ENTRIES_MULTIPLE."""
-    missing = -len(weight) % ENTRIES_MULTIPLE if weight.is_cuda else 0
+    missing = -len(weight) % ENTRIES_MULTIPLE if is_on_cuda(weight) else 0
     return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 
 
@@ -27,9 +31,9 @@ def fp32_logits(
     hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "rows width"], bias: Float[Tensor, " entries"] | None
 ) -> Float32[Tensor, "tokens rows"]:
     """Return hidden @ weight.T + bias. On CUDA half-precision products are not rounded to half precision."""
-    if has_onednn(hidden.dtype, hidden.device):
+    if has_onednn(hidden.dtype, hidden.device) and not is_on_cuda(hidden):
         logits = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
-    elif hidden.is_cuda and hidden.dtype is not torch.float32:
+    elif is_on_cuda(hidden) and hidden.dtype is not torch.float32:
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
     else:
         logits = torch.mm(hidden, weight.T).float()
@@ -42,7 +46,7 @@ def add_product(total: Float32[Tensor, "m n"], left: Float[Tensor, "m k"], right
     """Add left @ right to `total` in place; where the kernel can, the product is not rounded to half precision."""
     if left.dtype is torch.float32:
         total.addmm_(left, right)
-    elif left.is_cuda:
+    elif is_on_cuda(left):
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         total += left @ right

@@ -56,7 +56,7 @@ class Dimensions:
         if self.has_position_embedding:
             shapes[(self.num_positions, self.width)] += 1
         shapes[(self.width,)] += self._norm_vectors_per_layer // 2
-        for shape in self._matrices(size, is_fused):
+        for shape in self.matrices_of_layer(size, is_fused):
             shapes[shape] += self.num_layers
         for length in self._vectors(size, is_fused):
             shapes[(length,)] += self.num_layers
@@ -66,7 +66,7 @@ class Dimensions:
         """Return the number of elements of each of a rank's matrices, in the order of its modules."""
         embedding = -(-self.vocab_size // tensor_parallel_size) * self.width
         before = [embedding, self.num_positions * self.width] if self.has_position_embedding else [embedding]
-        layer = [prod(shape) for shape in self._matrices(tensor_parallel_size, is_fused)]
+        layer = [prod(shape) for shape in self.matrices_of_layer(tensor_parallel_size, is_fused)]
         return (*before, *layer * self.num_layers, *([] if self.is_tied else [embedding]))
 
     @property
@@ -105,7 +105,8 @@ class Dimensions:
             return [[query + 2 * key], [inner]]
         return [[query + 2 * key], [2 * inner]] if is_fused else [[query, key, key], [inner, inner]]
 
-    def _matrices(self, size: int, is_fused: bool) -> list[tuple[int, int]]:
+    def matrices_of_layer(self, size: int = 1, is_fused: bool = False) -> list[tuple[int, int]]:
+        """Return the shapes (out, in) of a layer's matrices on one of `size` tensor-parallel ranks."""
         attention, inner = self._outputs(size, is_fused)
         attention_in = [(out, self.width) for out in attention]
         projection = [(self.width, self.num_heads * self.head_width // size)]

@@ -101,6 +101,13 @@ def dimensions_of(config: dict[str, Any], dropout: float | None = None, source: 
     return family.read(family, ConfigValues(config, source), dropout)
 
 
+def attention_dropout_of(config: dict[str, Any], source: str = "config.json") -> float:
+    """Return attention's dropout probability in a transformers configuration; arguments as of `dimensions_of`."""
+    family = FAMILIES[config["model_type"]]
+    default = 0.1 if family.attention_dropout == "attn_pdrop" else 0.0
+    return ConfigValues(config, source).fraction(family.attention_dropout, default)
+
+
 def model_dimensions(config: Any) -> Dimensions:
     """Return the dimensions of a transformers configuration; raises as `dimensions_of`."""
     return dimensions_of(config.to_dict(), source=config.name_or_path or "config.json")

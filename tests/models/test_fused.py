@@ -23,14 +23,11 @@ def test_a_written_out_gelu_is_replaced(name):
     assert fused.approximate == FUSED[name]
 
 
-def test_hooks_on_one_replacement_are_on_no_other():
-    """DeepSpeed adds hooks to every module at ZeRO stage 3, which expect what it has set on that module."""
+def test_layers_share_no_hooks():
     first, second = (fused_activation(activations.ACT2FN["gelu_new"]) for _ in range(2))
-    assert first is not None
-    assert second is not None
-    first.register_forward_pre_hook(lambda *_: pytest.fail("the hook of another module ran"))
-    second(torch.zeros(1))
-    assert fused_activation(activations.ACT2FN["gelu_new"]) is not None
+    first.register_forward_pre_hook(lambda *_: None)
+    assert not second._forward_pre_hooks
+    assert not fused_activation(activations.ACT2FN["gelu_new"])._forward_pre_hooks
 
 
 @pytest.mark.parametrize("name", OTHERS)

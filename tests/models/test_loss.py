@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from megaft.base import hardware
 from megaft.data.samples import IGNORE_INDEX
-from megaft.models import loss
 from megaft.models.head import Head
 from megaft.models.linear_nats import LinearNats
 from megaft.models.loss import chunks, token_nats
@@ -35,7 +35,7 @@ def grads_of(function, *inputs):
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 37, 1000])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_chunked_value_and_gradients_are_the_reference(example, monkeypatch, chunk_tokens, has_bias):
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", chunk_tokens * VOCAB * 4)
+    monkeypatch.setitem(hardware.CHUNK_BYTES, "cpu", chunk_tokens * VOCAB * 4)
     hidden, weight, bias, labels = example
     bias = bias if has_bias else None
     chunked = grads_of(lambda h, w, b: LinearNats.apply(h, w, b, labels), hidden, weight, bias)
@@ -53,7 +53,7 @@ def test_frozen_weight_gets_no_gradient(example):
 
 
 def test_chunks_cover_all_tokens_within_the_budget(monkeypatch):
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * 10 * 7)
+    monkeypatch.setitem(hardware.CHUNK_BYTES, "cpu", 4 * 10 * 7)
     parts = chunks(23, 10, torch.device("cpu"))
     assert [i for part in parts for i in range(23)[part]] == list(range(23))
     assert {len(range(23)[part]) for part in parts} == {7, 2}

@@ -198,7 +198,7 @@ def test_dropout_and_recomputation_on_two_ranks(run_ranks):
 
 
 def loss_in_chunks_on_this_rank(num_words):
-    from megaft.base import parallel
+    from megaft.base import hardware, parallel
     from megaft.models import loss
     from megaft.models.linear_nats import LinearNats
     from megaft.weights.families import Rule
@@ -211,7 +211,7 @@ def loss_in_chunks_on_this_rank(num_words):
     labels = torch.randint(0, num_words, (23,), generator=generator)
     mine = local(Rule(("words",), 0, rows=num_words), [weight], size, rank)
     begin = rank * len(mine)
-    loss.CHUNK_BYTES = {"cpu": 600}  # five tokens of the last rank's 30 words, or four of 31
+    hardware.CHUNK_BYTES["cpu"] = 600  # five tokens of the last rank's 30 words, or four of 31
     words = loss.VocabularyShard(begin, min(begin + len(mine), num_words), is_sharded=True)
     found = LinearNats.apply(hidden.requires_grad_(), mine, None, labels, words)
     found.backward()

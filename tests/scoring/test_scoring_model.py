@@ -8,10 +8,10 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.activations import NewGELUActivation
 
+from megaft.base import hardware
 from megaft.base.errors import DataError
 from megaft.config.train import LoraConfig
 from megaft.data.samples import IGNORE_INDEX
-from megaft.models import loss
 from megaft.models.adapters import add_adapters
 from megaft.scoring.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk
 from megaft.scoring.model import LogitsTrunk, ScoringHead, ScoringModel, load_scoring_model, tokens_per_batch
@@ -88,7 +88,7 @@ def test_nats_are_those_of_full_logits(name, changes, trunk, columns):
 
 @pytest.mark.parametrize(("name", "changes", "trunk"), FAMILIES)
 def test_choices_are_the_largest_logits(name, changes, trunk, monkeypatch):
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * VOCAB * 5)  # several chunks
+    monkeypatch.setitem(hardware.CHUNK_BYTES, "cpu", 4 * VOCAB * 5)  # several chunks
     model = make_model(name, **changes)
     inputs, labels = make_batch(SCORED["ragged"])
     choices = logits_of(model, inputs).argmax(-1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import fake_cuda
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from megaft.base import parallel
 from megaft.checkpoint.engine_state import inner_optimizer
 from megaft.commands.estimate.recipe import Recipe
-from megaft.models import loss
+from megaft.models.fused import fuse
 from megaft.models.hugging_face import NatsModel
 from megaft.models.parameters import parameter_groups
 from megaft.run.optim import build_optimizer
@@ -69,14 +70,13 @@ class Held:
 
 def measure(recipe: Recipe, steps: int = 2) -> Held:
     """Build a recipe's engine as rank 0, train a few steps and return its memory."""
-    loss.CHUNK_BYTES["cpu"] = loss.CHUNK_BYTES["cuda"]
     accumulation = recipe.setup().gradient_accumulation_steps
     try:
         parallel.join(parallel.join_fake_group(recipe.world_size))
         if recipe.is_megatron:
             parallel.start_tensor_parallelism(recipe.tensor_parallel_size)
         counter = Counter()
-        with counter:
+        with counter, fake_cuda.memory_of_the_head():
             engine = build(recipe)
             for _ in range(steps - 1):
                 train_step(engine, recipe, accumulation)
@@ -103,7 +103,9 @@ def _model(recipe: Recipe) -> nn.Module:
 
     config = AutoConfig.for_model(**transformers_config(recipe))
     if not recipe.is_megatron:
-        return NatsModel(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+        language_model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        fuse(language_model)
+        return NatsModel(language_model)
     from megaft.models.megatron import MegatronModel, MegatronNats
 
     model = MegatronNats(MegatronModel(config))

@@ -9,14 +9,16 @@ from dataclasses import asdict
 from typing import Any
 
 from megaft.base.hardware import GIB, GPUS, RESERVED_BYTES, Gpu, data_sheet_flops, published_utilizations
+from megaft.commands.estimate.attention import attention_kernel, attention_note
 from megaft.commands.estimate.changes import MAX_TENSOR_PARALLEL_SIZE, MAX_TIMES_RANKS, changes
 from megaft.commands.estimate.config import EstimateConfig
 from megaft.commands.estimate.presets import configuration, source_of
 from megaft.commands.estimate.recipe import Recipe
-from megaft.config.deepspeed_json import read_deepspeed_json
+from megaft.commands.estimate.roofline import predicted_rates, state_bytes_of
+from megaft.config.deepspeed_json import ResolvedSettings, read_deepspeed_json
 from megaft.config.train import bytes_per_parameter
 from megaft.weights.dimensions import flops_per_token, num_elements
-from megaft.weights.families import dimensions_of
+from megaft.weights.families import attention_dropout_of, dimensions_of
 
 SECONDS_PER_DAY = 86_400
 RECOMPUTED = 3 / 4
@@ -79,6 +81,7 @@ def estimate(config: EstimateConfig) -> dict[str, Any]:
         "checkpoint_bytes": recipe.dims.num_parameters * bytes_per_parameter(setup.optim),
         "export_bytes": recipe.dims.num_parameters * 4,
         **speed(recipe, setup.dtype, gpu, config.tokens),
+        **prediction(recipe, setup, gpu, attention_settings(config, recipe, setup)),
     }
 
 
@@ -117,6 +120,30 @@ def speed(recipe: Recipe, dtype: str, gpu: Gpu, tokens: float | None) -> dict[st
     return result | {"mfu": mfu, "mfu_sources": sources, "tokens_per_second": rates, "days": days}
 
 
+def attention_settings(config: EstimateConfig, recipe: Recipe, setup: ResolvedSettings) -> dict[str, Any]:
+    """Return the settings on which the attention kernel depends besides the GPU."""
+    source = source_of(config.model)
+    dropout = config.dropout
+    if dropout is None:
+        dropout = attention_dropout_of(configuration(config.model), source)
+    has_mask = config.attend_within_documents
+    return {"dtype": setup.dtype, "has_mask": has_mask, "dropout": dropout, "head_width": recipe.dims.head_width}
+
+
+def prediction(recipe: Recipe, setup: ResolvedSettings, gpu: Gpu, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the attention kernel, a note about a faster one, and the predicted throughput, null in float32."""
+    kernel = attention_kernel(gpu.capability, **settings)
+    can_predict = setup.dtype == "float16" or (setup.dtype == "bfloat16" and gpu.has_bf16)
+    ranks, work = recipe.num_data_ranks, recipe.work(setup)
+    state_bytes = state_bytes_of(work, ranks, setup.gradient_accumulation_steps)
+    rates = predicted_rates(work, gpu, kernel, state_bytes) if can_predict else None
+    return {
+        "attention_kernel": kernel,
+        "attention_note": attention_note(gpu.capability, **settings),
+        "predicted_tokens_per_second": None if rates is None else [ranks * rate for rate in rates],
+    }
+
+
 def lines(answer: dict[str, Any]) -> list[str]:
     """Return the lines of the estimate as text."""
     verdict = "fits" if answer["fits"] else "does NOT fit"
@@ -136,7 +163,7 @@ def lines(answer: dict[str, Any]) -> list[str]:
     if not answer["fits"]:
         text += ["", "It fits with:" if answer["changes"] else NOTHING_FITS]
         text += [f"  {', '.join(change['settings'])} ({_sizes(change)})" for change in answer["changes"]]
-    return [*text, "", *_speed_lines(answer), _disk_line(answer)]
+    return [*text, "", *_speed_lines(answer), *_prediction_lines(answer), _disk_line(answer)]
 
 
 def _sizes(change: dict[str, Any]) -> str:
@@ -156,6 +183,16 @@ def _speed_lines(answer: dict[str, Any]) -> list[str]:
     text += [f"as published for {_kinds(answer)}:", *(f"  {source}" for source in answer["mfu_sources"])]
     if answer["days"]:
         text.append(f"{when}{answer['days'][1]:.3g} to {answer['days'][0]:.3g} days for the tokens given")
+    return text
+
+
+def _prediction_lines(answer: dict[str, Any]) -> list[str]:
+    note = f": {answer['attention_note']}" if answer["attention_note"] else "."
+    text = [f"Attention runs torch's {answer['attention_kernel']} kernel{note}"]
+    if rates := answer["predicted_tokens_per_second"]:
+        when = "" if answer["fits"] else "if it did fit, "
+        what = "predicted from FLOPs and memory traffic, without communication"
+        text += [f"{when}{rates[0]:,.0f} tokens/s in total {what} ({rates[1]:,.0f} in a short burst)."]
     return text
 
 

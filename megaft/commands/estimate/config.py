@@ -34,6 +34,8 @@ class EstimateConfig:
     """Model implementation, as --model.backend."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and recompute the rest, as --model.activation-checkpointing."""
+    attend_within_documents: bool = False
+    """Keep documents apart by a mask, as --data.attend-within-documents; it decides the attention kernel."""
     dropout: float | None = None
     """Dropout probability for the whole model. By default that of its configuration."""
     tokens: float | None = None

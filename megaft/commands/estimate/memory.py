@@ -14,7 +14,7 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
-from megaft.base.hardware import CHUNK_BYTES
+from megaft.base.hardware import ENTRIES_MULTIPLE, chunk_rows
 from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.train import bytes_per_parameter
 from megaft.weights.dimensions import Dimensions, ShapeCounts, num_elements
@@ -113,23 +113,22 @@ def activations(work: MicroBatch) -> Activations:
     of_layer = tokens * _bytes_of_layer(work)
     kept = stream if work.is_recomputed else of_layer
     vocab_rows = -(-dims.vocab_size // work.tensor_parallel_size)
-    head_size, logits = vocab_rows * dims.width, min(CHUNK_BYTES["cuda"], FLOAT * tokens * vocab_rows)
+    padded_rows = -(-vocab_rows // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE
+    head_size, padded_size = vocab_rows * dims.width, padded_rows * dims.width
     is_rounded = itemsize < FLOAT
-    # Forward, beside the fp32 gradient of the output layer's weight, the largest of: a chunk's logits twice; its logits
-    # in both dtypes with the previous chunk's; its logits and their product. Backward: that gradient, rounded.
-    next_logits = min(logits, FLOAT * tokens * vocab_rows - logits)
-    overlap = logits + next_logits * (2 + is_rounded) // 2
-    forward = max(2 * logits, overlap, logits * (2 + is_rounded) // 2 + head_size * itemsize)
-    # The gradient of the product behind an activation, and those of its two factors.
-    factors = 1 if not dims.is_gated and (work.is_megatron or dims.activation != "gelu_new") else 2
+    # Forward, beside the fp32 gradient of the output layer's weight: the padded weight, and of a chunk the fp32 logits
+    # and their gradient (a sharded vocabulary's log-sum-exp takes a second fp32 tensor). Backward: that gradient,
+    # rounded.
+    logit_bytes = 2 * FLOAT if work.tensor_parallel_size > 1 else FLOAT + itemsize
+    forward = min(chunk_rows(vocab_rows, "cuda"), tokens) * padded_rows * logit_bytes
+    forward += padded_size * itemsize if padded_rows > vocab_rows else 0
+    factors = 2 if dims.is_gated else 1  # gradients of a gated MLP's two factors, or of an activation
     return Activations(
         saved=dims.num_layers * kept + tokens * _bytes_around_layers(work),
         first=kept,
         layer=stream + factors * inner + (of_layer - stream if work.is_recomputed else 0),
         head=head_size * itemsize,
-        loss=head_size * FLOAT
-        + max(forward, head_size * (FLOAT + itemsize * is_rounded))
-        + stream * (2 + work.is_megatron),
+        loss=padded_size * FLOAT + max(forward, head_size * itemsize * is_rounded) + stream * (2 + work.is_megatron),
         embedding=2 * head_size * itemsize * dims.is_tied + stream,  # tied: the output layer's, its own, and their sum
     )
 
@@ -141,23 +140,20 @@ def _bytes_of_layer(work: MicroBatch) -> int:
     groups = dims.num_groups * dims.head_width // size
     inner = dims.inner_width // size
     fused = itemsize * (2 * attention + 2 * groups) + FLOAT * dims.num_heads // size
-    norms = 4 * dims.width * itemsize + 4 * FLOAT
+    # Two fused norms: input, output, and in fp32 1 / deviation and, of LayerNorm, the mean.
+    norms = 4 * dims.width * itemsize + (4 if dims.norm == "LayerNorm" else 2) * FLOAT
     if not dims.is_gated:
-        is_unfused = dims.activation == "gelu_new" and not work.is_megatron  # transformers writes it out
-        masks = 2 * dims.width if dims.dropout else 0
-        return norms + fused + inner * itemsize * (5 if is_unfused else 2) + masks
-    if work.is_megatron:  # fused norms; v keeps the joint q, k and v tensor alive; gate and values are saved twice
+        return norms + fused + 2 * inner * itemsize + (2 * dims.width if dims.dropout else 0)
+    if work.is_megatron:  # v keeps the joint q, k and v tensor alive; gate and values are saved twice
         return norms + fused + itemsize * (attention + groups) + 5 * inner * itemsize
-    # transformers' RMSNorm computes in fp32: it saves its input and the normalized input in fp32, and its output.
-    return norms + 2 * dims.width * FLOAT + fused + 4 * inner * itemsize
+    return norms + fused + 4 * inner * itemsize
 
 
 def _bytes_around_layers(work: MicroBatch) -> int:
     """Return the bytes per token saved outside layers: the embedding's dropout mask, the final norm, labels."""
-    dims, itemsize = work.dims, work.element_bytes
-    if dims.norm == "LayerNorm":
-        return dims.width * (itemsize + (1 if dims.dropout else 0)) + 24
-    return dims.width * (itemsize if work.is_megatron else FLOAT + itemsize) + 24
+    dims = work.dims
+    has_mask = dims.norm == "LayerNorm" and dims.dropout > 0
+    return dims.width * (work.element_bytes + has_mask) + 24
 
 
 def states(
