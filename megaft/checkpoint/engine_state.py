@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from jaxtyping import Float32
 from torch import Tensor
 
@@ -277,6 +279,28 @@ def _step_if(engine, accepts: Callable[[], bool]) -> None:
         del vars(optimizer)["step"]
     if engine.skipped_steps == skipped_before and not accepts():
         engine.skipped_steps += 1
+
+
+def add_gradients_in_one_pass(engine) -> None:
+    """Make the bf16 engine of stage 1 add each gradient to its fp32 sum without a converted copy.
+
+    torch converts inside the addition: 10 bytes of memory traffic per parameter on CUDA, where DeepSpeed's method moves
+    18. The sums have the same bits.
+    """
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        engine.optimizer._update_hp_grad = MethodType(_add_gradient, engine.optimizer)
+
+
+def _add_gradient(optimizer: Any, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
+    """Replace BF16_Optimizer._update_hp_grad."""
+    if parameter.grad is None:
+        return
+    total = optimizer.fp32_groups_gradients[group][index]
+    total.add_(parameter.grad.view(total.shape))
+    parameter._hp_grad = total
+    optimizer.fp32_groups_has_gradients[group][index] = True
+    if clear_lp_grads:
+        parameter.grad.zero_()
 
 
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

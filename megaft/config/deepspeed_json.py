@@ -24,6 +24,7 @@ from megaft.config.deepspeed_keys import (
     BATCH_KEYS,
     BLOCK_KEYS,
     FILLED_IN,
+    FILLED_IN_BF16,
     GLOBAL_BATCH,
     HOLDS_STRINGS,
     KNOWN_KEYS,
@@ -331,8 +332,7 @@ def largest_micro_batch_size(global_batch_size: int, at_most: int, world_size: i
 
 def _fill_in(config: dict[str, Any], batch: tuple[int, int, int], notes: list[str]) -> None:
     config |= zip(BATCH_KEYS, batch, strict=True)
-    # Stage 1 in bf16 always skips a step whose gradient is not finite; stages 2 and 3 do so only if this is set.
-    defaults = FILLED_IN | ({"bf16.check_grad_overflow": True} if _get(config, "bf16.enabled") else {})
+    defaults = FILLED_IN | (FILLED_IN_BF16 if _get(config, "bf16.enabled") else {})
     missing = {path: value for path, value in defaults.items() if _get(config, path) is None}
     for path, value in missing.items():
         *blocks, key = path.split(".")

@@ -162,6 +162,10 @@ FILLED_IN = {  # defaults for keys that the JSON does not set
     "gradient_clipping": 1.0,  # DeepSpeed's default, made explicit
     "timers.throughput.enabled": False,  # it waits for the GPU at every step; megaft times steps itself
 }
+FILLED_IN_BF16 = {
+    "bf16.check_grad_overflow": True,  # skip a step whose gradient is not finite; stage 1 always does
+    "bf16.immediate_grad_update": True,  # stage 1 adds a gradient to its fp32 sum at once, and frees it
+}
 
 TOP_LEVEL_ONLY = (key for key in ONLY if "." not in key)
 KNOWN_KEYS = (*BATCH_KEYS, *PASSED_ON, *REFUSED, "optimizer", "scheduler", *TOP_LEVEL_ONLY)

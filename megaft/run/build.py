@@ -146,6 +146,7 @@ def _engine(model: torch.nn.Module, setup: ResolvedSettings, device: torch.devic
     optimizer = together(lambda: build_optimizer(groups, setup.optim, device_type=device_type))
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config, mpu=parallel.mpu())[0]
     engine_state.keep_loss_scale_at_floor(engine)
+    engine_state.add_gradients_in_one_pass(engine)
     return engine
 
 

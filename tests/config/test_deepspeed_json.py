@@ -257,7 +257,7 @@ def test_the_json_is_left_alone_and_the_rest_filled_in():
     assert (ours.dtype, ours.zero_stage, ours.offload_optimizer, ours.gradient_clipping) == ("bfloat16", 2, True, 1.0)
     assert ours.engine_config == {
         **raw,
-        "bf16": {"enabled": True, "check_grad_overflow": True},  # stages skip the same steps
+        "bf16": {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True},
         "gradient_accumulation_steps": 2,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -48,6 +48,7 @@ def _error(raw, changes):
     from deepspeed.utils import safe_get_full_fp32_param
 
     from megaft.base import parallel
+    from megaft.checkpoint.engine_state import add_gradients_in_one_pass
     from megaft.config.deepspeed_json import resolve
     from megaft.config.train import OptimConfig
 
@@ -59,6 +60,7 @@ def _error(raw, changes):
     before = [parameter.detach().to(dtype).double() for parameter in model.parameters()]
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     engine: Any = deepspeed.initialize(model=model, optimizer=sgd, config=setup.engine_config | changes)[0]
+    add_gradients_in_one_pass(engine)
     for number in range(setup.gradient_accumulation_steps):
         loss = engine(batch(parallel.rank(), number, dtype)).float().sum()
         engine.backward(loss * parallel.world_size(), scale_wrt_gas=False)
@@ -96,8 +98,10 @@ def json_of(precision, stage, accumulation, **zero):
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+AT_THE_STEP = json_of("bf16", 1, 2) | {"bf16": {"enabled": True, "immediate_grad_update": False}}
 CASES = [
     *((json_of("bf16", stage, 2), {}) for stage in (1, 2, 3)),
+    (AT_THE_STEP, {}),
     *((json_of("fp16", stage, 2), {}) for stage in (1, 3)),
     *((json_of("bf16", stage, 2, **OFFLOAD), {}) for stage in (2, 3)),
 ]

@@ -114,7 +114,7 @@ ENGINES = (
     _case(3, 2),
     _case(1, 2, "bf16"),
     _case(1, 8, "bf16", accumulation=2),
-    _case(1, 8, "bf16", accumulation=2, half={"immediate_grad_update": True}),
+    _case(1, 8, "bf16", accumulation=2, half={"immediate_grad_update": False}),
     _case(2, 2, "bf16"),
     _case(2, 8, "bf16", accumulation=2),
     _case(3, 2, "bf16", accumulation=2),

@@ -243,7 +243,7 @@ def _unsharded(weights: ShapeCounts, setup: ResolvedSettings) -> States:
 
 
 def _bf16_engine(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) -> States:
-    """Return the states of BF16_Optimizer: every rank keeps all gradients in fp32, and in bf16 until the step."""
+    """Return the states of BF16_Optimizer: every rank keeps all gradients in fp32."""
     flat = flat_size(weights, num_ranks)
     is_immediate = setup.engine_config["bf16"].get("immediate_grad_update", False)
     rounded = 0 if is_immediate else 2 * num_elements(weights)

@@ -108,7 +108,7 @@ N, D = 124_439_808, 2
         pytest.param(0, None, (4, 0, 8, 4), id="no ZeRO"),
         pytest.param(1, None, (4, 4 / D, 8 / D, 4), id="stage 1, fp32"),
         pytest.param(2, None, (4, 4 / D, 8 / D, 2.0496), id="stage 2, fp32: a matrix lies on both ranks"),
-        pytest.param(1, "bf16", (2, 4 / D, 8 / D, 4 + 2), id="stage 1, bf16: all fp32 gradients, and bf16 ones"),
+        pytest.param(1, "bf16", (2, 4 / D, 8 / D, 4), id="stage 1, bf16"),
         pytest.param(1, "fp16", (2, 4 / D, 8 / D, 4), id="stage 1, fp16"),
         pytest.param(2, "bf16", (2, 4 / D, 8 / D, 4 / D), id="stage 2, bf16"),
         pytest.param(3, "bf16", (2 / D, 4 / D, 8 / D, 4 / D), id="stage 3, bf16"),
@@ -185,13 +185,13 @@ def test_what_does_not_fit_says_what_would(command):
     assert not found["fits"]
     assert 0 < len(ways) <= 3
     assert all(way["peak_bytes"] <= found["available_bytes"] for way in found["changes"])
-    assert ways[0] == ["train_micro_batch_size_per_gpu 2"], "the least invasive first"
+    assert ways[0] == ["train_micro_batch_size_per_gpu 4"], "the least invasive first"
     assert not any(set(ways[0]) < set(other) for other in ways[1:])
 
 
 def test_a_change_that_is_said_to_help_does(command, tmp_path):
     before = command("--model=gpt2-xl", "--hardware=a100-40gb")
-    settings = json.loads((JSONS / "zero1_bf16.json").read_text()) | {"train_micro_batch_size_per_gpu": 2}
+    settings = json.loads((JSONS / "zero1_bf16.json").read_text()) | {"train_micro_batch_size_per_gpu": 4}
     (tmp_path / "ds.json").write_text(json.dumps(settings))
     after = command("--model=gpt2-xl", "--hardware=a100-40gb", f"--deepspeed-config={tmp_path / 'ds.json'}")
     assert after["fits"]
