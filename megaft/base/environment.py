@@ -20,7 +20,7 @@ from megaft.base.torch_flags import current_flags
 
 PACKAGES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "megatron-core", "sentencepiece", "safetensors", "numpy"),
-    *("peft", "accelerate", "gguf", "liger-kernel", "apex", "mpi4py", "wandb", "tensorboard"),
+    *("peft", "accelerate", "gguf", "apex", "mpi4py", "wandb", "tensorboard"),
 )
 
 

@@ -117,9 +117,6 @@ def _cpu_settings(config: ValidateConfig, setup: ResolvedSettings, folder: Path)
         notes.append(
             f"{setup.optim.name} was replaced by {other} for this check; run `megaft doctor` on a GPU node to test it."
         )
-    if model.cross_entropy == "liger":
-        model = replace(model, cross_entropy="chunked")
-        notes.append("liger was replaced by chunked for this check; run `megaft doctor` on a GPU node to test it.")
     write_json_atomic(folder / "deepspeed.json", json)
     changed = {"deepspeed_config": folder / "deepspeed.json", "optim": optim, "model": model, "checkpoint": checkpoints}
     return replace(config, **changed, run=replace(config.run, dir=folder)), notes

@@ -39,8 +39,6 @@ class ModelConfig:
     """Dropout probability, for every dropout layer. By default the values in the model's configuration."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, a third more compute."""
-    cross_entropy: Literal["chunked", "liger"] = "chunked"
-    """Cross-entropy that never stores all logits: chunked in torch, or Liger's CUDA kernel (the [fast] extra)."""
 
     def __post_init__(self) -> None:
         require(
@@ -48,10 +46,6 @@ class ModelConfig:
             f"--model.path is {self.path} and --model.from-scratch is {self.from_scratch}; set exactly one of them.",
         )
         require_ranges(self, "model.", dropout=BELOW_1.such_as("0.1"))
-        require(
-            self.backend == "hugging-face" or self.cross_entropy == "chunked",
-            f"--model.cross-entropy is {self.cross_entropy}, but --model.backend megatron has its own. Remove it.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,12 +20,11 @@ class Head(nn.Module):
     It shares the parameters of the model's output layer, so DeepSpeed's ZeRO-3 hooks gather them here.
     """
 
-    def __init__(self, output_layer: Any, cross_entropy: str = "chunked", vocabulary: VocabularyShard | None = None):
+    def __init__(self, output_layer: Any, vocabulary: VocabularyShard | None = None):
         super().__init__()
         self.weight = output_layer.weight
         self.bias = getattr(output_layer, "bias", None)
         self.vocabulary = vocabulary
-        self.liger = _liger() if cross_entropy == "liger" else None
 
     def forward(
         self, hidden: Float[Tensor, "batch time width"], labels: Int64[Tensor, "batch time"], per_token: bool = False
@@ -33,10 +32,7 @@ class Head(nn.Module):
         """Return the summed nats; with `per_token`, each label's nats (0.0 if not scored), without gradients."""
         if per_token:
             return self._per_token(hidden, labels)
-        flat = hidden.flatten(0, 1)
-        if self.liger is not None:
-            return self.liger(self.weight, flat, labels.flatten(), self.bias)
-        return LinearNats.apply(flat, self.weight, self.bias, labels.flatten(), self.vocabulary)
+        return LinearNats.apply(hidden.flatten(0, 1), self.weight, self.bias, labels.flatten(), self.vocabulary)
 
     @torch.no_grad()
     def _per_token(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -54,17 +50,3 @@ class Head(nn.Module):
             return token_nats(fp32_logits(hidden, self.weight, self.bias), labels)
         weight = self.weight[: self.vocabulary.end - self.vocabulary.begin]
         return self.vocabulary.nats(fp32_logits(hidden, weight, self.bias), labels)
-
-
-def _liger():
-    from megaft.base.errors import ConfigError
-
-    try:
-        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-    except ImportError as error:
-        raise ConfigError(
-            "--model.cross-entropy is liger, but liger-kernel is not installed; install megaft[fast]."
-        ) from error
-    if not torch.cuda.is_available():
-        raise ConfigError("--model.cross-entropy is liger, which needs a CUDA device; use chunked here.")
-    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32)

@@ -35,14 +35,12 @@ from megaft.weights.loading.size_limit import MemoryBudget
 class NatsModel(nn.Module):
     """A language model that returns the nats of its labels instead of logits."""
 
-    def __init__(self, language_model: CausalLM, cross_entropy: str = "chunked", trial_model: CausalLM | None = None):
+    def __init__(self, language_model: CausalLM, trial_model: CausalLM | None = None):
         """Wrap a model; `trial_model` is from `trials.trial_model_of`, if one has been created already."""
         super().__init__()
         self.language_model = language_model
         self.head = (
-            Head(language_model.get_output_embeddings(), cross_entropy)
-            if trials.head_is_linear(language_model, trial_model)
-            else None
+            Head(language_model.get_output_embeddings()) if trials.head_is_linear(language_model, trial_model) else None
         )
 
     def forward(

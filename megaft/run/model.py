@@ -25,11 +25,11 @@ def build_model(config: TrainConfig, engine_config: dict[str, Any]) -> tuple[Any
         language_model = megatron.build(config.model, config.run.seed, engine_config)
         return megatron.MegatronNats(language_model), megatron.architecture(language_model)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed, engine_config)
-    model = together(nats_model, language_model, config.model.cross_entropy, config.data.attend_within_documents)
+    model = together(nats_model, language_model, config.data.attend_within_documents)
     return model, hugging_face.architecture(language_model)
 
 
-def nats_model(language_model: Any, cross_entropy: str, attend_within_documents: bool) -> hugging_face.NatsModel:
+def nats_model(language_model: Any, attend_within_documents: bool) -> hugging_face.NatsModel:
     """Return a language model wrapped to return nats, after checking its attention.
 
     Raises:
@@ -39,6 +39,6 @@ def nats_model(language_model: Any, cross_entropy: str, attend_within_documents:
         trials.require_language_model(language_model, trial_model)
         if attend_within_documents:
             trials.require_document_isolation(language_model, trial_model)
-        model = hugging_face.NatsModel(language_model, cross_entropy, trial_model)
+        model = hugging_face.NatsModel(language_model, trial_model)
     attend_without_masks(language_model)  # after the trials, which depend on transformers' masks
     return model

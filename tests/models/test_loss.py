@@ -97,22 +97,6 @@ def test_all_labels_ignored_cost_nothing(example):
     assert grad_hidden.abs().max() == grad_weight.abs().max() == 0
 
 
-@pytest.mark.gpu
-def test_liger_is_the_reference(example):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    pytest.importorskip("liger_kernel")
-    hidden, weight, _, labels = (x.cuda() for x in example)
-    layer = nn.Linear(WIDTH, VOCAB, bias=False, device="cuda")
-    layer.weight.data = weight
-    torch.testing.assert_close(
-        Head(layer, "liger")(hidden[None], labels[None]),
-        token_nats(hidden @ weight.T, labels).sum(),
-        rtol=1e-5,
-        atol=1e-4,
-    )
-
-
 def peak_kibibytes():  # not getrusage, whose figure begins at the parent's
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 

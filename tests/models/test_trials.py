@@ -201,7 +201,7 @@ def made(monkeypatch):
 @pytest.mark.parametrize("is_partitioned", [False, True])
 def test_training_makes_one_trial_model(made, monkeypatch, is_partitioned):
     monkeypatch.setattr(trials, "is_partitioned", lambda _: is_partitioned)
-    assert nats_model(make_model("gpt2"), "chunked", True).head is not None
+    assert nats_model(make_model("gpt2"), True).head is not None
     assert len(made) == 1
 
 

@@ -139,11 +139,6 @@ KERNELS = (
         "--optim.name apex-adamw, a fused AdamW: github.com/NVIDIA/apex with --cuda_ext",
         part="optimizers",
     ),
-    Kernel(
-        "liger_kernel",
-        "liger_kernel.transformers.fused_linear_cross_entropy",
-        "--model.cross-entropy liger, a fused loss: megaft[fast]",
-    ),
     Kernel("transformer_engine", "transformer_engine.pytorch", "fused layers, which megaft does not use"),
     Kernel("flash_attn", "flash_attn", "attention that megaft does not need: torch has the same kernel"),
 )
