@@ -106,7 +106,7 @@ def _cpu_settings(config: ValidateConfig, setup: ResolvedSettings, folder: Path)
     from megaft.base.files import write_json_atomic
 
     notes, json, checkpoints = [], {**setup.as_read}, config.checkpoint
-    optim, model = config.optim, config.model
+    optim, model = config.optim, replace(config.model, compile="off")
     if setup.dtype == "float16":
         del json["fp16"]
         notes.append("float16 was replaced by float32 for this check.")
@@ -117,6 +117,8 @@ def _cpu_settings(config: ValidateConfig, setup: ResolvedSettings, folder: Path)
         notes.append(
             f"{setup.optim.name} was replaced by {other} for this check; run `megaft doctor` on a GPU node to test it."
         )
+    if config.model.compile == "on":
+        notes.append("compilation was left out of this check.")
     write_json_atomic(folder / "deepspeed.json", json)
     changed = {"deepspeed_config": folder / "deepspeed.json", "optim": optim, "model": model, "checkpoint": checkpoints}
     return replace(config, **changed, run=replace(config.run, dir=folder)), notes

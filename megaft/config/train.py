@@ -39,6 +39,8 @@ class ModelConfig:
     """Dropout probability, for every dropout layer. By default the values in the model's configuration."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, a third more compute."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile each block with torch.compile. auto: on a GPU below ZeRO stage 3, for families known to compile."""
 
     def __post_init__(self) -> None:
         require(
@@ -46,6 +48,10 @@ class ModelConfig:
             f"--model.path is {self.path} and --model.from-scratch is {self.from_scratch}; set exactly one of them.",
         )
         require_ranges(self, "model.", dropout=BELOW_1.such_as("0.1"))
+        require(
+            self.backend == "hugging-face" or self.compile != "on",
+            "--model.compile is on, which --model.backend megatron does not support. Use --model.compile off.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from megaft.base import parallel
 from megaft.data.samples import IGNORE_INDEX
 from megaft.models import products
+from megaft.models.compiled import compiled
 from megaft.models.loss import VocabularyShard, chunks
 from megaft.models.products import add_product, aligned, fp32_logits
 
@@ -116,4 +117,4 @@ def fusible_nats_and_slope(logits: Tensor, labels: Tensor, size: int, dtype: tor
 
 @cache
 def _compiled():
-    return torch.compile(fusible_nats_and_slope, fullgraph=True, dynamic=True)
+    return compiled(fusible_nats_and_slope)

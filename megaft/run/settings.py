@@ -23,7 +23,7 @@ def plan_settings(config: TrainConfig, world_size: int, *, has_cuda: bool) -> Re
     Raises:
         ConfigError: Anything that cannot be trained with these settings on these ranks.
     """
-    return plan_engine(
+    setup = plan_engine(
         read_deepspeed_json(config.deepspeed_config),
         world_size=world_size,
         tensor_parallel_size=config.parallel.tensor_parallel_size,
@@ -32,6 +32,12 @@ def plan_settings(config: TrainConfig, world_size: int, *, has_cuda: bool) -> Re
         has_cuda=has_cuda,
         resumed_batch_size=resumed_batch_size(config),
     )
+    require(
+        config.model.compile != "on" or setup.zero_stage < 3,
+        "--model.compile is on, but zero_optimization.stage is 3, whose hooks inside blocks cannot be compiled. Use "
+        "--model.compile off, or stage 2.",
+    )
+    return setup
 
 
 def plan_engine(

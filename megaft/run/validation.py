@@ -14,6 +14,7 @@ from megaft.data.dataset import Dataset
 from megaft.data.indexed import TokenFile
 from megaft.data.sequence import Samples
 from megaft.data.tokenizer import AnyTokenizer
+from megaft.models.compiled import in_eager_mode
 from megaft.scoring.score import Score, rows_of, score
 from megaft.scoring.windows import Window, windows
 
@@ -66,16 +67,17 @@ class Validation:
         """
         engine.eval()
         try:
-            whole = score(
-                self.tokens,
-                self.rows,
-                lambda input_ids, labels: engine(input_ids, labels, per_token=True).unsqueeze(0),
-                device=device,
-                prefix_id=self.prefix_id,
-                is_included=self.is_scored,
-                name=f"--data.valid {self.source}",
-                **self.options,
-            )
+            with in_eager_mode():
+                whole = score(
+                    self.tokens,
+                    self.rows,
+                    lambda input_ids, labels: engine(input_ids, labels, per_token=True).unsqueeze(0),
+                    device=device,
+                    prefix_id=self.prefix_id,
+                    is_included=self.is_scored,
+                    name=f"--data.valid {self.source}",
+                    **self.options,
+                )
         finally:
             engine.train()
         return whole if self.is_scored is None else whole.of(self.is_scored)

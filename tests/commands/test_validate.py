@@ -47,6 +47,7 @@ def test_a_run_is_built_as_one_of_n_ranks(config, planned, stage, world_size, tm
         pytest.param([], {"train_batch_size": 15}, ConfigError, "on 1 rank:", id="batch sizes"),
         pytest.param([], {"train_batch": 1}, ConfigError, "did you mean", id="a key of the JSON"),
         pytest.param(["--data.context-length=4096"], {}, ConfigError, "128 positions", id="model"),
+        pytest.param(["--model.compile=on"], {"stage": 3}, ConfigError, "stage is 3", id="compile"),
         pytest.param(["--data.train=missing.txt"], {}, DataError, "missing.txt", id="data"),
         pytest.param(["--model.path=/missing"], {}, DataError, "/missing", id="model folder"),
     ],
@@ -75,10 +76,10 @@ def test_a_world_of_no_ranks_is_refused(config):
 
 
 def test_half_precision_and_gpu_kernels_have_stand_ins(config, planned):
-    settings = config(stage=1, fp16={"enabled": True})
+    settings = config("--model.compile=on", stage=1, fp16={"enabled": True})
     plan = planned(replace(settings, optim=OptimConfig(name="apex-adamw")))
     assert (plan["dtype"], plan["optimizer"]) == ("float16", "apex-adamw")
-    assert [note.split()[0] for note in plan["notes"][-2:]] == ["float16", "apex-adamw"]
+    assert [note.split()[0] for note in plan["notes"][-3:]] == ["float16", "apex-adamw", "compilation"]
     with pytest.raises(ConfigError, match=r"float16 with zero_optimization.stage 0"):
         validate(config(stage=0, fp16={"enabled": True}))
 

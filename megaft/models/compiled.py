@@ -1,0 +1,87 @@
+"""Compilation by torch.compile: equal blocks of a model share one graph."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import torch
+from torch._dynamo.callback import CallbackArgs, on_compile_end, on_compile_start
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from megaft.base import parallel
+from megaft.base.errors import ConfigError
+from megaft.base.progress import say
+from megaft.models.attention import takes_masks
+from megaft.weights.loading.causal_lm import CausalLM
+
+OPTIONS = {"fallback_random": True}
+"""Options of torch's compiler: dropout draws the masks that it draws in eager mode."""
+
+MAX_GRAPHS = 64
+"""Graphs of one kind of block after which torch gives up; different shapes, masks and modes take one each."""
+
+
+def compile_blocks(model: CausalLM, choice: str) -> None:
+    """Compile each block of a model, if `choice` and the machine allow.
+
+    Args:
+        model: The model, before deepspeed.initialize.
+        choice: "on", "off", or "auto": on a GPU, for families whose block is known to compile into one graph.
+
+    Raises:
+        ConfigError: The choice is "on", but there is no compiler, or the model has no blocks.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    obstacle = missing_compiler() or ("" if blocks else f"{type(model).__name__} is not made of transformers' blocks")
+    if choice == "on" and obstacle:
+        raise ConfigError(f"--model.compile is on, but {obstacle}. Use --model.compile off.")
+    if choice == "on" or (choice == "auto" and not obstacle and torch.cuda.is_available() and takes_masks(model)):
+        _prepare()
+        for block in blocks:
+            block.compile(fullgraph=takes_masks(model), options=OPTIONS)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of tensors compiled into one graph for all shapes."""
+    _prepare()
+    return torch.compile(function, fullgraph=True, dynamic=True)
+
+
+def in_eager_mode() -> AbstractContextManager[Any]:
+    """Return a context in which compiled blocks run uncompiled, as for scoring, whose shapes vary."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def missing_compiler() -> str:
+    """Return what torch.compile lacks on this machine; an empty string if it can compile."""
+    if torch.cuda.is_available():
+        return "" if find_spec("triton") else "triton is not installed"
+    compiler = os.environ.get("CXX", "g++")
+    return "" if which(compiler) else f"there is no C++ compiler ({compiler})"
+
+
+@cache
+def _prepare() -> None:
+    """Keep compiled code in this Python environment, if it is one, and print how long each compilation takes."""
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(sys.prefix) / "torch_inductor"))
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    started = 0.0
+
+    @on_compile_start
+    def start(_: CallbackArgs) -> None:
+        nonlocal started
+        started = time.monotonic()
+
+    @on_compile_end
+    def end(_: CallbackArgs) -> None:
+        say(f"compiled a part of the model in {time.monotonic() - started:.1f} s", parallel.is_main())
