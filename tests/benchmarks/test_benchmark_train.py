@@ -76,13 +76,17 @@ def test_the_last_error_of_a_log_is_the_cause(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "parameters"),  # parameters: 124,439,808 and 1,557,611,200 at 1,024 positions
-    [("gpt2-124m-cpu", 124_439_808 - 768 * 768), ("gpt2-xl-h100", 1_557_611_200)],
+    ("preset", "parameters", "layers", "width"),  # GPT-2 has 124,439,808 at 1,024 positions
+    [
+        ("gpt2-124m-cpu", 124_439_808 - (1024 - 128) * 768, 12, 768),
+        ("smollm2-135m-cpu", 134_515_008, 30, 576),
+        ("gpt2-xl-h100", 1_557_611_200, 48, 1600),
+        ("llama-3.2-1b-h100", 1_235_814_400, 16, 2048),
+    ],
 )
-def test_the_shapes_are_those_of_gpt2(preset, parameters):
+def test_the_shapes_are_those_of_the_published_models(preset, parameters, layers, width):
     case = PRESETS[preset]
-    attention = 12 * case.num_layers * case.hidden_size * case.context_length
-    assert case.flops_per_token() == 6 * parameters + attention
+    assert case.flops_per_token() == 6 * parameters + 12 * layers * width * case.context_length
 
 
 def test_a_precision_that_the_recipe_is_not_for_is_refused():
@@ -120,10 +124,10 @@ def forked(run_ranks, monkeypatch):
 def test_all_contestants_train_the_toy_alike(forked, tmp_path):
     flags = ["--preset", "toy", "--repeats", "1", "--steps", "2", "--results", str(tmp_path)]
     assert train.main(tyro.cli(train.Arguments, args=flags)) == 0
-    assert [command[2] for command in forked] == [*["deepspeed.launcher.runner"] * 2, "torch.distributed.run"]
+    assert [command[2] for command in forked] == [*["deepspeed.launcher.runner"] * 2, *["torch.distributed.run"] * 2]
     (raw,) = tmp_path.glob("train-toy-fp32_*.json")
     runs = {run["contestant"]: run for run in json.loads(raw.read_text())["runs"]}
-    assert set(runs) == {"megaft", "trainer", "torch"}
+    assert set(runs) == {"megaft", "trainer", "torch", "compiled"}
     # Equal weights, samples, optimizer and clipping: the Trainer's and torch's losses are one and the same.
     assert runs["trainer"]["losses"] == pytest.approx(runs["torch"]["losses"], abs=1e-4)
     assert runs["megaft"]["losses"] == pytest.approx(runs["torch"]["losses"], abs=0.05)

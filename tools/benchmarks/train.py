@@ -1,6 +1,6 @@
-"""Time megaft's training against transformers' Trainer and a plain torch loop, in one invocation.
+"""Time megaft's training against transformers' Trainer and plain and compiled torch loops, in one invocation.
 
-    python tools/benchmarks/train.py --preset gpt2-124m-cpu [--dtype bf16] [--dropout 0.1] [--repeats 3]
+    python tools/benchmarks/train.py --preset gpt2-124m-cpu [--dtype bf16] [--dropout 0.1] [--repeats 5]
 
 Every system is launched as its users launch it, in turn, repeat after repeat: the same model and weights, text, batch,
 precision, optimizer and clipping, without evaluation. The report goes to stdout and, with the raw figures, to
@@ -27,11 +27,11 @@ from train_report import Report
 class Arguments:
     """Time megaft's training against other systems."""
 
-    preset: Literal["toy", "gpt2-124m-cpu", "gpt2-xl-h100"]
+    preset: Literal["toy", "gpt2-124m-cpu", "smollm2-135m-cpu", "gpt2-xl-h100", "llama-3.2-1b-h100"]
     """Model, text and device of the benchmark."""
-    contestants: tuple[Contestant, ...] = ("megaft", "trainer", "torch")
+    contestants: tuple[Contestant, ...] = ("megaft", "trainer", "torch", "compiled")
     """Systems, in the order they run."""
-    repeats: int = 3
+    repeats: int = 5
     """Launches of each."""
     results: Path = HERE / "results"
     """Folder for the report and the raw figures."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import toy
 
@@ -16,18 +16,17 @@ WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 GRADIENT_CLIPPING = 1.0
+DROPOUTS = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "llama": ("attention_dropout",)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A GPT-2 trained from scratch, and its training settings."""
+    """A model trained from scratch, and its training settings."""
 
     model: str
     """Name in reports."""
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    vocab_size: int = 50_257
+    architecture: dict[str, Any]
+    """transformers' configuration: `model_type` and the sizes; special tokens and dropout are added."""
     context_length: int
     device: Literal["cpu", "cuda"]
     num_ranks: int
@@ -97,33 +96,25 @@ class Case:
 
         from megaft.run.throughput import flops_per_token
 
+        config = self._config()
         with torch.device("meta"):
-            parameters = AutoModelForCausalLM.from_config(self._architecture()).parameters()
+            parameters = AutoModelForCausalLM.from_config(config).parameters()
         num_parameters = sum(parameter.numel() for parameter in parameters)
-        return flops_per_token(num_parameters, self.num_layers, self.hidden_size, self.context_length)
+        return flops_per_token(num_parameters, config.num_hidden_layers, config.hidden_size, self.context_length)
 
-    def _architecture(self):
-        from transformers import GPT2Config
+    def _config(self):
+        from transformers import AutoConfig
 
-        return GPT2Config(
-            vocab_size=self.vocab_size,
-            n_positions=self.context_length,
-            n_embd=self.hidden_size,
-            n_layer=self.num_layers,
-            n_head=self.num_heads,
-            resid_pdrop=self.dropout,
-            embd_pdrop=self.dropout,
-            attn_pdrop=self.dropout,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+        sizes = {"max_position_embeddings": self.context_length, "bos_token_id": 0, "eos_token_id": 0}
+        names = DROPOUTS[self.architecture["model_type"]]
+        return AutoConfig.for_model(**sizes, **self.architecture, **dict.fromkeys(names, self.dropout))
 
     def make_inputs(self, folder: Path) -> None:
         """Write config, tokenizer, prepared text, DeepSpeed JSON and the case itself."""
         from megaft.config.prepare import PrepareConfig
         from megaft.data.prepare import prepare
 
-        self._architecture().save_pretrained(folder / "model")
+        self._config().save_pretrained(folder / "model")
         text = toy.text()
         toy.make_tokenizer(folder / "tokenizer", text)
         # Enough for one epoch, at two to three bytes per token.
@@ -135,50 +126,63 @@ class Case:
         (folder / "case.json").write_text(json.dumps(asdict(self)))
 
 
+def gpt2(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int = 50_257) -> dict[str, Any]:
+    """Return the configuration of a GPT-2."""
+    sizes = {"n_layer": num_layers, "n_embd": hidden_size, "n_head": num_heads, "vocab_size": vocab_size}
+    return {"model_type": "gpt2", **sizes}
+
+
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+}
+LLAMA_3_2_1B = {
+    "model_type": "llama",
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": True,
+}
+GPT2_ON_CPU = Case(
+    model="gpt2-124m",
+    architecture=gpt2(12, 768, 12),
+    context_length=128,
+    device="cpu",
+    num_ranks=2,
+    micro_batch_size=1,
+    accumulation=8,
+    dtype="fp32",
+    recipe="zero1_{dtype}.json",
+    warm_up_steps=1,
+    steps=3,
+)
+GPT2_XL_ON_ONE_GPU = Case(
+    model="gpt2-xl",
+    architecture=gpt2(48, 1600, 25),
+    context_length=1024,
+    device="cuda",
+    num_ranks=1,
+    micro_batch_size=16,
+    accumulation=8,
+    dtype="bf16",
+    recipe="gpt2_xl_1x80gb.json",
+    warm_up_steps=3,
+    steps=6,
+)
+TOY = {"context_length": 64, "micro_batch_size": 2, "accumulation": 2, "steps": 10}
 PRESETS = {
-    "toy": Case(
-        model="toy",
-        num_layers=2,
-        hidden_size=32,
-        num_heads=4,
-        vocab_size=toy.VOCAB_SIZE,
-        context_length=64,
-        device="cpu",
-        num_ranks=2,
-        micro_batch_size=2,
-        accumulation=2,
-        dtype="fp32",
-        recipe="zero1_{dtype}.json",
-        warm_up_steps=1,
-        steps=10,
-    ),
-    "gpt2-124m-cpu": Case(
-        model="gpt2-124m",
-        num_layers=12,
-        hidden_size=768,
-        num_heads=12,
-        context_length=256,
-        device="cpu",
-        num_ranks=2,
-        micro_batch_size=2,
-        dtype="fp32",
-        recipe="zero1_{dtype}.json",
-        warm_up_steps=1,
-        steps=10,
-    ),
-    "gpt2-xl-h100": Case(
-        model="gpt2-xl",
-        num_layers=48,
-        hidden_size=1600,
-        num_heads=25,
-        context_length=1024,
-        device="cuda",
-        num_ranks=1,
-        micro_batch_size=8,
-        accumulation=2,
-        dtype="bf16",
-        recipe="gpt2_xl_1x80gb.json",
-        warm_up_steps=3,
-        steps=12,
-    ),
+    "toy": replace(GPT2_ON_CPU, model="toy", architecture=gpt2(2, 32, 4, toy.VOCAB_SIZE), **TOY),
+    "gpt2-124m-cpu": GPT2_ON_CPU,
+    "smollm2-135m-cpu": replace(GPT2_ON_CPU, model="smollm2-135m", architecture=SMOLLM2_135M),
+    "gpt2-xl-h100": GPT2_XL_ON_ONE_GPU,
+    "llama-3.2-1b-h100": replace(GPT2_XL_ON_ONE_GPU, model="llama-3.2-1b", architecture=LLAMA_3_2_1B),
 }

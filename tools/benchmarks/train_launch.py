@@ -13,7 +13,7 @@ from typing import Literal
 import launchers
 from train_case import BETAS, EPSILON, LEARNING_RATE, SEED, WEIGHT_DECAY, Case
 
-Contestant = Literal["megaft", "trainer", "torch"]
+Contestant = Literal["megaft", "trainer", "torch", "compiled"]
 HERE = Path(__file__).parent
 MEGAFT = HERE.parents[1] / "megaft" / "train.py"
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -44,6 +44,7 @@ def command(contestant: Contestant, case: Case, folder: Path, run_dir: Path) -> 
         "megaft": [*deepspeed, str(MEGAFT), *_megaft_flags(case, folder, run_dir)],
         "trainer": [*deepspeed, str(HERE / "train_peer_trainer.py"), str(folder), str(run_dir)],
         "torch": [*torchrun, str(HERE / "train_peer_torch.py"), str(folder), str(run_dir)],
+        "compiled": [*torchrun, str(HERE / "train_peer_torch.py"), str(folder), str(run_dir), "compiled"],
     }[contestant]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,13 +43,17 @@ def micro_batches(samples: Windows, case: Case, topology: Topology, device: torc
         epoch += 1
 
 
-def train(case: Case, folder: Path, run_dir: Path, topology: Topology, device: torch.device) -> None:
+def train(
+    case: Case, folder: Path, run_dir: Path, topology: Topology, device: torch.device, *, is_compiled: bool
+) -> None:
     """Train the case, and write one row per step."""
     language_model = new_model(folder).to(device)
     language_model.config.use_cache = False
     language_model.train()
     is_distributed = topology.world_size > 1
-    model = DistributedDataParallel(language_model, gradient_as_bucket_view=True) if is_distributed else language_model
+    model: Any = torch.compile(language_model) if is_compiled else language_model
+    if is_distributed:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     groups = parameter_groups(language_model.named_parameters(), WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
     batches = micro_batches(Windows(folder, case.context_length), case, topology, device)
@@ -77,7 +83,7 @@ def main() -> None:
     case, folder, run_dir = arguments()
     topology = discover(os.environ)
     device = join(case, topology)
-    train(case, folder, run_dir, topology, device)
+    train(case, folder, run_dir, topology, device, is_compiled="compiled" in sys.argv[3:])
     dist.destroy_process_group()
 
 

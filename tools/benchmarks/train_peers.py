@@ -19,7 +19,7 @@ from megaft.weights.loading.pretrained import create_language_model
 
 def arguments() -> tuple[Case, Path, Path]:
     """Return the case, the folder with its inputs and the run's folder, from the command line."""
-    folder, run_dir = map(Path, sys.argv[1:])
+    folder, run_dir = map(Path, sys.argv[1:3])
     return Case.read(folder), folder, run_dir
 
 

@@ -21,6 +21,7 @@ WAYS = {
     "megaft": "`deepspeed megaft/train.py`",
     "trainer": "transformers' Trainer, same DeepSpeed JSON and launcher, adamw_torch_fused",
     "torch": "torch loop: fp32 weights, autocast for bf16, fused AdamW, DDP on several ranks; torchrun",
+    "compiled": "the same torch loop, with `torch.compile(model)`",
 }
 
 
