@@ -107,7 +107,8 @@ class Case:
 
         sizes = {"max_position_embeddings": self.context_length, "bos_token_id": 0, "eos_token_id": 0}
         names = DROPOUTS[self.architecture["model_type"]]
-        return AutoConfig.for_model(**sizes, **self.architecture, **dict.fromkeys(names, self.dropout))
+        settings: dict[str, Any] = {**sizes, **self.architecture, **dict.fromkeys(names, self.dropout)}
+        return AutoConfig.for_model(**settings)
 
     def make_inputs(self, folder: Path) -> None:
         """Write config, tokenizer, prepared text, DeepSpeed JSON and the case itself."""
