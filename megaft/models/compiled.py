@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch._dynamo.callback import CallbackArgs, on_compile_end, on_compile_start
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megaft.base import parallel
 from megaft.base.errors import ConfigError
 from megaft.base.progress import say
 from megaft.models.attention import takes_masks
+from megaft.models.blocks import blocks_of
 from megaft.weights.loading.causal_lm import CausalLM
 
 OPTIONS = {"fallback_random": True}
@@ -40,7 +40,7 @@ def compile_blocks(model: CausalLM, choice: str) -> None:
     Raises:
         ConfigError: The choice is "on", but there is no compiler, or the model has no blocks.
     """
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = blocks_of(model)
     obstacle = missing_compiler() or ("" if blocks else f"{type(model).__name__} is not made of transformers' blocks")
     if choice == "on" and obstacle:
         raise ConfigError(f"--model.compile is on, but {obstacle}. Use --model.compile off.")

@@ -9,6 +9,7 @@ from megaft.base.agreement import together
 from megaft.config.train import TrainConfig
 from megaft.models import hugging_face, trials
 from megaft.models.attention import attend_without_masks
+from megaft.models.blocks import gather_whole_blocks
 from megaft.models.compiled import compile_blocks
 
 
@@ -27,7 +28,9 @@ def build_model(config: TrainConfig, engine_config: dict[str, Any]) -> tuple[Any
         return megatron.MegatronNats(language_model), megatron.architecture(language_model)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed, engine_config)
     model = together(nats_model, language_model, config.data.attend_within_documents)
-    if not hugging_face.is_stage_3(engine_config):  # whose hooks gather parameters inside blocks
+    if hugging_face.is_stage_3(engine_config):
+        gather_whole_blocks(language_model)
+    else:
         together(compile_blocks, language_model, config.model.compile)
     return model, hugging_face.architecture(language_model)
 
