@@ -16,7 +16,9 @@ def gather_whole_blocks(model: nn.Module) -> None:
     """Make ZeRO-3 gather and release a block's parameters together, instead of each layer's in it.
 
     A block then has one hook instead of a dozen, which take longer than the kernels of a GPU; DeepSpeed calls such a
-    module a leaf. Call it before deepspeed.initialize.
+    module a leaf. Call it before deepspeed.initialize. Blocks with frozen parameters, as LoRA has, stay as they are:
+    as leaves, their backward pass fails in DeepSpeed 0.19.8, which has released the parameters by then.
     """
     for block in blocks_of(model):
-        set_z3_leaf_module(block, True)
+        if all(parameter.requires_grad for parameter in block.parameters()):
+            set_z3_leaf_module(block, True)
