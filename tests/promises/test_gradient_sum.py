@@ -102,6 +102,7 @@ AT_THE_STEP = json_of("bf16", 1, 2) | {"bf16": {"enabled": True, "immediate_grad
 CASES = [
     *((json_of("bf16", stage, 2), {}) for stage in (1, 2, 3)),
     (AT_THE_STEP, {}),
+    (json_of("bf16", 2, 2, overlap_comm=True), {}),
     *((json_of("fp16", stage, 2), {}) for stage in (1, 3)),
     *((json_of("bf16", stage, 2, **OFFLOAD), {}) for stage in (2, 3)),
 ]
