@@ -11,8 +11,8 @@ from typing import Any
 from megaft.base.errors import UserError
 from megaft.base.unicode_text import escape_unencodable
 
-SECONDS_FOR_MAIN = 20.0
-"""Seconds that other ranks wait for the main rank to print the error and exit."""
+SECONDS_FOR_MAIN = 60.0
+"""Seconds that other ranks wait for the main rank to print the error and exit; busy machines import that unevenly."""
 
 
 def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = True) -> int:

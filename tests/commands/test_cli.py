@@ -9,7 +9,7 @@ import megaft
 from evaluate_zero_shot.config import parse
 from megaft.base.environment import git_state
 from megaft.base.errors import CheckpointError, ConfigError, DataError, NumericsError
-from megaft.base.exit_code import exit_code_of
+from megaft.base.exit_code import SECONDS_FOR_MAIN, exit_code_of
 from megaft.cli import COMMANDS, Command, main
 from megaft.config.train import OptimConfig
 
@@ -137,7 +137,7 @@ def test_the_main_rank_speaks_first(capsys, monkeypatch):
     assert exit_code_of(raising(DataError("no")), is_main=True) == 3
     assert (waits, capsys.readouterr().err) == ([], "error: no\n")
     assert exit_code_of(raising(DataError("alone")), is_main=False) == 3
-    assert (waits, capsys.readouterr().err) == ([(20.0, "")], "error: alone\n")
+    assert (waits, capsys.readouterr().err) == ([(SECONDS_FOR_MAIN, "")], "error: alone\n")
 
 
 @pytest.mark.parametrize("is_main", [True, False])
@@ -148,7 +148,7 @@ def test_only_the_main_rank_says_what_is_wrong_with_flags(is_main, capsys, monke
         exit_code_of(lambda: len(parse(["--bogus"], is_main).model), is_main=is_main)
     assert exit_of_parser.value.code == 2
     assert ("--bogus" in capsys.readouterr().err) == is_main
-    assert waits == ([] if is_main else [20.0])
+    assert waits == ([] if is_main else [SECONDS_FOR_MAIN])
 
 
 def test_interrupt_and_bug(fake_command):
