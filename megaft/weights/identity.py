@@ -68,8 +68,8 @@ def fingerprint_of_weights(source: str) -> str:
     files = _weight_files(source)
     digest = sha256()
     try:
-        for name, *sampled in sorted(_tensors(file for file in files if file.suffix == ".safetensors")):
-            _update(digest, name, *sampled)
+        for tensor in sorted(_tensors(file for file in files if file.suffix == ".safetensors")):
+            _update(digest, *tensor, TENSOR_BLOCKS)
         for file in (file for file in files if file.suffix != ".safetensors"):
             num_bytes = file.stat().st_size
             _update(digest, str(num_bytes), file, 0, num_bytes, FILE_BLOCKS)
@@ -93,10 +93,11 @@ def _weight_files(source: str) -> list[Path]:
     return next((found for files in patterns if (found := sorted(files))), [])
 
 
-def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Path, int, int, int]]:
+def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Path, int, int]]:
+    """Yield name with dtype and shape, file, and byte range of every tensor."""
     for file in files:
         for name, span in open_tensors(file).spans.items():
-            yield f"{name} {span.dtype} {list(span.shape)}", file, span.begin, span.end, TENSOR_BLOCKS
+            yield f"{name} {span.dtype} {list(span.shape)}", file, span.begin, span.end
 
 
 def _update(digest: Any, name: str, file: Path, begin: int, end: int, num_blocks: int) -> None:
