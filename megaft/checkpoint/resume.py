@@ -19,8 +19,8 @@ from megaft.base.agreement import agreed, together
 from megaft.base.errors import CheckpointError
 from megaft.base.files import naming_disk_errors, to_json
 from megaft.checkpoint import engine_state
-from megaft.checkpoint.run_state import Identity, RunState
-from megaft.config.train import CHANGEABLE
+from megaft.checkpoint.run_state import ADDED_LATER, Identity, RunState
+from megaft.config.identity import CHANGEABLE, setting_of
 from megaft.weights.canonical import ReshardedReader, TransformersView
 from megaft.weights.checkpoint_reader import CheckpointReader
 from megaft.weights.layout import layout_of
@@ -140,12 +140,7 @@ def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], a
         CheckpointError: Other settings differ; the message names each.
     """
     now = json.loads(to_json(now))
-    readable = [identity.get("names") or {} for identity in (saved, now)]
-    changed = {
-        name: _difference(name, saved.get(name), value, *(names.get(name) for names in readable))
-        for name, value in now.items()
-        if name != "names" and saved.get(name) != value
-    }
+    changed = {name: text for name in now if name != "names" and (text := _difference(name, saved, now))}
     refused = [name for name in changed if name not in allowed]
     if refused:
         changeable = [name for name in refused if name in CHANGEABLE]
@@ -158,11 +153,20 @@ def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], a
         print(f"resuming {folder} with changed settings: {'; '.join(changed.values())}", flush=True)
 
 
-def _difference(name: str, then: Any, now: Any, then_name: str | None = None, now_name: str | None = None) -> str:
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        return "; ".join(_difference(f"{name}.{key}", then.get(key), now.get(key)) for key in keys)
-    return f"{name}: {_named(then, then_name)} in the checkpoint, {_named(now, now_name)} in this run"
+def _difference(name: str, saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the settings of one field of the identity that differ, with both values; "" if they agree."""
+    if name not in saved and name in ADDED_LATER:
+        return ""
+    then, value = saved.get(name), now[name]
+    if isinstance(then, dict) and isinstance(value, dict):
+        keys = [key for key in value if key in then and then[key] != value[key]]
+        return "; ".join(_both(setting_of(name, key), then[key], value[key]) for key in keys)
+    names = [(identity.get("names") or {}).get(name) for identity in (saved, now)]
+    return "" if then == value else _both(setting_of(name), _named(then, names[0]), _named(value, names[1]))
+
+
+def _both(setting: str, then: Any, now: Any) -> str:
+    return f"{setting}: {then} in the checkpoint, {now} in this run"
 
 
 def _named(value: Any, name: str | None) -> str:

@@ -47,7 +47,10 @@ class RunState:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Settings that must equal the checkpoint's when a run resumes."""
+    """Settings that must equal the checkpoint's when a run resumes; `config.identity` has their names in messages.
+
+    A field of ADDED_LATER, and a key of a field that is a dict, is not compared with a checkpoint without it.
+    """
 
     global_batch_size: int
     seed: int
@@ -62,5 +65,17 @@ class Identity:
     schedule_steps: int | None
     """Length of the run in steps if the learning rate depends on it, else None."""
     validation: str | None
+    gradient_clipping: float | None = None
+    precision: str | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Rank of the adapters and, if there are any, their other settings."""
+    model_config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration, without dropout probabilities that --model.dropout sets."""
+    model_weights: str | None = None
+    """Fingerprint of the pretrained weights that the run started from; None for a model from scratch."""
     names: dict[str, str] = field(default_factory=dict)
     """Readable names for fields that are hashes; used in messages, never compared."""
+
+
+ADDED_LATER = frozenset({"gradient_clipping", "precision", "lora", "model_config", "model_weights"})
+"""Fields that the first versions of megaft did not record."""

@@ -109,6 +109,7 @@ def _cpu_settings(config: ValidateConfig, setup: ResolvedSettings, folder: Path)
     optim, model = config.optim, replace(config.model, compile="off")
     if setup.dtype == "float16":
         del json["fp16"]
+        checkpoints = replace(checkpoints, allow_changed=(*checkpoints.allow_changed, "precision"))
         notes.append("float16 was replaced by float32 for this check.")
     if (other := OPTIMIZERS[setup.optim.name].cpu_equivalent) is not None:
         json.pop("optimizer", None)

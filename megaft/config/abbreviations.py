@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from typing import get_type_hints
+
+from megaft.config.flags import flags_of
 
 
 @contextmanager
@@ -24,21 +24,10 @@ def suggesting(config: type, arguments: Sequence[str], *, is_shown: bool) -> Ite
 
 
 def _suggestions(config: type, arguments: Sequence[str]) -> list[str]:
-    names = list(_flag_names(config))
+    names = list(flags_of(config).values())
     flags = [argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")]
     matches = {flag: [name for name in names if _abbreviates(flag, name)] for flag in flags if flag not in names}
     return [f"--{flag}: did you mean --{' or --'.join(settings)}?" for flag, settings in matches.items() if settings]
-
-
-def _flag_names(config: type, prefix: str = "") -> Iterator[str]:
-    """Yield every flag's name, such as optim.learning-rate."""
-    hints = get_type_hints(config)
-    for field in fields(config):
-        name = prefix + field.name.replace("_", "-")
-        if is_dataclass(hints[field.name]):
-            yield from _flag_names(hints[field.name], f"{name}.")
-        else:
-            yield name
 
 
 def _abbreviates(flag: str, name: str) -> bool:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import detokenizers
 import tyro
 
 from megaft.base.checks import at_least, require, require_ranges
+from megaft.config.detokenizer import require_detokenizer
 
 DEFAULT_KEY = "text"
 """Default key of the text in a JSON record."""
@@ -51,9 +51,8 @@ class PrepareConfig:
     """Print the receipt as the last line of stdout, in JSON."""
 
     def __post_init__(self) -> None:
-        names = detokenizers.names()
         require(len(self.inputs) > 0, "inputs is empty. Give a text or .jsonl file, a folder or a glob.")
-        require(self.detokenizer in names, f"--detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
+        require_detokenizer("--detokenizer", self.detokenizer)
         require_ranges(self, min_tokens=at_least(1), workers=at_least(1))
         require(
             len(self.control_codes) in (0, len(self.inputs)),

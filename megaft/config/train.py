@@ -16,13 +16,12 @@ from megaft.base.checks import ABOVE_0, BELOW_1, NOT_NEGATIVE, SEED, UP_TO_1, at
 from megaft.base.topology import own_flags
 from megaft.base.unicode_text import is_unicode
 from megaft.config.abbreviations import suggesting
+from megaft.config.detokenizer import require_detokenizer
+from megaft.config.identity import CHANGEABLE
 from megaft.config.optimizers import NAME_HELP, OPTIMIZERS, OptimizerName
 from megaft.config.parallelism import Backend, require_shardable
 from megaft.config.policies import POLICIES, NonFinitePolicy, SpikePolicy
 from megaft.config.schedules import SCHEDULES, ScheduleName
-
-# Identity fields that --checkpoint.allow-changed may list; other differences are always errors.
-CHANGEABLE = frozenset({"data", "tokenizer", "global_batch_size", "validation", "optim", "schedule_steps", "dropout"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +105,7 @@ class DataConfig:
     """Detokenizer for text files that are word-tokenized, such as wikitext_megatron for WikiText."""
 
     def __post_init__(self) -> None:
+        require_detokenizer("--data.detokenizer", self.detokenizer)
         require(len(self.train) > 0, "--data.train is empty. Give a text file or the prefix of a prepared dataset.")
         require_ranges(self, "data.", context_length=at_least(2).such_as("1024"))
         require(

@@ -127,7 +127,7 @@ class TokenWriter:
         if self._lengths[-1] > np.iinfo(np.int32).max:
             raise DataError(
                 f"a document has {self._lengths[-1]:,} tokens; Megatron's format allows {np.iinfo(np.int32).max:,}. "
-                "Prepare with --unit document or line."
+                "Tokenize it with megaft prepare --unit document or line."
             )
         self._lengths.append(0)
 

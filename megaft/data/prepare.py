@@ -234,7 +234,9 @@ def opening_ids_of(tokenizer: AnyTokenizer, *, is_chat: bool) -> tuple[int, ...]
 
 def _require_scored(config: PrepareConfig, writer: DocumentWriter, roles: set[str]) -> None:
     if writer.counts.documents == 0:
-        raise DataError(f"no document has {config.min_tokens} tokens or more; lower --min-tokens.")
+        fix = "lower --min-tokens" if config.min_tokens > 1 else "give files with text"
+        least = counted(config.min_tokens, "token")
+        raise DataError(f"no document of {' '.join(config.inputs)} has {least} or more; {fix}.")
     if writer.counts.documents_unscored < writer.counts.documents:
         return
     if SCORED_ROLE in roles:

@@ -68,7 +68,7 @@ class TextFile:
             return detected
         raise DataError(
             f"{self.path} is {detected}; write one record per line, such as with jq -c . (jq -c '.[]' for a list), "
-            "or use --format text if the braces are part of the text."
+            "or use megaft prepare --format text if the braces are part of the text."
         )
 
     def _head(self) -> bytes:

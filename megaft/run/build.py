@@ -13,13 +13,11 @@ from megaft.base import parallel
 from megaft.base.agreement import together
 from megaft.base.device import require_supported
 from megaft.base.progress import say
-from megaft.base.redaction import without_secrets
 from megaft.base.topology import Topology
 from megaft.checkpoint import engine_state
 from megaft.checkpoint.run_state import Identity, RunState
 from megaft.checkpoint.saver import Saver
 from megaft.config.deepspeed_json import ResolvedSettings
-from megaft.config.schedules import SCHEDULES
 from megaft.config.train import TrainConfig
 from megaft.data.batches import BatchSplit
 from megaft.models.hugging_face import require_fits
@@ -27,6 +25,7 @@ from megaft.models.parameters import parameter_groups
 from megaft.models.rope import length_limit
 from megaft.run.events import Events, record_end
 from megaft.run.guard import Guard
+from megaft.run.identity import contents, identity_of, loaded_model, model_name
 from megaft.run.model import build_model
 from megaft.run.optim import build_optimizer
 from megaft.run.plan import Plan
@@ -83,15 +82,17 @@ def build(plan: Plan, topology: Topology) -> Run:
     """
     config, setup, is_main = plan.config, plan.setup, topology.is_main
     device = parallel.join(topology, timedelta(minutes=config.run.timeout_minutes))
-    require_same(settings_of(config, _contents(plan)))
+    require_same(settings_of(config, contents(plan)))
     # From here on ranks use collectives: an error on one rank is raised on all.
     together(require_supported, setup.dtype)
-    say(f"{'loading' if config.model.path else 'making'} the model: {_model_name(config)}", is_main)
+    say(f"{'loading' if config.model.path else 'making'} the model: {model_name(config)}", is_main)
     model, architecture = build_model(config, setup.engine_config)
+    loaded = together(loaded_model, config, model.language_model, architecture)
+    require_same(loaded.contents(config))
     rope_length_limit = length_limit(model.language_model.config)
     validation = together(_validation, plan, model.language_model, rope_length_limit)
     row_length = together(plan.samples.row_length, rope_length_limit)
-    identity = _identity(plan, architecture, validation)
+    identity = identity_of(plan, loaded, validation)
     say(f"building the engine: ZeRO {setup.zero_stage}, {setup.dtype}, {setup.optim.name}", is_main)
     engine = _engine(model, setup, device)
     meter = Meter.of(
@@ -122,17 +123,6 @@ def build(plan: Plan, topology: Topology) -> Run:
     )
 
 
-def _contents(plan: Plan) -> dict[str, Any]:
-    """Return content hashes of the files that the settings name."""
-    valid = plan.sources.valid
-    return {
-        "the content of --deepspeed_config": plan.setup.as_read,
-        "the SHA-256 of --data.train": plan.samples.fingerprint,
-        "the SHA-256 of --data.valid": valid.receipt["bin_sha256"] if valid else None,
-        "the SHA-256 of the tokenizer": plan.tokenizer.sha256,
-    }
-
-
 def _validation(plan: Plan, language_model: Any, rope_length_limit: int | None) -> Validation | None:
     """Return the validation, if any, after checking that the model fits the tokenizer and input length."""
     require_fits(language_model, plan.tokenizer, plan.config.longest_input)
@@ -148,37 +138,3 @@ def _engine(model: torch.nn.Module, setup: ResolvedSettings, device: torch.devic
     engine_state.keep_loss_scale_at_floor(engine)
     engine_state.add_gradients_in_one_pass(engine)
     return engine
-
-
-def _identity(plan: Plan, architecture: str, validation: Validation | None) -> Identity:
-    config, optim = plan.config, plan.setup.optim
-    return Identity(
-        global_batch_size=plan.setup.global_batch_size,
-        seed=config.run.seed,
-        data=plan.samples.fingerprint,
-        context_length=config.data.context_length,
-        sample=config.data.sample,
-        attend_within_documents=config.data.attend_within_documents,
-        tokenizer=plan.tokenizer.sha256,
-        model=architecture,
-        dropout=config.model.dropout,
-        optim=asdict(optim),
-        schedule_steps=plan.max_steps if SCHEDULES[optim.schedule].decays else None,
-        validation=validation.name if validation else None,
-        names=_names(config),
-    )
-
-
-def _names(config: TrainConfig) -> dict[str, str]:
-    """Return readable names of the hashed fields of the run's identity."""
-    names = {
-        "data": " ".join(config.data.train),
-        "tokenizer": config.tokenizer_source,
-        "model": _model_name(config),
-        "validation": str(config.data.valid),
-    }
-    return {part: without_secrets(name) for part, name in names.items()}
-
-
-def _model_name(config: TrainConfig) -> str:
-    return without_secrets(str(config.model.path or config.model.from_scratch))

@@ -14,10 +14,14 @@ from megaft.base import parallel
 from megaft.base.agreement import raise_together
 from megaft.base.errors import ConfigError
 from megaft.base.redaction import without_secrets
+from megaft.config.flags import flags_of
 from megaft.config.train import TrainConfig
 
 COMPARED_BY_CONTENT = ("--data.train", "--data.valid", "--data.tokenizer", "--model.path", "--model.from-scratch")
 """Settings that name files, which may lie elsewhere on another host."""
+
+UNREADABLE = "unreadable"
+"""Content of a file that a rank cannot read, which loading reports; it is not compared."""
 
 
 def settings_of(config: TrainConfig, contents: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,8 +31,9 @@ def settings_of(config: TrainConfig, contents: Mapping[str, Any]) -> dict[str, A
         config: The rank's settings.
         contents: Contents of the named files, such as a hash of the samples, in place of their paths.
     """
+    flags = flags_of(TrainConfig)
     settings = {
-        f"--{section}.{name}".replace("_", "-"): value
+        f"--{flags[f'{section}.{name}']}": value
         for section, values in asdict(config).items()
         if isinstance(values, dict)
         for name, value in values.items()
@@ -43,7 +48,8 @@ def require_same(settings: Mapping[str, Any]) -> None:
         settings: Values by name; the names are the same on all ranks.
     """
     hashes = torch.tensor([_hash(value) for value in settings.values()])
-    differs = (hashes != parallel.broadcast_from_main(hashes)).tolist()
+    of_main = parallel.broadcast_from_main(hashes)
+    differs = ((hashes != of_main) & (hashes != 0) & (of_main != 0)).tolist()
     names = [name for name, is_other in zip(settings, differs, strict=True) if is_other]
     raise_together(settings_error(names, settings) if names else None)
 
@@ -59,5 +65,9 @@ def settings_error(names: list[str], settings: Mapping[str, Any]) -> ConfigError
 
 
 def _hash(value: Any) -> int:
-    """Return a 56-bit hash of the value, which fits a signed 64-bit integer."""
-    return int.from_bytes(sha256(json.dumps(value, default=str, sort_keys=True).encode()).digest()[:7])
+    """Return a 56-bit hash of the value, which fits a signed 64-bit integer; 0 for an unreadable file."""
+    return (
+        0
+        if value is UNREADABLE
+        else int.from_bytes(sha256(json.dumps(value, default=str, sort_keys=True).encode()).digest()[:7])
+    )

@@ -1,13 +1,11 @@
 """Checkpoint publishing: files on disk at every moment, retention, and disk errors."""
 
 import errno
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-from dataclasses import asdict
 from itertools import count
 
 import pytest
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 from megaft.base import parallel
 from megaft.base.errors import CheckpointError
 from megaft.base.files import sha256_of
-from megaft.checkpoint import resume, saver
+from megaft.checkpoint import saver
 from megaft.checkpoint.resume import find, load
 from megaft.checkpoint.run_state import RunState
 from megaft.config.train import CheckpointConfig
@@ -267,28 +265,6 @@ def test_a_read_only_disk_is_named(small_disk):
     with pytest.raises(CheckpointError, match=r"step-00000002.tmp .*: Read-only file system"):
         save(small_disk, 2, 0.75)
     assert fill_of(find(small_disk).folder) == 0.5
-
-
-# Another run's
-
-
-def test_another_run_is_refused_unless_the_change_is_allowed(tmp_path, capsys):
-    save(tmp_path, 1, 0.5)
-    folder = folder_of(tmp_path, 1)
-    saved = json.loads(json.dumps(asdict(IDENTITY)))
-    now = saved | {"seed": 1, "data": "e", "optim": saved["optim"] | {"learning_rate": 2e-3}}
-    with pytest.raises(CheckpointError) as refused:
-        resume.require_same_run(folder, saved, now, ())
-    message = str(refused.value)
-    assert "seed: 0 in the checkpoint, 1 in this run; data: d in the checkpoint, e in this run; " in message
-    assert "optim.learning_rate: 0.001 in the checkpoint, 0.002 in this run)" in message
-    assert "--checkpoint.allow-changed data optim" in message
-    with pytest.raises(CheckpointError, match=r"\(seed: 0 in the checkpoint, 1 in this run\)"):
-        resume.require_same_run(folder, saved, now, ("data", "optim"))
-    resume.require_same_run(folder, saved, now, ("data", "optim", "seed"))
-    assert "seed: 0 in the checkpoint, 1 in this run; data" in capsys.readouterr().out
-    resume.require_same_run(folder, saved, saved, ())
-    assert capsys.readouterr().out == ""
 
 
 def test_groups_that_step_otherwise_than_they_were_built_to_are_found(tmp_path):

@@ -143,7 +143,7 @@ def test_a_run_that_would_continue(config, planned, run_ranks, tmp_path, toy_mod
     assert (plan["done_steps"], plan["max_steps"], plan["micro_batch_size"]) == (2, 10, 1)
     assert Path(plan["resumes_from"]).parent == run_dir / "checkpoints"
     assert planned(config("--run.fresh"))["done_steps"] == 0
-    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match="learning_rate")):
+    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=r"--optim\.learning-rate")):
         planned(config("--optim.schedule=constant", "--optim.learning-rate=1"))
     assert files_of(run_dir) == before
 

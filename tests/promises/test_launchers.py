@@ -148,9 +148,9 @@ def test_a_run_continues_with_its_own_settings_only(run_alone, reference):
     code, said, run_dir = run_alone("--optim.learning-rate=3e-3", "--eval.stride=8", "--run.max-steps=3")
     assert code == 4
     for setting in (
-        "optim.learning_rate: 0.0001 in the checkpoint, 0.003 in this run",
-        "validation: ",
-        "schedule_steps: 2 in the checkpoint, 3 in this run",
+        "--optim.learning-rate: 0.0001 in the checkpoint, 0.003 in this run",
+        "--data.valid (or --eval.*): ",
+        "--run.max-steps (or --run.epochs): 2 in the checkpoint, 3 in this run",
         "--run.fresh",
     ):
         assert setting in said

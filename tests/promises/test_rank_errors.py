@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -18,11 +19,16 @@ def refuse(*_, **__):
 
 EMPTY = "an empty folder"
 """Broken model folder of one rank, without a model's files."""
+OTHER_WEIGHTS, OTHER_CONFIG = "a copy with other weights", "a copy with another config.json"
+"""Model folders of one rank that differ from those of the others."""
 # ZeRO stage; the flag that names the model; what is broken (or the flag that is given), and on which rank; and what
 # that rank says
 CASES = {
     "another seed": (1, "path", "--run.seed=7", 1, ConfigError, "--run.seed is 7 here"),
     "another batch": (1, "path", "--deepspeed_config={}", 1, ConfigError, "the content of --deepspeed_config is {"),
+    "other weights": (1, "path", OTHER_WEIGHTS, 1, ConfigError, "the weights of --model.path"),
+    "other weights, stage 3": (3, "path", OTHER_WEIGHTS, 1, ConfigError, "the weights of --model.path"),
+    "another config, stage 3": (3, "path", OTHER_CONFIG, 1, ConfigError, "the config.json of --model.path"),
     "no weights": (1, "path", EMPTY, 1, DataError, "has no weights"),
     "no weights, stage 3": (3, "path", EMPTY, 1, DataError, "has no weights"),
     "no weights on the main rank, stage 3": (3, "path", EMPTY, 0, DataError, "has no weights"),
@@ -44,6 +50,30 @@ EVALUATIONS = {
 }
 
 
+def with_other_weights(run_dir, model):
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(model, f"{run_dir} model"))
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.ln_f.bias"][-1] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def with_other_config(run_dir, model):
+    folder = Path(shutil.copytree(model, f"{run_dir} model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
+    return folder
+
+
+BROKEN_MODELS = {
+    EMPTY: lambda run_dir, _: run_dir.parent,
+    OTHER_WEIGHTS: with_other_weights,
+    OTHER_CONFIG: with_other_config,
+}
+
+
 def train_all(folder, model, texts):
     """Return the exit code and message of every case on this rank."""
     from megaft.base import parallel
@@ -59,7 +89,8 @@ def failure_of(run_dir, model, texts, topology, stage, flag, broken, culprit):
 
     settings = run_dir.parent / f"stage-{stage}-{topology.rank}.json"
     settings.write_text(json.dumps({"train_batch_size": 2, "zero_optimization": {"stage": stage}}))
-    model = run_dir.parent if broken == EMPTY and topology.rank == culprit else model
+    if broken in BROKEN_MODELS and topology.rank == culprit:
+        model = BROKEN_MODELS[broken](run_dir, model)
     flags = [f"--deepspeed_config={settings}", f"--model.{flag}={model}", f"--data.tokenizer={texts.tokenizer}"]
     flags += [f"--data.train={texts.train}", f"--data.valid={texts.valid}", "--data.context-length=32"]
     if broken.startswith("--") and topology.rank == culprit:
@@ -67,7 +98,7 @@ def failure_of(run_dir, model, texts, topology, stage, flag, broken, culprit):
         other.write_text(json.dumps({"train_batch_size": 4, "zero_optimization": {"stage": stage}}))
         flags.append(broken.format(other))
     with pytest.MonkeyPatch.context() as patch:
-        if broken != EMPTY and not broken.startswith("--") and topology.rank == culprit:
+        if broken not in BROKEN_MODELS and not broken.startswith("--") and topology.rank == culprit:
             patch.setattr(f"megaft.run.{broken}", refuse)
         try:
             run(parse_train([*flags, f"--run.dir={run_dir}", "--run.max-steps=1"]), topology)

@@ -205,11 +205,17 @@ def set_dropout(config: Any, dropout: float | None) -> None:
     """
     if dropout is None:
         return
-    names = r"(dropout|dropout_prob|dropout_rate|pdrop|_drop)$" if dropout else r"drop(out(_prob|_rate)?)?$"
     for part in (config, config.get_text_config()):
-        for name, value in part.to_dict().items():
-            if re.search(names, name) and isinstance(value, int | float):
-                setattr(part, name, dropout)
+        for name in dropout_fields(part.to_dict(), dropout):
+            setattr(part, name, dropout)
+
+
+def dropout_fields(config: dict[str, Any], dropout: float | None) -> list[str]:
+    """Return the fields of a configuration that a dropout probability replaces; none for None."""
+    if dropout is None:
+        return []
+    names = r"(dropout|dropout_prob|dropout_rate|pdrop|_drop)$" if dropout else r"drop(out(_prob|_rate)?)?$"
+    return [name for name, value in config.items() if re.search(names, name) and isinstance(value, int | float)]
 
 
 def _without_quantization(model: CausalLM) -> CausalLM:

@@ -1,0 +1,24 @@
+"""Flags of a settings class, by field."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+
+def flags_of(config: type, field_prefix: str = "", flag_prefix: str = "") -> dict[str, str]:
+    """Return every flag without its dashes by the path of its field: checkpoint.in_background to checkpoint.async."""
+    hints, flags = get_type_hints(config, include_extras=True), {}
+    for field in fields(config):
+        path, flag = field_prefix + field.name, flag_prefix + _name_of(field.name, hints[field.name])
+        if is_dataclass(kind := get_type_hints(config)[field.name]):
+            flags |= flags_of(kind, f"{path}.", f"{flag}.")  # type: ignore[arg-type]
+        else:
+            flags[path] = flag
+    return flags
+
+
+def _name_of(field: str, hint: Any) -> str:
+    """Return the last part of a field's flag: the name that tyro.conf.arg gives it, or the field's own."""
+    named = (getattr(extra, "name", None) for extra in get_args(hint)[1:])
+    return next((name for name in named if isinstance(name, str)), field.replace("_", "-"))

@@ -1,0 +1,40 @@
+"""Table of the parts of a run's identity: settings in messages, and the parts that a resumed run may change on request.
+
+Everything else may change freely between two starts, such as micro-batch, ZeRO stage, ranks, guards and logging.
+"""
+
+from __future__ import annotations
+
+_MODEL = "--model.path (or --model.from-scratch)"
+
+SETTINGS = {
+    "global_batch_size": "train_batch_size of --deepspeed_config",
+    "seed": "--run.seed",
+    "data": "--data.train",
+    "context_length": "--data.context-length",
+    "sample": "--data.sample",
+    "attend_within_documents": "--data.attend-within-documents",
+    "tokenizer": "--data.tokenizer (or --model.path)",
+    "model": f"{_MODEL}, trained parameters",
+    "model_config": f"{_MODEL}, {{key}} of config.json",
+    "model_weights": f"{_MODEL}, stored weights",
+    "dropout": "--model.dropout",
+    "lora": "--lora.{flag}",
+    "optim": "--optim.{flag}",
+    "schedule_steps": "--run.max-steps (or --run.epochs)",
+    "gradient_clipping": "gradient_clipping of --deepspeed_config",
+    "precision": "bf16 or fp16 of --deepspeed_config",
+    "validation": "--data.valid (or --eval.*)",
+}
+"""Name in messages of each field of the identity; {key} is the key of a field that is a table, {flag} its flag."""
+
+CHANGEABLE = frozenset(SETTINGS) - {
+    *("seed", "context_length", "sample", "attend_within_documents"),
+    *("model", "model_config"),
+}
+"""Fields that --checkpoint.allow-changed may list; other differences are always errors."""
+
+
+def setting_of(field: str, key: str = "") -> str:
+    """Return the setting that a user changes for a field of the identity, or for a key of one that is a table."""
+    return SETTINGS[field].format(key=key, flag=key.replace("_", "-"))
