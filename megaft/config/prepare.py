@@ -52,7 +52,11 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         names = detokenizers.names()
-        require(len(self.inputs) > 0, "inputs is empty. Give a text or .jsonl file, a folder or a glob.")
+        require(
+            len(self.inputs) > 0,
+            "megaft prepare got no input; give text or JSON Lines files, folders or globs, for example "
+            "`megaft prepare corpus.txt --tokenizer gpt2 --output data/corpus`.",
+        )
         require(self.detokenizer in names, f"--detokenizer is {self.detokenizer!r}; use one of {', '.join(names)}.")
         require_ranges(self, min_tokens=at_least(1), workers=at_least(1))
         require(
