@@ -310,6 +310,6 @@ def _is_current(dataset: Dataset, config: PrepareConfig, tokenizer: AnyTokenizer
     settings = {"eod_id": None, "opening_ids": list(opening_ids), **text_settings}
     return (
         settings.items() <= receipt.items()
-        and [source["sha256"] for source in receipt["sources"]] == [sha256_of(path) for path in paths]
+        and [source["sha256"] for source in receipt.get("sources", [])] == [sha256_of(path) for path in paths]
         and receipt["tokenizer"]["sha256"] == tokenizer.sha256
     )
