@@ -47,7 +47,9 @@ def prepare_sources(
         UserError: A text cannot be prepared, or this rank's differs from the main rank's.
     """
     train, folder = named_sources(config), run_dir / "data"
-    named = [("--data.train", name) for _, name in train] + [("--data.valid", config.valid)] * bool(config.valid)
+    named = [("--data.train", name) for _, name in train]
+    if config.valid is not None:
+        named.append(("--data.valid", config.valid))
     texts: dict[str, Text] = {}
     for setting, name in named:
         if name not in texts and not is_prepared(name):
@@ -64,7 +66,7 @@ def prepare_sources(
     return Sources(
         tuple(dataset(name) for _, name in train),
         tuple(weight for weight, _ in train),
-        dataset(config.valid) if config.valid else None,
+        None if config.valid is None else dataset(config.valid),
     )
 
 
