@@ -16,12 +16,12 @@ from evaluate_zero_shot.evaluation.evaluated_model import EvaluatedModel
 from evaluate_zero_shot.evaluation.finished import FinishedBatches
 from evaluate_zero_shot.evaluation.limits import is_capped
 from evaluate_zero_shot.evaluation.plan import Evaluation
-from evaluate_zero_shot.evaluation.results import Result
+from evaluate_zero_shot.evaluation.results import Result, public_command
 from megaft.base import parallel
 from megaft.base.dtypes import dtype_name
 from megaft.base.environment import environment
 from megaft.base.progress import progress_bar
-from megaft.base.redaction import without_secrets
+from megaft.base.redaction import without_parents, without_secrets
 from megaft.models.rope import length_limit
 from megaft.scoring.score import Score, batches_of, score
 
@@ -45,7 +45,7 @@ def evaluate(evaluated: EvaluatedModel, evaluation: Evaluation, output: Path) ->
     headline = protocol.headline if protocol.headline and not prepared.is_prompted else evaluation.task.headline
     values = metrics.metrics(scored, prepared, protocol)
     return Result(
-        model=without_secrets(evaluated.source),
+        model=without_secrets(without_parents(evaluated.source)),
         model_name=Path(evaluated.source).name,
         num_parameters=evaluated.scorer.num_parameters,
         model_sha256=evaluated.sha256,
@@ -79,7 +79,7 @@ def evaluate(evaluated: EvaluatedModel, evaluation: Evaluation, output: Path) ->
         backend=evaluated.backend,
         tensor_parallel_size=parallel.tensor_parallel_size(),
         device=torch.cuda.get_device_name() if evaluated.device.type == "cuda" else evaluated.device.type,
-        command=versions.pop("command"),
+        command=public_command(versions.pop("command")),
         environment=versions,
         **values,
         **metrics.segments(scored, prepared),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from evaluate_zero_shot.evaluation.limits import OVERFLOW_LABEL, is_capped
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
 from megaft.base.errors import DataError
 from megaft.base.files import parse_json, write_json_atomic
+from megaft.base.redaction import without_parents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,7 @@ class Result:
     """Entry of results.json: one model on one task under one protocol."""
 
     model: str
-    """Hub name or path, as the user gave it."""
+    """Hub name or path, as the user gave it; of an absolute path the last part, or RUN/export."""
     model_name: str
     """Last part of `model`."""
     num_parameters: int
@@ -80,6 +82,7 @@ class Result:
     tensor_parallel_size: int
     device: str
     command: list[str]
+    """As given, but with absolute paths cut like `model`."""
     environment: dict[str, Any]
     """Versions, commit and hardware, from megaft.base.environment."""
 
@@ -89,6 +92,8 @@ class Result:
         return tuple(getattr(self, name) for name in _IDENTITY)
 
 
+PROGRAM = "evaluate_zero_shot/__main__.py"
+"""First word of the command `python -m evaluate_zero_shot`."""
 _IDENTITY = (
     *("model", "model_sha256", "task", "data_sha256", "protocol"),
     *("context_length", "stride", "dtype", "limit_lines"),
@@ -103,13 +108,26 @@ def write(folder: Path, results: list[Result]) -> None:
         DataError: The present file is not a results.json.
     """
     replaced = {result.identity for result in results}
-    earlier = [row for row in load(folder) if tuple(row[name] for name in _IDENTITY) not in replaced]
+    present = map(_without_folders, load(folder))
+    earlier = [row for row in present if tuple(row[name] for name in _IDENTITY) not in replaced]
     rows = [*earlier, *map(asdict, results)]
     value = {
         "results": rows,
         "protocols": {name: asdict(PROTOCOLS[name]) for name in sorted({row["protocol"] for row in rows})},
     }
     write_json_atomic(folder / "results.json", value)
+
+
+def public_command(words: Sequence[str]) -> list[str]:
+    """Return a command without the folders of this machine; the evaluation program keeps the name of its package."""
+    program = [PROGRAM if word.endswith(f"/{PROGRAM}") else without_parents(word) for word in words[:1]]
+    return [*program, *map(without_parents, words[1:])]
+
+
+def _without_folders(row: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry as it is written today; older versions recorded absolute paths."""
+    command = {"command": public_command(row["command"])} if row.get("command") else {}
+    return row | {"model": without_parents(row["model"])} | command
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
@@ -125,6 +143,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
         rows = parse_json(path.read_text(encoding="utf-8"))["results"]
         if any(name not in row for row in rows for name in _IDENTITY):
             raise KeyError("an entry lacks a field")
+        if any(not isinstance(row["model"], str) for row in rows):
+            raise TypeError("the model of an entry is not a text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is not a results file of megaft ({error}); move it away or give another --output."

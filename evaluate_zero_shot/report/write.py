@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from evaluate_zero_shot import formats
 from evaluate_zero_shot.evaluation import limits
-from evaluate_zero_shot.evaluation.results import Result
+from evaluate_zero_shot.evaluation.results import PROGRAM, Result
 from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
 from evaluate_zero_shot.report import sections
 from evaluate_zero_shot.report.page import render_page
@@ -130,9 +130,9 @@ def _protocol(name: str, recorded: Mapping[str, Any]) -> Protocol:
 def _command(words: Sequence[str]) -> str:
     """Return a command line for a shell, with the module's name instead of its path, and without local folders.
 
-    results.json has the command as it was given.
+    Older versions recorded the folders in results.json too.
     """
-    is_module = words[0].endswith("evaluate_zero_shot/__main__.py")
+    is_module = words[0].endswith(PROGRAM)
     named = ["python", "-m", "evaluate_zero_shot", *words[1:]] if is_module else words
     return shlex.join(map(without_folders, named))
 

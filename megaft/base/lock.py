@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +48,22 @@ def locked(folder: Path, is_main: bool = True, file: Path | None = None) -> Iter
     finally:
         path.unlink(missing_ok=True)
         lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Return True if a process holds the folder's lock, or the file system has no locks to tell by."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # held (EWOULDBLOCK), or unsupported
+        return True
+    else:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _acquire(folder: Path, path: Path) -> FileLock:

@@ -26,6 +26,7 @@ from megaft.base.device import device_of, require_own_gpu
 from megaft.base.ending import ending_of
 from megaft.base.errors import CRASH, ConfigError, LostPeerError, UserError
 from megaft.base.heartbeat import Heartbeat
+from megaft.base.interruptible import call_in_thread
 from megaft.base.model_parallel_unit import ModelParallelUnit
 from megaft.base.network import connect_hosts, require_interfaces
 from megaft.base.progress import say
@@ -83,8 +84,7 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
     if topology.world_size > 1:
         say(f"waiting for {topology.world_size} ranks at {where}", topology.is_main)
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        connect_hosts(rank, world_size, topology.master_addr, store)
+        store, rank, world_size = call_in_thread(lambda: _rendezvous(topology.master_addr, seconds))
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             raise ConfigError(
@@ -109,6 +109,12 @@ def _meet(topology: Topology, device: torch.device, timeout: timedelta) -> None:
         timeout=timeout,
         device_id=device if is_gpu else None,  # so that NCCL connects here, where its error can be reported
     )
+
+
+def _rendezvous(master_addr: str, seconds: int) -> tuple[dist.Store, int, int]:
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    connect_hosts(rank, world_size, master_addr, store)
+    return store, rank, world_size
 
 
 def join_fake_group(world_size: int) -> Topology:
@@ -239,6 +245,11 @@ def naming_lost_peers(rank: int) -> Iterator[None]:
             f"rank {rank} lost its peers ({detail}): another rank ended or hangs; see its error. "
             "The same command resumes from the last checkpoint."
         ) from error
+
+
+def have_met() -> bool:
+    """Return True if this rank has met the others, and can report its failure to them."""
+    return _heartbeat is not None or dist.is_initialized()
 
 
 def tell_others(error: UserError) -> bool:

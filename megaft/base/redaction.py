@@ -32,6 +32,19 @@ def without_folders(text: str) -> str:
     return _PARENT_FOLDERS.sub("", text.replace(f"{Path.home()}{os.sep}", os.sep))
 
 
+def without_parents(argument: str) -> str:
+    """Return a path, or a flag with one, with an absolute path cut to its last component.
+
+    A run's model, RUN/export, keeps the name of its run. Relative paths and hub names stay as they are.
+    """
+    flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    name = f"{path.parent.name}/{path.name}" if path.name == "export" and path.parent.name else path.name
+    return f"{flag}{equals}{name}"
+
+
 def redacted(value: Any) -> Any:
     """Return nested settings with secrets redacted in every text and path; paths become texts."""
     return mapped(value, lambda item: without_secrets(os.fspath(item)) if isinstance(item, str | os.PathLike) else item)

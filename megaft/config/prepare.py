@@ -51,7 +51,11 @@ class PrepareConfig:
     """Print the receipt as the last line of stdout, in JSON."""
 
     def __post_init__(self) -> None:
-        require(len(self.inputs) > 0, "inputs is empty. Give a text or .jsonl file, a folder or a glob.")
+        require(
+            len(self.inputs) > 0,
+            "megaft prepare got no input; give text or JSON Lines files, folders or globs, for example "
+            "`megaft prepare corpus.txt --tokenizer gpt2 --output data/corpus`.",
+        )
         require_detokenizer("--detokenizer", self.detokenizer)
         require_ranges(self, min_tokens=at_least(1), workers=at_least(1))
         require(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Integer
@@ -34,7 +36,10 @@ class Counts:
 
 
 class DocumentWriter:
-    """Writer of a dataset's temporary files: the tokens and, with `has_mask`, a loss mask (1 for a scored token)."""
+    """Writer of a dataset's temporary files: the tokens and, with `has_mask`, a loss mask (1 for a scored token).
+
+    As a context manager, it closes the files at the end, after an error too.
+    """
 
     def __init__(
         self,
@@ -58,10 +63,19 @@ class DocumentWriter:
         """
         self.counts = Counts()
         self._prefix, self._min_tokens, self._eod_id = prefix, min_tokens, eod_id
-        self._tokens = TokenWriter(temporary(prefix, ".bin"), cardinality=vocab_size)
-        self._mask = TokenWriter(temporary(prefix, ".scored.bin"), cardinality=None) if has_mask else None
+        with ExitStack() as files:
+            self._tokens = files.enter_context(TokenWriter(temporary(prefix, ".bin"), cardinality=vocab_size))
+            mask = TokenWriter(temporary(prefix, ".scored.bin"), cardinality=None) if has_mask else None
+            self._mask = files.enter_context(mask) if mask else None
+            self._files = files.pop_all()
         self._opening_ids = np.array(opening_ids, np.int32)
         self._start_document()
+
+    def __enter__(self) -> DocumentWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._files.__exit__(*error)
 
     @property
     def dtype(self) -> np.dtype:

@@ -102,7 +102,7 @@ def _read_idx(path: Path) -> tuple[np.dtype, Int[np.ndarray, " documents"]]:
 
 
 class TokenWriter:
-    """Writes documents chunk by chunk and hashes the tokens."""
+    """Writes documents chunk by chunk and hashes the tokens. As a context manager, it closes its file at the end."""
 
     def __init__(self, bin_path: Path, *, cardinality: int | None) -> None:
         """Open `bin_path`. The dtype is Megatron's smallest for `cardinality` ids; None is for loss masks."""
@@ -110,6 +110,12 @@ class TokenWriter:
         self._file = bin_path.open("wb")
         self._hash = hashlib.sha256()
         self._lengths = [0]
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def add(self, tokens: Tokens) -> None:
         """Append tokens to the current document."""

@@ -156,14 +156,6 @@ def _write(config: PrepareConfig, sources: dict[TextFile, str], tokenizer: AnyTo
             "or use another tokenizer."
         )
     opening_ids = opening_ids_of(tokenizer, is_chat=config.messages_key is not None)
-    writer = DocumentWriter(
-        config.output,
-        tokenizer.vocab_size,
-        has_mask=config.has_mask,
-        min_tokens=config.min_tokens,
-        opening_ids=opening_ids,
-        eod_id=eod_id,
-    )
     renderer = Renderer(tokenizer.apply_chat_template)
     layout = _layout(config, renderer)
 
@@ -172,13 +164,24 @@ def _write(config: PrepareConfig, sources: dict[TextFile, str], tokenizer: AnyTo
         return with_control_code(parts, code) if code else parts
 
     encode = Encoder(tokenizer)
-    with progress_bar(sum(source.path.stat().st_size for source in sources), "bytes") as show:
+    num_bytes = sum(source.path.stat().st_size for source in sources)
+    with (
+        DocumentWriter(
+            config.output,
+            tokenizer.vocab_size,
+            has_mask=config.has_mask,
+            min_tokens=config.min_tokens,
+            opening_ids=opening_ids,
+            eod_id=eod_id,
+        ) as writer,
+        progress_bar(num_bytes, "bytes") as show,
+    ):
         for batch in encode(chain.from_iterable(chunks_of(source, code) for source, code in sources.items())):
             for encoded in batch:
                 writer.add(encoded)
             show(sum(source.num_bytes for source in sources))
+        bin_sha256 = writer.close()
     _warn_of_changes(list(sources))
-    bin_sha256 = writer.close()
     _require_scored(config, writer, set(renderer.turns))
     receipt = {
         "format_version": FORMAT_VERSION,
@@ -309,6 +312,6 @@ def _is_current(dataset: Dataset, config: PrepareConfig, tokenizer: AnyTokenizer
     settings = {"eod_id": None, "opening_ids": list(opening_ids), **text_settings}
     return (
         settings.items() <= receipt.items()
-        and [source["sha256"] for source in receipt["sources"]] == [sha256_of(path) for path in paths]
+        and [source["sha256"] for source in receipt.get("sources", [])] == [sha256_of(path) for path in paths]
         and receipt["tokenizer"]["sha256"] == tokenizer.sha256
     )

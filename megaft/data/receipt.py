@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from megaft.base.files import fsync, parse_json, write_json_atomic
 from megaft.base.lock import locked
 from megaft.base.redaction import redacted
 from megaft.data.indexed import idx_bytes, with_suffix
+from megaft.data.receipt_fields import fault_of
 
 FORMAT_VERSION = 1
 SUFFIXES = (".bin", ".idx", ".scored.bin", ".scored.idx")
@@ -40,32 +40,11 @@ def load_receipt(prefix: str | Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged ({error}); run megaft prepare again.") from error
     if not isinstance(receipt, dict) or receipt.get("format_version") != FORMAT_VERSION:
         raise DataError(f"{path} is not a receipt of format version {FORMAT_VERSION}; run megaft prepare again.")
-    if fault := _fault(receipt):
-        raise DataError(f"{path} has {fault}, which is invalid; run megaft prepare again.")
+    if fault := fault_of(receipt):
+        raise DataError(f"{path} {fault}. Run megaft prepare again, or copy the dataset again.")
     for suffix, num_bytes in _file_bytes(receipt).items():
         _check_length(with_suffix(prefix, suffix), num_bytes)
     return receipt
-
-
-_COUNTS = ("documents", "tokens")
-_DTYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16")
-
-
-def _fault(receipt: dict[str, Any]) -> str | None:
-    """Return the first invalid field of those that training and validation read, with its value."""
-    tokenizer = receipt.get("tokenizer")
-    wrong = [name for name in _COUNTS if not _is_count(receipt.get(name))]
-    wrong += [] if receipt.get("dtype") in _DTYPES else ["dtype"]
-    wrong += [] if isinstance(receipt.get("bin_sha256"), str) else ["bin_sha256"]
-    wrong += [] if isinstance(receipt.get("has_mask"), bool) else ["has_mask"]
-    wrong += [] if isinstance(receipt.get("opening_ids", []), list) else ["opening_ids"]
-    if not isinstance(tokenizer, dict) or not _is_count(tokenizer.get("vocab_size")):
-        wrong.append("tokenizer")
-    return f"{wrong[0]} {json.dumps(receipt.get(wrong[0]))[:80]}" if wrong else None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _file_bytes(receipt: dict[str, Any]) -> dict[str, int]:

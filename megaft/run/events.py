@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from megaft.base import heartbeat
+from megaft.base import heartbeat, parallel
 from megaft.base.ending import ending_of
-from megaft.base.errors import REQUEUE, CheckpointError, LostPeerError, NoProgressError
+from megaft.base.errors import REQUEUE, CheckpointError, LostPeerError, NoProgressError, UserError
 from megaft.base.files import naming_disk_errors, parse_json, step_rows, to_json, write_json_atomic
 from megaft.base.nested import mapped
 from megaft.base.redaction import without_folders
+from megaft.run import stop
 
 STARTS_WITHOUT_PROGRESS = 3
 """Number of starts at the same step after which a job is not requeued."""
@@ -84,14 +85,16 @@ def _public(value: Any) -> Any:
 def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
     """Write the reason into RUN/ended.json when the block raises: launchers' codes are unreliable.
 
-    The file of an earlier run is removed first. If the main rank is killed, another rank writes the file. After a
-    GPU failure the main rank does not write it, since the run may resume elsewhere.
+    The file of an earlier run is removed first. If the main rank is killed, another rank writes the file. So does a
+    rank that fails before the ranks have met and can tell each other. After a GPU failure the main rank does not write
+    it, since the run may resume elsewhere.
     """
     if is_main:
         for name in ("ended.json", CLAIM):
             (run_dir / name).unlink(missing_ok=True)
+    before_exit = stop.before_exit(partial(record_signal, run_dir)) if is_main else nullcontext()
     try:
-        with heartbeat.before_forced_exit(partial(record_first, run_dir)):
+        with heartbeat.before_forced_exit(partial(record_first, run_dir)), before_exit:
             yield
     except LostPeerError as error:
         if is_main:
@@ -101,14 +104,16 @@ def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
         ending = ending_of(0, error)
         if is_main and ending:
             record_over_lost_peer(run_dir, ending.exit_code, ending.reason)
+        elif ending and not parallel.have_met():
+            record_first(run_dir, ending.exit_code, ending.reason)
         raise
 
 
 def record_end(run_dir: Path, step: int | None, exit_code: int, reason: str) -> None:
-    """Write RUN/ended.json and the last event, if the run's folder exists."""
+    """Write RUN/ended.json and the last event, if the run's folder exists; absolute paths are cut to file names."""
     if run_dir.is_dir():
         Events(run_dir, is_main=True).record("end", step, exit_code=exit_code, reason=reason)
-        write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": reason})
+        write_json_atomic(run_dir / "ended.json", {"exit_code": exit_code, "reason": without_folders(reason)})
 
 
 def record_over_lost_peer(run_dir: Path, exit_code: int, reason: str) -> None:
@@ -118,10 +123,32 @@ def record_over_lost_peer(run_dir: Path, exit_code: int, reason: str) -> None:
             record_end(run_dir, None, exit_code, reason)
 
 
+def recorded_end(run_dir: Path) -> tuple[int, str] | None:
+    """Return the exit code and reason in RUN/ended.json; None if the file does not exist."""
+    try:
+        end = parse_json((run_dir / "ended.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    return end["exit_code"], end["reason"]
+
+
 def recorded_code(run_dir: Path) -> int | None:
     """Return the exit code in RUN/ended.json; None if the file does not exist."""
-    path = run_dir / "ended.json"
-    return parse_json(path.read_bytes())["exit_code"] if path.exists() else None
+    end = recorded_end(run_dir)
+    return end[0] if end else None
+
+
+def record_signal(run_dir: Path, exit_code: int, reason: str) -> bool:
+    """Record a signal that ends this process, from its handler; return False if another end is just being recorded.
+
+    The interrupted thread may be the one that records, so the handler does not wait for it.
+    """
+    if not _recording.acquire(blocking=False):
+        return False
+    _recording.release()
+    with suppress(UserError):  # a full disk
+        record_first(run_dir, exit_code, reason)
+    return True
 
 
 def record_first(run_dir: Path, exit_code: int, reason: str) -> None:

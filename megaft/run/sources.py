@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megaft.base.errors import ConfigError, DataError, LostPeerError, UserError
+from megaft.base.errors import ConfigError, DataError
 from megaft.base.parallel import Topology
 from megaft.config.data_source import parse_source
 from megaft.config.train import DataConfig
 from megaft.data.chat import template_sha256
 from megaft.data.dataset import Dataset
-from megaft.data.prepare import ensure_prepared, opening_ids_of
+from megaft.data.prepare import opening_ids_of
 from megaft.data.receipt import is_prepared
 from megaft.data.samples import DocumentSamples, PackedSamples
 from megaft.data.sequence import Samples
 from megaft.data.tokenizer import AnyTokenizer
-
-LAYOUT = 3
-"""Version of prepared data, incremented when the same text gives different tokens or another receipt."""
-POLL_SECONDS = 0.2
-MAX_SECONDS_BETWEEN_STARTS = 60
-"""Maximum seconds between the starts of two ranks. A failure file older than this rank that still exists after it is
-from this run."""
+from megaft.run.text_preparation import Text, prepare_for_others, wait_for_main
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +43,31 @@ def prepare_sources(
 ) -> Sources:
     """Return the prepared datasets of a run; the main rank tokenizes text files while the others wait.
 
-    This runs before the process group exists, since its collectives would time out during a long preparation.
+    Raises:
+        UserError: A text cannot be prepared, or this rank's differs from the main rank's.
     """
     train, folder = named_sources(config), run_dir / "data"
+    named = [("--data.train", name) for _, name in train]
+    if config.valid is not None:
+        named.append(("--data.valid", config.valid))
+    texts: dict[str, Text] = {}
+    for setting, name in named:
+        if name not in texts and not is_prepared(name):
+            texts[name] = Text(setting, Path(name), tokenizer_source, tokenizer, config.detokenizer)
+    if topology.is_main:
+        ready = prepare_for_others([*texts.values()], folder, has_others=topology.world_size > 1)
+    else:
+        ready = wait_for_main([*texts.values()], folder, topology.rank)
+    datasets = dict(zip(texts, ready, strict=True))
 
-    def prepared(name: str) -> Dataset:
-        if is_prepared(name):
-            return Dataset(name)
-        prefix = _prefix_of(Path(name), tokenizer_source, config.detokenizer, folder)
-        if topology.is_main:
-            return _prepare_for_others(Path(name), prefix, tokenizer_source, tokenizer, config.detokenizer)
-        return _wait_for(prefix)
+    def dataset(name: str) -> Dataset:
+        return datasets.get(name) or Dataset(name)
 
-    ready = tuple(prepared(name) for _, name in train)
-    return Sources(ready, tuple(weight for weight, _ in train), prepared(config.valid) if config.valid else None)
+    return Sources(
+        tuple(dataset(name) for _, name in train),
+        tuple(weight for weight, _ in train),
+        None if config.valid is None else dataset(config.valid),
+    )
 
 
 def named_sources(config: DataConfig) -> list[tuple[float, str]]:
@@ -98,42 +100,6 @@ def _no_data(setting: str, name: str) -> str:
         f"{setting} is {name}, a folder; tokenize its files once and give the prefix: "
         f"megaft prepare {name} --tokenizer MODEL --output PREFIX."
     )
-
-
-def _prefix_of(path: Path, tokenizer_source: str, detokenizer: str, folder: Path) -> Path:
-    """Return the prefix for a text's prepared data: the same on every rank, different for each text and tokenizer."""
-    status = path.stat()
-    key = (LAYOUT, str(path.resolve()), status.st_size, status.st_mtime_ns, tokenizer_source, detokenizer)
-    return folder / f"{path.name}-{blake2b(repr(key).encode(), digest_size=4).hexdigest()}"
-
-
-def _prepare_for_others(
-    path: Path, prefix: Path, tokenizer_source: str, tokenizer: AnyTokenizer, detokenizer: str
-) -> Dataset:
-    failure = Path(f"{prefix}.failed")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    failure.unlink(missing_ok=True)
-    try:
-        return ensure_prepared(path, prefix, tokenizer_source, tokenizer, detokenizer)
-    except UserError as error:
-        failure.write_text(str(error), "utf-8", "backslashreplace")
-        raise
-
-
-def _wait_for(prefix: Path) -> Dataset:
-    failure = Path(f"{prefix}.failed")
-    began, launcher = time.time(), os.getppid()
-    while not Path(f"{prefix}.json").exists():
-        # An earlier run's failure file is older than this rank, and the main rank soon removes it.
-        is_ours = failure.exists() and (
-            failure.stat().st_mtime >= began or time.time() >= began + MAX_SECONDS_BETWEEN_STARTS
-        )
-        if is_ours:
-            raise DataError(failure.read_text())
-        if os.getppid() != launcher:  # the launcher ended, and perhaps the main rank too
-            raise LostPeerError(f"the launcher ended while the main rank prepared {prefix}; start the ranks again.")
-        time.sleep(POLL_SECONDS)
-    return Dataset(str(prefix))
 
 
 def open_samples(sources: Sources, config: DataConfig, seed: int) -> Samples:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ SIGNALS = {signal.SIGUSR1: REQUEUE, signal.SIGTERM: REQUEUE, signal.SIGHUP: REQU
 
 _received: list[int] = []
 _is_training = False
+_before_exit: Callable[[int, str], bool] | None = None
 
 
 def listen() -> None:
@@ -36,10 +39,27 @@ def listen() -> None:
 def _note(number: int, _: object) -> None:
     # Launchers also send SIGTERM to the peers of a failed rank. Before the first step there is nothing to save.
     if number != signal.SIGUSR1 and not _is_training:
-        os._exit(SIGNALS[signal.Signals(number)])
+        exit_code, reason = SIGNALS[signal.Signals(number)], f"{signal.Signals(number).name} before the first step"
+        if _before_exit is None or _before_exit(exit_code, reason):
+            os._exit(exit_code)
+        return  # this process is about to end for another reason
     if number == signal.SIGINT and number in _received:
         raise KeyboardInterrupt
     _received.append(number)
+
+
+@contextmanager
+def before_exit(record: Callable[[int, str], bool]) -> Iterator[None]:
+    """Within the block: call `record(exit_code, reason)` before a signal ends this process ahead of its first step.
+
+    If `record` returns False, the process goes on, to end for the reason that it has already.
+    """
+    global _before_exit
+    _before_exit = record
+    try:
+        yield
+    finally:
+        _before_exit = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
+import gc
 import gzip
 import hashlib
 import json
 import os
+import warnings
 from functools import cache
 from itertools import pairwise
 
@@ -300,7 +302,7 @@ def test_command_prints_the_receipt_last(source, tmp_path, capsys):
 
 
 BAD_SETTINGS = [
-    pytest.param({"inputs": ()}, "inputs is empty", id="no input"),
+    pytest.param({"inputs": ()}, "no input; .*`megaft prepare corpus", id="no input"),
     pytest.param({"detokenizer": "ptb3"}, "detokenizer is 'ptb3'; use one of identity, wikitext", id="detokenizer"),
     pytest.param({"min_tokens": 0}, "min-tokens is 0; use 1 or more", id="min tokens"),
     pytest.param({"workers": 0}, "workers is 0; use 1 or more", id="workers"),
@@ -331,6 +333,19 @@ def test_two_at_once_are_refused(run, tmp_path):
     told = rf"out is in use by host .*, pid {os.getpid()}, since .*; wait"
     with locked(tmp_path / "out", file=tmp_path / "out.lock"), pytest.raises(ConfigError, match=told):
         run(write(tmp_path / "a.txt", "one"))
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_key": "p", "completion_key": "c"}], ids=["text", "mask"])
+def test_a_refused_record_leaves_no_open_or_temporary_file(run, tmp_path, options):
+    lines = [{"text": "x", "p": "y", "c": "z"}, {}]
+    path = write(tmp_path / "a.jsonl", jsonl(*lines))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(DataError, match=r"a\.jsonl, line 2"):
+            run(path, **options)
+        gc.collect()
+    assert [str(warning.message) for warning in caught if warning.category is ResourceWarning] == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 DAMAGE = [

@@ -57,6 +57,25 @@ def test_one_command_leaves_results_and_a_report(toy_flags, alone, tmp_path, cap
     assert "bits_per_byte" in capsys.readouterr().out
 
 
+def test_no_folder_of_this_machine_is_in_the_results(toy_flags, toy_model, tmp_path, monkeypatch):
+    """An evaluation folder of an older version, which recorded the folders, is continued and mended."""
+    program = "/home/me/megaft/evaluate_zero_shot/__main__.py"
+    monkeypatch.setattr(sys, "argv", [program, *toy_flags, f"--output={tmp_path}"])
+    (row,) = run(*toy_flags, output=tmp_path)
+    assert row["model"] == toy_model.name
+    words = ["evaluate_zero_shot/__main__.py", f"--model={toy_model.name}", "--task=text"]
+    assert row["command"][:3] == words
+    other = {"model": "/home/me/runs/a/export", "model_sha256": "0" * 64, "command": None}
+    old = [row | {"model": str(toy_model), "command": sys.argv}, row | other]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"results": old}))
+    rows = run(*toy_flags, output=tmp_path)
+    assert [kept["model"] for kept in rows] == ["a/export", toy_model.name]
+    assert rows[1]["nats"] == row["nats"]
+    for folder in ("/home/me", str(tmp_path), str(toy_model.parent)):
+        assert folder not in path.read_text()
+
+
 def test_validation_in_training_says_the_same_number(toy_flags, toy_model, toy_texts, alone, tmp_path):
     import torch
 

@@ -35,7 +35,11 @@ def write_dataset(prefix, documents, scored=None):
         "documents": len(documents),
         "dtype": "uint16",
         "has_mask": scored is not None,
-        "tokenizer": {"vocab_size": 1 << 16},
+        "tokenizer": {"source": "-", "sha256": "0" * 64, "vocab_size": 1 << 16, "round_trip": True},
+        "eod_id": None,
+        "messages_key": None,
+        "words": 0,
+        "bytes": 0,
         "bin_sha256": digests[0],
     }
     write_json_atomic(prefix.with_name(f"{prefix.name}.json"), receipt)

@@ -9,7 +9,7 @@ import torch
 from megaft.base.errors import CheckpointError, ConfigError, LostPeerError, NoProgressError
 from megaft.base.files import step_rows, write_json_atomic
 from megaft.run import events
-from megaft.run.events import Events, record_first, recorded_code, recording_errors
+from megaft.run.events import Events, record_first, recorded_code, recorded_end, recording_errors
 
 
 def rows_of(path):
@@ -118,6 +118,12 @@ def test_the_reason_of_an_end_is_kept_where_there_is_a_run(tmp_path):
             raise ConfigError("a.b is 1; use 2.")
     assert json.loads((tmp_path / "ended.json").read_text()) == {"exit_code": 2, "reason": "a.b is 1; use 2."}
     assert not (tmp_path / "none").exists()
+
+
+def test_the_reason_of_an_end_names_files_without_their_folders(tmp_path):
+    with pytest.raises(ConfigError), recording_errors(tmp_path, is_main=True):
+        raise ConfigError(f"--data.train is {tmp_path}/a.txt; check it.")
+    assert recorded_end(tmp_path) == (2, "--data.train is a.txt; check it.")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
+import json
 import os
+import re
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -7,7 +10,8 @@ import numpy as np
 import pytest
 from prepared_files import write_dataset
 
-from megaft.base.errors import ConfigError, DataError, LostPeerError
+from megaft.base.errors import ConfigError, DataError, LostPeerError, UserError
+from megaft.base.lock import locked
 from megaft.base.parallel import Topology
 from megaft.config.data_source import parse_source
 from megaft.config.train import DataConfig
@@ -16,7 +20,8 @@ from megaft.data.indexed import TokenFile
 from megaft.data.receipt import load_receipt
 from megaft.data.samples import IGNORE_INDEX, DocumentSamples, PackedSamples
 from megaft.data.tokenizer import load_tokenizer
-from megaft.run import sources as training_data
+from megaft.run import main_rank, text_preparation
+from megaft.run.events import recording_errors
 from megaft.run.sources import (
     Sources,
     named_sources,
@@ -32,7 +37,7 @@ OTHER = replace(MAIN, rank=1, local_rank=1)
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch):
-    monkeypatch.setattr(training_data, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(text_preparation, "POLL_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def in_thread(function, *arguments, **settings):
     def call():
         try:
             outcome.append(function(*arguments, **settings))
-        except DataError as error:
+        except UserError as error:
             outcome.append(error)
 
     thread = threading.Thread(target=call, daemon=True)
@@ -157,35 +162,97 @@ def test_other_ranks_wait_for_the_main_one(tmp_path, toy_model, text):
     assert waiting() == sources
 
 
-def test_other_ranks_see_the_failure(tmp_path, toy_model, text, monkeypatch):
-    # The other rank may look only after the main one has failed, on a busy machine.
-    monkeypatch.setattr(training_data, "MAX_SECONDS_BETWEEN_STARTS", 5)
-    text.write_bytes(b"no text: \xff\xfe\xfa")
-    waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
-    with pytest.raises(DataError) as error:
-        prepare(tmp_path, toy_model, text)
-    assert str(waiting()) == str(error.value)
+def recorded(tmp_path, *arguments, **settings):
+    """Prepare on the main rank, which records its failure in the run's folder."""
+    (tmp_path / "run").mkdir(exist_ok=True)
+    with pytest.raises(UserError) as error, recording_errors(tmp_path / "run", is_main=True):
+        prepare(tmp_path, *arguments, **settings)
+    return error.value
 
 
-def test_a_failure_just_before_a_rank_looks_is_seen_after_a_while(tmp_path, toy_model, text, monkeypatch):
+@pytest.mark.parametrize("seconds", [5, 0.1], ids=["before it looks", "after it has looked"])
+def test_other_ranks_see_the_failure(tmp_path, toy_model, text, monkeypatch, seconds):
+    monkeypatch.setattr(main_rank, "MAX_SECONDS_BETWEEN_STARTS", seconds)
     text.write_bytes(b"no text: \xff\xfe\xfa")
-    with pytest.raises(DataError) as error:
-        prepare(tmp_path, toy_model, text)
-    monkeypatch.setattr(training_data, "MAX_SECONDS_BETWEEN_STARTS", 0.1)
-    assert str(in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)()) == str(error.value)
+    if seconds == 5:
+        waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
+    error = recorded(tmp_path, toy_model, text)
+    if seconds != 5:
+        os.utime(tmp_path / "run" / "ended.json", (0, 0))
+        waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
+    assert type(waiting()) is type(error)
+    assert str(waiting()) == str(error).replace(f"{tmp_path}/", "")
 
 
 def test_the_failure_of_an_earlier_run_is_not_this_runs(tmp_path, toy_model, text):
-    prefix = prepare(tmp_path, toy_model, text).train[0].prefix
-    for suffix in (".json", ".bin", ".idx"):
-        os.remove(f"{prefix}{suffix}")
-    with open(f"{prefix}.failed", "w") as file:
-        file.write("the disk was full")
-    os.utime(f"{prefix}.failed", (0, 0))
+    good = text.read_text()
+    text.write_bytes(b"no text: \xff\xfe\xfa")
+    recorded(tmp_path, toy_model, text)
+    os.utime(tmp_path / "run" / "ended.json", (0, 0))
+    text.write_text(good)
     waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
     time.sleep(0.1)
     assert prepare(tmp_path, toy_model, text) == waiting()
-    assert not os.path.exists(f"{prefix}.failed")
+
+
+def test_a_copy_of_the_text_in_another_place_is_the_same_text(tmp_path, toy_model, text):
+    """As on the disk of another host, at another time."""
+    (tmp_path / "elsewhere").mkdir()
+    copies = [tmp_path / "elsewhere" / name for name in ("text.txt", "renamed.txt")]
+    sources = prepare(tmp_path, toy_model, text)
+    for copy in copies:
+        copy.write_bytes(text.read_bytes())
+        os.utime(copy, (1, 1))
+        assert in_thread(prepare, tmp_path, toy_model, copy, topology=OTHER)() == sources
+
+
+def test_a_rank_with_another_text_or_setting_is_refused(tmp_path, toy_model, text):
+    other = tmp_path / "other.txt"
+    other.write_text("Another text.")
+    prepare(tmp_path, toy_model, text, valid=str(text))
+    for arguments, settings, message in (
+        ([other], {}, r"--data\.train is other\.txt \(13 bytes, SHA-256 \w{12}\) on rank 1, but text\.txt \(8"),
+        ([text], {"valid": str(other)}, r"--data\.valid is the text file other\.txt on rank 1"),
+        ([text], {"detokenizer": "ptb_megatron"}, r"--data\.detokenizer is ptb_megatron on rank 1, but identity on"),
+    ):
+        error = in_thread(prepare, tmp_path, toy_model, *arguments, topology=OTHER, **settings)()
+        assert isinstance(error, ConfigError)
+        assert re.match(message, str(error))
+
+
+def edited(model, folder):
+    """Copy a model's tokenizer, then edit it in place so that it gives other ids."""
+    shutil.copytree(model, folder)
+    yield folder
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    yield folder
+
+
+def test_a_text_is_prepared_again_on_all_ranks_after_its_tokenizer_was_edited(tmp_path, toy_model, text):
+    states = edited(toy_model, tmp_path / "model")
+    before = prepare(tmp_path, next(states), text)
+    model = next(states)
+    assert isinstance(in_thread(prepare, tmp_path, model, text, topology=OTHER)(), ConfigError)
+    os.remove(tmp_path / "run" / "data" / text_preparation.LIST)  # as the main rank does when it starts
+    waiting = in_thread(prepare, tmp_path, model, text, topology=OTHER)
+    time.sleep(0.1)
+    after = prepare(tmp_path, model, text)
+    assert waiting() == after
+    lengths = [sources.train[0].receipt["tokens"] for sources in (before, after)]
+    assert lengths[0] < lengths[1]
+    require_same_tokenizer(after, load_tokenizer(model))
+
+
+def test_a_rank_does_not_take_damaged_data_that_the_main_rank_prepares_again(tmp_path, toy_model, text):
+    prefix = prepare(tmp_path, toy_model, text).train[0].prefix
+    with open(f"{prefix}.bin", "ab") as file:
+        file.write(b"x")
+    waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
+    time.sleep(0.1)
+    assert prepare(tmp_path, toy_model, text) == waiting()
+    assert waiting().train[0].receipt["documents"] == 1
 
 
 def test_a_rank_whose_launcher_is_gone_does_not_wait_for_the_main_one(tmp_path, toy_model, text, monkeypatch):
@@ -193,6 +260,16 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_the_main_one(tmp_path, 
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     with pytest.raises(LostPeerError, match="the launcher ended"):
         prepare(tmp_path, toy_model, text, topology=OTHER)
+
+
+def test_a_rank_notices_that_the_main_rank_is_gone(tmp_path, toy_model, text, monkeypatch):
+    """Killed without a reason, on a host whose launcher ends no other host's ranks."""
+    monkeypatch.setattr(main_rank, "SECONDS_BETWEEN_LOCK_CHECKS", 0.02)
+    with locked(tmp_path / "run"):
+        waiting = in_thread(prepare, tmp_path, toy_model, text, topology=OTHER)
+        time.sleep(0.3)
+    assert isinstance(waiting(), LostPeerError)
+    assert "the main rank ended" in str(waiting())
 
 
 @pytest.mark.parametrize(("sample", "kind"), [("stream", PackedSamples), ("document", DocumentSamples)])
