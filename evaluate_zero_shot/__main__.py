@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,7 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from evaluate_zero_shot.evaluation.evaluated_model import load
     from evaluate_zero_shot.evaluation.plan import evaluation_of, find_all_data, geometries
     from evaluate_zero_shot.report import write
+    from evaluate_zero_shot.report.deviations import note_on_comparison
     from megaft.base import parallel
     from megaft.base.agreement import main_first, together
     from megaft.base.device import device_of
@@ -83,6 +85,8 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
                 if parallel.is_main():
                     results.write(config.output, done)
                     print(results.summary(done[-1]), flush=True)
+                    if note := note_on_comparison(asdict(done[-1])):
+                        print(note, flush=True)
                     if note := results.note_on_guessing(done[-1], evaluated.tokenizer.vocab_size):
                         print(note, file=sys.stderr)
             del evaluated  # frees memory for the next model
