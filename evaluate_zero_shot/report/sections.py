@@ -106,7 +106,7 @@ def _data(result: Result) -> str:
 
 
 def protocol_statements(protocol: Protocol, results: Iterable[Result]) -> dict[str, str]:
-    """Return a protocol's rules as label and phrase; for the user's own texts alone, the rules about files are left out.
+    """Return a protocol's rules as label and phrase; those about files only if a published text was scored.
 
     Args:
         protocol: The protocol.

@@ -50,6 +50,7 @@ def test_a_run_is_built_as_one_of_n_ranks(config, planned, stage, world_size, tm
         pytest.param([], {"train_batch_size": 15}, ConfigError, "on 1 rank:", id="batch sizes"),
         pytest.param([], {"train_batch": 1}, ConfigError, "did you mean", id="a key of the JSON"),
         pytest.param(["--data.context-length=4096"], {}, ConfigError, "128 positions", id="model"),
+        pytest.param(["--optim.warmup-steps=11"], {}, ConfigError, r"optim\.warmup-steps", id="warmup"),
         pytest.param(["--data.train=missing.txt"], {}, DataError, "missing.txt", id="data"),
         pytest.param(["--model.path=/missing"], {}, DataError, "/missing", id="model folder"),
     ],
