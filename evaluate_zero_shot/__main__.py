@@ -12,7 +12,7 @@ from evaluate_zero_shot.config import EvaluateConfig, parse
 from evaluate_zero_shot.protocols import PROTOCOLS, describe
 from evaluate_zero_shot.tasks import TASKS
 from megaft.base.errors import ConfigError
-from megaft.base.exit_code import exit_code_of
+from megaft.base.exit_code import exit_code_of, print_help
 
 if TYPE_CHECKING:
     from megaft.base.parallel import Topology
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["--describe"]:
         return exit_code_of(explain, arguments[1:])
     if {"-h", "--help"} & {*arguments}:
-        parse(arguments)  # before the heavy imports, so that help is instant
+        return exit_code_of(print_help, parse, arguments)  # before the heavy imports, so that help is instant
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries, which every rank would draw
     from megaft.base import parallel
 
