@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from evaluate_zero_shot.config import EvaluateConfig, parse
 from evaluate_zero_shot.protocols import PROTOCOLS, describe
 from evaluate_zero_shot.tasks import TASKS
 from megaft.base.errors import ConfigError
-from megaft.base.exit_code import exit_code_of
+from megaft.base.exit_code import exit_code_of, print_help
 
 if TYPE_CHECKING:
     from megaft.base.parallel import Topology
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["--describe"]:
         return exit_code_of(explain, arguments[1:])
     if {"-h", "--help"} & {*arguments}:
-        parse(arguments)  # before the heavy imports, so that help is instant
+        return exit_code_of(print_help, parse, arguments)  # before the heavy imports, so that help is instant
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries, which every rank would draw
     from megaft.base import parallel
 
@@ -53,6 +54,7 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
     from evaluate_zero_shot.evaluation.evaluated_model import load
     from evaluate_zero_shot.evaluation.plan import evaluation_of, find_all_data, geometries
     from evaluate_zero_shot.report import write
+    from evaluate_zero_shot.report.deviations import note_on_comparison
     from megaft.base import parallel
     from megaft.base.agreement import main_first, together
     from megaft.base.device import device_of
@@ -83,6 +85,8 @@ def run(config: EvaluateConfig, topology: Topology) -> int:
                 if parallel.is_main():
                     results.write(config.output, done)
                     print(results.summary(done[-1]), flush=True)
+                    if note := note_on_comparison(asdict(done[-1])):
+                        print(note, flush=True)
                     if note := results.note_on_guessing(done[-1], evaluated.tokenizer.vocab_size):
                         print(note, file=sys.stderr)
             del evaluated  # frees memory for the next model

@@ -220,8 +220,8 @@ PROTOCOLS: Mapping[str, Protocol] = {protocol.name: protocol for protocol in _AL
 
 _PHRASES: dict[str, dict[Any, str]] = {
     "text": {
-        "tokens": "the word-tokenized file",
-        "raw": "the raw file",
+        "tokens": "the word-tokenized file if the corpus has one",
+        "raw": "the raw file if the corpus has one",
         "rows": "the rows of the raw file, joined by blank lines",
     },
     "scope": {

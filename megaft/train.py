@@ -17,6 +17,7 @@ if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
 from dataclasses import replace
 from functools import partial
 
+from megaft.base.exit_code import exit_code_of, print_help
 from megaft.config.train import TrainConfig, parse_train
 from megaft.run import stop
 
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, train and export; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & {*arguments}:
-        parse_train(arguments)  # prints the help and exits, before the slow imports
+        return exit_code_of(print_help, parse_train, arguments)  # before the slow imports
     stop.listen()  # before the slow imports, so that a signal during them gives the right exit code
     os.environ.setdefault("TQDM_DISABLE", "1")  # else libraries draw progress bars on every rank
     from megaft.base.progress import say

@@ -215,8 +215,8 @@ def _prompts(
         if begin >= len(context):
             needed = len(target) + geometry.context_length - geometry.num_inputs
             raise DataError(
-                f"--context-length is {geometry.context_length}, but a target has {len(target)} tokens; use "
-                f"--context-length {needed} or more."
+                f"{geometry.context_source} is {geometry.context_length}, but a target has {len(target)} tokens; use "
+                f"--context-length {needed} or more, and a model with as many positions."
             )
         documents.append([*context, *target])
         rows.append(Row(offset, Window(begin, len(context), end)))

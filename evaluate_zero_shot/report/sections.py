@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 from evaluate_zero_shot.evaluation.limits import remarks
 from evaluate_zero_shot.formats import MISSING, TITLES, format_count, format_metric, parse_number
-from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
+from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
 from evaluate_zero_shot.report import plots
 from evaluate_zero_shot.report.comparison import Comparison, compare, published_task
+from evaluate_zero_shot.report.deviations import deviations, is_user_text
 from evaluate_zero_shot.report.plots import Plot
 from evaluate_zero_shot.report.published import QUANTITIES, PublishedResult
 from evaluate_zero_shot.tasks import TASKS
-from evaluate_zero_shot.texts.known_files import TEXTS
 
 Result = Mapping[str, Any]
 """Entry of results.json with every field; `name` is the model's name in the report."""
@@ -92,22 +92,8 @@ def summary(results: Sequence[Result]) -> dict[tuple[str, str, str, tuple[str, .
 
 
 def warnings(result: Result) -> tuple[str, ...]:
-    """Return how a result deviates from its protocol and task as defined."""
-    limit = result["limit_lines"]
-    return (
-        *(["unknown file"] if result["data_name"] is None and not is_user_text(result) else []),
-        *(["not the protocol's text"] if _is_other_text(result) else []),
-        *([f"first {limit:,} lines only"] if limit is not None else []),
-        *([] if result["is_protocol_default"] else ["not the protocol's own context or stride"]),
-        *remarks(result, PROTOCOLS[result["protocol"]]),
-    )
-
-
-def _is_other_text(result: Result) -> bool:
-    """Return True if the raw file was scored but the protocol asks for the word-tokenized one, or the reverse."""
-    if TASKS[result["task"]].raw_files is None or result["data_name"] not in TEXTS:
-        return False
-    return TEXTS[result["data_name"]] != PROTOCOLS[result["protocol"]].file_text
+    """Return how a result deviates from its protocol and task as defined, and what is said of its metric."""
+    return (*deviations(result), *remarks(result, PROTOCOLS[result["protocol"]]))
 
 
 def provenance(results: Sequence[Result], *fields: str) -> list[tuple[Any, ...]]:
@@ -117,6 +103,18 @@ def provenance(results: Sequence[Result], *fields: str) -> list[tuple[Any, ...]]
 
 def _data(result: Result) -> str:
     return str(result["data_name"] or result["data_file"] or MISSING)
+
+
+def protocol_statements(protocol: Protocol, results: Iterable[Result]) -> dict[str, str]:
+    """Return a protocol's rules as label and phrase; those about files only if a published text was scored.
+
+    Args:
+        protocol: The protocol.
+        results: All results of the report.
+    """
+    of_protocol = [result for result in results if result["protocol"] == protocol.name]
+    own = {"Text": "a text of your own, unchanged", "Detokenizer": "none"}
+    return statements(protocol) | (own if all(map(is_user_text, of_protocol)) else {})
 
 
 def tasks(
@@ -230,11 +228,6 @@ def _by_segment(results: Sequence[Result]) -> Illustration:
     note = "Mean nats per scored token of each document, or of equal blocks of a single document, in text order."
     label = f"several {unit} together, in text order" if unit.endswith("s") else f"{unit}, in text order"
     return Illustration("Along the text", _setting_title(results[0]), note, plots.by_segment(segments, label))
-
-
-def is_user_text(result: Result) -> bool:
-    """Return True if the task scores any file, which the user names."""
-    return TASKS[result["task"]].files is None
 
 
 def task_title(result: Result) -> str:

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from evaluate_zero_shot import formats
 from evaluate_zero_shot.evaluation import limits
 from evaluate_zero_shot.evaluation.results import PROGRAM, Result
-from evaluate_zero_shot.protocols import PROTOCOLS, Protocol, statements
+from evaluate_zero_shot.protocols import PROTOCOLS, Protocol
 from evaluate_zero_shot.report import sections
 from evaluate_zero_shot.report.page import render_page
 from evaluate_zero_shot.report.plots import SIZE
@@ -84,7 +84,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "titles_of_tasks": list(dict.fromkeys(map(sections.task_title, results))),
         "own_texts": list(dict.fromkeys(map(sections.task_title, filter(sections.is_user_text, results)))),
         "illustrations": sections.group_by(sections.illustrations(results), lambda item: (item.heading, item.note)),
-        "protocols": [(protocol, statements(protocol)) for protocol in protocols.values()],
+        "protocols": [(protocol, sections.protocol_statements(protocol, results)) for protocol in protocols.values()],
         "environment": _environment(results),
         "commands": list(dict.fromkeys(_command(result["command"]) for result in results if result["command"])),
     }

@@ -18,6 +18,12 @@ class KnownFile:
     text: Text = "tokens"
     """Word-tokenized or raw, where a task has both files."""
 
+    @property
+    def split(self) -> str:
+        """Part of the corpus, with which the name ends: "training", "validation" or, unless it says so, "test"."""
+        last = self.name.rpartition(" ")[2]
+        return last if last in ("training", "validation") else "test"
+
 
 _LAMBADA = tuple(name for name, task in TASKS.items() if task.kind == "last-word")
 _WIKITEXT = ("wikitext2", "wikitext103")
@@ -65,3 +71,5 @@ KNOWN: Mapping[str, KnownFile] = {
 
 TEXTS: Mapping[str, Text] = {file.name: file.text for file in KNOWN.values()}
 """Word-tokenized or raw, by a published file's name."""
+SPLITS: Mapping[str, str] = {file.name: file.split for file in KNOWN.values()}
+"""Part of the corpus, by a published file's name."""

@@ -51,3 +51,9 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's flush at exit raises
         return 141
+
+
+def print_help(parse: Callable[[list[str]], object], arguments: list[str]) -> int:
+    """Let a parser print its help, after which it raises SystemExit; run it by `exit_code_of`, as for `| head`."""
+    parse(arguments)
+    return 0

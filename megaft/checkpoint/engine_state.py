@@ -164,14 +164,14 @@ def _group_indices(engine, parameters: list[Any]) -> set[int]:
 
 
 def _ensure_moments(engine) -> None:
-    """Make the optimizer create its moments, with a step of zero gradients at learning rate zero."""
+    """Make the optimizer create its moments, with a step of zero gradients, learning rate and weight decay."""
     optimizer = inner_optimizer(engine)
     owners = list({id(local.owner): local.owner for local in partition_slices(engine)}.values())
     if all(optimizer.state.get(owner) for owner in owners):
         return
-    before = [(group["params"], group["lr"]) for group in optimizer.param_groups]
+    before = [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["params"], group["lr"] = [], 0.0
+        group |= {"params": [], "lr": 0.0, "weight_decay": 0.0}  # SGD's weight decay would enter its moment
     optimizer.param_groups[0]["params"] = owners
     saved_grads = [owner.grad for owner in owners]
     for owner in owners:
@@ -179,8 +179,8 @@ def _ensure_moments(engine) -> None:
     optimizer.step()
     for owner, grad in zip(owners, saved_grads, strict=True):
         owner.grad = grad
-    for group, (parameters, rate) in zip(optimizer.param_groups, before, strict=True):
-        group["params"], group["lr"] = parameters, rate
+    for group, settings in zip(optimizer.param_groups, before, strict=True):
+        group.update(settings)
     _set_optimizer_steps(optimizer, 0)
 
 

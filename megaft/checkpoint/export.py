@@ -57,7 +57,7 @@ def export(config: TrainConfig, state: RunState, tokenizer: AnyTokenizer, dtype:
         tokenizer.save(temporary)
         require_same_ids(tokenizer, temporary)
         verified = exporter.verify(temporary, rows)
-        card = model_card(config, step, verified)
+        card = model_card(config, tokenizer.sha256, step, verified)
         (temporary / "README.md").write_text(card, "utf-8", "backslashreplace")
         for path in (temporary, *temporary.rglob("*")):
             fsync(path)

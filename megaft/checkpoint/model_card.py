@@ -18,11 +18,12 @@ from megaft.data.receipt import is_prepared, load_receipt
 from megaft.weights.provenance import sha256_of_model
 
 
-def model_card(config: TrainConfig, step: int, verified: str) -> str:
+def model_card(config: TrainConfig, tokenizer_sha256: str, step: int, verified: str) -> str:
     """Return the card.
 
     Args:
         config: The run's settings.
+        tokenizer_sha256: Hash of the run's tokenizer, as in receipts of data and in results.json.
         step: Steps of the exported checkpoint.
         verified: Sentence about the verification of the export.
     """
@@ -39,7 +40,7 @@ def model_card(config: TrainConfig, step: int, verified: str) -> str:
         f"{' '.join(map(_weighted_name, config.data.train))}; seed {config.run.seed}.",
         "In the run's folder, `config.json` has every setting and `metrics.jsonl` every step.",
         "",
-        *_markdown(["source", "name", "SHA-256"], _sources(config)),
+        *_markdown(["source", "name", "SHA-256"], _sources(config, tokenizer_sha256)),
     ]
     if validations:
         columns = {"before": validations.get(0), f"step {step}": validations.get(step)}
@@ -64,10 +65,11 @@ def _weighted_name(source: str) -> str:
     return Path(name).name if weight is None else f"{weight:g},{Path(name).name}"
 
 
-def _sources(config: TrainConfig) -> Iterator[list[str]]:
+def _sources(config: TrainConfig, tokenizer_sha256: str) -> Iterator[list[str]]:
     """Yield the kind, name and SHA-256 of each of the run's inputs."""
     source = str(config.model.path or config.model.from_scratch)
     yield ["model" if config.model.path else "architecture", _file_name(source), _sha256_of_source(source)]
+    yield ["tokenizer", _file_name(config.tokenizer_source), f"{tokenizer_sha256} (vocabulary and rules)"]
     for _, name in map(parse_source, config.data.train):
         yield ["training data", *_named_file(name)]
     if config.data.valid:

@@ -6,15 +6,16 @@ and loads the newest checkpoint. torch's fake process group stands in for the ot
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megaft.base.checks import at_least, require, require_ranges
 from megaft.base.errors import CheckpointError, UserError
@@ -72,7 +73,7 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
 
     setup, resumed = plan_settings(config, config.world_size, has_cuda=True), resumed_batch_size(config)
     try:
-        with _temporary_run_folder(config.run.dir, config.run.fresh) as folder:
+        with _temporary_run_folder(config) as folder:
             cpu_config, notes = _cpu_settings(config, setup, folder)
             for note in notes:
                 print(note)
@@ -88,17 +89,63 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
     return checked_plan
 
 
+CPU_JSON = "deepspeed.json"
+"""Name of the DeepSpeed JSON of the CPU run."""
+
+
 @contextmanager
-def _temporary_run_folder(run_dir: Path, is_fresh: bool) -> Iterator[Path]:
-    """Yield a temporary run folder with a link to the real one's checkpoints; errors name the real folder."""
+def _temporary_run_folder(config: ValidateConfig) -> Iterator[Path]:
+    """Yield a stand-in for the run's folder, with links to its data and checkpoints; messages name the real files."""
     with tempfile.TemporaryDirectory(prefix="megaft-validate-") as temporary:
         folder = Path(temporary)
-        if not is_fresh and (run_dir / "checkpoints").is_dir():
-            (folder / "checkpoints").symlink_to((run_dir / "checkpoints").resolve())
+        _link(config.run.dir, folder, config.run.fresh)
+        names = {str(folder / CPU_JSON): str(config.deepspeed_config), str(folder): str(config.run.dir)}
+        streams = Renaming(sys.stdout, names), Renaming(sys.stderr, names)
         try:
-            yield folder
+            with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+                yield folder
         except UserError as error:
-            raise type(error)(str(error).replace(temporary, str(run_dir))) from error
+            raise type(error)(_renamed(str(error), names)) from error
+
+
+def _link(run_dir: Path, folder: Path, is_fresh: bool) -> None:
+    """Give a temporary folder the files of the run's folder that training would read."""
+    from megaft.base.files import naming_disk_errors
+
+    if not is_fresh and (run_dir / "checkpoints").is_dir():
+        (folder / "checkpoints").symlink_to((run_dir / "checkpoints").resolve())
+    (folder / "data").mkdir()
+    for file in (run_dir / "data").glob("*"):
+        if file.suffix in (".bin", ".idx", ".json"):  # only complete files, which are replaced, never changed
+            (folder / "data" / file.name).symlink_to(file.resolve())
+    if (events := run_dir / "events.jsonl").exists():
+        with naming_disk_errors(events):
+            shutil.copyfile(events, folder / "events.jsonl")  # a copy, since events are appended
+
+
+class Renaming(io.TextIOBase):
+    """Text stream that replaces names in what is written to another stream."""
+
+    def __init__(self, stream: TextIO, names: Mapping[str, str]) -> None:
+        self._stream, self._names = stream, names
+
+    def write(self, text: str) -> int:
+        """Write a text with the names replaced."""
+        return self._stream.write(_renamed(text, self._names))
+
+    def flush(self) -> None:
+        """Flush the other stream."""
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Return True if the other stream is a terminal."""
+        return self._stream.isatty()
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        text = text.replace(old, new)
+    return text
 
 
 def _cpu_settings(config: ValidateConfig, setup: ResolvedSettings, folder: Path) -> tuple[ValidateConfig, list[str]]:
@@ -120,8 +167,8 @@ def _cpu_settings(config: ValidateConfig, setup: ResolvedSettings, folder: Path)
         )
     if config.model.compile == "on":
         notes.append("compilation was left out of this check.")
-    write_json_atomic(folder / "deepspeed.json", json)
-    changed = {"deepspeed_config": folder / "deepspeed.json", "optim": optim, "model": model, "checkpoint": checkpoints}
+    write_json_atomic(folder / CPU_JSON, json)
+    changed = {"deepspeed_config": folder / CPU_JSON, "optim": optim, "model": model, "checkpoint": checkpoints}
     return replace(config, **changed, run=replace(config.run, dir=folder)), notes
 
 
@@ -160,7 +207,8 @@ def require_room(config: ValidateConfig, checkpoint_bytes: int) -> None:
     run_dir = config.run.dir
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     require(
-        os.access(existing, os.W_OK), f"--run.dir is {run_dir}, but {existing} cannot be written; use another folder."
+        existing.is_dir() and os.access(existing, os.W_OK),
+        f"--run.dir is {run_dir}, but {existing} is not a folder that can be written; use another folder.",
     )
     count = config.checkpoint.keep_last + 2
     used = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())

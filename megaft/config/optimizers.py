@@ -1,6 +1,7 @@
-"""Table of optimizers: one entry per optimizer, with all properties that differ.
+"""Table of optimizers: one entry per optimizer, with all properties that differ; --help is generated from it.
 
-To add one, add an entry, and a field to `OptimConfig` for a setting that no other optimizer has.
+To add one, add an entry, and a field to `OptimConfig` for a setting that no other optimizer has. docs/architecture.md
+says which optimizers fit.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Optimizer:
     must be above 0 for the state to exist (None: it always exists)."""
     block: BlockTranslation | None = None
     """Translation of DeepSpeed JSON blocks to this optimizer; None if there is none."""
+    decouples_weight_decay: bool = True
+    """False if weight decay is added to the gradient (L2) and so enters the states."""
     needs_whole_matrices: bool = False
     """True if the update depends on the whole matrix; ZeRO flattens matrices, megatron-core fuses or shards them."""
     cpu_equivalent: str | None = None
@@ -74,9 +77,10 @@ OPTIMIZERS: dict[str, Optimizer] = {
             },
         ),
     ),
-    "sgd": Optimizer(  # adds weight decay to the gradient (L2); that of the others is decoupled
+    "sgd": Optimizer(
         class_name="torch.optim.SGD",
         arguments={"momentum": "momentum"},
+        decouples_weight_decay=False,
         moments={"momentum_buffer": "momentum"},
         block=BlockTranslation(
             types=("SGD",),
@@ -110,8 +114,35 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
 }
 
-NAME_HELP = "Optimizer: adamw is torch's, fused; apex-adamw is NVIDIA apex's FusedAdam; adafactor needs ZeRO 0 in fp32."
-"""Help of --optim.name."""
+
+def help_texts() -> dict[str, str]:
+    """Return the help of the fields of OptimConfig that depends on the table."""
+    coupled = [name for name, optimizer in OPTIMIZERS.items() if not optimizer.decouples_weight_decay]
+    exception = f", except with {' and '.join(coupled)}" if coupled else ""
+    return {
+        "name": f"Optimizer: {'; '.join(_summary(name, optimizer) for name, optimizer in OPTIMIZERS.items())}.",
+        "beta1": f"Decay rate of the first moment{_users('beta1')}.",
+        "beta2": f"Decay rate of the second moment{_users('beta2')}.",
+        "epsilon": f"Added to the square root of the second moment{_users('epsilon')}.",
+        "weight_decay": f"Weight decay of matrices and embeddings; decoupled{exception}.",
+        "momentum": f"Momentum{_users('momentum')}.",
+    }
+
+
+def _summary(name: str, optimizer: Optimizer) -> str:
+    limits = [
+        *([" in fp32 with ZeRO 0"] if optimizer.needs_whole_matrices else []),
+        *([" on CUDA devices"] if optimizer.cpu_equivalent else []),
+    ]
+    return f"{name} is {optimizer.class_name}{','.join(limits)}"
+
+
+def _users(setting: str) -> str:
+    names = [name for name, optimizer in OPTIMIZERS.items() if setting in optimizer.settings]
+    return f", for {', '.join(names)}"
+
+
+HELP = help_texts()
 
 if TYPE_CHECKING:
     OptimizerName = str

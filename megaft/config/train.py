@@ -18,7 +18,7 @@ from megaft.base.unicode_text import is_unicode
 from megaft.config.abbreviations import suggesting
 from megaft.config.detokenizer import require_detokenizer
 from megaft.config.identity import CHANGEABLE
-from megaft.config.optimizers import NAME_HELP, OPTIMIZERS, OptimizerName
+from megaft.config.optimizers import HELP, OPTIMIZERS, OptimizerName
 from megaft.config.parallelism import Backend, require_shardable
 from megaft.config.policies import POLICIES, NonFinitePolicy, SpikePolicy
 from megaft.config.schedules import SCHEDULES, ScheduleName
@@ -118,19 +118,14 @@ class DataConfig:
 class OptimConfig:
     """Optimizer and learning-rate schedule. Weight decay skips biases and norms."""
 
-    name: Annotated[OptimizerName, tyro.conf.arg(help=NAME_HELP)] = "adamw"
+    name: Annotated[OptimizerName, tyro.conf.arg(help=HELP["name"])] = "adamw"
     learning_rate: float = 1e-4
     """Peak learning rate."""
-    beta1: float = 0.9
-    """AdamW's beta1: decay rate of the first moment."""
-    beta2: float = 0.999
-    """AdamW's beta2: decay rate of the second moment."""
-    epsilon: float = 1e-8
-    """AdamW's epsilon, added to the square root of the second moment."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices and embeddings; decoupled, except with sgd."""
-    momentum: float = 0.0
-    """Momentum of sgd."""
+    beta1: Annotated[float, tyro.conf.arg(help=HELP["beta1"])] = 0.9
+    beta2: Annotated[float, tyro.conf.arg(help=HELP["beta2"])] = 0.999
+    epsilon: Annotated[float, tyro.conf.arg(help=HELP["epsilon"])] = 1e-8
+    weight_decay: Annotated[float, tyro.conf.arg(help=HELP["weight_decay"])] = 0.01
+    momentum: Annotated[float, tyro.conf.arg(help=HELP["momentum"])] = 0.0
     schedule: ScheduleName = "cosine"
     """Learning-rate decay after warmup."""
     warmup_steps: int = 0

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from megaft.base.checks import require
-from megaft.base.plural import counted
 from megaft.config.optimizers import OPTIMIZERS
 from megaft.config.schedules import SCHEDULES
 from megaft.config.train import OptimConfig
@@ -48,17 +47,9 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
 
     Warmup: peak * (step + 1) / warmup_steps, so that the first step moves the weights and step warmup_steps - 1 has
     the peak. Then from the peak at step warmup_steps to final_fraction * peak at step max_steps - 1, along the
-    schedule's curve. If both are the same step, it has the peak.
-
-    Raises:
-        ConfigError: The warmup is longer than the run.
+    schedule's curve. If both are the same step, it has the peak. `plan` refuses a warmup that is longer than the run.
     """
     warmup_steps = config.warmup_steps
-    require(
-        warmup_steps <= max_steps,
-        f"--optim.warmup-steps is {warmup_steps}, but the run has {counted(max_steps, 'step')}; use at most that, "
-        f"for example {max_steps // 10}.",
-    )
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))

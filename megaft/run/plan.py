@@ -11,7 +11,7 @@ from megaft.base.progress import say
 from megaft.base.redaction import without_secrets
 from megaft.base.topology import Topology
 from megaft.config.deepspeed_json import ResolvedSettings
-from megaft.config.train import ModelConfig, TrainConfig
+from megaft.config.train import ModelConfig, OptimConfig, TrainConfig
 from megaft.data.sequence import Samples
 from megaft.data.tokenizer import AnyTokenizer, load_tokenizer
 from megaft.run.settings import plan_settings
@@ -91,4 +91,26 @@ def _max_steps(config: TrainConfig, setup: ResolvedSettings, samples: Samples) -
         f"{counted(max_steps, 'step')}; set --run.max-steps {setup.total_num_steps} and no --run.epochs, or remove "
         "total_num_steps.",
     )
+    require_warmup_fits(config.optim, setup.optim.warmup_steps, max_steps)
     return max_steps
+
+
+def require_warmup_fits(flags: OptimConfig, warmup_steps: int, max_steps: int) -> None:
+    """Refuse a warmup that is longer than the run.
+
+    Args:
+        flags: The optimizer's settings of the command line.
+        warmup_steps: Steps of the run's warmup, which the DeepSpeed JSON may set.
+        max_steps: Steps of the run.
+
+    Raises:
+        ConfigError: The message names the setting that gives the steps: the flag, or the JSON's scheduler.
+    """
+    is_flag = flags.warmup_steps == warmup_steps
+    setting = "--optim.warmup-steps" if is_flag else "warmup_num_steps of the scheduler in --deepspeed_config"
+    default = "" if is_flag else " (DeepSpeed's default is 1000)"
+    require(
+        warmup_steps <= max_steps,
+        f"{setting} is {warmup_steps}{default}, but the run has {counted(max_steps, 'step')}; set it to at most that, "
+        f"for example {max_steps // 10}.",
+    )

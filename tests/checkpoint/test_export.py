@@ -165,7 +165,7 @@ def test_adapters_are_merged_and_also_there_alone(config):
 
 @of("full")
 def test_the_card_has_what_was_measured(config):
-    card = model_card(config, step=2, verified="It was checked.")
+    card = model_card(config, "ab" * 32, step=2, verified="It was checked.")
     measured = rows_of(config, "validation")
     assert "| validation | before | step 2 |" in card
     assert {"perplexity", "word_perplexity", "bits_per_byte"} <= measured[0].keys() == measured[2].keys()
@@ -177,6 +177,7 @@ def test_the_card_has_what_was_measured(config):
     for kind, path in (("training", config.data.train[0]), ("validation", config.data.valid)):
         assert f"| {kind} data | {Path(path).name} | {sha256_of(Path(path))} |" in card
     assert f"| model | {Path(config.model.path).name} | {sha256_of_model(config.model.path)} (all files) |" in card
+    assert f"| tokenizer | {Path(config.tokenizer_source).name} | {'ab' * 32} (vocabulary" in card
 
 
 @EVERY
@@ -196,7 +197,7 @@ def test_neither_export_nor_events_name_a_folder_of_this_machine(config):
 def test_a_card_shows_counts_in_full_and_what_is_not_finite(config, tmp_path):
     values = {"num_scored_tokens": 12_345_678, "perplexity": "inf", "nats_per_token": 1234.56789}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "validation": values}) + "\n")
-    card = model_card(replace(config, run=replace(config.run, dir=tmp_path)), step=2, verified="")
+    card = model_card(replace(config, run=replace(config.run, dir=tmp_path)), "ab" * 32, step=2, verified="")
     for row in ("| num_scored_tokens | 12345678 |", "| perplexity | inf |", "| nats_per_token | 1234.57 |"):
         assert row in card
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from megaft.base.exit_code import SECONDS_FOR_MAIN, exit_code_of
 from megaft.cli import COMMANDS, Command, main
 from megaft.config.train import OptimConfig
 
+ROOT = Path(megaft.__file__).parents[1]
 HEAVY = {"torch", "transformers", "deepspeed", "tokenizers", "megatron", "datasets", "numpy"}
 
 
@@ -167,11 +169,36 @@ def test_a_closed_pipe_is_quiet(arguments):
         "cli.COMMANDS['fake'] = cli.Command('', 'fake', 'config.train:OptimConfig')\n"
         f"sys.exit(cli.main({arguments}))"
     )
+    assert run_into_closed_pipe("-c", program) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["megaft/train.py", "--help"], 141),
+        (["-m", "megaft", "train", "--help"], 141),
+        (["-m", "megaft.doctor", "--help"], 141),
+        (["-m", "evaluate_zero_shot", "--help"], 141),
+        (["-m", "detokenizers", "--help"], 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_closed_pipe_is_quiet_for_every_program(command, code):
+    returned, said = run_into_closed_pipe(*command)
+    assert returned == code
+    assert b"Error" not in said
+
+
+def run_into_closed_pipe(*arguments):
+    """Run Python with a standard output that nobody reads; return its exit code and what it wrote on stderr."""
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=writing, stderr=subprocess.PIPE, timeout=60, cwd=ROOT, env=environment
+    )
     os.close(writing)
-    assert (done.returncode, done.stderr) == (141, b"")
+    return done.returncode, done.stderr
 
 
 def test_git_state_is_of_this_checkout_only(tmp_path):

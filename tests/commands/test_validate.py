@@ -1,7 +1,10 @@
 """`megaft validate`: the plan of a run, checked by building it as one of N fake ranks."""
 
+import io
 import json
 import shutil
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +14,7 @@ import torch.distributed as dist
 from validate_settings import GLOBAL_BATCH_SIZE, settings_of
 
 from megaft.base.errors import CheckpointError, ConfigError, DataError
-from megaft.commands.validate import require_room, show, validate
+from megaft.commands.validate import Renaming, require_room, show, validate
 from megaft.config.train import OptimConfig, bytes_per_parameter
 
 PARAMETERS = 45_952  # 512 x 32 + 128 x 32 embeddings, 2 layers of 12,704, 64 of the last norm
@@ -48,6 +51,7 @@ def test_a_run_is_built_as_one_of_n_ranks(config, planned, stage, world_size, tm
         pytest.param([], {"train_batch": 1}, ConfigError, "did you mean", id="a key of the JSON"),
         pytest.param(["--data.context-length=4096"], {}, ConfigError, "128 positions", id="model"),
         pytest.param(["--model.compile=on"], {"stage": 3}, ConfigError, "stage is 3", id="compile"),
+        pytest.param(["--optim.warmup-steps=11"], {}, ConfigError, r"optim\.warmup-steps", id="warmup"),
         pytest.param(["--data.train=missing.txt"], {}, DataError, "missing.txt", id="data"),
         pytest.param(["--model.path=/missing"], {}, DataError, "/missing", id="model folder"),
     ],
@@ -109,6 +113,27 @@ def test_too_small_a_disk_is_named_before_training(config, monkeypatch, tmp_path
     require_room(settings, 1_000)
 
 
+def test_a_file_in_place_of_the_run_folder_is_refused(config, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match=r"--run\.dir is .*run"):
+        require_room(config(), 1_000)
+
+
+def test_messages_name_the_user_s_folder(capsys):
+    stream = Renaming(sys.stdout, {"/tmp/x/deepspeed.json": "mine.json", "/tmp/x": "runs/first"})
+    print("looking into /tmp/x/checkpoints and", "/tmp/x/deepspeed.json", file=stream, flush=True)
+    assert not stream.isatty()
+    assert capsys.readouterr().out == "looking into runs/first/checkpoints and mine.json\n"
+
+
+def validate_printed(settings):
+    """Return the plan and all that `validate` printed."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        plan = validate(settings)
+    return plan, printed.getvalue()
+
+
 def train_two_steps(arguments):
     from megaft.base import parallel
     from megaft.config.train import parse_train
@@ -139,10 +164,11 @@ def test_a_run_that_would_continue(config, planned, run_ranks, tmp_path, toy_mod
     ]
     assert run_ranks(1, train_two_steps, arguments) == [0]
     before = files_of(run_dir)
-    plan = planned(config("--optim.schedule=constant", stage=3, world_size=16))
+    ((plan, printed),) = run_ranks(1, validate_printed, config("--optim.schedule=constant", stage=3, world_size=16))
+    assert f"looking for checkpoints: {run_dir}\n" in printed
+    assert "megaft-validate-" not in printed
     assert (plan["done_steps"], plan["max_steps"], plan["micro_batch_size"]) == (2, 10, 1)
     assert Path(plan["resumes_from"]).parent == run_dir / "checkpoints"
-    assert planned(config("--run.fresh"))["done_steps"] == 0
     with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=r"--optim\.learning-rate")):
         planned(config("--optim.schedule=constant", "--optim.learning-rate=1"))
     assert files_of(run_dir) == before
@@ -154,6 +180,12 @@ def test_a_run_that_would_continue(config, planned, run_ranks, tmp_path, toy_mod
     (shard.parent / "manifest.json").write_text("{}")  # nor does training start over where no manifest can be read
     with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=f"{run_dir}/checkpoints is valid")):
         planned(config("--optim.schedule=constant"))
+    shutil.rmtree(run_dir / "checkpoints")  # events.jsonl still records them
+    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match=f"{run_dir}/checkpoints does not exist.*fresh")):
+        planned(config("--optim.schedule=constant"))
+    before = files_of(run_dir)
+    assert planned(config("--run.fresh"))["done_steps"] == 0
+    assert files_of(run_dir) == before
 
 
 def test_what_is_printed(config, planned, capsys):

@@ -54,7 +54,16 @@ def test_one_command_leaves_results_and_a_report(toy_flags, alone, tmp_path, cap
     assert result["tokens_per_second"] > 0
     assert (tmp_path / "report.md").is_file()
     assert (tmp_path / "report.html").is_file()
-    assert "bits_per_byte" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bits_per_byte" in said
+    assert "not comparable" not in said
+
+
+def test_a_number_of_an_unknown_file_says_so_in_the_terminal(toy_flags, tmp_path, capsys):
+    run(*toy_flags, "--task=ptb", "--limit=3", output=tmp_path)
+    summary, note, _ = capsys.readouterr().out.splitlines()
+    assert "word_perplexity" in summary
+    assert re.search(r"not comparable .*unknown file, valid\.txt .*SHA-256 .*first 3 lines only", note)
 
 
 def test_no_folder_of_this_machine_is_in_the_results(toy_flags, toy_model, tmp_path, monkeypatch):
@@ -226,7 +235,7 @@ def test_several_models_make_one_table(toy_flags, toy_model, tmp_path):
         (["--stride=0"], 2, "stride is '0'"),
         (["--stride=16,"], 2, "stride is '16,'"),
         (["--limit=0"], 2, "limit is 0"),
-        (["--stride=33"], 2, "stride is 33; use 1 to 32"),
+        (["--stride=33"], 2, "stride is 33"),
         (["--context-length=4096"], 2, "the model has 128 positions"),
         (["--data=/nowhere/file.txt"], 3, "/nowhere/file.txt"),
         (["--model=/nowhere/model"], 3, "/nowhere/model"),

@@ -18,7 +18,7 @@ from megaft.checkpoint import engine_state
 from megaft.checkpoint.run_state import RunState
 from megaft.config.deepspeed_json import resolve
 from megaft.config.deepspeed_keys import BlockTranslation
-from megaft.config.optimizers import OPTIMIZERS, Optimizer, OptimizerName
+from megaft.config.optimizers import OPTIMIZERS, Optimizer, OptimizerName, help_texts
 from megaft.config.policies import POLICIES, NonFinitePolicy, Policy, SpikePolicy
 from megaft.config.schedules import SCHEDULES, Schedule, ScheduleName
 from megaft.config.train import GuardConfig, OptimConfig, bytes_per_parameter
@@ -56,7 +56,9 @@ def states_after_a_step(optim):
     engine.optimizer = build_optimizer(
         parameter_groups(engine.module.named_parameters(), optim.weight_decay), optim, device_type="cpu"
     )
-    return {kind for _, kind, _, _ in engine_state.collect(engine)}
+    values = {kind: values for _, kind, _, values in engine_state.collect(engine)}
+    assert all(moment.max() <= optim.epsilon for kind, moment in values.items() if kind != "weight")  # as initialized
+    return set(values)
 
 
 def test_an_optimizer(monkeypatch):
@@ -71,6 +73,11 @@ def test_an_optimizer(monkeypatch):
     assert (optim.name, optim.learning_rate) == ("adamax", 0.5)
     with pytest.raises(ConfigError, match=r"optim\.momentum is 0\.9, .* adamax"):
         resolved({"name": "adamax", "momentum": 0.9})
+    assert "adamax is torch.optim.Adamax" in help_texts()["name"]
+    assert "adamax" in help_texts()["beta1"]
+    assert "adamax" not in help_texts()["weight_decay"]
+    monkeypatch.setitem(OPTIMIZERS, "adamax", replace(adamax, decouples_weight_decay=False))
+    assert "decoupled, except with sgd and adamax" in help_texts()["weight_decay"]
     assert bytes_per_parameter(optim) == 12
     assert states_after_a_step(optim) == {"weight", "exp_avg", "exp_inf"}
     parameter = torch.nn.Parameter(torch.tensor([1.0, -1.0]))

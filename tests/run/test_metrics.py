@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 import sys
 import time
 from contextlib import suppress
@@ -182,6 +183,15 @@ def test_a_run_is_written_row_by_row(tmp_path, capsys):
         *("step", "loss", "tokens_seen", "learning_rate", "grad_norm", "seconds", "peak_memory_bytes"),
         *("tokens_per_second", "tokens_per_second_per_device", "mfu", "skipped_steps"),
     }
+
+
+def test_readme_lists_the_fields_of_a_row(tmp_path):
+    with open_metrics(tmp_path) as metrics:
+        metrics.step(1, loss=2.5, grad_norm=None, learning_rate=1e-4, tokens_seen=9, tokens=9, loss_scale=1.0)
+    (row,) = rows_of(tmp_path / "metrics.jsonl")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (line,) = (line for line in readme.splitlines() if line.startswith("| `metrics.jsonl`"))
+    assert set(re.findall(r"[a-z_]+", ",".join(re.findall(r"`([^`]+)`", line)[1:]))) == row.keys()
 
 
 def test_going_back_to_a_checkpoint_takes_later_rows_away(tmp_path, capsys):

@@ -9,6 +9,7 @@ from megaft.base.errors import ConfigError
 from megaft.config.train import OptimConfig
 from megaft.models.parameters import parameter_groups
 from megaft.run.optim import build_optimizer, learning_rate, set_learning_rate
+from megaft.run.plan import require_warmup_fits
 
 
 def tiny_gpt2():
@@ -184,8 +185,11 @@ def test_a_run_that_goes_on_past_its_end_keeps_the_last_rate():
 
 
 def test_a_warm_up_longer_than_the_run():
-    with pytest.raises(ConfigError, match=r"optim.warmup-steps is 101, .*100"):
-        learning_rate(0, OptimConfig(warmup_steps=101), 100)
+    require_warmup_fits(OptimConfig(warmup_steps=100), 100, 100)
+    with pytest.raises(ConfigError, match=r"^--optim\.warmup-steps is 101, .*100"):
+        require_warmup_fits(OptimConfig(warmup_steps=101), 101, 100)
+    with pytest.raises(ConfigError, match=r"^warmup_num_steps .*--deepspeed_config is 1000 .*100"):
+        require_warmup_fits(OptimConfig(), 1000, 100)
 
 
 def test_set_learning_rate_reaches_every_group():

@@ -13,9 +13,11 @@ _BAD_USE, _BAD_FILE = 2, 3
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return 0, or 1 if a checked file does not round-trip, 2 for bad use and 3 for a bad file."""
-    options = _parser().parse_args(arguments)
     try:
-        return _run(options)
+        try:
+            return _run(_parser().parse_args(arguments))
+        finally:
+            sys.stdout.flush()
     except ValueError as error:
         print(f"detokenizers: {error}", file=sys.stderr)
         return _BAD_USE

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from megaft.base.exit_code import exit_code_of
 from megaft.base.topology import own_flags
 from megaft.commands.doctor.config import DoctorConfig
 
@@ -44,4 +45,4 @@ def _run(config: DoctorConfig, topology: Topology) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

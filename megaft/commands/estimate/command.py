@@ -155,7 +155,7 @@ def lines(answer: dict[str, Any]) -> list[str]:
     rows = [f"  {name:<16} {size / GIB:9.2f} GiB" for name, size in answer["components"].items() if size]
     peak, free = answer["peak_bytes"] / GIB, answer["available_bytes"] / GIB
     text = [summary, "", f"On each GPU at the peak ({answer['peak_moment']}):", *rows]
-    text += [f"  {'total':<16} {peak:9.2f} GiB, {verdict} in the {free:.2f} GiB of a {answer['hardware']}"]
+    text += [f"  {'total':<16} {peak:9.2f} GiB, {verdict} in the {free:.2f} GiB of the {answer['hardware']}"]
     if answer["offloaded_bytes"]:
         text += [f"  {'on the host':<16} {answer['offloaded_bytes'] / GIB:9.2f} GiB per rank"]
     if not answer["has_dtype"]:

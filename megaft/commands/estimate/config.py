@@ -19,7 +19,7 @@ class EstimateConfig:
     """
 
     model: str
-    """A folder with a config.json, or a name such as gpt2-xl, megatron-8.3b, llama-3.1-8b, smollm2-135m."""
+    """A model folder, a run folder, or a name such as gpt2-xl, megatron-8.3b, llama-3.1-8b, smollm2-135m."""
     deepspeed_config: Path
     """DeepSpeed JSON of the run."""
     world_size: int = 1

@@ -9,6 +9,7 @@ from megaft.base.checks import require
 from megaft.base.errors import DataError
 from megaft.base.files import read_json
 from megaft.base.untrusted import require_safe_files
+from megaft.weights.folder import model_folder
 
 
 def _gpt2(layers: int, width: int, heads: int, vocab_size: int = 50_257) -> dict[str, Any]:
@@ -63,24 +64,56 @@ def configuration(model: str) -> dict[str, Any]:
     """Return a model's configuration.
 
     Args:
-        model: A name in PRESETS, a config.json, or a folder with one.
+        model: A name in PRESETS, a config.json, a model folder, or a run folder.
 
     Raises:
         ConfigError: It is none of these.
         DataError: The file is not a JSON object, or has settings that would run code.
     """
-    if model in PRESETS:
-        return PRESETS[model]
-    path = Path(source_of(model))
-    require(path.is_file(), f"--model is {model}; give a folder with a config.json, or one of {', '.join(PRESETS)}.")
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise DataError(f"{path} is a JSON {type(settings).__name__}, not an object; copy it from the model again.")
+    source = source_of(model)
+    if source in PRESETS:
+        return PRESETS[source]
+    path = Path(source)
+    of_run = "" if path.is_relative_to(model) else f", a run that trains {source}"
+    require(
+        path.is_file() and path.suffix != ".gguf",
+        f"--model is {model}{of_run}; give a folder with a config.json, the folder of a run, or one of "
+        f"{', '.join(PRESETS)}.",
+    )
+    settings = _settings(path)
     require_safe_files("--model", path)
     return settings
 
 
 def source_of(model: str) -> str:
-    """Return the source of a model's configuration: its name in PRESETS, or its file."""
-    path = Path(model)
-    return str(path / "config.json" if model not in PRESETS and path.is_dir() else path)
+    """Return the source of a model's configuration: its name in PRESETS, or its file.
+
+    Of a run it is that of the export, or of the model that an unfinished run trains.
+    """
+    file = _config_file(model)
+    trained = _trained_model(file) if file.name == "config.json" and file.is_file() else None
+    return str(file if trained is None else _config_file(trained))
+
+
+def _config_file(model: str) -> Path:
+    """Return the config.json of a folder, or the name as it is."""
+    if model in PRESETS or not Path(model).is_dir():
+        return Path(model)
+    return Path(model_folder(model, "--model")) / "config.json"
+
+
+def _trained_model(path: Path) -> str | None:
+    """Return the source of the model that a run trains, from the run's config.json; None for a model's config.json."""
+    settings = _settings(path)
+    model = settings.get("model")
+    if "model_type" in settings or not isinstance(model, dict):
+        return None
+    source = model.get("path") or model.get("from_scratch")
+    return source if isinstance(source, str) else None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} is a JSON {type(settings).__name__}, not an object; copy it from the model again.")
+    return settings

@@ -262,6 +262,22 @@ def test_a_folder_of_a_model(command, tmp_path):
     assert command(f"--model={tmp_path}")["parameters"] == 134_515_008
 
 
+@pytest.mark.parametrize("model", [{"path": "smollm2-135m", "from_scratch": None}, {"from_scratch": "FOLDER"}])
+def test_a_run_s_folder(command, tmp_path, model):
+    """Before its export, a run's settings name the model; a model that is not there is named."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(PRESETS["smollm2-135m"]))
+    named = {key: value and value.replace("FOLDER", str(tmp_path / "model")) for key, value in model.items()}
+    (tmp_path / "config.json").write_text(json.dumps({"model": named, "deepspeed": {}}))
+    assert command(f"--model={tmp_path}")["parameters"] == 134_515_008
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"path": "/gone"}, "deepspeed": {}}))
+    with pytest.raises(ConfigError, match=rf"--model is {tmp_path}, a run that trains /gone"):
+        configuration(str(tmp_path))
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text(json.dumps(PRESETS["smollm2-360m"]))
+    assert command(f"--model={tmp_path}")["parameters"] == 361_821_120
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -30,12 +30,27 @@ def test_geometry(protocol, context_limit, asked, expected):
 @pytest.mark.parametrize(
     ("protocol", "context_limit", "asked", "message"),
     [
-        ("megatron", 512, (None, None), "megatron has a context length of 1024, but the model has 512 positions"),
-        ("megaft", None, (None, None), "--context-length is not given"),
-        ("megaft", 1024, (128, 129), "stride is 129; use 1 to 128"),
-        ("lm-eval-megatron", 1024, (None, 1024), "stride is 1024; use 1 to 1023"),
-        ("megaft", 1024, (2048, None), "the model has 1024 positions; use --context-length 1024"),
-        ("hf-docs", 1024, (1, 1), "context-length is 1; use 2 or more"),
+        ("megatron", 512, (None, None), "^the context length of --protocol megatron is 1024, .*--context-length 512;"),
+        (
+            "megatron",
+            16,
+            (None, None),
+            "^the context length of --protocol megatron .*--context-length 16 and --stride 8",
+        ),
+        ("megaft", None, (None, None), "^--context-length is not given"),
+        ("megaft", 1024, (128, 129), "^--stride is 129, but --context-length is 128; set --stride to 1 to 128"),
+        ("megaft", 64, (None, 65), "^--stride is 65, but the model's number of positions is 64; .*1 to 64"),
+        ("lm-eval-megatron", 1024, (None, 1024), "^--stride is 1024, .*1 to 1023"),
+        ("megaft", 1024, (2048, None), "^--context-length is 2048, but the model has 1024 positions; .*length 1024;"),
+        ("hf-docs", 256, (None, None), "^the stride of --protocol hf-docs is 512, but the model's .* 256; .*1 to 256"),
+        (
+            "hf-docs",
+            1024,
+            (256, None),
+            "^the stride of --protocol hf-docs is 512, but --context-length is 256; .*--stride",
+        ),
+        ("hf-docs", 1024, (1, 1), "^--context-length is 1; .*2 or more"),
+        ("lm-eval-megatron", 1024, (1, None), "^--context-length is 1; .*2 or more"),
     ],
 )
 def test_windows_that_do_not_fit_are_refused(protocol, context_limit, asked, message):

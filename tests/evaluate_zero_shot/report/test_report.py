@@ -177,6 +177,7 @@ def test_stride_sweep_is_shown_when_there_are_several(tmp_path, strides):
         ({"data_name": None}, "unknown file"),
         ({"data_name": None, "task": "text"}, None),  # a text of one's own
         ({"data_name": "WikiText raw test"}, "not the protocol's text"),
+        ({"data_name": "WikiText-103 validation"}, "validation set, not the test set"),
         ({"data_name": "WikiText raw test", "protocol": "lm-eval"}, None),
         ({"limit_lines": 200}, "first 200 lines only"),
         ({"is_protocol_default": False, "stride": 64}, "not the protocol's own context or stride"),
@@ -190,7 +191,7 @@ def test_what_is_not_as_named_is_said(tmp_path, changed, warning):
     for text in (Page(html).words.lower(), markdown):
         marks = ("unknown file", "lines only", "protocol's own context", "capped at", "above 1.8")
         found = [one for one in marks if one in text]
-        found += ["not the protocol's text"] if "not the protocol's text" in text else []
+        found += [one for one in ("not the protocol's text", "not the test set") if one in text]
         assert found == ([] if warning is None else [one for one in found if one in warning])
         assert warning is None or warning in text
 
