@@ -74,7 +74,7 @@ def _(workshop):
     return workshop.evaluate(workshop.write("one.txt", "a"), "--protocol=megatron", "--context-length=64")
 
 
-@refuse("13 a context of one token", 2, r"context-length is 1; use 2 or more with --protocol hf-docs")
+@refuse("13 a context of one token", 2, r"context-length is 1; set --context-length to 2 or more")
 def _(workshop):
     return workshop.evaluate(
         workshop.write("a.txt", "some text"), "--protocol=hf-docs", "--context-length=1", "--stride=1"

@@ -44,7 +44,7 @@ def _(workshop):
 @refuse(
     "16 evaluation context longer than the positions",
     2,
-    r"context length of 256, but the model has 128 pos.*--context-length 128",
+    r"context-length is 256, but the model has 128 pos.*--context-length 128",
 )
 def _(workshop):
     return workshop.evaluate(workshop.write("a.txt", "some text"), "--context-length=256")
