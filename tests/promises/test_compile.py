@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 CONTEXT, STEPS, CUT, DROPOUT = 32, 4, 2, 0.1
-ENGINES = {"fp32-0": {"stage": 0}, "fp32-2": {"stage": 2}, "bf16-1": {"stage": 1, "bf16": True}}
+ENGINES = {"fp32-2": {"stage": 2}, "bf16-1": {"stage": 1, "bf16": True}}
 FLAGS = {
     "eager": [["off", STEPS]],
     "compiled": [["on", STEPS]],
