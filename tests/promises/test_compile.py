@@ -1,18 +1,29 @@
-"""Training with compiled blocks: the losses of eager mode, one graph for equal blocks, and resumes bit for bit."""
+"""Training with compiled blocks: the losses of eager mode, one graph for equal blocks, and resumes bit for bit.
+
+`make test` captures graphs and runs them without torch's code generator (the backend aot_eager), which takes a minute.
+"""
 
 import json
 import os
+from functools import partialmethod
 
 import pytest
 import toy
 
 from megaft.models.compiled import missing_compiler
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(missing_compiler() != "", reason=f"{missing_compiler()}, which torch.compile needs"),
-]
+pytestmark = pytest.mark.slow
 
+BACKENDS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=[
+            pytest.mark.long,
+            pytest.mark.skipif(missing_compiler() != "", reason=f"{missing_compiler()}, which torch.compile needs"),
+        ],
+    ),
+]
 CONTEXT, STEPS, CUT, DROPOUT = 32, 4, 2, 0.1
 ENGINES = {"fp32-2": {"stage": 2}, "bf16-1": {"stage": 1, "bf16": True}}
 FLAGS = {
@@ -23,13 +34,19 @@ FLAGS = {
 """By run, `--model.compile` and the last step of each of its parts."""
 
 
-def train(folder, flags):
+def train(folder, flags, backend):
     """Train every run in this process; return torch's counters of graphs and of breaks in them, by engine."""
     import torch
     from torch._dynamo.utils import counters
 
+    from megaft.models import compiled
+
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     found = {}
+    if backend != "inductor":
+        compiled.OPTIONS = None
+        compiled.missing_compiler = lambda: ""
+        torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend=backend)
 
     def cases():
         for engine, settings in ENGINES.items():
@@ -54,13 +71,15 @@ def json_of(stage, bf16=False):
     } | ({"bf16": {"enabled": True}} if bf16 else {})
 
 
-@pytest.fixture(scope="module")
-def trained(run_ranks, toy_model, toy_texts, memory_folder):
+@pytest.fixture(scope="module", params=BACKENDS)
+def trained(request, run_ranks, toy_model, toy_texts, memory_folder):
     """Folder of the runs, and torch's counters."""
+    folder = memory_folder / request.param
+    folder.mkdir()
     flags = [f"--model.path={toy_model}", f"--data.train={toy_texts[0]}", f"--data.valid={toy_texts[1]}"]
     flags += [f"--data.context-length={CONTEXT}", f"--model.dropout={DROPOUT}", "--optim.schedule=constant"]
     flags += ["--run.export=none", f"--run.validate-every={STEPS}"]
-    return memory_folder, run_ranks(1, train, memory_folder, flags)[0]
+    return folder, run_ranks(1, train, folder, flags, request.param)[0]
 
 
 def rows(folder, engine, run):
