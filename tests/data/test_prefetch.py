@@ -29,7 +29,12 @@ def samples(tmp_path: Path) -> Samples:
 
 
 def numbers(step):
-    return [[tensor.tolist() for tensor in batch.to(torch.device("cpu"))] + [batch.first_position] for batch in step]
+    """Return everything in a step's batches, as lists."""
+    return [
+        [None if tensor is None else tensor.tolist() for tensor in batch.to(torch.device("cpu"))]
+        + [batch.first_position]
+        for batch in step
+    ]
 
 
 def built(samples, position, left_out):
