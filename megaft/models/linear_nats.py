@@ -1,4 +1,4 @@
-"""Output layer and cross-entropy in one function, which computes its gradients in the forward pass.
+"""Fused output layer and cross-entropy, whose gradients are computed in the forward pass.
 
 Each chunk of tokens takes three matrix products (its logits, the gradients of its hidden states and of the weight) and
 one pass over the logits; those of all tokens never exist together.
@@ -104,7 +104,7 @@ def nats_and_slope(
 
 
 def fusible_nats_and_slope(logits: Tensor, labels: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Like nats_and_slope, without scatter and in-place operations, so that a compiler makes one kernel of it."""
+    """Compute `nats_and_slope` without scatter and in-place operations, so that a compiler can fuse it."""
     entries = logits[:, :size]
     normalizer = entries.logsumexp(-1, keepdim=True)
     scored = (labels != IGNORE_INDEX).unsqueeze(-1)

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """Everything that determines the tokens of a text; texts with equal contents share prepared data."""
+    """Everything that determines the tokens of a text: equal contents give equal prepared data."""
 
     sha256: str
     num_bytes: int
