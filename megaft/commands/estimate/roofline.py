@@ -107,8 +107,8 @@ def _layer_bytes(work: MicroBatch) -> float:
     """Return the bytes per token that a layer's kernels move besides products and attention, forward and backward.
 
     Counted by tools/benchmarks/kernel_counts.py: norms 14 times the width, residual additions 12, an activation 5 times
-    the inner width. GPT-2's layers split queries, keys and values, and sum gradients of biases. Gated layers multiply
-    by a gate (9 times the inner width), add the gradients of matrices that share an input, and rotate queries and keys.
+    the inner width; LayerNorm's models split queries, keys and values and sum gradients of biases; gated ones multiply
+    by a gate (9 times the inner width), add the gradients of matrices with one input, and rotate queries and keys.
     """
     dims = work.dims
     heads, groups = dims.num_heads * dims.head_width, dims.num_groups * dims.head_width
@@ -122,7 +122,7 @@ def _layer_bytes(work: MicroBatch) -> float:
 
 
 ROTARY = 38
-"""Values per element of queries and keys that transformers' rotary embedding moves, forward and backward."""
+"""Passes over queries and keys in which transformers rotates them, forward and backward."""
 
 
 def _head_bytes(work: MicroBatch) -> float:
