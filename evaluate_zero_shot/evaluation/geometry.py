@@ -82,7 +82,7 @@ def _context(protocol: Protocol, context_limit: int | None, context_length: int 
 
 
 def _require_positions(geometry: Geometry, context_limit: int | None, stride: int | None) -> None:
-    """Raise ConfigError if a window has more inputs than the model has positions; the message has flags that fit."""
+    """Refuse a window with more inputs than the model has positions; the message gives flags that fit."""
     if context_limit is None or geometry.num_inputs <= context_limit:
         return
     protocol, fix = geometry.protocol, f"set --context-length {context_limit}"

@@ -125,7 +125,7 @@ def public_command(words: Sequence[str]) -> list[str]:
 
 
 def _without_folders(row: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry as it is written today; older versions recorded absolute paths."""
+    """Return an entry in the present form; older versions recorded absolute paths."""
     command = {"command": public_command(row["command"])} if row.get("command") else {}
     return row | {"model": without_parents(row["model"])} | command
 
@@ -144,7 +144,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
         if any(name not in row for row in rows for name in _IDENTITY):
             raise KeyError("an entry lacks a field")
         if any(not isinstance(row["model"], str) for row in rows):
-            raise TypeError("the model of an entry is not a text")
+            raise TypeError("the model of an entry is not a string")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is not a results file of megaft ({error}); move it away or give another --output."

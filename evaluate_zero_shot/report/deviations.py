@@ -1,4 +1,4 @@
-"""Deviations of a result from its task and protocol, with which it is not comparable with published results."""
+"""Deviations of a result from its task and protocol, which make it incomparable with published results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ UNKNOWN_FILE = "unknown file"
 
 
 def is_user_text(result: Result) -> bool:
-    """Return True if the task scores any file, which the user names."""
+    """Return True if the task scores a text of the user's own, not a published file."""
     return TASKS[result["task"]].files is None
 
 
 def deviations(result: Result) -> tuple[str, ...]:
-    """Return how a result deviates from its protocol and task as defined."""
+    """Return the deviations of a result from the definitions of its protocol and task."""
     limit, split = result["limit_lines"], SPLITS.get(result["data_name"], "test")
     return (
         *([UNKNOWN_FILE] if result["data_name"] is None and not is_user_text(result) else []),
@@ -41,16 +41,16 @@ def _is_other_text(result: Result) -> bool:
 def note_on_comparison(result: Result) -> str | None:
     """Return a line for the terminal if a result is not comparable with published ones, in the report's words.
 
-    Of a text of the user's own nothing is published.
+    There is no note on a text of the user's own, for which nothing is published.
     """
-    found = deviations(result)
-    if not found or is_user_text(result):
+    texts = deviations(result)
+    if not texts or is_user_text(result):
         return None
-    reasons = (_on_file(result) if text == UNKNOWN_FILE else text for text in found)
+    reasons = (_unknown_file(result) if text == UNKNOWN_FILE else text for text in texts)
     return f"warning: not comparable with published results: {'; '.join(reasons)}"
 
 
-def _on_file(result: Result) -> str:
+def _unknown_file(result: Result) -> str:
     count = "" if result["num_words"] is None else f" ({result['num_words']:,} words)"
     known = " or ".join(f"{name} ({sha256[:8]})" for sha256, name in _expected_files(result).items())
     published = f"not that of {known}" if known else "and no hash of the published file is known"
@@ -58,7 +58,7 @@ def _on_file(result: Result) -> str:
 
 
 def _expected_files(result: Result) -> dict[str, str]:
-    """Return the published test file of a result's task and protocol, as SHA-256 and name; empty if it is not known."""
+    """Return names of the published test files of a result's task and protocol, by SHA-256; none if not known."""
     has_raw, text = TASKS[result["task"]].raw_files is not None, PROTOCOLS[result["protocol"]].file_text
     return {
         sha256: file.name

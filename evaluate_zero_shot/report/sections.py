@@ -92,7 +92,7 @@ def summary(results: Sequence[Result]) -> dict[tuple[str, str, str, tuple[str, .
 
 
 def warnings(result: Result) -> tuple[str, ...]:
-    """Return how a result deviates from its protocol and task as defined, and what is said of its metric."""
+    """Return the deviations of a result from its protocol and task, and remarks on its metric."""
     return (*deviations(result), *remarks(result, PROTOCOLS[result["protocol"]]))
 
 

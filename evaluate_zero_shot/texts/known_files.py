@@ -20,7 +20,7 @@ class KnownFile:
 
     @property
     def split(self) -> str:
-        """Part of the corpus, with which the name ends: "training", "validation" or, unless it says so, "test"."""
+        """Split of the corpus: the last word of the name if it is "training" or "validation", else "test"."""
         last = self.name.rpartition(" ")[2]
         return last if last in ("training", "validation") else "test"
 
@@ -72,4 +72,4 @@ KNOWN: Mapping[str, KnownFile] = {
 TEXTS: Mapping[str, Text] = {file.name: file.text for file in KNOWN.values()}
 """Word-tokenized or raw, by a published file's name."""
 SPLITS: Mapping[str, str] = {file.name: file.split for file in KNOWN.values()}
-"""Part of the corpus, by a published file's name."""
+"""Split of the corpus, by a published file's name."""

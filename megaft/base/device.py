@@ -34,8 +34,8 @@ def device_of(topology: Topology) -> torch.device:
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed the default random generators of the CPU and of this rank's GPU.
 
-    They draw the numbers that they draw after torch.manual_seed, which also formats a stack trace for every kind of
-    device that has not started: 0.5 ms.
+    The same as torch.manual_seed, which also formats a stack trace for every kind of device that is not initialized:
+    0.5 ms.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -54,6 +54,6 @@ def exit_code_of(function: Callable[..., int], *arguments: Any, is_main: bool = 
 
 
 def print_help(parse: Callable[[list[str]], object], arguments: list[str]) -> int:
-    """Let a parser print its help, after which it raises SystemExit; run it by `exit_code_of`, as for `| head`."""
+    """Print the help of a parser, which raises SystemExit; call it by `exit_code_of`, which handles closed pipes."""
     parse(arguments)
     return 0

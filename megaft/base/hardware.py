@@ -18,7 +18,7 @@ CHUNK_ROWS_MULTIPLE = {"cpu": 1, "cuda": 256}
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:
-    """Return how many tokens' logits are held at once, a function of the vocabulary and the device type alone."""
+    """Return the number of tokens in a chunk of logits, which depends on the vocabulary and device type only."""
     multiple = CHUNK_ROWS_MULTIPLE[device_type]
     return max(multiple, CHUNK_BYTES[device_type] // (4 * vocab_size) // multiple * multiple)
 

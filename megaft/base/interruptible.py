@@ -12,13 +12,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
 def call_in_thread(function: Callable[[], T]) -> T:
     """Return the function's value, or raise its error; signals are handled while it runs.
 
-    The thread is a daemon: where a handler ends the process, nothing waits for the call.
+    The thread is a daemon: if a handler ends the process, nothing waits for the call.
     """
     outcome: Future[T] = Future()
 
@@ -31,5 +31,5 @@ def call_in_thread(function: Callable[[], T]) -> T:
     thread = Thread(target=call, daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(LOOK_SECONDS)
+        thread.join(POLL_SECONDS)
     return outcome.result()

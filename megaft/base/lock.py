@@ -51,7 +51,7 @@ def locked(folder: Path, is_main: bool = True, file: Path | None = None) -> Iter
 
 
 def is_held(folder: Path) -> bool:
-    """Return True if a process holds the folder's lock, or the file system has no locks to tell by."""
+    """Return True if a process holds the folder's lock, or if the file system does not support locks."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDONLY)
     except FileNotFoundError:

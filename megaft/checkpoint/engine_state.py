@@ -164,14 +164,14 @@ def _group_indices(engine, parameters: list[Any]) -> set[int]:
 
 
 def _ensure_moments(engine) -> None:
-    """Make the optimizer create its moments, with a step of zero gradients, learning rate and weight decay."""
+    """Make the optimizer create its moments by a step with zero gradients, learning rate and weight decay."""
     optimizer = inner_optimizer(engine)
     owners = list({id(local.owner): local.owner for local in partition_slices(engine)}.values())
     if all(optimizer.state.get(owner) for owner in owners):
         return
     before = [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group |= {"params": [], "lr": 0.0, "weight_decay": 0.0}  # SGD's weight decay would enter its moment
+        group |= {"params": [], "lr": 0.0, "weight_decay": 0.0}  # SGD adds weight decay to its momentum
     optimizer.param_groups[0]["params"] = owners
     saved_grads = [owner.grad for owner in owners]
     for owner in owners:
@@ -292,7 +292,7 @@ def add_gradients_in_one_pass(engine) -> None:
 
 
 def _add_gradient(optimizer: Any, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
-    """Replace BF16_Optimizer._update_hp_grad."""
+    """Add a bf16 gradient to its fp32 sum; replaces BF16_Optimizer._update_hp_grad."""
     if parameter.grad is None:
         return
     total = optimizer.fp32_groups_gradients[group][index]

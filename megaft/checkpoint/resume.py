@@ -154,18 +154,18 @@ def require_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any], a
 
 
 def _difference(name: str, saved: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return the settings of one field of the identity that differ, with both values; "" if they agree."""
+    """Return the settings of an identity field that differ, with both values; "" if none does."""
     if name not in saved and name in ADDED_LATER:
         return ""
     then, value = saved.get(name), now[name]
     if isinstance(then, dict) and isinstance(value, dict):
         keys = [key for key in value if key in then and then[key] != value[key]]
-        return "; ".join(_both(setting_of(name, key), then[key], value[key]) for key in keys)
+        return "; ".join(_change(setting_of(name, key), then[key], value[key]) for key in keys)
     names = [(identity.get("names") or {}).get(name) for identity in (saved, now)]
-    return "" if then == value else _both(setting_of(name), _named(then, names[0]), _named(value, names[1]))
+    return "" if then == value else _change(setting_of(name), _named(then, names[0]), _named(value, names[1]))
 
 
-def _both(setting: str, then: Any, now: Any) -> str:
+def _change(setting: str, then: Any, now: Any) -> str:
     return f"{setting}: {then} in the checkpoint, {now} in this run"
 
 

@@ -49,7 +49,7 @@ class RunState:
 class Identity:
     """Settings that must equal the checkpoint's when a run resumes; `config.identity` has their names in messages.
 
-    A field of ADDED_LATER, and a key of a field that is a dict, is not compared with a checkpoint without it.
+    Fields of ADDED_LATER, and keys of fields that are dicts, are compared only if the checkpoint has them.
     """
 
     global_batch_size: int
@@ -68,7 +68,7 @@ class Identity:
     gradient_clipping: float | None = None
     precision: str | None = None
     lora: dict[str, Any] = field(default_factory=dict)
-    """Rank of the adapters and, if there are any, their other settings."""
+    """Rank of the LoRA adapters (0 without LoRA) and, above 0, their other settings."""
     model_config: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's configuration, without dropout probabilities that --model.dropout sets."""
     model_weights: str | None = None

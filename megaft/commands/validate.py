@@ -90,17 +90,17 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
 
 
 CPU_JSON = "deepspeed.json"
-"""Name of the DeepSpeed JSON of the CPU run."""
+"""File name of the DeepSpeed JSON for the check on the CPU."""
 
 
 @contextmanager
 def _temporary_run_folder(config: ValidateConfig) -> Iterator[Path]:
-    """Yield a stand-in for the run's folder, with links to its data and checkpoints; messages name the real files."""
+    """Yield a temporary folder with links to the run's data and checkpoints; messages name the real files."""
     with tempfile.TemporaryDirectory(prefix="megaft-validate-") as temporary:
         folder = Path(temporary)
         _link(config.run.dir, folder, config.run.fresh)
         names = {str(folder / CPU_JSON): str(config.deepspeed_config), str(folder): str(config.run.dir)}
-        streams = Renaming(sys.stdout, names), Renaming(sys.stderr, names)
+        streams = RenamingStream(sys.stdout, names), RenamingStream(sys.stderr, names)
         try:
             with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
                 yield folder
@@ -109,7 +109,7 @@ def _temporary_run_folder(config: ValidateConfig) -> Iterator[Path]:
 
 
 def _link(run_dir: Path, folder: Path, is_fresh: bool) -> None:
-    """Give a temporary folder the files of the run's folder that training would read."""
+    """Link or copy the files of the run's folder that training would read into a temporary folder."""
     from megaft.base.files import naming_disk_errors
 
     if not is_fresh and (run_dir / "checkpoints").is_dir():
@@ -123,8 +123,8 @@ def _link(run_dir: Path, folder: Path, is_fresh: bool) -> None:
             shutil.copyfile(events, folder / "events.jsonl")  # a copy, since events are appended
 
 
-class Renaming(io.TextIOBase):
-    """Text stream that replaces names in what is written to another stream."""
+class RenamingStream(io.TextIOBase):
+    """Text stream that writes to another stream, with names replaced."""
 
     def __init__(self, stream: TextIO, names: Mapping[str, str]) -> None:
         self._stream, self._names = stream, names

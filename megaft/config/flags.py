@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 
 def flags_of(config: type, field_prefix: str = "", flag_prefix: str = "") -> dict[str, str]:
-    """Return every flag without its dashes by the path of its field: checkpoint.in_background to checkpoint.async."""
+    """Return every flag, without dashes, by the path of its field (checkpoint.async by checkpoint.in_background)."""
     hints, flags = get_type_hints(config, include_extras=True), {}
     for field in fields(config):
         path, flag = field_prefix + field.name, flag_prefix + _name_of(field.name, hints[field.name])

@@ -1,4 +1,4 @@
-"""Table of the parts of a run's identity: settings in messages, and the parts that a resumed run may change on request.
+"""Fields of a run's identity: their settings in messages, and those that a resumed run may change on request.
 
 Everything else may change freely between two starts, such as micro-batch, ZeRO stage, ranks, guards and logging.
 """
@@ -26,7 +26,7 @@ SETTINGS = {
     "precision": "bf16 or fp16 of --deepspeed_config",
     "validation": "--data.valid (or --eval.*)",
 }
-"""Name in messages of each field of the identity; {key} is the key of a field that is a table, {flag} its flag."""
+"""Setting of each identity field in messages; {key} is a key of a field that is a dict, {flag} that key with dashes."""
 
 CHANGEABLE = frozenset(SETTINGS) - {
     *("seed", "context_length", "sample", "attend_within_documents"),
@@ -36,5 +36,5 @@ CHANGEABLE = frozenset(SETTINGS) - {
 
 
 def setting_of(field: str, key: str = "") -> str:
-    """Return the setting that a user changes for a field of the identity, or for a key of one that is a table."""
+    """Return the setting that determines an identity field, or a key of a field that is a dict."""
     return SETTINGS[field].format(key=key, flag=key.replace("_", "-"))

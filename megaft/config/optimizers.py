@@ -116,16 +116,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def help_texts() -> dict[str, str]:
-    """Return the help of the fields of OptimConfig that depends on the table."""
+    """Return the help texts of OptimConfig's fields that depend on the table."""
     coupled = [name for name, optimizer in OPTIMIZERS.items() if not optimizer.decouples_weight_decay]
     exception = f", except with {' and '.join(coupled)}" if coupled else ""
     return {
         "name": f"Optimizer: {'; '.join(_summary(name, optimizer) for name, optimizer in OPTIMIZERS.items())}.",
-        "beta1": f"Decay rate of the first moment{_users('beta1')}.",
-        "beta2": f"Decay rate of the second moment{_users('beta2')}.",
-        "epsilon": f"Added to the square root of the second moment{_users('epsilon')}.",
+        "beta1": f"Decay rate of the first moment{_for_optimizers('beta1')}.",
+        "beta2": f"Decay rate of the second moment{_for_optimizers('beta2')}.",
+        "epsilon": f"Added to the square root of the second moment{_for_optimizers('epsilon')}.",
         "weight_decay": f"Weight decay of matrices and embeddings; decoupled{exception}.",
-        "momentum": f"Momentum{_users('momentum')}.",
+        "momentum": f"Momentum{_for_optimizers('momentum')}.",
     }
 
 
@@ -137,7 +137,7 @@ def _summary(name: str, optimizer: Optimizer) -> str:
     return f"{name} is {optimizer.class_name}{','.join(limits)}"
 
 
-def _users(setting: str) -> str:
+def _for_optimizers(setting: str) -> str:
     names = [name for name, optimizer in OPTIMIZERS.items() if setting in optimizer.settings]
     return f", for {', '.join(names)}"
 

@@ -112,7 +112,7 @@ def collate(
         return padded
 
     is_divided = with_document_ids and any(len(row.input_ids) < length or np.ptp(row.document_ids) for row in rows)
-    # Counted in numpy: in a thread of its own, torch would start a second pool of threads.
+    # Counted in numpy: torch operations in the prefetching thread would start a second pool of threads.
     labels = stack([row.labels for row in rows], IGNORE_INDEX)
     return Batch(
         torch.from_numpy(stack([row.input_ids for row in rows], 0)),

@@ -24,10 +24,10 @@ class Prefetch:
     def take(self, position: int, left_out: Ranges) -> list[Batch]:
         """Return the micro-batches of the step that begins at `position`, and start to build those of the next.
 
-        Batches built for another position or other left-out samples, as before a rewind, are discarded.
+        Batches built for another position or other left-out samples are discarded, such as those built before a rewind.
 
         Raises:
-            Exception: Whatever building this step's batches raised in the thread.
+            Exception: The error that building this step's batches raised in the thread.
         """
         step = (position, left_out)
         prefetched, self._next = self._next, None

@@ -1,8 +1,8 @@
 """Causal attention by torch's fused kernel, without transformers' masks.
 
-With "sdpa" transformers looks in every forward pass whether position ids restart, and the host waits for the device's
-answer. It makes no mask for an implementation that it has no mask function for, so a model under CAUSAL computes the
-same without waiting. Documents are kept apart by a mask made here.
+With "sdpa", transformers checks in every forward pass whether position ids restart, and the host waits for the device.
+It makes no mask for an attention implementation without a mask function, so a model with CAUSAL computes the same
+without waiting. The mask that keeps documents apart is made here.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ FAMILIES = (GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausa
 
 
 def attend_without_masks(model: CausalLM) -> None:
-    """Make a causal model attend under CAUSAL, if its family and settings allow. It then takes no padding mask."""
+    """Make a model use CAUSAL attention, if its family and settings allow. It then takes no padding mask."""
     if not is_plainly_causal(model):
         return
     AttentionInterface.register(CAUSAL, sdpa_attention_forward)
     model.set_attn_implementation(CAUSAL)
     base: Any = model.base_model
-    base.warn_if_padding_and_no_attention_mask = _no_warning  # it reads the tokens
+    base.warn_if_padding_and_no_attention_mask = _no_warning  # transformers' own reads the tokens
 
 
 def is_plainly_causal(model: CausalLM) -> bool:
@@ -55,7 +55,7 @@ def is_plainly_causal(model: CausalLM) -> bool:
 
 
 def takes_masks(model: CausalLM) -> bool:
-    """Return True if the model must be given a mask of its documents, because transformers makes none."""
+    """Return True if the model needs an explicit mask to keep documents apart, because transformers makes none."""
     return model.config._attn_implementation == CAUSAL
 
 

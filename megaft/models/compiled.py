@@ -1,4 +1,4 @@
-"""Compilation by torch.compile: equal blocks of a model share one graph."""
+"""Compilation with torch.compile: equal blocks of a model share one graph."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from megaft.models.blocks import blocks_of
 from megaft.weights.loading.causal_lm import CausalLM
 
 OPTIONS = {"fallback_random": True}
-"""Options of torch's compiler: dropout draws the masks that it draws in eager mode."""
+"""Options of torch's compiler: dropout draws the same masks as in eager mode."""
 
 MAX_GRAPHS = 64
-"""Graphs of one kind of block after which torch gives up; different shapes, masks and modes take one each."""
+"""Maximum graphs of one kind of block; torch compiles another one for other shapes, masks and modes."""
 
 
 def compile_blocks(model: CausalLM, choice: str) -> None:
@@ -45,14 +45,14 @@ def compile_blocks(model: CausalLM, choice: str) -> None:
     if choice == "on" and obstacle:
         raise ConfigError(f"--model.compile is on, but {obstacle}. Use --model.compile off.")
     if choice == "on" or (choice == "auto" and not obstacle and torch.cuda.is_available() and takes_masks(model)):
-        _prepare()
+        _configure_compiler()
         for block in blocks:
             block.compile(fullgraph=takes_masks(model), options=OPTIONS)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of tensors compiled into one graph for all shapes."""
-    _prepare()
+    _configure_compiler()
     return torch.compile(function, fullgraph=True, dynamic=True)
 
 
@@ -62,7 +62,7 @@ def in_eager_mode() -> AbstractContextManager[Any]:
 
 
 def missing_compiler() -> str:
-    """Return what torch.compile lacks on this machine; an empty string if it can compile."""
+    """Return the reason why torch.compile cannot run on this machine; an empty string if it can."""
     if torch.cuda.is_available():
         return "" if find_spec("triton") else "triton is not installed"
     compiler = os.environ.get("CXX", "g++")
@@ -70,8 +70,8 @@ def missing_compiler() -> str:
 
 
 @cache
-def _prepare() -> None:
-    """Keep compiled code in this Python environment, if it is one, and print how long each compilation takes."""
+def _configure_compiler() -> None:
+    """Keep compiled code in the virtual environment, if there is one, and print how long each compilation takes."""
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(sys.prefix) / "torch_inductor"))
     torch._dynamo.config.recompile_limit = MAX_GRAPHS

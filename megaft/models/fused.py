@@ -1,7 +1,7 @@
-"""Replace activations and norms that transformers writes out in several operations by torch's fused ones.
+"""Fused activations and norms of torch, in place of those that transformers writes out in several operations.
 
 GPT-2's GELU takes eight passes over memory forward and ten backward, and saves five tensors; torch's takes one each and
-saves one. A replacement is made only if it computes the same function of random input.
+saves one. A module is replaced only if both give the same result on random input.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def fused_activation(module: nn.Module) -> nn.Module | None:
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Return True if the module computes `F.rms_norm` with its weight and `eps`, tried on a random weight."""
+    """Return True if the module computes `F.rms_norm` with its weight and epsilon, tested with a random weight."""
     if "RMSNorm" not in type(module).__name__ or [*module._parameters] != ["weight"] or epsilon_of(module) is None:
         return False
-    probe = copy(module)  # with a weight of its own: under ZeRO-3 the module's is empty here
+    probe = copy(module)  # with its own weight: under ZeRO-3 the module's is empty here
     probe._parameters = {"weight": nn.Parameter(_random(PROBE_WIDTH, torch.float32), requires_grad=False)}
     inputs = _random(4 * PROBE_WIDTH, torch.float32).view(4, PROBE_WIDTH)
     try:

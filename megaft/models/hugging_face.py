@@ -67,7 +67,7 @@ class NatsModel(nn.Module):
         return self.head(hidden, labels, per_token)
 
     def _within(self, document_ids: Int64[Tensor, "batch time"]) -> dict[str, Tensor]:
-        """Return the model's inputs that keep attention and positions within documents."""
+        """Return the inputs of the model that keep attention and positions within documents."""
         inputs = {"position_ids": positions_within(document_ids)}
         return inputs | {"attention_mask": document_mask(document_ids)} if takes_masks(self.language_model) else inputs
 

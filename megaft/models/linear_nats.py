@@ -1,4 +1,4 @@
-"""Output layer and cross-entropy in one function, which computes its gradients in the forward pass.
+"""Fused output layer and cross-entropy, whose gradients are computed in the forward pass.
 
 Each chunk of tokens takes three matrix products (its logits, the gradients of its hidden states and of the weight) and
 one pass over the logits; those of all tokens never exist together.
@@ -44,10 +44,10 @@ class LinearNats(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for chunk in token_chunks:
             logits = fp32_logits(hidden[chunk], weight, bias)
-            nats, slope = nats_and_slope(logits, labels[chunk], shard, hidden.dtype)
+            nats, grad_logits = nats_and_grad_logits(logits, labels[chunk], shard, hidden.dtype)
             total += nats
-            gradients.add(slope, hidden[chunk], weight, chunk)
-            del logits, slope  # before the next chunk's are allocated
+            gradients.add(grad_logits, hidden[chunk], weight, chunk)
+            del logits, grad_logits  # before the next chunk's are allocated
         ctx.save_for_backward(*gradients.finish(num_rows, shard))
         ctx.dtype = hidden.dtype
         return total
@@ -68,14 +68,14 @@ class Gradients:
         self.weight = torch.zeros(num_rows, hidden.shape[1], **fp32) if needed[1] else None
         self.bias = torch.zeros(len(bias), **fp32) if bias is not None and needed[2] else None
 
-    def add(self, slope: Tensor, hidden: Tensor, weight: Tensor, chunk: slice) -> None:
-        """Add the gradients of a chunk, from the `slope` d nats / d logits."""
+    def add(self, grad_logits: Tensor, hidden: Tensor, weight: Tensor, chunk: slice) -> None:
+        """Add the gradients of a chunk, from `grad_logits`, d nats / d logits."""
         if self.bias is not None:
-            self.bias += slope[:, : len(self.bias)].sum(0, dtype=torch.float32)
+            self.bias += grad_logits[:, : len(self.bias)].sum(0, dtype=torch.float32)
         if self.hidden is not None:
-            torch.mm(slope, weight, out=self.hidden[chunk])
+            torch.mm(grad_logits, weight, out=self.hidden[chunk])
         if self.weight is not None:
-            add_product(self.weight[: len(weight)], slope.T, hidden)
+            add_product(self.weight[: len(weight)], grad_logits.T, hidden)
 
     def finish(self, num_rows: int, shard: VocabularyShard) -> tuple[Tensor | None, ...]:
         """Return the gradients: of `num_rows` rows, and of the hidden states summed over tensor-parallel ranks."""
@@ -84,12 +84,12 @@ class Gradients:
         return self.hidden, None if self.weight is None else self.weight[:num_rows], self.bias
 
 
-def nats_and_slope(
+def nats_and_grad_logits(
     logits: Float32[Tensor, "tokens rows"], labels: Int64[Tensor, " tokens"], shard: VocabularyShard, dtype: torch.dtype
 ) -> tuple[Float32[Tensor, ""], Float[Tensor, "tokens rows"]]:
     """Return the summed nats and, in `dtype`, d nats / d logits: softmax minus one-hot, 0 where not scored.
 
-    `logits` may be overwritten. Their columns beyond the vocabulary, if any, are 0 and have slope 0.
+    `logits` may be overwritten. Their columns beyond the vocabulary, if any, are 0 and have gradient 0.
     """
     size = shard.end - shard.begin
     if products.is_on_cuda(logits) and not shard.is_sharded:
@@ -98,23 +98,25 @@ def nats_and_slope(
     normalizer, target = shard.normalizer_and_target(entries, labels)
     scored = (labels != IGNORE_INDEX).unsqueeze(-1)
     is_local, columns = shard.local_columns(labels)
-    slope = entries.sub_(normalizer).exp_()
-    slope.scatter_add_(-1, columns, -is_local.to(slope.dtype)).mul_(scored)
+    grad_logits = entries.sub_(normalizer).exp_()
+    grad_logits.scatter_add_(-1, columns, -is_local.to(grad_logits.dtype)).mul_(scored)
     return ((normalizer - target) * scored).sum(), logits.to(dtype)
 
 
-def fusible_nats_and_slope(logits: Tensor, labels: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Like nats_and_slope, without scatter and in-place operations, so that a compiler makes one kernel of it."""
+def fusible_nats_and_grad_logits(
+    logits: Tensor, labels: Tensor, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Compute `nats_and_grad_logits` without scatter and in-place operations, so that a compiler can fuse it."""
     entries = logits[:, :size]
     normalizer = entries.logsumexp(-1, keepdim=True)
     scored = (labels != IGNORE_INDEX).unsqueeze(-1)
     columns = labels.clamp_min(0).unsqueeze(-1)
     is_label = torch.arange(size, device=labels.device) == columns
-    slope = torch.where(scored, (entries - normalizer).exp() - is_label.float(), 0.0)
+    grad_logits = torch.where(scored, (entries - normalizer).exp() - is_label.float(), 0.0)
     nats = ((normalizer - entries.gather(-1, columns)) * scored).sum()
-    return nats, F.pad(slope, (0, logits.shape[1] - size)).to(dtype)
+    return nats, F.pad(grad_logits, (0, logits.shape[1] - size)).to(dtype)
 
 
 @cache
 def _compiled():
-    return compiled(fusible_nats_and_slope)
+    return compiled(fusible_nats_and_grad_logits)

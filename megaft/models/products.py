@@ -1,4 +1,4 @@
-"""Matrix products of the output layer, by the best kernel of each device, with results in fp32."""
+"""Matrix products of the output layer with fp32 results, by the best kernel of each device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megaft.base.hardware import ENTRIES_MULTIPLE
 
 
 def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if torch multiplies such matrices with oneDNN on request; torch's default, MKL, is slower on AMD."""
+    """Return True if torch can multiply these matrices with oneDNN; its default, MKL, is slower on AMD."""
     is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return is_available and device.type == "cpu" and dtype is torch.float32
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
-    """Return True if a tensor is on a GPU; fake tensors on the CPU stand for it where this is replaced."""
+    """Return True if a tensor is on a GPU. tools/benchmarks/fake_cuda.py replaces this for fake tensors on the CPU."""
     return tensor.is_cuda
 
 
@@ -30,7 +30,7 @@ def aligned(weight: Float[Tensor, "entries width"]) -> Float[Tensor, "rows width
 def fp32_logits(
     hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "rows width"], bias: Float[Tensor, " entries"] | None
 ) -> Float32[Tensor, "tokens rows"]:
-    """Return hidden @ weight.T + bias. On CUDA half-precision products are not rounded to half precision."""
+    """Return hidden @ weight.T + bias. On CUDA, half-precision products are not rounded to half precision."""
     if has_onednn(hidden.dtype, hidden.device) and not is_on_cuda(hidden):
         logits = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
     elif is_on_cuda(hidden) and hidden.dtype is not torch.float32:

@@ -86,8 +86,8 @@ def recording_errors(run_dir: Path, is_main: bool) -> Iterator[None]:
     """Write the reason into RUN/ended.json when the block raises: launchers' codes are unreliable.
 
     The file of an earlier run is removed first. If the main rank is killed, another rank writes the file. So does a
-    rank that fails before the ranks have met and can tell each other. After a GPU failure the main rank does not write
-    it, since the run may resume elsewhere.
+    rank that fails before the process group exists, since it cannot tell the others. After a GPU failure the main rank
+    does not write it, since the run may resume elsewhere.
     """
     if is_main:
         for name in ("ended.json", CLAIM):
@@ -139,7 +139,7 @@ def recorded_code(run_dir: Path) -> int | None:
 
 
 def record_signal(run_dir: Path, exit_code: int, reason: str) -> bool:
-    """Record a signal that ends this process, from its handler; return False if another end is just being recorded.
+    """Record a signal that ends this process, from its handler; return False if another end is already being recorded.
 
     The interrupted thread may be the one that records, so the handler does not wait for it.
     """

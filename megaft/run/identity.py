@@ -18,14 +18,14 @@ from megaft.weights.loading.pretrained import dropout_fields
 
 
 def contents(plan: Plan) -> dict[str, Any]:
-    """Return the content of the files that the settings name, by setting, without the model's weights."""
+    """Return the content of the files that settings name, except the model's weights, by setting."""
     valid = plan.sources.valid
     return {
         "the content of --deepspeed_config": plan.setup.as_read,
         "the SHA-256 of --data.train": plan.samples.fingerprint,
         "the SHA-256 of --data.valid": valid.receipt["bin_sha256"] if valid else None,
         "the SHA-256 of --data.tokenizer (or --model.path)": plan.tokenizer.sha256,
-        # With other shapes, ranks that build a partitioned model together would wait for each other.
+        # Ranks that build a partitioned model of different shapes would wait for each other forever.
         f"the config.json of {_model_setting(plan.config)}": local_config(_model_source(plan.config)) or UNREADABLE,
     }
 
@@ -42,7 +42,7 @@ class LoadedModel:
     lora: dict[str, Any]
 
     def contents(self, config: TrainConfig) -> dict[str, Any]:
-        """Return what must be the same on all ranks, by setting."""
+        """Return the values that must be equal on all ranks, by setting."""
         setting = _model_setting(config)
         return {f"the configuration of {setting}": self.config, f"the weights of {setting}": self.weights}
 
@@ -61,7 +61,7 @@ def loaded_model(config: TrainConfig, language_model: Any, architecture: str) ->
 
 
 def _lora(lora: LoraConfig, language_model: Any) -> dict[str, Any]:
-    """Return the settings of LoRA, with the names of the layers that are adapted, also by PEFT's default."""
+    """Return the settings of LoRA, with the names of the adapted layers, which PEFT may have chosen."""
     if not lora.rank:
         return {"rank": 0}
     targets = {name.rpartition(".")[2] for name, _ in adapted_layers(language_model)}

@@ -1,4 +1,4 @@
-"""Signs of the main rank in the run's folder, for ranks that wait for it before the ranks have met."""
+"""State of the main rank as other ranks see it in the run's folder, before the process group exists."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megaft.base.lock import is_held
 from megaft.run.events import recorded_end
 
 MAX_SECONDS_BETWEEN_STARTS = 60
-"""Maximum seconds between the starts of two ranks. A file older than this rank that still exists after it is from this
-run, since the main rank removes those of earlier runs when it starts."""
+"""Maximum seconds between the starts of two ranks. The main rank removes files of earlier runs when it starts, so a
+file that still exists after this time is from this run, even if it is older than this rank."""
 SECONDS_BETWEEN_LOCK_CHECKS = 10
-"""The check takes the lock for an instant where no rank holds it, so it is rare."""
+"""Checks are rare, since a check of a lock that no process holds takes it for an instant."""
 
 
 class MainRank:
@@ -30,7 +30,7 @@ class MainRank:
         self._held_lock = False
 
     def wrote(self, path: Path) -> bool:
-        """Return True if the file exists and is of this run."""
+        """Return True if the file exists and was written by this run."""
         try:
             written = path.stat().st_mtime
         except FileNotFoundError:
@@ -39,7 +39,9 @@ class MainRank:
 
     def require_alive(self) -> None:
         """Raise the main rank's error if it has failed, or LostPeerError if it is gone."""
-        is_gone = self._has_released_lock()  # before its reason is looked for, which it records first
+        is_gone = (
+            self._has_released_lock()
+        )  # checked first, since the main rank records its reason before it releases the lock
         if self.wrote(self._run_dir / "ended.json") and (end := recorded_end(self._run_dir)):
             raise _error(*end)
         if is_gone or os.getppid() != self._launcher:

@@ -21,7 +21,7 @@ COMPARED_BY_CONTENT = ("--data.train", "--data.valid", "--data.tokenizer", "--mo
 """Settings that name files, which may lie elsewhere on another host."""
 
 UNREADABLE = "unreadable"
-"""Content of a file that a rank cannot read, which loading reports; it is not compared."""
+"""Stands for the content of a file that a rank cannot read. It is not compared, since loading reports the error."""
 
 
 def settings_of(config: TrainConfig, contents: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def prepare_sources(
     """Return the prepared datasets of a run; the main rank tokenizes text files while the others wait.
 
     Raises:
-        UserError: A text cannot be prepared, or this rank's differs from the main rank's.
+        UserError: A text cannot be prepared, or differs from the main rank's.
     """
     train, folder = named_sources(config), run_dir / "data"
     named = [("--data.train", name) for _, name in train]

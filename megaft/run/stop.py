@@ -52,7 +52,7 @@ def _note(number: int, _: object) -> None:
 def before_exit(record: Callable[[int, str], bool]) -> Iterator[None]:
     """Within the block: call `record(exit_code, reason)` before a signal ends this process ahead of its first step.
 
-    If `record` returns False, the process goes on, to end for the reason that it has already.
+    If `record` returns False, the process continues, since it is already ending for another reason.
     """
     global _before_exit
     _before_exit = record

@@ -1,8 +1,8 @@
 """Prepare the text files that a run names: the main rank tokenizes them while the other ranks wait.
 
 This happens before the process group exists, since its collectives would time out during a long preparation. So the
-ranks meet in the run's folder, which they share: prepared data is named after all that determines its tokens, and the
-main rank lists what it has prepared. A rank also notices there that the main rank has ended.
+ranks communicate through the run's folder, which they share: prepared data is named by a hash of everything that
+determines its tokens, and the main rank lists what it has prepared. Ranks also see there that the main rank has ended.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """All that determines the tokens of a text; equal contents have the same prepared data on every rank."""
+    """Everything that determines the tokens of a text: equal contents give equal prepared data."""
 
     sha256: str
     num_bytes: int
@@ -65,7 +65,7 @@ class Text:
 
     @property
     def prefix_name(self) -> str:
-        """Name of the prepared data. It depends on no folder and no time, which may differ between hosts."""
+        """Name of the prepared data. It contains no folder and no date, since these may differ between hosts."""
         key = repr(tuple(asdict(self.contents).values()))
         return f"{self.path.name}-{blake2b(key.encode(), digest_size=4).hexdigest()}"
 
@@ -93,8 +93,8 @@ def wait_for_main(texts: Sequence[Text], folder: Path, rank: int) -> list[Datase
     """Wait until the main rank has prepared these texts.
 
     Raises:
-        ConfigError: The main rank's text, tokenizer or detokenizer is another.
-        UserError: The main rank failed, as in its own message, or was lost.
+        ConfigError: The main rank has another text, tokenizer or detokenizer.
+        UserError: The main rank failed (the message is its own) or was lost.
     """
     main = MainRank(folder.parent)
     return [_wait_for(text, index, folder, rank, main) for index, text in enumerate(texts)]
@@ -107,8 +107,8 @@ def _wait_for(text: Text, index: int, folder: Path, rank: int, main: MainRank) -
         if main.wrote(folder / LIST) and (rows := _listed(folder / LIST)) is not None:
             same = [row for row in rows if _contents_of(row) == text.contents]
             if not same:
-                raise ConfigError(_disagreement(text, rows[index] if index < len(rows) else None, rank))
-            if dataset := _complete(folder / same[0]["prefix"]):  # of a file with another name
+                raise ConfigError(_difference_from_main(text, rows[index] if index < len(rows) else None, rank))
+            if dataset := _complete(folder / same[0]["prefix"]):  # prepared from a file with another name
                 return dataset
         main.require_alive()
         time.sleep(POLL_SECONDS)
@@ -137,8 +137,8 @@ def _contents_of(row: dict[str, Any]) -> _Contents | None:
     return _Contents(**{name: row[name] for name in names}) if row.keys() >= {*names} else None
 
 
-def _disagreement(text: Text, row: dict[str, Any] | None, rank: int) -> str:
-    """Return the message about a text that is not prepared as on the main rank: the first difference, and the fix."""
+def _difference_from_main(text: Text, row: dict[str, Any] | None, rank: int) -> str:
+    """Return the error message about a text that differs from the main rank's: the first difference and the fix."""
     theirs, ours = _contents_of(row) if row else None, text.contents
     if row is None or theirs is None:
         return (

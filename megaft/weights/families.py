@@ -102,7 +102,7 @@ def dimensions_of(config: dict[str, Any], dropout: float | None = None, source: 
 
 
 def attention_dropout_of(config: dict[str, Any], source: str = "config.json") -> float:
-    """Return attention's dropout probability in a transformers configuration; arguments as of `dimensions_of`."""
+    """Return the attention dropout probability of a transformers configuration; arguments as for `dimensions_of`."""
     family = FAMILIES[config["model_type"]]
     default = 0.1 if family.attention_dropout == "attn_pdrop" else 0.0
     return ConfigValues(config, source).fraction(family.attention_dropout, default)

@@ -18,7 +18,7 @@ from megaft.weights.loading.weight_files import INDEX, shard_names
 from megaft.weights.reading import file_of
 from megaft.weights.tensor_file import open_tensors
 
-NOT_COMPUTED_WITH = frozenset(
+IGNORED_FIELDS = frozenset(
     {
         *("architectures", "dtype", "torch_dtype", "transformers_version", "tokenizer_class"),
         *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "problem_type"),
@@ -34,14 +34,14 @@ TENSOR_BLOCKS, FILE_BLOCKS = 4, 1024
 
 def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a transformers configuration that the model computes with, as JSON values."""
-    used = {name: value for name, value in config.items() if name not in NOT_COMPUTED_WITH and name[:1] != "_"}
+    used = {name: value for name, value in config.items() if name not in IGNORED_FIELDS and name[:1] != "_"}
     return json.loads(json.dumps(used, default=str))
 
 
 def local_config(source: str) -> dict[str, Any] | None:
-    """Return the fields of a model folder's config.json, or of a config.json; None if loading must find or refuse it.
+    """Return `config_fields` of a model folder or config.json on disk; None if there is no readable file.
 
-    No error is raised here, so that a rank with a defective file can still tell the others.
+    Errors are left to loading, where a rank can report them to the others.
     """
     path = Path(source)
     try:
@@ -56,8 +56,8 @@ def fingerprint_of_weights(source: str) -> str:
 
     It is the SHA-256 over a sample of their bytes. In safetensors files: name, dtype, shape and four blocks of 4096
     bytes, evenly spaced, of every tensor, however the tensors are distributed over files. In other files (.gguf, .bin,
-    .pt): size and 1024 such blocks. So a copy with other bytes between the blocks only has the same fingerprint, and
-    the same values in another format or dtype have another one.
+    .pt): size and 1024 such blocks. So weights that differ only between the blocks have the same fingerprint, and the
+    same values in another format or dtype have a different one.
 
     Args:
         source: A model folder, a GGUF file, the hub name of a cached model, or any folder that the backend can load.

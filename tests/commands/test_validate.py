@@ -14,7 +14,7 @@ import torch.distributed as dist
 from validate_settings import GLOBAL_BATCH_SIZE, settings_of
 
 from megaft.base.errors import CheckpointError, ConfigError, DataError
-from megaft.commands.validate import Renaming, require_room, show, validate
+from megaft.commands.validate import RenamingStream, require_room, show, validate
 from megaft.config.train import OptimConfig, bytes_per_parameter
 
 PARAMETERS = 45_952  # 512 x 32 + 128 x 32 embeddings, 2 layers of 12,704, 64 of the last norm
@@ -120,7 +120,7 @@ def test_a_file_in_place_of_the_run_folder_is_refused(config, tmp_path):
 
 
 def test_messages_name_the_user_s_folder(capsys):
-    stream = Renaming(sys.stdout, {"/tmp/x/deepspeed.json": "mine.json", "/tmp/x": "runs/first"})
+    stream = RenamingStream(sys.stdout, {"/tmp/x/deepspeed.json": "mine.json", "/tmp/x": "runs/first"})
     print("looking into /tmp/x/checkpoints and", "/tmp/x/deepspeed.json", file=stream, flush=True)
     assert not stream.isatty()
     assert capsys.readouterr().out == "looking into runs/first/checkpoints and mine.json\n"

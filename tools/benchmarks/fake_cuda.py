@@ -23,7 +23,7 @@ from megaft.models import fused, linear_nats, products, trials
 
 @contextmanager
 def kernels_of_cuda() -> Iterator[None]:
-    """Run a model of fake CPU tensors by the operations that CUDA runs."""
+    """Run a model of fake CPU tensors with the operations that CUDA runs."""
     with (
         patch.object(F, "scaled_dot_product_attention", _attend),
         patch.object(F, "dropout", _drop),
@@ -60,7 +60,7 @@ def _nats_and_slope_of_zeros(logits: Tensor, labels: Tensor, size: int, dtype: t
 
 
 def fuse(language_model: nn.Module) -> None:
-    """Fuse operations of a model of fake tensors, trying them on real ones."""
+    """Fuse operations of a model of fake tensors, after comparing them on real ones."""
     with unset_fake_temporarily():
         fused.fuse(language_model)
 

@@ -2,9 +2,9 @@
 
     python tools/benchmarks/kernel_counts.py
 
-megaft's NatsModel runs forward and backward on fake tensors of the full size (fake_cuda.py). It counts the
-kernels, bytes and FLOPs of every operation. The predicted time of a kernel is that of its FLOPs or its bytes, whichever
-is longer (a roofline), and never below the shortest time of a kernel.
+megaft's NatsModel runs forward and backward on fake tensors of the full size (fake_cuda.py), and a dispatch mode counts
+the kernels, bytes and FLOPs of every operation. The predicted time of a kernel is that of its FLOPs or its bytes,
+whichever is longer (a roofline), and never below the shortest time of a kernel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PRODUCT_FLOPS, MEMORY_BYTES, SHORTEST_KERNEL = 798e12, 2.76e12, 2.2e-6
 ATTENTION_FLOPS = {"forward": 300e12, "backward": 230e12}
 """cuDNN's causal attention at 1,024 tokens and a head width of 64."""
 MISALIGNED = 0.45
-"""Rate of a product with a leading dimension that is no multiple of 8, relative to an aligned one."""
+"""Rate of a product with a leading dimension that is not a multiple of 8, relative to an aligned one."""
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "detach"}
 KERNELS = {"native_layer_norm_backward": 3, "rms_norm_backward": 2, "embedding_dense_backward": 8, "slice_backward": 2}
 KERNELS |= {"nats_and_slope": 3, "_scaled_dot_product_flash_attention_for_cpu_backward": 3}

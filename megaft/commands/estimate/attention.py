@@ -1,7 +1,7 @@
-"""The attention kernel that torch chooses on a GPU, by the rules of torch 2.13's scaled_dot_product_attention.
+"""Attention kernel that torch chooses on a GPU, by the rules of torch 2.13's scaled_dot_product_attention.
 
-They are those of ATen/native/transformers/cuda/sdp_utils.cpp for training: cuDNN comes first on data-center Hopper and
-Blackwell GPUs, then FlashAttention, the memory-efficient kernel, and plain operations ("math").
+The rules are those of ATen/native/transformers/cuda/sdp_utils.cpp for training: cuDNN comes first on data-center Hopper
+and Blackwell GPUs, then FlashAttention, the memory-efficient kernel, and plain operations ("math").
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ AttentionKernel = Literal["cuDNN", "FlashAttention", "memory-efficient", "math"]
 ComputeCapability = tuple[int, int]
 
 CUDNN_MAX_WIDTHS = {(9, 0): 256, (10, 0): 128}
-"""GPUs on which torch tries cuDNN first, with cuDNN above 9.15 (H100, H200, B200), and the widest head there."""
+"""Widest head of cuDNN's kernel, by GPUs on which torch tries cuDNN (above 9.15) first: H100, H200, B200."""
 FLASH_MAX_WIDTH = 256
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 """GPUs on which FlashAttention has no backward pass for some wide heads."""
@@ -28,7 +28,7 @@ def attention_kernel(
     Args:
         capability: Compute capability of the GPU.
         dtype: "float32", "bfloat16" or "float16".
-        has_mask: Attention has an explicit mask, as documents kept apart need; a causal mask alone is none.
+        has_mask: True for an explicit mask, which keeps documents apart; plain causal attention needs none.
         dropout: Dropout probability of attention.
         head_width: Width of a head.
     """
@@ -45,7 +45,7 @@ def attention_kernel(
 def attention_note(
     capability: ComputeCapability, dtype: str, *, has_mask: bool, dropout: float, head_width: int
 ) -> str | None:
-    """Return a sentence about the setting that forgoes a faster attention kernel; None if none does."""
+    """Return a sentence about the setting that prevents a faster attention kernel; None if none does."""
 
     def kernel(**changes: float | str) -> AttentionKernel:
         settings = {"dtype": dtype, "has_mask": has_mask, "dropout": dropout, "head_width": head_width} | changes

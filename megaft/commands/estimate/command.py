@@ -131,7 +131,7 @@ def attention_settings(config: EstimateConfig, recipe: Recipe, setup: ResolvedSe
 
 
 def prediction(recipe: Recipe, setup: ResolvedSettings, gpu: Gpu, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the attention kernel, a note about a faster one, and the predicted throughput, null in float32."""
+    """Return the attention kernel, a note about a faster one, and the predicted throughput (None in float32)."""
     kernel = attention_kernel(gpu.capability, **settings)
     can_predict = setup.dtype == "float16" or (setup.dtype == "bfloat16" and gpu.has_bf16)
     ranks, work = recipe.num_data_ranks, recipe.work(setup)

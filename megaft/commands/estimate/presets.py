@@ -88,7 +88,7 @@ def configuration(model: str) -> dict[str, Any]:
 def source_of(model: str) -> str:
     """Return the source of a model's configuration: its name in PRESETS, or its file.
 
-    Of a run it is that of the export, or of the model that an unfinished run trains.
+    For a run folder it is that of the export or, while there is none, of the model that the run trains.
     """
     file = _config_file(model)
     trained = _trained_model(file) if file.name == "config.json" and file.is_file() else None
@@ -96,7 +96,7 @@ def source_of(model: str) -> str:
 
 
 def _config_file(model: str) -> Path:
-    """Return the config.json of a folder, or the name as it is."""
+    """Return the config.json of a folder; other names as they are."""
     if model in PRESETS or not Path(model).is_dir():
         return Path(model)
     return Path(model_folder(model, "--model")) / "config.json"

@@ -1,6 +1,6 @@
-"""Predicted speed of a training run from its FLOPs and memory traffic (a roofline); docs/performance.md explains it.
+"""Roofline model of training speed: a prediction from FLOPs and memory traffic. docs/performance.md explains it.
 
-All rates are those assumed of an H100. Other GPUs are taken to reach the same shares of their data sheets' peaks.
+All rates are assumptions about an H100. Other GPUs are assumed to reach the same shares of their data sheets' peaks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ rounded weights 6, zeroing 8."""
 def product_share(m: int, n: int, k: int) -> float:
     """Return the rate of a product [m, k] @ [k, n] relative to that of a large one.
 
-    Lost are unfilled tiles, unfilled rounds of processors and the start of each tile.
+    Partly filled tiles, a partly filled last wave of tiles, and the start of each tile lower it.
     """
 
     def filled(height: int, width: int) -> float:
@@ -41,7 +41,7 @@ def product_share(m: int, n: int, k: int) -> float:
 
     best = max(filled(*tile) * rate for tile, rate in TILES.items())
     if ceil(m / 128) * ceil(n / 256) < NUM_PROCESSORS and k >= 2048:
-        best = max(best, 0.75)  # the inner dimension is split over processors
+        best = max(best, 0.75)  # split-K: the inner dimension is split over processors
     return min(1.0, best * k / (k + 128) * (8192 + 128) / 8192 / 0.97)
 
 
@@ -53,7 +53,7 @@ def state_bytes_of(work: MicroBatch, num_data_ranks: int, num_micro_batches: int
 def predicted_rates(work: MicroBatch, gpu: Gpu, kernel: AttentionKernel, state_bytes: float) -> list[float] | None:
     """Return the tokens/s of one data-parallel rank: sustained, and in a short burst.
 
-    Not counted are communication and the time in which the host starts kernels.
+    Communication and the time of the host to launch kernels are not counted.
 
     Args:
         work: The micro-batch.
@@ -62,7 +62,7 @@ def predicted_rates(work: MicroBatch, gpu: Gpu, kernel: AttentionKernel, state_b
         state_bytes: Bytes moved per micro-batch to accumulate gradients and step the optimizer.
 
     Returns:
-        None without a peak or rates for the attention kernel, or with tensor parallelism, whose communication decides.
+        None without a known peak or attention rate, or with tensor parallelism, where communication dominates.
     """
     peak = data_sheet_flops(gpu.name)
     if peak is None or kernel not in ATTENTION_SHARES or work.tensor_parallel_size > 1:
@@ -126,5 +126,5 @@ ROTARY = 38
 
 
 def _head_bytes(work: MicroBatch) -> float:
-    """Return the bytes that the loss moves: fp32 logits twice, and their gradient."""
+    """Return the bytes that the loss moves: fp32 logits, read twice, and their gradient."""
     return float(work.num_tokens * _padded_entries(work) * (2 * FLOAT + work.element_bytes))
