@@ -23,21 +23,22 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
     return max(multiple, CHUNK_BYTES[device_type] // (4 * vocab_size) // multiple * multiple)
 
 
-# Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's data sheets; the first match holds.
+# Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's documents; the first match holds. Where a
+# document gives rates with sparsity, they are twice these.
 PEAK_FLOPS = {
-    r"B200": 2250e12,
-    r"H(100|200) NVL": 835e12,
-    r"H100 PCIe": 756e12,
-    r"H100|H200|GH200": 989e12,
-    r"A100": 312e12,
-    r"A10": 125e12,
-    r"L40S": 362e12,
-    r"L4": 121e12,
-    r"RTX A6000": 154.8e12,
-    r"RTX 4090": 165.2e12,
-    r"V100-PCIE": 112e12,
-    r"V100": 125e12,
-    r"T4": 65e12,
+    r"B200": 2250e12,  # data sheet of DGX B200: 36 PFLOP/s from 8 GPUs with sparsity
+    r"H(100|200) NVL": 835e12,  # data sheets: 1,671 with sparsity
+    r"H100 PCIe": 756e12,  # data sheet: 1,513 with sparsity
+    r"H100|H200|GH200": 989e12,  # data sheets: 1,979 with sparsity
+    r"A100": 312e12,  # data sheet, SXM and PCIe
+    r"A10": 125e12,  # data sheet
+    r"L40S": 362e12,  # data sheet
+    r"L4": 121e12,  # data sheet: 242 with sparsity
+    r"RTX A6000": 154.8e12,  # Ampere GA102 white paper, table 3
+    r"RTX 4090": 165.2e12,  # Ada white paper, appendix A
+    r"V100-PCIE": 112e12,  # data sheet
+    r"V100": 125e12,  # data sheet, SXM2; DGX-2 for SXM3
+    r"T4": 65e12,  # data sheet
 }
 
 
@@ -52,7 +53,7 @@ class Gpu:
     capability: tuple[int, int]
     """CUDA compute capability."""
     memory_bytes_per_second: float
-    """Memory bandwidth in NVIDIA's data sheet."""
+    """Memory bandwidth in NVIDIA's data sheet or white paper."""
 
     @property
     def has_bf16(self) -> bool:
@@ -60,10 +61,10 @@ class Gpu:
         return self.capability >= (8, 0)
 
 
-GPUS = {
+GPUS = {  # bandwidths: the documents named at PEAK_FLOPS
     "h100": Gpu("H100 80GB HBM3", 81559 * MIB, (9, 0), 3.35e12),
     "h200": Gpu("H200", 143771 * MIB, (9, 0), 4.8e12),
-    "b200": Gpu("B200", 183359 * MIB, (10, 0), 8.0e12),
+    "b200": Gpu("B200", 183359 * MIB, (10, 0), 8.0e12),  # 64 TB/s from 8 GPUs
     "a100": Gpu("A100-SXM4-80GB", 81920 * MIB, (8, 0), 2.039e12),
     "a100-40gb": Gpu("A100-SXM4-40GB", 40960 * MIB, (8, 0), 1.555e12),
     "l40s": Gpu("L40S", 46068 * MIB, (8, 9), 864e9),
@@ -71,7 +72,7 @@ GPUS = {
     "rtx4090": Gpu("RTX 4090", 24564 * MIB, (8, 9), 1008e9),
     "v100-32gb": Gpu("V100-SXM3-32GB", 32768 * MIB, (7, 0), 900e9),
     "v100": Gpu("V100-SXM2-16GB", 16384 * MIB, (7, 0), 900e9),
-    "t4": Gpu("T4", 15360 * MIB, (7, 5), 320e9),
+    "t4": Gpu("T4", 15360 * MIB, (7, 5), 300e9),
 }
 
 RESERVED_BYTES = 2048 * MIB

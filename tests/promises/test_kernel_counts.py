@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 from kernel_counts import count
+from kernel_counts_compiled import count_compiled
 
 from megaft.base.hardware import GPUS
 from megaft.commands.estimate.memory import MicroBatch
@@ -16,7 +17,8 @@ CEILINGS = {  # kernels, bytes moved, bytes saved for the backward pass: at most
     "gpt2-xl": (2000, 200e9, 20 * GIB),
     "llama-3.2-1b": (1400, 170e9, 13 * GIB),
 }
-counted = cache(count)
+COMPILED_CEILINGS = {"gpt2-xl": (2100, 175e9, 20 * GIB), "llama-3.2-1b": (800, 125e9, 11 * GIB)}
+counted, counted_compiled = cache(count), cache(count_compiled)
 
 
 @pytest.mark.parametrize("model", CEILINGS)
@@ -26,6 +28,18 @@ def test_a_micro_batch_stays_below_its_ceilings(model):
     assert 0.8 * kernels < counter.totals.kernels <= kernels
     assert 0.8 * moved < counter.totals.bytes <= moved
     assert 0.8 * saved < counter.saved_bytes <= saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", COMPILED_CEILINGS)
+def test_a_micro_batch_with_compiled_blocks_stays_below_its_ceilings(model):
+    kernels, moved, saved = COMPILED_CEILINGS[model]
+    counter, eager = counted_compiled(model), counted(model)
+    assert 0.9 * kernels < counter.totals.kernels <= kernels
+    assert 0.9 * moved < counter.totals.bytes <= moved < eager.totals.bytes * 1.01
+    assert 0.9 * saved < counter.saved_bytes <= saved
+    assert counter.totals.flops == eager.totals.flops  # nothing is computed twice
+    assert all(product.is_aligned for product in counter.products)
 
 
 @pytest.mark.parametrize("model", CEILINGS)
@@ -43,11 +57,12 @@ def test_chunks_of_logits_fill_tiles_and_stay_few(model):
     assert min(rows) >= 2048
 
 
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", [*CEILINGS, "gpt2", "smollm2-1.7b"])
-def test_closed_formulas_predict_the_counted_time(model):
+def test_closed_formulas_predict_the_counted_time(model, is_compiled):
     """`megaft estimate` predicts without counting."""
     work = MicroBatch(dims=dimensions_of(PRESETS[model], 0.0), micro_batch_size=8, context_length=1024)
-    rates = predicted_rates(work, GPUS["h100"], "cuDNN", state_bytes=0)
-    totals = counted(model).totals
+    rates = predicted_rates(work, GPUS["h100"], "cuDNN", 0, is_compiled)
+    totals = (counted_compiled if is_compiled else counted)(model).totals
     expected = [work.num_tokens / totals.seconds(sustained=sustained) for sustained in (True, False)]
     assert rates == pytest.approx(expected, rel=0.05)

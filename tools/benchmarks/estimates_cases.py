@@ -11,6 +11,8 @@ from megaft.weights.families import dimensions_of
 
 BUCKET = 3_000_000
 TINY = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 8192, "n_positions": 256}
+WIDE = TINY | {"n_embd": 768, "vocab_size": 1024}
+"""Blocks larger than the embedding."""
 SMALL = {"model_type": "gpt2", "n_embd": 512, "n_layer": 8, "n_head": 8, "vocab_size": 16_384, "n_positions": 256}
 
 
@@ -87,6 +89,7 @@ def _case(
     ]
     more += ["nothing kept gathered"] if "stage3_max_reuse_distance" in (zero or {}) else []
     more += [f"megatron TP {tensor_parallel_size}"] if tensor_parallel_size else []
+    more += ["blocks larger than the embedding"] if config is WIDE else []
     recipe = Recipe(
         dims=dimensions_of(config, dropout=0.0),
         deepspeed=settings,
@@ -119,6 +122,7 @@ ENGINES = (
     _case(2, 8, "bf16", accumulation=2),
     _case(3, 2, "bf16", accumulation=2),
     _case(3, 8, "bf16", zero=ALONE),
+    _case(3, 2, config=WIDE, zero=ALONE),
     _case(1, 2, "fp16", half=LOW_SCALE),
     _case(2, 2, "fp16", accumulation=2, half=LOW_SCALE),
     _case(0, 1, tensor_parallel_size=2),

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from megaft.base import parallel
-from megaft.checkpoint.engine_state import inner_optimizer
+from megaft.checkpoint.engine_state import add_gradients_in_one_pass, inner_optimizer
 from megaft.commands.estimate.recipe import Recipe
+from megaft.models.blocks import gather_whole_blocks
 from megaft.models.fused import fuse
 from megaft.models.hugging_face import NatsModel
 from megaft.models.parameters import parameter_groups
@@ -95,7 +96,9 @@ def build(recipe: Recipe) -> Any:
     groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
     optimizer = build_optimizer(groups, setup.optim, device_type="cpu")
     settings = {"config": setup.engine_config, "mpu": parallel.mpu()}
-    return deepspeed.initialize(model=model, optimizer=optimizer, **settings)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, **settings)[0]
+    add_gradients_in_one_pass(engine)
+    return engine
 
 
 def _model(recipe: Recipe) -> nn.Module:
@@ -105,6 +108,8 @@ def _model(recipe: Recipe) -> nn.Module:
     if not recipe.is_megatron:
         language_model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         fuse(language_model)
+        if recipe.setup().zero_stage == 3:
+            gather_whole_blocks(language_model)
         return NatsModel(language_model)
     from megaft.models.megatron import MegatronModel, MegatronNats
 

@@ -96,12 +96,12 @@ def _fused_rms_norm(norm: Any, hidden: Tensor) -> Tensor:
     return F.rms_norm(hidden, norm.weight.shape, norm.weight, fused.epsilon_of(norm))
 
 
-_rms_norm_of_torch = F.rms_norm
+rms_norm_of_torch = F.rms_norm
 
 
 def _rms_norm(states: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     if weight is None or not isinstance(states, FakeTensor):
-        return _rms_norm_of_torch(states, shape, weight, eps)
+        return rms_norm_of_torch(states, shape, weight, eps)
     return _RmsNorm.apply(states, weight)
 
 

@@ -122,10 +122,11 @@ class KernelCounter(TorchDispatchMode):
         storages = {tensor.untyped_storage()._cdata for tensor in inputs}
         is_view = not func._schema.is_mutable and all(out.untyped_storage()._cdata in storages for out in outputs)
         if outputs and name not in ALLOCATIONS and not is_view and not func._schema.name.startswith("prim"):
-            self._count(name, args, inputs, outputs)
+            self.count_operation(name, inputs, outputs)
         return result
 
-    def _count(self, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def count_operation(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Count the kernels of one operation."""
         if name in ("mm", "addmm"):
             return self._count_product(inputs, outputs[0])
         if name.startswith("_scaled_dot_product"):
@@ -207,12 +208,13 @@ def count(
     *,
     is_fused: bool = True,
     is_new_head: bool = True,
+    num_layers: int | None = None,
 ) -> KernelCounter:
     """Count one micro-batch of a preset in bf16 without dropout, with the operations that megaft runs on CUDA."""
     with FakeTensorMode(), fake_cuda.kernels_of_cuda(), ExitStack() as stack:
         if not is_new_head:
             stack.enter_context(old_head())
-        nats_model = build(model, is_fused)
+        nats_model = build(model, is_fused, num_layers)
         tokens = torch.zeros(micro_batch_size, context_length, dtype=torch.long)
         counter = KernelCounter()
         watch_head(nats_model, counter)
@@ -221,14 +223,16 @@ def count(
     return counter
 
 
-def build(model: str, is_fused: bool) -> NatsModel:
-    """Return a model of fake bf16 tensors."""
+def build(model: str, is_fused: bool, num_layers: int | None = None) -> NatsModel:
+    """Return a model of fake bf16 tensors, with the preset's number of layers or another."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megaft.weights.loading import pretrained
 
     config: Any = AutoConfig.for_model(**PRESETS[model])
     pretrained.set_dropout(config, 0.0)
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
     language_model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     if is_fused:
         fake_cuda.fuse(language_model)

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from invariance import write_between_marks
 from kernel_counts import MEMORY_BYTES, KernelCounter, count
+from kernel_counts_compiled import count_compiled
 
 from megaft.commands.estimate.presets import PRESETS
-from megaft.commands.estimate.roofline import ACCUMULATION_BYTES, STEP_BYTES, SUSTAINED_MEMORY
+from megaft.commands.estimate.roofline import ACCUMULATION_BYTES, CONVERTED_BYTES, STEP_BYTES, SUSTAINED_MEMORY
 from megaft.weights.families import dimensions_of
 
 CONTEXT_LENGTH = 1024
 BATCH_SIZE = 512
-FUSED_ACCUMULATION_BYTES = 10
-"""Bytes per parameter to add bf16 gradients to fp32 sums in one mixed-precision addition."""
 TITLES = {"gpt2-xl": "GPT-2-XL", "llama-3.2-1b": "Llama 3.2 1B"}
 
 
@@ -26,8 +25,8 @@ class Line:
 
     name: str
     counter: KernelCounter
-    micro_batch_size: int = 8
     accumulation_bytes: int = ACCUMULATION_BYTES
+    micro_batch_size: int = 8
 
     def tokens_per_second(self, num_parameters: int, *, sustained: bool) -> float:
         """Return the predicted throughput with accumulation and the optimizer step."""
@@ -40,21 +39,26 @@ class Line:
 
 def lines(model: str) -> Iterator[Line]:
     """Count a model's micro-batch before and after each change; each line includes those above it."""
-    yield Line("transformers' operations, plain chunked loss", count(model, is_fused=False, is_new_head=False))
-    yield Line("fused activations and norms", count(model, is_new_head=False))
+    plain = count(model, is_fused=False, is_new_head=False)
+    yield Line("transformers' operations, plain chunked loss", plain, CONVERTED_BYTES)
+    yield Line("fused activations and norms", count(model, is_new_head=False), CONVERTED_BYTES)
     fused = count(model)
-    yield Line("new output layer", fused)
-    yield Line("gradients added in one operation", fused, accumulation_bytes=FUSED_ACCUMULATION_BYTES)
-    yield Line("micro-batch 16", count(model, 16), 16, FUSED_ACCUMULATION_BYTES)
+    yield Line("new output layer", fused, CONVERTED_BYTES)
+    yield Line("gradients added in one operation", fused)
+    yield Line("blocks compiled", count_compiled(model))
+    yield Line("micro-batch 16", count_compiled(model, 16), micro_batch_size=16)
+    yield Line("(micro-batch 16, blocks not compiled)", count(model, 16), micro_batch_size=16)
 
 
 def table(model: str) -> str:
-    """Return the table of a model's lines, and that of the categories at micro-batch 8 with the new output layer."""
+    """Return the table of a model's lines, and those of the categories, without and with compiled blocks."""
     num_parameters = dimensions_of(PRESETS[model]).num_parameters
     measured = list(lines(model))
     head = "| change | kernels | GB moved | GiB saved | ms | tokens/s, burst | tokens/s, sustained |"
     rows = [_row(line, num_parameters) for line in measured]
-    return "\n".join([f"## {TITLES[model]}", "", head, "|---" * 7 + "|", *rows, "", *_categories(measured[2].counter)])
+    eager = _categories("Kernels of a micro-batch of 8, blocks not compiled:", measured[2].counter)
+    compiled = _categories("The same with compiled blocks:", measured[4].counter)
+    return "\n".join([f"## {TITLES[model]}", "", head, "|---" * 7 + "|", *rows, "", *eager, "", *compiled])
 
 
 def _row(line: Line, num_parameters: int) -> str:
@@ -66,13 +70,12 @@ def _row(line: Line, num_parameters: int) -> str:
     )
 
 
-def _categories(counter: KernelCounter) -> list[str]:
+def _categories(title: str, counter: KernelCounter) -> list[str]:
     by_time = sorted(counter.categories.items(), key=lambda item: -item[1].seconds())
     rows = [
         f"| {name} | {each.kernels:,} | {each.bytes / 1e9:.1f} | {each.flops / 1e12:.2f} | {each.seconds() * 1e3:.1f} |"
         for name, each in by_time
     ]
-    title = "Kernels with fused operations and the new output layer, micro-batch 8:"
     return [title, "", "| kind | kernels | GB moved | TFLOP | ms |", "|---" * 5 + "|", *rows]
 
 

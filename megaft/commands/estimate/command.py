@@ -135,8 +135,8 @@ def prediction(recipe: Recipe, setup: ResolvedSettings, gpu: Gpu, settings: dict
     kernel = attention_kernel(gpu.capability, **settings)
     can_predict = setup.dtype == "float16" or (setup.dtype == "bfloat16" and gpu.has_bf16)
     ranks, work = recipe.num_data_ranks, recipe.work(setup)
-    state_bytes = state_bytes_of(work, ranks, setup.gradient_accumulation_steps)
-    rates = predicted_rates(work, gpu, kernel, state_bytes) if can_predict else None
+    state_bytes, is_compiled = state_bytes_of(work, setup, ranks), not recipe.is_megatron and setup.zero_stage < 3
+    rates = predicted_rates(work, gpu, kernel, state_bytes, is_compiled) if can_predict else None
     return {
         "attention_kernel": kernel,
         "attention_note": attention_note(gpu.capability, **settings),

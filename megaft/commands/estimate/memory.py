@@ -162,6 +162,7 @@ def states(
     num_ranks: int,
     matrices: tuple[int, ...] = (),
     rank: int | None = None,
+    layer: tuple[int, ...] = (),
 ) -> States:
     """Return the bytes of weights, gradients, optimizer states and buckets on one rank.
 
@@ -171,11 +172,12 @@ def states(
         num_ranks: Data-parallel ranks.
         matrices: Elements of each matrix among the weights, in order.
         rank: The data-parallel rank; None for the one with the most memory.
+        layer: Elements of each matrix of a layer, if stage 3 gathers whole layers.
     """
     if setup.zero_stage == 0:
         return _unsharded(weights, setup)
     if setup.zero_stage == 3:
-        return _stage_3(weights, setup, num_ranks)
+        return _stage_3(weights, setup, num_ranks, layer)
     if setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer:
         return _bf16_engine(weights, setup, num_ranks)
     return _stages_1_2(weights, setup, num_ranks, boundary_elements(matrices, num_ranks, rank))
@@ -289,13 +291,14 @@ def _stages_1_2(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int, b
     )
 
 
-def _stage_3(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) -> States:
+def _stage_3(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int, layer: tuple[int, ...]) -> States:
     setting = {key: int(_zero(setup, key, default)) for key, default in STAGE_3.items()}
     itemsize, offloads = element_bytes(setup), setup.offload_optimizer
     local = sum(-(-prod(shape) // num_ranks) * number for shape, number in weights.items())
     threshold = setting["stage3_param_persistence_threshold"]
     persistent = num_elements(Counter({shape: number for shape, number in weights.items() if prod(shape) <= threshold}))
-    ahead = setting["stage3_max_reuse_distance"] // 2 + setting["stage3_prefetch_bucket_size"] + _largest(weights)
+    at_once = max(_largest(weights), sum(size for size in layer if size > threshold))
+    ahead = setting["stage3_max_reuse_distance"] // 2 + setting["stage3_prefetch_bucket_size"] + at_once
     bucket, sent = int(_zero(setup, "reduce_bucket_size", BUCKET)), _sent_bytes(setup)
     copied = min(bucket, num_elements(weights))  # to send, and this rank's partition in fp32
     is_away = _zero(setup, "offload_param", {}).get("device") == "cpu"

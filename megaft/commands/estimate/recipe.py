@@ -76,7 +76,9 @@ class Recipe:
         setup = self.setup()
         work = self.work(setup)
         matrices = self.dims.matrices_in_order(self.tensor_parallel_size, self.is_megatron)
-        held, passing = states(work.weights, setup, self.num_data_ranks, matrices, rank), activations(work)
+        layer = () if self.is_megatron else tuple(out * width for out, width in self.dims.matrices_of_layer())
+        held = states(work.weights, setup, self.num_data_ranks, matrices, rank, layer)
+        passing = activations(work)
         return Footprint(setup, held, passing, phases(held, passing))
 
 

@@ -11,6 +11,7 @@ from math import ceil
 from megaft.base.hardware import ENTRIES_MULTIPLE, Gpu, chunk_rows, data_sheet_flops
 from megaft.commands.estimate.attention import AttentionKernel
 from megaft.commands.estimate.memory import FLOAT, MicroBatch
+from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.weights.dimensions import num_elements
 
 PRODUCT_SHARE, MEMORY_SHARE = 798 / 989, 2.76 / 3.35
@@ -24,9 +25,11 @@ SUSTAINED_COMPUTE, SUSTAINED_MEMORY = 0.87, 0.95
 """Shares of these rates that a GPU holds for hours; the rates themselves hold for milliseconds."""
 NUM_PROCESSORS, TILES = 132, {(128, 128): 0.90, (128, 192): 0.96, (128, 256): 1.0, (256, 128): 1.0}
 """Streaming multiprocessors, and the rate of each tile of a product relative to the best."""
-ACCUMULATION_BYTES, STEP_BYTES = 18, 54
-"""Bytes per parameter to add a micro-batch's gradients to fp32 sums, and of a step: norm 4, clipping 8, AdamW 28,
-rounded weights 6, zeroing 8."""
+ACCUMULATION_BYTES, CONVERTED_BYTES = 10, 18
+"""Bytes per parameter to add a micro-batch's gradients to fp32 sums: in bf16 at stage 1 in one operation, else after a
+conversion."""
+STEP_BYTES = 54
+"""Bytes per parameter of a step: norm 4, clipping 8, AdamW 28, rounded weights 6, zeroing 8."""
 
 
 def product_share(m: int, n: int, k: int) -> float:
@@ -45,12 +48,16 @@ def product_share(m: int, n: int, k: int) -> float:
     return min(1.0, best * k / (k + 128) * (8192 + 128) / 8192 / 0.97)
 
 
-def state_bytes_of(work: MicroBatch, num_data_ranks: int, num_micro_batches: int) -> float:
+def state_bytes_of(work: MicroBatch, setup: ResolvedSettings, num_data_ranks: int) -> float:
     """Return the bytes moved per micro-batch to accumulate gradients and, with ZeRO over the ranks, to step."""
-    return num_elements(work.weights) * (ACCUMULATION_BYTES + STEP_BYTES / num_data_ranks / num_micro_batches)
+    is_one_operation = setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer
+    accumulation = ACCUMULATION_BYTES if is_one_operation else CONVERTED_BYTES
+    return num_elements(work.weights) * (accumulation + STEP_BYTES / num_data_ranks / setup.gradient_accumulation_steps)
 
 
-def predicted_rates(work: MicroBatch, gpu: Gpu, kernel: AttentionKernel, state_bytes: float) -> list[float] | None:
+def predicted_rates(
+    work: MicroBatch, gpu: Gpu, kernel: AttentionKernel, state_bytes: float, is_compiled: bool
+) -> list[float] | None:
     """Return the tokens/s of one data-parallel rank: sustained, and in a short burst.
 
     Communication and the time of the host to launch kernels are not counted.
@@ -60,6 +67,7 @@ def predicted_rates(work: MicroBatch, gpu: Gpu, kernel: AttentionKernel, state_b
         gpu: The GPU.
         kernel: The attention kernel.
         state_bytes: Bytes moved per micro-batch to accumulate gradients and step the optimizer.
+        is_compiled: True if blocks are compiled.
 
     Returns:
         None without a known peak or attention rate, or with tensor parallelism, where communication dominates.
@@ -74,7 +82,11 @@ def predicted_rates(work: MicroBatch, gpu: Gpu, kernel: AttentionKernel, state_b
         times / share for times, share in zip((forwards, 2.5), ATTENTION_SHARES[kernel], strict=True)
     )
     compute = (work.dims.num_layers * layers + head) / (peak * PRODUCT_SHARE) + attention / peak
-    moved = work.dims.num_layers * work.num_tokens * _layer_bytes(work) * passes + _head_bytes(work) + state_bytes
+    moved = (
+        work.dims.num_layers * work.num_tokens * _layer_bytes(work, is_compiled) * passes
+        + _head_bytes(work)
+        + state_bytes
+    )
     memory = moved / (gpu.memory_bytes_per_second * MEMORY_SHARE)
     burst, sustained = compute + memory, compute / SUSTAINED_COMPUTE + memory / SUSTAINED_MEMORY
     return [work.num_tokens / sustained, work.num_tokens / burst]
@@ -103,26 +115,27 @@ def _attention_flops(work: MicroBatch) -> float:
     return 2.0 * dims.num_layers * work.num_tokens * work.context_length * dims.num_heads * dims.head_width
 
 
-def _layer_bytes(work: MicroBatch) -> float:
+def _layer_bytes(work: MicroBatch, is_compiled: bool) -> float:
     """Return the bytes per token that a layer's kernels move besides products and attention, forward and backward.
 
-    Counted by tools/benchmarks/kernel_counts.py: norms 14 times the width, residual additions 12, an activation 5 times
-    the inner width; LayerNorm's models split queries, keys and values and sum gradients of biases; gated ones multiply
-    by a gate (9 times the inner width), add the gradients of matrices with one input, and rotate queries and keys.
+    Counted by tools/benchmarks/kernel_counts.py. Eager: norms 14 times the width, residual additions 12, an activation
+    5 times the inner width; LayerNorm's models split queries, keys and values and sum gradients of biases; gated ones
+    multiply by a gate (9 times the inner width), add the gradients of matrices with one input, and rotate queries and
+    keys.
     """
-    dims = work.dims
+    dims, (norms, gated, gates, rotated) = work.dims, COMPILED if is_compiled else EAGER
     heads, groups = dims.num_heads * dims.head_width, dims.num_groups * dims.head_width
     if not dims.is_gated:
         biases = heads + 2 * groups + 2 * dims.width + dims.inner_width if dims.has_bias else 0
-        values = 26 * dims.width + 5 * dims.inner_width + 2 * (heads + 2 * groups) + biases
+        values = norms * dims.width + 5 * dims.inner_width + 2 * (heads + 2 * groups) + biases
         masks = 4 * dims.width * (work.element_bytes + 0.5) if dims.dropout else 0
         return values * work.element_bytes + masks
-    values = 35 * dims.width + 14 * dims.inner_width + ROTARY * (heads + groups)
+    values = gated * dims.width + gates * dims.inner_width + rotated * (heads + groups)
     return values * work.element_bytes
 
 
-ROTARY = 38
-"""Passes over queries and keys in which transformers rotates them, forward and backward."""
+EAGER, COMPILED = (26, 35, 14, 38), (21, 28, 8, 4)
+"""Passes over the width without and with a gated MLP, over the inner width with one, and over queries and keys."""
 
 
 def _head_bytes(work: MicroBatch) -> float:
