@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from kernel_counts import MEMORY_BYTES, SHORTEST_KERNEL, KernelCounter, Totals, build, count
 from torch import Tensor, fx
+from torch._functorch import config as trace_config
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import compile_fx, config, ir, scheduler
 from torch._inductor.debug import DebugContext
 from torch._inductor.fx_passes import reinplace
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.scheduler import BaseSchedulerNode, FusedMixOrderReductions, NopKernelSchedulerNode, Scheduler
+from torch._inductor.scheduler import FusedMixOrderReductions, NopKernelSchedulerNode, Scheduler
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -69,9 +71,8 @@ def count_block(model: str, micro_batch_size: int = 8, context_length: int = 102
         attend_without_masks(nats_model.language_model)
         tokens = torch.zeros(micro_batch_size, context_length, dtype=torch.long)
         [block] = blocks_of(nats_model)
-        block.compile(
-            backend=partial(compile_fx.compile_fx, inner_compile=partial(_count_graph, counter)), fullgraph=True
-        )
+        count_graph: Any = partial(_count_graph, counter)
+        block.compile(backend=partial(compile_fx.compile_fx, inner_compile=count_graph), fullgraph=True)
         nats_model(tokens, tokens).backward()
     return counter
 
@@ -85,7 +86,7 @@ def _compiler_for_a_gpu() -> Iterator[None]:
         patch.object(scheduler, "has_triton", lambda: True),
         patch.object(reinplace, "_inplace_generalized_scatter", lambda result, *_: result),  # else it copies, on CUDA
         config.patch(OPTIONS),
-        torch._functorch.config.patch(enable_autograd_cache=False),
+        trace_config.patch(enable_autograd_cache=False),
     ):
         torch._dynamo.reset()
         try:
@@ -102,21 +103,17 @@ def _count_graph(
     is_backward: bool = False,
     static_input_idxs: Sequence[int] = (),
     **_: Any,
-) -> Callable[[list[Any]], list[Tensor | None]]:
+) -> Callable[..., Any]:
     """Count a forward or backward graph in place of compiling it, and return a function that allocates its outputs."""
-    outputs = [node.meta["val"] if isinstance(node, fx.Node) else None for node in graph.graph.output_node().args[0]]
+    results: Any = graph.graph.output_node().args[0]
+    outputs = [node.meta["val"] if isinstance(node, fx.Node) else None for node in results]
     lowered, nodes = _schedule(graph, inputs, is_backward)
     with V.set_graph_handler(lowered):
         _count_kernels(counter, nodes)
         counter.saved_bytes += 0 if is_backward else _saved_bytes(lowered, static_input_idxs)
     num_counted = _count_products_and_attention(counter, graph)
     assert num_counted == sum(node.is_extern() and not isinstance(node.node, ir.MultiOutput) for node in nodes)
-
-    def allocate(_: list[Any]) -> list[Tensor | None]:
-        return [None if each is None else torch.empty_like(each) for each in outputs]
-
-    allocate._boxed_call = True
-    return allocate
+    return make_boxed_func(lambda *_: [None if each is None else torch.empty_like(each) for each in outputs])
 
 
 def _schedule(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> tuple[GraphLowering, list[Any]]:
@@ -160,13 +157,13 @@ def _count_products_and_attention(counter: KernelCounter, graph: fx.GraphModule)
     return number
 
 
-def _count_kernels(counter: KernelCounter, nodes: list[BaseSchedulerNode]) -> None:
+def _count_kernels(counter: KernelCounter, nodes: list[Any]) -> None:
     """Count the kernels that the compiler writes.
 
     Sums over rows that are fused with sums over columns end in one more kernel each, in place of their second stages.
     """
-    sums = [each for node in nodes if isinstance(node, FusedMixOrderReductions) for each in node.node2.get_nodes()]
-    sums = [each for each in sums if each.is_reduction()]
+    mixed = [node.node2.get_nodes() for node in nodes if isinstance(node, FusedMixOrderReductions)]
+    sums: list[Any] = [each for parts in mixed for each in parts if each.is_reduction()]
     replaced = {
         user.node.get_name() for each in sums if each.node._split_size for user in each.get_outputs()[0].users[:1]
     }
@@ -182,5 +179,6 @@ def _saved_bytes(graph: GraphLowering, weights: Sequence[int]) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, without weights and its own output."""
     ignored = {graph.graph_input_names[index] for index in weights}
     names = {each.get_name() for each in graph.graph_outputs[1:] if each.maybe_get_name()} - ignored
-    sizes = [graph.get_buffer(name) if name not in graph.graph_inputs else graph.graph_inputs[name] for name in names]
-    return sum(int(each.get_numel()) * each.get_dtype().itemsize for each in sizes)
+    inputs: dict[str, Any] = graph.graph_inputs
+    kept: list[Any] = [inputs[name] if name in inputs else graph.get_buffer(name) for name in names]
+    return sum(int(each.get_numel()) * each.get_dtype().itemsize for each in kept)
