@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -79,7 +79,9 @@ def validate(config: ValidateConfig) -> dict[str, Any]:
                 print(note)
             topology = parallel.join_fake_group(config.world_size)
             run = build(plan_run(cpu_config, topology, has_cuda=False), topology)
-            state = resume(run)
+            # Checkpoints are compared with the run itself, not with what replaces it here.
+            identity = replace(run.identity, precision=setup.dtype, optim=asdict(setup.optim))
+            state = resume(replace(run, identity=identity))
             checked_plan = _answer(config, setup, run, state)
     finally:
         parallel.leave()
@@ -152,23 +154,21 @@ def _cpu_settings(config: ValidateConfig, setup: ResolvedSettings, folder: Path)
     """Return settings that a CPU can build instead of those that need a GPU, and notes on the replacements."""
     from megaft.base.files import write_json_atomic
 
-    notes, json, checkpoints = [], {**setup.as_read}, config.checkpoint
+    notes, json = [], {**setup.as_read}
     optim, model = config.optim, replace(config.model, compile="off")
     if setup.dtype == "float16":
         del json["fp16"]
-        checkpoints = replace(checkpoints, allow_changed=(*checkpoints.allow_changed, "precision"))
         notes.append("float16 was replaced by float32 for this check.")
     if (other := OPTIMIZERS[setup.optim.name].cpu_equivalent) is not None:
         json.pop("optimizer", None)
         optim = replace(setup.optim, name=other)
-        checkpoints = replace(checkpoints, allow_changed=(*checkpoints.allow_changed, "optim"))
         notes.append(
             f"{setup.optim.name} was replaced by {other} for this check; run `megaft doctor` on a GPU node to test it."
         )
     if config.model.compile == "on":
         notes.append("compilation was left out of this check.")
     write_json_atomic(folder / CPU_JSON, json)
-    changed = {"deepspeed_config": folder / CPU_JSON, "optim": optim, "model": model, "checkpoint": checkpoints}
+    changed = {"deepspeed_config": folder / CPU_JSON, "optim": optim, "model": model}
     return replace(config, **changed, run=replace(config.run, dir=folder)), notes
 
 

@@ -30,7 +30,7 @@ SETTINGS = {
 
 CHANGEABLE = frozenset(SETTINGS) - {
     *("seed", "context_length", "sample", "attend_within_documents"),
-    *("model", "model_config"),
+    "model",
 }
 """Fields that --checkpoint.allow-changed may list; other differences are always errors."""
 

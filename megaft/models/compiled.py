@@ -26,20 +26,26 @@ from megaft.weights.loading.causal_lm import CausalLM
 OPTIONS = {"fallback_random": True}
 """Options of torch's compiler: dropout draws the same masks as in eager mode."""
 
-MAX_GRAPHS = 64
-"""Maximum graphs of one kind of block; torch compiles another one for other shapes, masks and modes."""
+MAX_GRAPHS = 256
+"""Maximum graphs of one kind of block; torch compiles another one for other shapes, masks and constants of a layer."""
 
 
-def compile_blocks(model: CausalLM, choice: str) -> None:
+def compile_blocks(model: CausalLM, choice: str, is_partitioned: bool = False) -> None:
     """Compile each block of a model, if `choice` and the machine allow.
+
+    "off" holds for all functions of the process that are compiled.
 
     Args:
         model: The model, before deepspeed.initialize.
         choice: "on", "off", or "auto": on a GPU, for families whose block is known to compile into one graph.
+        is_partitioned: True at ZeRO stage 3, whose hooks inside blocks cannot be compiled.
 
     Raises:
         ConfigError: The choice is "on", but there is no compiler, or the model has no blocks.
     """
+    torch.compiler.set_stance("force_eager" if choice == "off" else "default")
+    if is_partitioned:
+        return
     blocks = blocks_of(model)
     obstacle = missing_compiler() or ("" if blocks else f"{type(model).__name__} is not made of transformers' blocks")
     if choice == "on" and obstacle:
@@ -51,7 +57,9 @@ def compile_blocks(model: CausalLM, choice: str) -> None:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of tensors compiled into one graph for all shapes."""
+    """Return a function of tensors compiled into one graph for all shapes; unchanged if there is no compiler."""
+    if missing_compiler():
+        return function
     _configure_compiler()
     return torch.compile(function, fullgraph=True, dynamic=True)
 
@@ -64,7 +72,10 @@ def in_eager_mode() -> AbstractContextManager[Any]:
 def missing_compiler() -> str:
     """Return the reason why torch.compile cannot run on this machine; an empty string if it can."""
     if torch.cuda.is_available():
-        return "" if find_spec("triton") else "triton is not installed"
+        if not find_spec("triton"):
+            return "triton is not installed"
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
+        return "" if any(map(which, compilers)) else f"there is no C compiler ({', '.join(compilers)})"
     compiler = os.environ.get("CXX", "g++")
     return "" if which(compiler) else f"there is no C++ compiler ({compiler})"
 

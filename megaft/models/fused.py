@@ -7,6 +7,7 @@ saves one. A module is replaced only if both give the same result on random inpu
 from __future__ import annotations
 
 from copy import copy, deepcopy
+from inspect import signature
 from types import MethodType
 
 import torch
@@ -44,6 +45,8 @@ def fused_activation(module: nn.Module) -> nn.Module | None:
 def is_rms_norm(module: nn.Module) -> bool:
     """Return True if the module computes `F.rms_norm` with its weight and epsilon, tested with a random weight."""
     if "RMSNorm" not in type(module).__name__ or [*module._parameters] != ["weight"] or epsilon_of(module) is None:
+        return False
+    if len(signature(module.forward).parameters) != 1:  # a gate, which the layer would pass
         return False
     probe = copy(module)  # with its own weight: under ZeRO-3 the module's is empty here
     probe._parameters = {"weight": nn.Parameter(_random(PROBE_WIDTH, torch.float32), requires_grad=False)}

@@ -26,7 +26,7 @@ class MainRank:
         self._run_dir = run_dir
         self._launcher, self._began_waiting = os.getppid(), time.time()
         self._started = psutil.Process().create_time()
-        self._next_lock_check = self._began_waiting + SECONDS_BETWEEN_LOCK_CHECKS
+        self._next_lock_check = self._began_waiting
         self._held_lock = False
 
     def wrote(self, path: Path) -> bool:

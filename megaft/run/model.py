@@ -28,10 +28,10 @@ def build_model(config: TrainConfig, engine_config: dict[str, Any]) -> tuple[Any
         return megatron.MegatronNats(language_model), megatron.architecture(language_model)
     language_model = hugging_face.build(config.model, config.lora, config.run.seed, engine_config)
     model = together(nats_model, language_model, config.data.attend_within_documents)
-    if hugging_face.is_stage_3(engine_config):
+    is_stage_3 = hugging_face.is_stage_3(engine_config)
+    if is_stage_3:
         gather_whole_blocks(language_model)
-    else:
-        together(compile_blocks, language_model, config.model.compile)
+    together(compile_blocks, language_model, config.model.compile, is_stage_3)
     return model, hugging_face.architecture(language_model)
 
 

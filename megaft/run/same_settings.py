@@ -38,7 +38,10 @@ def settings_of(config: TrainConfig, contents: Mapping[str, Any]) -> dict[str, A
         if isinstance(values, dict)
         for name, value in values.items()
     }
-    return {name: value for name, value in settings.items() if name not in COMPARED_BY_CONTENT} | dict(contents)
+    named = {
+        name: None if value is None else "given" for name, value in settings.items() if name in COMPARED_BY_CONTENT
+    }
+    return settings | named | dict(contents)
 
 
 def require_same(settings: Mapping[str, Any]) -> None:

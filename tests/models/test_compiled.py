@@ -1,4 +1,5 @@
 import pytest
+import torch
 from tiny_models import make_model
 
 from megaft.base.errors import ConfigError
@@ -17,6 +18,22 @@ def test_blocks_are_compiled_on_request(monkeypatch, choice, expected):
     model = make_model("gpt2")
     compile_blocks(model, choice)
     assert is_compiled(model) == expected
+
+
+def test_off_holds_for_every_compiled_function(monkeypatch):
+    monkeypatch.setattr(compiled, "missing_compiler", lambda: "")
+    calls = []
+    function = torch.compile(lambda x: calls.append(torch.compiler.is_compiling()) or x + 1, backend="eager")
+    compile_blocks(make_model("gpt2"), "off")
+    function(torch.ones(1))
+    assert calls == [False]
+    compile_blocks(make_model("gpt2"), "auto")
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_function_stays_as_it_is_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiled, "missing_compiler", lambda: "there is none")
+    assert compiled.compiled(len) is len
 
 
 @pytest.mark.parametrize("choice", ["on", "auto"])

@@ -7,6 +7,7 @@ import torch
 from tiny_models import make_model
 from torch import nn
 from transformers import activations
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -28,6 +29,10 @@ def test_layers_share_no_hooks():
     first.register_forward_pre_hook(lambda *_: None)
     assert not second._forward_pre_hooks
     assert not fused_activation(activations.ACT2FN["gelu_new"])._forward_pre_hooks
+
+
+def test_a_norm_with_a_gate_stays_as_it_is():
+    assert not is_rms_norm(FalconH1RMSNormGated(16))
 
 
 @pytest.mark.parametrize("name", OTHERS)

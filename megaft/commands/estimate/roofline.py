@@ -52,7 +52,8 @@ def state_bytes_of(work: MicroBatch, setup: ResolvedSettings, num_data_ranks: in
     """Return the bytes moved per micro-batch to accumulate gradients and, with ZeRO over the ranks, to step."""
     is_one_operation = setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer
     accumulation = ACCUMULATION_BYTES if is_one_operation else CONVERTED_BYTES
-    return num_elements(work.weights) * (accumulation + STEP_BYTES / num_data_ranks / setup.gradient_accumulation_steps)
+    num_shares = num_data_ranks if setup.zero_stage else 1
+    return num_elements(work.weights) * (accumulation + STEP_BYTES / num_shares / setup.gradient_accumulation_steps)
 
 
 def predicted_rates(
