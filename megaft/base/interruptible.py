@@ -12,8 +12,6 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-POLL_SECONDS = 0.1
-
 
 def call_in_thread(function: Callable[[], T]) -> T:
     """Return the function's value, or raise its error; signals are handled while it runs.
@@ -30,6 +28,5 @@ def call_in_thread(function: Callable[[], T]) -> T:
 
     thread = Thread(target=call, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
+    thread.join()  # Python runs signal handlers meanwhile
     return outcome.result()

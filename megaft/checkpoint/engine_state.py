@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from jaxtyping import Float32
 from torch import Tensor
 
@@ -281,28 +279,6 @@ def _step_if(engine, accepts: Callable[[], bool]) -> None:
         engine.skipped_steps += 1
 
 
-def add_gradients_in_one_pass(engine) -> None:
-    """Make the bf16 engine of stage 1 add each gradient to its fp32 sum without a converted copy.
-
-    torch converts inside the addition: 10 bytes of memory traffic per parameter on CUDA, where DeepSpeed's method moves
-    18. The sums have the same bits.
-    """
-    if isinstance(engine.optimizer, BF16_Optimizer):
-        engine.optimizer._update_hp_grad = MethodType(_add_gradient, engine.optimizer)
-
-
-def _add_gradient(optimizer: Any, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
-    """Add a bf16 gradient to its fp32 sum; replaces BF16_Optimizer._update_hp_grad."""
-    if parameter.grad is None:
-        return
-    total = optimizer.fp32_groups_gradients[group][index]
-    total.add_(parameter.grad.view(total.shape))
-    parameter._hp_grad = total
-    optimizer.fp32_groups_has_gradients[group][index] = True
-    if clear_lp_grads:
-        parameter.grad.zero_()
-
-
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -318,13 +294,6 @@ def set_loss_scale_state(engine, state: dict[str, float | int]) -> None:
     """Restore the state that `loss_scale_state` returned."""
     for field, value in state.items():
         setattr(engine.optimizer.loss_scaler, field, value)
-
-
-def keep_loss_scale_at_floor(engine) -> None:
-    """Make an overflow at the smallest loss scale a skipped step, so that the guard ends the run with a message."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is not None:
-        scaler.raise_error_at_min_scale = False
 
 
 def smallest_loss_scale(engine) -> float | None:

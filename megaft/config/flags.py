@@ -8,10 +8,11 @@ from typing import Any, get_args, get_type_hints
 
 def flags_of(config: type, field_prefix: str = "", flag_prefix: str = "") -> dict[str, str]:
     """Return every flag, without dashes, by the path of its field (checkpoint.async by checkpoint.in_background)."""
-    hints, flags = get_type_hints(config, include_extras=True), {}
+    hints, kinds = get_type_hints(config, include_extras=True), get_type_hints(config)
+    flags = {}
     for field in fields(config):
         path, flag = field_prefix + field.name, flag_prefix + _name_of(field.name, hints[field.name])
-        if is_dataclass(kind := get_type_hints(config)[field.name]):
+        if is_dataclass(kind := kinds[field.name]):
             flags |= flags_of(kind, f"{path}.", f"{flag}.")  # type: ignore[arg-type]
         else:
             flags[path] = flag

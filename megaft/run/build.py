@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 
 from megaft.base import parallel
@@ -17,17 +16,15 @@ from megaft.base.topology import Topology
 from megaft.checkpoint import engine_state
 from megaft.checkpoint.run_state import Identity, RunState
 from megaft.checkpoint.saver import Saver
-from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.train import TrainConfig
 from megaft.data.batches import BatchSplit
 from megaft.models.hugging_face import require_fits
-from megaft.models.parameters import parameter_groups
 from megaft.models.rope import length_limit
+from megaft.run.engine import build_engine
 from megaft.run.events import Events, record_end
 from megaft.run.guard import Guard
 from megaft.run.identity import contents, identity_of, loaded_model, model_name
 from megaft.run.model import build_model
-from megaft.run.optim import build_optimizer
 from megaft.run.plan import Plan
 from megaft.run.same_settings import require_same, settings_of
 from megaft.run.throughput import Meter
@@ -94,7 +91,7 @@ def build(plan: Plan, topology: Topology) -> Run:
     row_length = together(plan.samples.row_length, rope_length_limit)
     identity = identity_of(plan, loaded, validation)
     say(f"building the engine: ZeRO {setup.zero_stage}, {setup.dtype}, {setup.optim.name}", is_main)
-    engine = _engine(model, setup, device)
+    engine = build_engine(model, setup, device)
     meter = Meter.of(
         model.language_model.config,
         engine.module,
@@ -128,13 +125,3 @@ def _validation(plan: Plan, language_model: Any, rope_length_limit: int | None) 
     require_fits(language_model, plan.tokenizer, plan.config.longest_input)
     valid = plan.sources.valid
     return Validation(valid, plan.config, plan.tokenizer, rope_length_limit) if valid else None
-
-
-def _engine(model: torch.nn.Module, setup: ResolvedSettings, device: torch.device) -> Any:
-    groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
-    device_type = "cpu" if setup.offload_optimizer else device.type
-    optimizer = together(lambda: build_optimizer(groups, setup.optim, device_type=device_type))
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=setup.engine_config, mpu=parallel.mpu())[0]
-    engine_state.keep_loss_scale_at_floor(engine)
-    engine_state.add_gradients_in_one_pass(engine)
-    return engine

@@ -48,9 +48,9 @@ def _error(raw, changes):
     from deepspeed.utils import safe_get_full_fp32_param
 
     from megaft.base import parallel
-    from megaft.checkpoint.engine_state import add_gradients_in_one_pass
     from megaft.config.deepspeed_json import resolve
     from megaft.config.train import OptimConfig
+    from megaft.run.engine import add_gradients_in_one_pass
 
     optim = OptimConfig(name="sgd", learning_rate=1.0, schedule="constant")
     setup = resolve(raw, world_size=parallel.world_size(), optim=optim, has_cuda=False)

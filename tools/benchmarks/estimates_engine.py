@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import fake_cuda
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from megaft.base import parallel
-from megaft.checkpoint.engine_state import add_gradients_in_one_pass, inner_optimizer
+from megaft.checkpoint.engine_state import inner_optimizer
 from megaft.commands.estimate.recipe import Recipe
 from megaft.models.blocks import gather_whole_blocks
 from megaft.models.fused import fuse
 from megaft.models.hugging_face import NatsModel
-from megaft.models.parameters import parameter_groups
-from megaft.run.optim import build_optimizer
+from megaft.run.engine import build_engine
 
 
 class Counter(TorchDispatchMode):
@@ -92,13 +90,7 @@ def measure(recipe: Recipe, steps: int = 2) -> Held:
 def build(recipe: Recipe) -> Any:
     """Return DeepSpeed's engine of a new model, built as in training."""
     _allow_fp16()
-    setup, model = recipe.setup(), _model(recipe)
-    groups = parameter_groups(model.named_parameters(), setup.optim.weight_decay)
-    optimizer = build_optimizer(groups, setup.optim, device_type="cpu")
-    settings = {"config": setup.engine_config, "mpu": parallel.mpu()}
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, **settings)[0]
-    add_gradients_in_one_pass(engine)
-    return engine
+    return build_engine(_model(recipe), recipe.setup(), torch.device("cpu"))
 
 
 def _model(recipe: Recipe) -> nn.Module:

@@ -31,7 +31,7 @@ def kernels_of_cuda() -> Iterator[None]:
         patch.object(Tensor, "logsumexp", _logsumexp),
         patch.object(fused, "fused_rms_norm", _fused_rms_norm),
         patch.object(products, "is_on_cuda", lambda tensor: True),
-        patch.object(linear_nats, "_compiled", lambda: nats_and_slope),
+        patch.object(linear_nats, "_compiled", lambda: nats_and_grad_logits),
         patch.object(trials, "head_is_linear", lambda model, trial_model=None: True),
         patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None),
         patch.dict(hardware.CHUNK_BYTES, cpu=hardware.CHUNK_BYTES["cuda"]),
@@ -48,14 +48,14 @@ def memory_of_the_head() -> Iterator[None]:
         patch.object(products, "is_on_cuda", lambda tensor: True),
         patch.object(linear_nats, "fp32_logits", lambda hidden, weight, bias: torch.zeros(len(hidden), len(weight))),
         patch.object(linear_nats, "add_product", lambda total, left, right: None),
-        patch.object(linear_nats, "_compiled", lambda: _nats_and_slope_of_zeros),
+        patch.object(linear_nats, "_compiled", lambda: _nats_and_zeros),
         patch.dict(hardware.CHUNK_BYTES, cpu=hardware.CHUNK_BYTES["cuda"]),
         patch.dict(hardware.CHUNK_ROWS_MULTIPLE, cpu=hardware.CHUNK_ROWS_MULTIPLE["cuda"]),
     ):
         yield
 
 
-def _nats_and_slope_of_zeros(logits: Tensor, labels: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _nats_and_zeros(logits: Tensor, labels: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return logits.new_zeros(()), torch.zeros_like(logits, dtype=dtype)
 
 
@@ -145,12 +145,12 @@ def _(gradient: Tensor, states: Tensor, weight: Tensor, scales: Tensor) -> tuple
     return torch.empty_like(states), torch.empty_like(weight)
 
 
-@torch.library.custom_op("megaft_fake::nats_and_slope", mutates_args=())
-def nats_and_slope(logits: Tensor, labels: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("megaft_fake::nats_and_grad_logits", mutates_args=())
+def nats_and_grad_logits(logits: Tensor, labels: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Stand for the compiled loss and its gradient."""
     return _missing(logits, labels, size, dtype)
 
 
-@nats_and_slope.register_fake
+@nats_and_grad_logits.register_fake
 def _(logits: Tensor, labels: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return logits.new_empty(()), torch.empty_like(logits, dtype=dtype)

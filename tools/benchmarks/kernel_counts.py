@@ -40,10 +40,10 @@ MISALIGNED = 0.45
 """Rate of a product with a leading dimension that is not a multiple of 8, relative to an aligned one."""
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "detach"}
 KERNELS = {"native_layer_norm_backward": 3, "rms_norm_backward": 2, "embedding_dense_backward": 8, "slice_backward": 2}
-KERNELS |= {"nats_and_slope": 3, "_scaled_dot_product_flash_attention_for_cpu_backward": 3}
+KERNELS |= {"nats_and_grad_logits": 3, "_scaled_dot_product_flash_attention_for_cpu_backward": 3}
 """Number of CUDA kernels of operations that run more than one."""
 CATEGORIES = {"norm": "norms", "embedding": "embeddings", "dropout": "dropout", "sum": "sums (gradients of biases)"}
-CATEGORIES |= {"nats_and_slope": "loss and its gradient", "gelu": "activations", "silu": "activations"}
+CATEGORIES |= {"nats_and_grad_logits": "loss and its gradient", "gelu": "activations", "silu": "activations"}
 
 
 @dataclass(slots=True)
@@ -131,7 +131,7 @@ class KernelCounter(TorchDispatchMode):
             return self._count_product(inputs, outputs[0])
         if name.startswith("_scaled_dot_product"):
             return self._count_attention(name, inputs, outputs)
-        if name == "nats_and_slope":
+        if name == "nats_and_grad_logits":
             self.chunk_rows.append(len(inputs[0]))
         kernels, moved = KERNELS.get(name, 1), bytes_moved(name, inputs, outputs)
         seconds = max(moved / MEMORY_BYTES, kernels * SHORTEST_KERNEL)
@@ -184,7 +184,7 @@ def bytes_moved(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> float
         return 2 * written
     if name == "embedding_dense_backward":
         return 2 * bytes_of(inputs[:1]) + 2 * written
-    if name == "nats_and_slope":
+    if name == "nats_and_grad_logits":
         return 2 * bytes_of(inputs[:1]) + written  # log-sum-exp, then the gradient
     if name in ("gather", "scatter_add_"):
         return 64 * inputs[1].numel()  # a sector of memory for each token
