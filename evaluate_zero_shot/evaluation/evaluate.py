@@ -113,9 +113,11 @@ def _key(evaluated: EvaluatedModel, evaluation: Evaluation) -> str:
     """Return a hash of everything that affects a batch's nats: tokens, batches, model and libraries."""
     prepared = evaluation.prepared
     digest = hashlib.sha256()
-    batches = batches_of(prepared.rows, evaluation.tokens_per_batch, length_limit(evaluated.scorer.config))
+    batches = batches_of(
+        prepared.rows, evaluation.tokens_per_batch, evaluated.device.type, length_limit(evaluated.scorer.config)
+    )
     rows = np.array(
-        [(number, row.first, *row.window) for number, batch in enumerate(batches) for row in batch], np.int64
+        [(number, row.first, *row.window) for number, batch in enumerate(batches) for row in batch.rows], np.int64
     )
     for part in (prepared.tokens.tokens, rows, np.array(prepared.banned, np.int64)):
         digest.update(len(part).to_bytes(8, "little") + part.tobytes())

@@ -123,7 +123,7 @@ class _ReferenceNats(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
         logits = self.language_model(input_ids=input_ids, use_cache=False).logits
-        return F.cross_entropy(logits[0].float(), labels[0], reduction="none")[None]
+        return F.cross_entropy(logits[0].float(), labels[0], reduction="none")
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def _nats(model: nn.Module, rows: Rows) -> Tensor:
     model.eval()
     nats = []
     for row in map(torch.tensor, rows):
-        nats.append(model(row[None, :-1], row[None, 1:], per_token=True)[0].double())
+        nats.append(model(row[None, :-1], row[None, 1:], positions=torch.arange(len(row) - 1)).double())
     return torch.cat(nats)
 
 

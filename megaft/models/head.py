@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from megaft.data.samples import IGNORE_INDEX
 from megaft.models.linear_nats import LinearNats
 from megaft.models.loss import VocabularyShard, chunks, token_nats
 from megaft.models.products import fp32_logits
@@ -27,23 +26,23 @@ class Head(nn.Module):
         self.vocabulary = vocabulary
 
     def forward(
-        self, hidden: Float[Tensor, "batch time width"], labels: Int64[Tensor, "batch time"], per_token: bool = False
+        self,
+        hidden: Float[Tensor, "batch time width"],
+        labels: Int64[Tensor, "batch time"],
+        positions: Int64[Tensor, " scored"] | None = None,
     ) -> Float32[Tensor, ...]:
-        """Return the summed nats; with `per_token`, each label's nats (0.0 if not scored), without gradients."""
-        if per_token:
-            return self._per_token(hidden, labels)
+        """Return the summed nats; or each label's at `positions` of the flattened batch, without gradients."""
+        if positions is not None:
+            return self._at(positions, hidden, labels)
         return LinearNats.apply(hidden.flatten(0, 1), self.weight, self.bias, labels.flatten(), self.vocabulary)
 
     @torch.no_grad()
-    def _per_token(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        nats = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-        scored = labels != IGNORE_INDEX
-        flat, targets = hidden[scored], labels[scored]  # the head runs on scored positions only
-        chunk_nats = [
-            self._nats(flat[chunk], targets[chunk]) for chunk in chunks(len(targets), len(self.weight), labels.device)
-        ]
-        nats[scored] = torch.cat([nats.new_zeros(0), *chunk_nats])
-        return nats
+    def _at(self, positions: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+        states, targets = (tensor.flatten(0, 1).index_select(0, positions) for tensor in (hidden, labels))
+        nats = [torch.zeros(0, device=labels.device)]
+        for chunk in chunks(len(targets), len(self.weight), labels.device):
+            nats.append(self._nats(states[chunk], targets[chunk]))
+        return torch.cat(nats)
 
     def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
         if self.vocabulary is None:

@@ -48,7 +48,7 @@ class NatsModel(nn.Module):
         input_ids: Int64[Tensor, "batch time"],
         labels: Int64[Tensor, "batch time"],
         document_ids: Int64[Tensor, "batch time"] | None = None,
-        per_token: bool = False,
+        positions: Int64[Tensor, " scored"] | None = None,
     ) -> Float32[Tensor, ...]:
         """Return the nats of `labels`, which are already shifted by one.
 
@@ -56,15 +56,16 @@ class NatsModel(nn.Module):
             input_ids: Tokens.
             labels: The next token of each; IGNORE_INDEX where it is not scored.
             document_ids: Document number of each token; attention and positions then stay within documents.
-            per_token: Return each label's nats instead of their sum, without gradients.
+            positions: Positions of the flattened batch; return the nats of these labels instead of the sum, without
+                gradients.
         """
         inside = {} if document_ids is None else self._within(document_ids)
         if self.head is None:
             logits = self.language_model(input_ids=input_ids, use_cache=False, **inside).logits
             nats = token_nats(logits, labels)
-            return nats.detach() if per_token else nats.sum()
+            return nats.sum() if positions is None else nats.detach().flatten().index_select(0, positions)
         hidden = self.language_model.base_model(input_ids=input_ids, use_cache=False, **inside).last_hidden_state
-        return self.head(hidden, labels, per_token)
+        return self.head(hidden, labels, positions)
 
     def _within(self, document_ids: Int64[Tensor, "batch time"]) -> dict[str, Tensor]:
         """Return the inputs of the model that keep attention and positions within documents."""

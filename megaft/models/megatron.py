@@ -192,10 +192,10 @@ class MegatronNats(nn.Module):
         input_ids: Int64[Tensor, "batch time"],
         labels: Int64[Tensor, "batch time"],
         document_ids: Int64[Tensor, "batch time"] | None = None,
-        per_token: bool = False,
+        positions: Int64[Tensor, " scored"] | None = None,
     ) -> Float32[Tensor, ...]:
         """Return the nats of `labels`, like hugging_face.NatsModel."""
-        return self.head(self.language_model(input_ids, document_ids), labels, per_token)
+        return self.head(self.language_model(input_ids, document_ids), labels, positions)
 
 
 def padded_vocab_size(vocab_size: int) -> int:

@@ -71,7 +71,7 @@ class Validation:
                 whole = score(
                     self.tokens,
                     self.rows,
-                    lambda input_ids, labels: engine(input_ids, labels, per_token=True).unsqueeze(0),
+                    lambda batch: engine(batch.input_ids, batch.labels, positions=batch.positions).unsqueeze(0),
                     device=device,
                     prefix_id=self.prefix_id,
                     is_included=self.is_scored,

@@ -9,8 +9,10 @@ tools/benchmarks/last_layer.py measures the CPU time that this saves; see result
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -26,6 +28,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from transformers.pytorch_utils import Conv1D
 
 from megaft.models.attention import CAUSAL
+from megaft.scoring.batch import ScoringBatch, to_device
 from megaft.scoring.packed import PackedLinear
 
 LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -39,11 +42,9 @@ class AnyTrunk(nn.Module):
         super().__init__()
         self.base = language_model.base_model
 
-    def forward(
-        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
-    ) -> Float[Tensor, "scored width"]:
+    def forward(self, batch: ScoringBatch) -> Float[Tensor, "scored width"]:
         """Return the hidden states of the scored positions, row by row."""
-        return self.base(input_ids=input_ids, use_cache=False).last_hidden_state[is_scored]
+        return batch.select(self.base(input_ids=batch.input_ids, use_cache=False).last_hidden_state)
 
 
 class GPT2Trunk(nn.Module):
@@ -54,15 +55,13 @@ class GPT2Trunk(nn.Module):
         self.base: Any = language_model.transformer
         self.last = GPT2LastLayer(self.base.h[-1])
 
-    def forward(
-        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
-    ) -> Float[Tensor, "scored width"]:
+    def forward(self, batch: ScoringBatch) -> Float[Tensor, "scored width"]:
         """Return the hidden states of the scored positions, row by row."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = self.base.wte(input_ids) + self.base.wpe(positions)
+        positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+        hidden = self.base.wte(batch.input_ids) + self.base.wpe(positions)
         for layer in self.base.h[:-1]:
             hidden = layer(hidden)
-        return self.base.ln_f(self.last(hidden, is_scored))
+        return self.base.ln_f(self.last(hidden, batch))
 
 
 class GPT2LastLayer(nn.Module):
@@ -85,17 +84,15 @@ class GPT2LastLayer(nn.Module):
         )
         self.weight = self.bias = None
 
-    def forward(
-        self, hidden: Float[Tensor, "batch time width"], is_scored: Bool[Tensor, "batch time"]
-    ) -> Float[Tensor, "scored width"]:
+    def forward(self, hidden: Float[Tensor, "batch time width"], batch: ScoringBatch) -> Float[Tensor, "scored width"]:
         """Return the layer's output at the scored positions."""
         attention = self.layer.attn
         normed = self.layer.ln_1(hidden)
-        columns = query_columns(is_scored)
-        queries = self._project(normed if columns is None else gather_columns(normed, columns), 0)
+        pruned = pruned_queries(batch)
+        queries = self._project(pruned.gather(normed) if pruned else normed, 0)
         keys, values = self._project(normed, 1).chunk(2, dim=1)
-        attended = attend(queries, keys, values, columns, attention.scaling)
-        hidden = hidden[is_scored] + attention.c_proj(select_scored(attended, columns, is_scored))
+        attended = attend(queries, keys, values, pruned, attention.scaling)
+        hidden = batch.select(hidden) + attention.c_proj((pruned or batch).select(attended))
         return hidden + self.layer.mlp(self.layer.ln_2(hidden))
 
     def _project(self, states: Tensor, index: int) -> Tensor:
@@ -115,16 +112,14 @@ class LlamaTrunk(nn.Module):
         self.base: Any = language_model.model
         self.last = LlamaLastLayer(self.base.layers[-1])
 
-    def forward(
-        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
-    ) -> Float[Tensor, "scored width"]:
+    def forward(self, batch: ScoringBatch) -> Float[Tensor, "scored width"]:
         """Return the hidden states of the scored positions, row by row."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        hidden = self.base.embed_tokens(input_ids)
+        positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).unsqueeze(0)
+        hidden = self.base.embed_tokens(batch.input_ids)
         rotation = self.base.rotary_emb(hidden, position_ids=positions)
         for layer in self.base.layers[:-1]:
             hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotation)
-        return self.base.norm(self.last(hidden, rotation, is_scored))
+        return self.base.norm(self.last(hidden, rotation, batch))
 
 
 class LlamaLastLayer(nn.Module):
@@ -138,17 +133,17 @@ class LlamaLastLayer(nn.Module):
         self,
         hidden: Float[Tensor, "batch time width"],
         rotation: tuple[Float[Tensor, "1 time head_width"], Float[Tensor, "1 time head_width"]],
-        is_scored: Bool[Tensor, "batch time"],
+        batch: ScoringBatch,
     ) -> Float[Tensor, "scored width"]:
         """Return the layer's output at the scored positions; `rotation` has the cosine and sine of each position."""
         attention = self.layer.self_attn
         normed = self.layer.input_layernorm(hidden)
-        columns = query_columns(is_scored)
-        queries = self._heads(normed if columns is None else gather_columns(normed, columns), "q")
-        query_rotation = rotation if columns is None else [angles[0][columns] for angles in rotation]
+        pruned = pruned_queries(batch)
+        queries = self._heads(pruned.gather(normed) if pruned else normed, "q")
+        query_rotation = [angles[0][pruned.columns] for angles in rotation] if pruned else rotation
         keys, values = rotated(self._heads(normed, "k"), *rotation), self._heads(normed, "v")
-        attended = attend(rotated(queries, *query_rotation), keys, values, columns, attention.scaling)
-        hidden = hidden[is_scored] + attention.o_proj(select_scored(attended, columns, is_scored))
+        attended = attend(rotated(queries, *query_rotation), keys, values, pruned, attention.scaling)
+        hidden = batch.select(hidden) + attention.o_proj((pruned or batch).select(attended))
         return hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
 
     def _heads(self, states: Tensor, kind: str) -> Tensor:
@@ -171,51 +166,61 @@ def fast_trunk(language_model: Any) -> GPT2Trunk | LlamaTrunk | None:
     return LlamaTrunk(language_model) if family in LLAMA_LIKE else None
 
 
-def query_columns(is_scored: Bool[Tensor, "batch time"]) -> Int64[Tensor, "batch queries"] | None:
-    """Return the columns of each row whose queries are computed, scored ones first; None for all columns.
+@dataclass(frozen=True, slots=True)
+class PrunedQueries:
+    """Columns of each row whose queries are computed: all scored ones, and others where rows have fewer."""
 
-    Rows with fewer scored columns than others are padded with unscored ones. Causal attention over all columns needs no
-    mask, which halves its work, so pruning pays only if at most half the columns are scored.
+    columns: Int64[Tensor, "batch queries"]
+    positions: Int64[Tensor, " scored"]
+    """Scored positions of the flattened queries, row by row."""
+
+    def gather(self, states: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch queries width"]:
+        """Return each row's states at its columns."""
+        rows = torch.arange(len(self.columns), device=self.columns.device).unsqueeze(1)
+        return states[rows, self.columns]
+
+    def select(self, states: Float[Tensor, "batch queries width"]) -> Float[Tensor, "scored width"]:
+        """Return the states of the scored positions, dropping the padding queries."""
+        return states.flatten(0, 1).index_select(0, self.positions)
+
+
+def pruned_queries(batch: ScoringBatch) -> PrunedQueries | None:
+    """Return the queries to compute; None for those of all columns.
+
+    Causal attention over all columns needs no mask, which halves its work, so pruning pays only if at most half the
+    columns are scored.
     """
-    queries = max(1, int(is_scored.sum(1).max()))
-    if 2 * queries > is_scored.shape[1]:
+    device = batch.input_ids.device
+    queries = num_queries(batch.is_scored, device.type)
+    if 2 * queries > batch.is_scored.shape[1]:
         return None
-    return is_scored.byte().argsort(dim=1, descending=True, stable=True)[:, :queries]
+    columns = np.argsort(~batch.is_scored, axis=1, kind="stable")[:, :queries]
+    positions = np.flatnonzero(np.take_along_axis(batch.is_scored, columns, 1))
+    return PrunedQueries(to_device(columns, device), to_device(positions, device))
 
 
-def gather_columns(
-    states: Float[Tensor, "batch time width"], columns: Int64[Tensor, "batch queries"]
-) -> Float[Tensor, "batch queries width"]:
-    """Return each row's states at its columns."""
-    rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
-    return states[rows, columns]
-
-
-def select_scored(
-    states: Float[Tensor, "batch queries width"],
-    columns: Int64[Tensor, "batch queries"] | None,
-    is_scored: Bool[Tensor, "batch time"],
-) -> Float[Tensor, "scored width"]:
-    """Return the states of scored positions, dropping the padding queries."""
-    return states[is_scored if columns is None else is_scored.gather(1, columns)]
+def num_queries(is_scored: Bool[np.ndarray, "batch time"], device_type: str) -> int:
+    """Return how many queries each row needs; on CUDA a power of two, because cuDNN plans each new shape."""
+    queries = max(1, int(is_scored.sum(1).max()))
+    return 1 << (queries - 1).bit_length() if device_type == "cuda" else queries
 
 
 def attend(
     queries: Float[Tensor, "batch heads queries head_width"],
     keys: Float[Tensor, "batch key_heads time head_width"],
     values: Float[Tensor, "batch key_heads time head_width"],
-    columns: Int64[Tensor, "batch queries"] | None,
+    pruned: PrunedQueries | None,
     scaling: float,
 ) -> Float[Tensor, "batch queries width"]:
-    """Return causal attention of queries at positions `columns`; None means one query per column."""
-    if columns is None:
+    """Return causal attention of the pruned queries; None means one query per column."""
+    if pruned is None:
         attended = F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=scaling, enable_gqa=keys.shape[1] < queries.shape[1]
         )
         return attended.transpose(1, 2).flatten(2)
     # Query heads that share a key head become extra queries of it: nothing is copied, and any kernel works.
     groups = queries.shape[1] // keys.shape[1]
-    is_past = torch.arange(keys.shape[2], device=columns.device) <= columns[:, None, :, None]
+    is_past = torch.arange(keys.shape[2], device=keys.device) <= pruned.columns[:, None, :, None]
     grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
     attended = F.scaled_dot_product_attention(
         grouped, keys, values, attn_mask=is_past.repeat(1, 1, groups, 1), scale=scaling

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from megaft.base import parallel
 from megaft.base.agreement import together
 from megaft.config.train import ModelConfig
-from megaft.data.samples import IGNORE_INDEX
 from megaft.models import trials
 from megaft.models.backend import Backend, backend_of_model
 from megaft.models.fused import fuse
@@ -21,6 +21,7 @@ from megaft.models.hugging_face import NatsModel, zero_init_context
 from megaft.models.loss import VocabularyShard, chunks, token_nats
 from megaft.models.parameters import count
 from megaft.models.products import fp32_logits, has_onednn
+from megaft.scoring.batch import ScoringBatch, to_device
 from megaft.scoring.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
 from megaft.scoring.packed import PackedLinear, pack_linears
 from megaft.weights.families import FAMILIES
@@ -55,21 +56,9 @@ class ScoringModel(nn.Module):
             pack_linears(self.trunk)
 
     @torch.no_grad()
-    def forward(
-        self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
-    ) -> Float32[Tensor, "quantity batch time"]:
-        """Return the nats of each label and, if `with_greedy`, 1.0 if its logit is the largest.
-
-        Args:
-            input_ids: Tokens, rows padded on the right.
-            labels: The next token of each. IGNORE_INDEX marks one that is not scored; every quantity is 0.0 there.
-        """
-        is_scored = labels != IGNORE_INDEX
-        is_first = is_scored.cumsum(1)[is_scored] == 1
-        scored = self.head(self.trunk(input_ids, is_scored), labels[is_scored], is_first)
-        quantities = scored.new_zeros(len(scored), *labels.shape)
-        quantities[:, is_scored] = scored
-        return quantities
+    def forward(self, batch: ScoringBatch) -> Float32[Tensor, "quantity scored"]:
+        """Return the nats of each scored label, row by row, and, if `with_greedy`, 1.0 if its logit is the largest."""
+        return self.head(self.trunk(batch), batch.targets, batch.is_first)
 
 
 class ScoringHead(nn.Module):
@@ -77,8 +66,6 @@ class ScoringHead(nn.Module):
 
     It shares the parameters of the model's output layer, so ZeRO-3's hooks gather them here.
     """
-
-    banned: Tensor
 
     def __init__(
         self,
@@ -93,13 +80,13 @@ class ScoringHead(nn.Module):
         self.bias: Any = getattr(output_layer, "bias", None)
         self.packed: PackedLinear | None = None
         self.with_greedy = with_greedy
-        self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64), persistent=False)
+        self.banned = np.array(banned, np.int64)
 
     def forward(
         self,
         states: Float[Tensor, "scored width"],
         labels: Int64[Tensor, " scored"],
-        is_first: Bool[Tensor, " scored"],
+        is_first: Bool[np.ndarray, " scored"],
     ) -> Float32[Tensor, "quantity scored"]:
         """Return the quantities of ScoringModel; `banned` tokens cannot be the greedy choice where `is_first`."""
         num_logits = states.shape[1] if self.weight is None else len(self.weight)
@@ -120,12 +107,14 @@ class ScoringHead(nn.Module):
         entries = len(self.weight) if self.vocabulary is None else self.vocabulary.end - self.vocabulary.begin
         return fp32_logits(states, self.weight[:entries], self.bias)  # rows after the vocabulary's are padding
 
-    def _greedy_ids(self, logits: Tensor, is_first: Tensor) -> Tensor:
+    def _greedy_ids(self, logits: Tensor, is_first: np.ndarray) -> Tensor:
         shard = self.vocabulary or VocabularyShard(0, logits.shape[-1], is_sharded=False)
         greedy_ids = shard.greedy_ids(logits)
         if len(self.banned) and is_first.any():
+            rows = to_device(np.flatnonzero(is_first), logits.device)
             banned = self.banned[(self.banned >= shard.begin) & (self.banned < shard.end)] - shard.begin
-            greedy_ids[is_first] = shard.greedy_ids(logits[is_first].index_fill(-1, banned, -torch.inf))
+            allowed = logits.index_select(0, rows).index_fill_(-1, to_device(banned, logits.device), -torch.inf)
+            greedy_ids.index_copy_(0, rows, shard.greedy_ids(allowed))
         return greedy_ids
 
 
@@ -136,11 +125,9 @@ class MegatronTrunk(nn.Module):
         super().__init__()
         self.language_model = language_model
 
-    def forward(
-        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
-    ) -> Float[Tensor, "scored width"]:
+    def forward(self, batch: ScoringBatch) -> Float[Tensor, "scored width"]:
         """Return the hidden states of the scored positions, row by row."""
-        return self.language_model(input_ids)[is_scored]
+        return batch.select(self.language_model(batch.input_ids))
 
 
 class LogitsTrunk(nn.Module):
@@ -151,15 +138,15 @@ class LogitsTrunk(nn.Module):
         self.language_model = language_model
         self.supports_logits_to_keep = trials.supports_logits_to_keep(language_model)
 
-    def forward(
-        self, input_ids: Int64[Tensor, "batch time"], is_scored: Bool[Tensor, "batch time"]
-    ) -> Float[Tensor, "scored vocab"]:
+    def forward(self, batch: ScoringBatch) -> Float[Tensor, "scored vocab"]:
         """Return the logits of the scored positions, row by row, computing only columns that some row scores."""
+        inputs = {"input_ids": batch.input_ids, "use_cache": False}
         if not self.supports_logits_to_keep:
-            return self.language_model(input_ids=input_ids, use_cache=False).logits[is_scored]
-        columns = is_scored.any(0).nonzero().squeeze(1)
-        logits = self.language_model(input_ids=input_ids, use_cache=False, logits_to_keep=columns).logits
-        return logits[is_scored[:, columns]]
+            return batch.select(self.language_model(**inputs).logits)
+        columns = np.flatnonzero(batch.is_scored.any(0))
+        positions = np.flatnonzero(batch.is_scored[:, columns])
+        columns, positions = (to_device(array, batch.input_ids.device) for array in (columns, positions))
+        return self.language_model(**inputs, logits_to_keep=columns).logits.flatten(0, 1).index_select(0, positions)
 
 
 def _split_off_head(
@@ -180,7 +167,7 @@ def _split_off_head(
 class Scorer:
     """A loaded ScoringModel with the limits that batching needs; called like the model."""
 
-    model: Callable[[Tensor, Tensor], Tensor]
+    model: Callable[[ScoringBatch], Tensor]
     head: ScoringHead
     config: Any
     """transformers' configuration of the language model."""
@@ -188,12 +175,10 @@ class Scorer:
     context_limit: int | None
     vocab_size: int
 
-    def __call__(
-        self, input_ids: Int64[Tensor, "batch time"], labels: Int64[Tensor, "batch time"]
-    ) -> Float32[Tensor, "quantity batch time"]:
+    def __call__(self, batch: ScoringBatch) -> Float32[Tensor, "quantity scored"]:
         """Return the quantities of ScoringModel. If it is partitioned, every rank calls this with equal shapes."""
         with torch.no_grad():  # around the engine too, which otherwise expects a backward pass
-            return self.model(input_ids, labels)
+            return self.model(batch)
 
     def configure(self, *, with_greedy: bool, banned: Sequence[int] = ()) -> Scorer:
         """Set which quantities later calls return, and return this scorer.
@@ -203,7 +188,7 @@ class Scorer:
             banned: Token ids that cannot be the greedy choice at the first scored position of a row.
         """
         self.head.with_greedy = with_greedy
-        self.head.banned = torch.tensor(banned, dtype=torch.int64, device=self.head.banned.device)
+        self.head.banned = np.array(banned, np.int64)
         return self
 
 
@@ -280,7 +265,7 @@ def _load_partitioned(source: str, dtype: torch.dtype) -> CausalLM:
     return language_model
 
 
-def _engine(model: ScoringModel, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+def _engine(model: ScoringModel, dtype: torch.dtype) -> Callable[[ScoringBatch], Tensor]:
     import deepspeed
 
     engine = deepspeed.initialize(model=model, config=_deepspeed_config(dtype), mpu=parallel.mpu())[0]

@@ -8,14 +8,15 @@ the same on any number of ranks.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from megaft.base import parallel
@@ -23,14 +24,20 @@ from megaft.base.errors import DataError
 from megaft.base.plural import counted
 from megaft.data.samples import IGNORE_INDEX
 from megaft.models.finite import require_finite_nats
+from megaft.scoring.batch import ScoringBatch
+from megaft.scoring.host_copy import HostCopy
 from megaft.scoring.windows import Window
 
-TokenScorer = Callable[[Tensor, Tensor], Tensor]
-"""The model, in evaluation mode: (input_ids, labels), both Int64 "batch time", to Float32 "quantity batch time".
+T = TypeVar("T")
 
-Labels are already shifted; every quantity is 0.0 where they are IGNORE_INDEX. The first quantity is the nats of each
-label; the optional second is 1.0 if the label was the model's greedy choice.
+TokenScorer = Callable[[ScoringBatch], Tensor]
+"""The model, in evaluation mode, from a batch to Float32 "quantity scored", row by row.
+
+The first quantity is the nats of each scored label; the optional second is 1.0 if it was the model's greedy choice.
 """
+
+IN_FLIGHT = {"cpu": 0, "cuda": 1}
+"""Batches that the host launches before it waits for the values of an earlier one, by device type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,33 +163,62 @@ def rows_of(
     return rows
 
 
-def batches_of(rows: Sequence[Row], tokens_per_batch: int, rope_length_limit: int | None = None) -> list[list[Row]]:
+class Batch(NamedTuple):
+    """Rows of one forward pass."""
+
+    rows: list[Row]
+    num_columns: int
+    """Input tokens of each row, including padding."""
+
+
+def batches_of(
+    rows: Sequence[Row], tokens_per_batch: int, device_type: str, rope_length_limit: int | None = None
+) -> list[Batch]:
     """Group rows of one shape class into batches, the longest first, so that there is little padding.
 
-    Batches depend only on the rows, not on the number of ranks, so the computed bits do not either.
+    Batches depend on the rows and the device type, not on the number of ranks, so the computed bits do not either. On
+    CUDA lengths are rounded up, so that many batches share a shape: cuDNN plans each new one, for some 30 ms.
 
     Args:
         rows: In any order.
         tokens_per_batch: Largest number of input tokens in a batch, including padding; a longer row is its own batch.
+        device_type: Type of the model's device.
         rope_length_limit: Rows up to this length never share a batch with longer rows (see rope.length_limit).
     """
 
     def shape_class(row: Row) -> tuple[int, bool]:
         # Rows of one class share a batch. The last layer and the head compute as many columns as its most targets.
-        return row.num_targets.bit_length(), rope_length_limit is not None and row.num_inputs > rope_length_limit
+        return row.num_targets.bit_length(), is_longer(row)
+
+    def is_longer(row: Row) -> bool:
+        return rope_length_limit is not None and row.num_inputs > rope_length_limit
 
     def order(row: Row) -> tuple[int, bool, int]:
         columns, is_longer = shape_class(row)
         return -columns, not is_longer, -row.num_inputs
 
+    def padded_length(row: Row) -> int:
+        if device_type != "cuda":
+            return row.num_inputs
+        limit = longest if rope_length_limit is None or is_longer(row) else min(longest, rope_length_limit)
+        return min(rounded_length(row.num_inputs), limit)
+
     batches = []
+    longest = max((row.num_inputs for row in rows), default=1)  # the model may have no more positions
     for _, similar in groupby(sorted(rows, key=order), shape_class):
         group = list(similar)
         while group:
-            num_rows = max(1, tokens_per_batch // group[0].num_inputs)
-            batches.append(group[:num_rows])
+            num_columns = padded_length(group[0])
+            num_rows = max(1, tokens_per_batch // num_columns)
+            batches.append(Batch(group[:num_rows], num_columns))
             group = group[num_rows:]
     return batches
+
+
+def rounded_length(length: int) -> int:
+    """Return a length rounded up to a multiple of 8, and to one of eight between any two powers of two."""
+    multiple = 1 << max(3, (length - 1).bit_length() - 4)
+    return -(-length // multiple) * multiple
 
 
 @runtime_checkable
@@ -242,21 +278,25 @@ def score(
         raise DataError(
             f"{name} has no token to score in {counted(num_documents, 'document')}; give a text of two or more words."
         )
-    batches = batches_of(rows, tokens_per_batch, rope_length_limit)
+    batches = batches_of(rows, tokens_per_batch, device.type, rope_length_limit)
     values = np.zeros((2, int(documents.document_offsets[-1])))
     pending = _restore_finished(values, batches, store)
     done = sum(row.num_inputs for row in rows) - _num_inputs(batches, pending)
     progress(done)
-    for numbers in _rounds(pending, parallel.data_parallel_size()):
-        own = numbers[parallel.data_parallel_rank() :][:1]
-        batch = batches[own[0]] if own else []
-        batch_values = _values_of(documents, batch, model, device, prefix_id)
-        if (
-            own and parallel.tensor_parallel_rank() == 0
-        ):  # other ranks of the tensor-parallel group have the same values
-            _scatter(values, batch, batch_values)
+
+    def launch(numbers: list[int]) -> tuple[list[int], int | None, HostCopy]:
+        own = next(iter(numbers[parallel.data_parallel_rank() :]), None)
+        batch = Batch([], 1) if own is None else batches[own]
+        return numbers, own, _launch(documents, batch, model, device, prefix_id)
+
+    launched = map(launch, _rounds(pending, parallel.data_parallel_size()))
+    for numbers, own, copy in _behind(launched, IN_FLIGHT[device.type]):
+        batch_values = copy.wait()
+        # Other ranks of the tensor-parallel group have the same values.
+        if own is not None and parallel.tensor_parallel_rank() == 0:
+            _scatter(values, batches[own], batch_values)
             if store is not None and np.isfinite(batch_values).all():
-                store.keep(own[0], batch_values)
+                store.keep(own, batch_values)
         done += _num_inputs(batches, numbers)
         progress(done)
     # Each position is set on one rank and 0.0 on the others, so this sum is exact.
@@ -274,11 +314,21 @@ def _rounds(numbers: list[int], size: int) -> Iterator[list[int]]:
         yield numbers[begin : begin + size]
 
 
-def _num_inputs(batches: list[list[Row]], numbers: Iterable[int]) -> int:
-    return sum(row.num_inputs for number in numbers for row in batches[number])
+def _behind(items: Iterable[T], num_in_flight: int) -> Iterator[T]:
+    """Yield the items in order, each after `num_in_flight` later ones have been taken."""
+    in_flight = deque[T]()
+    for item in items:
+        in_flight.append(item)
+        if len(in_flight) > num_in_flight:
+            yield in_flight.popleft()
+    yield from in_flight
 
 
-def _restore_finished(values: np.ndarray, batches: list[list[Row]], store: BatchStore | None) -> list[int]:
+def _num_inputs(batches: list[Batch], numbers: Iterable[int]) -> int:
+    return sum(row.num_inputs for number in numbers for row in batches[number].rows)
+
+
+def _restore_finished(values: np.ndarray, batches: list[Batch], store: BatchStore | None) -> list[int]:
     """Scatter the main rank's finished batches into `values`; return the unfinished numbers, on every rank."""
     is_finished = torch.zeros(len(batches), dtype=torch.int64)
     if store is not None and parallel.is_main():
@@ -291,32 +341,31 @@ def _restore_finished(values: np.ndarray, batches: list[list[Row]], store: Batch
     return [number for number in range(len(batches)) if not is_finished[number]]
 
 
-def _scatter(values: np.ndarray, batch: list[Row], batch_values: np.ndarray) -> None:
+def _scatter(values: np.ndarray, batch: Batch, batch_values: np.ndarray) -> None:
     begin = 0
-    for row in batch:
+    for row in batch.rows:
         values[: len(batch_values), row.target_positions] = batch_values[:, begin : begin + row.num_targets]
         begin += row.num_targets
 
 
 @torch.no_grad()
-def _values_of(
-    documents: Documents, batch: list[Row], model: TokenScorer, device: torch.device, prefix_id: int | None
-) -> Float32[np.ndarray, "quantity targets"]:
-    """Run the model on a batch and return the quantities of its targets, row by row."""
-    inputs, labels = (tensor.to(device) for tensor in _tensors(documents, batch, prefix_id))
-    return model(inputs, labels)[:, labels != IGNORE_INDEX].cpu().numpy()
+def _launch(
+    documents: Documents, batch: Batch, model: TokenScorer, device: torch.device, prefix_id: int | None
+) -> HostCopy:
+    """Run the model on a batch, without waiting for the device; return the quantities of its targets, row by row."""
+    return HostCopy(model(ScoringBatch.of(*_arrays(documents, batch, prefix_id), device)))
 
 
-def _tensors(
-    documents: Documents, batch: list[Row], prefix_id: int | None
-) -> tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]:
-    inputs = np.zeros((max(1, len(batch)), max((row.num_inputs for row in batch), default=1)), np.int64)
+def _arrays(
+    documents: Documents, batch: Batch, prefix_id: int | None
+) -> tuple[Int64[np.ndarray, "batch time"], Int64[np.ndarray, "batch time"]]:
+    inputs = np.zeros((max(1, len(batch.rows)), batch.num_columns), np.int64)
     labels = np.full_like(inputs, IGNORE_INDEX)
-    for i, (first, window) in enumerate(batch):
+    for i, (first, window) in enumerate(batch.rows):
         if prefix_id is not None and window.begin == 0:
             tokens = np.concatenate([[prefix_id], documents.read(first + 1, first + window.end)])
         else:
             tokens = documents.read(first + window.begin, first + window.end)
         inputs[i, : len(tokens) - 1] = tokens[:-1]
         labels[i, window.columns] = tokens[window.scored_from - window.begin :]
-    return torch.from_numpy(inputs), torch.from_numpy(labels)
+    return inputs, labels

@@ -187,14 +187,14 @@ def test_a_text_is_prepared_again_where_its_tokenizer_opens_it_otherwise(tmp_pat
 
 
 class Engine:
-    """A transformers model that returns the nats of each label."""
+    """A transformers model that returns the nats of some labels."""
 
     def __init__(self, model):
         self.model = model
 
-    def __call__(self, input_ids, labels, per_token):
+    def __call__(self, input_ids, labels, positions):
         logits = self.model(input_ids=input_ids).logits.float()
-        return torch.nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORE_INDEX, reduction="none")
+        return torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").flatten()[positions]
 
     def eval(self):
         pass

@@ -8,6 +8,7 @@ import os
 import pytest
 import read_once
 import torch
+from scoring_batches import grid_of
 from tiny_models import LLAMA, make_config
 
 from megaft.base.errors import ConfigError
@@ -88,7 +89,8 @@ def quantities(models, backend, batch):
     found = {}
     for name, source in models.items():
         scorer = load_scoring_model(str(source), dtype=torch.float32, device=torch.device("cpu"), backend=backend)
-        found[name] = scorer.num_parameters, scorer.configure(with_greedy=True, banned=BANNED)(*batch).tolist()
+        scorer.configure(with_greedy=True, banned=BANNED)
+        found[name] = scorer.num_parameters, grid_of(scorer, *batch).tolist()
     return found
 
 

@@ -89,9 +89,8 @@ def compared(reference, megatron, vocab_size, documents=None):
         wanted = megatron.layout.local(name, [grads[one] for one in megatron.layout.rules[name].sources], size, rank)
         worst = max(worst, float((wanted - parameter.grad).abs().max() / max(1.0, float(wanted.abs().max()))))
     with torch.no_grad():
-        each = (
-            ours(inputs, labels, documents, per_token=True) - theirs(inputs, labels, documents, per_token=True)
-        ).abs()
+        scored = (labels != -100).flatten().nonzero().flatten()
+        each = (ours(inputs, labels, documents, scored) - theirs(inputs, labels, documents, scored)).abs()
         logits = 0.0
         if documents is None:
             logits = float((logits_of(megatron, inputs) - reference(input_ids=inputs).logits).abs().max())

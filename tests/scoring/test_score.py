@@ -14,7 +14,8 @@ from megaft.data.samples import IGNORE_INDEX
 from megaft.models.hugging_face import NatsModel
 from megaft.models.loss import token_nats
 from megaft.scoring import score as scoring
-from megaft.scoring.score import Row, Score, batches_of, rows_of, score
+from megaft.scoring.host_copy import HostCopy
+from megaft.scoring.score import Row, Score, batches_of, rounded_length, rows_of, score
 from megaft.scoring.windows import Window, windows
 
 CPU = torch.device("cpu")
@@ -52,9 +53,9 @@ class Model:
     def __init__(self, model):
         self.model, self.shapes = model.eval(), []
 
-    def __call__(self, input_ids, labels):
-        self.shapes.append(tuple(input_ids.shape))
-        return token_nats(self.model(input_ids).logits, labels).unsqueeze(0)
+    def __call__(self, batch):
+        self.shapes.append(tuple(batch.input_ids.shape))
+        return token_nats(self.model(batch.input_ids).logits, batch.labels).flatten()[None, batch.positions]
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +136,42 @@ def test_a_stride_that_skips_tokens_is_refused(stride, last, largest):
         list(windows(10, 4, stride, last=last))
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1), st.integers(1, 100))
-def test_batches_hold_every_row_once(sizes, tokens_per_batch):
+def test_batches_hold_every_row_once(device_type, sizes, tokens_per_batch):
     rows = [Row(i, Window(0, max(1, inputs - targets), inputs + 1)) for i, (inputs, targets) in enumerate(sizes)]
-    batches = batches_of(rows, tokens_per_batch)
-    assert sorted(row for batch in batches for row in batch) == sorted(rows)
+    batches = batches_of(rows, tokens_per_batch, device_type)
+    assert sorted(row for batch in batches for row in batch.rows) == sorted(rows)
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(row.num_inputs for row in batch) <= tokens_per_batch
-        targets = [row.num_targets for row in batch]
+        assert len(batch.rows) == 1 or len(batch.rows) * batch.num_columns <= tokens_per_batch
+        assert batch.num_columns >= max(row.num_inputs for row in batch.rows)
+        targets = [row.num_targets for row in batch.rows]
         assert max(targets) < 2 * min(targets)
+
+
+@pytest.mark.parametrize(("stride", "tokens_per_batch"), [(512, 8192), (1024, 8192), (32, 65536)])
+def test_many_documents_make_few_shapes_on_a_gpu(stride, tokens_per_batch):
+    """cuDNN plans each new shape."""
+    lengths = np.random.default_rng(0).lognormal(6.5, 0.6, 1000).astype(int)  # as of film reviews: median 665
+    offsets = np.cumsum([0, *lengths]).tolist()
+    rows = [Row(begin, w) for begin, n in zip(offsets, lengths, strict=False) for w in windows(int(n), 1024, stride)]
+    exact, rounded = (batches_of(rows, tokens_per_batch, device_type) for device_type in ("cpu", "cuda"))
+    assert len({(len(batch.rows), batch.num_columns) for batch in rounded}) <= 32
+    computed = [sum(len(batch.rows) * batch.num_columns for batch in batches) for batches in (exact, rounded)]
+    assert computed[1] <= 1.02 * computed[0]
+    assert max(batch.num_columns for batch in rounded) == 1024
+
+
+def test_lengths_are_rounded_to_eight_between_powers_of_two():
+    found = [rounded_length(length) for length in range(1, 2049)]
+    assert sorted({*found})[-24:] == [*range(288, 512, 32), *range(512, 1024, 64), *range(1024, 2049, 128)]
+    assert all(length <= padded < length + max(8, length / 8) for length, padded in enumerate(found, 1))
+
+
+def test_rounding_up_exceeds_neither_the_longest_row_nor_the_rope_limit():
+    rows = [Row(0, Window(0, 1, length + 1)) for length in (100, 70, 61)]
+    assert [batch.num_columns for batch in batches_of(rows, 64, "cuda")] == [100, 72, 64]
+    assert [batch.num_columns for batch in batches_of(rows, 64, "cuda", rope_length_limit=70)] == [100, 70, 64]
 
 
 def test_a_short_document_costs_transformers_own_loss(gpt2):
@@ -231,9 +259,9 @@ def test_ranks_make_equal_numbers_of_passes(gpt2, num_tokens, batch_size, size, 
 def test_a_dummy_batch_scores_nothing(monkeypatch):
     seen = []
 
-    def model(input_ids, labels):
-        seen.append(labels.clone())
-        return torch.zeros(1, *labels.shape)
+    def model(batch):
+        seen.append(batch.labels.clone())
+        return torch.zeros(1, len(batch.positions))
 
     monkeypatch.setattr(scoring, "parallel", Rank(1, 2, []))
     run(model, Text(tokens(5)), context_length=8, stride=8, batch_size=1)
@@ -267,15 +295,65 @@ def test_an_interrupted_evaluation_continues_with_the_same_bits(gpt2):
     assert done[-1] == sum(row.num_inputs for row in rows)
 
 
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_values_are_read_after_later_batches_are_launched(gpt2, in_flight, monkeypatch):
+    """A batch is finished, and kept, when its values are on the host."""
+    text, events = Text(tokens(33)), []
+
+    def read_and_mark(copy, read=HostCopy.wait):
+        events.append("read")
+        return read(copy)
+
+    class Store(Memory):
+        def keep(self, number, values):
+            events.append(number)
+            super().keep(number, values)
+
+    class Launches(Model):
+        def __call__(self, batch):
+            events.append("launch")
+            return super().__call__(batch)
+
+    settings = {"context_length": 8, "stride": 8, "batch_size": 1}
+    expected = run(gpt2, text, **settings)
+    monkeypatch.setitem(scoring.IN_FLIGHT, "cpu", in_flight)
+    monkeypatch.setattr(HostCopy, "wait", read_and_mark)
+    store, done = Store(), []
+    late = run(Launches(gpt2), text, store=store, progress=done.append, **settings)
+    finished = [["read", number] for number in range(4)]
+    order = ["launch", *finished[0], "launch", *finished[1], "launch", *finished[2], "launch", *finished[3]]
+    if in_flight:
+        order = ["launch", "launch", *finished[0], "launch", *finished[1], "launch", *finished[2], *finished[3]]
+    assert events == order
+    assert done == [0, 8, 16, 24, 32]
+    assert late.token_nats.tolist() == expected.token_nats.tolist()
+    assert [store.finished[number].tolist() for number in range(4)] == [
+        [late.token_nats[8 * number + 1 : 8 * number + 9].tolist()] for number in range(4)
+    ]
+
+
+def test_a_batch_in_flight_is_scored_again_after_an_interruption(gpt2, monkeypatch):
+    monkeypatch.setitem(scoring.IN_FLIGHT, "cpu", 1)
+    text, settings = Text(tokens(33)), {"context_length": 8, "stride": 8, "batch_size": 1}
+    memory, model = Memory(stop_after=2), Model(gpt2)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, text, store=memory, **settings)
+    assert (sorted(memory.finished), len(model.shapes)) == ([0, 1], 3)
+    memory.stop_after = None
+    continued = run(model, text, store=memory, **settings)
+    assert (sorted(memory.finished), len(model.shapes)) == ([0, 1, 2, 3], 5)
+    assert continued.nats.hex() == run(gpt2, text, **settings).nats.hex()
+
+
 BAD_TOKEN = 50
 
 
 def model_with(value):
     """Return one nat per label, but this value for BAD_TOKEN."""
 
-    def model(input_ids, labels):
-        nats = torch.where(labels == BAD_TOKEN, value, 1.0) * (labels != IGNORE_INDEX)
-        return torch.stack([torch.where(labels == IGNORE_INDEX, 0.0, nats), torch.zeros(labels.shape)])
+    def model(batch):
+        nats = torch.where(batch.targets == BAD_TOKEN, value, 1.0)
+        return torch.stack([nats, torch.zeros_like(nats)])
 
     return model
 
@@ -343,7 +421,11 @@ def test_all_ranks_refuse_together(run_ranks):
 def test_a_model_that_returns_nats_scores_the_same(gpt2):
     nats_model = NatsModel(gpt2).eval()
     text, settings = Text(tokens(40, 1), tokens(7, 2)), {"context_length": 16, "stride": 8, "batch_size": 2}
-    through_head = run(lambda ids, labels: nats_model(ids, labels, per_token=True)[None], text, **settings)
+
+    def head(batch):
+        return nats_model(batch.input_ids, batch.labels, positions=batch.positions)[None]
+
+    through_head = run(head, text, **settings)
     assert through_head.token_nats == pytest.approx(run(gpt2, text, **settings).token_nats, rel=1e-5, abs=1e-6)
 
 

@@ -1,8 +1,10 @@
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scoring_batches import batch_of, grid_of
 from tiny_models import VOCAB, logits_of, make_model
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
@@ -81,7 +83,7 @@ def test_nats_are_those_of_full_logits(name, changes, trunk, columns):
     inputs, labels = make_batch(columns)
     scoring_model = ScoringModel(model)
     assert type(scoring_model.trunk) is trunk
-    nats = scoring_model(inputs, labels)
+    nats = grid_of(scoring_model, inputs, labels)
     assert nats.shape == (1, *labels.shape)
     torch.testing.assert_close(nats[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0)
 
@@ -94,7 +96,7 @@ def test_choices_are_the_largest_logits(name, changes, trunk, monkeypatch):
     choices = logits_of(model, inputs).argmax(-1)
     is_scored = labels != IGNORE_INDEX
     labels[:, ::2] = torch.where(is_scored, choices, labels)[:, ::2]  # about half of them right
-    quantities = ScoringModel(model, with_greedy=True)(inputs, labels)
+    quantities = grid_of(ScoringModel(model, with_greedy=True), inputs, labels)
     assert torch.equal(quantities[1], (choices == labels).float())
     assert 0 < quantities[1].sum() < is_scored.sum()
     torch.testing.assert_close(quantities[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0)
@@ -113,8 +115,8 @@ def test_banned_tokens_are_never_the_greedy_choice():
         expected[place] = allowed.argmax()
     is_scored = labels != IGNORE_INDEX
     labels = torch.where(is_scored, expected, labels)
-    free = ScoringModel(model, with_greedy=True)(inputs, labels)
-    filtered = ScoringModel(model, with_greedy=True, banned=banned)(inputs, labels)
+    free = grid_of(ScoringModel(model, with_greedy=True), inputs, labels)
+    filtered = grid_of(ScoringModel(model, with_greedy=True, banned=banned), inputs, labels)
     assert torch.equal(filtered[1], is_scored.float())
     assert torch.equal(free[1], (is_scored & (best == expected)).float())
     assert torch.equal(filtered[0], free[0])
@@ -126,9 +128,9 @@ def test_the_first_of_equal_logits_is_the_choice():
         model.get_output_embeddings().weight.zero_()
     labels = torch.tensor([[0, 1, 0, IGNORE_INDEX], [2, 3, 0, 0]])
     inputs = torch.zeros_like(labels)
-    flags = ScoringModel(model, with_greedy=True)(inputs, labels)[1]
+    flags = grid_of(ScoringModel(model, with_greedy=True), inputs, labels)[1]
     assert flags.tolist() == [[1, 0, 1, 0], [0, 0, 1, 1]]
-    flags = ScoringModel(model, with_greedy=True, banned=[0, 1])(inputs, labels)[1]
+    flags = grid_of(ScoringModel(model, with_greedy=True, banned=[0, 1]), inputs, labels)[1]
     assert flags.tolist() == [[0, 0, 1, 0], [1, 0, 1, 1]]
 
 
@@ -170,7 +172,7 @@ def test_unscored_positions_are_keys_and_values_only(name, columns, num_queries)
     seen = count_rows(parts | {"mlp": last.mlp, "norm": norm, "head": scoring_model.head})
     everywhere = count_rows({"mlp of the first layer": first_mlp})
     around = {} if name == "gpt2" else count_rows({"q": last.self_attn.q_proj, "k": last.self_attn.k_proj})
-    scoring_model(*make_batch(columns))
+    scoring_model(batch_of(*make_batch(columns)))
     assert set(seen.values()) == {sum(map(len, columns))}
     assert everywhere == {"mlp of the first layer": 3 * TIME}
     if around:
@@ -180,7 +182,7 @@ def test_unscored_positions_are_keys_and_values_only(name, columns, num_queries)
 def test_a_known_head_never_sees_an_unscored_position():
     scoring_model = ScoringModel(make_model("gpt-neox"))
     seen = count_rows({"head": scoring_model.head})
-    scoring_model(*make_batch(SCORED["ragged"]))
+    scoring_model(batch_of(*make_batch(SCORED["ragged"])))
     assert seen == {"head": 12}
 
 
@@ -188,19 +190,19 @@ def test_columns_that_no_row_scores_get_no_logits():
     model = make_model("gemma2 with capped logits")
     scoring_model = ScoringModel(model)
     seen = count_rows({"head": model.get_output_embeddings()})
-    scoring_model(*make_batch([[2, 3], [3], [3, 9]]))
+    scoring_model(batch_of(*make_batch([[2, 3], [3], [3, 9]])))
     assert seen == {"head": 3 * 3}
 
 
 def test_there_are_no_gradients_and_no_dropout():
     model = make_model(resid_pdrop=0.5).train()
     scoring_model = ScoringModel(model)
-    inputs, labels = make_batch(SCORED["ragged"])
-    nats = scoring_model(inputs, labels)
+    batch = batch_of(*make_batch(SCORED["ragged"]))
+    nats = scoring_model(batch)
     assert not nats.requires_grad
-    assert torch.equal(nats, scoring_model(inputs, labels))
+    assert torch.equal(nats, scoring_model(batch))
     with torch.inference_mode():
-        assert torch.equal(nats, scoring_model(inputs, labels))
+        assert torch.equal(nats, scoring_model(batch))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -212,7 +214,7 @@ def test_eager_attention_takes_the_general_path(name):
     scoring_model = ScoringModel(model)
     assert type(scoring_model.trunk) is AnyTrunk
     torch.testing.assert_close(
-        scoring_model(inputs, labels)[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0
+        grid_of(scoring_model, inputs, labels)[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0
     )
 
 
@@ -228,7 +230,7 @@ def test_adapters_count(name, trunk):
     scoring_model = ScoringModel(model)
     assert type(scoring_model.trunk) is trunk
     torch.testing.assert_close(
-        scoring_model(inputs, labels)[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0
+        grid_of(scoring_model, inputs, labels)[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0
     )
 
 
@@ -238,7 +240,7 @@ def test_adapters_count(name, trunk):
 def test_cross_entropy_is_in_float32():
     layer = nn.Linear(16, 1000, bias=False).bfloat16()
     states, labels = torch.randn(50, 16).bfloat16(), torch.randint(0, 1000, (50,))
-    nats = ScoringHead(layer, False, ())(states, labels, torch.zeros(50, dtype=torch.bool))[0].detach()
+    nats = ScoringHead(layer, False, ())(states, labels, np.zeros(50, np.bool_))[0].detach()
     logits = layer(states).detach()
     assert torch.equal(nats, F.cross_entropy(logits.float(), labels, reduction="none"))
     assert not torch.equal(nats, F.cross_entropy(logits, labels, reduction="none").float())
@@ -248,7 +250,7 @@ def test_cross_entropy_is_in_float32():
 def test_bf16_nats_are_those_of_bf16_logits(name):
     model = make_model(name).bfloat16()
     inputs, labels = make_batch(SCORED["all"])
-    nats = ScoringModel(model)(inputs, labels)[0]
+    nats = grid_of(ScoringModel(model), inputs, labels)[0]
     assert nats.dtype == torch.float32
     torch.testing.assert_close(nats, reference_nats(model, inputs, labels), rtol=1e-6, atol=0)
 
@@ -271,7 +273,7 @@ def test_a_trained_model_on_real_text(trained):
     inputs, labels = ids[:, :-1], ids[:, 1:].clone()
     labels[:, :-20] = IGNORE_INDEX
     scorer = load_scoring_model(trained, dtype=torch.float32, device=CPU).configure(with_greedy=True)
-    quantities = scorer(inputs, labels)
+    quantities = grid_of(scorer, inputs, labels)
     torch.testing.assert_close(quantities[0], reference_nats(model, inputs, labels), rtol=1e-6, atol=0)
     assert torch.equal(quantities[1], (logits_of(model, inputs).argmax(-1) == labels).float())
     assert (scorer.num_parameters, scorer.context_limit, scorer.vocab_size) == (NUM_PARAMETERS, 1024, 2001)
@@ -320,7 +322,7 @@ def score_partitioned(models):
 
 
 def quantities_of(scorer, rank):
-    return [scorer(*make_batch(SCORED[deal[rank]], seed=rank)).tolist() for deal in DEALS + DEALS]
+    return [scorer(batch_of(*make_batch(SCORED[deal[rank]], seed=rank))).tolist() for deal in DEALS + DEALS]
 
 
 @pytest.mark.slow
@@ -351,7 +353,7 @@ def score_narrow_and_wide(source):
     device = parallel.join(parallel.discover(os.environ))
     scorer = load_scoring_model(source, dtype=torch.float32, device=device, is_partitioned=True)
     times = [2, TIME] if parallel.is_main() else [TIME, 2]
-    nats = [scorer(*make_batch([range(time)], time=time)).sum().item() for time in times]
+    nats = [scorer(batch_of(*make_batch([range(time)], time=time))).sum().item() for time in times]
     parallel.leave()
     return nats
 

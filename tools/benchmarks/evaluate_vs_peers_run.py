@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from evaluate_vs_peers_case import Case
@@ -57,6 +58,7 @@ def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Scored]:
     from evaluate_zero_shot.evaluation.plan import evaluation_of, find_all_data, geometries
     from evaluate_zero_shot.tasks import TASKS
     from megaft.data.tokenizer import load_tokenizer
+    from megaft.scoring.batch import ScoringBatch
 
     config = EvaluateConfig(
         model=(str(folder / case.model),),
@@ -69,8 +71,9 @@ def megaft(case: Case, folder: Path, contestant: str) -> Callable[[], Scored]:
     )
     tokenizer = load_tokenizer(config.model[0])
     evaluated = load(config.model[0], tokenizer, config, "hugging-face", torch.device(case.device))
-    ids = torch.zeros(1, 8, dtype=torch.int64, device=case.device)
-    evaluated.scorer.configure(with_greedy=False, banned=())(ids, ids)  # warm-up, as the others have
+    ids = np.zeros((1, 8), np.int64)
+    warm_up = ScoringBatch.of(ids, ids, torch.device(case.device))  # as the others have
+    evaluated.scorer.configure(with_greedy=False, banned=())(warm_up)
 
     def run() -> Scored:
         data = find_all_data(config, {})[case.task, case.protocol]

@@ -53,7 +53,8 @@ def _on_rank(folder: str, shared: str) -> None:
     model = megatron.build(ModelConfig(path=folder, backend="megatron", dropout=0.0), seed=0, engine_config=None)
     tokens = torch.load(f"{shared}/tokens.pt", weights_only=True)
     with torch.no_grad():
-        nats = megatron.MegatronNats(model).eval()(tokens[:, :-1], tokens[:, 1:], per_token=True)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        nats = megatron.MegatronNats(model).eval()(inputs, labels, positions=torch.arange(labels.numel()))
     torch.save(nats, f"{shared}/{os.environ['RANK']}.pt")
     parallel.leave()
 

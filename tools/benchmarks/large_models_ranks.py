@@ -23,6 +23,7 @@ from megaft.config.train import LoraConfig, ModelConfig, OptimConfig
 from megaft.models import hugging_face
 from megaft.models.parameters import parameter_groups
 from megaft.run.optim import build_optimizer
+from megaft.scoring.batch import ScoringBatch
 from megaft.scoring.model import load_scoring_model
 
 ROWS, LENGTH = 2, 128
@@ -41,7 +42,8 @@ def forward(folder: Path) -> dict[str, Any]:
     device = parallel.join(parallel.discover(os.environ))
     scorer = load_scoring_model(str(folder), dtype=torch.bfloat16, device=device, is_partitioned=True)
     model: Any = scorer.model
-    nats = float(scorer(*tokens(scorer.vocab_size)).sum()) / (ROWS * LENGTH)
+    input_ids, labels = tokens(scorer.vocab_size)
+    nats = float(scorer(ScoringBatch.of(input_ids.numpy(), labels.numpy(), device)).sum()) / (ROWS * LENGTH)
     held = held_bytes(model.module)
     parallel.leave()
     return {"parameters": scorer.num_parameters, "weight_bytes_of_a_rank": held, "nats_per_token": nats}

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import tyro
 from prepare import short
-from torch import Tensor
 from train_report import cpu_name, table
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,6 +29,7 @@ from megaft.commands.estimate.presets import PRESETS
 from megaft.data.samples import IGNORE_INDEX
 from megaft.models.fused import fuse
 from megaft.models.products import has_onednn
+from megaft.scoring.batch import ScoringBatch
 from megaft.scoring.last_layer import AnyTrunk
 from megaft.scoring.model import ScoringModel
 from megaft.scoring.packed import PackedLinear, pack_linears
@@ -79,8 +79,9 @@ def measure(name: str, arguments: Arguments) -> list[dict[str, Any]]:
         input_ids = torch.randint(0, MODELS[name].vocab_size, shape, generator=torch.Generator().manual_seed(stride))
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         labels[:, -stride:] = input_ids[:, -stride:]
-        is_same = torch.equal(pruned(input_ids, labels), plain(input_ids, labels))
-        passes = [cpu_seconds([pruned, plain], input_ids, labels, repeat) for repeat in range(arguments.repeats)]
+        batch = ScoringBatch.of(input_ids.numpy(), labels.numpy(), torch.device("cpu"))
+        is_same = torch.equal(pruned(batch), plain(batch))
+        passes = [cpu_seconds([pruned, plain], batch, repeat) for repeat in range(arguments.repeats)]
         ratios = sorted(without / with_pruning for with_pruning, without in passes)
         rows.append({"model": name, "stride": stride, "is_same": is_same, "ratios": ratios, "cpu_seconds": passes})
         print(name, stride, is_same, f"{statistics.median(ratios):.3f}", flush=True)
@@ -108,12 +109,12 @@ def is_packed() -> bool:
     return has_onednn(torch.float32, torch.device("cpu"))
 
 
-def cpu_seconds(models: list[ScoringModel], input_ids: Tensor, labels: Tensor, repeat: int) -> list[float]:
+def cpu_seconds(models: list[ScoringModel], batch: ScoringBatch, repeat: int) -> list[float]:
     """Return the CPU time of each model's pass; the first one goes first in every other repeat."""
     order = models if repeat % 2 == 0 else models[::-1]
     times = [time.process_time()]
     for model in order:
-        model(input_ids, labels)
+        model(batch)
         times.append(time.process_time())
     seconds = [end - begin for begin, end in pairwise(times)]
     return seconds if order is models else seconds[::-1]

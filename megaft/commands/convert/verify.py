@@ -188,7 +188,7 @@ def run(topology: parallel.Topology, folder: Path, dtype: str, compared: Compare
     model = load_model(compared, getattr(torch, dtype)).eval()
     nats: list[float] = []
     for row in map(torch.tensor, rows):
-        nats += model(row[None, :-1], row[None, 1:], per_token=True)[0].tolist()
+        nats += model(row[None, :-1], row[None, 1:], positions=torch.arange(len(row) - 1)).tolist()
     if topology.is_main:
         (folder / "nats.json").write_text(json.dumps(nats))
     return 0

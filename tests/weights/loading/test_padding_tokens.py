@@ -30,7 +30,7 @@ def test_nats_are_those_with_a_mask_of_ones(text, plain, loaded):
     tokens = torch.tensor([TEXTS[text]])
     logits = plain(tokens[:, :-1], attention_mask=torch.ones_like(tokens[:, :-1])).logits
     expected = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="none")
-    found = NatsModel(loaded)(tokens[:, :-1], tokens[:, 1:], per_token=True)[0]
+    found = NatsModel(loaded)(tokens[:, :-1], tokens[:, 1:], positions=torch.arange(tokens.numel() - 1))
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=0)
 
 
