@@ -338,7 +338,7 @@ def _restore_finished(values: np.ndarray, batches: list[Batch], store: BatchStor
             _scatter(values, batches[number], batch_values)
             is_finished[number] = 1
     is_finished = parallel.broadcast_from_main(is_finished)
-    return [number for number in range(len(batches)) if not is_finished[number]]
+    return [number for number, finished in enumerate(is_finished.tolist()) if not finished]
 
 
 def _scatter(values: np.ndarray, batch: Batch, batch_values: np.ndarray) -> None:

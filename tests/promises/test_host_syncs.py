@@ -1,14 +1,14 @@
 """The host waits for the device in no micro-batch, and once a step: counted in the training program itself.
 
-Ranks compute on CPUs here, where nothing waits. What would wait on a GPU shows in its operations: they read a tensor's
-value, or return a shape that depends on it. DeepSpeed's synchronize calls are no operations, and are not counted.
+Ranks compute on CPUs here, where nothing waits; see helpers/host_waits.py. DeepSpeed's synchronize calls are no
+operations, and are not counted. tests/scoring/test_host_waits.py counts the waits of scoring.
 """
 
-import sys
 from collections import Counter
 
 import pytest
 import toy
+from host_waits import caller, waits
 
 pytestmark = pytest.mark.slow
 
@@ -40,28 +40,6 @@ DEEPSPEED = {
 }
 """Most waits of DeepSpeed in a step: it reads the gradient norm, at stages 1 and 2 again for the loss scale and the
 clipping, to skip a step that is not finite; at stage 2 in bf16 it looks for gradients that are not finite too."""
-
-WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_consecutive"}
-INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
-
-
-def waits(name, arguments):
-    """Return True if the host waits for the result of an operation."""
-    import torch
-
-    if name in INDEXING:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])
-    return name in WAITING
-
-
-def caller():
-    """Return the file and function of the innermost named function outside of torch that runs an operation."""
-    frame = sys._getframe(2)
-    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_name.startswith("<"):
-        frame = frame.f_back
-        assert frame is not None
-    path = frame.f_code.co_filename.split("site-packages/")[-1]
-    return path[path.rfind("megaft/") :] if "/megaft/" in path else path, frame.f_code.co_name
 
 
 def count_waits(folder, flags, models):
