@@ -79,3 +79,24 @@ def test_a_batch_of_validation_waits_for_its_values_only(name, monkeypatch):
         return nats_model(batch.input_ids, batch.labels, positions=batch.positions).unsqueeze(0)
 
     assert counted(engine, monkeypatch) == ({}, NUM_BATCHES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_torch_sees_no_wait_on_a_gpu(name):
+    device, text = torch.device("cuda"), Text()
+    rows = rows_of(text, lambda num_tokens: windows(num_tokens, CONTEXT, 6))
+    settings = {"tokens_per_batch": 3 * CONTEXT}
+    expected = score(text, rows, ScoringModel(make_model(name)), device=torch.device("cpu"), **settings)
+    model = ScoringModel(make_model(name).to(device), with_greedy=True, banned=range(5)).to(device)
+
+    def watched(batch):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return model(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    found = score(text, rows, watched, device=device, **settings)
+    assert found.token_nats == pytest.approx(expected.token_nats, rel=1e-4, abs=1e-4)
