@@ -25,6 +25,9 @@ from megaft.base.redaction import without_parents, without_secrets
 from megaft.models.rope import length_limit
 from megaft.scoring.score import Score, batches_of, score
 
+ARITHMETIC = 2
+"""Incremented when the same batch gives other bits, so that a folder never mixes both. 2: torch's fused RMSNorm."""
+
 
 def evaluate(evaluated: EvaluatedModel, evaluation: Evaluation, output: Path) -> Result:
     """Score a model on all ranks.
@@ -122,6 +125,7 @@ def _key(evaluated: EvaluatedModel, evaluation: Evaluation) -> str:
     for part in (prepared.tokens.tokens, rows, np.array(prepared.banned, np.int64)):
         digest.update(len(part).to_bytes(8, "little") + part.tobytes())
     computed_by = (
+        ARITHMETIC,
         evaluated.sha256,
         evaluated.dtype,
         evaluated.device.type,
