@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import parent_process
@@ -124,9 +125,11 @@ def _training_text(corpora: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
-    """Restore the environment variables after each test, so that no rank of one is inherited by programs of another."""
+    """Restore environment variables and compilation after each test, so that no run of one changes another."""
     before = dict(os.environ)
     yield
+    if torch := sys.modules.get("torch"):
+        torch.compiler.set_stance("default")
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
