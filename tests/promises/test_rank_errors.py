@@ -38,7 +38,7 @@ CASES = {
     "no such precision": (1, "path", "build.require_supported", 1, ConfigError, "a setting is wrong"),
     "a model that looks ahead": (1, "path", "model.trials.require_language_model", 1, ConfigError, "a setting is"),
     "no validation text": (1, "path", "build.Validation", 1, ConfigError, "a setting is wrong"),
-    "no such optimizer": (1, "path", "build.build_optimizer", 1, ConfigError, "a setting is wrong"),
+    "no such optimizer": (1, "path", "engine.build_optimizer", 1, ConfigError, "a setting is wrong"),
     "a disk that is full": (1, "path", "start.write_config", 0, ConfigError, "a setting is wrong"),
 }
 
