@@ -42,6 +42,11 @@ def seed_generators(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
+def copied_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the device, copied from pinned memory without waiting for a GPU."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def require_own_gpu(device: torch.device, world_size: int, store: Store) -> None:
     """Raise ConfigError on every rank if two ranks of `store` use the same GPU.
 

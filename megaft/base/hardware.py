@@ -23,6 +23,11 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
     return max(multiple, CHUNK_BYTES[device_type] // (4 * vocab_size) // multiple * multiple)
 
 
+def padded_entries(num_entries: int) -> int:
+    """Return the number of vocabulary entries rounded up to a multiple of ENTRIES_MULTIPLE."""
+    return -(-num_entries // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE
+
+
 # Dense bf16/fp16 peaks of tensor cores that accumulate in fp32, from NVIDIA's documents; the first match holds. Where a
 # document gives rates with sparsity, they are twice these.
 PEAK_FLOPS = {

@@ -208,8 +208,7 @@ def has_room_for(num_parameters: int) -> bool:
 
 def _architecture_of(config: TrainConfig, tokenizer: AnyTokenizer) -> Any:
     """Return transformers' configuration of the exported model."""
-    source = config.model.path or config.model.from_scratch
-    assert source is not None
+    source = config.model.source
     is_megatron = config.model.backend == "megatron" and config.model.path is not None
     architecture = open_weights(source).config if is_megatron else load_config(source)
     pretrained.set_dropout(architecture, config.model.dropout)

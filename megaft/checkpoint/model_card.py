@@ -67,7 +67,7 @@ def _weighted_name(source: str) -> str:
 
 def _sources(config: TrainConfig, tokenizer_sha256: str) -> Iterator[list[str]]:
     """Yield the kind, name and SHA-256 of each of the run's inputs."""
-    source = str(config.model.path or config.model.from_scratch)
+    source = config.model.source
     yield ["model" if config.model.path else "architecture", _file_name(source), _sha256_of_source(source)]
     yield ["tokenizer", _file_name(config.tokenizer_source), f"{tokenizer_sha256} (vocabulary and rules)"]
     for _, name in map(parse_source, config.data.train):

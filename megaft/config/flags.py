@@ -12,8 +12,8 @@ def flags_of(config: type, field_prefix: str = "", flag_prefix: str = "") -> dic
     flags = {}
     for field in fields(config):
         path, flag = field_prefix + field.name, flag_prefix + _name_of(field.name, hints[field.name])
-        if is_dataclass(kind := kinds[field.name]):
-            flags |= flags_of(kind, f"{path}.", f"{flag}.")  # type: ignore[arg-type]
+        if is_dataclass(kinds[field.name]):
+            flags |= flags_of(kinds[field.name], f"{path}.", f"{flag}.")
         else:
             flags[path] = flag
     return flags

@@ -52,6 +52,11 @@ class ModelConfig:
             "--model.compile is on, which --model.backend megatron does not support. Use --model.compile off.",
         )
 
+    @property
+    def source(self) -> str:
+        """Source of the model: of its weights, or of its architecture if it is new."""
+        return str(self.path or self.from_scratch)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from megaft.base.device import copied_to
 from megaft.data.left_out import Ranges, full_position
 from megaft.data.samples import IGNORE_INDEX, Sample
 from megaft.data.sequence import Samples
@@ -31,13 +32,9 @@ class Batch:
     first_position: int
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the model's inputs on its device, copied from pinned memory asynchronously."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-        documents = None if self.document_ids is None else moved(self.document_ids)
-        return moved(self.input_ids), moved(self.labels), documents
+        """Return the model's inputs on its device, copied asynchronously."""
+        documents = None if self.document_ids is None else copied_to(device, self.document_ids)
+        return copied_to(device, self.input_ids), copied_to(device, self.labels), documents
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from megaft.models.linear_nats import LinearNats
-from megaft.models.loss import VocabularyShard, chunks, token_nats
+from megaft.models.loss import VocabularyShard, at_positions, chunks, token_nats
 from megaft.models.products import fp32_logits
 
 
@@ -38,7 +38,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def _at(self, positions: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
-        states, targets = (tensor.flatten(0, 1).index_select(0, positions) for tensor in (hidden, labels))
+        states, targets = (at_positions(tensor, positions) for tensor in (hidden, labels))
         nats = [torch.zeros(0, device=labels.device)]
         for chunk in chunks(len(targets), len(self.weight), labels.device):
             nats.append(self._nats(states[chunk], targets[chunk]))

@@ -19,7 +19,7 @@ from megaft.models.adapters import add_adapters
 from megaft.models.attention import document_mask, takes_masks
 from megaft.models.fused import fuse
 from megaft.models.head import Head
-from megaft.models.loss import token_nats
+from megaft.models.loss import at_positions, token_nats
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.weights.loading.memory_budget import agreed_memory_budget
 from megaft.weights.loading.pretrained import (
@@ -63,7 +63,7 @@ class NatsModel(nn.Module):
         if self.head is None:
             logits = self.language_model(input_ids=input_ids, use_cache=False, **inside).logits
             nats = token_nats(logits, labels)
-            return nats.sum() if positions is None else nats.detach().flatten().index_select(0, positions)
+            return nats.sum() if positions is None else at_positions(nats.detach(), positions)
         hidden = self.language_model.base_model(input_ids=input_ids, use_cache=False, **inside).last_hidden_state
         return self.head(hidden, labels, positions)
 

@@ -20,6 +20,11 @@ from megaft.base.hardware import chunk_rows
 from megaft.data.samples import IGNORE_INDEX
 
 
+def at_positions(values: Tensor, positions: Int64[Tensor, " selected"]) -> Tensor:
+    """Return the values at positions of the flattened batch: shape (batch, time, ...) to (selected, ...)."""
+    return values.flatten(0, 1).index_select(0, positions)
+
+
 def token_nats(logits: Float[Tensor, "... vocab"], labels: Int64[Tensor, ...]) -> Float32[Tensor, ...]:
     """Return the cross-entropy of each label; the reference for the chunked and sharded versions below.
 

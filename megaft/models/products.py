@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from megaft.base.hardware import ENTRIES_MULTIPLE
+from megaft.base.hardware import padded_entries
 
 
 def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
@@ -22,8 +22,8 @@ def is_on_cuda(tensor: Tensor) -> bool:
 
 
 def aligned(weight: Float[Tensor, "entries width"]) -> Float[Tensor, "rows width"]:
-    """Return the weight, on CUDA followed by rows of zeros up to a multiple of ENTRIES_MULTIPLE."""
-    missing = -len(weight) % ENTRIES_MULTIPLE if is_on_cuda(weight) else 0
+    """Return the weight, on CUDA followed by rows of zeros up to `padded_entries`."""
+    missing = padded_entries(len(weight)) - len(weight) if is_on_cuda(weight) else 0
     return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 
 

@@ -26,7 +26,7 @@ def contents(plan: Plan) -> dict[str, Any]:
         "the SHA-256 of --data.valid": valid.receipt["bin_sha256"] if valid else None,
         "the SHA-256 of --data.tokenizer (or --model.path)": plan.tokenizer.sha256,
         # Ranks that build a partitioned model of different shapes would wait for each other forever.
-        f"the config.json of {_model_setting(plan.config)}": local_config(_model_source(plan.config)) or UNREADABLE,
+        f"the config.json of {_model_setting(plan.config)}": local_config(plan.config.model.source) or UNREADABLE,
     }
 
 
@@ -107,11 +107,7 @@ def _names(config: TrainConfig) -> dict[str, str]:
 
 def model_name(config: TrainConfig) -> str:
     """Return the source of the run's model, with secrets redacted."""
-    return without_secrets(_model_source(config))
-
-
-def _model_source(config: TrainConfig) -> str:
-    return str(config.model.path or config.model.from_scratch)
+    return without_secrets(config.model.source)
 
 
 def _model_setting(config: TrainConfig) -> str:

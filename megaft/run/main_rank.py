@@ -39,9 +39,8 @@ class MainRank:
 
     def require_alive(self) -> None:
         """Raise the main rank's error if it has failed, or LostPeerError if it is gone."""
-        is_gone = (
-            self._has_released_lock()
-        )  # checked first, since the main rank records its reason before it releases the lock
+        # Checked first, since the main rank records its reason before it releases the lock.
+        is_gone = self._has_released_lock()
         if self.wrote(self._run_dir / "ended.json") and (end := recorded_end(self._run_dir)):
             raise _error(*end)
         if is_gone or os.getppid() != self._launcher:

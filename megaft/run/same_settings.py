@@ -69,8 +69,6 @@ def settings_error(names: list[str], settings: Mapping[str, Any]) -> ConfigError
 
 def _hash(value: Any) -> int:
     """Return a 56-bit hash of the value, which fits a signed 64-bit integer; 0 for an unreadable file."""
-    return (
-        0
-        if value is UNREADABLE
-        else int.from_bytes(sha256(json.dumps(value, default=str, sort_keys=True).encode()).digest()[:7])
-    )
+    if value is UNREADABLE:
+        return 0
+    return int.from_bytes(sha256(json.dumps(value, default=str, sort_keys=True).encode()).digest()[:7])

@@ -118,7 +118,7 @@ def _complete(prefix: Path) -> Dataset | None:
     """Return the prepared data with this prefix if it is complete; the main rank replaces it if it is damaged."""
     dataset = Dataset(str(prefix))
     try:
-        dataset.receipt  # noqa: B018  # read, checked and kept
+        _ = dataset.receipt  # read, checked and kept
     except DataError:
         return None
     return dataset

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from megaft.base.device import copied_to
 from megaft.data.samples import IGNORE_INDEX
+from megaft.models.loss import at_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class ScoringBatch:
     @property
     def targets(self) -> Int64[Tensor, " scored"]:
         """Labels of the scored positions."""
-        return self.labels.flatten().index_select(0, self.positions)
+        return at_positions(self.labels, self.positions)
 
     @property
     def is_first(self) -> Bool[np.ndarray, " scored"]:
@@ -49,10 +51,9 @@ class ScoringBatch:
 
     def select(self, states: Float[Tensor, "batch time width"]) -> Float[Tensor, "scored width"]:
         """Return the states of the scored positions."""
-        return states.flatten(0, 1).index_select(0, self.positions)
+        return at_positions(states, self.positions)
 
 
 def to_device(array: Int64[np.ndarray, ...], device: torch.device) -> Int64[Tensor, ...]:
-    """Return a tensor on the device, copied from pinned memory asynchronously."""
-    tensor = torch.from_numpy(array)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """Return an array as a tensor on the device, copied asynchronously."""
+    return copied_to(device, torch.from_numpy(array))

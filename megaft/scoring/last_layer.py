@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from transformers.pytorch_utils import Conv1D
 
 from megaft.models.attention import CAUSAL
+from megaft.models.loss import at_positions
 from megaft.scoring.batch import ScoringBatch, to_device
 from megaft.scoring.packed import PackedLinear
 
@@ -181,7 +182,7 @@ class PrunedQueries:
 
     def select(self, states: Float[Tensor, "batch queries width"]) -> Float[Tensor, "scored width"]:
         """Return the states of the scored positions, dropping the padding queries."""
-        return states.flatten(0, 1).index_select(0, self.positions)
+        return at_positions(states, self.positions)
 
 
 def pruned_queries(batch: ScoringBatch) -> PrunedQueries | None:

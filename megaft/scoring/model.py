@@ -18,7 +18,7 @@ from megaft.models import trials
 from megaft.models.backend import Backend, backend_of_model
 from megaft.models.fused import fuse
 from megaft.models.hugging_face import NatsModel, zero_init_context
-from megaft.models.loss import VocabularyShard, chunks, token_nats
+from megaft.models.loss import VocabularyShard, at_positions, chunks, token_nats
 from megaft.models.parameters import count
 from megaft.models.products import fp32_logits, has_onednn
 from megaft.scoring.batch import ScoringBatch, to_device
@@ -146,7 +146,7 @@ class LogitsTrunk(nn.Module):
         columns = np.flatnonzero(batch.is_scored.any(0))
         positions = np.flatnonzero(batch.is_scored[:, columns])
         columns, positions = (to_device(array, batch.input_ids.device) for array in (columns, positions))
-        return self.language_model(**inputs, logits_to_keep=columns).logits.flatten(0, 1).index_select(0, positions)
+        return at_positions(self.language_model(**inputs, logits_to_keep=columns).logits, positions)
 
 
 def _split_off_head(

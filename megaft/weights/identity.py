@@ -15,7 +15,7 @@ from megaft.base.errors import DataError
 from megaft.base.files import read_json
 from megaft.weights.folder import model_folder
 from megaft.weights.loading.weight_files import INDEX, shard_names
-from megaft.weights.reading import file_of
+from megaft.weights.reading import file_of, folder_of
 from megaft.weights.tensor_file import open_tensors
 
 IGNORED_FIELDS = frozenset(
@@ -88,7 +88,7 @@ def _weight_files(source: str) -> list[Path]:
         return [index.with_name(name) for name in sorted(shard_names(index))]
     if single := file_of(source, "model.safetensors"):
         return [single]
-    folder = Path(source) if Path(source).is_dir() else Path(str(file_of(source, "config.json"))).parent
+    folder = folder_of(source)
     patterns = (folder.glob("*.safetensors"), folder.glob("pytorch_model*.bin"), folder.rglob("*.pt"))
     return next((found for files in patterns if (found := sorted(files))), [])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megaft.base.files import sha256_of
 from megaft.base.redaction import without_folders, without_secrets
-from megaft.weights.reading import file_of
+from megaft.weights.reading import folder_of
 
 SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".jinja")
 """Suffixes of weight files and of the configuration files beside them."""
@@ -38,5 +38,4 @@ def sha256_of_model(source: str) -> str:
 def _files(source: str) -> list[Path]:
     if Path(source).is_file():
         return [Path(source)]
-    folder = Path(source) if Path(source).is_dir() else Path(str(file_of(source, "config.json"))).parent
-    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    return sorted(file for file in folder_of(source).iterdir() if file.suffix in SUFFIXES)

@@ -107,6 +107,11 @@ def file_of(source: str, name: str) -> Path | None:
         raise DataError(f"model is {source}; give a folder, a GGUF file or a hub name. {reason}") from error
 
 
+def folder_of(source: str) -> Path:
+    """Return the local folder of a model folder or hub model."""
+    return Path(source) if Path(source).is_dir() else Path(str(file_of(source, "config.json"))).parent
+
+
 def _from_safetensors(source: str, files: list[TensorFile]) -> Weights:
     config = load_config(source)
     require_not_quantized("model", source, config)

@@ -28,14 +28,11 @@ def kernels_of_cuda() -> Iterator[None]:
         patch.object(F, "scaled_dot_product_attention", _attend),
         patch.object(F, "dropout", _drop),
         patch.object(F, "rms_norm", _rms_norm),
-        patch.object(Tensor, "logsumexp", _logsumexp),
+        _output_layer_of_cuda(),
         patch.object(fused, "fused_rms_norm", _fused_rms_norm),
-        patch.object(products, "is_on_cuda", lambda tensor: True),
         patch.object(linear_nats, "_compiled", lambda: nats_and_grad_logits),
         patch.object(trials, "head_is_linear", lambda model, trial_model=None: True),
         patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None),
-        patch.dict(hardware.CHUNK_BYTES, cpu=hardware.CHUNK_BYTES["cuda"]),
-        patch.dict(hardware.CHUNK_ROWS_MULTIPLE, cpu=hardware.CHUNK_ROWS_MULTIPLE["cuda"]),
     ):
         yield
 
@@ -44,11 +41,20 @@ def kernels_of_cuda() -> Iterator[None]:
 def memory_of_the_head() -> Iterator[None]:
     """Allocate in the output layer what CUDA allocates, on real CPU tensors, without computing anything."""
     with (
-        patch.object(Tensor, "logsumexp", _logsumexp),
-        patch.object(products, "is_on_cuda", lambda tensor: True),
+        _output_layer_of_cuda(),
         patch.object(linear_nats, "fp32_logits", lambda hidden, weight, bias: torch.zeros(len(hidden), len(weight))),
         patch.object(linear_nats, "add_product", lambda total, left, right: None),
         patch.object(linear_nats, "_compiled", lambda: _nats_and_zeros),
+    ):
+        yield
+
+
+@contextmanager
+def _output_layer_of_cuda() -> Iterator[None]:
+    """Take CUDA's branches and chunks in the output layer."""
+    with (
+        patch.object(Tensor, "logsumexp", _logsumexp),
+        patch.object(products, "is_on_cuda", lambda tensor: True),
         patch.dict(hardware.CHUNK_BYTES, cpu=hardware.CHUNK_BYTES["cuda"]),
         patch.dict(hardware.CHUNK_ROWS_MULTIPLE, cpu=hardware.CHUNK_ROWS_MULTIPLE["cuda"]),
     ):

@@ -14,7 +14,7 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
-from megaft.base.hardware import ENTRIES_MULTIPLE, chunk_rows
+from megaft.base.hardware import chunk_rows, padded_entries
 from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.config.train import bytes_per_parameter
 from megaft.weights.dimensions import Dimensions, ShapeCounts, num_elements
@@ -113,7 +113,7 @@ def activations(work: MicroBatch) -> Activations:
     of_layer = tokens * _bytes_of_layer(work)
     kept = stream if work.is_recomputed else of_layer
     vocab_rows = -(-dims.vocab_size // work.tensor_parallel_size)
-    padded_rows = -(-vocab_rows // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE
+    padded_rows = padded_entries(vocab_rows)
     head_size, padded_size = vocab_rows * dims.width, padded_rows * dims.width
     is_rounded = itemsize < FLOAT
     # Forward, beside the fp32 gradient of the output layer's weight: the padded weight, and of a chunk the fp32 logits
@@ -178,7 +178,7 @@ def states(
         return _unsharded(weights, setup)
     if setup.zero_stage == 3:
         return _stage_3(weights, setup, num_ranks, layer)
-    if setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer:
+    if has_bf16_engine(setup):
         return _bf16_engine(weights, setup, num_ranks)
     return _stages_1_2(weights, setup, num_ranks, boundary_elements(matrices, num_ranks, rank))
 
@@ -242,6 +242,11 @@ def _unsharded(weights: ShapeCounts, setup: ResolvedSettings) -> States:
         gradients_reduced=total,
         reducing=min(total, (BUCKET + _largest(weights)) * FLOAT),
     )
+
+
+def has_bf16_engine(setup: ResolvedSettings) -> bool:
+    """Return True if DeepSpeed trains with its BF16_Optimizer."""
+    return setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer
 
 
 def _bf16_engine(weights: ShapeCounts, setup: ResolvedSettings, num_ranks: int) -> States:

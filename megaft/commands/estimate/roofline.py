@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil
 
-from megaft.base.hardware import ENTRIES_MULTIPLE, Gpu, chunk_rows, data_sheet_flops
+from megaft.base.hardware import Gpu, chunk_rows, data_sheet_flops, padded_entries
 from megaft.commands.estimate.attention import AttentionKernel
-from megaft.commands.estimate.memory import FLOAT, MicroBatch
+from megaft.commands.estimate.memory import FLOAT, MicroBatch, has_bf16_engine
 from megaft.config.deepspeed_json import ResolvedSettings
 from megaft.weights.dimensions import num_elements
 
@@ -50,8 +50,7 @@ def product_share(m: int, n: int, k: int) -> float:
 
 def state_bytes_of(work: MicroBatch, setup: ResolvedSettings, num_data_ranks: int) -> float:
     """Return the bytes moved per micro-batch to accumulate gradients and, with ZeRO over the ranks, to step."""
-    is_one_operation = setup.zero_stage == 1 and setup.dtype == "bfloat16" and not setup.offload_optimizer
-    accumulation = ACCUMULATION_BYTES if is_one_operation else CONVERTED_BYTES
+    accumulation = ACCUMULATION_BYTES if has_bf16_engine(setup) else CONVERTED_BYTES
     num_shares = num_data_ranks if setup.zero_stage else 1
     return num_elements(work.weights) * (accumulation + STEP_BYTES / num_shares / setup.gradient_accumulation_steps)
 
@@ -102,12 +101,9 @@ def _layer_products(work: MicroBatch) -> Iterator[tuple[int, int, int]]:
 def _head_products(work: MicroBatch) -> Iterator[tuple[int, int, int]]:
     rows = chunk_rows(work.dims.vocab_size, "cuda")
     for begin in range(0, work.num_tokens, rows):
-        size, entries, width = min(rows, work.num_tokens - begin), _padded_entries(work), work.dims.width
+        size, width = min(rows, work.num_tokens - begin), work.dims.width
+        entries = padded_entries(work.dims.vocab_size)
         yield from ((size, entries, width), (size, width, entries), (entries, width, size))
-
-
-def _padded_entries(work: MicroBatch) -> int:
-    return -(-work.dims.vocab_size // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE
 
 
 def _attention_flops(work: MicroBatch) -> float:
@@ -141,4 +137,4 @@ EAGER, COMPILED = (26, 35, 14, 38), (21, 28, 8, 4)
 
 def _head_bytes(work: MicroBatch) -> float:
     """Return the bytes that the loss moves: fp32 logits, read twice, and their gradient."""
-    return float(work.num_tokens * _padded_entries(work) * (2 * FLOAT + work.element_bytes))
+    return float(work.num_tokens * padded_entries(work.dims.vocab_size) * (2 * FLOAT + work.element_bytes))
