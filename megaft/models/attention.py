@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64
-from torch import Tensor
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     GPT2LMHeadModel,
@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from megaft.models.products import needs_fp32
 from megaft.weights.loading.causal_lm import CausalLM
 
 CAUSAL = "megaft_causal"
@@ -35,10 +36,27 @@ def attend_without_masks(model: CausalLM) -> None:
     """Make a model use CAUSAL attention, if its family and settings allow. It then takes no padding mask."""
     if not is_plainly_causal(model):
         return
-    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    AttentionInterface.register(CAUSAL, causal_attention)
     model.set_attn_implementation(CAUSAL)
     base: Any = model.base_model
     base.warn_if_padding_and_no_attention_mask = _no_warning  # transformers' own reads the tokens
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads time width"],
+    key: Float[Tensor, "batch key_heads time width"],
+    value: Float[Tensor, "batch key_heads time width"],
+    attention_mask: Bool[Tensor, "batch 1 time time"] | None,
+    **settings: Any,
+) -> tuple[Float[Tensor, "batch time heads width"], None]:
+    """Attend as transformers' "sdpa" does; in fp32 where `needs_fp32` says so, since the backward pass is faster."""
+    if needs_fp32(query):
+        attended, _ = sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), attention_mask, **settings
+        )
+        return attended.to(query.dtype), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 
 def is_plainly_causal(model: CausalLM) -> bool:

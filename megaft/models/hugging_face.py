@@ -18,6 +18,7 @@ from megaft.models import trials
 from megaft.models.adapters import add_adapters
 from megaft.models.attention import document_mask, takes_masks
 from megaft.models.fused import fuse
+from megaft.models.half_linear import multiply_in_fp32
 from megaft.models.head import Head
 from megaft.models.loss import at_positions, token_nats
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
@@ -123,8 +124,9 @@ def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, budget: Memory
 
 
 def _prepared(model: CausalLM, config: ModelConfig) -> CausalLM:
-    """Return the model with fused operations, and with activation checkpointing if the settings enable it."""
+    """Return the model with faster operations, and with activation checkpointing if the settings enable it."""
     fuse(model)
+    multiply_in_fp32(model)
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(

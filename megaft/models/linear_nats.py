@@ -18,7 +18,7 @@ from megaft.data.samples import IGNORE_INDEX
 from megaft.models import products
 from megaft.models.compiled import compiled
 from megaft.models.loss import VocabularyShard, chunks
-from megaft.models.products import add_product, aligned, fp32_logits
+from megaft.models.products import add_product, aligned, fp32_logits, needs_fp32
 
 
 class LinearNats(torch.autograd.Function):
@@ -37,6 +37,9 @@ class LinearNats(torch.autograd.Function):
         vocabulary: VocabularyShard | None = None,
     ) -> Float32[Tensor, ""]:
         """Sum the nats; save d nats / d input for each input that needs a gradient."""
+        ctx.dtype = hidden.dtype
+        if needs_fp32(hidden):
+            hidden, weight = hidden.float(), weight.float()
         shard = vocabulary or VocabularyShard(0, len(weight), is_sharded=False)
         token_chunks = chunks(len(labels), len(weight), labels.device)  # padding rows count: equal on all ranks
         num_rows, weight = len(weight), aligned(weight[: shard.end - shard.begin])
@@ -49,7 +52,6 @@ class LinearNats(torch.autograd.Function):
             gradients.add(grad_logits, hidden[chunk], weight, chunk)
             del logits, grad_logits  # before the next chunk's are allocated
         ctx.save_for_backward(*gradients.finish(num_rows, shard))
-        ctx.dtype = hidden.dtype
         return total
 
     @staticmethod

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from megaft.base.half_precision import product_dtype
 from megaft.base.hardware import padded_entries
 
 
@@ -14,6 +15,11 @@ def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if torch can multiply these matrices with oneDNN; its default, MKL, is slower on AMD."""
     is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return is_available and device.type == "cpu" and dtype is torch.float32
+
+
+def needs_fp32(tensor: Tensor) -> bool:
+    """Return True for a half-precision tensor on a CPU without fast instructions for its products."""
+    return not is_on_cuda(tensor) and product_dtype(tensor.dtype, tensor.device) is not tensor.dtype
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
@@ -30,7 +36,9 @@ def aligned(weight: Float[Tensor, "entries width"]) -> Float[Tensor, "rows width
 def fp32_logits(
     hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "rows width"], bias: Float[Tensor, " entries"] | None
 ) -> Float32[Tensor, "tokens rows"]:
-    """Return hidden @ weight.T + bias. On CUDA, half-precision products are not rounded to half precision."""
+    """Return hidden @ weight.T + bias. Where the kernel can, half-precision products are not rounded to it."""
+    if needs_fp32(hidden):
+        hidden, weight = hidden.float(), weight.float()
     if has_onednn(hidden.dtype, hidden.device) and not is_on_cuda(hidden):
         logits = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
     elif is_on_cuda(hidden) and hidden.dtype is not torch.float32:

@@ -7,9 +7,10 @@ from dataclasses import asdict
 
 import torch
 
-from megaft.base import cpu_speed, parallel, torch_flags
+from megaft.base import parallel, torch_flags
 from megaft.base.agreement import together
 from megaft.base.environment import job, write_config
+from megaft.base.half_precision import megatron_note, product_dtype
 from megaft.base.plural import counted
 from megaft.base.progress import say
 from megaft.checkpoint import resume as checkpoints
@@ -58,10 +59,9 @@ def _notes(plan: Plan, device: torch.device) -> Iterator[str]:
     yield from notes_on_templates(plan.sources, plan.tokenizer)
     if device.type == "cuda" and not plan.config.run.deterministic:
         yield torch_flags.NONDETERMINISM_NOTE
-    if device.type == "cpu" and plan.setup.dtype != "float32":
-        dtype = getattr(torch, plan.setup.dtype)
-        seconds = cpu_speed.seconds_of_products((torch.float32, dtype))
-        yield from cpu_speed.notes_on_precision(seconds, dtype, plan.setup.zero_stage, plan.setup.offload_optimizer)
+    dtype = getattr(torch, plan.setup.dtype)
+    if plan.config.model.backend == "megatron" and product_dtype(dtype, device) is not dtype:
+        yield megatron_note(dtype, plan.setup.zero_stage)
 
 
 def _newest_state(run: Run) -> RunState:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megaft.base import parallel
+from megaft.base.half_precision import product_dtype
 from megaft.base.hardware import data_sheet_flops
 from megaft.config.train import MetricsConfig
 from megaft.models.parameters import count
@@ -34,7 +35,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, setting: float | None =
         name = torch.cuda.get_device_name(device)
         if (known := data_sheet_flops(name)) is not None:
             return known, f"data sheet of {name}"
-    return measured_flops(device, dtype), f"measured by multiplying {dtype} matrices on this {device.type}"
+    multiplied = product_dtype(dtype, device)
+    return measured_flops(device, multiplied), f"measured by multiplying {multiplied} matrices on this {device.type}"
 
 
 def _has_tensor_cores_for(device: torch.device, dtype: torch.dtype) -> bool:

@@ -17,6 +17,7 @@ from megaft.config.train import ModelConfig
 from megaft.models import trials
 from megaft.models.backend import Backend, backend_of_model
 from megaft.models.fused import fuse
+from megaft.models.half_linear import multiply_in_fp32
 from megaft.models.hugging_face import NatsModel, zero_init_context
 from megaft.models.loss import VocabularyShard, at_positions, chunks, token_nats
 from megaft.models.parameters import count
@@ -242,6 +243,7 @@ def _tested_model(language_model: CausalLM) -> ScoringModel:
     with trials.trial_model_of(language_model) as trial_model:
         trials.require_language_model(language_model, trial_model)
     fuse(language_model)
+    multiply_in_fp32(language_model)
     return ScoringModel(language_model, trial_model=trial_model)
 
 

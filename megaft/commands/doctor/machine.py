@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from megaft.base import cpu_speed
 from megaft.base.environment import environment, installed_version
+from megaft.base.half_precision import NAMES, product_dtype
 from megaft.base.hardware import GIB
 from megaft.base.redaction import SECRET_NAME, without_secrets
 from megaft.commands.doctor.floors import FLOORS
@@ -83,7 +83,7 @@ def accelerators() -> Iterator[Check]:
         built = torch.version.cuda
         reason = f"torch is built for CUDA {built} but finds no device: check nvidia-smi" if built else ""
         yield Check("accelerator", "warn", f"none: ranks compute on {os.cpu_count()} CPU cores", reason)
-        yield cpu_precision(cpu_speed.seconds_of_products((torch.float32, torch.bfloat16, torch.float16)))
+        yield cpu_precision()
     for number in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(number)
         with torch.cuda.device(number):
@@ -93,16 +93,14 @@ def accelerators() -> Iterator[Check]:
         yield Check(f"cuda:{number}", "pass" if has_bf16 else "warn", found, fix)
 
 
-def cpu_precision(seconds: dict[torch.dtype, float]) -> Check:
-    """Compare half precision with fp32, by the seconds of matrix products on the CPU."""
-    slow = {dtype: cpu_speed.slowdown(seconds, dtype) for dtype in (torch.bfloat16, torch.float16)}
-    speeds = [
-        f"{cpu_speed.name(dtype)} {'is fast' if ratio is None else f'is {ratio:.0f} times slower than fp32'}"
-        for dtype, ratio in slow.items()
-    ]
-    if slow[torch.bfloat16] is None:
-        return Check("CPU precision", "pass", ", ".join(speeds))
-    return Check("CPU precision", "warn", ", ".join(speeds), "Use an fp32 configuration of ds_configs/")
+def cpu_precision() -> Check:
+    """Say in which precision half-precision matrices are multiplied on this CPU."""
+    cpu = torch.device("cpu")
+    found = ", ".join(
+        f"{name} has {'fast instructions' if product_dtype(dtype, cpu) is dtype else 'none: multiplied in fp32'}"
+        for dtype, name in NAMES.items()
+    )
+    return Check("CPU precision", "pass", found)
 
 
 @dataclass(frozen=True, slots=True)
