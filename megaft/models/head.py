@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megaft.models.linear_nats import LinearNats
 from megaft.models.loss import VocabularyShard, at_positions, chunks, token_nats
 from megaft.models.products import fp32_logits
+from megaft.models.tied_embedding import WaitingGradient
 
 
 class Head(nn.Module):
@@ -19,11 +20,14 @@ class Head(nn.Module):
     It shares the parameters of the model's output layer, so DeepSpeed's ZeRO-3 hooks gather them here.
     """
 
-    def __init__(self, output_layer: Any, vocabulary: VocabularyShard | None = None):
+    def __init__(
+        self, output_layer: Any, vocabulary: VocabularyShard | None = None, waiting: WaitingGradient | None = None
+    ):
         super().__init__()
         self.weight = output_layer.weight
         self.bias = getattr(output_layer, "bias", None)
         self.vocabulary = vocabulary
+        self.waiting = waiting
 
     def forward(
         self,
@@ -34,7 +38,8 @@ class Head(nn.Module):
         """Return the summed nats; or each label's at `positions` of the flattened batch, without gradients."""
         if positions is not None:
             return self._at(positions, hidden, labels)
-        return LinearNats.apply(hidden.flatten(0, 1), self.weight, self.bias, labels.flatten(), self.vocabulary)
+        inputs = (hidden.flatten(0, 1), self.weight, self.bias, labels.flatten())
+        return LinearNats.apply(*inputs, self.vocabulary, self.waiting)
 
     @torch.no_grad()
     def _at(self, positions: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:

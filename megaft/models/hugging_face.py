@@ -21,6 +21,7 @@ from megaft.models.fused import fuse
 from megaft.models.half_linear import multiply_in_fp32
 from megaft.models.head import Head
 from megaft.models.loss import at_positions, token_nats
+from megaft.models.tied_embedding import join_gradients
 from megaft.weights.loading.causal_lm import CausalLM, context_limit, vocab_size
 from megaft.weights.loading.memory_budget import agreed_memory_budget
 from megaft.weights.loading.pretrained import (
@@ -40,9 +41,10 @@ class NatsModel(nn.Module):
         """Wrap a model; `trial_model` is from `trials.trial_model_of`, if one has been created already."""
         super().__init__()
         self.language_model = language_model
-        self.head = (
-            Head(language_model.get_output_embeddings()) if trials.head_is_linear(language_model, trial_model) else None
-        )
+        self.head = None
+        if trials.head_is_linear(language_model, trial_model):
+            layer: Any = language_model.get_output_embeddings()
+            self.head = Head(layer, waiting=join_gradients(language_model.get_input_embeddings(), layer.weight))
 
     def forward(
         self,

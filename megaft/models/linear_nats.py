@@ -19,6 +19,7 @@ from megaft.models import products
 from megaft.models.compiled import compiled
 from megaft.models.loss import VocabularyShard, chunks
 from megaft.models.products import add_product, aligned, fp32_logits, needs_fp32
+from megaft.models.tied_embedding import WaitingGradient
 
 
 class LinearNats(torch.autograd.Function):
@@ -35,8 +36,10 @@ class LinearNats(torch.autograd.Function):
         bias: Float[Tensor, " vocab"] | None,
         labels: Int64[Tensor, " tokens"],
         vocabulary: VocabularyShard | None = None,
+        waiting: WaitingGradient | None = None,
     ) -> Float32[Tensor, ""]:
         """Sum the nats; save d nats / d input for each input that needs a gradient."""
+        ctx.waiting = waiting if waiting and ctx.needs_input_grad[1] and waiting.promise() else None
         ctx.dtype = hidden.dtype
         if needs_fp32(hidden):
             hidden, weight = hidden.float(), weight.float()
@@ -57,8 +60,11 @@ class LinearNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: Float32[Tensor, ""]):
         """Scale the saved gradients, in place: a second backward pass is not supported."""
-        scaled = (None if grad is None else grad.mul_(grad_outputs[0]).to(ctx.dtype) for grad in ctx.saved_tensors)
-        return (*scaled, None, None)
+        hidden, weight, bias = (None if grad is None else grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors)
+        if ctx.waiting:
+            ctx.waiting.put(weight)
+            weight = None
+        return (*(None if grad is None else grad.to(ctx.dtype) for grad in (hidden, weight, bias)), None, None, None)
 
 
 class Gradients:

@@ -27,6 +27,7 @@ class ReferenceLinearNats(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         vocabulary: VocabularyShard | None = None,
+        waiting: object = None,
     ) -> Tensor:
         """Sum the nats; save d nats / d input for each input that needs a gradient."""
         shard = vocabulary or VocabularyShard(0, len(weight), is_sharded=False)
@@ -56,6 +57,7 @@ class ReferenceLinearNats(torch.autograd.Function):
         """Scale the saved gradients."""
         return (
             *(None if grad is None else (grad * grad_outputs[0]).to(ctx.dtype) for grad in ctx.saved_tensors),
+            None,
             None,
             None,
         )

@@ -29,6 +29,7 @@ from megaft.base import hardware
 from megaft.commands.estimate.presets import PRESETS
 from megaft.commands.estimate.roofline import SUSTAINED_COMPUTE, SUSTAINED_MEMORY, product_share
 from megaft.models import head as head_module
+from megaft.models import hugging_face
 from megaft.models.hugging_face import NatsModel
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +272,7 @@ def old_head() -> Iterator[None]:
 
     with (
         patch.object(head_module, "LinearNats", ReferenceLinearNats),
+        patch.object(hugging_face, "join_gradients", lambda *_: None),
         patch.dict(hardware.CHUNK_BYTES, cpu=128 * hardware.MIB),
         patch.dict(hardware.CHUNK_ROWS_MULTIPLE, cpu=1),
     ):

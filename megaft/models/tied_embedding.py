@@ -1,0 +1,89 @@
+"""Gradient of a weight that is both the embedding and the output layer, added up in one fp32 tensor.
+
+torch makes a second gradient of the same size for the embedding, mostly zeros, and a third one for the sum. Here the
+output layer's gradient waits for the embedding's backward pass, the last one, which adds the rows of its tokens.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+
+
+class WaitingGradient:
+    """Gradient of the output layer, from its own backward pass until the embedding's."""
+
+    def __init__(self) -> None:
+        self._is_awaited = False
+        self._gradient: Tensor | None = None
+
+    def await_one(self) -> None:
+        """Note that the embedding took part in a forward pass, so that its backward pass will follow."""
+        self._is_awaited = True
+
+    def promise(self) -> bool:
+        """Return True, once in a forward pass, if the output layer has to put its gradient here."""
+        was_awaited, self._is_awaited = self._is_awaited, False
+        return was_awaited
+
+    def put(self, gradient: Float32[Tensor, "vocab width"]) -> None:
+        """Leave the output layer's gradient."""
+        self._gradient = gradient
+
+    def take(self) -> Float32[Tensor, "vocab width"] | None:
+        """Return the output layer's gradient, once; None if there is none."""
+        gradient, self._gradient = self._gradient, None
+        return gradient
+
+
+def join_gradients(embedding: Any, weight: nn.Parameter) -> WaitingGradient | None:
+    """Let an embedding add its gradient to that of an output layer, if `weight` belongs to both; None if it cannot."""
+    if type(embedding) is not nn.Embedding or embedding.weight is not weight:
+        return None
+    if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
+        return None
+    waiting: Any = WaitingGradient()
+    embedding.waiting = waiting
+    embedding.forward = MethodType(embed, embedding)
+    return waiting
+
+
+def embed(embedding: Any, ids: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch time width"]:
+    """Return the rows of the tokens, as `nn.Embedding` does."""
+    if not (torch.is_grad_enabled() and embedding.weight.requires_grad):
+        return nn.Embedding.forward(embedding, ids)
+    embedding.waiting.await_one()
+    return EmbeddingRows.apply(embedding.weight, ids, embedding.padding_idx, embedding.waiting)
+
+
+class EmbeddingRows(torch.autograd.Function):
+    """Rows of a weight, whose gradient is added to the output layer's."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        weight: Float[Tensor, "vocab width"],
+        ids: Int64[Tensor, "batch time"],
+        padding_id: int | None,
+        waiting: WaitingGradient,
+    ) -> Float[Tensor, "batch time width"]:
+        """Return the rows of the tokens; the gradient does not count those of `padding_id`."""
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype, ctx.padding_id, ctx.waiting = weight.shape, weight.dtype, padding_id, waiting
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Float[Tensor, "batch time width"]):
+        """Return the sum of both gradients, in the dtype of the weight."""
+        (ids,) = ctx.saved_tensors
+        rows = grad_outputs[0].flatten(0, -2).float()
+        if ctx.padding_id is not None:
+            rows = rows * (ids.flatten() != ctx.padding_id).unsqueeze(-1)
+        total = ctx.waiting.take()
+        if total is None:
+            total = rows.new_zeros(ctx.shape)
+        return total.index_add_(0, ids.flatten(), rows).to(ctx.dtype), None, None, None
