@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -43,19 +43,12 @@ def attend_without_masks(model: CausalLM) -> None:
 
 
 def causal_attention(
-    module: nn.Module,
-    query: Float[Tensor, "batch heads time width"],
-    key: Float[Tensor, "batch key_heads time width"],
-    value: Float[Tensor, "batch key_heads time width"],
-    attention_mask: Bool[Tensor, "batch 1 time time"] | None,
-    **settings: Any,
-) -> tuple[Float[Tensor, "batch time heads width"], None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
     """Attend as transformers' "sdpa" does; in fp32 where `needs_fp32` says so, since the backward pass is faster."""
     if needs_fp32(query):
-        attended, _ = sdpa_attention_forward(
-            module, query.float(), key.float(), value.float(), attention_mask, **settings
-        )
-        return attended.to(query.dtype), None
+        inputs = (query.float(), key.float(), value.float(), attention_mask)
+        return sdpa_attention_forward(module, *inputs, **settings)[0].to(query.dtype), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 
