@@ -41,6 +41,8 @@ from megaft.weights.loading import pretrained
 from megaft.weights.manifest import folder_of
 from megaft.weights.provenance import sha256_of_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(export_runs, request):

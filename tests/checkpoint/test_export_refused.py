@@ -21,6 +21,8 @@ from megaft.run.validation import NUM_TOKENS
 from megaft.weights.loading.pretrained import load_language_model
 from megaft.weights.manifest import folder_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(export_runs, request, tmp_path):

@@ -63,6 +63,7 @@ def test_what_training_would_refuse(config, flags, keys, error, said, tmp_path):
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_cut_model_is_built_as_one_of_n_ranks(config, planned, stage, tmp_path):
     flags = ("--model.backend=megatron", "--parallel.tensor-parallel-size=4")

@@ -78,15 +78,12 @@ PUBLISHED = [
     pytest.param("wikitext2_raw/wiki.test.raw", "identity", 286_221, 241_211, id="raw as it is"),
     pytest.param("ptb/ptb.test.txt", "ptb_megatron", 100_650, 78_669, id="PTB"),
     pytest.param("ptb/ptb.test.txt", "identity", 105_243, 78_669, id="PTB as it is"),
-    pytest.param(
-        "wikitext2/wiki.train.tokens", "wikitext_megatron", 2_313_324, 2_051_910, id="train", marks=pytest.mark.slow
-    ),
-    pytest.param(
-        "wikitext2/wiki.train.tokens", "identity", 2_448_382, 2_051_910, id="train as it is", marks=pytest.mark.slow
-    ),
+    pytest.param("wikitext2/wiki.train.tokens", "wikitext_megatron", 2_313_324, 2_051_910, id="train"),
+    pytest.param("wikitext2/wiki.train.tokens", "identity", 2_448_382, 2_051_910, id="train as it is"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "detokenizer", "num_tokens", "num_words"), PUBLISHED)
 def test_published_counts(run, shared, tmp_path, name, detokenizer, num_tokens, num_words):
     path, vocabulary = shared / "data" / name, str(shared / "data/gpt2_bpe")

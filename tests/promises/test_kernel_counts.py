@@ -13,6 +13,8 @@ from megaft.commands.estimate.roofline import predicted_rates
 from megaft.weights.families import dimensions_of
 
 GIB = 2**30
+pytestmark = pytest.mark.slow
+
 CEILINGS = {  # kernels, bytes moved, bytes saved for the backward pass: at most 15 % above the counts
     "gpt2-xl": (2000, 200e9, 20 * GIB),
     "llama-3.2-1b": (1400, 170e9, 13 * GIB),
@@ -30,7 +32,6 @@ def test_a_micro_batch_stays_below_its_ceilings(model):
     assert 0.8 * saved < counter.saved_bytes <= saved
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", COMPILED_CEILINGS)
 def test_a_micro_batch_with_compiled_blocks_stays_below_its_ceilings(model):
     kernels, moved, saved = COMPILED_CEILINGS[model]
@@ -57,7 +58,7 @@ def test_chunks_of_logits_fill_tiles_and_stay_few(model):
     assert min(rows) >= 2048
 
 
-@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("model", [*CEILINGS, "gpt2", "smollm2-1.7b"])
 def test_closed_formulas_predict_the_counted_time(model, is_compiled):
     """`megaft estimate` predicts without counting."""

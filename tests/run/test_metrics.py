@@ -317,6 +317,7 @@ def test_tensorboard_after_going_back_to_a_checkpoint(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_wandb_offline_goes_on_under_the_same_id_and_writes_no_secret(tmp_path, monkeypatch):
     import wandb
 
