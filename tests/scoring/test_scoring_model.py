@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.activations import NewGELUActivation
 
-from megaft.base import hardware
+from megaft.base import half_precision, hardware
 from megaft.base.errors import DataError
 from megaft.config.train import LoraConfig
 from megaft.data.samples import IGNORE_INDEX
@@ -237,7 +237,8 @@ def test_adapters_count(name, trunk):
 # bf16
 
 
-def test_cross_entropy_is_in_float32():
+def test_cross_entropy_is_in_float32(monkeypatch):
+    monkeypatch.setattr(half_precision, "SLOW_ON_CPU", ())
     layer = nn.Linear(16, 1000, bias=False).bfloat16()
     states, labels = torch.randn(50, 16).bfloat16(), torch.randint(0, 1000, (50,))
     nats = ScoringHead(layer, False, ())(states, labels, np.zeros(50, np.bool_))[0].detach()
@@ -247,12 +248,22 @@ def test_cross_entropy_is_in_float32():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt-neox", "gemma2 with capped logits"])
-def test_bf16_nats_are_those_of_bf16_logits(name):
+def test_bf16_nats_are_those_of_bf16_logits(name, monkeypatch):
+    monkeypatch.setattr(half_precision, "SLOW_ON_CPU", ())
     model = make_model(name).bfloat16()
     inputs, labels = make_batch(SCORED["all"])
     nats = grid_of(ScoringModel(model), inputs, labels)[0]
     assert nats.dtype == torch.float32
     torch.testing.assert_close(nats, reference_nats(model, inputs, labels), rtol=1e-6, atol=0)
+
+
+def test_without_fast_bf16_the_logits_are_not_rounded(monkeypatch):
+    monkeypatch.setattr(half_precision, "SLOW_ON_CPU", (torch.bfloat16,))
+    layer = nn.Linear(16, 1000, bias=False).bfloat16()
+    states, labels = torch.randn(50, 16).bfloat16(), torch.randint(0, 1000, (50,))
+    nats = ScoringHead(layer, False, ())(states, labels, np.zeros(50, np.bool_))[0].detach()
+    expected = F.cross_entropy(states.float() @ layer.weight.float().T, labels, reduction="none")
+    torch.testing.assert_close(nats, expected, rtol=1e-6, atol=0)
 
 
 # Loading
