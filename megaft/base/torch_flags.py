@@ -13,8 +13,8 @@ DETERMINISTIC_ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",  # else NVLink SHARP: the NVSwitches sum, in an order of their own
 }
 NONDETERMINISM_NOTE = (
-    "on CUDA, repeating this run gives the same losses up to rounding only, since attention's backward pass sums in no "
-    "fixed order; --run.deterministic makes them bit-identical on GPUs of one model."
+    "on CUDA, repeating this run gives the same losses up to rounding only, since the backward passes of attention and "
+    "tied embeddings sum in no fixed order; --run.deterministic makes them bit-identical on GPUs of one model."
 )
 """Note for runs on GPUs without --run.deterministic."""
 

@@ -26,7 +26,7 @@ def multiply_in_fp32(model: nn.Module) -> None:
 
 def linear(layer, states: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
     """Return the layer's output for `states`."""
-    if not needs_fp32(states) or torch.is_autocast_enabled(states.device.type):
+    if not needs_fp32(states) or layer.weight.dtype is not states.dtype:
         return type(layer).forward(layer, states)
     return Fp32Linear.apply(states, layer.weight, layer.bias, type(layer) is Conv1D)
 
@@ -56,9 +56,9 @@ class Fp32Linear(torch.autograd.Function):
         grad_states = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_states = (grad_output @ _matrix(weight, ctx.is_transposed)).to(states.dtype)
-        rows = grad_output.flatten(0, -2)
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[1]:
-            inputs = states.flatten(0, -2).float()
+            inputs = states.reshape(-1, states.shape[-1]).float()
             grad_weight = (inputs.T @ rows if ctx.is_transposed else rows.T @ inputs).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(weight.dtype)

@@ -36,7 +36,7 @@ def aligned(weight: Float[Tensor, "entries width"]) -> Float[Tensor, "rows width
 def fp32_logits(
     hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "rows width"], bias: Float[Tensor, " entries"] | None
 ) -> Float32[Tensor, "tokens rows"]:
-    """Return hidden @ weight.T + bias. Where the kernel can, half-precision products are not rounded to it."""
+    """Return hidden @ weight.T + bias. Half-precision products stay in fp32, except on CPUs with fast kernels."""
     if needs_fp32(hidden):
         hidden, weight = hidden.float(), weight.float()
     if has_onednn(hidden.dtype, hidden.device) and not is_on_cuda(hidden):

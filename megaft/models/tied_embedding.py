@@ -31,8 +31,13 @@ class WaitingGradient:
         return was_awaited
 
     def put(self, gradient: Float32[Tensor, "vocab width"]) -> None:
-        """Leave the output layer's gradient."""
+        """Leave the output layer's gradient, in its backward pass. The whole pass fails if no embedding takes it."""
         self._gradient = gradient
+        torch.autograd.Variable._execution_engine.queue_callback(self._require_taken)
+
+    def _require_taken(self) -> None:
+        was_left = self.take() is not None
+        assert not was_left, "the embedding took no part in the backward pass of its output layer"
 
     def take(self) -> Float32[Tensor, "vocab width"] | None:
         """Return the output layer's gradient, once; None if there is none."""

@@ -1,5 +1,7 @@
 """Half precision on CPUs with and without fast instructions for it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,5 +45,8 @@ def test_without_onednn_half_precision_is_slow(monkeypatch):
     assert all(map(is_slow_on_cpu, NAMES))
 
 
-def test_the_note_names_a_configuration_that_is_there():
-    assert "ds_configs/zero2_fp32.json" in megatron_note(BF16, 2)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_note_names_a_configuration_that_is_there(stage):
+    recipe = f"ds_configs/zero{stage}_fp32.json"
+    assert recipe in megatron_note(BF16, stage)
+    assert (Path(__file__).parents[2] / recipe).is_file()

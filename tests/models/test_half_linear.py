@@ -4,9 +4,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny_models import make_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from megaft.base import half_precision
@@ -76,34 +76,45 @@ def test_fp32_layers_and_fast_cpus_compute_as_before(kind, monkeypatch):
     assert torch.equal(layer(states), kind.forward(layer, states))
 
 
-def test_autocast_chooses_the_precision():
-    layer, states = layer_of(nn.Linear, torch.float32), torch.randn(3, 24, dtype=torch.bfloat16)
+def test_mixed_precisions_are_refused_as_by_torch():
+    layer = layer_of(nn.Linear, torch.float32)
     multiply_in_fp32(nn.Sequential(layer))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(states), nn.Linear.forward(layer, states))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(3, 24, dtype=torch.bfloat16))
+
+
+def test_a_single_row():
+    layer = layer_of(nn.Linear, torch.bfloat16)
+    multiply_in_fp32(nn.Sequential(layer))
+    layer(torch.ones(24, dtype=torch.bfloat16)).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of matrix products and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in ("mm", "addmm", "bmm", "_linear_pointwise") or name.startswith("_scaled_dot_product"):
+            self.dtypes.setdefault(name, set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_every_product_of_a_model_is_in_fp32(family, monkeypatch):
+def test_every_product_of_a_model_is_in_fp32(family):
     model = make_model(family).eval()
     multiply_in_fp32(model)
     attend_without_masks(model)
-    seen = {}
-
-    def spy(name):
-        original = getattr(F, name)
-
-        def recorded(states, *others, **settings):
-            seen.setdefault(name, set()).add(states.dtype)
-            return original(states, *others, **settings)
-
-        monkeypatch.setattr(F, name, recorded)
-
-    spy("linear")
-    spy("scaled_dot_product_attention")
-    logits = model.bfloat16()(torch.arange(12).view(1, 12)).logits
+    with Products() as products:
+        logits = model.bfloat16()(torch.arange(12).view(1, 12)).logits
+        logits.float().sum().backward()
     assert logits.dtype is torch.bfloat16
-    assert seen == {"linear": {torch.float32}, "scaled_dot_product_attention": {torch.float32}}
+    assert len(products.dtypes) >= 3
+    assert set().union(*products.dtypes.values()) == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -83,6 +83,14 @@ def test_passes_without_backward_change_nothing():
     assert_close(weight_of(model).grad, expected)
 
 
+def test_a_gradient_that_no_embedding_takes_is_an_error():
+    model, nats = joined(tied())
+    model.get_input_embeddings().register_forward_hook(lambda *inputs: inputs[-1].detach().requires_grad_())
+    with pytest.raises(AssertionError, match="took no part"):
+        nats(TOKENS, LABELS).backward()
+    assert model.get_input_embeddings().waiting.take() is None
+
+
 def test_the_model_itself_keeps_its_gradient():
     expected = plain_gradient(tied())
     model, nats = joined(tied())
