@@ -15,8 +15,8 @@ TOKENS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_see
 LABELS = torch.randint(0, VOCAB, TOKENS.shape, generator=torch.Generator().manual_seed(3))
 
 
-def tied(family="gpt2", **changes):
-    model = make_model(family, tie_word_embeddings=True, **changes).eval()
+def tied(family="gpt2"):
+    model = make_model(family, tie_word_embeddings=True)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     return model
 

@@ -45,6 +45,7 @@ KERNELS |= {"nats_and_grad_logits": 3, "_scaled_dot_product_flash_attention_for_
 """Number of CUDA kernels of operations that run more than one."""
 CATEGORIES = {"norm": "norms", "embedding": "embeddings", "dropout": "dropout", "sum": "sums (gradients of biases)"}
 CATEGORIES |= {"nats_and_grad_logits": "loss and its gradient", "gelu": "activations", "silu": "activations"}
+CATEGORIES |= {"index_add": "embeddings"}
 
 
 @dataclass(slots=True)
@@ -185,6 +186,8 @@ def bytes_moved(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> float
         return 2 * written
     if name == "embedding_dense_backward":
         return 2 * bytes_of(inputs[:1]) + 2 * written
+    if name == "index_add_":
+        return 3 * bytes_of(inputs[2:])  # the rows, and those that they are added to
     if name == "nats_and_grad_logits":
         return 2 * bytes_of(inputs[:1]) + written  # log-sum-exp, then the gradient
     if name in ("gather", "scatter_add_"):
