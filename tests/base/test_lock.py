@@ -30,6 +30,7 @@ def hold(folder, **environment):
     return process
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_with_who_uses_it(tmp_path):
     run_dir = tmp_path / "run"
     process = hold(run_dir, SLURM_JOB_ID="4711")
@@ -46,6 +47,7 @@ def test_a_folder_in_use_is_refused_with_who_uses_it(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_who_was_killed_holds_nothing(tmp_path):
     process = hold(tmp_path)
     process.send_signal(signal.SIGKILL)

@@ -52,6 +52,7 @@ TARGETS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("name", "targets"), TARGETS, ids=[name for name, _ in TARGETS])
 def test_merged_adapters_pass(name, targets, dtype, tmp_path):

@@ -21,6 +21,7 @@ def fetch_from(model):
     return lambda name: model.get_parameter(name).detach().clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, "tied llama"])
 def test_nats_equal_those_of_the_whole_model(tmp_path, name):
     model = make_model("llama", tie_word_embeddings=True) if name == "tied llama" else make_model(name)
@@ -33,6 +34,7 @@ def test_nats_equal_those_of_the_whole_model(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["5MB", "20KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_changed_weight_does_not_pass(tmp_path, dtype, size):
@@ -49,6 +51,7 @@ def test_a_changed_weight_does_not_pass(tmp_path, dtype, size):
         check_nats_from_disk(model.config, changed, tmp_path / "export", ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_block_at_a_time_is_in_memory(tmp_path, monkeypatch, name):
     model = make_model(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 10})

@@ -29,6 +29,7 @@ def nats_of(model):
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "has_room"),
     [

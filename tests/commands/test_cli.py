@@ -41,6 +41,7 @@ def run_python(code, **kwargs):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "unwanted"),
     [
@@ -172,6 +173,7 @@ def test_a_closed_pipe_is_quiet(arguments):
     assert run_into_closed_pipe("-c", program) == (141, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "code"),
     [

@@ -80,6 +80,7 @@ def test_a_world_of_no_ranks_is_refused(config):
         config(world_size=0)
 
 
+@pytest.mark.slow
 def test_half_precision_and_gpu_kernels_have_stand_ins(config, planned):
     settings = config("--model.compile=on", stage=1, fp16={"enabled": True})
     plan = planned(replace(settings, optim=OptimConfig(name="apex-adamw")))

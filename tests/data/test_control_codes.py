@@ -43,6 +43,7 @@ def test_every_document_of_an_input_begins_with_its_control_code(tmp_path, toy_m
     assert read(config.output) == [tokenizer.encode(text) for text in ("A the one", "A and two", "B a word")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_byte_level, make_metaspace, make_sentencepiece])
 @pytest.mark.parametrize("unit", ["file", "line"])
 def test_a_control_code_is_what_a_prompt_asks_for(tmp_path, make, unit):

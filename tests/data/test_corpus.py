@@ -283,6 +283,7 @@ def test_cutting_changes_no_token(gpt2, parts, width):
     assert sum(len(chunk.split()) for chunk in cuts) == len(text.split())
 
 
+@pytest.mark.slow
 def test_every_character_may_stand_before_a_cut(gpt2):
     characters = [chr(code) for code in range(0x3100) if code]
     pairs = [(f"a{c}", f"{space}b") for c in characters if not c.isspace() for space in " \n"]
@@ -340,6 +341,7 @@ def test_acut_document_keeps_its_segments(lengths, block):
     assert "".join(chunk.text for chunk in found) == "".join(part.text for part in segments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"),
     [

@@ -49,6 +49,7 @@ def encoded(tokenizer, segments):
     return document.ids.tolist(), document.is_scored.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MAKERS, "sentencepiece"])
 @settings(max_examples=150, deadline=None)
 @given(parts=st.lists(st.tuples(TEXTS, st.booleans()), min_size=1, max_size=5))
@@ -60,6 +61,7 @@ def test_ids_are_those_of_the_whole_text(tokenizers, name, parts):
         assert len(is_scored) == len(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MAKERS, "sentencepiece"])
 @settings(max_examples=150, deadline=None)
 @given(prompt=TEXTS, completion=TEXTS.filter(bool))
@@ -78,6 +80,7 @@ def conversation(roles, contents):
     return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("template", TEMPLATES)
 @settings(max_examples=40, deadline=None)

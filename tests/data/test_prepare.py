@@ -129,6 +129,7 @@ def test_lines_are_documents(run, corpora):
     assert receipt["documents"] == len(documents) == len(lines)
 
 
+@pytest.mark.slow
 def test_published_lines_are_documents(run, shared):
     receipt, documents = run(shared / "data/wikitext2/wiki.test.tokens", unit="line")
     assert receipt["words"] == 241_211

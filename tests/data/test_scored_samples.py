@@ -56,6 +56,7 @@ def labels_by_hand(kind, documents, context_length):
     return [[token for token in part if token not in firsts] for part in parts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["document", "stream", "within"])
 @given(lengths=document_lengths, context_length=st.integers(1, 9), share=st.sampled_from([0, 0.1, 0.5, 1]))
 @reusing_folder

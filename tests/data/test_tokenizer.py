@@ -33,6 +33,7 @@ def llama(tmp_path_factory):
     return make_llama_model(tmp_path_factory.mktemp("llama") / "llama.model")
 
 
+@pytest.mark.slow
 def test_same_tokenizer_same_hash(trained_gpt2, bpe, tmp_path):
     from_vocabulary = load_tokenizer(str(bpe))
     from_vocabulary.save(tmp_path / "saved")

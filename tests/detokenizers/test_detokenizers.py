@@ -122,6 +122,7 @@ def short_lines(name):
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INVERTIBLE)
 @settings(max_examples=600, deadline=None)
 @given(text=ADVERSARIAL)
@@ -132,6 +133,7 @@ def test_every_string_comes_back(name, text):
     assert back(name, detokenizers.get(name)(text)) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_LINES)
 @settings(max_examples=400, deadline=None)
 @given(text=ADVERSARIAL, sizes=st.lists(st.integers(1, 12), min_size=1, max_size=8), is_short=st.booleans())
@@ -142,6 +144,7 @@ def test_pieces_of_any_length_give_the_same(name, text, sizes, is_short):
     assert "".join(lines.retokenize(cut(natural, sizes))) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_LINES)
 @settings(max_examples=300, deadline=None)
 @given(text=ADVERSARIAL.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=40))
@@ -172,6 +175,7 @@ def pieces(path, number=8, num_bytes=12_500):
             yield file.read(num_bytes).decode("utf-8", "surrogateescape")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_LINES)
 def test_pieces_of_files_come_back(corpora, gpt2_bpe, name):
     texts = [path for folder in (corpora, gpt2_bpe) for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -239,6 +243,7 @@ def test_reads_like_natural_text(shared, name, file, megatron, num_tokens, num_m
     assert num_marks <= len(text.split()) / 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [". ", "@-@ ", "'s ", '" ', "' ", ") ", "((", "a.", "a-", "= ", f"{MARK} "])
 def test_time_is_linear_in_a_long_line(piece):
     # A quadratic step over 30,000 tokens of one line takes far longer than this whole file.

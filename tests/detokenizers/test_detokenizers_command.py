@@ -27,6 +27,7 @@ BYTES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", BYTES)
 def test_bytes_come_back(data):
     natural = run("wikitext", data=data)

@@ -108,6 +108,7 @@ def test_validation_in_training_says_the_same_number(toy_flags, toy_model, toy_t
         assert getattr(score, name) == pytest.approx(alone[name], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_computes_no_window_twice(toy_flags, alone, tmp_path, monkeypatch):
     kept = []
 
@@ -130,6 +131,7 @@ def test_a_killed_evaluation_computes_no_window_twice(toy_flags, alone, tmp_path
     assert result["nats"] == pytest.approx(alone["nats"], rel=1e-6)  # in batches of another size
 
 
+@pytest.mark.slow
 def test_kept_windows_serve_no_other_model_text_or_stride(toy_flags, toy_texts, tmp_path):
     run(*toy_flags, output=tmp_path)
     folders = set((tmp_path / "windows").iterdir())
@@ -142,6 +144,7 @@ def test_kept_windows_serve_no_other_model_text_or_stride(toy_flags, toy_texts, 
         folders = more
 
 
+@pytest.mark.slow
 def test_results_of_other_commands_stay(toy_flags, tmp_path):
     run(*toy_flags, output=tmp_path)
     both = run(*toy_flags, "--stride=8,16", "--protocol=megaft,megatron", output=tmp_path)

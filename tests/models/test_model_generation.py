@@ -66,6 +66,7 @@ def brute_force(model, prompt, num_tokens, limit=10**9):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_continues_as_without_a_cache(name):
     model_type, settings, cache = FAMILIES[name]
@@ -118,6 +119,7 @@ def test_rounding_alone_costs_no_cache(dtype):
     assert exact_cache(make("llama", LLAMA).to(dtype)) == "past_key_values"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt_tokens", [10, 15, 16, 17, 20])
 def test_longrope_reads_the_text_anew_where_its_frequencies_change(prompt_tokens):
     settings = LLAMA | {

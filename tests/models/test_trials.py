@@ -66,6 +66,7 @@ def test_the_output_layer_of_half_precision_is_tested_on_the_trial_model(monkeyp
 # Causality
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [new_model, lambda name, changes: tiny_model(tiny_config(name, changes))])
 @pytest.mark.parametrize(("model_type", "changes"), CAUSAL)
 def test_causal_models_are_taken(model_type, changes, make):

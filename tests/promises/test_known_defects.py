@@ -115,6 +115,7 @@ def test_windows_of_unequal_length_are_weighted_alike(toy, text, evaluate):
     assert math.log(result["perplexity"]) == pytest.approx(result["nats"] / result["num_scored_tokens"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_batch_means_count_padding(toy, text, evaluate):
     chunks = [toy.encode(text)[begin : begin + CONTEXT] for begin in range(0, 5 * CONTEXT, CONTEXT)]
     chunks[-1] = chunks[-1][:5]

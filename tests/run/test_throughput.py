@@ -121,6 +121,7 @@ def memory_after_256_mib():
     return peak_memory_bytes(CPU), status_bytes("VmHWM"), status_bytes("VmRSS")
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_most_ever_held():
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as fresh:
         peak, most, now = fresh.submit(memory_after_256_mib).result()

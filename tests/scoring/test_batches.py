@@ -62,6 +62,7 @@ def test_a_stride_that_skips_tokens_is_refused(stride, last, largest):
         list(windows(10, 4, stride, last=last))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1), st.integers(1, 100))
 def test_batches_hold_every_row_once(device_type, sizes, tokens_per_batch):

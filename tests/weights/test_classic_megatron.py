@@ -107,6 +107,7 @@ def require_same_logits(loaded, model):
     assert torch.equal(logits_of(loaded, ids)[..., :VOCAB], logits_of(model, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("version", [0, 1.0, 2.0, 3.0])
 def test_every_version_and_size_gives_the_model_s_logits(tmp_path, version, size):

@@ -44,6 +44,7 @@ def require_same(folder, model, change=lambda tensor: tensor):
     assert tied[0] == tied[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_there_and_back_is_the_same_bit_for_bit(tmp_path, case):
     name, changes, (first, second) = CASES[case]

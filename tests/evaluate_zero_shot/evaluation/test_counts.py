@@ -65,6 +65,7 @@ def test_words_and_original_tokens(read, name, words, original_tokens, lines):
     assert words is None or (counts.num_words(text), text.count("\n")) == (words, lines)
 
 
+@pytest.mark.slow
 def test_the_published_pair_of_wikitext103_is_of_the_stripped_text(read, num_tokens):
     detokenize = detokenizers.get("wikitext_megatron")
     text = read(WIKITEXT103)

@@ -123,6 +123,7 @@ def test_both_reports_say_which_figures_are_reproduced(four):
         assert "Megatron-LM 8.3B" in text
 
 
+@pytest.mark.slow
 def test_definitions_of_the_protocols_used_are_there(four):
     for name in ("megatron", "hf-docs", "lm-eval"):
         for phrase in (*statements(PROTOCOLS[name]).values(), PROTOCOLS[name].note):

@@ -98,6 +98,7 @@ def test_a_damaged_model_is_named_however_it_is_loaded(damaged, setting, load, c
     assert "cache" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_megatron_core_gets_no_damaged_weight(damaged, run_ranks):
     assert run_ranks(1, _message_of, damaged)[0].startswith(f"--model.path is {damaged}; {UP} has 2 of 1,536 values")
 

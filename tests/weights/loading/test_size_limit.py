@@ -72,6 +72,7 @@ def test_numbers_that_models_have_pass(file, content, tmp_path):
     require_safe_files("model.path", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [load_language_model, open_weights])
 @pytest.mark.parametrize(
     "change",
