@@ -13,6 +13,7 @@ from evaluate_zero_shot.protocols import PROTOCOLS, describe
 from evaluate_zero_shot.tasks import TASKS
 from megaft.base.errors import ConfigError
 from megaft.base.exit_code import exit_code_of, print_help
+from megaft.base.library_environment import set_library_environment
 
 if TYPE_CHECKING:
     from megaft.base.parallel import Topology
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_code_of(explain, arguments[1:])
     if {"-h", "--help"} & {*arguments}:
         return exit_code_of(print_help, parse, arguments)  # before the heavy imports, so that help is instant
-    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries, which every rank would draw
+    set_library_environment()
     from megaft.base import parallel
 
     return parallel.exit_code_on_ranks(lambda topology: run(parse(arguments, topology.is_main), topology))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,6 +10,7 @@ from importlib import import_module
 import megaft
 from megaft.base.errors import ConfigError
 from megaft.base.exit_code import exit_code_of
+from megaft.base.library_environment import set_library_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def dispatch(arguments: list[str]) -> int:
 
 def run(name: str, arguments: list[str]) -> int:
     """Parse a command's flags, then import its module (slow for some commands) and run it."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # before libraries read it, at import; else they draw progress bars
+    set_library_environment()
     command = COMMANDS[name]
     if command.config is None:
         return import_module(f"megaft.{command.module}").main(arguments)

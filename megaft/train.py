@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 
 from megaft.base.exit_code import exit_code_of, print_help
+from megaft.base.library_environment import set_library_environment
 from megaft.config.train import TrainConfig, parse_train
 from megaft.run import stop
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     if {"-h", "--help"} & {*arguments}:
         return exit_code_of(print_help, parse_train, arguments)  # before the slow imports
     stop.listen()  # before the slow imports, so that a signal during them gives the right exit code
-    os.environ.setdefault("TQDM_DISABLE", "1")  # else libraries draw progress bars on every rank
+    set_library_environment()
     from megaft.base.progress import say
     from megaft.base.topology import is_main_of
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megaft import cli
+from megaft.base.library_environment import set_library_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "runs" / "demo"
@@ -33,7 +34,7 @@ HELD_OUT = 13
 
 def main() -> int:
     """Run the demo and print its table."""
-    os.environ["TQDM_DISABLE"] = "1"  # before importing libraries that show progress bars
+    set_library_environment()
     shutil.rmtree(RUN, ignore_errors=True)
     train, valid = write_topics(RUN / "text")
     if code := finetune(model_file(), train, valid):

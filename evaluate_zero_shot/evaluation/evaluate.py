@@ -25,7 +25,7 @@ from megaft.base.redaction import without_parents, without_secrets
 from megaft.models.rope import length_limit
 from megaft.scoring.score import Score, batches_of, score
 
-ARITHMETIC = 3
+ARITHMETIC = 4
 """Incremented when the same batch gives other bits, so that a folder never mixes both.
 
 2: torch's fused RMSNorm. 3: half-precision products in fp32 on CPUs without fast instructions for them.

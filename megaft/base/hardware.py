@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 MIB, GIB = 2**20, 2**30
 
-CHUNK_BYTES = {"cpu": 24 * MIB, "cuda": 1024 * MIB}
+CHUNK_BYTES = {"cpu": 31 * MIB, "cuda": 1024 * MIB}
 """Maximum bytes of fp32 logits held at once, by device type. On CPUs they stay below 32 MiB: from there on malloc
 returns the buffer to the system after each chunk; its page faults cost half as much time as the matrix product. On
 CUDA each chunk reads and writes the fp32 gradient of the output layer's weight, so chunks are large."""
