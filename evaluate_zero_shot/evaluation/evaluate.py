@@ -135,6 +135,8 @@ def _key(evaluated: EvaluatedModel, evaluation: Evaluation) -> str:
         torch.__version__,
         transformers.__version__,
     )
+    if evaluated.device.type == "cpu":  # its instructions choose the kernels, which round differently
+        computed_by = (*computed_by, torch.backends.cpu.get_cpu_capability())
     if evaluated.backend == "megatron":
         computed_by = (*computed_by, version("megatron-core"), parallel.tensor_parallel_size())
     digest.update(repr((*computed_by, prepared.prefix_id, prepared.is_prompted)).encode())

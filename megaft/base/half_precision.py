@@ -1,6 +1,6 @@
 """Half precision on CPUs, for which torch has fast kernels only on newer processors.
 
-Without AVX-512 or AMX, a bf16 product takes up to 70 times as long as an fp32 one.
+Without AVX-512 or AMX (fp16: AVX512-FP16 or AMX-FP16), a product takes up to 70 times as long as in fp32.
 """
 
 from __future__ import annotations

@@ -54,8 +54,10 @@ def is_held(folder: Path) -> bool:
     """Return True if a process holds the folder's lock, or if the file system does not support locks."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:  # it exists, and this user may not read it
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:  # held (EWOULDBLOCK), or unsupported

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import activations
 
+from megaft.models.half_linear import multiply_in_fp32
+
 ACTIVATIONS = (nn.GELU(approximate="tanh"), nn.GELU(), nn.SiLU())
 """torch's fused activations."""
 
@@ -23,13 +25,17 @@ PROBE_WIDTH = 16
 
 
 def fuse(language_model: nn.Module) -> None:
-    """Use torch's fused activations and RMSNorm in a model, where they compute the same function."""
+    """Use torch's fused activations and RMSNorm in a model, where they compute the same function.
+
+    On CPUs without fast instructions for half precision, its linear layers multiply in fp32 (`multiply_in_fp32`).
+    """
     for module in list(language_model.modules()):
         for name, child in module.named_children():
             if fused := fused_activation(child):
                 setattr(module, name, fused)
         if is_rms_norm(module):
             module.forward = MethodType(fused_rms_norm, module)
+    multiply_in_fp32(language_model)
 
 
 def fused_activation(module: nn.Module) -> nn.Module | None:

@@ -1,7 +1,8 @@
 """Linear layers of half-precision models on CPUs that only multiply fp32 matrices fast.
 
-Without AVX-512 or AMX, torch multiplies bf16 matrices up to 70 times slower than fp32 ones. There, a layer converts its
-operands to fp32 and rounds the product once; activations, weights and gradients stay in half precision.
+torch multiplies bf16 and fp16 matrices there up to 70 times slower than fp32 ones (`megaft.base.half_precision`). A
+layer converts its operands to fp32 and rounds the product once; activations, weights and gradients stay in half
+precision.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ def multiply_in_fp32(model: nn.Module) -> None:
             module.forward = MethodType(linear, module)
 
 
-def linear(layer, states: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-    """Return the layer's output for `states`."""
-    if not needs_fp32(states) or layer.weight.dtype is not states.dtype:
-        return type(layer).forward(layer, states)
-    return Fp32Linear.apply(states, layer.weight, layer.bias, type(layer) is Conv1D)
+def linear(layer, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+    """Return the layer's output for `input`."""
+    if not needs_fp32(input) or layer.weight.dtype is not input.dtype:
+        return type(layer).forward(layer, input)
+    return Fp32Linear.apply(input, layer.weight, layer.bias, type(layer) is Conv1D)
 
 
 class Fp32Linear(torch.autograd.Function):

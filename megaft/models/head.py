@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from megaft.models.linear_nats import LinearNats
 from megaft.models.loss import VocabularyShard, at_positions, chunks, token_nats
-from megaft.models.products import fp32_logits
-from megaft.models.tied_embedding import WaitingGradient
+from megaft.models.products import for_products, fp32_logits
+from megaft.models.tied_embedding import OutputGradient
 
 
 class Head(nn.Module):
@@ -21,13 +21,16 @@ class Head(nn.Module):
     """
 
     def __init__(
-        self, output_layer: Any, vocabulary: VocabularyShard | None = None, waiting: WaitingGradient | None = None
+        self,
+        output_layer: Any,
+        vocabulary: VocabularyShard | None = None,
+        output_gradient: OutputGradient | None = None,
     ):
         super().__init__()
         self.weight = output_layer.weight
         self.bias = getattr(output_layer, "bias", None)
         self.vocabulary = vocabulary
-        self.waiting = waiting
+        self.output_gradient = output_gradient
 
     def forward(
         self,
@@ -39,18 +42,16 @@ class Head(nn.Module):
         if positions is not None:
             return self._at(positions, hidden, labels)
         inputs = (hidden.flatten(0, 1), self.weight, self.bias, labels.flatten())
-        return LinearNats.apply(*inputs, self.vocabulary, self.waiting)
+        return LinearNats.apply(*inputs, self.vocabulary, self.output_gradient)
 
     @torch.no_grad()
     def _at(self, positions: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
         states, targets = (at_positions(tensor, positions) for tensor in (hidden, labels))
         nats = [torch.zeros(0, device=labels.device)]
+        weight = self.weight if self.vocabulary is None else self.weight[: self.vocabulary.num_local]
+        weight = for_products(weight)
         for chunk in chunks(len(targets), len(self.weight), labels.device):
-            nats.append(self._nats(states[chunk], targets[chunk]))
+            logits = fp32_logits(states[chunk], weight, self.bias)
+            nats_of = token_nats if self.vocabulary is None else self.vocabulary.nats
+            nats.append(nats_of(logits, targets[chunk]))
         return torch.cat(nats)
-
-    def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        if self.vocabulary is None:
-            return token_nats(fp32_logits(hidden, self.weight, self.bias), labels)
-        weight = self.weight[: self.vocabulary.end - self.vocabulary.begin]
-        return self.vocabulary.nats(fp32_logits(hidden, weight, self.bias), labels)

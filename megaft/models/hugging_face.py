@@ -18,7 +18,6 @@ from megaft.models import trials
 from megaft.models.adapters import add_adapters
 from megaft.models.attention import document_mask, takes_masks
 from megaft.models.fused import fuse
-from megaft.models.half_linear import multiply_in_fp32
 from megaft.models.head import Head
 from megaft.models.loss import at_positions, token_nats
 from megaft.models.tied_embedding import join_gradients
@@ -44,7 +43,7 @@ class NatsModel(nn.Module):
         self.head = None
         if trials.head_is_linear(language_model, trial_model):
             layer: Any = language_model.get_output_embeddings()
-            self.head = Head(layer, waiting=join_gradients(language_model.get_input_embeddings(), layer.weight))
+            self.head = Head(layer, output_gradient=join_gradients(language_model.get_input_embeddings(), layer.weight))
 
     def forward(
         self,
@@ -128,7 +127,6 @@ def build_whole(config: ModelConfig, lora: LoraConfig, seed: int, budget: Memory
 def _prepared(model: CausalLM, config: ModelConfig) -> CausalLM:
     """Return the model with faster operations, and with activation checkpointing if the settings enable it."""
     fuse(model)
-    multiply_in_fp32(model)
     if config.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(

@@ -18,8 +18,8 @@ from megaft.data.samples import IGNORE_INDEX
 from megaft.models import products
 from megaft.models.compiled import compiled
 from megaft.models.loss import VocabularyShard, chunks
-from megaft.models.products import add_product, aligned, fp32_logits, needs_fp32
-from megaft.models.tied_embedding import WaitingGradient
+from megaft.models.products import add_product, aligned, for_products, fp32_logits
+from megaft.models.tied_embedding import OutputGradient
 
 
 class LinearNats(torch.autograd.Function):
@@ -36,16 +36,16 @@ class LinearNats(torch.autograd.Function):
         bias: Float[Tensor, " vocab"] | None,
         labels: Int64[Tensor, " tokens"],
         vocabulary: VocabularyShard | None = None,
-        waiting: WaitingGradient | None = None,
+        output_gradient: OutputGradient | None = None,
     ) -> Float32[Tensor, ""]:
         """Sum the nats; save d nats / d input for each input that needs a gradient."""
-        ctx.waiting = waiting if waiting and ctx.needs_input_grad[1] and waiting.promise() else None
+        is_joined = output_gradient is not None and ctx.needs_input_grad[1] and output_gradient.claim()
+        ctx.output_gradient = output_gradient if is_joined else None
         ctx.dtype = hidden.dtype
-        if needs_fp32(hidden):
-            hidden, weight = hidden.float(), weight.float()
+        hidden, weight = for_products(hidden), for_products(weight)
         shard = vocabulary or VocabularyShard(0, len(weight), is_sharded=False)
         token_chunks = chunks(len(labels), len(weight), labels.device)  # padding rows count: equal on all ranks
-        num_rows, weight = len(weight), aligned(weight[: shard.end - shard.begin])
+        num_rows, weight = len(weight), aligned(weight[: shard.num_local])
         gradients = Gradients(ctx.needs_input_grad, hidden, max(num_rows, len(weight)), bias)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for chunk in token_chunks:
@@ -61,8 +61,8 @@ class LinearNats(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Float32[Tensor, ""]):
         """Scale the saved gradients, in place: a second backward pass is not supported."""
         hidden, weight, bias = (None if grad is None else grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors)
-        if ctx.waiting:
-            ctx.waiting.put(weight)
+        if ctx.output_gradient:
+            ctx.output_gradient.put(weight)
             weight = None
         return (*(None if grad is None else grad.to(ctx.dtype) for grad in (hidden, weight, bias)), None, None, None)
 
@@ -99,7 +99,7 @@ def nats_and_grad_logits(
 
     `logits` may be overwritten. Their columns beyond the vocabulary, if any, are 0 and have gradient 0.
     """
-    size = shard.end - shard.begin
+    size = shard.num_local
     if products.is_on_cuda(logits) and not shard.is_sharded:
         return _compiled()(logits, labels, size, dtype)
     entries = logits[:, :size]

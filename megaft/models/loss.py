@@ -54,7 +54,12 @@ class VocabularyShard(NamedTuple):
     begin: int
     end: int
     is_sharded: bool
-    """True if sharded over tensor-parallel ranks; the layer's rows from `end - begin` on are then padding."""
+    """True if sharded over tensor-parallel ranks; the layer's rows from `num_local` on are then padding."""
+
+    @property
+    def num_local(self) -> int:
+        """Entries of this rank."""
+        return self.end - self.begin
 
     def normalizer_and_target(
         self, logits: Float32[Tensor, "tokens entries"], labels: Int64[Tensor, " tokens"]

@@ -22,6 +22,11 @@ def needs_fp32(tensor: Tensor) -> bool:
     return not is_on_cuda(tensor) and product_dtype(tensor.dtype, tensor.device) is not tensor.dtype
 
 
+def for_products(weight: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+    """Return the weight in the dtype of its products, to be converted once for several of them."""
+    return weight.float() if needs_fp32(weight) else weight
+
+
 def is_on_cuda(tensor: Tensor) -> bool:
     """Return True if a tensor is on a GPU. tools/benchmarks/fake_cuda.py replaces this for fake tensors on the CPU."""
     return tensor.is_cuda

@@ -14,21 +14,21 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 
-class WaitingGradient:
+class OutputGradient:
     """Gradient of the output layer, from its own backward pass until the embedding's."""
 
     def __init__(self) -> None:
-        self._is_awaited = False
+        self._is_expected = False
         self._gradient: Tensor | None = None
 
-    def await_one(self) -> None:
+    def expect_embedding(self) -> None:
         """Note that the embedding took part in a forward pass, so that its backward pass will follow."""
-        self._is_awaited = True
+        self._is_expected = True
 
-    def promise(self) -> bool:
+    def claim(self) -> bool:
         """Return True, once in a forward pass, if the output layer has to put its gradient here."""
-        was_awaited, self._is_awaited = self._is_awaited, False
-        return was_awaited
+        was_expected, self._is_expected = self._is_expected, False
+        return was_expected
 
     def put(self, gradient: Float32[Tensor, "vocab width"]) -> None:
         """Leave the output layer's gradient, in its backward pass. The whole pass fails if no embedding takes it."""
@@ -45,24 +45,24 @@ class WaitingGradient:
         return gradient
 
 
-def join_gradients(embedding: Any, weight: nn.Parameter) -> WaitingGradient | None:
+def join_gradients(embedding: Any, weight: nn.Parameter) -> OutputGradient | None:
     """Let an embedding add its gradient to that of an output layer, if `weight` belongs to both; None if it cannot."""
     if type(embedding) is not nn.Embedding or embedding.weight is not weight:
         return None
     if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
         return None
-    waiting: Any = WaitingGradient()
-    embedding.waiting = waiting
+    output_gradient: Any = OutputGradient()
+    embedding.output_gradient = output_gradient
     embedding.forward = MethodType(embed, embedding)
-    return waiting
+    return output_gradient
 
 
-def embed(embedding: Any, ids: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch time width"]:
-    """Return the rows of the tokens, as `nn.Embedding` does."""
+def embed(embedding: Any, input: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch time width"]:
+    """Return the rows of the tokens `input`, as `nn.Embedding` does."""
     if not (torch.is_grad_enabled() and embedding.weight.requires_grad):
-        return nn.Embedding.forward(embedding, ids)
-    embedding.waiting.await_one()
-    return EmbeddingRows.apply(embedding.weight, ids, embedding.padding_idx, embedding.waiting)
+        return nn.Embedding.forward(embedding, input)
+    embedding.output_gradient.expect_embedding()
+    return EmbeddingRows.apply(embedding.weight, input, embedding.padding_idx, embedding.output_gradient)
 
 
 class EmbeddingRows(torch.autograd.Function):
@@ -74,11 +74,12 @@ class EmbeddingRows(torch.autograd.Function):
         weight: Float[Tensor, "vocab width"],
         ids: Int64[Tensor, "batch time"],
         padding_id: int | None,
-        waiting: WaitingGradient,
+        output_gradient: OutputGradient,
     ) -> Float[Tensor, "batch time width"]:
         """Return the rows of the tokens; the gradient does not count those of `padding_id`."""
         ctx.save_for_backward(ids)
-        ctx.shape, ctx.dtype, ctx.padding_id, ctx.waiting = weight.shape, weight.dtype, padding_id, waiting
+        ctx.shape, ctx.dtype, ctx.padding_id = weight.shape, weight.dtype, padding_id
+        ctx.output_gradient = output_gradient
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
@@ -88,7 +89,7 @@ class EmbeddingRows(torch.autograd.Function):
         rows = grad_outputs[0].flatten(0, -2).float()
         if ctx.padding_id is not None:
             rows = rows * (ids.flatten() != ctx.padding_id).unsqueeze(-1)
-        total = ctx.waiting.take()
+        total = ctx.output_gradient.take()
         if total is None:
             total = rows.new_zeros(ctx.shape)
         return total.index_add_(0, ids.flatten(), rows).to(ctx.dtype), None, None, None

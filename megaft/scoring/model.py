@@ -17,11 +17,10 @@ from megaft.config.train import ModelConfig
 from megaft.models import trials
 from megaft.models.backend import Backend, backend_of_model
 from megaft.models.fused import fuse
-from megaft.models.half_linear import multiply_in_fp32
 from megaft.models.hugging_face import NatsModel, zero_init_context
 from megaft.models.loss import VocabularyShard, at_positions, chunks, token_nats
 from megaft.models.parameters import count
-from megaft.models.products import fp32_logits, has_onednn
+from megaft.models.products import for_products, fp32_logits, has_onednn
 from megaft.scoring.batch import ScoringBatch, to_device
 from megaft.scoring.last_layer import AnyTrunk, GPT2Trunk, LlamaTrunk, fast_trunk
 from megaft.scoring.packed import PackedLinear, pack_linears
@@ -92,21 +91,23 @@ class ScoringHead(nn.Module):
         """Return the quantities of ScoringModel; `banned` tokens cannot be the greedy choice where `is_first`."""
         num_logits = states.shape[1] if self.weight is None else len(self.weight)
         quantities = torch.zeros(1 + self.with_greedy, len(labels), device=labels.device)
+        weight = None if self.weight is None else self._entries(self.weight)
         for chunk in chunks(len(labels), num_logits, labels.device):
-            logits = self._logits(states[chunk])
+            logits = self._logits(states[chunk], weight)
             nats = self.vocabulary.nats if self.vocabulary else token_nats
             quantities[0, chunk] = nats(logits, labels[chunk])
             if self.with_greedy:
                 quantities[1, chunk] = (self._greedy_ids(logits, is_first[chunk]) == labels[chunk]).float()
         return quantities
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def _entries(self, weight: Tensor) -> Tensor:
+        """Return the rows of the vocabulary, without padding, in the dtype of their products."""
+        return for_products(weight if self.vocabulary is None else weight[: self.vocabulary.num_local])
+
+    def _logits(self, states: Tensor, weight: Tensor | None) -> Tensor:
         if self.packed is not None:
             return self.packed(states)
-        if self.weight is None:
-            return states
-        entries = len(self.weight) if self.vocabulary is None else self.vocabulary.end - self.vocabulary.begin
-        return fp32_logits(states, self.weight[:entries], self.bias)  # rows after the vocabulary's are padding
+        return states if weight is None else fp32_logits(states, weight, self.bias)
 
     def _greedy_ids(self, logits: Tensor, is_first: np.ndarray) -> Tensor:
         shard = self.vocabulary or VocabularyShard(0, logits.shape[-1], is_sharded=False)
@@ -243,7 +244,6 @@ def _tested_model(language_model: CausalLM) -> ScoringModel:
     with trials.trial_model_of(language_model) as trial_model:
         trials.require_language_model(language_model, trial_model)
     fuse(language_model)
-    multiply_in_fp32(language_model)
     return ScoringModel(language_model, trial_model=trial_model)
 
 

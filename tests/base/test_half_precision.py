@@ -17,8 +17,8 @@ BF16, FP16, CPU = torch.bfloat16, torch.float16, torch.device("cpu")
     ("slow", "found"),
     [
         ((), "bf16 has fast instructions, fp16 has fast instructions"),
-        ((FP16,), "bf16 has fast instructions, fp16 has none: multiplied in fp32"),
-        ((BF16, FP16), "bf16 has none: multiplied in fp32, fp16 has none: multiplied in fp32"),
+        ((FP16,), "bf16 has fast instructions, fp16 is multiplied in fp32"),
+        ((BF16, FP16), "bf16 is multiplied in fp32, fp16 is multiplied in fp32"),
     ],
 )
 def test_the_doctor_says_how_half_precision_is_multiplied(slow, found, monkeypatch):

@@ -27,7 +27,7 @@ class ReferenceLinearNats(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         vocabulary: VocabularyShard | None = None,
-        waiting: object = None,
+        output_gradient: object = None,
     ) -> Tensor:
         """Sum the nats; save d nats / d input for each input that needs a gradient."""
         shard = vocabulary or VocabularyShard(0, len(weight), is_sharded=False)

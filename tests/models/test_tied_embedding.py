@@ -88,7 +88,7 @@ def test_a_gradient_that_no_embedding_takes_is_an_error():
     model.get_input_embeddings().register_forward_hook(lambda *inputs: inputs[-1].detach().requires_grad_())
     with pytest.raises(AssertionError, match="took no part"):
         nats(TOKENS, LABELS).backward()
-    assert model.get_input_embeddings().waiting.take() is None
+    assert model.get_input_embeddings().output_gradient.take() is None
 
 
 def test_the_model_itself_keeps_its_gradient():
@@ -131,7 +131,7 @@ def test_frozen_and_untied_weights_are_left_alone():
     assert weight_of(model).grad is None
     untied = make_model("llama", tie_word_embeddings=False)
     assert join_gradients(untied.get_input_embeddings(), untied.get_output_embeddings().weight) is None
-    assert NatsModel(untied).head.waiting is None
+    assert NatsModel(untied).head.output_gradient is None
 
 
 @pytest.mark.parametrize("setting", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # huge pages would round resident memory up
 
 import tyro
 from estimates_cases import ENGINES, PASSES, RANKS, Passing

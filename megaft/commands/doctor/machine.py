@@ -97,7 +97,7 @@ def cpu_precision() -> Check:
     """Say in which precision half-precision matrices are multiplied on this CPU."""
     cpu = torch.device("cpu")
     found = ", ".join(
-        f"{name} has {'fast instructions' if product_dtype(dtype, cpu) is dtype else 'none: multiplied in fp32'}"
+        f"{name} {'has fast instructions' if product_dtype(dtype, cpu) is dtype else 'is multiplied in fp32'}"
         for dtype, name in NAMES.items()
     )
     return Check("CPU precision", "pass", found)

@@ -45,6 +45,11 @@ class MicroBatch:
     """Bytes per weight and per activation."""
 
     @property
+    def joins_gradients(self) -> bool:
+        """Whether a tied embedding adds its gradient to the output layer's (megaft/models/tied_embedding.py)."""
+        return self.dims.is_tied and not self.is_megatron
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the micro-batch."""
         return self.micro_batch_size * self.context_length
@@ -95,7 +100,9 @@ class Activations:
     layer: int
     """Largest temporaries of one layer's backward pass, with those of its recomputation."""
     head: int
-    """Gradient of the output layer's weight, which the backward pass allocates first."""
+    """Gradient of the output layer's weight during the last layer's backward pass."""
+    waiting: int
+    """Part of it that is still held, besides the gradients, in the first layer's: it waits for a tied embedding's."""
     loss: int
     """Largest temporaries of the output layer and its loss."""
     embedding: int
@@ -118,19 +125,31 @@ def activations(work: MicroBatch) -> Activations:
     is_rounded = itemsize < FLOAT
     # Forward, beside the fp32 gradient of the output layer's weight: the padded weight, and of a chunk the fp32 logits
     # and their gradient (a sharded vocabulary's log-sum-exp takes a second fp32 tensor). Backward: that gradient,
-    # rounded.
+    # rounded, unless a tied embedding adds to it.
     logit_bytes = 2 * FLOAT if work.tensor_parallel_size > 1 else FLOAT + itemsize
     forward = min(chunk_rows(vocab_rows, "cuda"), tokens) * padded_rows * logit_bytes
     forward += padded_size * itemsize if padded_rows > vocab_rows else 0
+    rounded = head_size * itemsize * (is_rounded and not work.joins_gradients)
     factors = 2 if dims.is_gated else 1  # gradients of a gated MLP's two factors, or of an activation
     return Activations(
         saved=dims.num_layers * kept + tokens * _bytes_around_layers(work),
         first=kept,
         layer=stream + factors * inner + (of_layer - stream if work.is_recomputed else 0),
-        head=head_size * itemsize,
-        loss=padded_size * FLOAT + max(forward, head_size * itemsize * is_rounded) + stream * (2 + work.is_megatron),
-        embedding=2 * head_size * itemsize * dims.is_tied + stream,  # tied: the output layer's, its own, and their sum
+        loss=padded_size * FLOAT + max(forward, rounded) + stream * (2 + work.is_megatron),
+        **_vocabulary_gradients(work, head_size, padded_size),
     )
+
+
+def _vocabulary_gradients(work: MicroBatch, head_size: int, padded_size: int) -> dict[str, int]:
+    """Return the fields of `Activations` about the gradients of output layer and embedding."""
+    rows, itemsize = work.num_tokens * work.dims.width, work.element_bytes
+    if work.joins_gradients:  # the embedding adds fp32 rows to the output layer's fp32 gradient, then rounds it
+        waiting = padded_size * FLOAT * (itemsize < FLOAT)
+        added = waiting + rows * FLOAT * (itemsize < FLOAT)
+        return {"head": padded_size * FLOAT, "waiting": waiting, "embedding": added + rows * itemsize}
+    # If tied: the output layer's, its own, and the sum.
+    summed = 2 * head_size * itemsize * work.dims.is_tied
+    return {"head": head_size * itemsize, "waiting": 0, "embedding": summed + rows * itemsize}
 
 
 def _bytes_of_layer(work: MicroBatch) -> int:
@@ -335,7 +354,7 @@ def phases(held: States, work: Activations) -> dict[str, dict[str, int]]:
             "gradients": held.gradients,
             "activations": work.first,
             "gathered": held.gathered,
-            "temporaries": max(work.layer, work.embedding),
+            "temporaries": max(work.layer + work.waiting, work.embedding),
             "buckets": held.buckets,
         },
         "reduction": {**steady, "gradients": held.gradients, "buckets": held.buckets, "temporaries": held.reducing},

@@ -106,6 +106,7 @@ def load_cached_model(source: str, dtype: Any) -> Any:
     import torch
 
     from megaft.models.generation import CachedModel, exact_cache
+    from megaft.models.half_linear import multiply_in_fp32
     from megaft.models.trials import require_causal, trial_model_of
     from megaft.weights.loading.pretrained import load_language_model
 
@@ -113,6 +114,7 @@ def load_cached_model(source: str, dtype: Any) -> Any:
     language_model = load_language_model(source, dtype, setting="--model").eval()
     with trial_model_of(language_model) as trial_model:
         require_causal(language_model, trial_model)  # before it takes memory of the GPU
+    multiply_in_fp32(language_model)
     cache_name = exact_cache(language_model.to(device), trial_model)
     if cache_name is None:
         print(
