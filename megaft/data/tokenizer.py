@@ -136,6 +136,16 @@ class Tokenizer:
         """Return an entry as the vocabulary spells it; empty if the id has none."""
         return self._backend.id_to_token(id_) or ""
 
+    def id_of(self, piece: str) -> int | None:
+        """Return the id of an entry as the vocabulary spells it; None if there is none."""
+        return self._backend.token_to_id(piece)
+
+    def add_special_tokens(self, tokens: Sequence[str]) -> None:
+        """Add special tokens after the last id. Properties that have been read keep their values; save and load it."""
+        from tokenizers import AddedToken
+
+        self._hugging_face.add_tokens([AddedToken(token, normalized=False) for token in tokens], special_tokens=True)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, special tokens spelled out."""
         return self._backend.decode(ids, skip_special_tokens=False)

@@ -17,6 +17,7 @@ from megaft.commands.estimate.config import EstimateConfig
 from megaft.commands.generate.config import GenerateConfig
 from megaft.commands.submit.config import SubmitConfig
 from megaft.commands.tokenizer.config import CheckConfig as TokenizerCheckConfig
+from megaft.commands.tokenizer.config import ExtendConfig
 from megaft.commands.tokenizer.config import TrainConfig as TokenizerTrainConfig
 from megaft.commands.validate import ValidateConfig
 from megaft.config.flags import flags_of
@@ -28,7 +29,7 @@ from megaft.run.same_settings import settings_of
 ROOT = Path(megaft.__file__).parents[1]
 COMMANDS = (
     *(ConvertConfig, DoctorConfig, EstimateConfig, GenerateConfig, SubmitConfig, ValidateConfig, PrepareConfig),
-    *(TrainConfig, EvaluateConfig, TokenizerTrainConfig, TokenizerCheckConfig),
+    *(TrainConfig, EvaluateConfig, TokenizerTrainConfig, TokenizerCheckConfig, ExtendConfig),
 )
 OF_OTHER_PROGRAMS = {
     "deepspeed and torchrun": {"--module", "--nproc-per-node", "--local_rank", "--rdzv-conf", "--standalone"},

@@ -1,4 +1,4 @@
-"""`megaft tokenizer`: train a tokenizer, or measure one."""
+"""`megaft tokenizer`: train, measure or extend a tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import tyro
 
 from megaft.base.errors import ConfigError
-from megaft.commands.tokenizer.config import CheckConfig, TrainConfig
+from megaft.commands.tokenizer.config import CheckConfig, ExtendConfig, TrainConfig
 
 
 class Action(NamedTuple):
@@ -24,6 +24,7 @@ class Action(NamedTuple):
 ACTIONS = {
     "train": Action("train a tokenizer on text", TrainConfig, "train"),
     "check": Action("measure a tokenizer on text", CheckConfig, "check"),
+    "extend": Action("add special tokens to a model and its tokenizer", ExtendConfig, "extend"),
 }
 
 
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
         print(usage())
         return 0
     if name not in ACTIONS:
-        raise ConfigError(f"megaft tokenizer has no action {name!r}; use {' or '.join(ACTIONS)}.")
+        raise ConfigError(f"megaft tokenizer has no action {name!r}; use {', '.join(ACTIONS)}.")
     config = tyro.cli(ACTIONS[name].config, args=flags, prog=f"megaft tokenizer {name}")
     return import_module(f"megaft.commands.tokenizer.{ACTIONS[name].module}").main(config)
 

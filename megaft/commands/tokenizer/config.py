@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from megaft.base.checks import Range, at_least, require, require_ranges
+from megaft.base.checks import SEED, Range, at_least, require, require_ranges
 from megaft.base.unicode_text import is_unicode
 from megaft.config.prepare import ReadAs
 
@@ -58,13 +59,12 @@ class TrainConfig:
             "`megaft tokenizer train corpus.txt --output tokenizer`.",
         )
         added = [self.end_of_text, *self.control_codes]
-        for name in added:
-            flag = "--end-of-text" if name is self.end_of_text else "--control-codes"
-            require(
-                bool(name) and is_unicode(name) and not any(map(str.isspace, name)),
-                f"{flag} is {name!r}; use a name without white space, for example <|endoftext|>.",
-            )
-            require(added.count(name) == 1, f"--control-codes has {name!r} more than once; drop one.")
+        _require_names("--end-of-text", [self.end_of_text])
+        _require_names("--control-codes", self.control_codes)
+        require(
+            self.end_of_text not in self.control_codes,
+            f"--control-codes has {self.end_of_text!r}, which is the end of text; drop it, or change --end-of-text.",
+        )
         least = BYTE_PIECES + len(added) + (self.kind != "bpe") * 2
         require_ranges(
             self,
@@ -108,3 +108,40 @@ class CheckConfig:
             len(self.inputs) > 0,
             "megaft tokenizer check got no text; give files, for example `megaft tokenizer check gpt2 corpus.txt`.",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtendConfig:
+    """Add special tokens, such as control codes, to a model: entries of its tokenizer, and rows of its matrices.
+
+    Each new row is the mean of the old ones plus a little noise.
+    """
+
+    tokens: tyro.conf.Positional[tuple[str, ...]]
+    """New special tokens, in the order of their ids."""
+    model: str
+    """Folder, hub name or run to extend, with its tokenizer."""
+    output: Path
+    """Folder to create; it must not exist."""
+    pad_vocab_to: int = 1
+    """Round the model's vocabulary up to a multiple, for example 128."""
+    seed: int = 0
+    """Random seed of the noise."""
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.tokens) > 0,
+            "megaft tokenizer extend got no token; give new ones, for example "
+            "`megaft tokenizer extend '<|books|>' --model gpt2 --output gpt2-codes`.",
+        )
+        _require_names("TOKENS", self.tokens)
+        require_ranges(self, pad_vocab_to=at_least(1).such_as("128"), seed=SEED)
+
+
+def _require_names(flag: str, names: Sequence[str]) -> None:
+    for name in names:
+        require(
+            bool(name) and is_unicode(name) and not any(map(str.isspace, name)),
+            f"{flag} is {name!r}; use a name without white space, for example <|books|>.",
+        )
+        require(names.count(name) == 1, f"{flag} has {name!r} more than once; drop one.")

@@ -160,7 +160,7 @@ def test_an_existing_folder_is_kept(text, tmp_path, capsys):
 
 def test_unknown_actions_are_named(capsys):
     assert cli.main(["tokenizer", "learn"]) == 2
-    assert "megaft tokenizer has no action 'learn'; use train or check" in capsys.readouterr().err
+    assert "megaft tokenizer has no action 'learn'; use train, check, extend" in capsys.readouterr().err
 
 
 @pytest.mark.slow
