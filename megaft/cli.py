@@ -26,6 +26,7 @@ class Command:
 
 COMMANDS = {
     "prepare": Command("tokenize text into a dataset on disk", "commands.prepare", "config.prepare:PrepareConfig"),
+    "tokenizer": Command("train, measure or extend a tokenizer", "commands.tokenizer.command", None),
     "train": Command("finetune a model with DeepSpeed", "train", None),
     "generate": Command(
         "continue a text with a model", "commands.generate.command", "commands.generate.config:GenerateConfig"

@@ -132,6 +132,20 @@ class Tokenizer:
         """The tokenizer without its post-processor, which may trim spaces from spans."""
         return type(self._backend).from_str(json.dumps(self._state | {"post_processor": None}))
 
+    def piece(self, id_: int) -> str:
+        """Return an entry as the vocabulary spells it; empty if the id has none."""
+        return self._backend.id_to_token(id_) or ""
+
+    def id_of(self, piece: str) -> int | None:
+        """Return the id of an entry as the vocabulary spells it; None if there is none."""
+        return self._backend.token_to_id(piece)
+
+    def add_special_tokens(self, tokens: Sequence[str]) -> None:
+        """Add special tokens after the last id. Properties that have been read keep their values; save and load it."""
+        from tokenizers import AddedToken
+
+        self._hugging_face.add_tokens([AddedToken(token, normalized=False) for token in tokens], special_tokens=True)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, special tokens spelled out."""
         return self._backend.decode(ids, skip_special_tokens=False)
@@ -217,6 +231,10 @@ class SentencePieceTokenizer:
         """Return the ids of each text and the character span of each token, on all cores."""
         encodings = self._processor.encode(list(texts), return_type="offset_mapping", num_threads=_num_threads())
         return [(encoding["ids"], encoding["offsets"]) for encoding in encodings]
+
+    def piece(self, id_: int) -> str:
+        """Return an entry as the vocabulary spells it."""
+        return self._processor.id_to_piece(id_)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids.

@@ -16,6 +16,9 @@ from megaft.commands.doctor.config import DoctorConfig
 from megaft.commands.estimate.config import EstimateConfig
 from megaft.commands.generate.config import GenerateConfig
 from megaft.commands.submit.config import SubmitConfig
+from megaft.commands.tokenizer.config import CheckConfig as TokenizerCheckConfig
+from megaft.commands.tokenizer.config import ExtendConfig
+from megaft.commands.tokenizer.config import TrainConfig as TokenizerTrainConfig
 from megaft.commands.validate import ValidateConfig
 from megaft.config.flags import flags_of
 from megaft.config.identity import SETTINGS
@@ -26,7 +29,7 @@ from megaft.run.same_settings import settings_of
 ROOT = Path(megaft.__file__).parents[1]
 COMMANDS = (
     *(ConvertConfig, DoctorConfig, EstimateConfig, GenerateConfig, SubmitConfig, ValidateConfig, PrepareConfig),
-    *(TrainConfig, EvaluateConfig),
+    *(TrainConfig, EvaluateConfig, TokenizerTrainConfig, TokenizerCheckConfig, ExtendConfig),
 )
 OF_OTHER_PROGRAMS = {
     "deepspeed and torchrun": {"--module", "--nproc-per-node", "--local_rank", "--rdzv-conf", "--standalone"},

@@ -8,9 +8,9 @@ from kernel_counts_compiled import count_compiled
 
 from megaft.base.hardware import GPUS
 from megaft.commands.estimate.memory import MicroBatch
-from megaft.commands.estimate.presets import PRESETS
 from megaft.commands.estimate.roofline import predicted_rates
 from megaft.weights.families import dimensions_of
+from megaft.weights.presets import PRESETS
 
 GIB = 2**30
 pytestmark = pytest.mark.slow

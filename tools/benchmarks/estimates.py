@@ -27,9 +27,9 @@ from invariance import write_between_marks
 
 from megaft.base.files import write_json_atomic
 from megaft.commands.estimate.memory import MicroBatch, States, activations, phases
-from megaft.commands.estimate.presets import PRESETS
 from megaft.weights.dimensions import num_elements
 from megaft.weights.families import dimensions_of
+from megaft.weights.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"

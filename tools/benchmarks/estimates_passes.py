@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from megaft.base import parallel
-from megaft.commands.estimate.presets import PRESETS
 from megaft.models import hugging_face
 from megaft.weights.loading import pretrained
+from megaft.weights.presets import PRESETS
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from invariance import write_between_marks
 from megaft.base.errors import ConfigError
 from megaft.base.hardware import GPUS, RESERVED_BYTES
 from megaft.commands.estimate.command import speed
-from megaft.commands.estimate.presets import PRESETS
 from megaft.commands.estimate.recipe import Recipe
 from megaft.config.deepspeed_json import read_deepspeed_json
 from megaft.config.train import OptimConfig
 from megaft.weights.families import dimensions_of
+from megaft.weights.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30

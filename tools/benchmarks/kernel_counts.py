@@ -26,11 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megaft.base import hardware
-from megaft.commands.estimate.presets import PRESETS
 from megaft.commands.estimate.roofline import SUSTAINED_COMPUTE, SUSTAINED_MEMORY, product_share
 from megaft.models import head as head_module
 from megaft.models import hugging_face
 from megaft.models.hugging_face import NatsModel
+from megaft.weights.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PRODUCT_FLOPS, MEMORY_BYTES, SHORTEST_KERNEL = 798e12, 2.76e12, 2.2e-6

@@ -30,11 +30,11 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from megaft.commands.estimate.presets import PRESETS
 from megaft.models.attention import attend_without_masks
 from megaft.models.blocks import blocks_of
 from megaft.models.compiled import OPTIONS
 from megaft.weights.families import dimensions_of
+from megaft.weights.presets import PRESETS
 
 GPU = torch.device("cuda", 0)
 H100 = DeviceProperties(

@@ -10,9 +10,9 @@ from invariance import write_between_marks
 from kernel_counts import MEMORY_BYTES, KernelCounter, count
 from kernel_counts_compiled import count_compiled
 
-from megaft.commands.estimate.presets import PRESETS
 from megaft.commands.estimate.roofline import ACCUMULATION_BYTES, CONVERTED_BYTES, STEP_BYTES, SUSTAINED_MEMORY
 from megaft.weights.families import dimensions_of
+from megaft.weights.presets import PRESETS
 
 CONTEXT_LENGTH = 1024
 BATCH_SIZE = 512

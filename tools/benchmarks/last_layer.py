@@ -25,7 +25,6 @@ from train_report import cpu_name, table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megaft.base.environment import environment
-from megaft.commands.estimate.presets import PRESETS
 from megaft.data.samples import IGNORE_INDEX
 from megaft.models.fused import fuse
 from megaft.models.products import has_onednn
@@ -33,6 +32,7 @@ from megaft.scoring.batch import ScoringBatch
 from megaft.scoring.last_layer import AnyTrunk
 from megaft.scoring.model import ScoringModel
 from megaft.scoring.packed import PackedLinear, pack_linears
+from megaft.weights.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 PRESET_NAMES = {"GPT-2 124M": "gpt2", "SmolLM2-135M": "smollm2-135m"}

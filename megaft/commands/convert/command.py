@@ -5,16 +5,11 @@ It reads and writes one tensor at a time, and imports torch only after the flags
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from megaft.base.checks import require
-from megaft.base.errors import ConfigError, DataError
-from megaft.base.files import fsync, naming_disk_errors
+from megaft.base.errors import DataError
+from megaft.base.new_folder import publishing_folder, require_new
 from megaft.base.plural import counted
 from megaft.base.redaction import without_folders, without_secrets
 from megaft.commands.convert.config import ConvertConfig
@@ -38,12 +33,12 @@ def main(config: ConvertConfig) -> int:
     from megaft.weights.folder import model_folder
     from megaft.weights.reading import config_source, open_weights
 
-    require_new(config.to)
+    require_new("--to", config.to)
     source = model_folder(config.source)
     weights = open_weights(source, model_config=config.model_config, verify_hashes=True)
     dtype = getattr(torch, config.dtype) if config.dtype else weights.dtype
     num_bytes, begin = weights.num_parameters * dtype.itemsize, time.perf_counter()
-    with publishing(config.to, num_bytes) as folder:
+    with publishing_folder("--to", config.to, num_bytes) as folder:
         if config.format == "megatron":
             made_from = without_folders(without_secrets(config.source))
             writing.write_megatron(weights, folder, dtype, config.tensor_parallel_size, made_from)
@@ -91,37 +86,3 @@ def read_text(path: Path) -> str:
     if len(text) < MIN_TEXT:
         raise DataError(f"--text is {path}, which has {counted(len(text), 'character')}; give {MIN_TEXT} or more.")
     return text
-
-
-def require_new(folder: Path) -> None:
-    """Raise ConfigError if the folder exists."""
-    require(not os.path.lexists(folder), f"--to is {folder}, which already exists; give a new folder, or remove it.")
-
-
-@contextmanager
-def publishing(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a temporary folder that is synced and renamed to `folder` at the end of the block, or removed on error.
-
-    Raises:
-        ConfigError: The disk has no room or cannot be written, or `folder` exists by the end.
-    """
-    temporary = folder.with_name(f".{folder.name}.converting")
-    with naming_disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-        free = shutil.disk_usage(folder.parent).free
-        if free < num_bytes:
-            raise ConfigError(
-                f"--to is {folder}, which needs {num_bytes:,} bytes, but only {free:,} are available; delete "
-                "files there, or choose another disk."
-            )
-        temporary.mkdir()
-        try:
-            yield temporary
-            for path in (*temporary.iterdir(), temporary):
-                fsync(path)
-            require_new(folder)
-            temporary.rename(folder)
-            fsync(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -12,13 +12,13 @@ from megaft.base.hardware import GIB, GPUS, RESERVED_BYTES, Gpu, data_sheet_flop
 from megaft.commands.estimate.attention import attention_kernel, attention_note
 from megaft.commands.estimate.changes import MAX_TENSOR_PARALLEL_SIZE, MAX_TIMES_RANKS, changes
 from megaft.commands.estimate.config import EstimateConfig
-from megaft.commands.estimate.presets import configuration, source_of
 from megaft.commands.estimate.recipe import Recipe
 from megaft.commands.estimate.roofline import predicted_rates, state_bytes_of
 from megaft.config.deepspeed_json import ResolvedSettings, read_deepspeed_json
 from megaft.config.train import bytes_per_parameter
 from megaft.weights.dimensions import flops_per_token, num_elements
 from megaft.weights.families import attention_dropout_of, dimensions_of
+from megaft.weights.presets import configuration, source_of
 
 SECONDS_PER_DAY = 86_400
 RECOMPUTED = 3 / 4

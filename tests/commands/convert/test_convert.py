@@ -259,8 +259,8 @@ def test_no_room(tmp_path, monkeypatch):
 
 def test_what_a_killed_one_left_goes(tmp_path):
     make_model("gpt2").save_pretrained(tmp_path / "start")
-    (tmp_path / ".two.converting").mkdir()
-    (tmp_path / ".two.converting/half").write_text("x")
+    (tmp_path / ".two.writing").mkdir()
+    (tmp_path / ".two.writing/half").write_text("x")
     megatron(tmp_path / "start", tmp_path / "two", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["start", "two"]
     assert not (tmp_path / "two/half").exists()

@@ -11,11 +11,11 @@ from megaft.cli import main
 from megaft.commands.estimate.command import estimate, lines
 from megaft.commands.estimate.config import EstimateConfig
 from megaft.commands.estimate.memory import MicroBatch, activations, boundary_elements, flat_size
-from megaft.commands.estimate.presets import PRESETS, configuration
 from megaft.commands.estimate.recipe import Recipe
 from megaft.config.train import OptimConfig
 from megaft.weights.dimensions import num_elements
 from megaft.weights.families import FAMILIES, dimensions_of, model_dimensions
+from megaft.weights.presets import PRESETS, configuration
 
 JSONS = Path(__file__).parents[3] / "ds_configs"
 MIB = 2**20

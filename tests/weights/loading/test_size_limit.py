@@ -10,10 +10,10 @@ from tiny_models import edit_json, make_model
 
 from megaft.base.errors import DataError
 from megaft.base.untrusted import MAX_LAYERS, require_safe_files
-from megaft.commands.estimate.presets import configuration
 from megaft.weights.loading import memory_budget, size_limit
 from megaft.weights.loading.pretrained import create_from, create_language_model, load_language_model, read_new_config
 from megaft.weights.loading.size_limit import MemoryBudget, Size, no_larger_than
+from megaft.weights.presets import configuration
 from megaft.weights.reading import open_weights
 
 LLAMA_PARAMETERS = 2 * (61 * 32) + 32 + 2 * (2 * 32 + 32 * 32 * 2 + 2 * 16 * 32 + 3 * 48 * 32)
