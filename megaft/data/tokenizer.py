@@ -144,7 +144,8 @@ class Tokenizer:
         """Add special tokens after the last id. Properties that have been read keep their values; save and load it."""
         from tokenizers import AddedToken
 
-        self._hugging_face.add_tokens([AddedToken(token, normalized=False) for token in tokens], special_tokens=True)
+        added: list[Any] = [AddedToken(token, normalized=False) for token in tokens]
+        self._hugging_face.add_tokens(added, special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, special tokens spelled out."""

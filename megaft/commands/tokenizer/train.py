@@ -58,14 +58,18 @@ def main(config: TrainConfig) -> int:
 
 def write_model_config(folder: Path, shape: dict[str, Any], tokenizer: AnyTokenizer, multiple: int) -> None:
     """Write the config.json of a model with this shape and the tokenizer's vocabulary, rounded up to a multiple."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    ids = {f"{name}_token_id": tokenizer.special_ids[name] for name in ("bos", "eos", "pad")}
+    settings: dict[str, Any] = shape | {
+        f"{name}_token_id": tokenizer.special_ids[name] for name in ("bos", "eos", "pad")
+    }
     vocab_size = -(-tokenizer.vocab_size // multiple) * multiple
     class_name = NAMES.get(shape["model_type"])
     classes = {"architectures": [class_name]} if class_name else {}
-    AutoConfig.for_model(**shape | ids | classes | {"vocab_size": vocab_size}).save_pretrained(folder)
+    config_class: Any = CONFIG_MAPPING[shape["model_type"]]
+    config = config_class(**settings | classes | {"vocab_size": vocab_size})
+    config.save_pretrained(folder)
 
 
 def _shape(config: TrainConfig) -> dict[str, Any] | None:
