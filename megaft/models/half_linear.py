@@ -25,8 +25,8 @@ def multiply_in_fp32(model: nn.Module) -> None:
             module.forward = MethodType(linear, module)
 
 
-def linear(layer, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-    """Return the layer's output for `input`."""
+def linear(layer, input: Tensor) -> Tensor:
+    """Return the layer's output for `input`; compiled blocks trace it, hence no shapes here."""
     if not needs_fp32(input) or layer.weight.dtype is not input.dtype:
         return type(layer).forward(layer, input)
     return Fp32Linear.apply(input, layer.weight, layer.bias, type(layer) is Conv1D)

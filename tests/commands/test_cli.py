@@ -77,7 +77,7 @@ def test_version(capsys):
     [
         pytest.param("prepair", "did you mean `megaft prepare`?", id="close to one"),
         pytest.param("evaluate", "`python -m evaluate_zero_shot`", id="another program's"),
-        pytest.param("xyzzy", "prepare, train, generate", id="close to none"),
+        pytest.param("xyzzy", "prepare, tokenizer, train", id="close to none"),
     ],
 )
 def test_unknown_command(name, said, capsys):

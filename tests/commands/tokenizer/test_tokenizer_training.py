@@ -39,6 +39,7 @@ def trained(text, tmp_path_factory):
     return parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=50, deadline=None)
 @given(drawn=st.text(alphabet=st.sampled_from(HARD) | st.characters(codec="utf-8"), max_size=20))
@@ -82,6 +83,7 @@ def test_old_readers_get_the_same_ids(trained, tmp_path):
     assert load_tokenizer(tmp_path).encode(HARD) == load_tokenizer(trained / "bpe").encode(HARD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_again_writes_the_same_bytes(trained, text, tmp_path, kind):
     flags = ("--kind", kind, "--vocab-size", str(KINDS[kind]), "--control-codes", *CODES)
