@@ -29,6 +29,7 @@ ARITHMETIC = 4
 """Incremented when the same batch gives other bits, so that a folder never mixes both.
 
 2: torch's fused RMSNorm. 3: half-precision products in fp32 on CPUs without fast instructions for them.
+4: larger chunks of logits on CPUs.
 """
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of a text: whether it comes back, and how many tokens it takes."""
+"""Tokenizer quality on a text: round trip, bytes per token, tokens per word, vocabulary use."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from hashlib import blake2b
 
 import torch
 from jaxtyping import Float
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from megaft.weights.families import family_of
 from megaft.weights.layout import OUTPUT_LAYER
+from megaft.weights.new_weights import generator_of
 from megaft.weights.parameters import Weights
 
 NOISE = 1e-5
@@ -37,13 +37,14 @@ def with_entries(weights: Weights, num_old: int, vocab_size: int, seed: int) -> 
 
     def fetch(name: str) -> Tensor:
         stored = weights.fetch(name)
-        return with_rows(stored[:num_old], vocab_size, f"{seed} {name}") if name in matrices else stored
+        return with_rows(stored[:num_old], vocab_size, generator_of(name, seed)) if name in matrices else stored
 
     return replace(weights, config=config, shapes=weights.shapes | resized, fetch=fetch)
 
 
-def with_rows(matrix: Float[Tensor, "old width"], num_rows: int, seed: str) -> Float[Tensor, "rows width"]:
+def with_rows(
+    matrix: Float[Tensor, "old width"], num_rows: int, generator: torch.Generator
+) -> Float[Tensor, "rows width"]:
     """Return the matrix, followed by its mean row plus noise up to `num_rows` rows."""
-    generator = torch.Generator().manual_seed(int.from_bytes(blake2b(seed.encode(), digest_size=8).digest(), "little"))
     noise = torch.empty(num_rows - len(matrix), matrix.shape[1]).normal_(0, NOISE, generator=generator)
     return torch.cat([matrix, (matrix.float().mean(0) + noise).to(matrix.dtype)])

@@ -23,13 +23,18 @@ def new_weights(config: Any, seed: int) -> Weights:
     return Weights(config, torch.float32, shapes, lambda name: _drawn(name, shapes[name], config, seed))
 
 
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """Return the random generator of one parameter."""
+    digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
 def _drawn(name: str, shape: torch.Size, config: Any, seed: int) -> Tensor:
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
-    digest = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    generator = generator_of(name, seed)
     deviation = config.initializer_range
     residual_outputs = family_of(config).residual_outputs
     if residual_outputs is not None and name.endswith(residual_outputs):

@@ -46,7 +46,7 @@ class MicroBatch:
 
     @property
     def joins_gradients(self) -> bool:
-        """Whether a tied embedding adds its gradient to the output layer's (megaft/models/tied_embedding.py)."""
+        """True if a tied embedding and the output layer share one fp32 gradient (megaft/models/tied_embedding.py)."""
         return self.dims.is_tied and not self.is_megatron
 
     @property

@@ -26,7 +26,7 @@ from megaft.data.tokenizer_training import train_bpe, train_sentencepiece
 from megaft.data.training_texts import Sample, texts_of
 
 RECEIPT = "training.json"
-"""What a tokenizer was trained on, beside it."""
+"""File that records the training text and settings of a tokenizer."""
 SETTINGS = ("kind", "vocab_size", "feed", "json_key", "end_of_text", "control_codes", "min_frequency", "max_bytes")
 
 
